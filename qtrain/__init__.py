@@ -1,0 +1,14 @@
+"""qtrain: eager-mode quantization experiments in PyTorch, from float to PTQ and QAT to real int8."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def load(run_dir: str | Path) -> "nn.Module":
+    """Returns the converted model of a finished run, on the CPU, in eval mode; see `qtrain.saved.load`."""
+    from qtrain.saved import load
+
+    return load(Path(run_dir))

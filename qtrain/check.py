@@ -1,0 +1,145 @@
+"""Fail before compute: convert an untrained copy on one batch, and say what will be quantized."""
+
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from qtrain import eager
+from qtrain.quant.base import Quantizer
+
+Inputs = tuple[Tensor, ...]
+
+
+def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs) -> dict[str, Any]:
+    """Returns the coverage of `quantizer` on `model`, having run all of its stages on one batch.
+
+    Args:
+        model: the float model; neither it nor torch's generators change.
+        inputs: arguments of forward, on the CPU; a few samples.
+
+    Raises:
+        ValueError: a stage fails; names the layer and the reason.
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        with blame(model, "float"):
+            model.eval()(*inputs)
+        prepared = quantizer.prepare(model)
+        with blame(prepared, "prepared"):
+            quantizer.calibrate(prepared, [inputs])
+        quantized = quantizer.convert(prepared)
+        with blame(quantized, "int8"):
+            return coverage(quantized, inputs, dict(getattr(quantizer, "layers", {})))
+
+
+@contextmanager
+def blame(model: nn.Module, kind: str) -> Iterator[None]:
+    """Turns an error inside the block into a ValueError that names the layer of `model` where it arose."""
+    running: list[str] = []
+    handles = []
+
+    def push(name: str) -> Any:
+        return lambda *_: running.append(name)
+
+    def pop(*_: Any) -> None:
+        running.pop()
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(push(name), prepend=True))
+        handles.append(module.register_forward_hook(pop))
+    try:
+        yield
+    except Exception as err:
+        if not running:
+            raise
+        name = running[-1]
+        layer = model.get_submodule(name)
+        where = f"layer {name} ({type(layer).__name__})" if name else f"forward of {type(layer).__name__}"
+        raise ValueError(f"model: {where} cannot run in the {kind} model: {_reason(err, name)}") from err
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reason(err: Exception, layer: str) -> str:
+    text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+    missing = re.search(r"Could not run '([\w:.]+)' with arguments from the 'Quantized\w+' backend", text)
+    if missing:
+        op = missing[1]
+        text = f"torch has no int8 kernel for {op}"
+        if op.startswith(("aten::add", "aten::mul", "aten::cat", "aten::matmul")):
+            text += "; use one qtrain.eager.FloatFunctional per call site in place of the operator"
+    # Python's own frames show the line of the model's source at fault.
+    frames = [f for f in traceback.extract_tb(err.__traceback__) if "torch/" not in f.filename]
+    source = next((f for f in reversed(frames) if f.name == "forward" and f.line), None)
+    if source is not None:
+        text += f" [{source.filename}:{source.lineno}: {source.line}]"
+    return text + (f". To keep it float: quant.layers={{{layer}: float}}" if layer else "")
+
+
+def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> dict[str, Any]:
+    """Returns the shares of parameters and multiply-accumulates that are quantized, and the layers that are not.
+
+    Biases, which stay float, count among the parameters that are not quantized.
+
+    Args:
+        quantized: a converted model; it is run once.
+        inputs: arguments of forward.
+        layers: the quantizer's settings by layer, as a reason for a layer to be float.
+    """
+    macs: dict[str, int] = {}
+    handles = []
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            weight = eager.quantized_weight(module)
+            if weight is None:
+                weight = module.weight
+            # every output element is a dot product with one row of the weight
+            macs[name] = macs.get(name, 0) + output[0].numel() * weight[0].numel()
+
+        return hook
+
+    int8_params = float_params = 0
+    float_layers = {}
+    for name, module in quantized.named_modules():
+        weight = eager.quantized_weight(module)
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        if weight is not None:
+            int8_params += weight.numel()
+            bias = getattr(module, "bias", None)
+            bias = bias() if callable(bias) else bias
+            float_params += 0 if bias is None else bias.numel()
+        elif own:
+            float_params += own
+            if not eager.is_quantized(module):
+                float_layers[name] = _why_float(name, module, quantized, layers)
+        if weight is not None or type(module) is nn.Linear or isinstance(module, _ConvNd):
+            handles.append(module.register_forward_hook(count(name)))
+    try:
+        quantized(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    float_macs = sum(n for name, n in macs.items() if name in float_layers)
+    return {
+        "params_quantized": int8_params / max(int8_params + float_params, 1),
+        "macs_quantized": 1 - float_macs / max(sum(macs.values()), 1),
+        "float_layers": float_layers,
+    }
+
+
+def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:
+    kind = type(module).__name__
+    if any(type(quantized.get_submodule(name[:i])) is eager.FloatIsland for i, c in enumerate(name) if c == "."):
+        return "set by quant.layers"
+    if not any(eager.is_quantized(m) for m in quantized.modules()):
+        return "nothing is quantized"
+    if type(module) in eager.CONVERT_MAPPING:
+        return "set by quant.layers" if layers else f"{kind} is not quantized by this method"
+    return f"torch has no int8 {kind}"

@@ -1,0 +1,118 @@
+"""Files that must not be lost or half written, and the cache of trained float models."""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
+    """Writes a file so that `path` holds either all of the new content or what it held before.
+
+    Args:
+        write: called with a binary file that lies beside `path` until it is complete.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; what was at `path` is still there.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # tempfile's 0o600 would hide results from the people one shares a machine with
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as err:  # torch's zip writer turns a failed write into a RuntimeError
+        raise OSError(f"{path}: could not be written ({err}); files already there are unchanged") from err
+    finally:
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as JSON, atomically."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Writes the model's state dict, atomically."""
+    write_atomically(path, lambda file: torch.save(model.state_dict(), file))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state dict into `model`, in place.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or it belongs to another model.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as err:
+        raise ValueError(f"checkpoint={path}: there is no such file") from err
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as err:
+        raise ValueError(f"checkpoint={path}: not a readable state dict ({str(err).splitlines()[0]})") from err
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as err:
+        raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?") from err
+
+
+def digest(content: Any) -> str:
+    """Returns a short hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class FloatCache:
+    """Trained float models by the digest of everything that determines them.
+
+    An entry is a folder: weights.pt, and meta.json with the weights' SHA-256 and what training had to report.
+
+    Args:
+        root: the folder of entries.
+        key: see `digest`.
+    """
+
+    def __init__(self, root: Path, key: str) -> None:
+        self.folder = root / key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The operating system frees the lock of a process that dies.
+        self.lock = FileLock(self.folder / "lock")
+
+    def load(self, model: nn.Module) -> dict[str, Any] | None:
+        """Fills `model` in place; returns what training had to report, or None where there is no sound entry."""
+        weights, meta = self.folder / "weights.pt", self.folder / "meta.json"
+        if not meta.exists():
+            return None
+        try:
+            found = json.loads(meta.read_text())
+            if hashlib.sha256(weights.read_bytes()).hexdigest() != found["sha256"]:
+                raise ValueError("its weights are not those that were saved")
+            load_weights(model, weights)
+        except (OSError, ValueError, KeyError) as err:
+            log.warning(f"float cache: entry {self.folder} is damaged ({err}) and will be trained again")
+            return None
+        return dict(found["training"])
+
+    def save(self, model: nn.Module, training: dict[str, Any]) -> None:
+        """Publishes a trained model; meta.json, written last, makes the entry valid."""
+        save_weights(self.folder / "weights.pt", model)
+        sha256 = hashlib.sha256((self.folder / "weights.pt").read_bytes()).hexdigest()
+        write_json(self.folder / "meta.json", {"sha256": sha256, "training": training})

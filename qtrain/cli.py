@@ -1,0 +1,77 @@
+"""The command `qtrain`."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from qtrain.config import ConfigError, config_dir, resolve
+
+DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
+FAILED = float("nan")
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")
+def job(config: DictConfig) -> Any:
+    """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
+    from qtrain import pipeline
+
+    settings = HydraConfig.get()
+    try:
+        report = pipeline.execute(resolve(config), Path(settings.runtime.output_dir), list(settings.overrides.task))
+    except Exception as err:
+        if settings.mode == RunMode.RUN:
+            raise
+        # One bad job must not end a sweep; its report says what happened, and the sweep's end lists it.
+        log.error(f"job {settings.job.num} failed: {err}")
+        return FAILED
+    values = [_select(report.metrics, objective) for objective in config.objective]
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _select(metrics: dict[str, Any], objective: str) -> float:
+    value: Any = metrics
+    for key in objective.split("."):
+        value = value[key]
+    return float(value)
+
+
+def main() -> None:
+    """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
+    if len(sys.argv) == 1:
+        sys.argv.append(DEFAULT_JOB)
+    # Hydra 1.3 refuses null on the command line for a group that the defaults list holds as null.
+    sys.argv = [arg for arg in sys.argv if arg not in ("experiment=null", "sweep=null")]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
+    try:
+        job()
+    except (HydraException, OmegaConfBaseException, ConfigError, ValueError, OSError) as err:
+        sys.exit(f"qtrain: error: {explain(err)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def explain(err: BaseException) -> str:
+    """Returns an error's text; for an unknown key, with the keys that there are."""
+    cause: BaseException | None = err
+    while cause is not None:
+        node = getattr(cause, "parent_node", None)
+        if node is not None and getattr(cause, "full_key", None) and "not in struct" in str(cause):
+            known = ", ".join(sorted(str(key) for key in node))
+            return f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
+        cause = cause.__cause__ or cause.__context__
+    return str(err)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""From YAML to objects: where the config lies, how it is composed, checked and built."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from qtrain.data.loaders import DataLoaders
+from qtrain.quant.base import Quantizer
+from qtrain.task.base import Task
+from qtrain.trainer import OptimizerFactory, SchedulerFactory, Trainer
+from qtrain.truth import TruthGate
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one line a mistake."""
+
+
+def config_dir() -> str:
+    """Returns the folder of the YAML files: inside the installed package, or else in the checkout."""
+    installed = Path(__file__).parent / "conf"
+    return str(installed if installed.is_dir() else Path(__file__).parents[1] / "conf")
+
+
+def compose(*overrides: str) -> DictConfig:
+    """Returns the config that the command line `qtrain *overrides` would run; for tests and notebooks."""
+    with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        config = hydra.compose("config", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)  # for ${hydra:runtime.choices...}
+        return resolve(config)
+
+
+def resolve(config: DictConfig) -> DictConfig:
+    """Returns a copy without Hydra's own section, interpolations and observers' names replaced by what they stand for.
+
+    Raises:
+        ConfigError: an observer is unknown, an interpolation leads nowhere, or the device is not there.
+    """
+    config = config.copy()
+    OmegaConf.set_readonly(config, False)
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra", None)
+    config.device = find_device(config.device)
+    for role in ("weight", "activation"):
+        spec = OmegaConf.select(config, f"quant.{role}")
+        if spec is not None and isinstance(spec.get("observer"), str):
+            spec.observer = _load_observer(f"quant.{role}.observer", spec.observer)
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as err:
+        raise ConfigError(str(err)) from err
+    return config
+
+
+def _load_observer(key: str, name: str) -> Any:
+    try:
+        return hydra.compose(f"observer/{name}").observer
+    except MissingConfigException as err:
+        known = GlobalHydra.instance().config_loader().get_group_options("observer")  # type: ignore[union-attr]
+        raise ConfigError(f"{key}={name}: allowed are {', '.join(known)}") from err
+
+
+def find_device(name: str) -> str:
+    """Returns the device of that name; "auto" is the first there is of cuda, mps, cpu."""
+    there = [d for d, ok in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if ok]
+    there.append("cpu")
+    if name == "auto":
+        return there[0]
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = None
+    if kind not in there:
+        raise ConfigError(f"device={name}: not usable here; allowed are auto, {', '.join(there)}")
+    return name
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is built from. The generators' state is the one that making the model left behind."""
+
+    data: DataLoaders
+    model: nn.Module
+    task: Task
+    quantizer: Quantizer
+    trainer: Trainer
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory
+    truth: TruthGate
+    generator_state: torch.Tensor
+
+
+def build(config: DictConfig) -> Parts:
+    """Returns the parts of a run; the only place where `_target_` becomes an object.
+
+    Raises:
+        ConfigError: all mistakes at once, each with its key, its value and what is allowed.
+    """
+    problems = list(_check_values(config))
+    made: dict[str, Any] = {}
+    for key in ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "model"):
+        if key == "model":
+            torch.manual_seed(config.seed if _is_whole(config.seed) else 0)
+        try:
+            made[key] = instantiate(config[key], _convert_="all")
+            if key in ("optimizer", "scheduler"):
+                _try_out(made[key], made.get("optimizer"), key)
+        except Exception as err:
+            problems += _explain(key, config[key], err)
+    generator_state = torch.get_rng_state()
+    quantizer = made.get("quant")
+    if quantizer is not None and quantizer.trains:
+        for key in ("optimizer", "scheduler"):
+            try:
+                _try_out(getattr(quantizer, key), quantizer.optimizer, key)
+            except Exception as err:
+                problems += _explain(f"quant.{key}", config.quant[key], err)
+        if quantizer.convert_every and made.get("data") is not None and made["data"].val is None:
+            problems.append(
+                f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and there "
+                "is none; set data.val_size above 0, or quant.convert_every=0"
+            )
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    made["quantizer"] = made.pop("quant")
+    return Parts(**made, generator_state=generator_state)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _check_values(config: DictConfig) -> Iterator[str]:
+    if not _is_whole(config.seed):
+        yield f"seed={config.seed}: must be a whole number of at least 0"
+    for key in ("calib_batches", "threads"):
+        if config[key] is not None and not (_is_whole(config[key]) and config[key]):
+            yield f"{key}={config[key]}: must be a whole number of at least 1, or null"
+    if config.calib_split not in ("train", "val", "test"):
+        yield f"calib_split={config.calib_split}: allowed are train, val and test"
+    if config.checkpoint is not None and not Path(config.checkpoint).is_file():
+        yield f"checkpoint={config.checkpoint}: there is no such file; allowed is a state dict, as float.pt of a run"
+    for key in ("optimizer.lr", "quant.optimizer.lr"):
+        rate = OmegaConf.select(config, key)
+        if rate is not None and not (isinstance(rate, int | float) and rate > 0):
+            yield f"{key}={rate}: must be a number above 0"
+
+
+def _try_out(factory: Callable[..., Any], optimizer: Callable[..., Any] | None, key: str) -> None:
+    """Calls a factory once, so that what it refuses is known before any training."""
+    if optimizer is not None:
+        made = optimizer([nn.Parameter(torch.zeros(1))])
+        if key == "scheduler":
+            factory(made, 10)
+
+
+def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:
+    """Returns lines `key=value: reason` for what a constructor raised."""
+    found = re.search(r"full_key: ([\w.]+)", str(err))
+    where = found[1] if found else key
+    cause = err.__cause__ or err
+    if not isinstance(cause, ValueError | TypeError | ImportError):
+        raise err
+    lines = []
+    for line in str(cause).splitlines():
+        if re.match(r"[\w.*]+=", line):  # our own constructors begin with `parameter=value: `
+            lines.append(f"{where}.{line}")
+        elif line.strip():
+            # A library's constructor names no key: show what it was given.
+            values = {k: v for k, v in section.items() if not str(k).startswith("_") and not OmegaConf.is_config(v)}
+            given = ", ".join(f"{where}.{k}={v}" for k, v in values.items())
+            lines.append(f"{where}: {line} (given {given})")
+    return lines or [f"{where}: {type(cause).__name__}"]

@@ -1,0 +1,143 @@
+"""Loaders over tensors that already lie on the device: no Python per sample."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+CHUNK = 8192  # samples normalised at once: big enough to hide the cost of an op, small enough to stay in cache
+
+
+class Loader(Protocol):
+    """Yields batches (inputs, targets) on one device; every iteration is one epoch."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DataLoaders:
+    """The data of one run.
+
+    Attributes:
+        train: batches in a new random order every epoch.
+        val: held out of the training split for choices made during training; None where nothing is held out.
+        test: the official test split, for reported numbers only.
+        calib: the training split in fixed order with evaluation transforms.
+        fingerprint: a digest of the data's content.
+    """
+
+    train: Loader
+    val: Loader | None
+    test: Loader
+    calib: Loader
+    fingerprint: str
+
+
+def shuffled_indices(num_samples: int) -> Tensor:
+    """Returns the order (num_samples,) that `DataLoader(shuffle=True)` would draw from torch's global generator.
+
+    A DataLoader first draws a seed for its workers, then one for its sampler's own generator.
+    """
+    torch.empty((), dtype=torch.int64).random_()
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed))
+
+
+class ImageLoader:
+    """Batches of normalised images out of one uint8 tensor.
+
+    Args:
+        images: uint8 (N, H, W), on the device where the batches are wanted.
+        labels: int64 (N,), on the same device.
+        batch_size: samples a batch; the last batch may be smaller.
+        shuffle: draw a new order from torch's global generator at every iteration.
+        mean, std: (x / 255 - mean) / std, in this order, as torchvision's ToTensor and Normalize.
+        channels: 1, or 3 equal ones.
+
+    Yields:
+        images float32 (B, channels, H, W) and labels int64 (B,).
+    """
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, *, batch_size: int, shuffle: bool, mean: float, std: float, channels: int
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.batch_size, self.shuffle = batch_size, shuffle
+        self.mean, self.std, self.channels = mean, std, channels
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        num_samples = len(self.labels)
+        order = shuffled_indices(num_samples).to(self.labels.device) if self.shuffle else None
+        chunk = max(CHUNK // self.batch_size, 1) * self.batch_size
+        for start in range(0, num_samples, chunk):
+            rows = slice(start, start + chunk)
+            images, labels = self.images[rows], self.labels[rows]
+            if order is not None:
+                images, labels = self.images[order[rows]], self.labels[order[rows]]
+            x = images.float().div_(255).sub_(self.mean).div_(self.std)
+            x = x.unsqueeze(1).expand(-1, self.channels, -1, -1).contiguous()  # (n, channels, H, W)
+            yield from zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True)
+
+
+def image_loaders(
+    train: Batch,
+    test: Batch,
+    *,
+    batch_size: int,
+    eval_batch_size: int,
+    val_size: int,
+    mean: float,
+    std: float,
+    channels: int,
+    device: str,
+) -> DataLoaders:
+    """Returns the loaders of an image data set, given as (uint8 images (N, H, W), labels (N,)) a split.
+
+    The last val_size training samples are held out for validation.
+
+    Raises:
+        ValueError: names the parameter, its value and what is allowed.
+    """
+    num_train = len(train[1])
+    problems = [
+        f"{name}={value}: must be a whole number of at least 1"
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size))
+        if type(value) is not int or value < 1
+    ]
+    if type(val_size) is not int or not 0 <= val_size < num_train:
+        problems.append(f"val_size={val_size}: must be a whole number from 0 to {num_train - 1}")
+    if channels not in (1, 3):
+        problems.append(f"channels={channels}: allowed are 1 and 3")
+    if not std > 0:
+        problems.append(f"std={std}: must be above 0")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    digest = hashlib.sha256()
+    for part in (*train, *test):
+        digest.update(part.cpu().numpy().tobytes())
+    train, test = [(images.to(device), labels.to(device, torch.int64)) for images, labels in (train, test)]
+    split = num_train - val_size
+
+    def loader(part: Batch, rows: slice, size: int, shuffle: bool = False) -> ImageLoader:
+        images, labels = part[0][rows], part[1][rows]
+        return ImageLoader(
+            images, labels, batch_size=size, shuffle=shuffle, mean=mean, std=std, channels=channels
+        )
+
+    return DataLoaders(
+        train=loader(train, slice(split), batch_size, shuffle=True),
+        val=loader(train, slice(split, None), eval_batch_size) if val_size else None,
+        test=loader(test, slice(None), eval_batch_size),
+        calib=loader(train, slice(split), batch_size),
+        fingerprint=digest.hexdigest(),
+    )

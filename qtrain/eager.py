@@ -1,0 +1,416 @@
+"""The only module that imports torch.ao.quantization: stubs, engines, prepare, convert.
+
+torch marks its eager mode as deprecated, yet ships it in every release that pyproject.toml admits. Its deprecation
+warnings are silenced here, exactly, and nowhere else: a user of qtrain can do nothing about them.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.ao.nn.intrinsic.qat as nniqat
+import torch.ao.nn.qat as nnqat
+import torch.ao.nn.quantized as nnq
+import torch.ao.quantization as tq
+from torch import nn
+from torch.ao.nn.quantized import FloatFunctional
+from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.ao.quantization.observer import UniformQuantizationObserverBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from qtrain.functional.spec import AUTO, QuantSpec
+
+__all__ = ["DeQuantStub", "FakeQuantizeBase", "FloatFunctional", "QuantStub", "UniformQuantizationObserverBase"]
+
+DEPRECATED = r"torch\.ao\.quantization is deprecated"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)
+        yield
+
+
+# torch warns once a process, wherever the first quantized tensor is made or loaded. Make one here, so that no user's
+# line is blamed for it.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)
+    copy.deepcopy(torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8)).untyped_storage()
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What one backend of torch's int8 kernels can do, and what it does by default.
+
+    Args:
+        name: torch's name of the engine.
+        granularity: of weights, by default.
+        reduce_range: whether activations leave out the top bit by default, because a 16-bit sum could saturate.
+        asymmetric_weights: whether the kernels take weights with a zero point.
+    """
+
+    name: str
+    granularity: str = "per_channel"
+    reduce_range: bool = False
+    asymmetric_weights: bool = True
+
+    def settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
+        """Returns both specs with every "auto" replaced by this engine's rule.
+
+        Raises:
+            ValueError: the engine has no kernel for a combination; gives the reason and the legal choices.
+        """
+        weight = replace(
+            weight,
+            symmetric=True if weight.symmetric == AUTO else weight.symmetric,
+            granularity=self.granularity if weight.granularity == AUTO else weight.granularity,
+            reduce_range=False if weight.reduce_range == AUTO else weight.reduce_range,
+        )
+        activation = replace(
+            activation,
+            symmetric=False if activation.symmetric == AUTO else activation.symmetric,
+            granularity="per_tensor" if activation.granularity == AUTO else activation.granularity,
+            reduce_range=self.reduce_range if activation.reduce_range == AUTO else activation.reduce_range,
+        )
+        problems = []
+        if weight.reduce_range:
+            problems.append("weight.reduce_range=true: only activations are reduced; leave it at auto")
+        if not weight.symmetric and not self.asymmetric_weights:
+            able = ", ".join(e.name for e in ENGINES.values() if e.asymmetric_weights)
+            problems.append(
+                f"weight.symmetric=false: engine {self.name} takes weights without a zero point only; "
+                f"use weight.symmetric=true, or one of the engines {able}"
+            )
+        if weight.granularity == "per_group":
+            problems.append(
+                "weight.granularity=per_group: torch's int8 kernels know per_tensor and per_channel; allowed are these"
+            )
+        if activation.granularity != "per_tensor":
+            problems.append(
+                f"activation.granularity={activation.granularity}: activations have one scale a tensor; "
+                "allowed are per_tensor and auto"
+            )
+        for role, spec in (("weight", weight), ("activation", activation)):
+            try:
+                make_observer(spec, signed=role == "weight")
+            except ValueError as err:
+                problems.append(f"{role}.{err}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return weight, activation
+
+
+def _has_vnni() -> bool:
+    return bool(torch.cpu._is_vnni_supported())
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("fbgemm", reduce_range=True),
+        Engine("qnnpack", granularity="per_tensor"),
+        Engine("x86", reduce_range=True),
+        # oneDNN's own default is the full range, which saturates where the CPU lacks VNNI (7.5 dB instead of 46).
+        Engine("onednn", reduce_range=not _has_vnni(), asymmetric_weights=False),
+    )
+}
+
+
+def find_engine(name: str) -> Engine:
+    """Returns the engine of that name; "auto" is torch's own choice for this machine.
+
+    Raises:
+        ValueError: there is no such engine, or this build of torch lacks it.
+    """
+    here = [e for e in torch.backends.quantized.supported_engines if e in ENGINES]
+    if name == AUTO:
+        name = torch.backends.quantized.engine
+    if name not in ENGINES:
+        raise ValueError(f"engine={name}: allowed are auto, {', '.join(ENGINES)}")
+    if name not in here:
+        raise ValueError(f"engine={name}: not supported by torch on this machine; here there are {', '.join(here)}")
+    return ENGINES[name]
+
+
+@contextmanager
+def use_engine(name: str) -> Iterator[None]:
+    """Makes `name` torch's quantized engine inside the block."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def bind_engine(model: nn.Module, name: str) -> nn.Module:
+    """Returns `model`, changed in place so that each of its forward passes runs under the engine `name`.
+
+    Some kernels (add, pooling) look at the global engine when they run, not at the one they were packed for.
+    """
+    entered: list[str] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(torch.backends.quantized.engine)
+        torch.backends.quantized.engine = name
+
+    def leave(*_: Any) -> None:
+        torch.backends.quantized.engine = entered.pop()
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
+    return model
+
+
+# ---- observers -------------------------------------------------------------------------------------------------------
+
+
+def minmax(**qargs: Any) -> nn.Module:
+    """Returns torch's observer of the smallest and the largest value seen."""
+    return (tq.PerChannelMinMaxObserver if _per_channel(qargs["qscheme"]) else tq.MinMaxObserver)(**qargs)
+
+
+def moving_average(*, averaging_constant: float, **qargs: Any) -> nn.Module:
+    """Returns torch's observer of the exponentially averaged minimum and maximum: old + c * (new - old)."""
+    if not 0 < averaging_constant <= 1:
+        raise ValueError(f"averaging_constant={averaging_constant}: must be above 0 and at most 1")
+    per_channel = _per_channel(qargs["qscheme"])
+    cls = tq.MovingAveragePerChannelMinMaxObserver if per_channel else tq.MovingAverageMinMaxObserver
+    return cls(averaging_constant=averaging_constant, **qargs)
+
+
+def histogram(*, bins: int, **qargs: Any) -> nn.Module:
+    """Returns torch's observer that searches the clipping range of least squared error on a histogram."""
+    refuse_per_channel("histogram", qargs["qscheme"])
+    return tq.HistogramObserver(bins=bins, **qargs)
+
+
+def refuse_per_channel(observer: str, qscheme: torch.qscheme) -> None:
+    """Raises ValueError where an observer that knows one range a tensor is asked for one a channel."""
+    if _per_channel(qscheme):
+        raise ValueError(
+            f"observer={observer}: finds one range a tensor, not one a channel; "
+            "use observer=minmax or moving_average, or granularity=per_tensor"
+        )
+
+
+def make_observer(spec: QuantSpec, *, signed: bool) -> nn.Module:
+    """Returns a new observer for a settled spec; signed for weights (qint8), unsigned for activations (quint8)."""
+    assert spec.observer is not None and AUTO not in (spec.symmetric, spec.granularity), spec
+    kind = f"{spec.granularity}_{'symmetric' if spec.symmetric else 'affine'}"
+    low, high = spec.quant_range(signed)
+    dtype = torch.qint8 if signed else torch.quint8
+    return spec.observer(dtype=dtype, qscheme=getattr(torch, kind), quant_min=low, quant_max=high)
+
+
+def _per_channel(qscheme: torch.qscheme) -> bool:
+    return qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
+
+
+# ---- prepare, convert ------------------------------------------------------------------------------------------------
+
+# torch has QAT and int8 classes for Conv1d, but leaves the pair out of its tables: without it, Conv1d would train with
+# float weights and be quantized at the end all the same.
+QAT_MAPPING = {**tq.get_default_qat_module_mappings(), nn.Conv1d: nnqat.Conv1d}
+CONVERT_MAPPING = {**tq.get_default_static_quant_module_mappings(), nnqat.Conv1d: nnq.Conv1d}
+
+QConfig = tq.QConfig
+
+
+class FloatIsland(nn.Module):
+    """Runs `layer` in float between quantized neighbours."""
+
+    def __init__(self, layer: nn.Module, qconfig: Any) -> None:
+        super().__init__()
+        self.dequant, self.layer, self.quant = DeQuantStub(), layer, QuantStub()
+        self.dequant.qconfig = self.quant.qconfig = qconfig
+        self.layer.qconfig = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.quant(self.layer(self.dequant(x)))
+
+
+def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
+    """Fuses the named runs of modules (conv, bn, relu ...) of `model` in place."""
+    (tq.fuse_modules_qat if is_qat else tq.fuse_modules)(model, groups, inplace=True)
+
+
+def prepare(model: nn.Module, qconfig: Any, *, is_qat: bool, layers: dict[str, Any]) -> nn.Module:
+    """Returns a fused copy of `model` whose quantizable layers carry the modules that `qconfig` makes.
+
+    Args:
+        model: float model with QuantStub and DeQuantStub; `fuse_model(is_qat)` is called where it has one.
+        qconfig: `QConfig(activation=factory, weight=factory)`.
+        is_qat: also fake-quantize weights, and keep batch-norm statistics moving.
+        layers: {pattern (`fnmatch`) of layer names: a QConfig of their own, or None to stay float in a `FloatIsland`};
+            where two patterns match, the later one holds.
+
+    Raises:
+        ValueError: a pattern matches nothing, or the model has a layer that torch would quantize wrongly in silence.
+    """
+    model = copy.deepcopy(model).train(is_qat)
+    if hasattr(model, "fuse_model"):
+        model.fuse_model(is_qat=is_qat)
+    for name, own in match_layers(model, layers).items():
+        if own is None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, FloatIsland(model.get_submodule(name), qconfig))
+        else:
+            model.get_submodule(name).qconfig = own
+    _refuse_silent_errors(model, is_qat, qconfig.weight().is_per_channel)
+    model.qconfig = qconfig
+    with _quiet():
+        if is_qat:
+            tq.prepare_qat(model, mapping=QAT_MAPPING, inplace=True)
+        else:
+            tq.prepare(model, inplace=True)
+    return model
+
+
+def convert(prepared: nn.Module) -> nn.Module:
+    """Returns the int8 model for torch's current engine, on the CPU, in eval mode; `prepared` is left alone."""
+    with _quiet():
+        return tq.convert(copy.deepcopy(prepared).cpu().eval(), mapping=CONVERT_MAPPING, inplace=True)
+
+
+def quantize_dynamic(model: nn.Module, qconfigs: dict[str, Any]) -> nn.Module:
+    """Returns a copy on the CPU whose named layers hold int8 weights and quantize their inputs as they come."""
+    with _quiet():
+        return tq.quantize_dynamic(copy.deepcopy(model).cpu().eval(), qconfigs, inplace=True)
+
+
+def dynamic_activation() -> nn.Module:
+    """Returns the placeholder by which torch recognises a qconfig as dynamic."""
+    return tq.default_dynamic_quant_observer()
+
+
+def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+    """Returns {layer name: setting} for the patterns of `layers`; a layer inside a matched one is covered by it.
+
+    Raises:
+        ValueError: a pattern matches no layer.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found: dict[str, Any] = {}
+    for pattern, setting in layers.items():
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            raise ValueError(f"layers.{pattern}: matches no layer; the model has {', '.join(names)}")
+        found |= dict.fromkeys(matches, setting)
+    return {n: s for n, s in found.items() if not any(n.startswith(f"{outer}.") for outer in found)}
+
+
+CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _refuse_silent_errors(model: nn.Module, is_qat: bool, per_channel: bool) -> None:
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside_island = any(name.startswith(f"{n}.layer") for n, m in model.named_modules() if type(m) is FloatIsland)
+        if isinstance(module, nn.Identity) or inside_island:
+            continue
+        float_instead = f"keep it float: quant.layers={{{name}: float}}"
+        if id(module) in first:
+            raise ValueError(
+                f"model: layer {name} is layer {first[id(module)]} under a second name, and only the first would be "
+                "converted; register it once"
+            )
+        first[id(module)] = name
+        if isinstance(module, nn.MultiheadAttention):
+            raise ValueError(
+                f"model: layer {name} is nn.MultiheadAttention, whose quantizable version computes wrong results "
+                f"(pytorch#67651); write attention with nn.Linear layers, or {float_instead}"
+            )
+        if is_qat and isinstance(module, (*CONV_TRANSPOSE, nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(
+                f"model: layer {name} ({type(module).__name__}) has no QAT version in torch and would train with "
+                f"float weights; use quant=ptq, or {float_instead}"
+            )
+        if per_channel and isinstance(module, CONV_TRANSPOSE):
+            raise ValueError(
+                f"model: layer {name} ({type(module).__name__}) has no per-channel kernel; use "
+                f"quant.weight.granularity=per_tensor with engine qnnpack, or {float_instead}"
+            )
+
+
+# ---- looking into prepared and converted models ----------------------------------------------------------------------
+
+
+def observed_points(prepared: nn.Module) -> dict[str, nn.Module]:
+    """Returns {layer name: its activation observer or fake-quantizer}, in the order of registration."""
+    suffix = ".activation_post_process"
+    return {
+        name.removesuffix(suffix): module
+        for name, module in prepared.named_modules()
+        if name.endswith(suffix) and not isinstance(module, nn.Identity)
+    }
+
+
+def weight_points(prepared: nn.Module) -> dict[str, nn.Module]:
+    """Returns {layer name: its weight fake-quantizer} of a model prepared for QAT."""
+    suffix = ".weight_fake_quant"
+    return {n.removesuffix(suffix): m for n, m in prepared.named_modules() if n.endswith(suffix)}
+
+
+def weighted_layers(prepared: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[..., Any]]]:
+    """Yields (name, layer that holds .weight, factory of its weight observer) of every layer to be converted."""
+    for name, module in prepared.named_modules():
+        if getattr(module, "qconfig", None) is None or type(module) not in CONVERT_MAPPING:
+            continue
+        holder = module[0] if isinstance(module, nn.Sequential) else module
+        if isinstance(holder, nn.Linear | _ConvNd):
+            yield name, holder, module.qconfig.weight
+
+
+def float_weight(layer: nn.Module) -> torch.Tensor | None:
+    """Returns the float weight that a layer of a prepared or float model computes with, batch-norm folded in."""
+    if isinstance(layer, nn.Sequential) and not isinstance(layer, _ConvNd):
+        layer = layer[0] if len(layer) else layer
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return None
+    if isinstance(getattr(layer, "bn", None), _BatchNorm):
+        factor = layer.bn.weight / torch.sqrt(layer.bn.running_var + layer.bn.eps)
+        weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    return weight.detach()
+
+
+def quantized_weight(module: nn.Module) -> torch.Tensor | None:
+    """Returns the quantized weight of one converted layer, or None."""
+    weight = getattr(module, "weight", None)
+    if not callable(weight) or isinstance(weight, torch.Tensor):
+        return None
+    weight = weight()
+    return weight if isinstance(weight, torch.Tensor) and weight.is_quantized else None
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Tells whether a module is one of torch's int8 modules, static or dynamic."""
+    return ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn.")
+
+
+def use_stable_conv_bn(model: nn.Module) -> None:
+    """Lets Conv-BN layers divide the convolution's result, not the weight, by the batch-norm scale (safe at gamma 0)."""
+    for module in model.modules():
+        if isinstance(module, nniqat.ConvBn1d | nniqat.ConvBn2d | nniqat.ConvBn3d):
+            module._enable_slow_path_for_better_numerical_stability = True
+
+
+def freeze_batch_norm(model: nn.Module, frozen: bool = True) -> None:
+    """Fixes the running statistics of every batch-norm, fused or not, in place; frozen=False lets them move."""
+    for module in model.modules():
+        if hasattr(module, "freeze_bn_stats"):
+            module.freeze_bn_stats() if frozen else module.update_bn_stats()
+        elif isinstance(module, _BatchNorm):
+            module.train(model.training and not frozen)

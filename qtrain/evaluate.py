@@ -1,0 +1,42 @@
+"""Scoring a model on a whole split."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtrain.data.loaders import Loader
+from qtrain.task.base import Task
+from qtrain.truth import TruthError, finite_outputs
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attributes: metrics of the whole split, and one score an example (N,), on the CPU."""
+
+    metrics: dict[str, Any]
+    examples: Tensor
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, task: Task, *, device: str = "cpu") -> Scores:
+    """Returns the scores of `model` over `loader`. The model is left in eval mode.
+
+    Raises:
+        TruthError: an output is not finite; names the layer and the batch.
+    """
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    examples = []
+    for index, batch in enumerate(loader):
+        batch = (batch[0].to(device), batch[1].to(device))
+        output = model(*task.inputs(batch))
+        if not output.isfinite().all():
+            with finite_outputs(model, "evaluation", first_batch=index):
+                model(*task.inputs(batch))
+            raise TruthError(f"model: its output on evaluation batch {index} is not finite")
+        for name, value in task.metrics(output, batch).items():
+            sums[name] = sums[name] + value if name in sums else value
+        examples.append(task.examples(output, batch).cpu())
+    return Scores(task.summary(sums), torch.cat(examples))

@@ -1,0 +1,94 @@
+"""FakeQuantize: observe a tensor, then replace it by what its integers would mean.
+
+One module serves PTQ and QAT, weights and activations, so that calibration, simulation and conversion read the same
+scale and zero point.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtrain.eager import FakeQuantizeBase
+
+
+class FakeQuantize(FakeQuantizeBase):
+    """Observes where `observing`, and returns dequantize(quantize(x)) where `quantizing`, else x itself.
+
+    x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale, rounding half to even;
+    the gradient is passed straight through inside the clipping range and is 0 outside.
+
+    Args:
+        observer: an observer of torch's interface: forward(x) records, calculate_qparams() -> (scale, zero_point).
+        memoryless: forget the range before each observation. For weights, which are seen whole every time.
+        observing: whether forward records the tensor's range.
+        quantizing: whether forward fake-quantizes.
+
+    Shapes: x is any tensor; scale and zero_point are [1] per tensor, [C] per channel.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self, observer: nn.Module, *, memoryless: bool = False, observing: bool, quantizing: bool) -> None:
+        nn.Module.__init__(self)  # not the base's: it keeps its switches in tensors, and reads them in every forward
+        self.observer, self.memoryless = observer, memoryless
+        self.observing, self.quantizing = observing, quantizing
+        self.dtype, self.qscheme = observer.dtype, observer.qscheme
+        self.quant_min, self.quant_max = int(observer.quant_min), int(observer.quant_max)
+        self.is_per_channel = self.qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
+        self.ch_axis = int(getattr(observer, "ch_axis", -1))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self._settled = False  # whether scale and zero_point stand for what the observer has seen
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.observing:
+            if self.memoryless:
+                self.observer.reset_min_max_vals()
+            self.observer(x.detach())
+            self._settled = False
+        if not self.quantizing:
+            return x
+        scale, zero_point = self.calculate_qparams()
+        limits = self.quant_min, self.quant_max
+        if self.is_per_channel:
+            return torch.fake_quantize_per_channel_affine(x, scale, zero_point, self.ch_axis, *limits)
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
+
+    def calculate_qparams(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (scale, zero_point) of what was observed; worked out once an observation, not once a call."""
+        if not self._settled and self.has_observed():
+            scale, zero_point = self.observer.calculate_qparams()
+            self.scale = scale.to(self.scale.device, torch.float32).reshape(-1)
+            self.zero_point = zero_point.to(self.zero_point.device, torch.int32).reshape(-1)
+            self._settled = True
+        return self.scale, self.zero_point
+
+    def has_observed(self) -> bool:
+        """Tells whether the observer has seen any tensor (torch's hold an infinite range until then)."""
+        low = self.observer.min_val
+        return low.numel() > 0 and bool((low <= self.observer.max_val).all())
+
+    def observed_range(self) -> tuple[float, float]:
+        """Returns the smallest and the largest value observed."""
+        return float(self.observer.min_val.min()), float(self.observer.max_val.max())
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        self.quantizing = enabled
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        self.observing = enabled
+
+    def extra_repr(self) -> str:
+        low, high = self.quant_min, self.quant_max
+        return f"{self.qscheme}, {low}..{high}, observing={self.observing}, quantizing={self.quantizing}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A fresh module has one scale; the saved one may have one a channel.
+        for name in ("scale", "zero_point"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                setattr(self, name, torch.empty_like(saved, device=self.scale.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._settled = True

@@ -1,0 +1,85 @@
+"""QuantSpec: what one kind of tensor (weights or activations) is quantized to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+AUTO = "auto"
+GRANULARITIES = ("per_tensor", "per_channel", "per_group")
+
+
+def int_range(bits: int, signed: bool, *, restricted: bool = False) -> tuple[int, int]:
+    """Returns (quant_min, quant_max), the integers that `bits` bits can hold.
+
+    restricted drops the most negative signed integer, so that the range is symmetric about 0.
+
+    >>> int_range(8, signed=True), int_range(8, signed=False), int_range(4, signed=True, restricted=True)
+    ((-128, 127), (0, 255), (-7, 7))
+    """
+    if not signed:
+        return 0, 2**bits - 1
+    return -(2 ** (bits - 1)) + restricted, 2 ** (bits - 1) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How one kind of tensor is quantized. "auto" is settled by the engine's rules (`eager.Engine.settle`).
+
+    Args:
+        bits: width of the integers, 2..8. They are stored as 8-bit integers by torch's kernels.
+        symmetric: zero maps to the middle of the range (weights: to 0), or "auto".
+        granularity: which elements share a scale. Of a weight [A, B]: "per_tensor" -> scale [],
+            "per_channel" -> scale [A], "per_group" -> scale [A, B / group_size]; or "auto".
+        group_size: neighbours along the last axis that share a scale; only with "per_group".
+        observer: the name of a file in conf/observer, its mapping, or a factory of observers.
+        reduce_range: leave out the top bit, for kernels whose 16-bit accumulators would saturate.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    bits: int = 8
+    symmetric: bool | str = AUTO
+    granularity: str = AUTO
+    group_size: int | None = None
+    observer: Callable[..., Any] | None = None
+    reduce_range: bool | str = AUTO
+
+    def __post_init__(self) -> None:
+        problems = []
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            problems.append(f"bits={self.bits}: allowed are the whole numbers 2..8")
+        if self.symmetric not in (True, False, AUTO):
+            problems.append(f"symmetric={self.symmetric}: allowed are true, false and auto")
+        if self.reduce_range not in (True, False, AUTO):
+            problems.append(f"reduce_range={self.reduce_range}: allowed are true, false and auto")
+        if self.granularity not in (*GRANULARITIES, AUTO):
+            problems.append(f"granularity={self.granularity}: allowed are {', '.join(GRANULARITIES)} and auto")
+        if (self.granularity == "per_group") != (self.group_size is not None):
+            problems.append(f"group_size={self.group_size}: goes with granularity=per_group, and only with it")
+        elif self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
+            problems.append(f"group_size={self.group_size}: must be a whole number of at least 1")
+        if self.observer is not None and not callable(self.observer):
+            problems.append(f"observer={self.observer}: must be a callable that makes an observer")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def quant_range(self, signed: bool) -> tuple[int, int]:
+        """Returns (quant_min, quant_max) of this spec; reduce_range costs one bit.
+
+        >>> QuantSpec(bits=8, reduce_range=True).quant_range(signed=False)
+        (0, 127)
+        """
+        return int_range(self.bits - (self.reduce_range is True), signed)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the fields as plain values, for reports; the observer by its name."""
+        factory = getattr(self.observer, "func", self.observer)
+        return {
+            "bits": self.bits,
+            "symmetric": self.symmetric,
+            "granularity": self.granularity,
+            "group_size": self.group_size,
+            "reduce_range": self.reduce_range,
+            "observer": getattr(factory, "__name__", None),
+        }

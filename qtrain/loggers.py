@@ -1,0 +1,100 @@
+"""Where a run's numbers and pictures go: metrics.jsonl always, TensorBoard by choice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class Logger:
+    """Takes what a run has to show, and shows nothing; a logger overrides what it can show.
+
+    `step` counts optimizer steps of the stage that a metric's name begins with.
+    """
+
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+    def histogram(self, name: str, values: Tensor, step: int) -> None: ...
+    def figure(self, name: str, figure: Any, step: int) -> None: ...
+    def text(self, name: str, markdown: str, step: int) -> None: ...
+    def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines(Logger):
+    """Appends each call of `log` as one line to metrics.jsonl in `run_dir`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard(Logger):
+    """Writes event files into `run_dir`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        # Imported here: what does not log need not wait for it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        self.writer.add_histogram(name, values, step)
+
+    def figure(self, name: str, figure: Any, step: int) -> None:
+        self.writer.add_figure(name, figure, step)
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        self.writer.add_text(name, markdown, step)
+
+    def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None:
+        # SummaryWriter.add_hparams would open a second run; this keeps one run folder one run.
+        from torch.utils.tensorboard.summary import hparams
+
+        values = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()}
+        for summary in hparams(values, metrics):
+            self.writer._get_file_writer().add_summary(summary)
+        self.log(metrics, 0)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Loggers(Logger):
+    """Passes every call on to several loggers."""
+
+    def __init__(self, *loggers: Logger) -> None:
+        self.loggers = loggers
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for logger in self.loggers:
+            logger.log(metrics, step)
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        for logger in self.loggers:
+            logger.histogram(name, values, step)
+
+    def figure(self, name: str, figure: Any, step: int) -> None:
+        for logger in self.loggers:
+            logger.figure(name, figure, step)
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        for logger in self.loggers:
+            logger.text(name, markdown, step)
+
+    def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.hparams(params, metrics)
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()

@@ -1,0 +1,104 @@
+"""Sizes, latency, memory and time."""
+
+import io
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Returns the bytes of all tensors in the state dict, scales and zero points included, shared ones once."""
+    seen: set[int] = set()
+
+    def count(item: Any) -> int:
+        if isinstance(item, dict | list | tuple):
+            return sum(count(part) for part in (item.values() if isinstance(item, dict) else item))
+        if not isinstance(item, Tensor) or item.data_ptr() in seen:
+            return 0
+        if item.numel():
+            seen.add(item.data_ptr())
+        size = item.numel() * item.element_size()
+        if not item.is_quantized:
+            return size
+        if item.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+            scales, zeros = item.q_per_channel_scales(), item.q_per_channel_zero_points()
+            return size + scales.nbytes + zeros.nbytes
+        return size + 8 + 8  # a double and a 64-bit integer
+
+    return count(model.state_dict())
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Returns the bytes of the state dict as torch.save writes it."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return len(buffer.getbuffer())
+
+
+@torch.no_grad()
+def latency(
+    models: dict[str, nn.Module], inputs: tuple[Tensor, ...], *, batch_sizes: list[int], warmup: int, repeats: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns {model: {batch size: {"median", "p90"}}} in milliseconds of a forward pass on the CPU.
+
+    The models take turns, so that a busy machine slows all of them alike.
+
+    Args:
+        inputs: arguments of forward, with at least one sample each; repeated to fill a batch.
+    """
+    result: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
+    for size in batch_sizes:
+        batch = tuple(x[torch.arange(size) % len(x)] for x in inputs)
+        times = torch.empty(len(models), repeats, dtype=torch.float64)
+        for repeat in range(-warmup, repeats):
+            for row, model in enumerate(models.values()):
+                start = time.perf_counter()
+                model(*batch)
+                elapsed = time.perf_counter() - start
+                if repeat >= 0:
+                    times[row, repeat] = elapsed * 1e3
+        for name, row in zip(models, times, strict=True):
+            result[name][str(size)] = {"median": float(row.median()), "p90": float(row.quantile(0.9))}
+    return result
+
+
+class Stopwatch:
+    """Sums seconds by stage."""
+
+    def __init__(self, *stages: str) -> None:
+        self.seconds = dict.fromkeys(stages, 0.0)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+
+def reset_peak_memory() -> None:
+    """Starts the peak anew, where the system can (Linux, CUDA), so that jobs of one process do not add up."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Returns the largest memory held: of the GPU's allocator on CUDA, else of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,47 @@
+"""A small convolutional network: what most of MNIST needs, and every fusion that matters."""
+
+import torch
+from torch import nn
+
+from qtrain.eager import DeQuantStub, QuantStub, fuse
+
+
+class ConvNet(nn.Module):
+    """Two Conv-BN-ReLU-pool stages, Linear-ReLU, Linear.
+
+    Args:
+        width: channels of the first stage; the second has twice as many.
+        hidden: width of the hidden Linear layer.
+
+    Shape: (B, 1, 28, 28) -> (B, 10).
+    """
+
+    def __init__(self, *, width: int, hidden: int) -> None:
+        super().__init__()
+        for name, value in (("width", width), ("hidden", hidden)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value}: must be a whole number of at least 1")
+        self.quant = QuantStub()
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * width)
+        self.relu2 = nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+        self.linear1 = nn.Linear(2 * width * 7 * 7, hidden)
+        self.relu3 = nn.ReLU()
+        self.linear2 = nn.Linear(hidden, 10)
+        self.dequant = DeQuantStub()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.quant(x)
+        x = self.pool(self.relu1(self.bn1(self.conv1(x))))  # (B, width, 14, 14)
+        x = self.pool(self.relu2(self.bn2(self.conv2(x))))  # (B, 2 width, 7, 7)
+        x = self.relu3(self.linear1(x.flatten(1)))  # (B, hidden)
+        return self.dequant(self.linear2(x))  # (B, 10)
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        """Fuses Conv-BN-ReLU and Linear-ReLU, in place."""
+        groups = [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"], ["linear1", "relu3"]]
+        fuse(self, groups, is_qat=is_qat)

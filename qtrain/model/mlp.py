@@ -1,0 +1,43 @@
+"""Multi-layer perceptron on flattened 28x28 images."""
+
+import torch
+from torch import nn
+
+from qtrain.eager import DeQuantStub, QuantStub, fuse
+
+
+class MLP(nn.Module):
+    """784 inputs, two hidden layers, 10 classes.
+
+    Args:
+        hidden: width of both hidden layers.
+        hidden_relu: a ReLU after each hidden layer. The articles' DigitsNet has none, so it is linear throughout.
+        output_relu: a ReLU on the logits, as in DigitsNet; it is not fused there, and not here.
+
+    Shape: (B, 1, 28, 28) -> (B, 10).
+    """
+
+    def __init__(self, *, hidden: int, hidden_relu: bool, output_relu: bool) -> None:
+        super().__init__()
+        if type(hidden) is not int or hidden < 1:
+            raise ValueError(f"hidden={hidden}: must be a whole number of at least 1")
+        self.quant = QuantStub()
+        self.linear1 = nn.Linear(28 * 28, hidden)
+        self.relu1 = nn.ReLU() if hidden_relu else nn.Identity()
+        self.linear2 = nn.Linear(hidden, hidden)
+        self.relu2 = nn.ReLU() if hidden_relu else nn.Identity()
+        self.linear3 = nn.Linear(hidden, 10)
+        self.relu3 = nn.ReLU() if output_relu else nn.Identity()
+        self.dequant = DeQuantStub()
+        self.hidden_relu = hidden_relu
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.quant(x.flatten(1))  # (B, 784)
+        x = self.relu1(self.linear1(x))  # (B, hidden)
+        x = self.relu2(self.linear2(x))
+        return self.dequant(self.relu3(self.linear3(x)))  # (B, 10)
+
+    def fuse_model(self, is_qat: bool = False) -> None:
+        """Fuses each hidden layer with its ReLU, in place."""
+        if self.hidden_relu:
+            fuse(self, [["linear1", "relu1"], ["linear2", "relu2"]], is_qat=is_qat)

@@ -1,0 +1,80 @@
+"""Percentile observer: clip the rarest values at both ends, so that outliers do not stretch the scale."""
+
+from typing import Any
+
+import torch
+
+from qtrain.eager import UniformQuantizationObserverBase, refuse_per_channel
+
+
+class PercentileObserver(UniformQuantizationObserverBase):
+    """Observes a histogram of everything seen, and clips it at a percentile on each side.
+
+    The histogram spans [-limit, limit]; when a larger value comes, limit doubles and neighbouring bins are merged, so no
+    count is ever moved to a wrong place. The percentiles are exact to one bin: at most 4 * max|x| / bins.
+
+    Args:
+        percentile: share of values in percent, above 50 and at most 100, that lies below the upper end; as many lie above
+            the lower end. 100 is the plain minimum and maximum.
+        bins: an even number of bins.
+        qargs: dtype, qscheme, quant_min, quant_max, as for torch's observers.
+
+    Raises:
+        ValueError: percentile or bins out of range; a per-channel scheme.
+    """
+
+    min_val: torch.Tensor
+    max_val: torch.Tensor
+    counts: torch.Tensor
+    limit: torch.Tensor
+
+    def __init__(self, *, percentile: float, bins: int, **qargs: Any) -> None:
+        if not 50 < percentile <= 100:
+            raise ValueError(f"percentile={percentile}: must be above 50 and at most 100")
+        if bins < 2 or bins % 4:
+            raise ValueError(f"bins={bins}: must be a multiple of 4")
+        refuse_per_channel("percentile", qargs["qscheme"])
+        super().__init__(**qargs)
+        self.percentile, self.bins = percentile, bins
+        self.register_buffer("min_val", torch.tensor(torch.inf))
+        self.register_buffer("max_val", torch.tensor(-torch.inf))
+        self.register_buffer("counts", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("limit", torch.tensor(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = x.detach().float()
+        low, high = torch.aminmax(seen)
+        self.min_val, self.max_val = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
+        peak = float(torch.maximum(self.max_val, -self.min_val))
+        if self.limit == 0:
+            self.limit = torch.tensor(peak or 1.0, device=x.device)
+        while peak > self.limit:
+            self._double()
+        limit = float(self.limit)
+        self.counts += torch.histc(seen, self.bins, -limit, limit)
+        return x
+
+    def _double(self) -> None:
+        merged = self.counts.reshape(-1, 2).sum(1)
+        quarter = self.bins // 4
+        self.counts = torch.nn.functional.pad(merged, (quarter, quarter))
+        self.limit = self.limit * 2
+
+    def clipping_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (low, high), inside the observed minimum and maximum."""
+        tail = self.counts.sum() * (1 - self.percentile / 100)
+        edges = torch.linspace(-1, 1, self.bins + 1, dtype=torch.float64, device=self.counts.device) * self.limit
+        below = self.counts.cumsum(0)
+        low = edges[torch.searchsorted(below, tail, right=True).clamp(max=self.bins - 1)]
+        above = self.counts.flip(0).cumsum(0)
+        high = edges.flip(0)[torch.searchsorted(above, tail, right=True).clamp(max=self.bins - 1)]
+        return torch.maximum(low.float(), self.min_val), torch.minimum(high.float(), self.max_val)
+
+    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (scale, zero_point) of the clipping range."""
+        return self._calculate_qparams(*self.clipping_range())
+
+    def reset_min_max_vals(self) -> None:
+        self.min_val, self.max_val = self.min_val.new_tensor(torch.inf), self.max_val.new_tensor(-torch.inf)
+        self.counts.zero_()
+        self.limit = self.limit.new_tensor(0.0)

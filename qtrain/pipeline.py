@@ -1,0 +1,236 @@
+"""One run: float model, prepare, calibrate, fine-tune, convert; every model scored on the same data."""
+
+import copy
+import logging
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from qtrain import records
+from qtrain.check import dry_run
+from qtrain.checkpoint import FloatCache, digest, load_weights, save_weights
+from qtrain.config import Parts, build
+from qtrain.data.loaders import Loader
+from qtrain.evaluate import Scores, evaluate
+from qtrain.loggers import JsonLines, Logger, Loggers
+from qtrain.measure import Stopwatch, file_bytes, latency, peak_memory_bytes, reset_peak_memory, weight_bytes
+from qtrain.report import Report, versions
+from qtrain.truth import TruthError, finite_outputs, require_finite_weights
+
+log = logging.getLogger(__name__)
+
+STAGES = ("float_training", "calibration", "finetuning", "conversion", "evaluation")
+
+
+def execute(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report:
+    """Carries out one run and returns its report; a run that fails leaves a report that says why.
+
+    Args:
+        config: as `config.resolve` returns it.
+        run_dir: an existing folder.
+        overrides: the command line, for the record.
+
+    Raises:
+        ValueError: the config, the model or a number is wrong; says which and what to do.
+        OSError: a file cannot be written.
+    """
+    report = Report(**records.identity(config, overrides))
+    try:
+        run(config, run_dir, report)
+    except BaseException as err:
+        report.status, report.error = "failed", f"{type(err).__name__}: {err}"
+        with suppress(OSError):  # the disk may be what failed
+            report.save(run_dir)
+        raise
+    return report
+
+
+def run(config: DictConfig, run_dir: Path, report: Report) -> None:
+    """Carries out one run: writes its weights, pictures and `report` into `run_dir`."""
+    reset_peak_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    parts = build(config)
+    sample = parts.task.inputs(next(iter(parts.data.test)))
+    sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
+    report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample))
+    clock, quantizer = Stopwatch(*STAGES), parts.quantizer
+    logger: Logger = Loggers(JsonLines(run_dir), *records.extra_loggers(config, run_dir))
+    try:
+        untrained = copy.deepcopy(parts.model)
+        float_model = obtain_float(config, parts, report, clock, logger)
+        prepared = quantizer.prepare((untrained if quantizer.from_scratch else float_model).to(config.device))
+        with clock("calibration"), finite_outputs(prepared, "calibration"):
+            quantizer.calibrate(prepared, calibration_inputs(config, parts))
+        failures = parts.truth.unobserved(prepared)
+        enforce(parts, failures)
+        with clock("finetuning"):
+            prepared = finetune(config, parts, prepared, logger).cpu()
+        require_finite_weights(prepared)
+        with clock("conversion"):
+            fake, reference = quantizer.fake(prepared), quantizer.reference(prepared)
+            quantized = fake if quantizer.simulated and fake is not None else quantizer.convert(prepared)
+        float_model = float_model.cpu().eval()
+        with clock("evaluation"):
+            scores = {"float": evaluate(float_model, parts.data.test, parts.task)}
+            scores["fake"] = evaluate(fake, parts.data.test, parts.task) if fake is not None else None
+            scores["quantized"] = evaluate(quantized, parts.data.test, parts.task)
+            report.truth, found = parts.truth.compare(reference, fake, quantized, sample)
+        failures += found
+        report.truth |= {"ok": not failures, "failures": failures}
+        describe(report, config, parts, float_model, quantized, scores, sample, clock)
+        enforce(parts, failures)
+        save_weights(run_dir / "float.pt", float_model)
+        save_weights(run_dir / "quantized.pt", quantized)
+        records.write(report, run_dir, logger, parts.task, scores, reference, float_model, quantized, sample)
+        report.save(run_dir)
+    finally:
+        logger.close()
+
+
+def obtain_float(config: DictConfig, parts: Parts, report: Report, clock: Stopwatch, logger: Logger) -> nn.Module:
+    """Returns the float model: out of a checkpoint, out of the cache, or trained now."""
+    model = parts.model
+    if config.checkpoint is not None:
+        load_weights(model, Path(config.checkpoint))
+        report.float_from = "checkpoint"
+    elif config.float_cache is None:
+        train_float(config, parts, clock, logger)
+        report.float_from = "training"
+    else:
+        # The checkpoint, quantizer and measurements have no say in the float model; everything else does.
+        keys = ("model", "data", "task", "trainer", "optimizer", "scheduler", "seed", "device")
+        content = {key: OmegaConf.to_container(config)[key] for key in keys}  # type: ignore[index,call-overload]
+        content["data"].pop("root", None)  # the same data elsewhere are the same data
+        key = digest([content, parts.data.fingerprint, torch.__version__, torch.get_num_threads()])
+        cache = FloatCache(Path(config.float_cache), key)
+        with cache.lock:
+            training = cache.load(model)
+            report.float_from = "training" if training is None else "cache"
+            if training is None:
+                train_float(config, parts, clock, logger)
+                training = {"seconds": clock.seconds["float_training"]}
+                cache.save(model, training)
+            else:
+                log.info(f"float model: out of the cache ({cache.folder}), trained once in {training['seconds']:.1f} s")
+    require_finite_weights(model)
+    return model
+
+
+def train_float(config: DictConfig, parts: Parts, clock: Stopwatch, logger: Logger) -> None:
+    """Trains the float model, in place, from the generators' state in which it was made."""
+    torch.set_rng_state(parts.generator_state)
+    with clock("float_training"):
+        parts.trainer.fit(
+            parts.model,
+            parts.data.train,
+            parts.task,
+            optimizer=parts.optimizer,
+            scheduler=parts.scheduler,
+            device=config.device,
+            logger=logger,
+            stage="float",
+            on_epoch_end=lambda epoch: val_scores(parts, parts.model, config.device),
+        )
+
+
+def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logger) -> nn.Module:
+    """Returns the prepared model after the quantizer's own training: of the best converted epoch, or the last."""
+    quantizer: Any = parts.quantizer
+    if not quantizer.trains:
+        return prepared
+    # Not where the float training ended: that would depend on whether it came out of the cache.
+    torch.set_rng_state(parts.generator_state)
+    best: dict[str, Any] = {"quality": None, "model": prepared}
+
+    def score(epoch: int) -> dict[str, float]:
+        if not quantizer.convert_every or (epoch + 1) % quantizer.convert_every:
+            return {}
+        metrics = val_scores(parts, quantizer.convert(prepared), "cpu")
+        quality = metrics[f"val_{parts.task.quality}"] * (1 if parts.task.higher_is_better else -1)
+        if best["quality"] is None or quality > best["quality"]:
+            best.update(quality=quality, model=copy.deepcopy(prepared))
+        return {f"int8_{name}": value for name, value in metrics.items()}
+
+    replace(parts.trainer, epochs=quantizer.epochs).fit(
+        prepared,
+        parts.data.train,
+        parts.task,
+        optimizer=quantizer.optimizer,
+        scheduler=quantizer.scheduler,
+        device=config.device,
+        logger=logger,
+        stage="qat",
+        on_epoch_start=lambda epoch: quantizer.on_epoch(prepared, epoch),
+        on_epoch_end=score,
+    )
+    return best["model"]
+
+
+def val_scores(parts: Parts, model: nn.Module, device: str) -> dict[str, float]:
+    """Returns {"val_<metric>": number} on the validation data, or nothing where there are none."""
+    if parts.data.val is None:
+        return {}
+    metrics = evaluate(model, parts.data.val, parts.task, device=device).metrics
+    return {f"val_{name}": metrics[name] for name in (parts.task.quality, "loss")}
+
+
+def calibration_inputs(config: DictConfig, parts: Parts) -> Any:
+    """Yields forward's arguments for `calib_batches` batches of `calib_split`, untouched by augmentation."""
+    loaders: dict[str, Loader | None] = {"train": parts.data.calib, "val": parts.data.val, "test": parts.data.test}
+    loader = loaders[config.calib_split]
+    if loader is None:
+        raise ValueError(f"calib_split={config.calib_split}: there are no such data; set data.val_size above 0")
+    for inputs, targets in islice(loader, config.calib_batches):
+        yield parts.task.inputs((inputs.to(config.device), targets.to(config.device)))
+
+
+def enforce(parts: Parts, failures: list[str]) -> None:
+    """Raises TruthError for failures of the truth gate, or warns, as `truth.on_failure` says."""
+    if failures and parts.truth.on_failure == "error":
+        raise TruthError("\n".join(failures))
+    for failure in failures:
+        log.warning(f"truth: {failure}")
+
+
+def describe(
+    report: Report,
+    config: DictConfig,
+    parts: Parts,
+    float_model: nn.Module,
+    quantized: nn.Module,
+    scores: dict[str, Scores | None],
+    sample: tuple[Tensor, ...],
+    clock: Stopwatch,
+) -> None:
+    """Fills the report with scores, sizes, latency, memory and time."""
+    simulated = parts.quantizer.simulated
+    models = {"float": float_model} if simulated else {"float": float_model, "quantized": quantized}
+    measure = OmegaConf.to_container(config.measure)
+    report.latency_ms = latency(models, sample, **measure)  # type: ignore[arg-type]
+    report.size_bytes = {name: weight_bytes(model) for name, model in models.items()}
+    report.size_bytes |= {f"{name}_file": file_bytes(model) for name, model in models.items()}
+    if simulated:
+        report.latency_ms["quantized"] = None  # type: ignore[assignment]
+        report.size_bytes |= {"quantized": None, "quantized_file": None}
+    report.metrics = {name: score and score.metrics for name, score in scores.items()}
+    report.quant |= records.quantizer_facts(parts.quantizer)
+    report.qparams = records.activation_qparams(quantized)
+    report.threads, report.device = torch.get_num_threads(), config.device
+    report.time_s = dict(clock.seconds)
+    report.peak_memory_bytes = peak_memory_bytes(config.device)
+    report.versions = versions()
+    assert scores["float"] is not None and scores["quantized"] is not None
+    gain = scores["quantized"].examples.double() - scores["float"].examples.double()
+    report.difference = {
+        parts.task.quality: float(gain.mean()),
+        "standard_error": float(gain.std(correction=1) / len(gain) ** 0.5),
+        "gained": int((gain > 0).sum()),
+        "lost": int((gain < 0).sum()),
+    }

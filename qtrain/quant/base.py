@@ -1,0 +1,53 @@
+"""Quantizer: the three verbs that every method is made of."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from qtrain.functional.spec import QuantSpec
+
+
+class Quantizer:
+    """Leaves the model as it is; a method overrides what it changes.
+
+    The pipeline calls `prepare`, `calibrate`, then trains where `trains`, then `convert`. None of them changes the
+    model it is given, except that calibration fills the prepared model's observers.
+
+    Attributes:
+        trains: whether the prepared model is fine-tuned before it is converted.
+        from_scratch: whether that training starts from the untrained model.
+        engine: torch's quantized engine of the converted model, or None.
+        weight, activation: the settled specs, or None.
+        simulated: whether no kernel can do what is asked, so that `fake` is the result.
+    """
+
+    trains = False
+    from_scratch = False
+    simulated = False
+    engine: str | None = None
+    weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Returns a copy of the float `model`, ready to be calibrated."""
+        return copy.deepcopy(model).eval()
+
+    def calibrate(self, prepared: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
+        """Runs the batches (each the arguments of one forward pass) through the observers of `prepared`, in place."""
+
+    def on_epoch(self, prepared: nn.Module, epoch: int) -> None:
+        """Sets `prepared` (in train mode) up for the epoch, counted from 0, that is about to start."""
+
+    def fake(self, prepared: nn.Module) -> nn.Module | None:
+        """Returns a model that simulates the integers in float, in eval mode, or None where the method has none."""
+        return None
+
+    def reference(self, prepared: nn.Module) -> nn.Module | None:
+        """Returns the float model that `fake` approximates, with the same layer names, or None."""
+        return None
+
+    def convert(self, prepared: nn.Module) -> nn.Module:
+        """Returns the quantized model, in eval mode, on the CPU."""
+        return copy.deepcopy(prepared).cpu().eval()

@@ -1,0 +1,107 @@
+"""Static post-training quantization: observe activations on calibration data, then convert weights and activations.
+
+B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+arXiv:1712.05877, section 2; R. Krishnamoorthi, arXiv:1806.08342, section 3.
+"""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtrain import eager
+from qtrain.fake_quantize import FakeQuantize
+from qtrain.functional.spec import QuantSpec
+from qtrain.quant.base import Quantizer
+
+
+def fake_quantize(spec: QuantSpec, **kwargs: Any) -> FakeQuantize:
+    """Returns the module that observes and fake-quantizes by `spec`; weights (memoryless) are signed."""
+    return FakeQuantize(eager.make_observer(spec, signed=kwargs.get("memoryless", False)), **kwargs)
+
+
+class PTQ(Quantizer):
+    """Calibrates observers at every quantized tensor, then converts.
+
+    Args:
+        engine: "fbgemm", "qnnpack", "x86", "onednn" or "auto".
+        weight: what weights are quantized to.
+        activation: what activations are quantized to; below 8 bits the result is a simulation.
+        layers: {pattern of layer names: "float", or the fields of `weight` that differ there, as {"bits": 4}}.
+
+    Raises:
+        ValueError: the engine is unknown or refuses a spec.
+    """
+
+    def __init__(
+        self, *, engine: str, weight: QuantSpec, activation: QuantSpec, layers: dict[str, str | dict[str, Any]]
+    ) -> None:
+        rules = eager.find_engine(engine)
+        self.engine = rules.name
+        self.weight, self.activation = rules.settle(weight, activation)
+        self.layers = {pattern: self._layer_weight(pattern, setting) for pattern, setting in layers.items()}
+        self.simulated = self.activation.bits < 8
+
+    def _layer_weight(self, pattern: str, setting: str | dict[str, Any]) -> QuantSpec | None:
+        if setting == "float":
+            return None
+        if not isinstance(setting, dict):
+            raise ValueError(f"layers.{pattern}={setting}: must be float, or fields of weight such as {{bits: 4}}")
+        assert self.weight is not None and self.activation is not None and self.engine is not None
+        try:
+            return eager.ENGINES[self.engine].settle(replace(self.weight, **setting), self.activation)[0]
+        except (TypeError, ValueError) as err:
+            raise ValueError(f"layers.{pattern}.{err}") from err
+
+    def _qconfig(self, weight: QuantSpec) -> Any:
+        return eager.QConfig(
+            activation=partial(fake_quantize, self.activation, observing=False, quantizing=False),
+            weight=partial(fake_quantize, weight, memoryless=True, observing=True, quantizing=True),
+        )
+
+    def _prepare(self, model: nn.Module, *, is_qat: bool) -> nn.Module:
+        assert self.weight is not None
+        layers = {p: w and self._qconfig(w) for p, w in self.layers.items()}
+        return eager.prepare(model, self._qconfig(self.weight), is_qat=is_qat, layers=layers)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return self._prepare(model, is_qat=False)
+
+    def calibrate(self, prepared: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
+        prepared.eval()
+        points = eager.observed_points(prepared).values()
+        with torch.no_grad():
+            set_modes(points, observing=True, quantizing=False)
+            for inputs in batches:
+                prepared(*inputs)
+        set_modes(points, observing=False, quantizing=False)
+
+    def fake(self, prepared: nn.Module) -> nn.Module | None:
+        model = copy.deepcopy(prepared).eval()
+        with torch.no_grad():
+            for _, layer, make_weight_quantizer in eager.weighted_layers(model):
+                layer.weight.copy_(make_weight_quantizer().to(layer.weight.device)(layer.weight))
+        set_modes(eager.observed_points(model).values(), observing=False, quantizing=True)
+        return model
+
+    def reference(self, prepared: nn.Module) -> nn.Module | None:
+        model = copy.deepcopy(prepared).eval()
+        for points in (eager.observed_points(model), eager.weight_points(model)):
+            set_modes(points.values(), observing=False, quantizing=False)
+        return model
+
+    def convert(self, prepared: nn.Module) -> nn.Module:
+        assert self.engine is not None
+        with eager.use_engine(self.engine):
+            return eager.bind_engine(eager.convert(prepared), self.engine)
+
+
+def set_modes(points: Iterable[nn.Module], *, observing: bool, quantizing: bool) -> None:
+    """Switches observation and fake quantization at each point, in place."""
+    for point in points:
+        point.enable_observer(observing)
+        point.enable_fake_quant(quantizing)

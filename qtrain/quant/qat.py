@@ -1,0 +1,93 @@
+"""Quantization-aware training: fake-quantized weights and activations, trained straight through, then converted.
+
+B. Jacob et al., arXiv:1712.05877, section 3; R. Krishnamoorthi, arXiv:1806.08342, section 4.
+"""
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from qtrain import eager
+from qtrain.quant.ptq import PTQ, set_modes
+
+
+class QAT(PTQ):
+    """Trains with fake quantization before converting.
+
+    Args:
+        epochs: epochs of quantization-aware training.
+        optimizer, scheduler: factories, as at the top level; they serve this training alone.
+        from_scratch: start from the untrained model, not from the trained float model.
+        start_epoch: first epoch with fake quantization of activations and weights; null: never, only observe.
+        freeze_observers_epoch: first epoch in which the ranges of activations stand still; null: never.
+        freeze_batch_norm_epoch: first epoch in which batch-norm statistics stand still; null: never.
+        convert_every: convert and score the int8 model every so many epochs, and keep the best; 0: keep the last.
+        ptq: engine, weight, activation and layers, as for PTQ.
+
+    Raises:
+        ValueError: an epoch out of range, an observer too slow for a training loop, or what PTQ refuses.
+    """
+
+    trains = True
+
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        optimizer: Any,
+        scheduler: Any,
+        from_scratch: bool,
+        start_epoch: int | None,
+        freeze_observers_epoch: int | None,
+        freeze_batch_norm_epoch: int | None,
+        convert_every: int,
+        **ptq: Any,
+    ) -> None:
+        problems = []
+        if epochs < 1:
+            problems.append(f"epochs={epochs}: must be at least 1")
+        if convert_every < 0:
+            problems.append(f"convert_every={convert_every}: must be 0 (never) or a number of epochs")
+        stages = {
+            "start_epoch": start_epoch,
+            "freeze_observers_epoch": freeze_observers_epoch,
+            "freeze_batch_norm_epoch": freeze_batch_norm_epoch,
+        }
+        for name, epoch in stages.items():
+            if epoch is not None and not 0 <= epoch < epochs:
+                problems.append(f"{name}={epoch}: must be one of the epochs 0..{epochs - 1}, or null for never")
+        try:
+            super().__init__(**ptq)
+        except ValueError as err:
+            problems.append(str(err))
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.epochs, self.optimizer, self.scheduler = epochs, optimizer, scheduler
+        self.from_scratch, self.convert_every = from_scratch, convert_every
+        self.start_epoch = start_epoch
+        self.freeze_observers_epoch, self.freeze_batch_norm_epoch = freeze_observers_epoch, freeze_batch_norm_epoch
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        prepared = self._prepare(model, is_qat=True)
+        eager.use_stable_conv_bn(prepared)
+        return prepared
+
+    def on_epoch(self, prepared: nn.Module, epoch: int) -> None:
+        def reached(start: int | None) -> bool:
+            return start is not None and epoch >= start
+
+        quantizing = reached(self.start_epoch)
+        set_modes(
+            eager.observed_points(prepared).values(),
+            observing=not reached(self.freeze_observers_epoch),
+            quantizing=quantizing,
+        )
+        set_modes(eager.weight_points(prepared).values(), observing=True, quantizing=quantizing)
+        eager.freeze_batch_norm(prepared, reached(self.freeze_batch_norm_epoch))
+
+    def fake(self, prepared: nn.Module) -> nn.Module | None:
+        model = copy.deepcopy(prepared).eval()
+        set_modes(eager.observed_points(model).values(), observing=False, quantizing=True)
+        set_modes(eager.weight_points(model).values(), observing=True, quantizing=True)
+        return model

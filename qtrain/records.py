@@ -1,0 +1,193 @@
+"""What a run leaves behind for people: facts for the report, TensorBoard, the lines at its end."""
+
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from qtrain import eager, plots
+from qtrain.checkpoint import write_atomically
+from qtrain.evaluate import Scores
+from qtrain.loggers import Logger, TensorBoard
+from qtrain.quant.base import Quantizer
+from qtrain.report import Report
+from qtrain.task.base import Task
+from qtrain.truth import layer_outputs
+
+log = logging.getLogger(__name__)
+
+
+def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """Returns the fields of a report that are known before the run."""
+    return {
+        "name": config.name,
+        "seed": config.seed,
+        "config": OmegaConf.to_container(config),
+        "overrides": overrides,
+        "model": config.choices.model,
+        "data": config.choices.data,
+        "quant": {"method": config.choices.quant},
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Returns the commit of the checkout that this package lies in, if it lies in one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def extra_loggers(config: DictConfig, run_dir: Path) -> list[Logger]:
+    """Returns the loggers beside metrics.jsonl that the config asks for."""
+    return [TensorBoard(run_dir)] if config.logger.tensorboard else []
+
+
+def quantizer_facts(quantizer: Quantizer) -> dict[str, Any]:
+    """Returns the settled engine and specs."""
+    return {
+        "engine": quantizer.engine,
+        "weight": quantizer.weight and quantizer.weight.describe(),
+        "activation": quantizer.activation and quantizer.activation.describe(),
+        "simulated": quantizer.simulated,
+    }
+
+
+def activation_qparams(quantized: nn.Module) -> dict[str, dict[str, float]]:
+    """Returns {module: {"scale", "zero_point"}} of every module that puts out a quantized tensor."""
+    found = {}
+    for name, module in quantized.named_modules():
+        scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
+        if scale is not None and zero_point is not None:
+            owner = name.removesuffix(".activation_post_process")  # of a simulation
+            found[owner] = {"scale": float(scale), "zero_point": int(zero_point)}
+    return found
+
+
+def write(
+    report: Report,
+    run_dir: Path,
+    logger: Logger,
+    task: Task,
+    scores: dict[str, Scores | None],
+    reference: nn.Module | None,
+    float_model: nn.Module,
+    quantized: nn.Module,
+    sample: tuple[Tensor, ...],
+) -> None:
+    """Writes examples.pt, everything that TensorBoard shows, and the lines at the end of the run."""
+    examples = {name: score.examples for name, score in scores.items() if score is not None}
+    write_atomically(run_dir / "examples.pt", lambda file: torch.save(examples, file))
+
+    scalars = final_scalars(report, task.quality)
+    logger.log(scalars, 0)
+    names = [name for name, module in quantized.named_modules() if eager.quantized_weight(module) is not None]
+    before = reference if reference is not None else float_model
+    pairs = {}
+    for name in names:
+        exact, integers = eager.float_weight(before.get_submodule(name)), eager.quantized_weight(
+            quantized.get_submodule(name)
+        )
+        assert exact is not None and integers is not None
+        pairs[name] = exact, integers
+        logger.histogram(f"weights_float/{name}", exact, 0)
+        logger.histogram(f"weights_quantized/{name}", integers.dequantize(), 0)
+    if reference is not None:
+        points = list(eager.observed_points(reference))
+        for kind, model in (("float", reference), ("quantized", quantized)):
+            for name, values in layer_outputs(model, points, sample).items():
+                logger.histogram(f"activations_{kind}/{name}", values, 0)
+    if pairs:
+        logger.figure("weights", plots.weights(pairs), 0)
+        logger.text("weights", weight_table(pairs), 0)
+    for kind, score in scores.items():
+        if score is not None and "confusion" in score.metrics:
+            logger.figure(f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind), 0)
+    logger.text("qparams", qparams_table(report), 0)
+    logger.hparams(hparams(report), {f"final/{name}": value for name, value in scalars.items()})
+    for line in summary(report, task.quality):
+        log.info(line)
+
+
+def final_scalars(report: Report, quality: str) -> dict[str, float]:
+    """Returns the figures of the finished run, by TensorBoard's names."""
+    scalars = {}
+    for kind, metrics in report.metrics.items():
+        if metrics is not None:
+            scalars |= {f"{name}/{kind}": metrics[name] for name in (quality, "loss")}
+    scalars |= {f"size_kb/{kind}": size / 1000 for kind, size in report.size_bytes.items() if size is not None}
+    for kind, sizes in report.latency_ms.items():
+        scalars |= {f"latency_ms/{kind}_batch_{size}": t["median"] for size, t in (sizes or {}).items()}
+    return scalars
+
+
+def hparams(report: Report) -> dict[str, Any]:
+    """Returns the settings that comparisons are made over."""
+    weight, activation = report.quant["weight"] or {}, report.quant["activation"] or {}
+    return {
+        "model": report.model,
+        "data": report.data,
+        "method": report.quant["method"],
+        "engine": report.quant["engine"],
+        "weight_bits": weight.get("bits"),
+        "activation_bits": activation.get("bits"),
+        "granularity": weight.get("granularity"),
+        "observer": activation.get("observer"),
+        "seed": report.seed,
+        "lr": report.config["optimizer"].get("lr"),
+    }
+
+
+def qparams_table(report: Report) -> str:
+    """Returns the activations' scales and zero points as a Markdown table."""
+    lines = ["| module | scale | zero point | SQNR, dB |", "|---|---|---|---|"]
+    noise = report.truth["sqnr_db"]
+    for name, q in report.qparams.items():
+        decibels = f"{noise[name]:.1f}" if name in noise else ""
+        lines.append(f"| {name} | {q['scale']:.8g} | {q['zero_point']} | {decibels} |")
+    return "\n".join(lines)
+
+
+def weight_table(pairs: dict[str, tuple[Tensor, Tensor]], count: int = 6) -> str:
+    """Returns the first weights of each layer as a Markdown table: float, integer, dequantized."""
+    lines = ["| layer | float | integers | dequantized |", "|---|---|---|---|"]
+    for name, (exact, quantized) in pairs.items():
+        columns = (exact, quantized.int_repr(), quantized.dequantize())
+        cells = (", ".join(f"{value:.5g}" for value in tensor.flatten()[:count].tolist()) for tensor in columns)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def summary(report: Report, quality: str) -> list[str]:
+    """Returns the lines that a person reads at the end of a run."""
+    lines = []
+    for kind, metrics in report.metrics.items():
+        if metrics is None:
+            continue
+        simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
+        size = report.size_bytes.get(f"{kind}_file")
+        facts = [f"{quality} {100 * metrics[quality]:.2f} %", f"loss {metrics['loss']:.4f}"]
+        facts += [f"{size / 1000:.1f} KB"] if size is not None else []
+        facts += [f"{t['median']:.3f} ms at batch {n}" for n, t in (report.latency_ms.get(kind) or {}).items()]
+        lines.append(f"{kind + simulated:>21}: " + ", ".join(facts))
+        if "wrong_per_class" in metrics:
+            lines.append(f"{'':>23}wrong by class: " + " ".join(str(n) for n in metrics["wrong_per_class"]))
+    exact, real = report.latency_ms["float"], report.latency_ms["quantized"] if not report.quant["simulated"] else {}
+    for size, times in (real or {}).items():
+        ratio = times["median"] / exact[size]["median"]
+        if ratio > 1 and report.quant["method"] != "none":
+            lines.append(f"note: int8 is SLOWER than float at batch {size}: {ratio:.2f} times its latency")
+    cover = report.coverage
+    if report.quant["method"] != "none":
+        lines.append(
+            f"quantized: {100 * cover['params_quantized']:.1f} % of parameters, "
+            f"{100 * cover['macs_quantized']:.1f} % of multiply-accumulates"
+        )
+        lines += [f"  stays float: {name} ({reason})" for name, reason in cover["float_layers"].items()]
+    return lines

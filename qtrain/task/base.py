@@ -1,0 +1,29 @@
+"""Task: what a batch means, as pure functions."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Task(Protocol):
+    """Between loader and model: inputs, loss, and scores that add up over batches."""
+
+    quality: str  # the metric that comparisons are made by
+    higher_is_better: bool
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Returns the arguments of the model's forward."""
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        """Returns the mean loss of a batch, a scalar to differentiate."""
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Returns sums and counts, to be added over batches."""
+
+    def examples(self, output: Tensor, batch: Batch) -> Tensor:
+        """Returns one score an example (B,), to be compared in pairs between models."""
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        """Returns the final metrics as plain numbers and lists."""

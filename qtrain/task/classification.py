@@ -1,0 +1,47 @@
+"""Classification: cross entropy and accuracy."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtrain.task.base import Batch
+
+
+class Classification:
+    """One label out of C classes; the model returns logits (B, C)."""
+
+    quality = "accuracy"
+    higher_is_better = True
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        return (batch[0],)
+
+    def loss(self, output: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(output, batch[1])
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Returns count, the summed loss, and confusion (C, C): rows are labels, columns predictions."""
+        labels, num_classes = batch[1], output.shape[1]
+        pairs = labels * num_classes + output.argmax(1)
+        return {
+            "count": torch.tensor(len(labels)),
+            "loss": F.cross_entropy(output, labels, reduction="sum").double(),
+            "confusion": torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes),
+        }
+
+    def examples(self, output: Tensor, batch: Batch) -> Tensor:
+        """Returns 1 where the prediction is right, else 0."""
+        return (output.argmax(1) == batch[1]).to(torch.uint8)
+
+    def summary(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+        """Returns accuracy in 0..1, the mean loss in nats, wrong predictions per class, the confusion counts."""
+        count, confusion = int(sums["count"]), sums["confusion"]
+        return {
+            "accuracy": int(confusion.trace()) / count,
+            "loss": float(sums["loss"]) / count,
+            "wrong_per_class": (confusion.sum(1) - confusion.diagonal()).tolist(),
+            "confusion": confusion.tolist(),
+            "count": count,
+        }

@@ -1,0 +1,158 @@
+"""Trainer: the training loop. It knows nothing of quantization."""
+
+import logging
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from qtrain.data.loaders import Loader
+from qtrain.loggers import Logger
+from qtrain.task.base import Task
+
+log = logging.getLogger(__name__)
+
+OptimizerFactory = Callable[..., Optimizer]
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """Runs epochs of gradient descent.
+
+    Args:
+        epochs: passes over the training data.
+        max_steps: stop after so many optimizer steps; null: never.
+        accumulate: batches whose gradients are averaged into one optimizer step.
+        clip_norm: largest norm of all gradients together; null: no clipping.
+        log_every: optimizer steps between two logged losses. Reading a loss waits for the device.
+
+    Raises:
+        ValueError: names the parameter, its value and what is allowed.
+    """
+
+    epochs: int
+    max_steps: int | None
+    accumulate: int
+    clip_norm: float | None
+    log_every: int
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 0, "max_steps": 1, "accumulate": 1, "log_every": 1}
+        problems = [
+            f"{name}={value}: must be a whole number of at least {low}"
+            for name, low in least.items()
+            if not (type(value := getattr(self, name)) is int and value >= low or name == "max_steps" and value is None)
+        ]
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            problems.append(f"clip_norm={self.clip_norm}: must be above 0, or null")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def num_steps(self, loader: Loader) -> int:
+        """Returns the optimizer steps of one fit."""
+        steps = self.epochs * math.ceil(len(loader) / self.accumulate)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def fit(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        task: Task,
+        *,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory,
+        device: str,
+        logger: Logger,
+        stage: str,
+        on_epoch_start: Callable[[int], None] = lambda epoch: None,
+        on_epoch_end: Callable[[int], dict[str, Any]] = lambda epoch: {},
+    ) -> None:
+        """Trains `model` in place, on `device`.
+
+        Args:
+            stage: the name that logged metrics and messages carry.
+            on_epoch_start: called with the epoch, counted from 0, once the model is in train mode.
+            on_epoch_end: called likewise; returns metrics to log with the epoch.
+
+        Raises:
+            ValueError: the loss is not finite; names the epoch and the steps.
+        """
+        model.to(device)
+        opt = optimizer(model.parameters())
+        total_steps = self.num_steps(loader)
+        schedule = scheduler(opt, total_steps)
+        step = 0
+        for epoch in range(self.epochs):
+            if step == total_steps:
+                break
+            model.train()
+            on_epoch_start(epoch)
+            bar = tqdm(loader, f"{stage} epoch {epoch + 1}/{self.epochs}", disable=not sys.stderr.isatty(), leave=False)
+            mean = _RunningMean(device, stage, epoch)
+            for index, batch in enumerate(bar):
+                batch = (batch[0].to(device), batch[1].to(device))
+                loss = task.loss(model(*task.inputs(batch)), batch)
+                (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+                mean.add(loss.detach())
+                if (index + 1) % self.accumulate and index + 1 < len(loader):
+                    continue
+                if self.clip_norm is not None:
+                    clip_grad_norm_(model.parameters(), self.clip_norm)
+                opt.step()
+                opt.zero_grad()
+                step += 1
+                if step % self.log_every == 0 or step == total_steps:
+                    value = mean.take(step)
+                    bar.set_postfix(loss=f"{value:.4f}")
+                    logger.log({f"{stage}/train_loss": value, f"{stage}/lr": opt.param_groups[0]["lr"]}, step)
+                if schedule is not None:
+                    schedule.step()
+                if step == total_steps:
+                    break
+            bar.close()
+            scores = {f"{stage}/{name}": value for name, value in on_epoch_end(epoch).items()}
+            logger.log({f"{stage}/epoch_loss": mean.epoch(step), **scores}, step)
+            shown = ", ".join(f"{name.split('/')[-1]} {value:.4f}" for name, value in scores.items())
+            log.info(f"{stage}: epoch {epoch + 1}/{self.epochs}, loss {mean.epoch(step):.4f}{shown and ', ' + shown}")
+
+
+class _RunningMean:
+    """Sums losses on the device; reading one, which waits for the device, also checks that it is finite."""
+
+    def __init__(self, device: str, stage: str, epoch: int) -> None:
+        self.stage, self.epoch_index = stage, epoch
+        self.recent, self.num_recent = torch.zeros((), device=device), 0
+        self.total, self.count = 0.0, 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        self.recent += loss
+        self.num_recent += 1
+
+    def take(self, step: int) -> float:
+        """Returns the mean loss since the last call."""
+        value = float(self.recent)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{self.stage}: the training loss is {value} in epoch {self.epoch_index + 1}, within the "
+                f"{self.num_recent} batches before step {step}; lower the learning rate, or set trainer.clip_norm"
+            )
+        mean = value / max(self.num_recent, 1)
+        self.total, self.count = self.total + value, self.count + self.num_recent
+        self.recent.zero_()
+        self.num_recent = 0
+        return mean
+
+    def epoch(self, step: int) -> float:
+        """Returns the mean loss of the epoch so far."""
+        if self.num_recent:
+            self.take(step)
+        return self.total / max(self.count, 1)

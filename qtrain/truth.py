@@ -1,0 +1,173 @@
+"""The truth gate: are the reported numbers those of the model that was meant?"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtrain import eager
+from qtrain.functional.error import sqnr_db
+
+MAX_DB = 200.0  # stands for identical tensors, since JSON has no infinity
+
+
+class TruthError(ValueError):
+    """A number that a run would have reported is not what it seems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruthGate:
+    """What the gate demands.
+
+    Args:
+        on_failure: "error" ends the run, "warn" reports and goes on.
+        samples: samples of the test split that layers are compared on.
+        min_sqnr_db: least SQNR between the fake-quantized and the converted model, layer by layer.
+        max_range_ratio: largest width of the model's input in evaluation, in widths of the calibrated range.
+
+    Raises:
+        ValueError: names the parameter, its value and what is allowed.
+    """
+
+    on_failure: str
+    samples: int
+    min_sqnr_db: float
+    max_range_ratio: float
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.on_failure not in ("error", "warn"):
+            problems.append(f"on_failure={self.on_failure}: allowed are error and warn")
+        if type(self.samples) is not int or self.samples < 1:
+            problems.append(f"samples={self.samples}: must be a whole number of at least 1")
+        if not self.max_range_ratio >= 1:
+            problems.append(f"max_range_ratio={self.max_range_ratio}: must be at least 1")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def unobserved(self, prepared: nn.Module) -> list[str]:
+        """Returns a failure for each observer that saw nothing during calibration."""
+        return [
+            f"layer {name}: its observer saw no data, so it would be converted with scale 1.0; let calibration run "
+            f"it, or keep it float: quant.layers={{{name}: float}}"
+            for name, point in eager.observed_points(prepared).items()
+            if not getattr(point, "has_observed", lambda: True)()
+        ]
+
+    def compare(
+        self, reference: nn.Module | None, fake: nn.Module | None, quantized: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Compares layer outputs of the float, the fake-quantized and the converted model on the same samples.
+
+        Args:
+            reference: the prepared model with its fake quantization off: the float model, fused; or None.
+            fake: the fake-quantized model, or None.
+            quantized: the converted model.
+            inputs: arguments of forward, on the CPU.
+
+        Returns:
+            the "truth" section of the report, without "ok"; and the failures, each naming a layer.
+        """
+        if reference is None or fake is None:
+            return {"sqnr_db": {}, "min_sqnr_db": None, "fake_vs_quantized": {}}, []
+        points = eager.observed_points(reference)
+        exact, simulated, real = (layer_outputs(m, list(points), inputs) for m in (reference, fake, quantized))
+        layers = [name for name in exact if name in real]
+        noise = {name: _decibels(exact[name], real[name]) for name in layers}
+        gap = {name: _decibels(simulated[name], real[name]) for name in layers}
+        failures = [
+            f"layer {name}: the converted model is {gap[name]:.1f} dB from its simulation, below "
+            f"truth.min_sqnr_db={self.min_sqnr_db:g}; the accuracy of neither describes the other"
+            for name in layers
+            if gap[name] < self.min_sqnr_db
+        ][:1]  # later layers inherit the error of the first
+        failures = self._out_of_range(points, exact) + failures
+        section = {
+            "sqnr_db": noise,
+            "min_sqnr_db": min(noise.values(), default=None),
+            "fake_vs_quantized": {"sqnr_db": gap, "min_sqnr_db": min(gap.values(), default=None)},
+        }
+        return section, failures
+
+    def _out_of_range(self, points: dict[str, nn.Module], exact: dict[str, Tensor]) -> list[str]:
+        name = next(iter(exact), None)  # the layer that runs first: the model's input
+        if name is None or not hasattr(points[name], "observed_range"):
+            return []
+        low, high = points[name].observed_range()
+        seen_low, seen_high = float(exact[name].min()), float(exact[name].max())
+        ratio = (max(high, seen_high) - min(low, seen_low)) / max(high - low, 1e-30)
+        if ratio <= self.max_range_ratio:
+            return []
+        return [
+            f"layer {name}: evaluation inputs span [{seen_low:.3g}, {seen_high:.3g}], calibration saw [{low:.3g}, "
+            f"{high:.3g}]; {ratio:.2f} times the range is above truth.max_range_ratio={self.max_range_ratio:g}. "
+            "Calibrate on data like those that are evaluated"
+        ]
+
+
+def _decibels(reference: Tensor, approximation: Tensor) -> float:
+    value = float(sqnr_db(reference, approximation))
+    return -MAX_DB if math.isnan(value) else max(min(value, MAX_DB), -MAX_DB)
+
+
+@torch.no_grad()
+def layer_outputs(model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Returns {layer: its dequantized output}, in the order of execution; of a layer that runs twice, the last."""
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        if type(module).__name__ in ("FloatFunctional", "QFunctional"):  # never called itself, but its observer is
+            module = module.get_submodule("activation_post_process")
+
+        def keep(_m: nn.Module, _i: Any, output: Tensor, name: str = name) -> None:
+            outputs[name] = output.dequantize() if output.is_quantized else output.clone()
+
+        handles.append(module.register_forward_hook(keep))
+    try:
+        model.eval()(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Raises TruthError where a parameter or buffer holds NaN or infinity; names it."""
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+            bad = int((~value.isfinite()).sum())
+            raise TruthError(f"layer {name}: {bad} of {value.numel()} weights are NaN or infinite")
+
+
+@contextmanager
+def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Iterator[None]:
+    """Raises TruthError as soon as a layer of `model` puts out NaN or infinity; names the layer and the batch."""
+    batch = first_batch - 1
+    handles = []
+
+    def count(*_: Any) -> None:
+        nonlocal batch
+        batch += 1
+
+    def check(name: str) -> Any:
+        def hook(_m: nn.Module, _i: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
+                raise TruthError(f"layer {name}: its output is not finite in {stage}, batch {batch}")
+
+        return hook
+
+    handles.append(model.register_forward_pre_hook(count))
+    for name, module in model.named_modules():
+        if name:
+            # Before an observer's hook, which would pass NaN on in silence.
+            handles.append(module.register_forward_hook(check(name), prepend=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
