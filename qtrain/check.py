@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from qtrain import eager
 from qtrain.quant.base import Quantizer
+from qtrain.truth import TruthError
 
 Inputs = tuple[Tensor, ...]
 
@@ -38,7 +39,7 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs) -> dict[str,
 
 
 @contextmanager
-def blame(model: nn.Module, kind: str) -> Iterator[None]:
+def blame(model: nn.Module | None, kind: str) -> Iterator[None]:
     """Turns an error inside the block into a ValueError that names the layer of `model` where it arose."""
     running: list[str] = []
     handles = []
@@ -49,15 +50,15 @@ def blame(model: nn.Module, kind: str) -> Iterator[None]:
     def pop(*_: Any) -> None:
         running.pop()
 
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if model is not None else ():
         handles.append(module.register_forward_pre_hook(push(name), prepend=True))
         handles.append(module.register_forward_hook(pop))
     try:
         yield
     except Exception as err:
-        if not running:
+        if model is None or not running or isinstance(err, TruthError):
             raise
-        name = running[-1]
+        name = running[-1].removesuffix(".activation_post_process")
         layer = model.get_submodule(name)
         where = f"layer {name} ({type(layer).__name__})" if name else f"forward of {type(layer).__name__}"
         raise ValueError(f"model: {where} cannot run in the {kind} model: {_reason(err, name)}") from err
@@ -117,8 +118,11 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
             float_params += 0 if bias is None else bias.numel()
         elif own:
             float_params += own
-            if not eager.is_quantized(module):
-                float_layers[name] = _why_float(name, module, quantized, layers)
+            island = _island(name, quantized)
+            if island is not None:
+                float_layers[island] = "set by quant.layers"
+            elif not eager.is_quantized(module):
+                float_layers[name] = _why_float(module, quantized, layers)
         if weight is not None or type(module) is nn.Linear or isinstance(module, _ConvNd):
             handles.append(module.register_forward_hook(count(name)))
     try:
@@ -126,7 +130,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
     finally:
         for handle in handles:
             handle.remove()
-    float_macs = sum(n for name, n in macs.items() if name in float_layers)
+    float_macs = sum(n for name, n in macs.items() if eager.quantized_weight(quantized.get_submodule(name)) is None)
     return {
         "params_quantized": int8_params / max(int8_params + float_params, 1),
         "macs_quantized": 1 - float_macs / max(sum(macs.values()), 1),
@@ -134,10 +138,14 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
     }
 
 
-def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:
+def _island(name: str, model: nn.Module) -> str | None:
+    """Returns the name of the FloatIsland that layer `name` lies in, or None."""
+    parents = (name[:i] for i, c in enumerate(name) if c == ".")
+    return next((p for p in parents if type(model.get_submodule(p)) is eager.FloatIsland), None)
+
+
+def _why_float(module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:
     kind = type(module).__name__
-    if any(type(quantized.get_submodule(name[:i])) is eager.FloatIsland for i, c in enumerate(name) if c == "."):
-        return "set by quant.layers"
     if not any(eager.is_quantized(m) for m in quantized.modules()):
         return "nothing is quantized"
     if type(module) in eager.CONVERT_MAPPING:

@@ -7,7 +7,6 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +17,37 @@ from torch import nn
 log = logging.getLogger(__name__)
 
 
-def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file so that `path` holds either all of the new content or what it held before.
 
     Args:
-        write: called with a binary file that lies beside `path` until it is complete.
+        write: called with the path of a new file, on the same disk, to fill.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; what was at `path` is still there.
     """
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # tempfile's 0o600 would hide results from the people one shares a machine with
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            # torch.save writes the file's stem before each tensor: one letter keeps small models small.
+            new = Path(folder) / "w"
+            write(new)
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
     except (OSError, RuntimeError) as err:  # torch's zip writer turns a failed write into a RuntimeError
         raise OSError(f"{path}: could not be written ({err}); files already there are unchanged") from err
-    finally:
-        if temporary is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` as JSON, atomically."""
     text = json.dumps(content, indent=1, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda new: new.write_text(text))
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
-    """Writes the model's state dict, atomically."""
-    write_atomically(path, lambda file: torch.save(model.state_dict(), file))
+def save_weights(path: Path, model: nn.Module) -> int:
+    """Writes the model's state dict, atomically; returns the file's bytes."""
+    write_atomically(path, lambda new: torch.save(model.state_dict(), new))
+    return path.stat().st_size
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

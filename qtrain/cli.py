@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qtrain.config import ConfigError, config_dir, resolve
+from qtrain.config import ConfigError, config_dir, hydra_arguments, resolve
 
 DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
 FAILED = float("nan")
@@ -50,8 +50,7 @@ def main() -> None:
     """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
-    # Hydra 1.3 refuses null on the command line for a group that the defaults list holds as null.
-    sys.argv = [arg for arg in sys.argv if arg not in ("experiment=null", "sweep=null")]
+    sys.argv = hydra_arguments(sys.argv)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
     try:
         job()

@@ -33,10 +33,19 @@ def config_dir() -> str:
     return str(installed if installed.is_dir() else Path(__file__).parents[1] / "conf")
 
 
+def hydra_arguments(arguments: list[str]) -> list[str]:
+    """Returns a command line of ours in the words that Hydra 1.3 takes.
+
+    It refuses null for a group that the defaults list holds as null, and new keys in a mapping without a plus.
+    """
+    kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
+    return [f"++{a}" if a.startswith("quant.layers") else a for a in kept]
+
+
 def compose(*overrides: str) -> DictConfig:
     """Returns the config that the command line `qtrain *overrides` would run; for tests and notebooks."""
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
-        config = hydra.compose("config", list(overrides), return_hydra_config=True)
+        config = hydra.compose("config", hydra_arguments(list(overrides)), return_hydra_config=True)
         HydraConfig.instance().set_config(config)  # for ${hydra:runtime.choices...}
         return resolve(config)
 

@@ -306,7 +306,8 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     for pattern, setting in layers.items():
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            raise ValueError(f"layers.{pattern}: matches no layer; the model has {', '.join(names)}")
+            known = [name for name in names if not name.rpartition(".")[2].isdigit()]  # not the parts of fused layers
+            raise ValueError(f"quant.layers.{pattern}: matches no layer; the model has {', '.join(known)}")
         found |= dict.fromkeys(matches, setting)
     return {n: s for n, s in found.items() if not any(n.startswith(f"{outer}.") for outer in found)}
 
@@ -368,15 +369,19 @@ def weighted_layers(prepared: nn.Module) -> Iterator[tuple[str, nn.Module, Calla
     for name, module in prepared.named_modules():
         if getattr(module, "qconfig", None) is None or type(module) not in CONVERT_MAPPING:
             continue
-        holder = module[0] if isinstance(module, nn.Sequential) else module
+        holder = _weight_holder(module)
         if isinstance(holder, nn.Linear | _ConvNd):
             yield name, holder, module.qconfig.weight
 
 
+def _weight_holder(layer: nn.Module) -> nn.Module:
+    """Returns the layer itself, or of a fused run of layers (Conv-ReLU ...) the first."""
+    return layer if hasattr(layer, "weight") or not isinstance(layer, nn.Sequential) else layer[0]
+
+
 def float_weight(layer: nn.Module) -> torch.Tensor | None:
     """Returns the float weight that a layer of a prepared or float model computes with, batch-norm folded in."""
-    if isinstance(layer, nn.Sequential) and not isinstance(layer, _ConvNd):
-        layer = layer[0] if len(layer) else layer
+    layer = _weight_holder(layer)
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None

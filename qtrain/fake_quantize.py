@@ -51,6 +51,8 @@ class FakeQuantize(FakeQuantizeBase):
         if not self.quantizing:
             return x
         scale, zero_point = self.calculate_qparams()
+        if not self._settled:
+            raise ValueError("it runs now, but did not during calibration, so its scale is unknown")
         limits = self.quant_min, self.quant_max
         if self.is_per_channel:
             return torch.fake_quantize_per_channel_affine(x, scale, zero_point, self.ch_axis, *limits)

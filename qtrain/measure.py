@@ -1,6 +1,5 @@
 """Sizes, latency, memory and time."""
 
-import io
 import resource
 import sys
 import time
@@ -33,13 +32,6 @@ def weight_bytes(model: nn.Module) -> int:
         return size + 8 + 8  # a double and a 64-bit integer
 
     return count(model.state_dict())
-
-
-def file_bytes(model: nn.Module) -> int:
-    """Returns the bytes of the state dict as torch.save writes it."""
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    return len(buffer.getbuffer())
 
 
 @torch.no_grad()

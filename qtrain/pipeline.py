@@ -13,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qtrain import records
-from qtrain.check import dry_run
+from qtrain.check import blame, dry_run
 from qtrain.checkpoint import FloatCache, digest, load_weights, save_weights
 from qtrain.config import Parts, build
 from qtrain.data.loaders import Loader
 from qtrain.evaluate import Scores, evaluate
 from qtrain.loggers import JsonLines, Logger, Loggers
-from qtrain.measure import Stopwatch, file_bytes, latency, peak_memory_bytes, reset_peak_memory, weight_bytes
+from qtrain.measure import Stopwatch, latency, peak_memory_bytes, reset_peak_memory, weight_bytes
 from qtrain.report import Report, versions
 from qtrain.truth import TruthError, finite_outputs, require_finite_weights
 
@@ -79,15 +79,17 @@ def run(config: DictConfig, run_dir: Path, report: Report) -> None:
         float_model = float_model.cpu().eval()
         with clock("evaluation"):
             scores = {"float": evaluate(float_model, parts.data.test, parts.task)}
-            scores["fake"] = evaluate(fake, parts.data.test, parts.task) if fake is not None else None
+            with blame(fake, "fake-quantized"):
+                scores["fake"] = evaluate(fake, parts.data.test, parts.task) if fake is not None else None
             scores["quantized"] = evaluate(quantized, parts.data.test, parts.task)
             report.truth, found = parts.truth.compare(reference, fake, quantized, sample)
         failures += found
         report.truth |= {"ok": not failures, "failures": failures}
         describe(report, config, parts, float_model, quantized, scores, sample, clock)
         enforce(parts, failures)
-        save_weights(run_dir / "float.pt", float_model)
-        save_weights(run_dir / "quantized.pt", quantized)
+        report.size_bytes["float_file"] = save_weights(run_dir / "float.pt", float_model)
+        quantized_file = save_weights(run_dir / "quantized.pt", quantized)
+        report.size_bytes["quantized_file"] = None if quantizer.simulated else quantized_file
         records.write(report, run_dir, logger, parts.task, scores, reference, float_model, quantized, sample)
         report.save(run_dir)
     finally:
@@ -215,10 +217,8 @@ def describe(
     measure = OmegaConf.to_container(config.measure)
     report.latency_ms = latency(models, sample, **measure)  # type: ignore[arg-type]
     report.size_bytes = {name: weight_bytes(model) for name, model in models.items()}
-    report.size_bytes |= {f"{name}_file": file_bytes(model) for name, model in models.items()}
-    if simulated:
-        report.latency_ms["quantized"] = None  # type: ignore[assignment]
-        report.size_bytes |= {"quantized": None, "quantized_file": None}
+    if simulated:  # float tensors: neither their size nor their speed is that of the integers
+        report.latency_ms["quantized"] = report.size_bytes["quantized"] = None  # type: ignore[assignment]
     report.metrics = {name: score and score.metrics for name, score in scores.items()}
     report.quant |= records.quantizer_facts(parts.quantizer)
     report.qparams = records.activation_qparams(quantized)

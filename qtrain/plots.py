@@ -44,13 +44,23 @@ def confusion(counts: list[list[int]], title: str) -> Figure:
     num_classes = len(counts)
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axes: Any = figure.subplots()
-    mistakes = [[0 if row == column else counts[row][column] for column in range(num_classes)] for row in range(num_classes)]
+    mistakes = [
+        [0 if row == column else counts[row][column] for column in range(num_classes)] for row in range(num_classes)
+    ]
     peak = max(max(row) for row in mistakes) or 1
     axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=peak)
     for row in range(num_classes):
         for column in range(num_classes):
             strong = mistakes[row][column] > peak / 2
-            axes.text(column, row, counts[row][column] or "", ha="center", va="center", fontsize=8, color="w" if strong else "k")
+            axes.text(
+                column,
+                row,
+                counts[row][column] or "",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="w" if strong else "k",
+            )
     axes.set(xlabel="predicted", ylabel="label", xticks=range(num_classes), yticks=range(num_classes))
     total = sum(map(sum, counts))
     axes.set_title(f"{title}: {sum(map(sum, mistakes))} of {total} wrong", fontsize=10)

@@ -83,7 +83,7 @@ def write(
 ) -> None:
     """Writes examples.pt, everything that TensorBoard shows, and the lines at the end of the run."""
     examples = {name: score.examples for name, score in scores.items() if score is not None}
-    write_atomically(run_dir / "examples.pt", lambda file: torch.save(examples, file))
+    write_atomically(run_dir / "examples.pt", lambda new: torch.save(examples, new))
 
     scalars = final_scalars(report, task.quality)
     logger.log(scalars, 0)
@@ -91,8 +91,9 @@ def write(
     before = reference if reference is not None else float_model
     pairs = {}
     for name in names:
-        exact, integers = eager.float_weight(before.get_submodule(name)), eager.quantized_weight(
-            quantized.get_submodule(name)
+        exact, integers = (
+            eager.float_weight(before.get_submodule(name)),
+            eager.quantized_weight(quantized.get_submodule(name)),
         )
         assert exact is not None and integers is not None
         pairs[name] = exact, integers
@@ -168,7 +169,7 @@ def summary(report: Report, quality: str) -> list[str]:
     """Returns the lines that a person reads at the end of a run."""
     lines = []
     for kind, metrics in report.metrics.items():
-        if metrics is None:
+        if metrics is None or (kind == "quantized" and report.quant["method"] == "none"):
             continue
         simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
         size = report.size_bytes.get(f"{kind}_file")

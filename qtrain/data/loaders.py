@@ -130,9 +130,7 @@ def image_loaders(
 
     def loader(part: Batch, rows: slice, size: int, shuffle: bool = False) -> ImageLoader:
         images, labels = part[0][rows], part[1][rows]
-        return ImageLoader(
-            images, labels, batch_size=size, shuffle=shuffle, mean=mean, std=std, channels=channels
-        )
+        return ImageLoader(images, labels, batch_size=size, shuffle=shuffle, mean=mean, std=std, channels=channels)
 
     return DataLoaders(
         train=loader(train, slice(split), batch_size, shuffle=True),

@@ -23,21 +23,26 @@ class MLP(nn.Module):
             raise ValueError(f"hidden={hidden}: must be a whole number of at least 1")
         self.quant = QuantStub()
         self.linear1 = nn.Linear(28 * 28, hidden)
-        self.relu1 = nn.ReLU() if hidden_relu else nn.Identity()
+        self.relu1 = nn.ReLU() if hidden_relu else None
         self.linear2 = nn.Linear(hidden, hidden)
-        self.relu2 = nn.ReLU() if hidden_relu else nn.Identity()
+        self.relu2 = nn.ReLU() if hidden_relu else None
         self.linear3 = nn.Linear(hidden, 10)
-        self.relu3 = nn.ReLU() if output_relu else nn.Identity()
+        self.relu3 = nn.ReLU() if output_relu else None
         self.dequant = DeQuantStub()
-        self.hidden_relu = hidden_relu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.quant(x.flatten(1))  # (B, 784)
-        x = self.relu1(self.linear1(x))  # (B, hidden)
-        x = self.relu2(self.linear2(x))
-        return self.dequant(self.relu3(self.linear3(x)))  # (B, 10)
+        for linear, relu in (
+            (self.linear1, self.relu1),
+            (self.linear2, self.relu2),
+            (self.linear3, self.relu3),
+        ):
+            x = linear(x)
+            if relu is not None:
+                x = relu(x)
+        return self.dequant(x)  # (B, 10)
 
     def fuse_model(self, is_qat: bool = False) -> None:
         """Fuses each hidden layer with its ReLU, in place."""
-        if self.hidden_relu:
+        if self.relu1 is not None:
             fuse(self, [["linear1", "relu1"], ["linear2", "relu2"]], is_qat=is_qat)

@@ -19,9 +19,19 @@ from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
 
 
-def fake_quantize(spec: QuantSpec, **kwargs: Any) -> FakeQuantize:
-    """Returns the module that observes and fake-quantizes by `spec`; weights (memoryless) are signed."""
-    return FakeQuantize(eager.make_observer(spec, signed=kwargs.get("memoryless", False)), **kwargs)
+def fake_quantize(
+    spec: QuantSpec, *, is_weight: bool, quantizing: bool, factory_kwargs: dict[str, Any] | None = None
+) -> FakeQuantize:
+    """Returns the module that observes and fake-quantizes by `spec`.
+
+    Args:
+        is_weight: signed integers, and the range of each tensor by itself; it observes from the start.
+        quantizing: whether it fake-quantizes from the start.
+        factory_kwargs: torch's QAT layers name their device in it.
+    """
+    observer = eager.make_observer(spec, signed=is_weight)
+    module = FakeQuantize(observer, memoryless=is_weight, observing=is_weight, quantizing=quantizing)
+    return module.to((factory_kwargs or {}).get("device"))
 
 
 class PTQ(Quantizer):
@@ -59,8 +69,8 @@ class PTQ(Quantizer):
 
     def _qconfig(self, weight: QuantSpec) -> Any:
         return eager.QConfig(
-            activation=partial(fake_quantize, self.activation, observing=False, quantizing=False),
-            weight=partial(fake_quantize, weight, memoryless=True, observing=True, quantizing=True),
+            activation=partial(fake_quantize, self.activation, is_weight=False, quantizing=False),
+            weight=partial(fake_quantize, weight, is_weight=True, quantizing=True),
         )
 
     def _prepare(self, model: nn.Module, *, is_qat: bool) -> nn.Module:
