@@ -97,7 +97,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
     handles = []
 
     def count(name: str) -> Any:
-        def hook(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        def hook(module: Any, _inputs: Any, output: Tensor) -> None:
             weight = eager.quantized_weight(module)
             if weight is None:
                 weight = module.weight

@@ -76,7 +76,7 @@ def _load_observer(key: str, name: str) -> Any:
     try:
         return hydra.compose(f"observer/{name}").observer
     except MissingConfigException as err:
-        known = GlobalHydra.instance().config_loader().get_group_options("observer")  # type: ignore[union-attr]
+        known = GlobalHydra.instance().config_loader().get_group_options("observer")
         raise ConfigError(f"{key}={name}: allowed are {', '.join(known)}") from err
 
 
@@ -137,8 +137,8 @@ def build(config: DictConfig) -> Parts:
                 problems += _explain(f"quant.{key}", config.quant[key], err)
         if quantizer.convert_every and made.get("data") is not None and made["data"].val is None:
             problems.append(
-                f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and there "
-                "is none; set data.val_size above 0, or quant.convert_every=0"
+                f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
+                "there is none; set data.val_size above 0, or quant.convert_every=0"
             )
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
@@ -188,6 +188,6 @@ def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:
         elif line.strip():
             # A library's constructor names no key: show what it was given.
             values = {k: v for k, v in section.items() if not str(k).startswith("_") and not OmegaConf.is_config(v)}
-            given = ", ".join(f"{where}.{k}={v}" for k, v in values.items())
+            given = ", ".join(f"{where}.{k!s}={v}" for k, v in values.items())
             lines.append(f"{where}: {line} (given {given})")
     return lines or [f"{where}: {type(cause).__name__}"]

@@ -234,8 +234,8 @@ class FloatIsland(nn.Module):
     def __init__(self, layer: nn.Module, qconfig: Any) -> None:
         super().__init__()
         self.dequant, self.layer, self.quant = DeQuantStub(), layer, QuantStub()
-        self.dequant.qconfig = self.quant.qconfig = qconfig
-        self.layer.qconfig = None
+        for module, own in ((self.dequant, qconfig), (self.quant, qconfig), (layer, None)):
+            module.__dict__["qconfig"] = own
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant(self.layer(self.dequant(x)))
@@ -260,14 +260,15 @@ def prepare(model: nn.Module, qconfig: Any, *, is_qat: bool, layers: dict[str, A
         ValueError: a pattern matches nothing, or the model has a layer that torch would quantize wrongly in silence.
     """
     model = copy.deepcopy(model).train(is_qat)
-    if hasattr(model, "fuse_model"):
-        model.fuse_model(is_qat=is_qat)
+    fuse_model: Any = getattr(model, "fuse_model", None)
+    if fuse_model is not None:
+        fuse_model(is_qat=is_qat)
     for name, own in match_layers(model, layers).items():
         if own is None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, FloatIsland(model.get_submodule(name), qconfig))
         else:
-            model.get_submodule(name).qconfig = own
+            model.get_submodule(name).__dict__["qconfig"] = own
     _refuse_silent_errors(model, is_qat, qconfig.weight().is_per_channel)
     model.qconfig = qconfig
     with _quiet():
@@ -348,7 +349,7 @@ def _refuse_silent_errors(model: nn.Module, is_qat: bool, per_channel: bool) -> 
 # ---- looking into prepared and converted models ----------------------------------------------------------------------
 
 
-def observed_points(prepared: nn.Module) -> dict[str, nn.Module]:
+def observed_points(prepared: nn.Module) -> dict[str, Any]:
     """Returns {layer name: its activation observer or fake-quantizer}, in the order of registration."""
     suffix = ".activation_post_process"
     return {
@@ -358,13 +359,13 @@ def observed_points(prepared: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def weight_points(prepared: nn.Module) -> dict[str, nn.Module]:
+def weight_points(prepared: nn.Module) -> dict[str, Any]:
     """Returns {layer name: its weight fake-quantizer} of a model prepared for QAT."""
     suffix = ".weight_fake_quant"
     return {n.removesuffix(suffix): m for n, m in prepared.named_modules() if n.endswith(suffix)}
 
 
-def weighted_layers(prepared: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[..., Any]]]:
+def weighted_layers(prepared: nn.Module) -> Iterator[tuple[str, Any, Callable[..., Any]]]:
     """Yields (name, layer that holds .weight, factory of its weight observer) of every layer to be converted."""
     for name, module in prepared.named_modules():
         if getattr(module, "qconfig", None) is None or type(module) not in CONVERT_MAPPING:
@@ -374,7 +375,7 @@ def weighted_layers(prepared: nn.Module) -> Iterator[tuple[str, nn.Module, Calla
             yield name, holder, module.qconfig.weight
 
 
-def _weight_holder(layer: nn.Module) -> nn.Module:
+def _weight_holder(layer: nn.Module) -> Any:
     """Returns the layer itself, or of a fused run of layers (Conv-ReLU ...) the first."""
     return layer if hasattr(layer, "weight") or not isinstance(layer, nn.Sequential) else layer[0]
 
@@ -385,8 +386,9 @@ def float_weight(layer: nn.Module) -> torch.Tensor | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return None
-    if isinstance(getattr(layer, "bn", None), _BatchNorm):
-        factor = layer.bn.weight / torch.sqrt(layer.bn.running_var + layer.bn.eps)
+    bn: Any = getattr(layer, "bn", None)
+    if bn is not None:
+        factor = bn.weight / torch.sqrt(bn.running_var + bn.eps)
         weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
     return weight.detach()
 
@@ -406,7 +408,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def use_stable_conv_bn(model: nn.Module) -> None:
-    """Lets Conv-BN layers divide the convolution's result, not the weight, by the batch-norm scale (safe at gamma 0)."""
+    """Takes the Conv-BN layers' path that never divides by the batch-norm scale, in place: safe where gamma is 0."""
     for module in model.modules():
         if isinstance(module, nniqat.ConvBn1d | nniqat.ConvBn2d | nniqat.ConvBn3d):
             module._enable_slow_path_for_better_numerical_stability = True
@@ -414,6 +416,7 @@ def use_stable_conv_bn(model: nn.Module) -> None:
 
 def freeze_batch_norm(model: nn.Module, frozen: bool = True) -> None:
     """Fixes the running statistics of every batch-norm, fused or not, in place; frozen=False lets them move."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "freeze_bn_stats"):
             module.freeze_bn_stats() if frozen else module.update_bn_stats()

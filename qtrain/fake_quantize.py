@@ -29,8 +29,9 @@ class FakeQuantize(FakeQuantizeBase):
 
     scale: torch.Tensor
     zero_point: torch.Tensor
+    observer: Any
 
-    def __init__(self, observer: nn.Module, *, memoryless: bool = False, observing: bool, quantizing: bool) -> None:
+    def __init__(self, observer: Any, *, memoryless: bool = False, observing: bool, quantizing: bool) -> None:
         nn.Module.__init__(self)  # not the base's: it keeps its switches in tensors, and reads them in every forward
         self.observer, self.memoryless = observer, memoryless
         self.observing, self.quantizing = observing, quantizing

@@ -78,7 +78,7 @@ def run(config: DictConfig, run_dir: Path, report: Report) -> None:
             quantized = fake if quantizer.simulated and fake is not None else quantizer.convert(prepared)
         float_model = float_model.cpu().eval()
         with clock("evaluation"):
-            scores = {"float": evaluate(float_model, parts.data.test, parts.task)}
+            scores: dict[str, Scores | None] = {"float": evaluate(float_model, parts.data.test, parts.task)}
             with blame(fake, "fake-quantized"):
                 scores["fake"] = evaluate(fake, parts.data.test, parts.task) if fake is not None else None
             scores["quantized"] = evaluate(quantized, parts.data.test, parts.task)
@@ -108,7 +108,7 @@ def obtain_float(config: DictConfig, parts: Parts, report: Report, clock: Stopwa
     else:
         # The checkpoint, quantizer and measurements have no say in the float model; everything else does.
         keys = ("model", "data", "task", "trainer", "optimizer", "scheduler", "seed", "device")
-        content = {key: OmegaConf.to_container(config)[key] for key in keys}  # type: ignore[index,call-overload]
+        content: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(keys)))
         content["data"].pop("root", None)  # the same data elsewhere are the same data
         key = digest([content, parts.data.fingerprint, torch.__version__, torch.get_num_threads()])
         cache = FloatCache(Path(config.float_cache), key)

@@ -118,7 +118,7 @@ def write(
 
 def final_scalars(report: Report, quality: str) -> dict[str, float]:
     """Returns the figures of the finished run, by TensorBoard's names."""
-    scalars = {}
+    scalars: dict[str, float] = {}
     for kind, metrics in report.metrics.items():
         if metrics is not None:
             scalars |= {f"{name}/{kind}": metrics[name] for name in (quality, "loss")}

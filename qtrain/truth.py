@@ -106,7 +106,7 @@ class TruthGate:
         }
         return section, failures
 
-    def _out_of_range(self, points: dict[str, nn.Module], exact: dict[str, Tensor]) -> list[str]:
+    def _out_of_range(self, points: dict[str, Any], exact: dict[str, Tensor]) -> list[str]:
         name = next(iter(exact), None)  # the layer that runs first: the model's input
         if name is None or not hasattr(points[name], "observed_range"):
             return []
@@ -165,7 +165,7 @@ def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: 
         return hook
 
     def probe(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             if name not in simulated or not output.is_quantized:
                 return
             x, expected = simulated[name]

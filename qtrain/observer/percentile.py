@@ -10,13 +10,13 @@ from qtrain.eager import UniformQuantizationObserverBase, refuse_per_channel
 class PercentileObserver(UniformQuantizationObserverBase):
     """Observes a histogram of everything seen, and clips it at a percentile on each side.
 
-    The histogram spans [-limit, limit]; when a larger value comes, limit doubles and neighbouring bins are merged, so no
-    count is ever moved to a wrong place. The percentiles are exact to one bin: at most 4 * max|x| / bins.
+    The histogram spans [-limit, limit]; when a larger value comes, limit doubles and neighbouring bins are merged, so
+    that no count is ever moved to a wrong place. The percentiles are exact to one bin: at most 4 * max|x| / bins.
 
     Args:
-        percentile: share of values in percent, above 50 and at most 100, that lies below the upper end; as many lie above
-            the lower end. 100 is the plain minimum and maximum.
-        bins: an even number of bins.
+        percentile: share of values in percent, above 50 and at most 100, that lies below the upper end; as many lie
+            above the lower end. 100 is the plain minimum and maximum.
+        bins: a multiple of 4.
         qargs: dtype, qscheme, quant_min, quant_max, as for torch's observers.
 
     Raises:
@@ -31,7 +31,7 @@ class PercentileObserver(UniformQuantizationObserverBase):
     def __init__(self, *, percentile: float, bins: int, **qargs: Any) -> None:
         if not 50 < percentile <= 100:
             raise ValueError(f"percentile={percentile}: must be above 50 and at most 100")
-        if bins < 2 or bins % 4:
+        if bins < 4 or bins % 4:
             raise ValueError(f"bins={bins}: must be a multiple of 4")
         refuse_per_channel("percentile", qargs["qscheme"])
         super().__init__(**qargs)
@@ -70,7 +70,7 @@ class PercentileObserver(UniformQuantizationObserverBase):
         high = edges.flip(0)[torch.searchsorted(above, tail, right=True).clamp(max=self.bins - 1)]
         return torch.maximum(low.float(), self.min_val), torch.minimum(high.float(), self.max_val)
 
-    def calculate_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def calculate_qparams(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (scale, zero_point) of the clipping range."""
         return self._calculate_qparams(*self.clipping_range())
 

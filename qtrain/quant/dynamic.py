@@ -25,6 +25,9 @@ class Dynamic(Quantizer):
         ValueError: the engine is unknown or refuses the spec; a layer setting is not "float".
     """
 
+    engine: str
+    weight: QuantSpec
+
     def __init__(self, *, engine: str, weight: QuantSpec, layers: dict[str, str]) -> None:
         rules = eager.find_engine(engine)
         self.engine = rules.name
@@ -35,7 +38,6 @@ class Dynamic(Quantizer):
         self.layers = layers
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        assert self.engine is not None and self.weight is not None
         qconfig: Any = eager.QConfig(
             activation=eager.dynamic_activation,
             weight=partial(eager.make_observer, self.weight, signed=True),

@@ -47,6 +47,10 @@ class PTQ(Quantizer):
         ValueError: the engine is unknown or refuses a spec.
     """
 
+    engine: str
+    weight: QuantSpec
+    activation: QuantSpec
+
     def __init__(
         self, *, engine: str, weight: QuantSpec, activation: QuantSpec, layers: dict[str, str | dict[str, Any]]
     ) -> None:
@@ -61,7 +65,6 @@ class PTQ(Quantizer):
             return None
         if not isinstance(setting, dict):
             raise ValueError(f"layers.{pattern}={setting}: must be float, or fields of weight such as {{bits: 4}}")
-        assert self.weight is not None and self.activation is not None and self.engine is not None
         try:
             return eager.ENGINES[self.engine].settle(replace(self.weight, **setting), self.activation)[0]
         except (TypeError, ValueError) as err:
@@ -74,7 +77,6 @@ class PTQ(Quantizer):
         )
 
     def _prepare(self, model: nn.Module, *, is_qat: bool) -> nn.Module:
-        assert self.weight is not None
         layers = {p: w and self._qconfig(w) for p, w in self.layers.items()}
         return eager.prepare(model, self._qconfig(self.weight), is_qat=is_qat, layers=layers)
 
@@ -105,12 +107,11 @@ class PTQ(Quantizer):
         return model
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        assert self.engine is not None
         with eager.use_engine(self.engine):
             return eager.bind_engine(eager.convert(prepared), self.engine)
 
 
-def set_modes(points: Iterable[nn.Module], *, observing: bool, quantizing: bool) -> None:
+def set_modes(points: Iterable[Any], *, observing: bool, quantizing: bool) -> None:
     """Switches observation and fake quantization at each point, in place."""
     for point in points:
         point.enable_observer(observing)
