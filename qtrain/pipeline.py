@@ -156,7 +156,7 @@ def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logg
             return {}
         metrics = val_scores(parts, quantizer.convert(prepared), "cpu")
         quality = metrics[f"val_{parts.task.quality}"] * (1 if parts.task.higher_is_better else -1)
-        if best["quality"] is None or quality > best["quality"]:
+        if best["quality"] is None or quality >= best["quality"]:  # of equals the later, trained longer
             best.update(quality=quality, model=copy.deepcopy(prepared))
         return {f"int8_{name}": value for name, value in metrics.items()}
 
