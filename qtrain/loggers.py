@@ -57,13 +57,13 @@ class TensorBoard(Logger):
         self.writer.add_text(name, markdown, step)
 
     def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None:
-        # SummaryWriter.add_hparams would open a second run; this keeps one run folder one run.
+        # SummaryWriter.add_hparams would open a second run; this keeps one run folder one run. The metrics are names of
+        # scalars that have been logged.
         from torch.utils.tensorboard.summary import hparams
 
         values = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()}
         for summary in hparams(values, metrics):
             self.writer._get_file_writer().add_summary(summary)
-        self.log(metrics, 0)
 
     def close(self) -> None:
         self.writer.close()

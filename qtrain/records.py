@@ -110,8 +110,10 @@ def write(
     for kind, score in scores.items():
         if score is not None and "confusion" in score.metrics:
             logger.figure(f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind), 0)
-    logger.text("qparams", qparams_table(report), 0)
-    logger.hparams(hparams(report), {f"final/{name}": value for name, value in scalars.items()})
+    if report.qparams:
+        logger.text("qparams", qparams_table(report), 0)
+    table = ("accuracy/quantized", "accuracy/float", "size_kb/quantized_file", "latency_ms/quantized_batch_1")
+    logger.hparams(hparams(report), {name: scalars[name] for name in table if name in scalars})
     for line in summary(report, task.quality):
         log.info(line)
 
@@ -136,9 +138,7 @@ def hparams(report: Report) -> dict[str, Any]:
         "data": report.data,
         "method": report.quant["method"],
         "engine": report.quant["engine"],
-        "weight_bits": weight.get("bits"),
-        "activation_bits": activation.get("bits"),
-        "granularity": weight.get("granularity"),
+        "bits": f"W{weight.get('bits', 32)}A{activation.get('bits', 32)}",
         "observer": activation.get("observer"),
         "seed": report.seed,
         "lr": report.config["optimizer"].get("lr"),
