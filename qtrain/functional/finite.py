@@ -1,0 +1,26 @@
+"""The check that every function of this package makes of its data: NaN and inf have no integer."""
+
+import torch
+from torch import Tensor
+
+
+def check_finite(x: Tensor, name: str = "x") -> None:
+    """Raises a ValueError that counts the NaN and inf of a tensor; the only place that waits for the device.
+
+    Args:
+        x: any shape and dtype.
+        name: what the message calls it.
+
+    Raises:
+        ValueError: x holds NaN or inf.
+
+    >>> check_finite(torch.tensor([1.0, float("nan"), float("-inf")]), "weight")
+    Traceback (most recent call last):
+        ...
+    ValueError: weight of shape [3] holds 1 NaN and 1 inf: all values must be finite
+    """
+    if not torch.isfinite(x).all():
+        num_nan, num_inf = int(x.isnan().sum()), int(x.isinf().sum())
+        raise ValueError(
+            f"{name} of shape {list(x.shape)} holds {num_nan} NaN and {num_inf} inf: all values must be finite"
+        )

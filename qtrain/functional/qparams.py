@@ -1,0 +1,111 @@
+"""Scale and zero point: the range of a tensor, and the affine map of that range onto n-bit integers.
+
+The convention is torch's: `x_q = round(x / scale + zero_point)`, `x_dq = (x_q - zero_point) * scale`. Rounding is
+half to even everywhere.
+"""
+
+import torch
+from torch import Tensor
+
+from qtrain.functional.finite import check_finite
+from qtrain.functional.grouping import to_groups
+
+
+def arithmetic_dtype(quant_min: int, quant_max: int, *dtypes: torch.dtype) -> torch.dtype:
+    """Returns the dtype to compute in: float64 for integers of more than 8 bits or float64 data, else float32.
+
+    float32 holds whole numbers only up to 2^24: 2^31 - 1 would round to 2^31, and overflow.
+
+    >>> arithmetic_dtype(-128, 127, torch.float16), arithmetic_dtype(-(2**31), 2**31 - 1, torch.float32)
+    (torch.float32, torch.float64)
+    """
+    return torch.float64 if quant_max - quant_min > 255 or torch.float64 in dtypes else torch.float32
+
+
+def value_range(x: Tensor, *, axis: int | None = None, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Returns (low, high), the smallest and largest value; 0 where there is none.
+
+    Args:
+        x: any shape, floating point.
+        axis: one range for each index of this axis (per channel).
+        group_size: one range for each group_size neighbours along the last axis (per group).
+
+    Returns:
+        Two tensors of x's dtype. x [A, B] per tensor -> [], axis 0 -> [A, 1], axis 1 -> [1, B],
+        per group -> [A, B / group_size].
+
+    Raises:
+        ValueError: x holds NaN or inf, axis does not exist, group_size does not divide B, or both are given.
+
+    >>> value_range(torch.tensor([[-1.2, 3.4], [0.5, 2.0]]), axis=0)
+    (tensor([[-1.2000],
+            [ 0.5000]]), tensor([[3.4000],
+            [2.0000]]))
+    """
+    if axis is not None and group_size is not None:
+        raise ValueError(f"axis={axis} and group_size={group_size}: give one; groups lie along the last axis")
+    if axis is not None and not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis={axis}: x of shape {list(x.shape)} has the axes {-x.ndim}..{x.ndim - 1}")
+    check_finite(x)
+    dims = [-1]
+    if group_size is not None:
+        blocks = to_groups(x, group_size)
+    elif axis is not None:
+        blocks = x.unsqueeze(-1)  # (..., 1): dims is never empty, which would reduce every axis
+        dims = [dim for dim in range(blocks.ndim) if dim != axis % x.ndim]
+    else:
+        blocks = x.flatten()
+    if x.numel() == 0:
+        low = high = blocks.sum(dims, keepdim=True)  # a sum of nothing: zeros of the right shape
+    else:
+        low, high = blocks.amin(dims, keepdim=True), blocks.amax(dims, keepdim=True)
+    return low.squeeze(-1), high.squeeze(-1)
+
+
+def choose_qparams(
+    low: Tensor, high: Tensor, quant_min: int, quant_max: int, *, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the (scale, zero_point) that map [low, high] onto the integers quant_min..quant_max.
+
+    asymmetric: `scale = (high - low) / (quant_max - quant_min)`, `zero_point = quant_min + round(-low / scale)`
+    symmetric: `scale = max(|low|, |high|) / ((quant_max - quant_min) / 2)`, zero_point 0, or the middle of an
+    unsigned range. With the restricted range -127..127 the divisor is 127.
+
+    The zero point may lie outside quant_min..quant_max: it does for a range that excludes 0. A scale is never finer
+    than 8 eps (2^-20 in float32) of the largest magnitude, where x / scale would lose its fraction, nor below the
+    smallest normal number; an all-zero range gets 1.
+
+    Args:
+        low: smallest values, any shape, as of `value_range`.
+        high: largest values, same shape.
+        quant_min: smallest integer, as of `spec.int_range`.
+        quant_max: largest integer.
+        symmetric: whether positive and negative values get the same range.
+
+    Returns:
+        scale (float32, or float64 for more than 8 bits or a float64 range) and zero_point (int64), shaped as low.
+
+    Raises:
+        ValueError: low or high holds NaN or inf, as those of an observer that has seen no data.
+
+    >>> from qtrain.functional.spec import int_range
+    >>> low, high = torch.tensor(-1.0), torch.tensor(2.0)
+    >>> choose_qparams(low, high, *int_range(2, signed=False), symmetric=False)
+    (tensor(1.), tensor(1))
+    >>> choose_qparams(low, high, *int_range(2, signed=True, restricted=True), symmetric=True)
+    (tensor(2.), tensor(0))
+    """
+    check_finite(low, "low")
+    check_finite(high, "high")
+    dtype = arithmetic_dtype(quant_min, quant_max, low.dtype, high.dtype)
+    low, high = low.to(dtype), high.to(dtype)
+    info = torch.finfo(dtype)
+    magnitude = torch.maximum(low.abs(), high.abs())
+    half_range = magnitude if symmetric else high / 2 - low / 2  # high - low may overflow
+    scale = torch.maximum(half_range / ((quant_max - quant_min) / 2), magnitude * (8 * info.eps)).clamp(min=info.tiny)
+    scale = torch.where(magnitude == 0, 1.0, scale)
+    if symmetric:
+        zero_point = torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int64)
+    else:
+        zero_point = quant_min + torch.round(-low / scale).to(torch.int64)
+    return scale, zero_point
