@@ -1,0 +1,201 @@
+"""Text for language models: one file, split where it stands, cut into windows of tokens on the device."""
+
+import hashlib
+import lzma
+from collections.abc import Iterator
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtrain.data.loaders import Batch, DataLoaders, shuffled_indices
+from qtrain.data.tokenizer import load_tokenizer
+
+IGNORE = -100  # torch's cross_entropy leaves these targets out
+
+
+class TrainWindows:
+    """Batches of windows that together cover the text once: one window next to the other, in a random order.
+
+    Both the order and the place of the first window are drawn from torch's global generator at every iteration, so that
+    over the epochs a token is read at every position of a window.
+
+    Args:
+        tokens: int64 (N,), on the device where the batches are wanted; N > context.
+        context: tokens a window.
+        batch_size: windows a batch; the last batch may be smaller.
+        shuffle: False starts at the first token, in one order that never changes (and is random: neighbours are alike).
+
+    Yields:
+        inputs and targets, int64 (B, context): a target is the token after its input.
+    """
+
+    def __init__(self, tokens: Tensor, *, context: int, batch_size: int, shuffle: bool) -> None:
+        self.tokens, self.context = tokens, context
+        self.batch_size, self.shuffle = batch_size, shuffle
+        self.num_windows = (len(tokens) - 1) // context
+
+    def __len__(self) -> int:
+        return -(-self.num_windows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.shuffle:
+            order = shuffled_indices(self.num_windows)
+            first = int(torch.randint(self.context, ()))
+        else:
+            order = torch.randperm(self.num_windows, generator=torch.Generator().manual_seed(0))
+            first = 0
+        # The last window may reach beyond the end: it is moved back.
+        starts = (order * self.context + first).clamp_(max=len(self.tokens) - 1 - self.context)
+        for part in starts.to(self.tokens.device).split(self.batch_size):
+            yield windows(self.tokens, part, self.context)
+
+
+class EvalWindows:
+    """Batches of overlapping windows that score every token of the text but the first exactly once.
+
+    A window starts `stride` tokens after the one before it, the last one where it ends with the text. Targets that an
+    earlier window has scored are -100, so that every other target is scored with at least `context - stride` tokens
+    before it (in the first window: with all there are).
+
+    Args:
+        tokens: int64 (N,), on the device where the batches are wanted; N > context.
+        context: tokens a window.
+        stride: 1..context. Smaller is slower and scores with more context.
+        batch_size: windows a batch; the last batch may be smaller.
+        num_bytes: bytes of UTF-8 behind the N - 1 scored tokens, for bits per byte.
+
+    Yields:
+        inputs and targets, int64 (B, context): a target is the token after its input, or -100.
+    """
+
+    def __init__(self, tokens: Tensor, *, context: int, stride: int, batch_size: int, num_bytes: int) -> None:
+        self.tokens, self.context, self.batch_size = tokens, context, batch_size
+        self.num_bytes = num_bytes
+        last = len(tokens) - 1 - context
+        self.starts = torch.tensor([*range(0, last, stride), last], device=tokens.device)
+
+    def __len__(self) -> int:
+        return -(-len(self.starts) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        position = torch.arange(self.context, device=self.tokens.device)
+        step = self.starts.diff(prepend=self.starts[:1] - self.context)  # tokens that a window is the first to score
+        for part, new in zip(self.starts.split(self.batch_size), step.split(self.batch_size), strict=True):
+            inputs, targets = windows(self.tokens, part, self.context)
+            yield inputs, targets.masked_fill(position < self.context - new[:, None], IGNORE)
+
+
+def windows(tokens: Tensor, starts: Tensor, context: int) -> Batch:
+    """Returns inputs and targets (B, context) of the windows of `tokens` (N,) that begin at `starts` (B,)."""
+    rows = tokens.unfold(0, context + 1, 1)[starts]  # (B, context + 1)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def shakespeare(**options: Any) -> DataLoaders:
+    """Returns the bundled text: ten plays by Shakespeare, 1.1 MB (see samples/SHAKESPEARE.md).
+
+    Args:
+        options: those of `text`, without path.
+    """
+    with as_file(files("qtrain.data") / "samples" / "shakespeare.txt.xz") as path:
+        return text(path=str(path), **options)
+
+
+def text(
+    *,
+    path: str,
+    tokenizer: str,
+    context: int,
+    stride: int,
+    batch_size: int,
+    eval_batch_size: int,
+    val_fraction: float,
+    test_fraction: float,
+    device: str,
+) -> DataLoaders:
+    """Returns the loaders of one text: its beginning for training, then the validation text, its end for testing.
+
+    It is split before it is tokenized, so that every tokenizer is scored on the same characters.
+
+    Args:
+        path: a file of UTF-8 text, or one compressed by xz (name.xz).
+        tokenizer: see `load_tokenizer`.
+        context: tokens a window.
+        stride: tokens from one evaluation window to the next, 1..context.
+        batch_size: training windows a batch.
+        eval_batch_size: evaluation windows a batch.
+        val_fraction: share of the characters for validation, above 0; with test_fraction below 1.
+        test_fraction: share of the characters for testing, above 0.
+        device: where the tokens and so the batches lie.
+
+    Raises:
+        ValueError: names the parameter, its value and what is allowed.
+    """
+    problems = [
+        f"{name}={value}: must be a whole number of at least 1"
+        for name, value in (("context", context), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size))
+        if type(value) is not int or value < 1
+    ]
+    if type(stride) is not int or stride < 1 or (type(context) is int and stride > context):
+        problems.append(f"stride={stride}: must be a whole number from 1 to context={context}")
+    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 < value < 1:
+            problems.append(f"{name}={value}: must be above 0 and below 1")
+    if not problems and val_fraction + test_fraction >= 1:
+        problems.append(
+            f"val_fraction={val_fraction}: with test_fraction={test_fraction} nothing is left to train on; "
+            "their sum must be below 1"
+        )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    encoder = load_tokenizer(tokenizer)
+    content = read_text(path)
+    ends = [round(len(content) * (1 - share)) for share in (val_fraction + test_fraction, test_fraction)]
+    parts = [content[: ends[0]], content[ends[0] : ends[1]], content[ends[1] :]]
+    tokens = [encoder.encode(part) for part in parts]
+    for name, ids in zip(("training", "validation", "test"), tokens, strict=True):
+        if len(ids) <= context:
+            raise ValueError(
+                f"path={path}: its {name} part has {len(ids)} tokens, of the {sum(map(len, tokens))} of the whole "
+                f"text, and must have more than context={context}; use a longer text, a smaller context or "
+                f"other fractions than val_fraction={val_fraction} and test_fraction={test_fraction}"
+            )
+    digest = hashlib.sha256()
+    for ids in tokens:
+        digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
+    train, val, test = (ids.to(device) for ids in tokens)
+
+    def evaluation(ids: Tensor, part: str) -> EvalWindows:
+        num_bytes = len(part.encode()) - encoder.num_bytes(int(ids[0]))  # nothing predicts the first token
+        return EvalWindows(ids, context=context, stride=stride, batch_size=eval_batch_size, num_bytes=num_bytes)
+
+    return DataLoaders(
+        train=TrainWindows(train, context=context, batch_size=batch_size, shuffle=True),
+        val=evaluation(val, parts[1]),
+        test=evaluation(test, parts[2]),
+        calib=TrainWindows(train, context=context, batch_size=batch_size, shuffle=False),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def read_text(path: str) -> str:
+    """Returns the content of a UTF-8 file, decompressed where its name ends in .xz.
+
+    Raises:
+        ValueError: there is no such file, it is empty, or it is not UTF-8.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"path={path}: there is no such file; name a text file, or use the bundled data=shakespeare")
+    try:
+        raw = file.read_bytes()
+        content = (lzma.decompress(raw) if file.suffix == ".xz" else raw).decode("utf-8")
+    except (UnicodeDecodeError, lzma.LZMAError) as err:
+        raise ValueError(f"path={path}: must be UTF-8 text, or such text compressed by xz ({err})") from err
+    if not content:
+        raise ValueError(f"path={path}: the file is empty; name a text of more than the tokens of one window")
+    return content

@@ -1,0 +1,115 @@
+"""Text to token numbers and back: plain bytes, or the byte-pair encoding of GPT-2."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """Reversible: `decode(encode(text)) == text`."""
+
+    vocab_size: int
+
+    def encode(self, text: str) -> Tensor:
+        """Returns the tokens of `text`, int64 (N,)."""
+        ...
+
+    def decode(self, tokens: Tensor | Sequence[int]) -> str:
+        """Returns the text of (N,) tokens; what is no UTF-8 becomes U+FFFD."""
+        ...
+
+    def num_bytes(self, token: int) -> int:
+        """Returns how many bytes of UTF-8 one token stands for."""
+        ...
+
+
+class ByteTokenizer:
+    """One token a byte of UTF-8: nothing to learn, to download or to be out of vocabulary.
+
+    >>> ByteTokenizer().encode("Aé").tolist(), ByteTokenizer().decode([65, 195, 169])
+    ([65, 195, 169], 'Aé')
+    """
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> Tensor:
+        """Returns the bytes of `text`, int64 (N,)."""
+        return torch.tensor(bytearray(text.encode()), dtype=torch.uint8).long()
+
+    def decode(self, tokens: Tensor | Sequence[int]) -> str:
+        """Returns the text of (N,) tokens in 0..255; what is no UTF-8 becomes U+FFFD."""
+        return bytes(torch.as_tensor(tokens).tolist()).decode(errors="replace")
+
+    def num_bytes(self, token: int) -> int:
+        """Returns 1."""
+        return 1
+
+
+class BPETokenizer:
+    """A byte-level BPE of the tokenizers library.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.vocab_size: int = backend.get_vocab_size()
+
+    def encode(self, text: str) -> Tensor:
+        """Returns the tokens of `text`, int64 (N,)."""
+        return torch.tensor(self.backend.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+
+    def decode(self, tokens: Tensor | Sequence[int]) -> str:
+        """Returns the text of (N,) tokens; what is no UTF-8 becomes U+FFFD."""
+        return self.backend.decode(torch.as_tensor(tokens).tolist(), skip_special_tokens=False)
+
+    def num_bytes(self, token: int) -> int:
+        """Returns the length of the token's name: a byte-level vocabulary spells each byte as one character."""
+        return len(self.backend.id_to_token(token))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer of that name.
+
+    Args:
+        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt; or a model on the Hugging Face
+            hub, such as "gpt2". All but the first need the extra `hf`.
+
+    Raises:
+        ValueError: the folder holds no tokenizer, the hub has none of that name, or the extra is not installed.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    folder = Path(name).expanduser()
+    has_bpe = all((folder / file).is_file() for file in ("vocab.json", "merges.txt"))
+    if folder.is_dir() and not has_bpe and not (folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"tokenizer={name}: the folder must hold tokenizer.json, or vocab.json and merges.txt; "
+            "tokenizer=bytes needs no files"
+        )
+    try:
+        import tokenizers
+    except ImportError as err:
+        raise ValueError(
+            f'tokenizer={name}: needs the extra hf (pip install "qtrain[hf]"); tokenizer=bytes does not'
+        ) from err
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return BPETokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+        if not has_bpe:
+            return BPETokenizer(tokenizers.Tokenizer.from_pretrained(name))
+        backend = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as err:  # the library raises bare Exceptions
+        raise ValueError(
+            f"tokenizer={name}: could not be loaded ({err}); allowed are bytes, a folder with vocab.json and "
+            "merges.txt, and a model on the Hugging Face hub such as gpt2"
+        ) from err
+    if backend.token_to_id(END_OF_TEXT) is not None:
+        backend.add_special_tokens([END_OF_TEXT])
+    return BPETokenizer(backend)

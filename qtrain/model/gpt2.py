@@ -1,0 +1,302 @@
+"""GPT-2 whole: learned positions, pre-norm blocks, tanh-GELU, tied head; quantizable in eager mode; a KV cache.
+
+Each Linear layer stands between its own QuantStub and DeQuantStub. All else stays in float: embeddings, LayerNorm,
+attention with its mask and softmax, GELU, residual sums.
+
+Shapes: B batch, T tokens of one call, S tokens seen by attention (T and those in the cache), C = n_embd, H = n_head,
+D = C / H, V = vocab_size.
+"""
+
+import logging
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qtrain.eager import DeQuantStub, QuantStub
+from qtrain.model.pretrained import load_gpt2
+
+logger = logging.getLogger(__name__)
+
+Slot = tuple[Tensor, Tensor, Tensor]  # where to write new keys and values, all keys, all values: of one layer
+
+
+class KVCache:
+    """Keys and values of the tokens that were read, in one buffer allocated once. For inference only.
+
+    Args:
+        model: the GPT2 to cache for, float or quantized; gives sizes, dtype and device.
+        batch_size: B.
+        max_length: tokens that it can hold; by default the model's n_positions.
+
+    Attributes:
+        length: tokens that it holds. Set it back to forget the tokens behind: 0 empties the cache.
+    """
+
+    def __init__(self, model: "GPT2", batch_size: int = 1, max_length: int | None = None) -> None:
+        self.max_length = max_length or model.n_positions
+        like = model.ln_f.weight
+        sizes = (model.n_layer, 2, batch_size, model.n_head, self.max_length, model.n_embd // model.n_head)
+        self.buffer = torch.zeros(sizes, dtype=like.dtype, device=like.device)  # (n_layer, 2, B, H, max_length, D)
+        self.length = 0
+
+    def slots(self, num_tokens: int) -> list[Slot]:
+        """Returns the views that each layer needs to read `num_tokens` more, made for all layers at once.
+
+        A layer gets its place for new keys and values (2, B, H, T, D), then all its keys and values (B, H, S, D).
+        """
+        end = self.length + num_tokens
+        if end > self.max_length:
+            raise ValueError(f"max_length={self.max_length}: {end} tokens do not fit this cache; make a longer one")
+        places = self.buffer[..., self.length : end, :].unbind(0)
+        keys, values = self.buffer[..., :end, :].unbind(1)
+        return list(zip(places, keys.unbind(0), values.unbind(0), strict=True))
+
+
+class Attention(nn.Module):
+    """Causal self-attention, in float between two quantizable Linear layers."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.quant_attn, self.dequant_attn = QuantStub(), DeQuantStub()
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd)
+        self.quant_proj, self.dequant_proj = QuantStub(), DeQuantStub()
+        self.c_proj = nn.Linear(n_embd, n_embd)
+
+    def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
+        """(B, T, C) -> (B, T, C). mask: bool (T, S), True where a token may look; None for the usual triangle."""
+        batch, num_tokens, n_embd = x.shape
+        x = self.dequant_attn(self.c_attn(self.quant_attn(x)))  # (B, T, 3C)
+        qkv = x.view(batch, num_tokens, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        if slot is None:
+            q, k, v = qkv.unbind(0)  # (B, H, T, D)
+        else:
+            place, k, v = slot  # (B, H, S, D)
+            place.copy_(qkv[1:])
+            q = qkv[0]
+        dropout = self.dropout if self.training else 0.0
+        # A single token may look at everything before it: it needs no mask.
+        is_causal = mask is None and num_tokens > 1
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        x = x.transpose(1, 2).reshape(batch, num_tokens, n_embd)  # (B, T, C)
+        return self.dequant_proj(self.c_proj(self.quant_proj(x)))
+
+
+class MLP(nn.Module):
+    """Two quantizable Linear layers with tanh-GELU in float between them."""
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.quant_fc, self.dequant_fc = QuantStub(), DeQuantStub()
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
+        self.quant_proj, self.dequant_proj = QuantStub(), DeQuantStub()
+        self.c_proj = nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = F.gelu(self.dequant_fc(self.c_fc(self.quant_fc(x))), approximate="tanh")  # (B, T, 4C)
+        return self.dequant_proj(self.c_proj(self.quant_proj(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd)
+        self.attn = Attention(n_embd, n_head, dropout)
+        self.ln_2 = nn.LayerNorm(n_embd)
+        self.mlp = MLP(n_embd)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.dropout(self.attn(self.ln_1(x), slot, mask))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class GPT2(nn.Module):
+    """GPT-2 as published; with the default sizes it has 124,439,808 parameters.
+
+    The head is a Linear layer of its own, `lm_head`, without bias, and its weight is the same Parameter as
+    `wte.weight`. A conversion that packs the head leaves the embedding as it is.
+
+    Args:
+        vocab_size: V.
+        n_positions: tokens of the longest context.
+        n_layer: number of blocks.
+        n_head: heads of each block; divides n_embd.
+        n_embd: width.
+        dropout: of embeddings, attention weights and what each half of a block adds; 0 <= dropout < 1.
+        pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes replace those given. None: weights
+            are drawn from torch's global generator.
+
+    Raises:
+        ValueError: a parameter is out of range, or `load_gpt2` refuses the checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 50257,
+        n_positions: int = 1024,
+        n_layer: int = 12,
+        n_head: int = 12,
+        n_embd: int = 768,
+        dropout: float = 0.0,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = dict(vocab_size=vocab_size, n_positions=n_positions, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        if pretrained is not None:
+            found, weights = load_gpt2(pretrained)
+            if sizes != found:
+                logger.warning("pretrained=%s: sizes %s, where the model's config says %s", pretrained, found, sizes)
+            sizes = found
+        rules = {f"{k}={v}: must be a whole number of at least 1": type(v) is int and v > 0 for k, v in sizes.items()}
+        rules[f"dropout={dropout}: must be at least 0 and below 1"] = 0 <= dropout < 1
+        _refuse(rules)
+        self.vocab_size, self.n_positions, self.n_layer, self.n_head, self.n_embd = sizes.values()
+        _refuse({f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}": self.n_embd % self.n_head == 0})
+        self.wte = nn.Embedding(self.vocab_size, self.n_embd)
+        self.wpe = nn.Embedding(self.n_positions, self.n_embd)
+        self.dropout = nn.Dropout(dropout)
+        self.h = nn.ModuleList(Block(self.n_embd, self.n_head, dropout) for _ in range(self.n_layer))
+        self.ln_f = nn.LayerNorm(self.n_embd)
+        self.quant_head, self.dequant_head = QuantStub(), DeQuantStub()
+        self.lm_head = nn.Linear(self.n_embd, self.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+        for module in self.modules():
+            if isinstance(module, nn.Embedding | nn.LayerNorm):
+                module.__dict__["qconfig"] = None  # eager mode's mark of a layer that stays in float
+        if pretrained is None:
+            self.init_weights()
+        else:
+            self.load_state_dict(weights)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draws all weights anew as published: normal(0, 0.02), residual projections / sqrt(2 n_layer), no biases."""
+        for name, parameter in self.named_parameters():  # the tied weight comes once
+            if parameter.dim() == 2:
+                depth = 2 * self.n_layer if name.endswith("c_proj.weight") else 1
+                parameter.normal_(0.0, 0.02 / math.sqrt(depth))
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    def fuse_model(self, is_qat: bool) -> None:
+        """Does nothing: no layer follows a Linear directly that torch could fuse with it."""
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
+        """Returns the logits of each next token.
+
+        Args:
+            idx: int64 (B, T), tokens in 0..V-1.
+            cache: holds the tokens before these, and these afterwards. No gradient flows then.
+            last_only: compute the logits of the last position only.
+
+        Returns:
+            (B, T, V), or (B, 1, V) with last_only.
+
+        Raises:
+            ValueError: the context, cached tokens included, is longer than n_positions.
+        """
+        num_tokens = idx.shape[1]
+        start = 0 if cache is None else cache.length
+        if start + num_tokens > self.n_positions:
+            problem = f"context={start + num_tokens}: must be at most n_positions={self.n_positions}"
+            raise ValueError(f"{problem}; shorten the input (data.context), or train with a larger model.n_positions")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            slots = [None] * self.n_layer if cache is None else cache.slots(num_tokens)
+            mask = None
+            if start and num_tokens > 1:
+                mask = torch.ones(num_tokens, start + num_tokens, dtype=torch.bool, device=idx.device).tril(start)
+            position = torch.arange(start, start + num_tokens, device=idx.device)
+            x = self.dropout(self.wte(idx) + self.wpe(position))  # (B, T, C)
+            for block, slot in zip(self.h, slots, strict=True):
+                x = block(x, slot, mask)
+            if cache is not None:
+                cache.length += num_tokens
+            x = self.ln_f(x[:, -1:] if last_only else x)
+            return self.dequant_head(self.lm_head(self.quant_head(x)))  # (B, T or 1, V)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        greedy: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        stop_token: int | None = None,
+    ) -> Tensor:
+        """Returns `idx` continued, token by token, in eval mode.
+
+        Args:
+            idx: int64 (B, T), prompts of one length.
+            max_new_tokens: tokens to add; with the prompt at most n_positions.
+            greedy: take the most likely token (without temperature and top_k).
+            temperature: the logits are divided by it, above 0.
+            top_k: draw among the k most likely tokens only, 1..V; None: among all.
+            seed: of the generator that draws; torch's global one is left alone.
+            stop_token: a row that has drawn it is filled up with it; once all rows have, no more are drawn.
+
+        Returns:
+            int64 (B, T + n), n <= max_new_tokens.
+        """
+        batch_size, num_prompt = idx.shape
+        _check_request(self, num_prompt, max_new_tokens, greedy, temperature, top_k)
+        generator = torch.Generator(idx.device).manual_seed(seed)
+        cache = KVCache(self, batch_size, num_prompt + max_new_tokens)
+        tokens = [idx]
+        done = torch.zeros(batch_size, 1, dtype=torch.bool, device=idx.device)
+        was_training = self.training
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                logits = self(tokens[-1], cache, last_only=True)[:, -1]  # (B, V)
+                if greedy or top_k == 1:
+                    new = logits.argmax(-1, keepdim=True)  # (B, 1)
+                else:
+                    new = _draw(logits.float() / temperature, top_k, generator)
+                if stop_token is not None:
+                    new = new.masked_fill(done, stop_token)
+                    done |= new == stop_token
+                tokens.append(new)
+                if stop_token is not None and done.all():
+                    break
+        finally:
+            self.train(was_training)
+        return torch.cat(tokens, dim=1)
+
+
+def _draw(logits: Tensor, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """Returns one token a row, (B, 1), drawn from softmax(logits), (B, V), or from its top_k largest."""
+    if top_k is None:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    values, tokens = logits.topk(top_k)  # (B, top_k)
+    return tokens.gather(1, torch.multinomial(values.softmax(-1), 1, generator=generator))
+
+
+def _check_request(model: GPT2, length: int, new: int, greedy: bool, temperature: float, top_k: int | None) -> None:
+    room, vocab = max(model.n_positions - length, 0), model.vocab_size
+    _refuse(
+        {
+            "idx: the prompt is empty; give at least one token": length >= 1,
+            f"max_new_tokens={new}: must be at least 1, and a prompt of {length} tokens leaves room for {room} in "
+            f"n_positions={model.n_positions}; ask for fewer, or shorten the prompt": 1 <= new <= room,
+            f"temperature={temperature}: must be above 0; for the likeliest token use greedy=true": temperature > 0,
+            f"top_k={top_k}: must be 1..vocab_size={vocab}, or null for all": top_k is None or 1 <= top_k <= vocab,
+            "greedy=true: leave out temperature and top_k": not greedy or (temperature == 1 and top_k is None),
+        }
+    )
+
+
+def _refuse(rules: dict[str, bool]) -> None:
+    problems = [message for message, holds in rules.items() if not holds]
+    if problems:
+        raise ValueError("\n".join(problems))
