@@ -235,7 +235,7 @@ class FloatIsland(nn.Module):
         super().__init__()
         self.dequant, self.layer, self.quant = DeQuantStub(), layer, QuantStub()
         for module, own in ((self.dequant, qconfig), (self.quant, qconfig), (layer, None)):
-            module.__dict__["qconfig"] = own
+            module.__dict__["qconfig"] = own  # past nn.Module's typing, which knows no such attribute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.quant(self.layer(self.dequant(x)))
@@ -264,11 +264,12 @@ def prepare(model: nn.Module, qconfig: Any, *, is_qat: bool, layers: dict[str, A
     if fuse_model is not None:
         fuse_model(is_qat=is_qat)
     for name, own in match_layers(model, layers).items():
-        if own is None:
+        layer = model.get_submodule(name)
+        layer.__dict__["qconfig"] = own
+        # A layer with stubs of its own, or one that is float by nature, gets float inputs already.
+        if own is None and not any(isinstance(m, QuantStub | nn.Embedding) for m in layer.modules()):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, FloatIsland(model.get_submodule(name), qconfig))
-        else:
-            model.get_submodule(name).__dict__["qconfig"] = own
+            setattr(model.get_submodule(parent), child, FloatIsland(layer, qconfig))
     _refuse_silent_errors(model, is_qat, qconfig.weight().is_per_channel)
     model.qconfig = qconfig
     with _quiet():
@@ -316,11 +317,16 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
 CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+def _stays_float(model: nn.Module, name: str) -> bool:
+    """Tells whether the layer or one around it is marked by `qconfig = None`."""
+    ends = [i for i, c in enumerate(name) if c == "."] + [len(name)]
+    return any(model.get_submodule(name[:end]).__dict__.get("qconfig", True) is None for end in ends)
+
+
 def _refuse_silent_errors(model: nn.Module, is_qat: bool, per_channel: bool) -> None:
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        inside_island = any(name.startswith(f"{n}.layer") for n, m in model.named_modules() if type(m) is FloatIsland)
-        if isinstance(module, nn.Identity) or inside_island:
+        if isinstance(module, nn.Identity) or _stays_float(model, name):
             continue
         float_instead = f"keep it float: quant.layers={{{name}: float}}"
         if id(module) in first:

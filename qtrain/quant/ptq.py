@@ -96,7 +96,8 @@ class PTQ(Quantizer):
         model = copy.deepcopy(prepared).eval()
         with torch.no_grad():
             for _, layer, make_weight_quantizer in eager.weighted_layers(model):
-                layer.weight.copy_(make_weight_quantizer().to(layer.weight.device)(layer.weight))
+                weight = make_weight_quantizer().to(layer.weight.device)(layer.weight)
+                layer.weight = nn.Parameter(weight)  # a new one: an embedding may share the old one, and stays float
         set_modes(eager.observed_points(model).values(), observing=False, quantizing=True)
         return model
 
