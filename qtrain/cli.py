@@ -62,6 +62,8 @@ def main() -> None:
 
 def explain(err: BaseException) -> str:
     """Returns an error's text; for an unknown key, with the keys that there are."""
+    if isinstance(err, OSError) and err.filename is not None:
+        return f"{err.filename}: {err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders"
     cause: BaseException | None = err
     while cause is not None:
         node = getattr(cause, "parent_node", None)

@@ -1,7 +1,7 @@
 """From YAML to objects: where the config lies, how it is composed, checked and built."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,7 @@ def build(config: DictConfig) -> Parts:
             torch.manual_seed(config.seed if _is_whole(config.seed) else 0)
         try:
             made[key] = instantiate(config[key], _convert_="all")
-            if key in ("optimizer", "scheduler"):
-                _try_out(made[key], made.get("optimizer"), key)
+            _try_out(key, made, problems)
         except Exception as err:
             problems += _explain(key, config[key], err)
     generator_state = torch.get_rng_state()
@@ -132,7 +131,7 @@ def build(config: DictConfig) -> Parts:
     if quantizer is not None and quantizer.trains:
         for key in ("optimizer", "scheduler"):
             try:
-                _try_out(getattr(quantizer, key), quantizer.optimizer, key)
+                _try_out(key, vars(quantizer), problems, prefix="quant.")
             except Exception as err:
                 problems += _explain(f"quant.{key}", config.quant[key], err)
         if quantizer.convert_every and made.get("data") is not None and made["data"].val is None:
@@ -166,12 +165,13 @@ def _check_values(config: DictConfig) -> Iterator[str]:
             yield f"{key}={rate}: must be a number above 0"
 
 
-def _try_out(factory: Callable[..., Any], optimizer: Callable[..., Any] | None, key: str) -> None:
-    """Calls a factory once, so that what it refuses is known before any training."""
-    if optimizer is not None:
-        made = optimizer([nn.Parameter(torch.zeros(1))])
+def _try_out(key: str, made: dict[str, Any], problems: list[str], prefix: str = "") -> None:
+    """Calls an optimizer's or scheduler's factory once, so that what it refuses is known before any training."""
+    already_known = any(problem.startswith(f"{prefix}optimizer") for problem in problems)
+    if key in ("optimizer", "scheduler") and "optimizer" in made and not already_known:
+        optimizer = made["optimizer"]([nn.Parameter(torch.zeros(1))])
         if key == "scheduler":
-            factory(made, 10)
+            made["scheduler"](optimizer, 10)
 
 
 def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:

@@ -90,7 +90,7 @@ class Engine:
             able = ", ".join(e.name for e in ENGINES.values() if e.asymmetric_weights)
             problems.append(
                 f"weight.symmetric=false: engine {self.name} takes weights without a zero point only; "
-                f"use weight.symmetric=true, or one of the engines {able}"
+                f"use symmetric=true, or one of the engines {able}"
             )
         if weight.granularity == "per_group":
             problems.append(
