@@ -41,6 +41,7 @@ def execute(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report:
         OSError: a file cannot be written.
     """
     report = Report(**records.identity(config, overrides))
+    OmegaConf.save(config, run_dir / "config.yaml")
     try:
         run(config, run_dir, report)
     except BaseException as err:
@@ -57,6 +58,7 @@ def run(config: DictConfig, run_dir: Path, report: Report) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     parts = build(config)
+    require_finite_weights(parts.model)
     sample = parts.task.inputs(next(iter(parts.data.test)))
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
     report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample))

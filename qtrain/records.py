@@ -165,6 +165,10 @@ def weight_table(pairs: dict[str, tuple[Tensor, Tensor]], count: int = 6) -> str
     return "\n".join(lines)
 
 
+def _seconds(stages: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in stages.items())
+
+
 def summary(report: Report, quality: str) -> list[str]:
     """Returns the lines that a person reads at the end of a run."""
     lines = []
@@ -184,6 +188,8 @@ def summary(report: Report, quality: str) -> list[str]:
         ratio = times["median"] / exact[size]["median"]
         if ratio > 1 and report.quant["method"] != "none":
             lines.append(f"note: int8 is SLOWER than float at batch {size}: {ratio:.2f} times its latency")
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    lines.append(f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s))
     cover = report.coverage
     if report.quant["method"] != "none":
         lines.append(

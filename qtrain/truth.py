@@ -187,11 +187,13 @@ def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: 
 
 
 def require_finite_weights(model: nn.Module) -> None:
-    """Raises TruthError where a parameter or buffer holds NaN or infinity; names it."""
-    for name, value in model.state_dict().items():
-        if ".observer." in name:  # an observer that saw nothing holds an infinite range
-            continue
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+    """Raises TruthError where a parameter or a running statistic holds NaN or infinity; names it.
+
+    Other buffers may: an attention mask, the range of an observer that saw nothing.
+    """
+    statistics = ((name, buffer) for name, buffer in model.named_buffers() if ".running_" in name)
+    for name, value in (*model.named_parameters(), *statistics):
+        if not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
             raise TruthError(f"layer {name}: {bad} of {value.numel()} weights are NaN or infinite")
 
