@@ -39,4 +39,4 @@ def evaluate(model: nn.Module, loader: Loader, task: Task, *, device: str = "cpu
         for name, value in task.metrics(output, batch).items():
             sums[name] = sums[name] + value if name in sums else value
         examples.append(task.examples(output, batch).cpu())
-    return Scores(task.summary(sums), torch.cat(examples))
+    return Scores(task.summary(sums, loader), torch.cat(examples))

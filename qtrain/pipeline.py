@@ -229,9 +229,10 @@ def describe(
     report.peak_memory_bytes = peak_memory_bytes(config.device)
     report.versions = versions()
     assert scores["float"] is not None and scores["quantized"] is not None
-    gain = scores["quantized"].examples.double() - scores["float"].examples.double()
+    exact, real = scores["float"], scores["quantized"]
+    gain = real.examples.double() - exact.examples.double()
     report.difference = {
-        parts.task.quality: float(gain.mean()),
+        parts.task.quality: real.metrics[parts.task.quality] - exact.metrics[parts.task.quality],
         "standard_error": float(gain.std(correction=1) / len(gain) ** 0.5),
         "gained": int((gain > 0).sum()),
         "lost": int((gain < 0).sum()),

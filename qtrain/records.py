@@ -112,7 +112,7 @@ def write(
             logger.figure(f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind), 0)
     if report.qparams:
         logger.text("qparams", qparams_table(report), 0)
-    table = ("accuracy/quantized", "accuracy/float", "size_kb/quantized_file", "latency_ms/quantized_batch_1")
+    table = (*(f"{task.quality}/{kind}" for kind in scores), "size_kb/quantized_file", "latency_ms/quantized_batch_1")
     logger.hparams(hparams(report), {name: scalars[name] for name in table if name in scalars})
     for line in summary(report, task.quality):
         log.info(line)
@@ -177,7 +177,8 @@ def summary(report: Report, quality: str) -> list[str]:
             continue
         simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
         size = report.size_bytes.get(f"{kind}_file")
-        facts = [f"{quality} {100 * metrics[quality]:.2f} %", f"loss {metrics['loss']:.4f}"]
+        value = f"{100 * metrics[quality]:.2f} %" if quality == "accuracy" else f"{metrics[quality]:.3f}"
+        facts = [f"{quality} {value}", f"loss {metrics['loss']:.4f}"]
         facts += [f"{size / 1000:.1f} KB"] if size is not None else []
         facts += [f"{t['median']:.3f} ms at batch {n}" for n, t in (report.latency_ms.get(kind) or {}).items()]
         lines.append(f"{kind + simulated:>21}: " + ", ".join(facts))

@@ -28,7 +28,8 @@ class TruthGate:
         on_failure: "error" ends the run, "warn" reports and goes on.
         samples: samples of the test split that layers are compared on.
         max_steps: largest root mean square difference, in quantization steps, between what a converted layer and its
-            simulation make of the same input. Kernels that round as they should stay below 1.
+            simulation make of the same input. Kernels that round as they should stay below 0.5; those of engines that
+            reduce the range do not clip where their simulation does, and may be above.
         max_range_ratio: largest width of the model's input in evaluation, in widths of the calibrated range.
 
     Raises:

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-Batch = tuple[Tensor, Tensor]
+from qtrain.data.loaders import Batch, Loader
 
 
 class Task(Protocol):
@@ -25,5 +25,5 @@ class Task(Protocol):
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns one score an example (B,), to be compared in pairs between models."""
 
-    def summary(self, sums: dict[str, Tensor]) -> dict[str, Any]:
-        """Returns the final metrics as plain numbers and lists."""
+    def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
+        """Returns the final metrics of what `loader` held, as plain numbers and lists."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtrain.task.base import Batch
+from qtrain.data.loaders import Batch, Loader
 
 
 class Classification:
@@ -35,7 +35,7 @@ class Classification:
         """Returns 1 where the prediction is right, else 0."""
         return (output.argmax(1) == batch[1]).to(torch.uint8)
 
-    def summary(self, sums: dict[str, Tensor]) -> dict[str, Any]:
+    def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
         """Returns accuracy in 0..1, the mean loss in nats, wrong predictions per class, the confusion counts."""
         count, confusion = int(sums["count"]), sums["confusion"]
         return {
