@@ -1,5 +1,6 @@
 """Hydra callbacks."""
 
+from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -7,7 +8,33 @@ from omegaconf import DictConfig
 
 
 class Comparison(Callback):
-    """Compares the runs of a sweep at its end."""
+    """Compares the jobs of a sweep at its end, and makes its exit code say whether all of them succeeded."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        pass
+        """Prints the comparison; writes comparison.csv, .png and .html beside the jobs.
+
+        Raises:
+            SystemExit: 1, if a job failed or the comparison cannot be made. Hydra turns other exceptions of callbacks
+                into warnings.
+        """
+        # Imported here, for Hydra imports this module at the start of every run.
+        from qtrain.compare import compare, write
+
+        folder = Path(config.hydra.sweep.dir)
+        files = {
+            "csv": folder / "comparison.csv",
+            "plot": folder / "comparison.png",
+            "html": folder / "comparison.html",
+        }
+        try:
+            comparison = compare([folder])
+            print(f"\n{comparison.text()}")
+            write(comparison, **files)
+        except (ValueError, OSError) as err:
+            print(f"qtrain: error: no comparison of this sweep: {err}")
+            raise SystemExit(1) from err
+        for line in comparison.warnings():
+            print(f"warning: {line}")
+        print("\n".join(f"{kind}: {path}" for kind, path in files.items()), flush=True)
+        if comparison.found.failures or comparison.found.unreadable:
+            raise SystemExit(1)

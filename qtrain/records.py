@@ -197,5 +197,7 @@ def summary(report: Report, quality: str) -> list[str]:
             f"quantized: {100 * cover['params_quantized']:.1f} % of parameters, "
             f"{100 * cover['macs_quantized']:.1f} % of multiply-accumulates"
         )
-        lines += [f"  stays float: {name} ({reason})" for name, reason in cover["float_layers"].items()]
+        for reason in dict.fromkeys(cover["float_layers"].values()):
+            names = [name for name, why in cover["float_layers"].items() if why == reason]
+            lines.append(f"  stays float: {', '.join(names)} ({reason})")
     return lines
