@@ -35,7 +35,8 @@ def job(config: DictConfig) -> Any:
         # One bad job must not end a sweep; its report says what happened, and the sweep's end lists it.
         log.error(f"job {settings.job.num} failed: {err}")
         return FAILED
-    values = [_select(report.metrics, objective) for objective in config.objective]
+    objectives = config.objective or [f"quantized.{report.quality}"]
+    values = [_select(report.metrics, objective) for objective in objectives]
     return values[0] if len(values) == 1 else tuple(values)
 
 

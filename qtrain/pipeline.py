@@ -59,6 +59,7 @@ def run(config: DictConfig, run_dir: Path, report: Report) -> None:
         torch.set_num_threads(config.threads)
     parts = build(config)
     require_finite_weights(parts.model)
+    report.quality = parts.task.quality
     sample = parts.task.inputs(next(iter(parts.data.test)))
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
     report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample))
@@ -84,6 +85,9 @@ def run(config: DictConfig, run_dir: Path, report: Report) -> None:
             with blame(fake, "fake-quantized"):
                 scores["fake"] = evaluate(fake, parts.data.test, parts.task) if fake is not None else None
             scores["quantized"] = evaluate(quantized, parts.data.test, parts.task)
+            shown = {"float": float_model, "fake": fake, "quantized": quantized}
+            samples = {name: parts.task.sample(model) for name, model in shown.items() if model is not None}
+            report.samples = {name: text for name, text in samples.items() if text is not None}
             report.truth, found = parts.truth.compare(reference, fake, quantized, sample)
         failures += found
         report.truth |= {"ok": not failures, "failures": failures}

@@ -110,6 +110,8 @@ def write(
     for kind, score in scores.items():
         if score is not None and "confusion" in score.metrics:
             logger.figure(f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind), 0)
+    if report.samples:
+        logger.text("samples", "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()), 0)
     if report.qparams:
         logger.text("qparams", qparams_table(report), 0)
     table = (*(f"{task.quality}/{kind}" for kind in scores), "size_kb/quantized_file", "latency_ms/quantized_batch_1")
@@ -189,6 +191,7 @@ def summary(report: Report, quality: str) -> list[str]:
         ratio = times["median"] / exact[size]["median"]
         if ratio > 1 and report.quant["method"] != "none":
             lines.append(f"note: int8 is SLOWER than float at batch {size}: {ratio:.2f} times its latency")
+    lines += [f"{kind:>21}: {text!r}" for kind, text in report.samples.items()]
     threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
     lines.append(f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s))
     cover = report.coverage

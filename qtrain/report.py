@@ -25,9 +25,11 @@ class Report:
     schema: int = SCHEMA
     status: str = "ok"
     error: str | None = None
+    quality: str | None = None
     quant: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, str] = field(default_factory=dict)
     truth: dict[str, Any] = field(default_factory=dict)
     qparams: dict[str, Any] = field(default_factory=dict)
     coverage: dict[str, Any] = field(default_factory=dict)

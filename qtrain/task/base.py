@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtrain.data.loaders import Batch, Loader
 
@@ -24,6 +24,9 @@ class Task(Protocol):
 
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns one score an example (B,), to be compared in pairs between models."""
+
+    def sample(self, model: nn.Module) -> str | None:
+        """Returns a text that shows what `model` does, for people to compare, or None."""
 
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
         """Returns the final metrics of what `loader` held, as plain numbers and lists."""

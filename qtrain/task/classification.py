@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtrain.data.loaders import Batch, Loader
 
@@ -34,6 +34,9 @@ class Classification:
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns 1 where the prediction is right, else 0."""
         return (output.argmax(1) == batch[1]).to(torch.uint8)
+
+    def sample(self, model: nn.Module) -> str | None:
+        return None
 
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
         """Returns accuracy in 0..1, the mean loss in nats, wrong predictions per class, the confusion counts."""

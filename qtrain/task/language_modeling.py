@@ -7,15 +7,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtrain.data.loaders import Batch, Loader
+from qtrain.data.tokenizer import load_tokenizer
 
 IGNORE = -100  # targets that another window scores
 
 
 class LanguageModeling:
-    """The token after each token; the model returns logits (B, T, V), targets are (B, T)."""
+    """The token after each token; the model returns logits (B, T, V), targets are (B, T).
+
+    Args:
+        tokenizer: that of the data.
+        prompt: what each model continues, where it can generate; the same for all, with the same seed.
+        max_new_tokens: tokens to add; fewer where the model's context is shorter.
+        top_k: draw among the k most likely tokens; null: among all.
+        seed: of the generator that draws.
+
+    Raises:
+        ValueError: the tokenizer is unknown, or the prompt is empty.
+    """
 
     quality = "perplexity"
     higher_is_better = False
+
+    def __init__(self, *, tokenizer: str, prompt: str, max_new_tokens: int, top_k: int | None, seed: int) -> None:
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.prompt = self.tokenizer.encode(prompt)[None]  # (1, T)
+        if not self.prompt.numel():
+            raise ValueError(f"prompt={prompt}: must be a text of at least one token")
+        if top_k is not None and not 1 <= top_k <= self.tokenizer.vocab_size:
+            raise ValueError(f"top_k={top_k}: must be from 1 to {self.tokenizer.vocab_size}, or null for all tokens")
+        self.max_new_tokens, self.top_k, self.seed = max_new_tokens, top_k, seed
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return (batch[0],)
@@ -36,6 +57,14 @@ class LanguageModeling:
         """Returns the mean loss of each window's scored tokens, in nats."""
         count = (batch[1] != IGNORE).sum(1).clamp(min=1)
         return _token_losses(output, batch[1]).sum(1) / count
+
+    def sample(self, model: Any) -> str | None:
+        """Returns the prompt as `model` continues it; None for a model that has no `generate`."""
+        if not hasattr(model, "generate"):
+            return None
+        room = min(self.max_new_tokens, model.n_positions - self.prompt.shape[1])
+        tokens = model.generate(self.prompt, room, top_k=self.top_k, seed=self.seed)
+        return self.tokenizer.decode(tokens[0])
 
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
         """Returns the mean loss in nats, perplexity, accuracy in 0..1; bits per byte where the loader counts bytes."""

@@ -1,0 +1,63 @@
+"""The command `qtrain-generate`: a text from a finished run's model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = 'example: qtrain-generate outputs/runs/... --prompt "I have a dream" --top-k 30 --max-new-tokens 40'
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the prompt as the run's converted model continues it; mistakes end it with a message and code 1."""
+    parser = argparse.ArgumentParser("qtrain-generate", description=__doc__, epilog=EXAMPLE)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run of a language model")
+    parser.add_argument("--prompt", default="I have a dream")
+    parser.add_argument("--max-new-tokens", type=int, default=50)
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=None, help="draw among the k likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        print(generate(**vars(args)))
+    except (ValueError, OSError) as err:
+        sys.exit(f"qtrain-generate: error: {err}")
+
+
+def generate(
+    run: Path, prompt: str, *, max_new_tokens: int, greedy: bool, temperature: float, top_k: int | None, seed: int
+) -> str:
+    """Returns the prompt and what the converted model of `run` adds to it.
+
+    Args:
+        run: the folder of a finished run.
+        prompt: a text of at least one token.
+        max_new_tokens, greedy, temperature, top_k, seed: see `GPT2.generate`.
+
+    Raises:
+        ValueError: the folder holds no run of a language model, or an argument is out of range.
+    """
+    from qtrain.data.tokenizer import load_tokenizer
+    from qtrain.report import FILE_NAME, load_report
+    from qtrain.saved import load
+
+    model: Any = load(run)
+    tokenizer = load_report(run / FILE_NAME)["config"]["data"].get("tokenizer")
+    if tokenizer is None or not hasattr(model, "generate"):
+        raise ValueError(f"{run}: this run's {type(model).__name__} generates no text; name a run of a language model")
+    encoder = load_tokenizer(tokenizer)
+    tokens = model.generate(
+        encoder.encode(prompt)[None],
+        max_new_tokens,
+        greedy=greedy,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+    )
+    return encoder.decode(tokens[0])
+
+
+if __name__ == "__main__":
+    main()
