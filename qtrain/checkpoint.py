@@ -1,11 +1,8 @@
-"""Files that must not be lost or half written, and the cache of trained float models."""
+"""Saved weights, and the cache of trained float models."""
 
 import hashlib
 import json
 import logging
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +10,9 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from qtrain.files import write_atomically, write_json
+
 log = logging.getLogger(__name__)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that `path` holds either all of the new content or what it held before.
-
-    Args:
-        write: called with the path of a new file, on the same disk, to fill.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full; what was at `path` is still there.
-    """
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            # torch.save writes the file's stem before each tensor: one letter keeps small models small.
-            new = Path(folder) / "w"
-            write(new)
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(new, path)
-    except (OSError, RuntimeError) as err:  # torch's zip writer turns a failed write into a RuntimeError
-        raise OSError(f"{path}: could not be written ({err}); files already there are unchanged") from err
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as JSON, atomically."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-    write_atomically(path, lambda new: new.write_text(text))
 
 
 def save_weights(path: Path, model: nn.Module) -> int:

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qtrain import eager, plots
-from qtrain.checkpoint import write_atomically
 from qtrain.evaluate import Scores
+from qtrain.files import write_atomically
 from qtrain.loggers import Logger, TensorBoard
 from qtrain.quant.base import Quantizer
 from qtrain.report import Report

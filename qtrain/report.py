@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qtrain.checkpoint import write_json
+from qtrain.files import write_json
 
 SCHEMA = 1
 FILE_NAME = "report.json"

@@ -1,0 +1,35 @@
+"""Files that must not be lost or half written."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file so that `path` holds either all of the new content or what it held before.
+
+    Args:
+        write: called with the path of a new file, on the same disk, to fill.
+
+    Raises:
+        OSError: the folder cannot be written or the disk is full; what was at `path` is still there.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            # torch.save writes the file's stem before each tensor: one letter keeps small models small.
+            new = Path(folder) / "w"
+            write(new)
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
+    except (OSError, RuntimeError) as err:  # torch's zip writer turns a failed write into a RuntimeError
+        raise OSError(f"{path}: could not be written ({err}); files already there are unchanged") from err
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as JSON, atomically."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_atomically(path, lambda new: new.write_text(text))
