@@ -1,0 +1,128 @@
+"""Two models scored on the same examples: how far apart they are, and whether that is more than chance."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qtrain.leaderboard.runs import Run
+from qtrain.leaderboard.statistics import mcnemar, paired_bootstrap
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FILE_NAME = "examples.pt"
+AT_ONCE = 4_000_000  # scores held for the bootstrap
+
+
+@dataclass(frozen=True)
+class Difference:
+    """In the quality's shown unit; without the examples there is neither error nor p."""
+
+    value: float
+    standard_error: float | None = None
+    p: float | None = None
+
+
+def to_float(runs: Sequence[Run]) -> tuple[list[Difference | None], list[str]]:
+    """Returns each run's difference to its own float model (None for the float model itself), and warnings.
+
+    For right-or-wrong examples the report has all that the test needs; losses are read.
+    """
+    found: list[Difference | None] = []
+    for run in runs:
+        value, counts, p = run.facts["difference"], run.report["difference"], None
+        if run.quality.higher_is_better and value is not None:
+            p = mcnemar(counts["gained"], counts["lost"])
+        found.append(None if value is None else Difference(value, run.facts["difference_se"], p))
+    tested = [i for i, run in enumerate(runs) if found[i] is not None and not run.quality.higher_is_better]
+    differences, warnings = _test_losses([(runs[i], "quantized", runs[i], "float") for i in tested])
+    for i, difference in zip(tested, differences, strict=True):
+        found[i] = difference
+    return found, warnings
+
+
+def to_baselines(pairs: Sequence[tuple[Run, Run | None]]) -> tuple[list[Difference | None], list[str]]:
+    """Returns each run's difference to its baseline (None where that is missing or itself), and warnings."""
+    found: list[Difference | None] = [None] * len(pairs)
+    warnings, losses = [], []
+    for i, (run, base) in enumerate(pairs):
+        if base is None or base is run:
+            continue
+        if not run.quality.higher_is_better:
+            losses.append(i)
+            continue
+        found[i] = Difference(run.facts["quantized"] - base.facts["quantized"])
+        try:
+            gain = _gain(run, "quantized", base, "quantized")
+        except ValueError as err:
+            warnings.append(str(err))
+            continue
+        error = run.quality.scale * float(gain.std(ddof=1)) / len(gain) ** 0.5
+        p = mcnemar(int((gain > 0).sum()), int((gain < 0).sum()))
+        found[i] = Difference(run.quality.scale * float(gain.mean()), error, p)
+    quadruples = [(run, "quantized", base, "quantized") for run, base in (pairs[i] for i in losses) if base]
+    differences, more = _test_losses(quadruples)
+    for i, difference in zip(losses, differences, strict=True):
+        found[i] = difference
+    return found, warnings + more
+
+
+def _test_losses(pairs: Sequence[tuple[Run, str, Run, str]]) -> tuple[list[Difference], list[str]]:
+    """Returns the differences in perplexity, tested by the paired bootstrap on the losses of the examples."""
+    if not pairs:
+        return [], []
+    import numpy as np
+
+    found: list[Difference] = []
+    warnings: list[str] = []
+    waiting: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
+
+    def flush(length: int) -> None:
+        rows = waiting.pop(length)
+        for (i, _), p in zip(rows, paired_bootstrap(np.stack([gain for _, gain in rows])), strict=True):
+            found[i] = Difference(found[i].value, found[i].standard_error, float(p))
+
+    for i, (run, kind, base, base_kind) in enumerate(pairs):
+        difference = Difference(run.facts[kind] - base.facts[base_kind])
+        try:
+            gain = _gain(run, kind, base, base_kind)
+            # d exp(mean loss) = exp(mean loss) d(mean loss)
+            error = run.facts[kind] * float(gain.std(ddof=1)) / len(gain) ** 0.5
+            difference = Difference(difference.value, error)
+            waiting[len(gain)].append((i, gain))
+        except ValueError as err:
+            warnings.append(str(err))
+            gain = np.empty(0)
+        found.append(difference)
+        if len(gain) and len(waiting[len(gain)]) * len(gain) >= AT_ONCE:
+            flush(len(gain))
+    for length in list(waiting):
+        flush(length)
+    return found, warnings
+
+
+def _gain(run: Run, kind: str, base: Run, base_kind: str) -> "np.ndarray":
+    """Returns the scores' differences (N,), in double precision."""
+    ours, theirs = _scores(run.folder)[kind], _scores(base.folder)[base_kind]
+    if ours.shape != theirs.shape or len(ours) < 2:
+        raise ValueError(
+            f"{run.folder}: its {len(ours)} examples cannot be paired with the {len(theirs)} of {base.folder}; "
+            "significance is not tested"
+        )
+    return ours.astype("float64") - theirs.astype("float64")
+
+
+@lru_cache(maxsize=32)  # baselines come again and again, one a seed
+def _scores(folder: Path) -> "dict[str, np.ndarray]":
+    from qtrain.leaderboard.tensors import read_tensors  # most comparisons do without the examples, and so numpy
+
+    try:
+        scores = read_tensors(folder / FILE_NAME)
+    except ValueError as err:
+        raise ValueError(f"{err}; significance is not tested") from err
+    if missing := {"float", "quantized"} - set(scores):
+        raise ValueError(f"{folder / FILE_NAME}: holds no scores named {missing.pop()}; significance is not tested")
+    return scores

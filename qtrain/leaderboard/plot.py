@@ -1,0 +1,76 @@
+"""The quality-size plot."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from qtrain.leaderboard import pareto
+from qtrain.leaderboard.rows import Row, Section
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; the page uses the same.
+FLOAT = "#222222"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
+MARKERS = "^sDvPX*"
+MAX_PANELS = 12
+
+
+def scatter(sections: Sequence[Section]) -> Figure:
+    """Returns a figure with a panel for each section: quality over file size, and their Pareto front."""
+    shown = sections[:MAX_PANELS]
+    across = min(2, max(1, len(shown)))
+    down = -(-max(1, len(shown)) // across)
+    figure = Figure(figsize=(6.4 * across, 4.4 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for panel in panels[len(shown) :]:
+        panel.set_visible(False)
+    for panel, section in zip(panels, shown, strict=False):
+        _panel(panel, section)
+    if len(sections) > len(shown):
+        figure.suptitle(f"the first {len(shown)} of {len(sections)} tables", fontsize=9)
+    return figure
+
+
+def _kind(row: Row, section: Section) -> str:
+    """Returns what tells points apart: the method, or the first thing that is grouped by."""
+    found = str(row.cells[section.labels[0]] if section.grouped else row.cells["method"])
+    return "float" if found == "none" else found
+
+
+def _panel(axes: Any, section: Section) -> None:
+    quality = section.quality
+    rows = [row for row in section.rows if row.cells["size_kb"] is not None]
+    kinds = sorted({_kind(row, section) for row in rows} - {"float"})
+    for index, kind in enumerate(["float", *kinds], start=-1):
+        of_kind = [row for row in rows if _kind(row, section) == kind]
+        if not of_kind:
+            continue
+        x, y = ([row.cells[key] for row in of_kind] for key in ("size_kb", "quantized"))
+        colour, marker = (FLOAT, "o") if kind == "float" else (COLOURS[index % 7], MARKERS[index % 7])
+        alpha = 0.9 if len(rows) < 100 else 0.5
+        axes.scatter(x, y, s=36, linewidths=0, zorder=3, label=kind, color=colour, marker=marker, alpha=alpha)
+    points = [(row.cells["size_kb"], -quality.gain(row.cells["quantized"])) for row in rows]
+    front = sorted({point for point, best in zip(points, pareto.front(points), strict=True) if best})
+    axes.step(
+        [x for x, _ in front],
+        [-quality.gain(y) for _, y in front],
+        where="post",
+        color="0.55",
+        linewidth=1,
+        zorder=2,
+        label="Pareto front",
+    )
+    sizes = [x for x, _ in points]
+    if sizes and max(sizes) > 20 * min(sizes):
+        axes.set_xscale("log")
+    if not quality.higher_is_better:
+        axes.invert_yaxis()  # better is up
+    missing = len(section.rows) - len(rows)
+    note = f"\n({missing} simulated, without a size, not shown)" if missing else ""
+    axes.set_title(f"{section.title}{note}", fontsize=10)
+    axes.set_xlabel("file size, KB")
+    axes.set_ylabel(f"{quality.name}{', ' + quality.unit if quality.unit else ''}")
+    axes.grid(color="0.9", zorder=0)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    if rows:
+        axes.legend(fontsize=8)

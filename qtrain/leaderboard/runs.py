@@ -1,0 +1,211 @@
+"""Finding runs and reading what a comparison needs of them."""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qtrain.report import FILE_NAME, load_report
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The metric that runs are compared by: how it is shown, and which way is up."""
+
+    name: str
+    higher_is_better: bool
+    scale: float  # from the report's number to the shown one
+    unit: str
+    step: str  # the unit of a difference
+
+    def gain(self, value: float) -> float:
+        """Returns a number that is larger where `value` is better."""
+        return value if self.higher_is_better else -value
+
+
+QUALITIES = (Quality("accuracy", True, 100.0, "%", "points"), Quality("perplexity", False, 1.0, "", "perplexity"))
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One finished run.
+
+    Attributes:
+        facts: what tables show, by the names that filters, sorting and grouping use.
+        settings: the config, flattened to {"optimizer.lr": 0.001}, and the options of groups: {"trainer": "smoke"}.
+        overrides: the keys that its command line set.
+        report: its remaining numbers.
+    """
+
+    folder: Path
+    quality: Quality
+    facts: dict[str, Any]
+    settings: dict[str, Any]
+    overrides: list[str]
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Failure:
+    """A run without a result: one that failed, or one that has no report."""
+
+    folder: Path
+    error: str
+    overrides: list[str]
+    facts: dict[str, Any]
+    settings: dict[str, Any]
+
+
+@dataclass
+class Found:
+    """What lies under some folders; `unreadable` has a line for each file that was skipped."""
+
+    runs: list[Run] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def find(folders: Sequence[Path]) -> Found:
+    """Returns all runs at or under `folders`, each once.
+
+    Raises:
+        ValueError: a folder is missing, or there is no run in any of them.
+    """
+    found = Found()
+    for folder in dict.fromkeys(path for root in folders for path in _run_folders(root)):
+        if not (folder / FILE_NAME).is_file():
+            error = "no report: killed, or stopped before it began"
+            found.failures.append(Failure(folder, error, _hydra_overrides(folder), {}, {}))
+            continue
+        try:
+            report = load_report(folder / FILE_NAME)
+        except ValueError as err:
+            found.unreadable.append(str(err))
+            continue
+        try:
+            if report["status"] == "ok":
+                found.runs.append(_run(folder, report))
+            else:
+                error = (str(report["error"]).strip().splitlines() or ["unknown error"])[0]
+                overrides, facts = [str(text) for text in report["overrides"]], _identity(report)
+                found.failures.append(Failure(folder, error, overrides, facts, _settings(report)))
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            found.unreadable.append(f"{folder / FILE_NAME}: not a whole report ({type(err).__name__}: {err})")
+    if not (found.runs or found.failures or found.unreadable):
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"{names}: no runs there; name run folders (they hold a {FILE_NAME}) or folders of them")
+    return found
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    if not root.is_dir():
+        raise ValueError(f"{root}: there is no such folder")
+    for path, children, files in os.walk(root):
+        children.sort(key=_natural)
+        if FILE_NAME in files or ".hydra" in children:
+            yield Path(path)
+            children.clear()
+
+
+def _natural(name: str) -> list[Any]:
+    """Returns a sort key that puts job 2_ before job 10_."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def _hydra_overrides(folder: Path) -> list[str]:
+    try:
+        lines = (folder / ".hydra" / "overrides.yaml").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    return [line[2:] for line in lines if line.startswith("- ")]
+
+
+def _settings(report: dict[str, Any]) -> dict[str, Any]:
+    settings = dict(_flatten(report["config"], ""))
+    for override in report["overrides"]:  # the config holds a group's content, not its name
+        key, _, value = override.lstrip("+~").partition("=")
+        settings.setdefault(key, value)
+    return settings
+
+
+def _flatten(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            plain = value is None or isinstance(value, str | int) or isinstance(value, float) and math.isfinite(value)
+            yield prefix + key, value if plain else str(value)
+
+
+def _identity(report: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a run is, as opposed to what came out of it."""
+    quant, config = report["quant"], report["config"].get("quant", {})
+    weight = quant.get("weight") or config.get("weight") or {}
+    activation = quant.get("activation") or config.get("activation") or {}
+    bits = [spec.get("bits") for spec in (weight, activation)]
+    observer = (quant.get("activation") or quant.get("weight") or {}).get("observer")
+    facts = {key: report[key] for key in ("name", "model", "data", "seed")}
+    facts |= {"method": quant["method"], "engine": quant.get("engine"), "observer": observer}
+    for key, value in facts.items():
+        if not isinstance(value, str | int) and not (value is None and key in ("engine", "observer")):
+            raise TypeError(f"{key} is {value!r}")
+    return facts | {"bits": "/".join("-" if n is None else str(n) for n in bits) if any(bits) else None}
+
+
+def _run(folder: Path, report: dict[str, Any]) -> Run:
+    metrics, difference = report["metrics"], report["difference"]
+    quality = next((quality for quality in QUALITIES if quality.name == report["quality"]), None)
+    if quality is None:
+        raise ValueError(f"quality is {report['quality']!r}; known are {', '.join(q.name for q in QUALITIES)}")
+
+    identity = _identity(report)
+    exact, quantized = (quality.scale * _number(metrics[kind][quality.name]) for kind in ("float", "quantized"))
+    fake = None if metrics["fake"] is None else quality.scale * _number(metrics["fake"][quality.name])
+    # The mean loss is the perplexity's logarithm: an error of the one is that much of the other, relatively.
+    scale = quality.scale if quality.higher_is_better else quantized
+    is_float = identity["method"] == "none"
+    sizes, latency = report["size_bytes"], report["latency_ms"]
+    size = sizes.get("float_file" if is_float else "quantized_file")
+    batch = next(iter(latency.get("float") or {}), None)
+    slow, fast = (_median(latency.get(kind), batch) for kind in ("float", "float" if is_float else "quantized"))
+    facts = identity | {
+        "simulated": bool(report["quant"].get("simulated")),
+        "float": exact,
+        "fake": fake,
+        "quantized": quantized,
+        "difference": None if is_float else quantized - exact,
+        "difference_se": None if is_float else scale * _number(difference["standard_error"]),
+        "size_kb": None if size is None else _positive(size) / 1000,
+        "size_ratio": None if is_float or size is None else size / _positive(sizes["float_file"]),
+        "latency_ms": fast,
+        "latency_ratio": None if is_float or fast is None or slow is None else fast / slow,
+        "seconds": sum(_number(t) for t in report["time_s"].values()),
+    }
+    slim = {key: report.get(key) for key in ("coverage", "peak_memory_bytes", "threads", "device", "float_from")}
+    slim["truth"] = {"min_sqnr_db": report["truth"].get("min_sqnr_db")}
+    slim["metrics"] = {
+        kind: {k: v for k, v in (found or {}).items() if isinstance(v, int | float)} for kind, found in metrics.items()
+    }
+    slim["difference"] = {key: int(_number(difference[key])) for key in ("gained", "lost")}
+    slim["batch"] = batch
+    overrides = [text.lstrip("+~").partition("=")[0] for text in report["overrides"]]
+    return Run(folder, quality, facts, _settings(report), overrides, slim)
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} instead of a finite number")
+    return float(value)
+
+
+def _positive(value: Any) -> float:
+    if _number(value) <= 0:
+        raise ValueError(f"{value!r} instead of a number above 0")
+    return value
+
+
+def _median(times: dict[str, Any] | None, batch: str | None) -> float | None:
+    return None if not times or batch not in times else _positive(times[batch]["median"])

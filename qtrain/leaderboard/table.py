@@ -1,0 +1,203 @@
+"""The columns of a comparison, as text: for the console, for Markdown and for the page."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qtrain.leaderboard.rows import Row, Section
+from qtrain.leaderboard.runs import Failure
+from qtrain.leaderboard.statistics import ALPHA
+
+NONE = "-"
+UNSURE, FRONT = "~", "*"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one fact is shown; `number` is what sorting goes by, None for a column of text."""
+
+    key: str
+    header: str
+    text: Callable[[Row], str]
+    number: Callable[[Row], float | None] | None = None
+
+
+def columns(section: Section) -> list[Column]:
+    """Returns the columns that say something about this section's rows."""
+    rows, unit = section.rows, section.quality.unit
+    digits = 2 if section.quality.higher_is_better else 3
+    batch = next((row.runs[0].report["batch"] for row in rows if row.runs[0].report["batch"]), "1")
+    space = " " if unit else ""
+    labels = [_label(key) for key in section.labels]
+    if section.grouped:
+        labels += [_label("runs")] + ([_label("seeds")] if _differs(rows, lambda row: row.cells["seeds"], 0) else [])
+    else:
+        labels = [_label(key) for key in ("method", "engine", "bits", "observer")] + labels
+        labels += [_label("seed")] if _differs(rows, lambda row: row.cells["seed"]) else []
+        own_name = any(row.cells["name"] != f"{row.cells['model']}_{row.cells['method']}" for row in rows)
+        if own_name and _differs(rows, lambda row: row.cells["name"]):
+            labels.insert(0, _label("name"))
+        if len({tuple(label.text(row) for label in labels) for row in rows}) < len(rows):
+            labels.insert(0, Column("folder", "run", lambda row: row.runs[0].folder.name))
+    labels = [label for label in labels if any(label.text(row) != NONE for row in rows)]
+
+    quantized = "int8" if all(_is_int8(row) for row in rows) else "quantized"
+    spread = "± sd" if section.grouped else "± se"
+    found = [
+        _number("float", f"float{space}{unit}", digits),
+        _number("fake", f"fake{space}{unit}", digits, hide_float=True),
+        Column(
+            "quantized",
+            f"{quantized}{space}{unit}",
+            lambda row: _quantized(row, digits),
+            lambda row: row.cells["quantized"],
+        ),
+        _difference("difference", f"to float {spread}", digits),
+        _difference("baseline_difference", f"to baseline {spread}", digits),
+        _number("size_kb", "file KB", 1),
+        _number("size_ratio", "size ratio", 2, suffix="x"),
+        _number("latency_ms", f"ms, batch {batch}", 3),
+        _number("latency_ratio", "latency ratio", 2, suffix="x"),
+        _number("seconds", "seconds", 1),
+    ]
+    found = [column for column in found if any(column.text(row).strip() != NONE for row in rows)]
+    return labels + found + [Column("front", "front", lambda row: FRONT if row.cells["front"] else "")]
+
+
+def _label(key: str) -> Column:
+    def text(row: Row) -> str:
+        found = row.cells.get(key)
+        if found is None:
+            return NONE
+        return "float" if key in ("method", "quant") and found == "none" else str(found)
+
+    return Column(key, key, text)
+
+
+def _differs(rows: Sequence[Row], fact: Callable[[Row], Any], first: Any = None) -> bool:
+    return len({fact(row) for row in rows} | ({first} if first is not None else set())) > 1
+
+
+def _is_int8(row: Row) -> bool:
+    bits = str(row.cells.get("bits") or row.runs[0].facts["bits"] or "8/8")
+    return set(bits.split("/")) <= {"8", NONE}
+
+
+def _number(key: str, header: str, digits: int, suffix: str = "", hide_float: bool = False) -> Column:
+    def text(row: Row) -> str:
+        found, sd = row.cells.get(key), row.cells.get(f"{key}_sd")
+        if found is None or (hide_float and row.cells.get("method") == "none"):
+            return NONE
+        spread = f" ± {sd:.{digits}f}" if sd is not None and key in ("float", "fake") else ""
+        return f"{found:.{digits}f}{suffix}{spread}"
+
+    return Column(key, header, text, lambda row: row.cells.get(key))
+
+
+def _quantized(row: Row, digits: int) -> str:
+    if row.runs[0].facts["method"] == "none":
+        return NONE
+    sd = row.cells.get("quantized_sd")
+    spread = f" ± {sd:.{digits}f}" if sd is not None else ""
+    return f"{row.cells['quantized']:.{digits}f}{spread}" + (" (sim)" if row.cells["simulated"] else "")
+
+
+def _difference(key: str, header: str, digits: int) -> Column:
+    def text(row: Row) -> str:
+        found = row.cells.get(key)
+        if row.cells.get("is_baseline") and key == "baseline_difference":
+            return "baseline  "
+        if found is None:
+            return f"{NONE}  "
+        spread = row.cells.get(f"{key}_sd", row.cells.get(f"{key}_se"))
+        p = row.cells[f"{key}_p"]
+        shown = f"{found:+.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+        return f"{shown} {'?' if p is None else UNSURE if p >= ALPHA else ' '}"
+
+    return Column(key, header, text, lambda row: row.cells.get(key))
+
+
+def legend(sections: Sequence[Section]) -> list[str]:
+    """Returns what the marks in the tables of `sections` mean."""
+    grouped = any(section.grouped for section in sections)
+    steps, names = (
+        " or ".join(dict.fromkeys(found))
+        for found in zip(*((s.quality.step, s.quality.name) for s in sections), strict=True)
+    )
+    tests = {"exact McNemar test" if s.quality.higher_is_better else "paired bootstrap" for s in sections}
+    if grouped:
+        tests.add("over several seeds a t-test with the errors of seeds and of examples added")
+    texts = [column.text(row) for section in sections for column in columns(section) for row in section.rows]
+    lines = [
+        f"±: {'standard deviation over seeds' if grouped else 'standard error of the difference'}; "
+        f"differences in {steps}, quantized minus float" + (" or baseline" if _has_baseline(sections) else "")
+    ]
+    if any(text.endswith(UNSURE) for text in texts):
+        names_of_tests = "; ".join(sorted(tests))
+        lines.append(f"{UNSURE}: no significant difference (p >= {ALPHA}, {names_of_tests}; row by row, uncorrected)")
+    if any(text.endswith("?") for text in texts):
+        lines.append("?: significance not tested")
+    if any("(sim)" in text for text in texts):
+        lines.append("(sim): simulated in float; there is no integer model, so neither size nor latency")
+    lines.append(f"{FRONT}: on the Pareto front of {names}, size and latency of its table")
+    return lines
+
+
+def _has_baseline(sections: Sequence[Section]) -> bool:
+    return any(row.cells.get("baseline_difference") is not None for section in sections for row in section.rows)
+
+
+def failure_lines(failures: Sequence[Failure]) -> list[str]:
+    """Returns a line for each run without a result: its folder, its error, its overrides."""
+    return [
+        f"{run.folder}: {run.error}" + (f" [{' '.join(run.overrides)}]" if run.overrides else "") for run in failures
+    ]
+
+
+def console(section: Section) -> str:
+    """Returns the section as an aligned table under its title."""
+    shown = columns(section)
+    grid = [[column.header for column in shown]]
+    grid += [[column.text(row) for column in shown] for row in section.rows]
+    widths = [max(map(len, cells)) for cells in zip(*grid, strict=True)]
+    lines = []
+    for cells in grid:
+        aligned = [
+            cell.ljust(width) if column.number is None else cell.rjust(width)
+            for cell, width, column in zip(cells, widths, shown, strict=True)
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([f"{section.title}: {_count(section)}", *lines])
+
+
+def markdown(section: Section) -> str:
+    """Returns the section as a Markdown table under a heading."""
+    shown = columns(section)
+    lines = [f"### {_escape(section.title)}: {_count(section)}", ""]
+    lines.append("| " + " | ".join(_escape(column.header) for column in shown) + " |")
+    lines.append("|" + "|".join("---" if column.number is None else "---:" for column in shown) + "|")
+    for row in section.rows:
+        lines.append("| " + " | ".join(_escape(column.text(row).strip()) for column in shown) + " |")
+    return "\n".join(lines)
+
+
+def document(sections: Sequence[Section], failures: Sequence[Failure]) -> str:
+    """Returns all tables, the legend and the runs without a result as Markdown."""
+    parts = [markdown(section) for section in sections]
+    if sections:
+        parts.append("\n".join(f"- {_escape(line)}" for line in legend(sections)))
+    if failures:
+        parts.append("### Without a result\n\n" + "\n".join(f"- {_escape(line)}" for line in failure_lines(failures)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _count(section: Section) -> str:
+    unit = "group" if section.grouped else "run"
+    return f"{len(section.rows)} {unit}{'' if len(section.rows) == 1 else 's'}"
+
+
+def _escape(text: str) -> str:
+    for special in "\\|<*_~[":
+        text = text.replace(special, f"\\{special}")
+    return text

@@ -1,0 +1,114 @@
+import re
+
+import pytest
+
+from qtrain.compare import compare
+from qtrain.leaderboard import table
+
+
+def read(text):
+    """The first table of a console text, as a list of {header: cell}."""
+    lines = text.splitlines()
+    rule = next(i for i, line in enumerate(lines) if set(line) == {"-", " "})
+    edges = [match.span() for match in re.finditer("-+", lines[rule])]
+    rows = [[line[start:end].strip() for start, end in edges] for line in [lines[rule - 1], *lines[rule + 1 :]] if line]
+    end = next((i for i, line in enumerate(lines[rule + 1 :]) if not line), len(lines))
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[1 : end + 1]]
+
+
+def test_the_table_of_the_default_job(runs):
+    runs.none("float", size_kb=(833.5, 833.5), latency_ms=(0.4, 0.4), seconds=20.0)
+    runs.write("ptq", gained=1, lost=9, size_kb=(833.5, 218.7), latency_ms=(0.4, 0.5), seconds=5.0)
+    runs.write("qat", gained=2, lost=3, method="qat", observer="minmax", size_kb=(833.5, 218.7), seconds=9.0)
+    text = compare([runs.folder]).text()
+    assert text.startswith("convnet on mnist: 3 runs\n")
+    exact, qat, ptq = read(text)
+    unknown = dict.fromkeys(["engine", "bits", "observer", "fake %", "int8 %", "to float ± se", "size ratio"], "-")
+    assert exact == unknown | {
+        **{"method": "float", "float %": "99.00", "file KB": "833.5", "ms, batch 1": "0.400", "latency ratio": "-"},
+        **{"seconds": "20.0", "front": "*"},
+    }
+    assert ptq == {
+        **{"method": "ptq", "engine": "x86", "bits": "8/8", "observer": "histogram", "float %": "99.00"},
+        # (1 - 9) of 1,000; p = 22/1024
+        **{"fake %": "98.20", "int8 %": "98.20", "to float ± se": "-0.80 ± 0.32", "file KB": "218.7"},
+        **{"size ratio": "0.26x", "ms, batch 1": "0.500", "latency ratio": "1.25x", "seconds": "5.0", "front": ""},
+    }
+    assert (qat["observer"], qat["to float ± se"]) == ("minmax", "-0.10 ± 0.22 ~")
+    assert "~: no significant difference (p >= 0.05, exact McNemar test" in text
+    assert "standard error" in text and "Pareto front of accuracy" in text and "(sim)" not in text
+
+
+def test_only_columns_that_tell_something(runs):
+    for name, facts in {"a": {}, "b": {"seed": 1}}.items():
+        runs.write(name, size_kb=(800.0, None), latency_ms=(0.4, None), simulated=True, bits=(4, 4), **facts)
+    first, second = read(compare([runs.folder]).text())
+    assert list(first) == [
+        *("method", "engine", "bits", "observer", "seed", "float %", "fake %", "quantized %", "to float ± se"),
+        *("seconds", "front"),
+    ]
+    assert first["quantized %"] == "99.00 (sim)"
+    assert (first["seed"], second["seed"]) == ("0", "1")
+
+
+def test_settings_that_vary_get_a_column(runs):
+    runs.write("a", lr=0.1, overrides=("optimizer.lr=0.1", "quant.start_epoch=null", "quant.engine=x86"))
+    runs.write("b", lr=0.2, overrides=("optimizer.lr=0.2", "quant.start_epoch=0", "quant.engine=x86"))
+    runs.write("c", lr=0.2, overrides=("optimizer.lr=0.2", "calib_batches=4"))
+    rows = read(compare([runs.folder], sort_by="optimizer.lr").text())
+    shown = [(row["optimizer.lr"], row["quant.start_epoch"], row["calib_batches"]) for row in rows]
+    assert shown == [("0.1", "null", "-"), ("0.2", "0", "-"), ("0.2", "-", "4")]
+    assert "quant" not in rows[0] and "quant.engine" not in rows[0]
+
+
+def test_rows_that_look_alike_are_named(runs):
+    runs.write("once")
+    runs.write("again", gained=1)
+    assert [row["run"] for row in read(compare([runs.folder]).text())] == ["again", "once"]
+    runs.write("own", name="my_experiment")
+    assert {row["name"] for row in read(compare([runs.folder]).text())} == {"convnet_ptq", "my_experiment"}
+
+
+def test_groups(runs):
+    for seed, lost in enumerate([10, 20]):
+        runs.write(f"a{seed}", lost=lost, seed=seed)
+        runs.write(f"b{seed}", lost=lost, seed=seed, engine="qnnpack", method="qat")
+    (row,) = read(compare([runs.folder], group_by=["data.batch_size"]).text())
+    assert row["data.batch_size"] == "64"
+    assert (row["runs"], row["seeds"]) == ("4", "2")
+    assert row["int8 %"] == "97.50 ± 0.71"
+    assert row["to float ± sd"] == "-1.50 ± 0.71 ~"
+
+
+def test_markdown_is_the_same_table(runs):
+    runs.write("a", lr=0.1, overrides=("optimizer.lr=0.1",))
+    runs.write("b", lr=0.2, overrides=("optimizer.lr=0.2",), observer="<b>|x")
+    runs.fail("c", "ValueError: *no* | <i>")
+    comparison = compare([runs.folder])
+    lines = table.document(comparison.sections, comparison.found.failures).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 4 and len({len(re.findall(r"(?<!\\)\|", line)) for line in rows}) == 1
+    assert "\\<b>\\|x" in rows[3]
+    assert any("ValueError: \\*no\\* \\| \\<i>" in line and "quant=qat" in line for line in lines)
+
+
+def test_perplexity_has_three_digits_and_no_percent(runs):
+    import numpy as np
+
+    losses = np.linspace(2, 3, 50, dtype=np.float32)
+    runs.write("a", scores={"float": losses, "quantized": losses})
+    (row,) = read(compare([runs.folder]).text())
+    assert row["int8"] == row["float"] == f"{np.exp(2.5):.3f}"
+    assert row["to float ± se"] == "+0.000 ± 0.000 ~"
+
+
+@pytest.mark.parametrize("count, word", [(1, "run"), (2, "runs")])
+def test_failures_follow_the_tables(runs, count, word):
+    runs.write("ok")
+    for i in range(count):
+        runs.fail(f"bad{i}", "ValueError: first line\nsecond line")
+    text = compare([runs.folder]).text()
+    assert (
+        f"{count} {word} without a result:\n  {runs.folder}/bad0: ValueError: first line [quant=qat seed=0]\n" in text
+    )
+    assert "second line" not in text
