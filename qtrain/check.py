@@ -1,9 +1,13 @@
 """Fail before compute: convert an untrained copy on one batch, and say what will be quantized."""
 
+import copy
+import logging
 import re
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -13,6 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 from qtrain import eager
 from qtrain.quant.base import Quantizer
 from qtrain.truth import TruthError
+
+log = logging.getLogger(__name__)
 
 Inputs = tuple[Tensor, ...]
 
@@ -28,14 +34,34 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs) -> dict[str,
         ValueError: a stage fails; names the layer and the reason.
     """
     with torch.random.fork_rng(), torch.no_grad():
-        with blame(model, "float"):
-            model.eval()(*inputs)
+        float_model = copy.deepcopy(model).eval()
+        with blame(float_model, "float"):
+            float_model(*inputs)
         prepared = quantizer.prepare(model)
-        with blame(prepared, "prepared"):
+        with blame(prepared, "prepared"), _warn_of_shared_observers(prepared):
             quantizer.calibrate(prepared, [inputs])
         quantized = quantizer.convert(prepared)
         with blame(quantized, "int8"):
+            output = quantized(*inputs)
+            if isinstance(output, Tensor) and output.is_quantized:
+                raise ValueError("model: its output is a quantized tensor; end its forward with a DeQuantStub")
             return coverage(quantized, inputs, dict(getattr(quantizer, "layers", {})))
+
+
+@contextmanager
+def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
+    """Warns of layers that run several times in one forward pass: all of their outputs get one scale."""
+    calls: Counter[str] = Counter()
+    handles = [
+        point.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, point in eager.observed_points(prepared).items()
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
+    for name, count in calls.items():
+        if count > 1:
+            log.warning(f"layer {name} runs {count} times in one forward pass, and all its outputs share one scale")
 
 
 @contextmanager
@@ -101,8 +127,10 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
             weight = eager.quantized_weight(module)
             if weight is None:
                 weight = module.weight
-            # every output element is a dot product with one row of the weight
-            macs[name] = macs.get(name, 0) + output[0].numel() * weight[0].numel()
+            # Each output element is a dot product with one row of the weight; transposed, each input element is
+            # multiplied with one.
+            elements = _inputs[0] if getattr(module, "transposed", False) else output
+            macs[name] = macs.get(name, 0) + elements[0].numel() * weight[0].numel()
 
         return hook
 
@@ -122,7 +150,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
             if island is not None:
                 float_layers[island] = "set by quant.layers"
             elif not eager.is_quantized(module):
-                float_layers[name] = _why_float(module, quantized, layers)
+                float_layers[name] = _why_float(name, module, quantized, layers)
         if weight is not None or type(module) is nn.Linear or isinstance(module, _ConvNd):
             handles.append(module.register_forward_hook(count(name)))
     try:
@@ -133,7 +161,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
     float_macs = sum(n for name, n in macs.items() if eager.quantized_weight(quantized.get_submodule(name)) is None)
     return {
         "params_quantized": int8_params / max(int8_params + float_params, 1),
-        "macs_quantized": 1 - float_macs / max(sum(macs.values()), 1),
+        "macs_quantized": 1 - float_macs / sum(macs.values()) if any(macs.values()) else 0.0,
         "float_layers": float_layers,
     }
 
@@ -144,10 +172,11 @@ def _island(name: str, model: nn.Module) -> str | None:
     return next((p for p in parents if type(model.get_submodule(p)) is eager.FloatIsland), None)
 
 
-def _why_float(module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:
+def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:
     kind = type(module).__name__
     if not any(eager.is_quantized(m) for m in quantized.modules()):
         return "nothing is quantized"
     if type(module) in eager.CONVERT_MAPPING:
-        return "set by quant.layers" if layers else f"{kind} is not quantized by this method"
+        is_set = any(fnmatchcase(name, pattern) for pattern in layers)
+        return "set by quant.layers" if is_set else f"{kind} is not quantized by this method"
     return f"torch has no int8 {kind}"

@@ -1,5 +1,6 @@
 """Saved weights, and the cache of trained float models."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -38,7 +39,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict")
     try:
         model.load_state_dict(state)
-    except RuntimeError as err:
+    except Exception as err:  # torch takes the keys' being strings for granted
         raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?") from err
 
 
@@ -72,11 +73,14 @@ class FloatCache:
             found = json.loads(meta.read_text())
             if hashlib.sha256(weights.read_bytes()).hexdigest() != found["sha256"]:
                 raise ValueError("its weights are not those that were saved")
-            load_weights(model, weights)
-        except (OSError, ValueError, KeyError) as err:
+            training = dict(found["training"])
+            untouched = copy.deepcopy(model)  # weights that do not fit may have filled some layers
+            load_weights(untouched, weights)
+            model.load_state_dict(untouched.state_dict())
+        except (OSError, ValueError, LookupError, TypeError) as err:
             log.warning(f"float cache: entry {self.folder} is damaged ({err}) and will be trained again")
             return None
-        return dict(found["training"])
+        return training
 
     def save(self, model: nn.Module, training: dict[str, Any]) -> None:
         """Publishes a trained model; meta.json, written last, makes the entry valid."""

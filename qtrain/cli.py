@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from qtrain.config import ConfigError, config_dir, hydra_arguments, resolve
+from qtrain.config import ConfigError, config_dir, hydra_arguments, objectives
 
 DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
 FAILED = float("nan")
@@ -28,23 +28,22 @@ def job(config: DictConfig) -> Any:
 
     settings = HydraConfig.get()
     try:
-        report = pipeline.execute(resolve(config), Path(settings.runtime.output_dir), list(settings.overrides.task))
+        report = pipeline.execute(config, Path(settings.runtime.output_dir), list(settings.overrides.task))
+        values = [_select(report.metrics, path) for path in objectives(config) or [f"quantized.{report.quality}"]]
     except Exception as err:
         if settings.mode == RunMode.RUN:
             raise
         # One bad job must not end a sweep; its report says what happened, and the sweep's end lists it.
         log.error(f"job {settings.job.num} failed: {err}")
-        return FAILED
-    objectives = config.objective or [f"quantized.{report.quality}"]
-    values = [_select(report.metrics, objective) for objective in objectives]
+        values = [FAILED] * max(len(objectives(config)), 1)
     return values[0] if len(values) == 1 else tuple(values)
 
 
 def _select(metrics: dict[str, Any], objective: str) -> float:
-    value: Any = metrics
-    for key in objective.split("."):
-        value = value[key]
-    return float(value)
+    model, _, metric = objective.partition(".")
+    if metrics.get(model) is None or metric not in metrics[model]:
+        raise ConfigError(f"objective={objective}: this run has no such metric")
+    return float(metrics[model][metric])
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from qtrain.data.loaders import DataLoaders
+from qtrain.eager import find_engine
 from qtrain.quant.base import Quantizer
 from qtrain.task.base import Task
 from qtrain.trainer import OptimizerFactory, SchedulerFactory, Trainer
@@ -88,7 +89,7 @@ def find_device(name: str) -> str:
         return there[0]
     try:
         kind = torch.device(name).type
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         kind = None
     if kind not in there:
         raise ConfigError(f"device={name}: not usable here; allowed are auto, {', '.join(there)}")
@@ -121,12 +122,29 @@ def build(config: DictConfig) -> Parts:
     for key in ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "model"):
         if key == "model":
             torch.manual_seed(config.seed if _is_whole(config.seed) else 0)
+        if key == "quant":  # its two specs first: the first to fail would hide the other
+            wrong = [line for role in ("weight", "activation") for line in _try_spec(config.quant, role)]
+            problems += wrong
+            if wrong:
+                continue
         try:
             made[key] = instantiate(config[key], _convert_="all")
             _try_out(key, made, problems)
         except Exception as err:
             problems += _explain(key, config[key], err)
     generator_state = torch.get_rng_state()
+    task, data = made.get("task"), made.get("data")
+    if task is not None:
+        problems += [
+            f"objective={path}: allowed are float, fake or quantized, a dot, and one of {', '.join(task.numbers)}"
+            for path in objectives(config)
+            if path.partition(".")[0] not in ("float", "fake", "quantized")
+            or path.partition(".")[2] not in task.numbers
+        ]
+    if data is not None and data.val is None and config.calib_split == "val":
+        problems.append(
+            "calib_split=val: there are no validation data; set data.val_size above 0, or use train or test"
+        )
     quantizer = made.get("quant")
     if quantizer is not None and quantizer.trains:
         for key in ("optimizer", "scheduler"):
@@ -134,7 +152,7 @@ def build(config: DictConfig) -> Parts:
                 _try_out(key, vars(quantizer), problems, prefix="quant.")
             except Exception as err:
                 problems += _explain(f"quant.{key}", config.quant[key], err)
-        if quantizer.convert_every and made.get("data") is not None and made["data"].val is None:
+        if quantizer.convert_every and data is not None and data.val is None:
             problems.append(
                 f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
                 "there is none; set data.val_size above 0, or quant.convert_every=0"
@@ -143,6 +161,20 @@ def build(config: DictConfig) -> Parts:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     made["quantizer"] = made.pop("quant")
     return Parts(**made, generator_state=generator_state)
+
+
+def objectives(config: DictConfig) -> list[str]:
+    """Returns the metrics that a sweeper shall optimize, such as quantized.accuracy; none: the task's own."""
+    found = config.objective
+    return [found] if isinstance(found, str) else list(found or [])
+
+
+def _try_spec(quant: DictConfig, role: str) -> list[str]:
+    try:
+        instantiate(quant.get(role), _convert_="all")
+    except Exception as err:
+        return _explain(f"quant.{role}", quant[role], err)
+    return []
 
 
 def _is_whole(value: Any) -> bool:
@@ -157,8 +189,20 @@ def _check_values(config: DictConfig) -> Iterator[str]:
             yield f"{key}={config[key]}: must be a whole number of at least 1, or null"
     if config.calib_split not in ("train", "val", "test"):
         yield f"calib_split={config.calib_split}: allowed are train, val and test"
-    if config.checkpoint is not None and not Path(config.checkpoint).is_file():
+    if config.checkpoint is not None and not (isinstance(config.checkpoint, str) and Path(config.checkpoint).is_file()):
         yield f"checkpoint={config.checkpoint}: there is no such file; allowed is a state dict, as float.pt of a run"
+    sizes = config.measure.batch_sizes
+    if not OmegaConf.is_list(sizes) or not all(_is_whole(size) and size for size in sizes):
+        yield f"measure.batch_sizes={sizes}: must be a list of whole numbers of at least 1, such as [1, 64]"
+    for key, least in (("repeats", 1), ("warmup", 0)):
+        if not (_is_whole(config.measure[key]) and config.measure[key] >= least):
+            yield f"measure.{key}={config.measure[key]}: must be a whole number of at least {least}"
+    engine = OmegaConf.select(config, "quant.engine")
+    if engine is not None:
+        try:
+            find_engine(engine)
+        except ValueError as err:
+            yield f"quant.{err}"
     for key in ("optimizer.lr", "quant.optimizer.lr"):
         rate = OmegaConf.select(config, key)
         if rate is not None and not (isinstance(rate, int | float) and rate > 0):

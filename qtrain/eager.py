@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.nn.qat as nnqat
 import torch.ao.nn.quantized as nnq
@@ -58,12 +59,14 @@ class Engine:
         granularity: of weights, by default.
         reduce_range: whether activations leave out the top bit by default, because a 16-bit sum could saturate.
         asymmetric_weights: whether the kernels take weights with a zero point.
+        conv_transpose: whether the kernels of transposed convolutions are right; others compute garbage in silence.
     """
 
     name: str
     granularity: str = "per_channel"
     reduce_range: bool = False
     asymmetric_weights: bool = True
+    conv_transpose: bool = True
 
     def settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
         """Returns both specs with every "auto" replaced by this engine's rule.
@@ -102,13 +105,28 @@ class Engine:
                 "allowed are per_tensor and auto"
             )
         for role, spec in (("weight", weight), ("activation", activation)):
-            try:
-                make_observer(spec, signed=role == "weight")
-            except ValueError as err:
-                problems.append(f"{role}.{err}")
+            if not any(problem.startswith(f"{role}.") for problem in problems):
+                problems += [f"{role}.{line}" for line in _try_observer(spec, role)]
         if problems:
             raise ValueError("\n".join(problems))
         return weight, activation
+
+
+def _try_observer(spec: QuantSpec, role: str) -> list[str]:
+    if spec.observer is None:
+        return ["observer=None: name one, such as minmax"]
+    try:
+        observer = make_observer(spec, signed=role == "weight")
+        if role == "weight":
+            observer.reset_min_max_vals()  # before each look: weights change as they are trained
+    except NotImplementedError:
+        name = spec.describe()["observer"]
+        return [
+            f"observer={name}: cannot forget what it saw, as weights need; use minmax, moving_average or percentile"
+        ]
+    except ValueError as err:
+        return [line if line.startswith("observer=") else f"observer.{line}" for line in str(err).splitlines()]
+    return []
 
 
 def _has_vnni() -> bool:
@@ -120,9 +138,9 @@ ENGINES = {
     for engine in (
         Engine("fbgemm", reduce_range=True),
         Engine("qnnpack", granularity="per_tensor"),
-        Engine("x86", reduce_range=True),
+        Engine("x86", reduce_range=True, conv_transpose=False),
         # oneDNN's own default is the full range, which saturates where the CPU lacks VNNI (7.5 dB instead of 46).
-        Engine("onednn", reduce_range=not _has_vnni(), asymmetric_weights=False),
+        Engine("onednn", reduce_range=not _has_vnni(), asymmetric_weights=False, conv_transpose=False),
     )
 }
 
@@ -155,9 +173,9 @@ def use_engine(name: str) -> Iterator[None]:
 
 
 def bind_engine(model: nn.Module, name: str) -> nn.Module:
-    """Returns `model`, changed in place so that each of its forward passes runs under the engine `name`.
+    """Returns `model`, changed in place so that it runs, and loads state dicts, under the engine `name`.
 
-    Some kernels (add, pooling) look at the global engine when they run, not at the one they were packed for.
+    Some kernels (add, pooling) look at the global engine when they run, and weights are packed for it when they load.
     """
     entered: list[str] = []
 
@@ -170,6 +188,8 @@ def bind_engine(model: nn.Module, name: str) -> nn.Module:
 
     model.register_forward_pre_hook(enter)
     model.register_forward_hook(leave, always_call=True)
+    model.register_load_state_dict_pre_hook(enter)
+    model.register_load_state_dict_post_hook(leave)
     return model
 
 
@@ -205,7 +225,7 @@ def refuse_per_channel(observer: str, qscheme: torch.qscheme) -> None:
         )
 
 
-def make_observer(spec: QuantSpec, *, signed: bool) -> nn.Module:
+def make_observer(spec: QuantSpec, *, signed: bool) -> Any:
     """Returns a new observer for a settled spec; signed for weights (qint8), unsigned for activations (quint8)."""
     assert spec.observer is not None and AUTO not in (spec.symmetric, spec.granularity), spec
     kind = f"{spec.granularity}_{'symmetric' if spec.symmetric else 'affine'}"
@@ -237,8 +257,10 @@ class FloatIsland(nn.Module):
         for module, own in ((self.dequant, qconfig), (self.quant, qconfig), (layer, None)):
             module.__dict__["qconfig"] = own  # past nn.Module's typing, which knows no such attribute
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.quant(self.layer(self.dequant(x)))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*(self.dequant(x) if isinstance(x, torch.Tensor) else x for x in args), **kwargs)
+        # Of several outputs, as of attention, the first is the one that goes on.
+        return (self.quant(output[0]), *output[1:]) if isinstance(output, tuple) else self.quant(output)
 
 
 def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
@@ -246,12 +268,13 @@ def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
     (tq.fuse_modules_qat if is_qat else tq.fuse_modules)(model, groups, inplace=True)
 
 
-def prepare(model: nn.Module, qconfig: Any, *, is_qat: bool, layers: dict[str, Any]) -> nn.Module:
+def prepare(model: nn.Module, qconfig: Any, *, engine: str, is_qat: bool, layers: dict[str, Any]) -> nn.Module:
     """Returns a fused copy of `model` whose quantizable layers carry the modules that `qconfig` makes.
 
     Args:
         model: float model with QuantStub and DeQuantStub; `fuse_model(is_qat)` is called where it has one.
         qconfig: `QConfig(activation=factory, weight=factory)`.
+        engine: the name of the engine that the model will be converted for.
         is_qat: also fake-quantize weights, and keep batch-norm statistics moving.
         layers: {pattern (`fnmatch`) of layer names: a QConfig of their own, or None to stay float in a `FloatIsland`};
             where two patterns match, the later one holds.
@@ -270,8 +293,8 @@ def prepare(model: nn.Module, qconfig: Any, *, is_qat: bool, layers: dict[str, A
         if own is None and not any(isinstance(m, QuantStub | nn.Embedding) for m in layer.modules()):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, FloatIsland(layer, qconfig))
-    _refuse_silent_errors(model, is_qat, qconfig.weight().is_per_channel)
     model.qconfig = qconfig
+    _refuse_silent_errors(model, is_qat, ENGINES[engine])
     with _quiet():
         if is_qat:
             tq.prepare_qat(model, mapping=QAT_MAPPING, inplace=True)
@@ -281,9 +304,35 @@ def prepare(model: nn.Module, qconfig: Any, *, is_qat: bool, layers: dict[str, A
 
 
 def convert(prepared: nn.Module) -> nn.Module:
-    """Returns the int8 model for torch's current engine, on the CPU, in eval mode; `prepared` is left alone."""
+    """Returns the int8 model for torch's current engine, on the CPU, in eval mode; `prepared` is left alone.
+
+    Raises:
+        ValueError: a layer cannot be converted; names it.
+    """
     with _quiet():
-        return tq.convert(copy.deepcopy(prepared).cpu().eval(), mapping=CONVERT_MAPPING, inplace=True)
+        try:
+            return tq.convert(copy.deepcopy(prepared).cpu().eval(), mapping=CONVERT_MAPPING, inplace=True)
+        except Exception as err:  # torch names neither the layer nor, often, the reason
+            raise ValueError(_conversion_error(prepared) or str(err)) from err
+
+
+def _conversion_error(prepared: nn.Module) -> str | None:
+    for name, module in prepared.named_modules():
+        if getattr(module, "qconfig", None) is None or type(module) not in CONVERT_MAPPING:
+            continue
+        try:
+            CONVERT_MAPPING[type(module)].from_float(copy.deepcopy(module).cpu().eval())
+        except Exception as err:
+            inner = _weight_holder(module)
+            reason = (str(err) or type(err).__name__).splitlines()[0]
+            if isinstance(getattr(inner, "padding", None), str):
+                reason = f"padding={inner.padding!r} has no int8 kernel; give the padding as numbers"
+            kind = type(inner).__name__
+            return (
+                f"model: layer {name} ({kind}) cannot be converted to int8: {reason}. To keep it float: "
+                f"quant.layers={{{name}: float}}"
+            )
+    return None
 
 
 def quantize_dynamic(model: nn.Module, qconfigs: dict[str, Any]) -> nn.Module:
@@ -298,10 +347,10 @@ def dynamic_activation() -> nn.Module:
 
 
 def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
-    """Returns {layer name: setting} for the patterns of `layers`; a layer inside a matched one is covered by it.
+    """Returns {layer name: setting} for {pattern: setting, or None for float}; later patterns hold, and go inwards.
 
     Raises:
-        ValueError: a pattern matches no layer.
+        ValueError: a pattern matches no layer, or none on which its setting has an effect.
     """
     names = [name for name, _ in model.named_modules() if name]
     found: dict[str, Any] = {}
@@ -310,25 +359,39 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
         if not matches:
             known = [name for name in names if not name.rpartition(".")[2].isdigit()]  # not the parts of fused layers
             raise ValueError(f"quant.layers.{pattern}: matches no layer; the model has {', '.join(known)}")
-        found |= dict.fromkeys(matches, setting)
-    return {n: s for n, s in found.items() if not any(n.startswith(f"{outer}.") for outer in found)}
+        parts = [part for name in matches for part in model.get_submodule(name).modules()]
+        if all(isinstance(part, nn.Identity) for part in parts):
+            raise ValueError(f"quant.layers.{pattern}: was fused into the layer before it; name that one")
+        if setting is not None and not any(isinstance(part, nn.Linear | _ConvNd) for part in parts):
+            raise ValueError(f"quant.layers.{pattern}: has no weights, so only float has an effect on it")
+        for name in matches:
+            found = {n: s for n, s in found.items() if not n.startswith(f"{name}.")} | {name: setting}
+    floats = [name for name, setting in found.items() if setting is None]
+    for name, setting in found.items():
+        outer = next((f for f in floats if name.startswith(f"{f}.")), None)
+        if outer is not None and setting is not None:
+            raise ValueError(f"quant.layers: {name} lies inside {outer}, which is float")
+    return {n: s for n, s in found.items() if not any(n.startswith(f"{f}.") for f in floats)}
 
 
 CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NOT_TRAINABLE = (*CONV_TRANSPOSE, nn.Embedding, nn.EmbeddingBag, nni.ConvReLU1d)
 
 
-def _stays_float(model: nn.Module, name: str) -> bool:
-    """Tells whether the layer or one around it is marked by `qconfig = None`."""
-    ends = [i for i, c in enumerate(name) if c == "."] + [len(name)]
-    return any(model.get_submodule(name[:end]).__dict__.get("qconfig", True) is None for end in ends)
+def _settled_qconfig(model: nn.Module, name: str) -> Any:
+    """Returns the QConfig that layer `name` will have: None if it or one around it is float, else the nearest."""
+    ends = [0, *(i for i, c in enumerate(name) if c == "."), len(name)]
+    own = [vars(model.get_submodule(name[:end])).get("qconfig", AUTO) for end in ends]
+    return None if None in own else next(q for q in reversed(own) if q != AUTO)
 
 
-def _refuse_silent_errors(model: nn.Module, is_qat: bool, per_channel: bool) -> None:
+def _refuse_silent_errors(model: nn.Module, is_qat: bool, engine: Engine) -> None:
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Identity) or _stays_float(model, name):
+        qconfig = _settled_qconfig(model, name)
+        if isinstance(module, nn.Identity) or qconfig is None:
             continue
-        float_instead = f"keep it float: quant.layers={{{name}: float}}"
+        kind, float_instead = type(module).__name__, f"keep it float: quant.layers={{{name}: float}}"
         if id(module) in first:
             raise ValueError(
                 f"model: layer {name} is layer {first[id(module)]} under a second name, and only the first would be "
@@ -340,15 +403,20 @@ def _refuse_silent_errors(model: nn.Module, is_qat: bool, per_channel: bool) -> 
                 f"model: layer {name} is nn.MultiheadAttention, whose quantizable version computes wrong results "
                 f"(pytorch#67651); write attention with nn.Linear layers, or {float_instead}"
             )
-        if is_qat and isinstance(module, (*CONV_TRANSPOSE, nn.Embedding, nn.EmbeddingBag)):
+        if is_qat and isinstance(module, NOT_TRAINABLE):
             raise ValueError(
-                f"model: layer {name} ({type(module).__name__}) has no QAT version in torch and would train with "
-                f"float weights; use quant=ptq, or {float_instead}"
+                f"model: layer {name} ({kind}) has no QAT version in torch and would train with float weights; "
+                f"use quant=ptq, or {float_instead}"
             )
-        if per_channel and isinstance(module, CONV_TRANSPOSE):
+        if isinstance(module, CONV_TRANSPOSE) and qconfig.weight().is_per_channel:
             raise ValueError(
-                f"model: layer {name} ({type(module).__name__}) has no per-channel kernel; use "
-                f"quant.weight.granularity=per_tensor with engine qnnpack, or {float_instead}"
+                f"model: layer {name} ({kind}) has no per-channel kernel; use quant.weight.granularity=per_tensor "
+                f"with engine fbgemm or qnnpack, or {float_instead}"
+            )
+        if isinstance(module, CONV_TRANSPOSE) and not engine.conv_transpose:
+            raise ValueError(
+                f"model: layer {name} ({kind}) comes out wrong with engine {engine.name}; use fbgemm or qnnpack, or "
+                f"{float_instead}"
             )
 
 
@@ -361,7 +429,7 @@ def observed_points(prepared: nn.Module) -> dict[str, Any]:
     return {
         name.removesuffix(suffix): module
         for name, module in prepared.named_modules()
-        if name.endswith(suffix) and not isinstance(module, nn.Identity)
+        if name.endswith(suffix) and name.count("activation_post_process") == 1 and not isinstance(module, nn.Identity)
     }
 
 
@@ -373,8 +441,9 @@ def weight_points(prepared: nn.Module) -> dict[str, Any]:
 
 def weighted_layers(prepared: nn.Module) -> Iterator[tuple[str, Any, Callable[..., Any]]]:
     """Yields (name, layer that holds .weight, factory of its weight observer) of every layer to be converted."""
+    fused = tuple(f"{name}." for name, module in prepared.named_modules() if isinstance(module, nni._FusedModule))
     for name, module in prepared.named_modules():
-        if getattr(module, "qconfig", None) is None or type(module) not in CONVERT_MAPPING:
+        if getattr(module, "qconfig", None) is None or type(module) not in CONVERT_MAPPING or name.startswith(fused):
             continue
         holder = _weight_holder(module)
         if isinstance(holder, nn.Linear | _ConvNd):

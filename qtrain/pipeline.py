@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from qtrain import records
 from qtrain.check import blame, dry_run
 from qtrain.checkpoint import FloatCache, digest, load_weights, save_weights
-from qtrain.config import Parts, build
+from qtrain.config import Parts, build, resolve
 from qtrain.data.loaders import Loader
 from qtrain.evaluate import Scores, evaluate
+from qtrain.files import write_atomically
 from qtrain.loggers import JsonLines, Logger, Loggers
 from qtrain.measure import Stopwatch, latency, peak_memory_bytes, reset_peak_memory, weight_bytes
 from qtrain.report import Report, versions
@@ -32,7 +33,7 @@ def execute(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report:
     """Carries out one run and returns its report; a run that fails leaves a report that says why.
 
     Args:
-        config: as `config.resolve` returns it.
+        config: as Hydra or `config.compose` returns it.
         run_dir: an existing folder.
         overrides: the command line, for the record.
 
@@ -41,8 +42,10 @@ def execute(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report:
         OSError: a file cannot be written.
     """
     report = Report(**records.identity(config, overrides))
-    OmegaConf.save(config, run_dir / "config.yaml")
     try:
+        config = resolve(config)
+        report.config = OmegaConf.to_container(config)  # type: ignore[assignment]
+        write_atomically(run_dir / "config.yaml", lambda new: OmegaConf.save(config, new))
         run(config, run_dir, report)
     except BaseException as err:
         report.status, report.error = "failed", f"{type(err).__name__}: {err}"
@@ -55,9 +58,9 @@ def execute(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report:
 def run(config: DictConfig, run_dir: Path, report: Report) -> None:
     """Carries out one run: writes its weights, pictures and `report` into `run_dir`."""
     reset_peak_memory()
+    parts = build(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    parts = build(config)
     require_finite_weights(parts.model)
     report.quality = parts.task.quality
     sample = parts.task.inputs(next(iter(parts.data.test)))
@@ -193,8 +196,7 @@ def calibration_inputs(config: DictConfig, parts: Parts) -> Any:
     """Yields forward's arguments for `calib_batches` batches of `calib_split`, untouched by augmentation."""
     loaders: dict[str, Loader | None] = {"train": parts.data.calib, "val": parts.data.val, "test": parts.data.test}
     loader = loaders[config.calib_split]
-    if loader is None:
-        raise ValueError(f"calib_split={config.calib_split}: there are no such data; set data.val_size above 0")
+    assert loader is not None, "build() has checked this"
     for inputs, targets in islice(loader, config.calib_batches):
         yield parts.task.inputs((inputs.to(config.device), targets.to(config.device)))
 

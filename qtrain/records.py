@@ -64,7 +64,8 @@ def activation_qparams(quantized: nn.Module) -> dict[str, dict[str, float]]:
     found = {}
     for name, module in quantized.named_modules():
         scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
-        if scale is not None and zero_point is not None:
+        is_weights = name.endswith(".weight_fake_quant")
+        if scale is not None and zero_point is not None and not is_weights:
             owner = name.removesuffix(".activation_post_process")  # of a simulation
             found[owner] = {"scale": float(scale), "zero_point": int(zero_point)}
     return found

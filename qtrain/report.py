@@ -1,6 +1,7 @@
 """report.json: all that a comparison reads of a run."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -44,8 +45,16 @@ class Report:
     git: str | None = None
 
     def save(self, run_dir: Path) -> None:
-        """Writes report.json into `run_dir`, atomically."""
-        write_json(run_dir / FILE_NAME, asdict(self))
+        """Writes report.json into `run_dir`, atomically; null stands for what is no finite number."""
+        write_json(run_dir / FILE_NAME, _finite(asdict(self)))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def load_report(path: Path) -> dict[str, Any]:

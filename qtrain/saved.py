@@ -24,6 +24,8 @@ def load(run_dir: Path) -> nn.Module:
     if report["status"] != "ok":
         raise ValueError(f"{run_dir}: this run failed ({report['error']}), so there is no model to load")
     config = OmegaConf.create(report["config"])
+    if report["quant"]["engine"] is not None:
+        config.quant.engine = report["quant"]["engine"]  # what "auto" was where the run was made
     with torch.random.fork_rng():
         model = instantiate(config.model, _convert_="all")
         quantizer = instantiate(config.quant, _convert_="all")

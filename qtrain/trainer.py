@@ -101,7 +101,10 @@ class Trainer:
             for index, batch in enumerate(bar):
                 batch = (batch[0].to(device), batch[1].to(device))
                 loss = task.loss(model(*task.inputs(batch)), batch)
-                (loss / self.accumulate if self.accumulate > 1 else loss).backward()
+                if self.accumulate > 1:  # the last group of an epoch may be smaller
+                    (loss / min(self.accumulate, len(loader) - index // self.accumulate * self.accumulate)).backward()
+                else:
+                    loss.backward()
                 mean.add(loss.detach())
                 if (index + 1) % self.accumulate and index + 1 < len(loader):
                     continue

@@ -88,7 +88,7 @@ class TruthGate:
         noise = {name: _decibels(exact[name], real[name]) for name in layers}
         gap = {name: _decibels(simulated[name], real[name]) for name in layers}
         steps = divergence(fake, quantized, list(points), inputs)
-        failures = self._out_of_range(points, exact) + [
+        failures = self._out_of_range(reference, points, exact) + [
             f"layer {name}: converted, it differs from its simulation on the same input by {value:.1f} quantization "
             f"steps (root mean square), above truth.max_steps={self.max_steps:g}; the accuracy of neither model "
             "describes the other. Calibrate on a wider range, or try quant.activation.reduce_range=true"
@@ -107,20 +107,23 @@ class TruthGate:
         }
         return section, failures
 
-    def _out_of_range(self, points: dict[str, Any], exact: dict[str, Tensor]) -> list[str]:
-        name = next(iter(exact), None)  # the layer that runs first: the model's input
-        if name is None or not hasattr(points[name], "observed_range"):
-            return []
-        low, high = points[name].observed_range()
-        seen_low, seen_high = float(exact[name].min()), float(exact[name].max())
-        ratio = (max(high, seen_high) - min(low, seen_low)) / max(high - low, 1e-30)
-        if ratio <= self.max_range_ratio:
-            return []
-        return [
-            f"layer {name}: evaluation inputs span [{seen_low:.3g}, {seen_high:.3g}], calibration saw [{low:.3g}, "
-            f"{high:.3g}]; {ratio:.2f} times the range is above truth.max_range_ratio={self.max_range_ratio:g}. "
-            "Calibrate on data like those that are evaluated"
-        ]
+    def _out_of_range(self, model: nn.Module, points: dict[str, Any], exact: dict[str, Tensor]) -> list[str]:
+        failures = []
+        for name, values in exact.items():
+            if not isinstance(model.get_submodule(name), eager.QuantStub) or not hasattr(
+                points[name], "observed_range"
+            ):
+                break  # what runs before any layer is the model's input
+            low, high = points[name].observed_range()
+            seen_low, seen_high = float(values.min()), float(values.max())
+            ratio = (max(high, seen_high) - min(low, seen_low)) / max(high - low, 1e-30)
+            if ratio > self.max_range_ratio:
+                failures.append(
+                    f"layer {name}: evaluation inputs span [{seen_low:.3g}, {seen_high:.3g}], calibration saw "
+                    f"[{low:.3g}, {high:.3g}]; {ratio:.2f} times the range is above truth.max_range_ratio="
+                    f"{self.max_range_ratio:g}. Calibrate on data like those that are evaluated"
+                )
+        return failures
 
 
 def _decibels(reference: Tensor, approximation: Tensor) -> float:
@@ -188,11 +191,11 @@ def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: 
 
 
 def require_finite_weights(model: nn.Module) -> None:
-    """Raises TruthError where a parameter or a running statistic holds NaN or infinity; names it.
+    """Raises TruthError where a parameter, a running statistic or a scale holds NaN or infinity; names it.
 
     Other buffers may: an attention mask, the range of an observer that saw nothing.
     """
-    statistics = ((name, buffer) for name, buffer in model.named_buffers() if ".running_" in name)
+    statistics = ((name, b) for name, b in model.named_buffers() if ".running_" in name or name.endswith(".scale"))
     for name, value in (*model.named_parameters(), *statistics):
         if not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
@@ -218,9 +221,10 @@ def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Ite
 
     handles.append(model.register_forward_pre_hook(count))
     for name, module in model.named_modules():
-        if name:
+        if name and ".observer" not in name:
             # Before an observer's hook, which would pass NaN on in silence.
-            handles.append(module.register_forward_hook(check(name), prepend=True))
+            layer = name.removesuffix(".activation_post_process")  # a FloatFunctional runs as its observer
+            handles.append(module.register_forward_hook(check(layer), prepend=True))
     try:
         yield
     finally:

@@ -117,8 +117,10 @@ def image_loaders(
         problems.append(f"val_size={val_size}: must be a whole number from 0 to {num_train - 1}")
     if channels not in (1, 3):
         problems.append(f"channels={channels}: allowed are 1 and 3")
-    if not std > 0:
-        problems.append(f"std={std}: must be above 0")
+    if not isinstance(mean, int | float):
+        problems.append(f"mean={mean}: must be a number")
+    if not (isinstance(std, int | float) and std > 0):
+        problems.append(f"std={std}: must be a number above 0")
     if problems:
         raise ValueError("\n".join(problems))
 

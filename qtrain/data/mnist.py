@@ -47,5 +47,5 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
         else:
             advice = "there is no MNIST/raw with the four official files, and downloading them failed; name the folder "
             advice += "by data.root or the environment variable QTRAIN_DATA, or use the bundled data=mnist_sample"
-        raise ValueError(f"root={root}: {advice} ({str(err).splitlines()[0]})") from err
+        raise ValueError(f"root={root}: {advice} ({(str(err) or type(err).__name__).splitlines()[0]})") from err
     return image_loaders((train.data, train.targets), (test.data, test.targets), **options)

@@ -65,12 +65,12 @@ class QuantSpec:
             raise ValueError("\n".join(problems))
 
     def quant_range(self, signed: bool) -> tuple[int, int]:
-        """Returns (quant_min, quant_max) of this spec; reduce_range costs one bit.
+        """Returns (quant_min, quant_max) of this spec; reduce_range leaves 7 bits of 8.
 
         >>> QuantSpec(bits=8, reduce_range=True).quant_range(signed=False)
         (0, 127)
         """
-        return int_range(self.bits - (self.reduce_range is True), signed)
+        return int_range(min(self.bits, 7) if self.reduce_range is True else self.bits, signed)
 
     def describe(self) -> dict[str, Any]:
         """Returns the fields as plain values, for reports; the observer by its name."""

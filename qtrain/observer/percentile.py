@@ -46,8 +46,11 @@ class PercentileObserver(UniformQuantizationObserverBase):
         low, high = torch.aminmax(seen)
         self.min_val, self.max_val = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
         peak = float(torch.maximum(self.max_val, -self.min_val))
+        if peak == 0:  # zeros lie in the middle, whatever the limit will be
+            self.counts[self.bins // 2] += seen.numel()
+            return x
         if self.limit == 0:
-            self.limit = torch.tensor(peak or 1.0, device=x.device)
+            self.limit = torch.tensor(peak, device=x.device)
         while peak > self.limit:
             self._double()
         limit = float(self.limit)

@@ -42,7 +42,7 @@ class Dynamic(Quantizer):
             activation=eager.dynamic_activation,
             weight=partial(eager.make_observer, self.weight, signed=True),
         )
-        floats = eager.match_layers(prepared, self.layers)
+        floats = eager.match_layers(prepared, dict.fromkeys(self.layers))
         linears = [n for n, m in prepared.named_modules() if type(m) is nn.Linear]
         chosen = {n: qconfig for n in linears if not any(n == f or n.startswith(f"{f}.") for f in floats)}
         with eager.use_engine(self.engine):

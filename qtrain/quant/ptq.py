@@ -78,7 +78,7 @@ class PTQ(Quantizer):
 
     def _prepare(self, model: nn.Module, *, is_qat: bool) -> nn.Module:
         layers = {p: w and self._qconfig(w) for p, w in self.layers.items()}
-        return eager.prepare(model, self._qconfig(self.weight), is_qat=is_qat, layers=layers)
+        return eager.prepare(model, self._qconfig(self.weight), engine=self.engine, is_qat=is_qat, layers=layers)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return self._prepare(model, is_qat=False)

@@ -61,6 +61,12 @@ class QAT(PTQ):
             super().__init__(**ptq)
         except ValueError as err:
             problems.append(str(err))
+        else:
+            if self.activation.describe()["observer"] == "histogram":
+                problems.append(
+                    "activation.observer=histogram: searches its range anew for each batch of the training; "
+                    "use moving_average or minmax"
+                )
         if problems:
             raise ValueError("\n".join(problems))
         self.epochs, self.optimizer, self.scheduler = epochs, optimizer, scheduler

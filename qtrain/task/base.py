@@ -12,6 +12,7 @@ class Task(Protocol):
 
     quality: str  # the metric that comparisons are made by
     higher_is_better: bool
+    numbers: tuple[str, ...]  # the metrics that are single numbers
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Returns the arguments of the model's forward."""

@@ -14,6 +14,7 @@ class Classification:
 
     quality = "accuracy"
     higher_is_better = True
+    numbers = ("accuracy", "loss")
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return (batch[0],)

@@ -28,6 +28,7 @@ class LanguageModeling:
 
     quality = "perplexity"
     higher_is_better = False
+    numbers = ("perplexity", "loss", "bits_per_byte", "next_token_accuracy")
 
     def __init__(self, *, tokenizer: str, prompt: str, max_new_tokens: int, top_k: int | None, seed: int) -> None:
         self.tokenizer = load_tokenizer(tokenizer)
