@@ -1,0 +1,155 @@
+"""Shared by all tests: one thread, reproducible properties, quantizers by a few keywords, tiny models."""
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+from qtrain import eager
+from qtrain.functional.spec import QuantSpec
+from qtrain.model.convnet import ConvNet
+from qtrain.model.mlp import MLP
+from qtrain.quant.dynamic import Dynamic
+from qtrain.quant.ptq import PTQ
+from qtrain.quant.qat import QAT
+
+torch.set_num_threads(1)
+settings.register_profile("qtrain", derandomize=True, deadline=None)
+settings.load_profile("qtrain")
+
+
+@pytest.fixture(autouse=True)
+def _isolation():
+    """Each test starts from seed 0, and leaves torch's quantized engine as it found it."""
+    torch.manual_seed(0)
+    before = torch.backends.quantized.engine
+    yield
+    after, torch.backends.quantized.engine = torch.backends.quantized.engine, before
+    assert after == before
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[] if name in torch.backends.quantized.supported_engines else pytest.mark.skip)
+        for name in eager.ENGINES
+    ]
+)
+def engine(request):
+    """Each of the engines in turn; one that this build of torch lacks is skipped."""
+    return request.param
+
+
+def _spec(fields):
+    return QuantSpec(**{"observer": eager.minmax, **(fields or {})})
+
+
+@pytest.fixture
+def make_ptq():
+    def make(engine="auto", *, weight=None, activation=None, layers=None):
+        return PTQ(engine=engine, weight=_spec(weight), activation=_spec(activation), layers=layers or {})
+
+    return make
+
+
+@pytest.fixture
+def make_qat():
+    def make(engine="auto", *, weight=None, activation=None, layers=None, **settings):
+        settings = {
+            "epochs": 4,
+            "optimizer": None,
+            "scheduler": None,
+            "from_scratch": False,
+            "start_epoch": 0,
+            "freeze_observers_epoch": None,
+            "freeze_batch_norm_epoch": None,
+            "convert_every": 0,
+            **settings,
+        }
+        specs = {"weight": _spec(weight), "activation": _spec(activation)}
+        return QAT(engine=engine, layers=layers or {}, **specs, **settings)
+
+    return make
+
+
+@pytest.fixture
+def make_dynamic():
+    def make(engine="auto", *, weight=None, layers=None):
+        return Dynamic(engine=engine, weight=_spec(weight), layers=layers or {})
+
+    return make
+
+
+class Between(nn.Module):
+    """Runs `layers` one after the other between QuantStub and DeQuantStub; fuses the runs given by their indices."""
+
+    def __init__(self, *layers, fuse=()):
+        super().__init__()
+        self.quant, self.dequant = eager.QuantStub(), eager.DeQuantStub()
+        self.body = nn.Sequential(*layers)
+        self.runs = [[f"body.{i}" for i in run] for run in fuse]
+
+    def forward(self, x):
+        return self.dequant(self.body(self.quant(x)))
+
+    def fuse_model(self, is_qat=False):
+        if self.runs:
+            eager.fuse(self, self.runs, is_qat=is_qat)
+
+
+@pytest.fixture
+def between():
+    """Between(*layers, fuse=[(0, 1)]): a model whose layers are body.0, body.1 ..."""
+    return lambda *layers, **how: Between(*layers, **how).eval()
+
+
+def lively_batch_norm(model):
+    """Gives every batch-norm statistics and factors that folding cannot ignore; returns the model in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+@pytest.fixture
+def convnet():
+    """A ConvNet whose batch-norms do something, in eval mode."""
+    return lively_batch_norm(ConvNet(width=4, hidden=8))
+
+
+@pytest.fixture
+def mlp():
+    return MLP(hidden=16, hidden_relu=True, output_relu=False).eval()
+
+
+@pytest.fixture(params=["convnet", "mlp"])
+def model(request):
+    """The ConvNet and the MLP in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def images():
+    """32 random images."""
+    return torch.randn(32, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def train():
+    """train(quantizer, prepared, inputs): a few epochs of one gradient step each, as the trainer would run them."""
+
+    def train(quantizer, prepared, *inputs, epochs=4, lr=0.01):
+        optimizer = torch.optim.SGD(prepared.parameters(), lr=lr)
+        for epoch in range(epochs):
+            prepared.train()
+            quantizer.on_epoch(prepared, epoch)
+            loss = (prepared(*inputs) - 1).square().mean()
+            assert loss.isfinite()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return prepared.eval()
+
+    return train

@@ -1,0 +1,266 @@
+import copy
+import io
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtrain import eager
+from qtrain.fake_quantize import FakeQuantize
+from qtrain.functional.spec import QuantSpec
+from qtrain.observer.percentile import PercentileObserver
+
+OBSERVERS = {
+    "minmax": eager.minmax,
+    "moving_average": partial(eager.moving_average, averaging_constant=0.1),
+    "histogram": partial(eager.histogram, bins=64),
+    "percentile": partial(PercentileObserver, percentile=99.0, bins=64),
+}
+PER_TENSOR_ONLY = ("histogram", "percentile")
+
+
+def make(
+    *,
+    bits=8,
+    symmetric=False,
+    granularity="per_tensor",
+    signed=False,
+    observer=eager.minmax,
+    observing=True,
+    quantizing=True,
+    memoryless=False,
+):
+    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=observer)
+    observer = eager.make_observer(spec, signed=signed)
+    return FakeQuantize(observer, memoryless=memoryless, observing=observing, quantizing=quantizing)
+
+
+def frozen(module):
+    """The module, quantizing with what it has observed so far."""
+    module.enable_observer(False)
+    module.enable_fake_quant()
+    return module
+
+
+KINDS = pytest.mark.parametrize(
+    "granularity, symmetric, signed",
+    [(g, s, signed) for g in ("per_tensor", "per_channel") for s in (True, False) for signed in (True, False)],
+    ids=lambda value: {True: "yes", False: "no"}.get(value, value),
+)
+
+
+@KINDS
+@given(
+    bits=st.integers(2, 8),
+    rows=st.lists(st.lists(st.floats(-100, 100, width=16), min_size=3, max_size=3), min_size=1, max_size=4),
+    stretch=st.floats(0.5, 3),
+)
+def test_output_and_gradient_are_those_of_the_formula_and_of_torch(granularity, symmetric, signed, bits, rows, stretch):
+    observed = torch.tensor(rows)
+    module = make(bits=bits, symmetric=symmetric, granularity=granularity, signed=signed)
+    module(observed)
+    x = (observed * stretch).requires_grad_()  # partly outside of what was observed
+    output = frozen(module)(x)
+    output.sum().backward()
+
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    scale, zero = module.calculate_qparams()
+    rows_of = observed if granularity == "per_channel" else observed.reshape(1, -1)
+    smallest, largest = rows_of.amin(1).clamp(max=0), rows_of.amax(1).clamp(min=0)
+    span = 2 * torch.maximum(-smallest, largest) if symmetric else largest - smallest
+    torch.testing.assert_close(scale, (span / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).eps))
+
+    integers = torch.round(x.detach() / scale[:, None]) + zero[:, None]
+    # torch multiplies by the inverse of the scale: what lies between two integers may go either way.
+    tie = ((x.detach() / scale[:, None]) % 1 - 0.5).abs() < 1e-3
+    expected = (torch.minimum(torch.maximum(integers, torch.tensor(low)), torch.tensor(high)) - zero[:, None]) * scale[
+        :, None
+    ]
+    torch.testing.assert_close(output[~tie], expected[~tie])
+    assert ((output - expected).abs() <= 1.001 * scale[:, None])[tie].all()
+    inside = ((integers >= low) & (integers <= high)).float()
+    assert torch.equal(x.grad[~tie], inside[~tie])
+
+    again = x.detach().clone().requires_grad_()
+    if granularity == "per_channel":
+        reference = torch.fake_quantize_per_channel_affine(again, scale, zero, 0, low, high)
+    else:
+        reference = torch.fake_quantize_per_tensor_affine(again, float(scale), int(zero), low, high)
+    reference.sum().backward()
+    assert torch.equal(output, reference) and torch.equal(x.grad, again.grad)
+
+
+@KINDS
+def test_integers_are_those_of_torchs_quantized_tensors(granularity, symmetric, signed):
+    x = torch.randn(4, 50)
+    module = make(symmetric=symmetric, granularity=granularity, signed=signed)
+    output = module(x)
+    scale, zero = module.calculate_qparams()
+    dtype = torch.qint8 if signed else torch.quint8
+    if granularity == "per_channel":
+        quantized = torch.quantize_per_channel(x, scale, zero, 0, dtype)
+    else:
+        quantized = torch.quantize_per_tensor(x, float(scale), int(zero), dtype)
+    torch.testing.assert_close(output, quantized.dequantize())
+
+
+@given(st.lists(st.floats(-50, 50, width=16), min_size=1, max_size=20), st.booleans(), st.booleans(), st.integers(2, 8))
+def test_zero_stays_zero_and_error_is_within_half_a_step(values, symmetric, signed, bits):
+    x = torch.tensor([*values, 0.0])
+    module = make(symmetric=symmetric, signed=signed, bits=bits)
+    output = module(x)
+    scale = float(module.calculate_qparams()[0])
+    assert output[-1] == 0
+    # Symmetric ranges lack half a step at one end (-128 .. 127), so there the error may be a whole one.
+    assert ((output - x).abs() <= scale * (1.001 if symmetric else 0.501) + 1e-6).all()
+    torch.testing.assert_close(frozen(module)(output), output)
+
+
+def test_it_passes_its_input_through_unless_quantizing():
+    module = make(quantizing=False)
+    x = torch.randn(5)
+    assert module(x) is x
+    module.enable_fake_quant()
+    assert module(x) is not x
+
+
+def test_it_observes_only_where_told():
+    module = make(quantizing=False, observing=False)
+    module(torch.tensor([-7.0, 7.0]))
+    assert not module.has_observed()
+    module.enable_observer()
+    module(torch.tensor([-1.0, 3.0]))
+    assert module.has_observed() and module.observed_range() == (-1.0, 3.0)
+    module.enable_observer(False)
+    module(torch.tensor([-9.0, 9.0]))
+    assert module.observed_range() == (-1.0, 3.0)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_the_scale_follows_each_observation(name):
+    module = make(observer=OBSERVERS[name])
+    scales = []
+    for factor in (1, 2, 8):
+        module(torch.linspace(-1, 1, 201) * factor)
+        scales.append(float(module.calculate_qparams()[0]))
+        assert scales[-1] == pytest.approx(float(module.observer.calculate_qparams()[0]))
+        assert scales[-1] == float(module.scale)
+    assert scales[0] < scales[1] < scales[2]
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize(
+    "name", ["minmax", "moving_average", "percentile"]
+)  # torch's histogram observer cannot forget its range
+def test_memoryless_is_a_fresh_observer_every_time(name, granularity):
+    if granularity == "per_channel" and name in PER_TENSOR_ONLY:
+        pytest.skip("one range a tensor")
+    how = {"observer": OBSERVERS[name], "granularity": granularity, "signed": True, "symmetric": True}
+    module = make(memoryless=True, **how)
+    for factor in (1.0, 100.0, 0.01, 3.0):
+        x = torch.randn(4, 25) * factor
+        assert torch.equal(module(x), make(**how)(x))
+
+
+def test_with_a_memory_an_average_clips_what_grows():
+    """What memoryless avoids: torch's own QAT default averages weights with c = 0.01."""
+    averaging = make(observer=partial(eager.moving_average, averaging_constant=0.01), signed=True)
+    for factor in (1.0, 2.0):
+        output = averaging(torch.tensor([-factor, factor]))
+    assert output.max() < 1.1
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_quantizing_what_was_never_observed_is_an_error(name, granularity):
+    if granularity == "per_channel" and name in PER_TENSOR_ONLY:
+        pytest.skip("one range a tensor")
+    module = make(observer=OBSERVERS[name], granularity=granularity, observing=False)
+    assert not module.has_observed()
+    with pytest.raises(ValueError, match="did not during calibration"):
+        module(torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("name", ["minmax", "moving_average"])
+def test_nan_makes_no_scale(name):
+    module = make(observer=OBSERVERS[name])
+    with pytest.raises(ValueError):
+        module(torch.tensor([1.0, torch.nan]))
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_all_zeros_stay_zeros(granularity):
+    module = make(granularity=granularity, signed=True, symmetric=True)
+    x = torch.tensor([[0.0, 0.0], [1.0, -1.0]]) if granularity == "per_channel" else torch.zeros(2, 2)
+    output = module(x)
+    assert output.isfinite().all() and torch.equal(output[0], torch.zeros(2))
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def reloaded(module, fresh):
+    """`fresh` with the state of `module`, through a file."""
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    return fresh
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_a_state_dict_gives_the_same_module_back(name, granularity):
+    if granularity == "per_channel" and name in PER_TENSOR_ONLY:
+        pytest.skip("one range a tensor")
+    how = {"observer": OBSERVERS[name], "granularity": granularity}
+    module = make(**how)
+    x, other = torch.randn(6, 7), torch.randn(6, 7) * 2
+    module(x)
+    copied = reloaded(module, make(**how))
+    assert torch.equal(frozen(copied)(other), frozen(module)(other))
+    assert copied.observed_range() == module.observed_range()
+    for each in (module, copied):  # and it goes on from there
+        each.enable_observer()
+    assert torch.equal(copied(other * 3), module(other * 3))
+    assert [len(q) for q in copied.calculate_qparams()] == [6 if granularity == "per_channel" else 1] * 2
+
+
+@pytest.mark.xfail(strict=True, reason="a loaded module takes its scale for worked out, but it may be saved before")
+def test_what_was_observed_but_not_yet_asked_for_survives_saving():
+    module = make(quantizing=False)  # as after calibration
+    module(torch.linspace(-3, 5, 100))
+    copied = reloaded(module, make(quantizing=False))
+    assert copied.calculate_qparams() == module.calculate_qparams()
+
+
+@pytest.mark.xfail(strict=True, reason="a loaded module takes its scale for worked out, though nothing was observed")
+def test_what_was_never_observed_stays_an_error_after_loading():
+    copied = reloaded(make(), make(observing=False))
+    with pytest.raises(ValueError, match="did not during calibration"):
+        copied(torch.ones(2))
+
+
+def test_a_state_of_another_shape_replaces_that_of_a_module_in_use():
+    module, other = make(granularity="per_channel"), make(granularity="per_channel")
+    module(torch.randn(3, 5))
+    other(torch.randn(7, 5))
+    module.load_state_dict(other.state_dict())
+    x = torch.randn(7, 5)
+    assert torch.equal(frozen(module)(x), frozen(other)(x))
+
+
+def test_a_copy_goes_its_own_way():
+    module = make()
+    module(torch.tensor([-1.0, 1.0]))
+    copied = copy.deepcopy(module)
+    copied(torch.tensor([-9.0, 9.0]))
+    assert module.observed_range() == (-1.0, 1.0) and copied.observed_range() == (-9.0, 9.0)
+    assert float(module.calculate_qparams()[0]) == pytest.approx(2 / 255)
+
+
+def test_its_description_names_scheme_range_and_switches():
+    text = repr(make(bits=4, signed=True, observing=False))
+    assert "per_tensor_affine, -8..7, observing=False, quantizing=True" in text
