@@ -52,10 +52,13 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs) -> dict[str,
 def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
     """Warns of layers that run several times in one forward pass: all of their outputs get one scale."""
     calls: Counter[str] = Counter()
-    handles = [
-        point.register_forward_hook(lambda *_, name=name: calls.update([name]))
-        for name, point in eager.observed_points(prepared).items()
-    ]
+    handles = []
+    for name, point in eager.observed_points(prepared).items():
+        layer = prepared.get_submodule(name)
+        # A FloatFunctional runs as its observer; the observer of a fused layer runs twice, for torch keeps it both as a
+        # hook and as the last of the sequence.
+        counted = point if isinstance(layer, eager.FloatFunctional) else layer
+        handles.append(counted.register_forward_hook(lambda *_, name=name: calls.update([name])))
     yield
     for handle in handles:
         handle.remove()

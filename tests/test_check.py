@@ -406,3 +406,8 @@ def test_a_layer_that_runs_twice_counts_twice(make_dynamic):
 
     quantized = make_dynamic(layers={"b": "float"}).convert(Twice())
     assert coverage(quantized, (torch.randn(2, 4),), {"b": "float"})["macs_quantized"] == pytest.approx(2 / 3)
+
+
+def test_a_fused_layer_that_runs_once_is_not_told_to_run_twice(convnet, images, make_ptq, caplog):
+    dry_run(convnet, make_ptq(), (images[:2],))
+    assert "share one scale" not in caplog.text
