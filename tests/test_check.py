@@ -217,7 +217,6 @@ def test_a_module_called_twice_is_told(kind, make_ptq, caplog):
     assert record.levelname == "WARNING" and f"layer {name} runs 2 times" in record.message
 
 
-@pytest.mark.xfail(strict=True, reason="torch runs the observer of a fused layer twice a pass: inside, and as its hook")
 def test_a_sound_model_gives_no_warning(model, images, make_ptq, caplog):
     dry_run(model, make_ptq(), (images[:2],))
     assert caplog.records == []
@@ -406,8 +405,3 @@ def test_a_layer_that_runs_twice_counts_twice(make_dynamic):
 
     quantized = make_dynamic(layers={"b": "float"}).convert(Twice())
     assert coverage(quantized, (torch.randn(2, 4),), {"b": "float"})["macs_quantized"] == pytest.approx(2 / 3)
-
-
-def test_a_fused_layer_that_runs_once_is_not_told_to_run_twice(convnet, images, make_ptq, caplog):
-    dry_run(convnet, make_ptq(), (images[:2],))
-    assert "share one scale" not in caplog.text
