@@ -1,5 +1,8 @@
 import copy
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -324,8 +327,9 @@ def test_a_fused_layer_counts_once(convnet, make_ptq):
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
 def test_float_weight_folds_batch_norm(is_qat, convnet, make_ptq, make_qat):
-    prepared = (make_qat() if is_qat else make_ptq()).prepare(convnet)
     bn = convnet.bn1
+    bn.eps = 0.1  # for all to see
+    prepared = (make_qat() if is_qat else make_ptq()).prepare(convnet)
     std = (bn.running_var + bn.eps).sqrt()
     folded = torch.einsum("oihw,o->oihw", convnet.conv1.weight, bn.weight / std)
     torch.testing.assert_close(eager.float_weight(prepared.conv1), folded.detach())
@@ -333,7 +337,9 @@ def test_float_weight_folds_batch_norm(is_qat, convnet, make_ptq, make_qat):
     assert eager.float_weight(prepared.pool) is None
 
 
-def test_quantized_weights_and_modules_are_told_from_float_ones(convnet, images, make_ptq):
+def test_quantized_weights_and_modules_are_told_from_float_ones(convnet, images, make_ptq, make_qat):
+    for prepared in (make_ptq().prepare(convnet), make_qat().prepare(convnet)):
+        assert not any(eager.is_quantized(module) for module in prepared.modules())
     quantizer = make_ptq(layers={"linear2": "float"})
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     found = {name: eager.quantized_weight(module) for name, module in quantized.named_modules()}
@@ -355,6 +361,9 @@ def test_torchs_deprecation_is_silenced_for_qtrain_alone(mlp, make_ptq):
     mlp.qconfig = tq.default_qconfig
     with pytest.warns(DeprecationWarning, match=eager.DEPRECATED):
         tq.prepare(mlp)
+    script = "import warnings, torch.ao.quantization; before = list(warnings.filters); import qtrain.eager; "
+    check = [sys.executable, "-c", script + "assert before == list(warnings.filters)"]
+    subprocess.run(check, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
 
 
 # ---- settings by layer -----------------------------------------------------------------------------------------------
@@ -666,6 +675,8 @@ def test_frozen_batch_norm_uses_and_keeps_its_statistics(fused, between, make_qa
         assert bn.training is not frozen
     frozen = True
     assert not moved()
+    if fused:  # whoever calls train() in the middle of an epoch
+        assert not prepared.train().body[0].bn.training
     # In training, one sample's output depends on its batch; with frozen statistics it does not.
     for point in (*eager.observed_points(prepared).values(), *eager.weight_points(prepared).values()):
         point.enable_observer(False)
