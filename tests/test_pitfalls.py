@@ -222,10 +222,3 @@ def test_fake_quantization_stays_exact_under_bfloat16_autocast(convnet, images, 
     for point in (*eager.observed_points(prepared).values(), *eager.weight_points(prepared).values()):
         assert point.scale.dtype == torch.float32 and point.scale.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in prepared.parameters())
-
-
-def test_a_histogram_never_runs_in_a_training_loop(convnet, images, make_qat):
-    """Milliseconds a layer and step: whatever the observer, those of weights in QAT keep two numbers a channel."""
-    prepared = make_qat().prepare(convnet)
-    for point in eager.weight_points(prepared).values():
-        assert sum(buffer.numel() for buffer in point.observer.buffers()) <= 4 * prepared.linear1.out_features

@@ -101,17 +101,7 @@ def test_the_log_interval_changes_no_weight():
     assert [len(x) for x in lines] == [12 + 2, 1 + 2]  # the last step is logged in any case
 
 
-@pytest.mark.parametrize(
-    "accumulate, num",
-    [
-        pytest.param(3, 24, id="whole_groups"),
-        pytest.param(
-            4,
-            24,
-            id="incomplete_last_group",
-        ),
-    ],
-)
+@pytest.mark.parametrize("accumulate, num", [(3, 24), (4, 24), (99, 24)], ids=["whole_groups", "rest", "one_group"])
 def test_accumulation_equals_larger_batches(accumulate, num):
     model, expected = linear_model(), linear_model()
     fit(model, make_loader(num, 4, shuffle=False), accumulate=accumulate)

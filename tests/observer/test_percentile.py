@@ -123,8 +123,10 @@ def test_scale_and_zero_point_are_those_of_the_clipped_range(symmetric):
 
 
 def test_zeros_first_cost_no_resolution():
-    x = torch.linspace(0, 1e-3, 10_000)
-    assert_is_the_quantile(observe(torch.zeros(5), x, percentile=90), torch.cat([torch.zeros(5), x]), x)
+    zeros, x = torch.zeros(9000), torch.linspace(0, 1e-3, 1000)
+    observer = observe(zeros, x, percentile=95)
+    assert_is_the_quantile(observer, torch.cat([zeros, x]), x)
+    assert observer.counts.sum() == 10_000
 
 
 def test_only_zeros():
