@@ -54,18 +54,32 @@ def compose(*overrides: str) -> DictConfig:
 def resolve(config: DictConfig) -> DictConfig:
     """Returns a copy without Hydra's own section, interpolations and observers' names replaced by what they stand for.
 
+    A device or an observer that is not there becomes a line of `config.mistakes`, for `build` to raise with all others.
+
     Raises:
-        ConfigError: an observer is unknown, an interpolation leads nowhere, or the device is not there.
+        ConfigError: an interpolation leads nowhere.
     """
     config = config.copy()
     OmegaConf.set_readonly(config, False)
     OmegaConf.set_struct(config, False)
     config.pop("hydra", None)
-    config.device = find_device(config.device)
+    mistakes = []
+    try:
+        config.device = find_device(config.device)
+    except ConfigError as err:
+        mistakes.append(str(err))
+        config.device = "cpu"  # to find out what else is wrong
     for role in ("weight", "activation"):
         spec = OmegaConf.select(config, f"quant.{role}")
         if spec is not None and isinstance(spec.get("observer"), str):
-            spec.observer = _load_observer(f"quant.{role}.observer", spec.observer)
+            try:
+                spec.observer = hydra.compose(f"observer/{spec.observer}").observer
+            except MissingConfigException:
+                known = ", ".join(GlobalHydra.instance().config_loader().get_group_options("observer"))
+                mistakes.append(f"quant.{role}.observer={spec.observer}: allowed are {known}")
+                spec.observer = None
+    if mistakes:
+        config.mistakes = mistakes
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as err:
@@ -73,16 +87,12 @@ def resolve(config: DictConfig) -> DictConfig:
     return config
 
 
-def _load_observer(key: str, name: str) -> Any:
-    try:
-        return hydra.compose(f"observer/{name}").observer
-    except MissingConfigException as err:
-        known = GlobalHydra.instance().config_loader().get_group_options("observer")
-        raise ConfigError(f"{key}={name}: allowed are {', '.join(known)}") from err
-
-
 def find_device(name: str) -> str:
-    """Returns the device of that name; "auto" is the first there is of cuda, mps, cpu."""
+    """Returns the device of that name; "auto" is the first there is of cuda, mps, cpu.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
     there = [d for d, ok in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if ok]
     there.append("cpu")
     if name == "auto":
@@ -123,9 +133,8 @@ def build(config: DictConfig) -> Parts:
         if key == "model":
             torch.manual_seed(config.seed if _is_whole(config.seed) else 0)
         if key == "quant":  # its two specs first: the first to fail would hide the other
-            wrong = [line for role in ("weight", "activation") for line in _try_spec(config.quant, role)]
-            problems += wrong
-            if wrong:
+            problems += [line for role in ("weight", "activation") for line in _try_spec(config.quant, role)]
+            if any(re.match(r"quant\.(weight|activation)\.", problem) for problem in problems):
                 continue
         try:
             made[key] = instantiate(config[key], _convert_="all")
@@ -182,6 +191,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _check_values(config: DictConfig) -> Iterator[str]:
+    yield from config.get("mistakes", ())
     if not _is_whole(config.seed):
         yield f"seed={config.seed}: must be a whole number of at least 0"
     for key in ("calib_batches", "threads"):

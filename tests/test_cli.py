@@ -231,8 +231,10 @@ def test_a_mistake_is_named_with_what_is_allowed(mistakes, argument, words):
 
 def test_all_mistakes_of_a_config_at_once(mistakes):
     wrong = ["optimizer.lr=-1", "data.batch_size=0", "quant.weight.bits=9", "trainer.epochs=-1", "model.hidden=0"]
+    wrong += ["device=gpu", "quant.weight.observer=nope", "quant.activation.observer=none"]
     text = mistakes(*wrong)
     assert all(f"{override}: " in text for override in wrong)
+    assert len(text.splitlines()) == len(wrong)
 
 
 def test_no_gpu(mistakes, monkeypatch):

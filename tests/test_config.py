@@ -167,7 +167,7 @@ def test_an_observer_by_its_name():
 @pytest.mark.parametrize("role", ["weight", "activation"])
 def test_unknown_observer(role, name):
     with pytest.raises(ConfigError, match=rf"^quant\.{role}\.observer=") as caught:
-        compose(f"quant.{role}.observer={name}")
+        build(compose(f"quant.{role}.observer={name}"))
     assert "allowed are histogram, minmax, moving_average, percentile" in str(caught.value)
 
 
