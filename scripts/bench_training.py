@@ -11,7 +11,9 @@ import json
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from qtrain.config import Parts, build, compose
 from qtrain.data.loaders import ImageLoader
 from qtrain.loggers import Logger
 from qtrain.task.classification import Classification
+from qtrain.trainer import OptimizerFactory
 
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
 
@@ -98,7 +101,7 @@ class Digits(Dataset[tuple[torch.Tensor, int]]):
 
 def dataloader_loop(parts: Parts, steps: int) -> None:
     loader = DataLoader(Digits(parts.data.train), batch_size=10, shuffle=True)  # type: ignore[arg-type]
-    train(parts.model, iter(loader), steps)
+    train(parts.model, iter(loader), steps, partial(torch.optim.Adam, lr=0.001))
 
 
 def bare_loop(parts: Parts, steps: int) -> None:
@@ -110,12 +113,12 @@ def bare_loop(parts: Parts, steps: int) -> None:
             x = loader.images[rows].float().div_(255).sub_(loader.mean).div_(loader.std)
             yield x.unsqueeze(1), loader.labels[rows]
 
-    train(parts.model, batches(), steps)
+    train(parts.model, batches(), steps, parts.optimizer)
 
 
-def train(model: nn.Module, batches: Iterator[Any], steps: int) -> None:
+def train(model: nn.Module, batches: Iterator[Any], steps: int, make_optimizer: OptimizerFactory) -> None:
     model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    optimizer = make_optimizer(model.parameters())
     for _ in range(steps):
         x, y = next(batches)
         optimizer.zero_grad()
@@ -128,6 +131,8 @@ def qat_steps(data: list[str], rounds: int, steps: int = 5) -> dict[str, float]:
     parts = build(compose("model=convnet", "quant=qat", *data))
     ours = parts.quantizer.prepare(parts.model)
     parts.quantizer.on_epoch(ours.train(), 0)
+    warnings.filterwarnings("ignore", module="torch.ao")  # it announces its own deprecation
+    warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
     theirs = build(compose("model=convnet", *data)).model.train()
     theirs.fuse_model(is_qat=True)  # type: ignore[operator]
     theirs.qconfig = tq.get_default_qat_qconfig(torch.backends.quantized.engine)  # type: ignore[assignment]
