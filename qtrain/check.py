@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain import eager
+from qtrain.layer.compact import CompactEmbedding, CompactLinear
 from qtrain.quant.base import Quantizer
 from qtrain.truth import TruthError
 
@@ -129,21 +130,23 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         def hook(module: Any, _inputs: Any, output: Tensor) -> None:
             weight = eager.quantized_weight(module)
             if weight is None:
-                weight = module.weight
+                weight = getattr(module.weight, "data", module.weight)  # of a float16 weight, its tensor
             # Each output element is a dot product with one row of the weight; transposed, each input element is
             # multiplied with one.
             elements = _inputs[0] if getattr(module, "transposed", False) else output
-            macs[name] = macs.get(name, 0) + elements[0].numel() * weight[0].numel()
+            macs[name] = macs.get(name, 0) + elements[0].numel() * weight.shape[1:].numel()
 
         return hook
 
     int8_params = float_params = 0
     float_layers = {}
+    counted = set()
     for name, module in quantized.named_modules():
         weight = eager.quantized_weight(module)
         own = sum(p.numel() for p in module.parameters(recurse=False))
         if weight is not None:
-            int8_params += weight.numel()
+            int8_params += weight.numel() if id(weight) not in counted else 0
+            counted.add(id(weight) if isinstance(weight, nn.Module) else None)  # ours may be shared; torch makes a view
             bias = getattr(module, "bias", None)
             bias = bias() if callable(bias) else bias
             float_params += 0 if bias is None else bias.numel()
@@ -154,7 +157,9 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
                 float_layers[island] = "set by quant.layers"
             elif not eager.is_quantized(module):
                 float_layers[name] = _why_float(name, module, quantized, layers)
-        if weight is not None or type(module) is nn.Linear or isinstance(module, _ConvNd):
+        if isinstance(module, CompactEmbedding):
+            continue  # it looks up, it multiplies nothing
+        if weight is not None or isinstance(module, nn.Linear | _ConvNd | CompactLinear):
             handles.append(module.register_forward_hook(count(name)))
     try:
         quantized(*inputs)
@@ -177,6 +182,9 @@ def _island(name: str, model: nn.Module) -> str | None:
 
 def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:
     kind = type(module).__name__
+    dtype = next(module.parameters(recurse=False)).dtype
+    if dtype != torch.float32:
+        return f"kept in {str(dtype).removeprefix('torch.')}"
     if not any(eager.is_quantized(m) for m in quantized.modules()):
         return "nothing is quantized"
     if type(module) in eager.CONVERT_MAPPING:

@@ -5,10 +5,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from qtrain.layer.weight import IntegerWeight
+
 MAX_LAYERS = 8  # rows of a figure that can still be read
 
 
-def weights(pairs: dict[str, tuple[Tensor, Tensor]]) -> Figure:
+def weights(pairs: dict[str, tuple[Tensor, Tensor | IntegerWeight]]) -> Figure:
     """Returns histograms of each layer's float and dequantized weights, and of its integers.
 
     Args:

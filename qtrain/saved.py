@@ -30,6 +30,7 @@ def load(run_dir: Path) -> nn.Module:
         model = instantiate(config.model, _convert_="all")
         quantizer = instantiate(config.quant, _convert_="all")
         prepared = quantizer.prepare(model)
-        quantized = quantizer.fake(prepared) if quantizer.simulated else quantizer.convert(prepared)
+        fake = quantizer.fake(prepared) if quantizer.simulated else None
+        quantized = quantizer.convert(prepared) if fake is None else fake
     load_weights(quantized, run_dir / "quantized.pt")
     return quantized

@@ -83,11 +83,13 @@ class TruthGate:
         if reference is None or fake is None:
             return {"sqnr_db": {}, "min_sqnr_db": None, "fake_vs_quantized": {}}, []
         points = eager.observed_points(reference)
-        exact, simulated, real = (layer_outputs(m, list(points), inputs) for m in (reference, fake, quantized))
+        # Where nothing is observed, as in weight-only quantization: the layers that hold integers.
+        names = list(points) or [n for n, m in quantized.named_modules() if eager.quantized_weight(m) is not None]
+        exact, simulated, real = (layer_outputs(m, names, inputs) for m in (reference, fake, quantized))
         layers = [name for name in exact if name in real]
         noise = {name: _decibels(exact[name], real[name]) for name in layers}
         gap = {name: _decibels(simulated[name], real[name]) for name in layers}
-        steps = divergence(fake, quantized, list(points), inputs)
+        steps = divergence(fake, quantized, names, inputs)
         failures = self._out_of_range(reference, points, exact) + [
             f"layer {name}: converted, it differs from its simulation on the same input by {value:.1f} quantization "
             f"steps (root mean square), above truth.max_steps={self.max_steps:g}; the accuracy of neither model "

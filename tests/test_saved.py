@@ -65,6 +65,14 @@ RUNS = [
     f"{CONVNET} quant=ptq quant.weight.granularity=per_tensor quant.weight.bits=4",
     f"{CONVNET} quant=ptq quant.activation.bits=4",
     f"{MLP} quant=qat quant.activation.bits=4 quant.weight.granularity=per_tensor",
+    f"{CONVNET} quant=absmax",
+    f"{MLP} quant=zeropoint quant.scope=linear",
+    f"{CONVNET} quant=fp16",
+    f"{CONVNET} quant=bf16",
+    f"{CONVNET} quant=llm_int8",
+    f"{CONVNET} quant=weight_only",
+    f"{MLP} quant=weight_only quant.weight.bits=4 quant.weight.symmetric=false quant.layers.linear2=float",
+    f"{MLP} quant=weight_only quant.weight.bits=2 quant.weight.granularity=per_group quant.weight.group_size=4",
 ]
 
 

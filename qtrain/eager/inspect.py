@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain.eager.convert import CONVERT_MAPPING, weight_holder
+from qtrain.layer.compact import integer_weight
+from qtrain.layer.weight import IntegerWeight
 
 
 def observed_points(prepared: nn.Module) -> dict[str, Any]:
@@ -53,18 +55,24 @@ def float_weight(layer: nn.Module) -> torch.Tensor | None:
     return weight.detach()
 
 
-def quantized_weight(module: nn.Module) -> torch.Tensor | None:
-    """Returns the quantized weight of one converted layer, or None."""
+def quantized_weight(module: nn.Module) -> torch.Tensor | IntegerWeight | None:
+    """Returns the quantized weight of one converted layer, torch's or ours, or None; both know shape, numel(),
+    int_repr() and dequantize().
+    """
+    if (compact := integer_weight(module)) is not None:
+        return compact
     weight = getattr(module, "weight", None)
-    if not callable(weight) or isinstance(weight, torch.Tensor):
+    if not callable(weight) or isinstance(weight, torch.Tensor | nn.Module):
         return None
     weight = weight()
     return weight if isinstance(weight, torch.Tensor) and weight.is_quantized else None
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Tells whether a module is one of torch's int8 modules, static or dynamic."""
-    return ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn.")
+    """Tells whether a module is one of torch's int8 modules, static or dynamic, or one of ours."""
+    return integer_weight(module) is not None or (
+        ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn.")
+    )
 
 
 def use_stable_conv_bn(model: nn.Module) -> None:

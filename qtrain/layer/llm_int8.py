@@ -1,0 +1,51 @@
+"""LLM.int8(): 8-bit matrix multiplication in which outlier features stay float.
+
+T. Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv:2208.07339, section 3.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qtrain.layer.weight import IntegerWeight, absmax_rows, int8_matmul
+
+
+class LLMInt8Linear(nn.Module):
+    """y = x @ weight.T + bias, both sides in int8 with one scale a row, save for the columns of x with outliers.
+
+    A column is an outlier where any of its values is at least `threshold` in magnitude. These columns are multiplied in
+    x's own precision with the dequantized weight; only the others set the scale of x's rows.
+
+    Args:
+        weight: 8 bits, symmetric, per channel, (N, K).
+        bias: (N,) or None.
+        threshold: > 0; None: no column is an outlier.
+
+    Shapes: x (..., K) -> (..., N).
+    """
+
+    def __init__(self, weight: IntegerWeight, bias: nn.Parameter | None, threshold: float | None) -> None:
+        super().__init__()
+        self.weight, self.bias, self.threshold = weight, bias, threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
+        outliers = self.outlier_columns(rows)
+        regular = rows if outliers is None else rows.index_fill(1, outliers, 0)
+        integers, scale = absmax_rows(regular)
+        y = int8_matmul(integers, self.weight.data).mul_(scale).mul_(self.weight.scale.T)
+        if outliers is not None:
+            columns = self.weight.data[:, outliers].float() * self.weight.scale  # (N, outliers)
+            y.addmm_(rows[:, outliers], columns.T)
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def outlier_columns(self, rows: Tensor) -> Tensor | None:
+        """Returns the indices (outliers,) of the columns of rows (M, K) to keep in float, or None."""
+        if self.threshold is None:
+            return None
+        columns = rows.abs().amax(0) >= self.threshold
+        return torch.nonzero(columns).flatten() if columns.any() else None
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}"

@@ -1,0 +1,138 @@
+"""Weights in fewer bits than float32, stored as they are computed with: the state dict holds no float copy.
+
+Shapes: a weight is (N, K), rows N (output features, or entries of an embedding), columns K.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qtrain.functional import affine, packing
+from qtrain.functional.spec import QuantSpec
+
+FEW_ROWS = 4  # up to so many rows of input, float16 kernels of CPUs are faster than a copy of the weight in float32
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Returns a @ b.T in whole numbers, as float32.
+
+    Where the CPU has no VNNI its 8-bit kernels saturate 16-bit sums in silence, and GPUs have none for a few rows:
+    there float32 does it, exact as long as a sum stays below 2^24.
+
+    Args:
+        a: int8 (M, K), within -127..127.
+        b: int8 (N, K).
+
+    Returns:
+        float32 (M, N).
+    """
+    if a.device.type == "cpu" and torch.cpu._is_vnni_supported():
+        return torch._int_mm(a, b.T).float()
+    if a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
+        return torch._int_mm(a, b.T).float()
+    return a.float() @ b.float().T
+
+
+def absmax_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (int8 (M, K), scale (M, 1)), each row of x (M, K) divided by its largest magnitude over 127."""
+    scale = x.abs().amax(1, keepdim=True).clamp_(min=127 * torch.finfo(x.dtype).tiny).div_(127)
+    return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+class IntegerWeight(nn.Module):
+    """A weight in 8, 4 or 2 bits; the latter packed, 2 or 4 to a byte.
+
+    Args:
+        weight: float (N, K).
+        spec: bits; symmetric or not; granularity per_tensor, per_channel (row) or per_group of `group_size` neighbours
+            in a row.
+
+    Raises:
+        ValueError: group_size does not divide K.
+    """
+
+    data: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, weight: Tensor, spec: QuantSpec) -> None:
+        super().__init__()
+        self.bits, self.shape = spec.bits, weight.shape
+        self.signed = bool(spec.symmetric)
+        axis = 0 if spec.granularity == "per_channel" else None
+        if spec.symmetric:
+            # int2 would be left with -1, 0, 1 if its range were restricted.
+            quantize = partial(affine.symmetric, restricted=spec.bits > 2)
+        else:
+            quantize = partial(affine.asymmetric)
+        quantized = quantize(weight.detach().float(), spec.bits, axis=axis, group_size=spec.group_size)
+        self.register_buffer("data", self._pack(quantized.int_repr))
+        self.register_buffer("scale", quantized.scale)
+        self.register_buffer("zero_point", None if spec.symmetric else quantized.zero_point.to(torch.int32))
+
+    def _pack(self, integers: Tensor) -> Tensor:
+        """Returns (N, K) integers as bytes (N, ceil(K * bits / 8)): each row begins with a byte of its own."""
+        if self.bits == 8:
+            return integers
+        padded = F.pad(integers, (0, -integers.shape[1] % (8 // self.bits)))
+        return packing.pack(padded, self.bits, signed=self.signed).view(len(integers), -1)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def int_repr(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Returns the integers (N, K), int8 or uint8; or those of some rows."""
+        data = self.data[rows]
+        if self.bits == 8:
+            return data
+        shape = (*data.shape[:-1], data.shape[-1] * 8 // self.bits)
+        return packing.unpack(data.flatten(), self.bits, shape, signed=self.signed)[..., : self.shape[1]]
+
+    def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Returns the float weight (N, K) that the integers stand for; or some of its rows."""
+        steps = self.int_repr(rows).to(self.scale.dtype)
+        scale, zero_point = self.scale, self.zero_point
+        if scale.dim():
+            scale, zero_point = scale[rows], zero_point if zero_point is None else zero_point[rows]
+            steps = steps.unflatten(-1, (scale.shape[-1], -1))  # (N, groups, group_size)
+            scale, zero_point = scale[..., None], zero_point if zero_point is None else zero_point[..., None]
+        steps = (steps if zero_point is None else steps - zero_point).mul_(scale)
+        return steps.flatten(-2) if scale.dim() else steps
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Returns x @ weight.T, (..., K) -> (..., N), in x's dtype.
+
+        Symmetric rows are multiplied as integers. x becomes two digits of 8 bits, so that its rounding error is below
+        2^-15 of each row's largest value, and the products are exact: as good as float16, at the speed of int8.
+        """
+        if not self.signed or self.scale.dim() and self.scale.shape[-1] > 1:
+            return F.linear(x, self.dequantize().to(x.dtype))
+        rows = x.reshape(-1, self.shape[1]).float()
+        high, step = absmax_rows(rows)
+        low = torch.addcmul(rows, high, step, value=-1).div_(step / 254).round_().to(torch.int8)  # within -127..127
+        digits = int8_matmul(torch.cat([high, low]), self.int_repr()).view(2, len(rows), -1)
+        y = digits[1].div_(254).add_(digits[0]).mul_(step).mul_(self.scale.flatten())
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, bits={self.bits}, scale={tuple(self.scale.shape)}, symmetric={self.signed}"
+
+
+class HalfWeight(nn.Module):
+    """A weight (N, K) in float16."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.data = nn.Parameter(weight.detach().half(), requires_grad=False)
+
+    def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Returns the weight, or some of its rows, in float32."""
+        return self.data[rows].float()
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """Returns x @ weight.T, (..., K) -> (..., N), in x's dtype."""
+        if x.device.type != "cpu" or x.numel() <= FEW_ROWS * x.shape[-1]:
+            return F.linear(x.half(), self.data).to(x.dtype)
+        return F.linear(x, self.data.to(x.dtype))

@@ -1,0 +1,97 @@
+"""Weights replaced by what their int8 would mean: the articles' absmax and zero-point quantization.
+
+The result is a float model with the integers' error, so it has neither their size nor their speed. Per tensor.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from qtrain import eager
+from qtrain.functional import affine
+from qtrain.functional.affine import Quantized
+from qtrain.functional.spec import QuantSpec
+from qtrain.quant.base import Quantizer
+
+SCOPES = ("all", "linear")
+
+
+class RoundTrip(Quantizer):
+    """Quantizes and dequantizes parameters, each tensor by itself.
+
+    Args:
+        scope: "all": every parameter, biases and norms too, as in the articles; "linear": weights of Linear layers.
+        layers: {pattern of layer names: "float"}.
+
+    Raises:
+        ValueError: names the parameter, its value and what is allowed.
+    """
+
+    simulated = True
+
+    def __init__(self, *, scope: str, layers: dict[str, str]) -> None:
+        problems = [] if scope in SCOPES else [f"scope={scope}: allowed are {', '.join(SCOPES)}"]
+        problems += [
+            f"layers.{p}={s}: must be float; each tensor has one format" for p, s in layers.items() if s != "float"
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.scope, self.layers = scope, layers
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """Returns the quantized tensor."""
+        raise NotImplementedError
+
+    def convert(self, prepared: nn.Module) -> nn.Module:
+        model = copy.deepcopy(prepared).cpu().eval()
+        floats = eager.match_layers(model, dict.fromkeys(self.layers))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():  # a tied one comes once
+                layer = name.rpartition(".")[0]
+                chosen = (
+                    self.scope == "all" or name.endswith(".weight") and type(model.get_submodule(layer)) is nn.Linear
+                )
+                if chosen and not any(layer == f or layer.startswith(f"{f}.") for f in floats):
+                    parameter.copy_(self.quantize(parameter).dequantized)
+        return model
+
+
+class Absmax(RoundTrip):
+    """x_q = round(127 / max|x| * x), see `functional.affine.absmax`.
+
+    Args:
+        quant_max: the integer that max|x| becomes, 1..127.
+        scope, layers: see `RoundTrip`.
+    """
+
+    weight = QuantSpec(bits=8, symmetric=True, granularity="per_tensor", reduce_range=False)
+
+    def __init__(self, *, quant_max: int, scope: str, layers: dict[str, str]) -> None:
+        if type(quant_max) is not int or not 1 <= quant_max <= 127:
+            raise ValueError(f"quant_max={quant_max}: must be a whole number from 1 to 127")
+        super().__init__(scope=scope, layers=layers)
+        self.quant_max = quant_max
+
+    def quantize(self, x: Tensor) -> Quantized:
+        return affine.absmax(x, quant_max=self.quant_max)
+
+
+class Zeropoint(RoundTrip):
+    """x_q = round(255 / (max - min) * x + zero_point), see `functional.affine.zeropoint`.
+
+    Args:
+        num_steps: steps between minimum and maximum, 1..255.
+        scope, layers: see `RoundTrip`.
+    """
+
+    weight = QuantSpec(bits=8, symmetric=False, granularity="per_tensor", reduce_range=False)
+
+    def __init__(self, *, num_steps: int, scope: str, layers: dict[str, str]) -> None:
+        if type(num_steps) is not int or not 1 <= num_steps <= 255:
+            raise ValueError(f"num_steps={num_steps}: must be a whole number from 1 to 255")
+        super().__init__(scope=scope, layers=layers)
+        self.num_steps = num_steps
+
+    def quantize(self, x: Tensor) -> Quantized:
+        return affine.zeropoint(x, num_steps=self.num_steps)
