@@ -1,6 +1,7 @@
 """Sizes, latency, memory and time."""
 
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -59,6 +60,29 @@ def latency(
         for name, row in zip(models, times, strict=True):
             result[name][str(size)] = {"median": float(row.median()), "p90": float(row.quantile(0.9))}
     return result
+
+
+NEW_TOKENS, ROUNDS = 32, 5
+
+
+def generation_speed(models: dict[str, nn.Module], prompt: Tensor) -> dict[str, float]:
+    """Returns {model: tokens per second} on the CPU, greedy, at batch 1 with the KV cache; {} where none can generate.
+
+    The models take turns; medians.
+
+    Args:
+        prompt: int64 (1, 1), the token to begin with.
+    """
+    speakers: dict[str, Any] = {name: model for name, model in models.items() if hasattr(model, "generate")}
+    rates: dict[str, list[float]] = {name: [] for name in speakers}
+    for turn in range(-1, ROUNDS):
+        for name, model in speakers.items():
+            count = min(NEW_TOKENS, model.n_positions - 1)
+            start = time.perf_counter()
+            model.generate(prompt, count, greedy=True)
+            if turn >= 0:
+                rates[name].append(count / (time.perf_counter() - start))
+    return {name: statistics.median(found) for name, found in rates.items()}
 
 
 class Stopwatch:

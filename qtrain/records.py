@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qtrain import eager, plots
 from qtrain.evaluate import Scores
 from qtrain.files import write_atomically
+from qtrain.layer.weight import IntegerWeight
 from qtrain.loggers import Logger, TensorBoard
 from qtrain.quant.base import Quantizer
 from qtrain.report import Report
@@ -64,7 +65,7 @@ def activation_qparams(quantized: nn.Module) -> dict[str, dict[str, float]]:
     found = {}
     for name, module in quantized.named_modules():
         scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
-        is_weights = name.endswith(".weight_fake_quant")
+        is_weights = name.endswith(".weight_fake_quant") or isinstance(module, IntegerWeight)
         if scale is not None and zero_point is not None and not is_weights:
             owner = name.removesuffix(".activation_post_process")  # of a simulation
             found[owner] = {"scale": float(scale), "zero_point": int(zero_point)}
@@ -128,6 +129,7 @@ def final_scalars(report: Report, quality: str) -> dict[str, float]:
         if metrics is not None:
             scalars |= {f"{name}/{kind}": metrics[name] for name in (quality, "loss")}
     scalars |= {f"size_kb/{kind}": size / 1000 for kind, size in report.size_bytes.items() if size is not None}
+    scalars |= {f"tokens_per_s/{kind}": rate for kind, rate in report.tokens_per_s.items()}
     for kind, sizes in report.latency_ms.items():
         scalars |= {f"latency_ms/{kind}_batch_{size}": t["median"] for size, t in (sizes or {}).items()}
     return scalars
@@ -158,7 +160,7 @@ def qparams_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def weight_table(pairs: dict[str, tuple[Tensor, Tensor]], count: int = 6) -> str:
+def weight_table(pairs: dict[str, tuple[Tensor, Tensor | IntegerWeight]], count: int = 6) -> str:
     """Returns the first weights of each layer as a Markdown table: float, integer, dequantized."""
     lines = ["| layer | float | integers | dequantized |", "|---|---|---|---|"]
     for name, (exact, quantized) in pairs.items():
@@ -184,6 +186,7 @@ def summary(report: Report, quality: str) -> list[str]:
         facts = [f"{quality} {value}", f"loss {metrics['loss']:.4f}"]
         facts += [f"{size / 1000:.1f} KB"] if size is not None else []
         facts += [f"{t['median']:.3f} ms at batch {n}" for n, t in (report.latency_ms.get(kind) or {}).items()]
+        facts += [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
         lines.append(f"{kind + simulated:>21}: " + ", ".join(facts))
         if "wrong_per_class" in metrics:
             lines.append(f"{'':>23}wrong by class: " + " ".join(str(n) for n in metrics["wrong_per_class"]))
@@ -191,7 +194,9 @@ def summary(report: Report, quality: str) -> list[str]:
     for size, times in (real or {}).items():
         ratio = times["median"] / exact[size]["median"]
         if ratio > 1 and report.quant["method"] != "none":
-            lines.append(f"note: int8 is SLOWER than float at batch {size}: {ratio:.2f} times its latency")
+            lines.append(
+                f"note: the quantized model is SLOWER than float at batch {size}: {ratio:.2f} times its latency"
+            )
     lines += [f"{kind:>21}: {text!r}" for kind, text in report.samples.items()]
     threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
     lines.append(f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s))
@@ -203,5 +208,6 @@ def summary(report: Report, quality: str) -> list[str]:
         )
         for reason in dict.fromkeys(cover["float_layers"].values()):
             names = [name for name, why in cover["float_layers"].items() if why == reason]
-            lines.append(f"  stays float: {', '.join(names)} ({reason})")
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            lines.append(f"  stays float: {', '.join(names[:8])}{more} ({reason})")
     return lines

@@ -36,6 +36,7 @@ class Report:
     coverage: dict[str, Any] = field(default_factory=dict)
     size_bytes: dict[str, Any] = field(default_factory=dict)
     latency_ms: dict[str, Any] = field(default_factory=dict)
+    tokens_per_s: dict[str, float] = field(default_factory=dict)
     threads: int | None = None
     device: str | None = None
     float_from: str | None = None

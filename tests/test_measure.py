@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.measure import Stopwatch, latency, peak_memory_bytes, reset_peak_memory, weight_bytes
+from qtrain.measure import Stopwatch, generation_speed, latency, peak_memory_bytes, reset_peak_memory, weight_bytes
 from qtrain.model.convnet import ConvNet
+from qtrain.model.gpt2 import GPT2
 
 LINEARS = [(784, 16), (16, 16), (16, 10)]  # of the MLP
 
@@ -135,3 +136,11 @@ def test_peak_memory():
     assert 90 * megabyte < peak - before < 200 * megabyte
     reset_peak_memory()
     assert peak_memory_bytes("cpu") < peak - 50 * megabyte
+
+
+def test_generation_speed():
+    sizes = {"vocab_size": 20, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    models = {"fast": GPT2(**sizes), "slow": GPT2(**{**sizes, "n_layer": 12}), "mute": nn.Linear(1, 1)}
+    rates = generation_speed(models, torch.tensor([[3]]))
+    assert set(rates) == {"fast", "slow"} and rates["fast"] > 2 * rates["slow"] > 0
+    assert generation_speed({"mute": models["mute"]}, torch.tensor([[3]])) == {}

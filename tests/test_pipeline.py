@@ -125,6 +125,7 @@ def fact(path):
 SGD, COSINE, LONG = "optimizer=sgd", "scheduler=cosine", "trainer.max_steps=null"
 CONVNET = "model=convnet model.width=2"
 QAT, DYNAMIC, X86 = "quant=qat", "quant=dynamic", "quant.engine=x86"
+WEIGHT_ONLY, LLM_INT8, ABSMAX, ZEROPOINT = (f"quant={m}" for m in ("weight_only", "llm_int8", "absmax", "zeropoint"))
 HISTOGRAM, MOVING, PERCENTILE = (
     f"observer@quant.activation.observer={name}" for name in ("histogram", "moving_average", "percentile")
 )
@@ -147,6 +148,7 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     ("", "data.mean=0.2", float_weights),
     ("", "data.std=0.4", float_weights),
     ("", "optimizer.lr=0.01", float_weights),
+    ("", "optimizer.fused=false", float_weights),  # it rounds otherwise
     (SGD, "optimizer.lr=0.01", float_weights),
     (SGD, "optimizer.momentum=0", float_weights),
     (SGD, "optimizer.weight_decay=0.1", float_weights),
@@ -204,6 +206,20 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     (QAT, "quant.weight.bits=4", int8_weights),
     (QAT, "quant.activation.observer=minmax", scales),
     (QAT, "quant.layers={linear2: {bits: 4}}", int8_weights),
+    (WEIGHT_ONLY, "quant.weight.bits=4", int8_weights),
+    (WEIGHT_ONLY, "quant.weight.symmetric=false", int8_weights),
+    (WEIGHT_ONLY, PER_TENSOR, int8_weights),
+    (WEIGHT_ONLY, "quant.weight.granularity=per_group quant.weight.group_size=4", int8_weights),
+    (WEIGHT_ONLY, "quant.layers={linear2: {bits: 2}}", int8_weights),
+    (LLM_INT8, "quant.threshold=0.5", fact("metrics.quantized.loss")),
+    (LLM_INT8, "quant.layers={linear2: float}", int8_weights),
+    (ABSMAX, "quant.quant_max=7", int8_weights),
+    (ABSMAX, "quant.scope=linear", int8_weights),
+    (ABSMAX, "quant.layers={linear2: float}", int8_weights),
+    (ZEROPOINT, "quant.num_steps=15", int8_weights),
+    (ZEROPOINT, "quant.scope=linear", int8_weights),
+    (ZEROPOINT, "quant.layers={linear2: float}", int8_weights),
+    ("quant=fp16", "quant.dtype=bfloat16", int8_weights),
 ]
 
 
@@ -235,6 +251,10 @@ ELSEWHERE = {  # settings with tests of their own, below unless named otherwise
     "measure.repeats": "test_measurements_are_made_as_asked",
     "quant.weight.group_size": "refused, in test_config",
     "quant.weight.reduce_range": "refused, in test_config",
+    "quant.weight.observer": "refused, in quant/test_weight_only",  # where it is no group
+    "quant.embedding": "quant/test_weight_only",
+    "quant.head": "quant/test_weight_only",
+    "quant.optimizer.fused": "as optimizer.fused",
     "quant.activation.group_size": "refused, in test_config",
     "quant.activation.granularity": "refused, in test_config",
 }
@@ -255,13 +275,19 @@ def leaves(node, path=""):
         ("ptq", [HISTOGRAM, MOVING, PERCENTILE, WEIGHT_PERCENTILE]),
         ("qat", ["optimizer@quant.optimizer=adam"]),
         ("dynamic", []),
+        ("weight_only", []),
+        ("llm_int8", []),
+        ("absmax", []),
+        ("zeropoint", []),
+        ("fp16", []),
+        ("bf16", []),
     ],
 )
 def test_no_setting_is_left_out(method, choices):
     methods = {"ptq", "qat"} if method == "qat" else {method}  # QAT shares PTQ's
     known = set(ELSEWHERE) | {"quant.weight.observer.averaging_constant"}  # has no effect on weights, seen whole
     for common, change, _ in SETTINGS:
-        of = re.search(r"quant=(\w+)", common)
+        of = re.search(r"quant=(\w+)", common.replace("fp16", method if method == "bf16" else "fp16"))
         if (of[1] if of else "ptq") in methods or "quant." not in change:
             known |= {word.split("=")[0] for word in f"{common} {change}".split()}
     present = {key for choice in ("", *choices) for key in leaves(compose(f"quant={method}", *choice.split()))}

@@ -17,7 +17,17 @@ SHOWN_OVERRIDES = {
     *("quant", "seed", "name", "model", "data", "experiment", "sweep", "quant.engine", "quant.weight.bits"),
     *("quant.activation.bits", "quant.activation.observer", "observer@quant.activation.observer"),
 }
-AVERAGED = ("float", "fake", "quantized", "size_kb", "size_ratio", "latency_ms", "latency_ratio", "seconds")
+AVERAGED = (
+    "float",
+    "fake",
+    "quantized",
+    "size_kb",
+    "size_ratio",
+    "latency_ms",
+    "latency_ratio",
+    "tokens_per_s",
+    "seconds",
+)
 
 
 @dataclass(eq=False)

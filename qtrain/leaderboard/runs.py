@@ -182,6 +182,7 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         "size_ratio": None if is_float or size is None else size / _positive(sizes["float_file"]),
         "latency_ms": fast,
         "latency_ratio": None if is_float or fast is None or slow is None else fast / slow,
+        "tokens_per_s": (report.get("tokens_per_s") or {}).get("float" if is_float else "quantized"),
         "seconds": sum(_number(t) for t in report["time_s"].values()),
     }
     slim = {key: report.get(key) for key in ("coverage", "peak_memory_bytes", "threads", "device", "float_from")}

@@ -58,6 +58,7 @@ def columns(section: Section) -> list[Column]:
         _number("size_ratio", "size ratio", 2, suffix="x"),
         _number("latency_ms", f"ms, batch {batch}", 3),
         _number("latency_ratio", "latency ratio", 2, suffix="x"),
+        _number("tokens_per_s", "tokens/s", 0),
         _number("seconds", "seconds", 1),
     ]
     found = [column for column in found if any(column.text(row).strip() != NONE for row in rows)]
