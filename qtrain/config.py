@@ -1,7 +1,7 @@
 """From YAML to objects: where the config lies, how it is composed, checked and built."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ class Parts:
     optimizer: OptimizerFactory
     scheduler: SchedulerFactory
     truth: TruthGate
+    transform: Callable[[nn.Module], None] | None
     generator_state: torch.Tensor
 
 
@@ -129,7 +130,7 @@ def build(config: DictConfig) -> Parts:
     """
     problems = list(_check_values(config))
     made: dict[str, Any] = {}
-    for key in ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "model"):
+    for key in ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "transform", "model"):
         if key == "model":
             torch.manual_seed(config.seed if _is_whole(config.seed) else 0)
         if key == "quant":  # its two specs first: the first to fail would hide the other

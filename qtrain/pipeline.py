@@ -71,6 +71,8 @@ def run(config: DictConfig, run_dir: Path, report: Report) -> None:
     try:
         untrained = copy.deepcopy(parts.model)
         float_model = obtain_float(config, parts, report, clock, logger)
+        if parts.transform is not None:
+            parts.transform(float_model)
         prepared = quantizer.prepare((untrained if quantizer.from_scratch else float_model).to(config.device))
         with clock("calibration"), finite_outputs(prepared, "calibration"):
             quantizer.calibrate(prepared, calibration_inputs(config, parts))

@@ -76,6 +76,10 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
     num_bytes = -(-num_values // values_per_word) * bytes_per_word
     if packed.numel() != num_bytes:
         raise ValueError(f"{packed.numel()} bytes, but {bits}-bit values of shape {list(shape)} take {num_bytes}")
+    if bytes_per_word == 1:  # shift each value to the top of the byte and back: int8 brings its sign along
+        words = packed.view(torch.int8 if signed else torch.uint8)
+        values = torch.stack([words << (8 - bits * (i + 1)) >> (8 - bits) for i in range(values_per_word)], -1)
+        return values.flatten()[:num_values].reshape(shape)
     parts = packed.to(dtype).unflatten(0, (-1, bytes_per_word))
     words = parts[:, 0].clone()
     for i in range(1, bytes_per_word):

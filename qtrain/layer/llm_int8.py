@@ -29,23 +29,27 @@ class LLMInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
-        outliers = self.outlier_columns(rows)
-        regular = rows if outliers is None else rows.index_fill(1, outliers, 0)
-        integers, scale = absmax_rows(regular)
-        y = int8_matmul(integers, self.weight.data).mul_(scale).mul_(self.weight.scale.T)
-        if outliers is not None:
+        magnitude = rows.abs()
+        largest = magnitude.amax(1, keepdim=True)
+        if self.threshold is None or largest.max() < self.threshold:
+            y = self._multiply(rows, largest)
+        else:
+            outliers = self.outlier_columns(magnitude)
+            y = self._multiply(rows.index_fill(1, outliers, 0))
             columns = self.weight.data[:, outliers].float() * self.weight.scale  # (N, outliers)
             y.addmm_(rows[:, outliers], columns.T)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def outlier_columns(self, rows: Tensor) -> Tensor | None:
-        """Returns the indices (outliers,) of the columns of rows (M, K) to keep in float, or None."""
-        if self.threshold is None:
-            return None
-        columns = rows.abs().amax(0) >= self.threshold
-        return torch.nonzero(columns).flatten() if columns.any() else None
+    def _multiply(self, rows: Tensor, largest: Tensor | None = None) -> Tensor:
+        integers, scale = absmax_rows(rows, largest)
+        return torch.mul(int8_matmul(integers, self.weight.data), scale).mul_(self.weight.scale.T)
+
+    def outlier_columns(self, magnitude: Tensor) -> Tensor:
+        """Returns the indices (outliers,) of the columns of magnitudes (M, K) to keep in float."""
+        assert self.threshold is not None
+        return torch.nonzero(magnitude.amax(0) >= self.threshold).flatten()
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"

@@ -16,7 +16,7 @@ FEW_ROWS = 4  # up to so many rows of input, float16 kernels of CPUs are faster 
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a @ b.T in whole numbers, as float32.
+    """Returns a @ b.T in whole numbers: int32, or float32 that holds the same.
 
     Where the CPU has no VNNI its 8-bit kernels saturate 16-bit sums in silence, and GPUs have none for a few rows:
     there float32 does it, exact as long as a sum stays below 2^24.
@@ -26,19 +26,24 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         b: int8 (N, K).
 
     Returns:
-        float32 (M, N).
+        (M, N).
     """
     if a.device.type == "cpu" and torch.cpu._is_vnni_supported():
-        return torch._int_mm(a, b.T).float()
+        return torch._int_mm(a, b.T)
     if a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
-        return torch._int_mm(a, b.T).float()
+        return torch._int_mm(a, b.T)
     return a.float() @ b.float().T
 
 
-def absmax_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (int8 (M, K), scale (M, 1)), each row of x (M, K) divided by its largest magnitude over 127."""
-    scale = x.abs().amax(1, keepdim=True).clamp_(min=127 * torch.finfo(x.dtype).tiny).div_(127)
-    return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+def absmax_rows(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns (int8 (M, K), scale (M, 1)), each row of x (M, K) divided by its largest magnitude over 127.
+
+    Args:
+        largest: the magnitudes (M, 1), where they are known already.
+    """
+    largest = x.abs().amax(1, keepdim=True) if largest is None else largest
+    scale = largest.clamp(min=127 * torch.finfo(x.dtype).tiny).div_(127)
+    return (x / scale).round_().to(torch.int8), scale
 
 
 class IntegerWeight(nn.Module):
@@ -113,7 +118,7 @@ class IntegerWeight(nn.Module):
         high, step = absmax_rows(rows)
         low = torch.addcmul(rows, high, step, value=-1).div_(step / 254).round_().to(torch.int8)  # within -127..127
         digits = int8_matmul(torch.cat([high, low]), self.int_repr()).view(2, len(rows), -1)
-        y = digits[1].div_(254).add_(digits[0]).mul_(step).mul_(self.scale.flatten())
+        y = torch.add(digits[0], digits[1] / 254).mul_(step).mul_(self.scale.flatten())
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:

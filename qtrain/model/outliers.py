@@ -1,0 +1,36 @@
+"""Outlier features planted into a GPT-2 that computes what it did before."""
+
+from typing import Any
+
+import torch
+
+from qtrain.model.gpt2 import GPT2
+
+
+@torch.no_grad()
+def plant_outliers(model: GPT2, *, num_channels: int, factor: float) -> None:
+    """Multiplies a few channels of each block's LayerNorms by `factor`, and divides the next layer's columns by it.
+
+    Large language models grow such features by themselves (T. Dettmers et al., arXiv:2208.07339, section 4); small ones
+    do not, so here they are made, in place.
+
+    Args:
+        num_channels: how many of the n_embd channels, evenly spaced.
+        factor: above 0; by a power of 2 the outputs would be the same bit for bit, by others to float rounding.
+
+    Raises:
+        ValueError: the model is no GPT2, or num_channels or factor is out of range.
+    """
+    if not isinstance(model, GPT2):
+        raise ValueError(f"transform: plants outliers in a GPT2, but the model is a {type(model).__name__}")
+    if type(num_channels) is not int or not 1 <= num_channels <= model.n_embd:
+        raise ValueError(f"transform.num_channels={num_channels}: must be a whole number from 1 to {model.n_embd}")
+    if not factor > 0:
+        raise ValueError(f"transform.factor={factor}: must be above 0")
+    channels = torch.arange(num_channels) * model.n_embd // num_channels
+    block: Any
+    for block in model.h:
+        for norm, linear in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
+            norm.weight[channels] *= factor
+            norm.bias[channels] *= factor
+            linear.weight[:, channels] /= factor
