@@ -94,4 +94,4 @@ class FakeQuantize(FakeQuantizeBase):
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.scale.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._settled = True
+        self._settled = False  # the observer's state, loaded next, says more: the scale may not have been asked for yet

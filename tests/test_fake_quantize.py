@@ -228,7 +228,6 @@ def test_a_state_dict_gives_the_same_module_back(name, granularity):
     assert [len(q) for q in copied.calculate_qparams()] == [6 if granularity == "per_channel" else 1] * 2
 
 
-@pytest.mark.xfail(strict=True, reason="a loaded module takes its scale for worked out, but it may be saved before")
 def test_what_was_observed_but_not_yet_asked_for_survives_saving():
     module = make(quantizing=False)  # as after calibration
     module(torch.linspace(-3, 5, 100))
@@ -236,7 +235,6 @@ def test_what_was_observed_but_not_yet_asked_for_survives_saving():
     assert copied.calculate_qparams() == module.calculate_qparams()
 
 
-@pytest.mark.xfail(strict=True, reason="a loaded module takes its scale for worked out, though nothing was observed")
 def test_what_was_never_observed_stays_an_error_after_loading():
     copied = reloaded(make(), make(observing=False))
     with pytest.raises(ValueError, match="did not during calibration"):

@@ -298,7 +298,6 @@ def test_a_state_dict_fills_an_uncalibrated_conversion_exactly(engine, model, im
     assert torch.equal(fresh(images), quantized(images))
 
 
-@pytest.mark.xfail(strict=True, reason="a loaded FakeQuantize trusts a scale that was not worked out when saved")
 def test_a_calibrated_model_converts_the_same_after_saving_and_loading(model, images, make_ptq):
     quantizer = make_ptq()
     prepared = calibrated(quantizer, model, images)
