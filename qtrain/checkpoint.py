@@ -11,7 +11,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from qtrain.files import write_atomically, write_json
+from qtrain.files import remove_leftovers, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ class FloatCache:
         return training
 
     def save(self, model: nn.Module, training: dict[str, Any]) -> None:
-        """Publishes a trained model; meta.json, written last, makes the entry valid."""
+        """Publishes a trained model; meta.json, written last, makes the entry valid. The lock is held."""
+        remove_leftovers(self.folder)
         save_weights(self.folder / "weights.pt", model)
         sha256 = hashlib.sha256((self.folder / "weights.pt").read_bytes()).hexdigest()
         write_json(self.folder / "meta.json", {"sha256": sha256, "training": training})

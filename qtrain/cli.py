@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,20 @@ def _select(metrics: dict[str, Any], objective: str) -> float:
     return float(metrics[model][metric])
 
 
+def continue_run(arguments: list[str]) -> None:
+    """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
+    from qtrain import pipeline
+    from qtrain.resume import open_run
+
+    named = [argument for argument in arguments if argument.startswith("resume=")]
+    run_dir = Path(named[-1].partition("=")[2])
+    config, overrides = open_run(run_dir, [argument for argument in arguments if argument not in named])
+    console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "qtrain.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
+    pipeline.execute(config, run_dir, overrides, resume=True)
+
+
 def main() -> None:
     """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
     if len(sys.argv) == 1:
@@ -53,11 +68,15 @@ def main() -> None:
     sys.argv = hydra_arguments(sys.argv)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
     try:
-        job()
+        if any(argument.startswith("resume=") for argument in sys.argv[1:]):
+            continue_run(sys.argv[1:])
+        else:
+            job()
     except (HydraException, OmegaConfBaseException, ConfigError, ValueError, OSError) as err:
         sys.exit(f"qtrain: error: {explain(err)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as err:
+        print(f"qtrain: {err}", file=sys.stderr)
+        sys.exit(128 + getattr(err, "signum", signal.SIGINT))
 
 
 def explain(err: BaseException) -> str:

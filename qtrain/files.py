@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(new, path)
     except (OSError, RuntimeError) as err:  # torch's zip writer turns a failed write into a RuntimeError
         raise OSError(f"{path}: could not be written ({err}); files already there are unchanged") from err
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `write_atomically` had not finished in `folder` when its process was killed.
+
+    No other process may be writing there.
+    """
+    for path in folder.glob(".*.*"):
+        if path.is_dir() and {child.name for child in path.iterdir()} <= {"w"}:
+            shutil.rmtree(path)
 
 
 def write_json(path: Path, content: Any) -> None:

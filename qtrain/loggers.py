@@ -18,6 +18,7 @@ class Logger:
     def figure(self, name: str, figure: Any, step: int) -> None: ...
     def text(self, name: str, markdown: str, step: int) -> None: ...
     def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -65,6 +66,9 @@ class TensorBoard(Logger):
         for summary in hparams(values, metrics):
             self.writer._get_file_writer().add_summary(summary)
 
+    def flush(self) -> None:
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
@@ -94,6 +98,10 @@ class Loggers(Logger):
     def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.hparams(params, metrics)
+
+    def flush(self) -> None:
+        for logger in self.loggers:
+            logger.flush()
 
     def close(self) -> None:
         for logger in self.loggers:

