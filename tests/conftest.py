@@ -45,8 +45,9 @@ def _spec(fields):
 
 @pytest.fixture
 def make_ptq():
-    def make(engine="auto", *, weight=None, activation=None, layers=None):
-        return PTQ(engine=engine, weight=_spec(weight), activation=_spec(activation), layers=layers or {})
+    def make(engine="auto", *, weight=None, activation=None, layers=None, fake_quantize="qtrain"):
+        specs = {"weight": _spec(weight), "activation": _spec(activation)}
+        return PTQ(engine=engine, layers=layers or {}, fake_quantize=fake_quantize, **specs)
 
     return make
 
@@ -63,6 +64,7 @@ def make_qat():
             "freeze_observers_epoch": None,
             "freeze_batch_norm_epoch": None,
             "convert_every": 0,
+            "fake_quantize": "qtrain",
             **settings,
         }
         specs = {"weight": _spec(weight), "activation": _spec(activation)}

@@ -31,10 +31,11 @@ def make(
     observing=True,
     quantizing=True,
     memoryless=False,
+    kernel="qtrain",
 ):
     spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=observer)
     observer = eager.make_observer(spec, signed=signed)
-    return FakeQuantize(observer, memoryless=memoryless, observing=observing, quantizing=quantizing)
+    return FakeQuantize(observer, kernel=kernel, memoryless=memoryless, observing=observing, quantizing=quantizing)
 
 
 def frozen(module):
@@ -196,6 +197,49 @@ def test_all_zeros_stay_zeros(granularity):
     x = torch.tensor([[0.0, 0.0], [1.0, -1.0]]) if granularity == "per_channel" else torch.zeros(2, 2)
     output = module(x)
     assert output.isfinite().all() and torch.equal(output[0], torch.zeros(2))
+
+
+# ---- torch's kernels as the reference --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memoryless", [False, True], ids=["remembering", "memoryless"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("name", ["minmax", "moving_average"])
+def test_both_kernels_do_the_same_to_the_last_bit(name, granularity, memoryless):
+    how = {"observer": OBSERVERS[name], "granularity": granularity, "memoryless": memoryless}
+    ours, theirs = make(**how), make(kernel="torch", **how)
+    for step in range(6):
+        for module in (ours, theirs):
+            module.enable_observer(step < 4)
+        x = torch.randn(4, 3, 5) * (step + 1)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [module(each) for module, each in zip((ours, theirs), inputs, strict=True)]
+        for output in outputs:
+            output.square().sum().backward()
+        assert torch.equal(*outputs) and torch.equal(*(each.grad for each in inputs))
+        state, expected = ours.state_dict(), theirs.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+@pytest.mark.parametrize("name", ["minmax", "moving_average"])
+def test_nan_is_not_forgotten(name):
+    module = make(observer=OBSERVERS[name], quantizing=False)
+    module(torch.tensor([1.0, torch.nan]))
+    module(torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError):
+        frozen(module)(torch.ones(1))
+
+
+def test_the_kernel_is_that_of_the_setting(monkeypatch):
+    called = []
+    kernel = torch.fake_quantize_per_tensor_affine
+    monkeypatch.setattr(torch, "fake_quantize_per_tensor_affine", lambda *args: called.append(1) or kernel(*args))
+    for setting, calls in (("qtrain", 0), ("torch", 1)):
+        make(kernel=setting)(torch.ones(3))
+        assert len(called) == calls
+    with pytest.raises(ValueError, match="kernel=cuda: allowed are qtrain, torch"):
+        make(kernel="cuda")
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

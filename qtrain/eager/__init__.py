@@ -35,7 +35,15 @@ from qtrain.eager.inspect import (
     weight_points,
     weighted_layers,
 )
-from qtrain.eager.observers import histogram, make_observer, minmax, moving_average, refuse_per_channel
+from qtrain.eager.observers import (
+    histogram,
+    is_min_max,
+    make_observer,
+    minmax,
+    moving_average,
+    observe_min_max,
+    refuse_per_channel,
+)
 
 __all__ = [
     "CONVERT_MAPPING",
@@ -57,11 +65,13 @@ __all__ = [
     "freeze_batch_norm",
     "fuse",
     "histogram",
+    "is_min_max",
     "is_quantized",
     "make_observer",
     "match_layers",
     "minmax",
     "moving_average",
+    "observe_min_max",
     "observed_points",
     "prepare",
     "quantize_dynamic",

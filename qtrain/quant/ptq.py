@@ -14,23 +14,24 @@ import torch
 from torch import nn
 
 from qtrain import eager
-from qtrain.fake_quantize import FakeQuantize
+from qtrain.fake_quantize import KERNELS, FakeQuantize
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
 
 
-def fake_quantize(
-    spec: QuantSpec, *, is_weight: bool, quantizing: bool, factory_kwargs: dict[str, Any] | None = None
+def make_fake_quantize(
+    spec: QuantSpec, *, kernel: str, is_weight: bool, quantizing: bool, factory_kwargs: dict[str, Any] | None = None
 ) -> FakeQuantize:
     """Returns the module that observes and fake-quantizes by `spec`.
 
     Args:
+        kernel: as for `FakeQuantize`.
         is_weight: signed integers, and the range of each tensor by itself; it observes from the start.
         quantizing: whether it fake-quantizes from the start.
         factory_kwargs: torch's QAT layers name their device in it.
     """
     observer = eager.make_observer(spec, signed=is_weight)
-    module = FakeQuantize(observer, memoryless=is_weight, observing=is_weight, quantizing=quantizing)
+    module = FakeQuantize(observer, kernel=kernel, memoryless=is_weight, observing=is_weight, quantizing=quantizing)
     return module.to((factory_kwargs or {}).get("device"))
 
 
@@ -41,10 +42,11 @@ class PTQ(Quantizer):
         engine: "fbgemm", "qnnpack", "x86", "onednn" or "auto".
         weight: what weights are quantized to.
         activation: what activations are quantized to; below 8 bits the result is a simulation.
+        fake_quantize: "qtrain", or "torch" for torch's own kernels and observers: the slow reference.
         layers: {pattern of layer names: "float", or the fields of `weight` that differ there, as {"bits": 4}}.
 
     Raises:
-        ValueError: the engine is unknown or refuses a spec.
+        ValueError: the engine is unknown or refuses a spec; there is no such fake quantization.
     """
 
     engine: str
@@ -52,11 +54,20 @@ class PTQ(Quantizer):
     activation: QuantSpec
 
     def __init__(
-        self, *, engine: str, weight: QuantSpec, activation: QuantSpec, layers: dict[str, str | dict[str, Any]]
+        self,
+        *,
+        engine: str,
+        weight: QuantSpec,
+        activation: QuantSpec,
+        fake_quantize: str,
+        layers: dict[str, str | dict[str, Any]],
     ) -> None:
+        if fake_quantize not in KERNELS:
+            raise ValueError(f"fake_quantize={fake_quantize}: allowed are {', '.join(KERNELS)}")
         rules = eager.find_engine(engine)
         self.engine = rules.name
         self.weight, self.activation = rules.settle(weight, activation)
+        self.fake_quantize = fake_quantize
         self.layers = {pattern: self._layer_weight(pattern, setting) for pattern, setting in layers.items()}
         self.simulated = self.activation.bits < 8
 
@@ -71,9 +82,10 @@ class PTQ(Quantizer):
             raise ValueError(f"layers.{pattern}.{err}") from err
 
     def _qconfig(self, weight: QuantSpec) -> Any:
+        make = partial(make_fake_quantize, kernel=self.fake_quantize)
         return eager.QConfig(
-            activation=partial(fake_quantize, self.activation, is_weight=False, quantizing=False),
-            weight=partial(fake_quantize, weight, is_weight=True, quantizing=True),
+            activation=partial(make, self.activation, is_weight=False, quantizing=False),
+            weight=partial(make, weight, is_weight=True, quantizing=True),
         )
 
     def _prepare(self, model: nn.Module, *, is_qat: bool) -> nn.Module:

@@ -23,7 +23,7 @@ class QAT(PTQ):
         freeze_observers_epoch: first epoch in which the ranges of activations stand still; null: never.
         freeze_batch_norm_epoch: first epoch in which batch-norm statistics stand still; null: never.
         convert_every: convert and score the int8 model every so many epochs, and keep the best; 0: keep the last.
-        ptq: engine, weight, activation and layers, as for PTQ.
+        ptq: engine, weight, activation, fake_quantize and layers, as for PTQ.
 
     Raises:
         ValueError: an epoch out of range, an observer too slow for a training loop, or what PTQ refuses.

@@ -312,3 +312,12 @@ def test_settled_specs_are_those_of_the_engine(engine, make_ptq):
     assert (quantizer.engine, quantizer.simulated, quantizer.trains) == (engine, False, False)
     assert (quantizer.weight, quantizer.activation) == rules.settle(quantizer.weight, quantizer.activation)
     assert quantizer.activation.reduce_range is rules.reduce_range
+
+
+def test_the_kernel_of_fake_quantization_can_be_chosen(convnet, images, make_ptq, make_qat):
+    for make, points in ((make_ptq, eager.observed_points), (make_qat, eager.weight_points)):
+        for kernel in ("qtrain", "torch"):
+            prepared = make(fake_quantize=kernel).prepare(convnet)
+            assert {point.kernel for point in points(prepared).values()} == {kernel}
+        with pytest.raises(ValueError, match="fake_quantize=cuda: allowed are qtrain, torch"):
+            make(fake_quantize="cuda")

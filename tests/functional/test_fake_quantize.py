@@ -1,0 +1,120 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qtrain import eager
+from qtrain.functional.fake_quantize import fake_quantize, range_qparams
+from qtrain.functional.spec import QuantSpec
+
+
+def torchs(x, scale, zero_point, low, high, axis):
+    if axis is None:
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, low, high)
+
+
+@st.composite
+def cases(draw):
+    """x (C, 16), scale, zero_point, limits, axis; a part of x lies on ties and clipping edges, or just beside."""
+    bits, signed, axis = draw(st.integers(2, 8)), draw(st.booleans()), draw(st.sampled_from([None, 0, 1]))
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    channels = draw(st.integers(1, 4))
+    shape = {None: (1,), 0: (channels,), 1: (16,)}[axis]
+    exponent = draw(st.floats(-6, 4))
+    scale = torch.rand(shape, generator=random).add(0.01) * 10**exponent
+    zero_point = torch.randint(low, high + 1, shape, generator=random, dtype=torch.int32)
+    step = scale.reshape({None: (1, 1), 0: (-1, 1), 1: (1, -1)}[axis])
+    zero = zero_point.reshape(step.shape)
+    whole = torch.randint(low - 3, high + 4, (channels, 16), generator=random) - zero
+    kind = torch.randint(0, 6, (channels, 16), generator=random)
+    edge = torch.where(torch.rand(channels, 16, generator=random) < 0.5, low - 0.5, high + 0.5) - zero
+    noise = torch.randn(channels, 16, generator=random) * (high - low)
+    x = torch.where(kind < 2, noise, torch.where(kind < 4, whole + 0.5, edge)) * step
+    for value, chosen in ((torch.inf, kind == 3), (-torch.inf, kind == 5)):
+        beside = torch.nextafter(x, torch.tensor(value))
+        x = torch.where(chosen, beside, x)
+    huge = draw(st.sampled_from([0.0, 1e6, 2.0**62]))
+    x[0, 0], x[-1, -1] = huge * step.min(), -huge * step.min()
+    return x, scale, zero_point, low, high, axis
+
+
+def check_against_torch(case):
+    x, scale, zero_point, low, high, axis = case
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weights = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
+    output = fake_quantize(ours, scale, zero_point, quant_min=low, quant_max=high, axis=axis)
+    expected = torchs(theirs, scale, zero_point, low, high, axis)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.equal(output, expected)
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+@settings(max_examples=500)
+@given(cases())
+def test_output_and_gradient_equal_those_of_torchs_kernels(case):
+    check_against_torch(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000)
+@given(cases())
+def test_ten_thousand_cases_equal_torchs_kernels(case):
+    check_against_torch(case)
+
+
+def test_infinity_is_clipped_and_nan_stays():
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38], requires_grad=True)
+    output = fake_quantize(x, torch.tensor([0.5]), torch.tensor([3]), quant_min=0, quant_max=15)
+    output.sum().backward()
+    assert output.tolist()[:2] == [6.0, -1.5] and output[2].isnan() and output.tolist()[3:] == [6.0, -1.5]
+    assert x.grad[[0, 1, 3, 4]].eq(0).all()
+
+
+def test_the_gradient_at_the_clipping_edges():
+    """-0.5 rounds to the even 0, inside; 3.5 to 4, outside of 0..3."""
+    x = torch.tensor([-0.50001, -0.5, 0.0, 3.0, 3.4999, 3.5], requires_grad=True)
+    fake_quantize(x, torch.tensor([1.0]), torch.tensor([0]), quant_min=0, quant_max=3).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_an_island_of_float32(dtype):
+    x = torch.linspace(-3, 3, 50, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = fake_quantize(x, torch.tensor([0.013]), torch.tensor([0]), quant_min=-128, quant_max=127)
+    assert output.dtype == torch.float32
+    expected = torchs(x.detach().float(), torch.tensor([0.013]), torch.tensor([0]), -128, 127, None)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert x.grad.dtype == dtype and x.grad.sum() == (x.detach().float().abs() < 0.013 * 127.5).sum()
+
+
+def test_input_stays_as_it_is():
+    x = torch.randn(10)
+    before = x.clone()
+    fake_quantize(x, torch.tensor([0.1]), torch.tensor([0]), quant_min=-8, quant_max=7)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@given(st.integers(2, 8), st.lists(st.tuples(st.floats(-99, 99, width=32), st.floats(0, 99, width=32)), min_size=1))
+def test_scale_and_zero_point_are_those_of_torchs_observers(granularity, symmetric, signed, bits, ranges):
+    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=eager.minmax)
+    observer = eager.make_observer(spec, signed=signed)
+    x = torch.tensor([[low, low + width] for low, width in ranges])
+    observer(x)
+    scale, zero_point = range_qparams(
+        observer.min_val,
+        observer.max_val,
+        quant_min=observer.quant_min,
+        quant_max=observer.quant_max,
+        symmetric=symmetric,
+        eps=observer.eps,
+    )
+    expected = observer.calculate_qparams()
+    assert torch.equal(scale, expected[0]) and torch.equal(zero_point, expected[1].to(torch.int32))
