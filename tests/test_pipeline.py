@@ -244,6 +244,7 @@ ELSEWHERE = {  # settings with tests of their own, below unless named otherwise
     "float_cache": "test_cache_spares_the_training",
     "objective": "test_cli",
     "transform": "model/test_outliers",
+    "quant.fake_quantize": "quant/test_ptq",
     "trainer.save_every": "test_resume",
     "logger.tensorboard": "test_loggers",
     "truth.on_failure": "test_truth_gate",

@@ -52,7 +52,8 @@ x = torch.rand(16, 512) + 0.5
 gate = TruthGate(on_failure="error", samples=16, max_steps=1.0, max_range_ratio=1.25)
 for reduce_range in (True, False):
     spec = QuantSpec(observer=eager.minmax, reduce_range=reduce_range)
-    quantizer = PTQ(engine="onednn", weight=QuantSpec(observer=eager.minmax), activation=spec, layers={})
+    weight, options = QuantSpec(observer=eager.minmax), {"layers": {}, "fake_quantize": "qtrain"}
+    quantizer = PTQ(engine="onednn", weight=weight, activation=spec, **options)
     prepared = quantizer.prepare(model)
     quantizer.calibrate(prepared, [(x,)])
     models = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)

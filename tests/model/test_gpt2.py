@@ -300,7 +300,7 @@ def test_too_long_a_context_is_refused(model: GPT2) -> None:
 
 def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2) -> None:
     spec = QuantSpec(observer=eager.minmax)
-    ptq = PTQ(engine="auto", weight=spec, activation=spec, layers={})
+    ptq = PTQ(engine="auto", weight=spec, activation=spec, layers={}, fake_quantize="qtrain")
     idx = prompt(model, 8, 64)
     prepared = ptq.prepare(model)
     ptq.calibrate(prepared, [(idx,)])
