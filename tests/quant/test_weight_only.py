@@ -6,6 +6,7 @@ from torch import nn
 
 from qtrain import eager
 from qtrain.check import dry_run
+from qtrain.checkpoint import save_weights
 from qtrain.functional.spec import QuantSpec
 from qtrain.layer.compact import CompactEmbedding, CompactLinear
 from qtrain.layer.llm_int8 import LLMInt8Linear
@@ -174,3 +175,25 @@ def test_refused_settings_of_llm_int8(settings, message):
 def test_a_group_size_that_does_not_divide_names_the_layer(gpt2):
     with pytest.raises(ValueError, match=r"quant\.weight\.group_size=5 does not divide .*layer h\.0\.attn\.c_attn"):
         make(bits=4, granularity="per_group", group_size=5).convert(gpt2)
+
+
+GROUPS = {"bits": 4, "granularity": "per_group", "group_size": 128}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make, limit",
+    [
+        (lambda: LLMInt8(threshold=6.0, embedding="fp16", head="shared", layers={}), 165e6),
+        (lambda: WeightOnly(weight=QuantSpec(bits=8), embedding="int8", head="shared", layers={}), 127e6),
+        (lambda: WeightOnly(weight=QuantSpec(**GROUPS), embedding="int4", head="shared", layers={}), 75e6),
+    ],
+    ids=["llm_int8, fp16 embeddings", "int8, int8 embeddings", "int4 groups of 128, int4 embeddings"],
+)
+def test_files_of_gpt2_124m(make, limit, tmp_path):
+    model = GPT2().eval()
+    assert weight_bytes(model) == 497_759_232 == 4 * 124_439_808
+    quantized = make().convert(model)
+    size = save_weights(tmp_path / "quantized.pt", quantized)
+    assert weight_bytes(quantized) < size < limit
+    assert size < weight_bytes(quantized) + 100_000  # the head's weight, shared, is not written a second time
