@@ -1,9 +1,12 @@
 """The command `qtrain`."""
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,13 @@ log = logging.getLogger(__name__)
 @hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")
 def job(config: DictConfig) -> Any:
     """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
-    from qtrain import pipeline
+    from qtrain import distributed, pipeline
 
     settings = HydraConfig.get()
     try:
         report = pipeline.execute(config, Path(settings.runtime.output_dir), list(settings.overrides.task))
+        if not distributed.is_first():  # it has no scores
+            return None
         values = [_select(report.metrics, path) for path in objectives(config) or [f"quantized.{report.quality}"]]
     except Exception as err:
         if settings.mode == RunMode.RUN:
@@ -66,6 +71,10 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
     sys.argv = hydra_arguments(sys.argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":  # the first rank's folder is the run's
+        nowhere = tempfile.mkdtemp(prefix="qtrain_rank")
+        atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
+        sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
     try:
         if any(argument.startswith("resume=") for argument in sys.argv[1:]):

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from qtrain import records
+from qtrain import distributed, records
 from qtrain.check import blame, dry_run
 from qtrain.checkpoint import FloatCache, digest, load_weights, save_weights
 from qtrain.config import Parts, build, resolve
@@ -48,34 +48,43 @@ def execute(config: DictConfig, run_dir: Path, overrides: list[str], *, resume: 
     try:
         config = resolve(config)
         report.config = OmegaConf.to_container(config)  # type: ignore[assignment]
-        write_atomically(run_dir / "config.yaml", lambda new: OmegaConf.save(config, new))
-        with said_how(run_dir), Signals() as signals:
+        if distributed.is_first():
+            write_atomically(run_dir / "config.yaml", lambda new: OmegaConf.save(config, new))
+        with said_how(run_dir), Signals() as signals, distributed.group(config, run_dir, resume) as run_dir:
             run(config, run_dir, report, resume, signals)
     except BaseException as err:
         report.status, report.error = "failed", f"{type(err).__name__}: {err}"
         if isinstance(err, Interrupted):
             report.status, report.error = "interrupted", str(err)
         with suppress(OSError):  # the disk may be what failed
-            report.save(run_dir)
+            if distributed.is_first():
+                report.save(run_dir)
         raise
     return report
 
 
 def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals) -> None:
-    """Carries out one run: writes its weights, pictures and `report` into `run_dir`."""
+    """Carries out one run: writes its weights, pictures and `report` into `run_dir`.
+
+    Of several ranks all come here, and all but the first leave after the last training.
+    """
+    is_first = distributed.is_first()
     reset_peak_memory()
     parts = build(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     key = digest([OmegaConf.to_container(config), parts.data.fingerprint, torch.__version__])
-    progress = Progress(run_dir, key, resume=resume, signals=signals)
+    progress = Progress(run_dir, key, resume=resume, signals=signals, writes=is_first)
+    distributed.check_quantizer(parts.quantizer)
     require_finite_weights(parts.model)
     report.quality = parts.task.quality
     sample = parts.task.inputs(next(iter(parts.data.test)))
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
     report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample))
     clock, quantizer = Stopwatch(*STAGES), parts.quantizer
-    logger: Logger = Loggers(JsonLines(run_dir), *records.extra_loggers(config, run_dir))
+    logger: Logger = Logger()
+    if is_first:
+        logger = Loggers(JsonLines(run_dir), *records.extra_loggers(config, run_dir))
     try:
         untrained = copy.deepcopy(parts.model)
         float_model = obtain_float(config, parts, report, clock, logger, progress)
@@ -88,6 +97,8 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
         enforce(parts, failures)
         with clock("finetuning"):
             prepared = finetune(config, parts, prepared, logger, progress).cpu()
+        if not is_first:
+            return
         require_finite_weights(prepared)
         with clock("conversion"):
             fake, reference = quantizer.fake(prepared), quantizer.reference(prepared)
@@ -135,15 +146,19 @@ def obtain_float(
         content["trainer"].pop("save_every")
         key = digest([content, parts.data.fingerprint, torch.__version__, torch.get_num_threads()])
         cache = FloatCache(Path(config.float_cache), key)
-        with cache.lock:
-            training = cache.load(model) if not progress.has("float") else None  # what it has begun, it ends
+        with cache.lock if distributed.is_first() else nullcontext():
+            # What this run has begun, it ends.
+            training = cache.load(model) if distributed.is_first() and not progress.has("float") else None
             report.float_from = "training" if training is None else "cache"
-            if training is None:
+            if distributed.decide(training is None, config.device):
                 train_float(config, parts, clock, logger, progress)
-                training = {"seconds": clock.seconds["float_training"]}
-                cache.save(model, training)
+                if distributed.is_first():
+                    cache.save(model, {"seconds": clock.seconds["float_training"]})
             else:
-                log.info(f"float model: out of the cache ({cache.folder}), trained once in {training['seconds']:.1f} s")
+                distributed.spread_weights(model)
+                if training is not None:
+                    seconds = training["seconds"]
+                    log.info(f"float model: out of the cache ({cache.folder}), trained once in {seconds:.1f} s")
     require_finite_weights(model)
     return model
 
@@ -162,7 +177,7 @@ def train_float(config: DictConfig, parts: Parts, clock: Stopwatch, logger: Logg
             logger=logger,
             stage="float",
             checkpoint=progress.stage("float"),
-            on_epoch_end=lambda epoch: val_scores(parts, parts.model, config.device),
+            on_epoch_end=lambda epoch: val_scores(parts, parts.model, config.device) if distributed.is_first() else {},
         )
 
 
@@ -179,6 +194,8 @@ def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logg
 
     def score(epoch: int) -> dict[str, float]:
         if not quantizer.convert_every or (epoch + 1) % quantizer.convert_every:
+            return {}
+        if not distributed.is_first():
             return {}
         metrics = val_scores(parts, quantizer.convert(prepared), "cpu")
         quality = metrics[f"val_{parts.task.quality}"] * (1 if parts.task.higher_is_better else -1)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from qtrain import distributed
 from qtrain.data.loaders import Loader
 from qtrain.loggers import Logger
 from qtrain.resume import Checkpoint, generator_states, set_generator_states
@@ -38,6 +39,7 @@ class Trainer:
         log_every: optimizer steps between two logged losses. Reading a loss waits for the device.
         save_every: optimizer steps between two saved states that a run can be resumed from; they are saved as each
             epoch ends in any case. Null: only then.
+        devices: processes that share every batch: of CPUs, or with a GPU each. See `qtrain.distributed`.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -49,9 +51,10 @@ class Trainer:
     clip_norm: float | None
     log_every: int
     save_every: int | None
+    devices: int
 
     def __post_init__(self) -> None:
-        least = {"epochs": 0, "max_steps": 1, "accumulate": 1, "log_every": 1, "save_every": 1}
+        least = {"epochs": 0, "max_steps": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "devices": 1}
         optional = ("max_steps", "save_every")
         problems = [
             f"{name}={value}: must be a whole number of at least {low}"
@@ -104,7 +107,7 @@ class Trainer:
             {} if schedule is None else {"schedule": schedule}
         )
         checkpoint = checkpoint or Checkpoint()
-        with checkpoint:
+        with checkpoint, distributed.together(model) as forward:
             resumed = checkpoint.load()
             place = {"epoch": 0, "batches": 0, "step": 0} if resumed is None else resumed["place"]
             first_epoch, done, step = place["epoch"], place["batches"], place["step"]
@@ -126,6 +129,7 @@ class Trainer:
                 model.train()
                 on_epoch_start(epoch)
                 mean = _RunningMean(device, stage, epoch)
+                distributed.spread_generator(device)
                 at_start = generator_states()
                 batches = iter(loader)
                 if done:  # draw this epoch's order again, and pass over the batches that were trained on
@@ -140,12 +144,14 @@ class Trainer:
                     f"{stage} epoch {epoch + 1}/{self.epochs}",
                     total=len(loader),
                     initial=done,
-                    disable=not sys.stderr.isatty(),
+                    disable=not sys.stderr.isatty() or distributed.rank() > 0,
                     leave=False,
                 )
                 for index, batch in enumerate(bar, done):
-                    batch = (batch[0].to(device), batch[1].to(device))
-                    loss = task.loss(model(*task.inputs(batch)), batch)
+                    batch, weight = distributed.share((batch[0].to(device), batch[1].to(device)))
+                    loss = task.loss(forward(*task.inputs(batch)), batch)
+                    if weight != 1:
+                        loss = loss * weight
                     if self.accumulate > 1:  # the last group of an epoch may be smaller
                         (
                             loss / min(self.accumulate, len(loader) - index // self.accumulate * self.accumulate)
@@ -159,6 +165,7 @@ class Trainer:
                         clip_grad_norm_(model.parameters(), self.clip_norm)
                     opt.step()
                     opt.zero_grad()
+                    distributed.average_statistics(model)
                     step += 1
                     if step % self.log_every == 0 or step == total_steps:
                         value = mean.take(step)
@@ -168,9 +175,10 @@ class Trainer:
                         schedule.step()
                     if step == total_steps:
                         break
-                    if checkpoint.must_stop or self.save_every is not None and step % self.save_every == 0:
+                    stop = distributed.decide(checkpoint.must_stop, device)
+                    if stop or self.save_every is not None and step % self.save_every == 0:
                         save(epoch, index + 1, at_start=at_start, mean=mean.state())
-                        if checkpoint.must_stop:
+                        if stop:
                             return  # leaving the checkpoint's block raises
                 bar.close()
                 done = 0
@@ -181,7 +189,7 @@ class Trainer:
                     f"{stage}: epoch {epoch + 1}/{self.epochs}, loss {mean.epoch(step):.4f}{shown and ', ' + shown}"
                 )
                 save(epoch + 1, 0)
-                if checkpoint.must_stop:
+                if distributed.decide(checkpoint.must_stop, device):
                     return
 
 
@@ -198,6 +206,7 @@ class _RunningMean:
         self.num_recent += 1
 
     def state(self) -> dict[str, Any]:
+        self.recent = distributed.mean(self.recent)
         return {"recent": self.recent.cpu(), "num_recent": self.num_recent, "total": self.total, "count": self.count}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -206,7 +215,7 @@ class _RunningMean:
 
     def take(self, step: int) -> float:
         """Returns the mean loss since the last call."""
-        value = float(self.recent)
+        value = float(distributed.mean(self.recent))
         if not math.isfinite(value):
             raise ValueError(
                 f"{self.stage}: the training loss is {value} in epoch {self.epoch_index + 1}, within the "

@@ -246,6 +246,7 @@ ELSEWHERE = {  # settings with tests of their own, below unless named otherwise
     "transform": "model/test_outliers",
     "quant.fake_quantize": "quant/test_ptq",
     "trainer.save_every": "test_resume",
+    "trainer.devices": "test_distributed",
     "logger.tensorboard": "test_loggers",
     "truth.on_failure": "test_truth_gate",
     "truth.max_steps": "test_truth_gate",

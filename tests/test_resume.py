@@ -191,7 +191,7 @@ def fit(progress):
     model, logged = nn.Sequential(*layers), []
     logger = Logger()
     logger.log = lambda metrics, step: logged.append((step, metrics))
-    trainer = Trainer(epochs=3, max_steps=11, accumulate=2, clip_norm=1.0, log_every=3, save_every=1)
+    trainer = Trainer(epochs=3, max_steps=11, accumulate=2, clip_norm=1.0, log_every=3, save_every=1, devices=1)
     trainer.fit(
         model,
         loader,

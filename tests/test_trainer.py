@@ -13,7 +13,15 @@ from qtrain.scheduler import constant, cosine
 from qtrain.task.classification import Classification
 from qtrain.trainer import Trainer
 
-OPTIONS = {"epochs": 2, "max_steps": None, "accumulate": 1, "clip_norm": None, "log_every": 3, "save_every": None}
+OPTIONS = {
+    "epochs": 2,
+    "max_steps": None,
+    "accumulate": 1,
+    "clip_norm": None,
+    "log_every": 3,
+    "save_every": None,
+    "devices": 1,
+}
 sgd = partial(torch.optim.SGD, lr=0.1)
 adam = partial(torch.optim.Adam, lr=0.01)
 
@@ -267,7 +275,15 @@ def test_wrong_options(wrong, message):
 
 
 def test_all_wrong_options_at_once():
-    wrong = {"epochs": -1, "max_steps": -1, "accumulate": "2", "log_every": 0, "clip_norm": -1, "save_every": 0}
+    wrong = {
+        "epochs": -1,
+        "max_steps": -1,
+        "accumulate": "2",
+        "log_every": 0,
+        "clip_norm": -1,
+        "save_every": 0,
+        "devices": 0,
+    }
     with pytest.raises(ValueError) as caught:
         Trainer(**wrong)
     assert {line.split("=")[0] for line in str(caught.value).splitlines()} == set(wrong)
