@@ -55,7 +55,7 @@ def check_quantizer(quantizer: Quantizer) -> None:
     observer = quantizer.activation.describe()["observer"] if quantizer.activation is not None else None
     if num_ranks() > 1 and quantizer.trains and observer not in SYNCHRONISED:
         raise ValueError(
-            f"quant.activation.observer={observer}: cannot be synchronised between trainer.devices={num_ranks()}; "
+            f"trainer.devices={num_ranks()}: quant.activation.observer {observer} cannot be synchronised; "
             f"use {' or '.join(SYNCHRONISED)}, or trainer.devices=1"
         )
 

@@ -75,6 +75,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
         torch.set_num_threads(config.threads)
     key = digest([OmegaConf.to_container(config), parts.data.fingerprint, torch.__version__])
     progress = Progress(run_dir, key, resume=resume, signals=signals, writes=is_first)
+    distributed.decide(True, config.device)  # the others read no state that the first is about to remove
     distributed.check_quantizer(parts.quantizer)
     require_finite_weights(parts.model)
     report.quality = parts.task.quality

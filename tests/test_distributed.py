@@ -1,8 +1,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,7 +102,31 @@ def test_on_the_command_line(tmp_path, how, quant):
 def test_what_cannot_be_distributed(tmp_path):
     settings = [*SMALL, f"hydra.run.dir={tmp_path}", "trainer.devices=2"]
     code, text = run("-m", "qtrain.cli", *settings, "quant=qat", "observer@quant.activation.observer=percentile")
-    assert code == 1 and "observer=percentile: cannot be synchronised" in text
+    assert code == 1 and "PercentileObserver cannot be synchronised; use minmax" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_interrupted_and_resumed(tmp_path, number, code):
+    settings = [*SMALL, "quant=qat", "trainer.epochs=2", "trainer.max_steps=null", "trainer.save_every=10"]
+    settings += ["trainer.devices=2", "model.hidden=16"]
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    command = [sys.executable, "-m", "qtrain.cli", *settings]
+    subprocess.run([*command, f"hydra.run.dir={whole}"], env=ENVIRONMENT, check=True, capture_output=True)
+    started = subprocess.Popen(
+        [*command, f"hydra.run.dir={folder}"], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not (folder / "resume" / "qat.pt").exists():
+        assert started.poll() is None, started.communicate()[0].decode()
+        time.sleep(0.01)
+    started.send_signal(number)
+    output = started.communicate(timeout=60)[0].decode()  # the other rank holds the pipe open as long as it lives
+    assert started.returncode == code, output
+    assert number == signal.SIGKILL or f"go on with: qtrain resume={folder}" in output
+    returncode, text = run("-m", "qtrain.cli", f"resume={folder}")
+    assert returncode == 0 and "qat: resumed after step" in text, text
+    for name in ("float.pt", "quantized.pt"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def qat(model):
         weight=weight,
         activation=spec,
         layers={},
+        fake_quantize="qtrain",
         epochs=2,
         optimizer=None,
         scheduler=None,
