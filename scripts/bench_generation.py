@@ -1,0 +1,145 @@
+"""Generation speed of GPT-2 124M: transformers' fp32, qtrain's fp32, and each of qtrain's formats with real integers.
+
+    python scripts/bench_generation.py [--threads N] [--rounds N] [--prompt N] [--new N]
+
+Random weights, for values do not matter to speed; batch 1, greedy, with the KV cache. Prefill reads a prompt of 128
+tokens and computes the last one's logits; decoding goes on token by token. The models take turns in one process, in
+each turn several calls of one model in a row; figures are medians of the rounds. A model that reads all of its weights
+for every token decodes at most `bandwidth / bytes of weights` tokens a second; bandwidth is measured in each round,
+by summing 512 MB. transformers (extra `hf`) is left out where it is not installed. The last line is JSON.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from qtrain.config import compose
+from qtrain.measure import weight_bytes
+from qtrain.model.gpt2 import GPT2, KVCache
+
+ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"]
+METHODS = {
+    "qtrain fp32": ["quant=none"],
+    "qtrain bf16": ["quant=bf16"],
+    **{f"qtrain dynamic {engine}": ["quant=dynamic", f"quant.engine={engine}"] for engine in ENGINES},
+    "qtrain weight_only int8": ["quant=weight_only", "quant.embedding=int8"],
+    "qtrain weight_only int4": ["quant=weight_only_int4", "quant.embedding=int4"],
+    "qtrain llm_int8": ["quant=llm_int8"],
+}
+CALLS = 4  # in a row: prefills, and tokens before the clock starts
+
+
+class Ours:
+    """Prefill and decoding with qtrain's GPT2."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def prefill(self, prompt: Tensor, room: int) -> Tensor:
+        self.cache = KVCache(self.model, 1, prompt.shape[1] + room)
+        return self.model(prompt, self.cache, last_only=True)[:, -1]
+
+    def step(self, token: Tensor) -> Tensor:
+        return self.model(token, self.cache, last_only=True)[:, -1]
+
+
+class Theirs:
+    """The same with transformers' GPT2LMHeadModel."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def prefill(self, prompt: Tensor, room: int) -> Tensor:
+        output = self.model(prompt, use_cache=True, logits_to_keep=1)
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def step(self, token: Tensor) -> Tensor:
+        return self.model(token, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def transformers_model(like: GPT2) -> nn.Module:
+    """Returns transformers' GPT-2 of the same sizes, with random weights of its own."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {name: getattr(like, name) for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
+    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(runner: Any, prompt: Tensor, new: int) -> tuple[float, float]:
+    """Returns tokens per second of prefill and of decoding."""
+    runner.prefill(prompt, 0)
+    prefill = statistics.median(seconds(lambda: runner.prefill(prompt, new + CALLS)) for _ in range(CALLS))
+    token = runner.prefill(prompt[:, :CALLS], new + CALLS).argmax(-1, keepdim=True)
+    times = []
+    for _ in range(CALLS + new):
+        start = time.perf_counter()
+        token = runner.step(token).argmax(-1, keepdim=True)
+        times.append(time.perf_counter() - start)
+    return prompt.shape[1] / prefill, 1 / statistics.median(times[CALLS:])
+
+
+def read_bytes(model: Any) -> int:
+    """Returns the bytes of the weights that each token reads: all but the embeddings, save where the head is one."""
+    body = getattr(model, "transformer", model)
+    return weight_bytes(nn.ModuleList([body.h, body.ln_f, model.lm_head]))
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=24)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    float_model = GPT2().eval()
+    models: dict[str, Any] = {}
+    if importlib.util.find_spec("transformers"):
+        models["transformers fp32"] = Theirs(transformers_model(float_model))
+    for name, settings in METHODS.items():
+        quantizer = instantiate(compose(*settings).quant, _convert_="all")
+        models[name] = Ours(quantizer.convert(quantizer.prepare(float_model)))
+    prompt = torch.randint(float_model.vocab_size, (1, args.prompt))
+    block = torch.ones(128 << 20)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    bandwidths = []
+    for _ in range(args.rounds):
+        bandwidths.append(block.nbytes / min(seconds(block.sum) for _ in range(CALLS)))
+        for name, runner in models.items():
+            found[name].append(measure(runner, prompt, args.new))
+    bandwidth = statistics.median(bandwidths)
+    rows = []
+    for name, rates in found.items():
+        prefill, decode = (statistics.median(column) for column in zip(*rates, strict=True))
+        limit = bandwidth / read_bytes(models[name].model)
+        rows.append({"model": name, "prefill": prefill, "decode": decode, "of_limit": decode / limit})
+    print(f"{args.threads} threads, prompt {args.prompt}, {args.rounds} rounds; reads {bandwidth / 1e9:.1f} GB/s")
+    print(f"{'tokens/s':25} {'prefill':>8} {'ratio':>6} {'decode':>8} {'ratio':>6} {'of the bandwidth limit':>23}")
+    for row in rows:
+        ratios = [row[key] / rows[0][key] for key in ("prefill", "decode")]
+        print(
+            f"{row['model']:25} {row['prefill']:8.0f} {ratios[0]:5.2f}x {row['decode']:8.1f} {ratios[1]:5.2f}x "
+            f"{100 * row['of_limit']:21.0f} %"
+        )
+    print(json.dumps({"threads": args.threads, "bandwidth_gb_s": bandwidth / 1e9, "tokens_per_s": rows}))
+
+
+if __name__ == "__main__":
+    main()
