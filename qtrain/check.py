@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from qtrain import eager
 from qtrain.layer.compact import CompactEmbedding, CompactLinear
@@ -149,7 +150,11 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
             counted.add(id(weight) if isinstance(weight, nn.Module) else None)  # ours may be shared; torch makes a view
             bias = getattr(module, "bias", None)
             bias = bias() if callable(bias) else bias
-            float_params += 0 if bias is None else bias.numel()
+            num_biases = 0 if bias is None else bias.numel()
+            if parametrize.is_parametrized(module, "bias"):
+                int8_params += num_biases
+            else:
+                float_params += num_biases
         elif own:
             float_params += own
             island = _island(name, quantized)
@@ -157,8 +162,8 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
                 float_layers[island] = "set by quant.layers"
             elif not eager.is_quantized(module):
                 float_layers[name] = _why_float(name, module, quantized, layers)
-        if isinstance(module, CompactEmbedding):
-            continue  # it looks up, it multiplies nothing
+        if isinstance(module, CompactEmbedding | nn.Embedding) or weight is not None and len(weight.shape) == 1:
+            continue  # an embedding looks up, a norm scales: neither has dot products
         if weight is not None or isinstance(module, nn.Linear | _ConvNd | CompactLinear):
             handles.append(module.register_forward_hook(count(name)))
     try:
@@ -188,6 +193,6 @@ def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[
     if not any(eager.is_quantized(m) for m in quantized.modules()):
         return "nothing is quantized"
     if type(module) in eager.CONVERT_MAPPING:
-        is_set = any(fnmatchcase(name, pattern) for pattern in layers)
+        is_set = any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in layers)
         return "set by quant.layers" if is_set else f"{kind} is not quantized by this method"
     return f"torch has no int8 {kind}"

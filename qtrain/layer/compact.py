@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from qtrain.layer.weight import HalfWeight, IntegerWeight
 
@@ -41,6 +42,6 @@ class CompactEmbedding(nn.Module):
 
 
 def integer_weight(module: Any) -> IntegerWeight | None:
-    """Returns the integers that a layer computes with, or None."""
-    weight = getattr(module, "weight", None)
+    """Returns the integers that a layer's weight is stored as, or None."""
+    weight = module.parametrizations.weight[0] if is_parametrized(module, "weight") else getattr(module, "weight", None)
     return weight if isinstance(weight, IntegerWeight) else None

@@ -125,6 +125,29 @@ class IntegerWeight(nn.Module):
         return f"{tuple(self.shape)}, bits={self.bits}, scale={tuple(self.scale.shape)}, symmetric={self.signed}"
 
 
+class RestoredWeight(IntegerWeight):
+    """Integers in place of a parameter of any shape and layer, which reads them as floats: a parametrization.
+
+    Args:
+        int_repr: int8, of any shape.
+        steps_per_unit: float (), > 0.
+        zero_point: integer ().
+    """
+
+    def __init__(self, int_repr: Tensor, steps_per_unit: Tensor, zero_point: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.bits, self.signed, self.shape = 8, True, int_repr.shape
+        self.register_buffer("data", int_repr)
+        self.register_buffer("scale", 1 / steps_per_unit)
+        self.register_buffer("zero_point", zero_point.to(torch.int32))
+
+    def forward(self, original: Tensor) -> Tensor:
+        return self.dequantize()
+
+    def right_inverse(self, parameter: Tensor) -> Tensor:
+        return parameter.new_empty(0)  # what the parametrized layer keeps of its float weight
+
+
 class HalfWeight(nn.Module):
     """A weight (N, K) in float16."""
 

@@ -1,24 +1,25 @@
-"""Weights replaced by what their int8 would mean: the articles' absmax and zero-point quantization.
+"""Every parameter stored in int8 and restored in float where it is used: absmax and zero-point quantization.
 
-The result is a float model with the integers' error, so it has neither their size nor their speed. Per tensor.
+Any layer can be treated so, for it computes in float as before; what is gained is size, not speed. Per tensor.
 """
 
 import copy
 
-import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from qtrain import eager
 from qtrain.functional import affine
 from qtrain.functional.affine import Quantized
 from qtrain.functional.spec import QuantSpec
+from qtrain.layer.weight import RestoredWeight
 from qtrain.quant.base import Quantizer
 
 SCOPES = ("all", "linear")
 
 
 class RoundTrip(Quantizer):
-    """Quantizes and dequantizes parameters, each tensor by itself.
+    """Stores parameters as integers, each tensor by itself.
 
     Args:
         scope: "all": every parameter, biases and norms too, as in the articles; "linear": weights of Linear layers.
@@ -27,8 +28,6 @@ class RoundTrip(Quantizer):
     Raises:
         ValueError: names the parameter, its value and what is allowed.
     """
-
-    simulated = True
 
     def __init__(self, *, scope: str, layers: dict[str, str]) -> None:
         problems = [] if scope in SCOPES else [f"scope={scope}: allowed are {', '.join(SCOPES)}"]
@@ -44,16 +43,22 @@ class RoundTrip(Quantizer):
         raise NotImplementedError
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = copy.deepcopy(prepared).cpu().eval()
+        model = copy.deepcopy(prepared).cpu().eval().requires_grad_(False)
         floats = eager.match_layers(model, dict.fromkeys(self.layers))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():  # a tied one comes once
-                layer = name.rpartition(".")[0]
-                chosen = (
-                    self.scope == "all" or name.endswith(".weight") and type(model.get_submodule(layer)) is nn.Linear
-                )
-                if chosen and not any(layer == f or layer.startswith(f"{f}.") for f in floats):
-                    parameter.copy_(self.quantize(parameter).dequantized)
+        chosen, kept = [], set()
+        for layer_name, layer in model.named_modules():
+            is_float = any(layer_name == f or layer_name.startswith(f"{f}.") for f in floats)
+            for name, parameter in layer.named_parameters(recurse=False):
+                if not is_float and (self.scope == "all" or name == "weight" and isinstance(layer, nn.Linear)):
+                    chosen.append((layer, name, parameter))
+                else:
+                    kept.add(parameter)
+        stored: dict[nn.Parameter, RestoredWeight] = {}
+        for layer, name, parameter in chosen:  # a tied parameter is stored once, or stays in float
+            if parameter not in kept:
+                if parameter not in stored:
+                    stored[parameter] = RestoredWeight(*self.quantize(parameter)[:3])
+                parametrize.register_parametrization(layer, name, stored[parameter], unsafe=True)
         return model
 
 

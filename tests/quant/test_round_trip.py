@@ -2,8 +2,18 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
+from qtrain.check import coverage
+from qtrain.measure import weight_bytes
+from qtrain.model.gpt2 import GPT2
 from qtrain.quant.round_trip import Absmax, Zeropoint
+
+
+def value(model, name):
+    """Returns a parameter as its layer reads it."""
+    layer, _, own = name.rpartition(".")
+    return getattr(model.get_submodule(layer), own)
 
 
 def by_absmax(x, quant_max=127):
@@ -28,9 +38,9 @@ METHODS = {
 def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
     before = copy.deepcopy(convnet.state_dict())
     quantized = make().convert(convnet)
-    for (name, parameter), (_, exact) in zip(quantized.named_parameters(), convnet.named_parameters(), strict=True):
-        torch.testing.assert_close(parameter.data, formula(exact.data), rtol=1e-5, atol=1e-6, msg=name)
-        assert not torch.equal(parameter, exact)
+    for name, exact in convnet.named_parameters():
+        torch.testing.assert_close(value(quantized, name), formula(exact.data), rtol=1e-5, atol=1e-6, msg=name)
+        assert not torch.equal(value(quantized, name), exact)
     assert all(torch.equal(before[name], value) for name, value in convnet.state_dict().items())
     assert 0 < (quantized(images) - convnet(images)).norm() < 0.2 * convnet(images).norm()
 
@@ -38,8 +48,8 @@ def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
 @pytest.mark.parametrize("make, formula", METHODS.values(), ids=METHODS)
 def test_linear_layers_alone_or_without_some(make, formula, convnet):
     def changed(**options):
-        quantized = make(**options).convert(convnet).state_dict()
-        return {name for name, value in convnet.named_parameters() if not torch.equal(value, quantized[name])}
+        quantized = make(**options).convert(convnet)
+        return {name for name, exact in convnet.named_parameters() if not torch.equal(exact, value(quantized, name))}
 
     assert changed(scope="linear") == {"linear1.weight", "linear2.weight"}
     assert changed(scope="linear", layers={"linear1": "float"}) == {"linear2.weight"}
@@ -51,6 +61,32 @@ def test_other_ranges(convnet):
     assert len(coarse.conv1.weight.unique()) <= 7
     coarse = METHODS["zeropoint"][0](num_steps=5).convert(convnet)
     assert len(coarse.conv1.weight.unique()) <= 6
+
+
+@pytest.mark.parametrize("make, formula", METHODS.values(), ids=METHODS)
+def test_a_quarter_of_the_size_and_a_tied_weight_once(make, formula):
+    torch.manual_seed(0)
+    model = GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32).eval()
+    idx = torch.arange(12).view(2, 6)
+    quantized = make().convert(model)
+    parameters = list(model.parameters())  # the tied weight once
+    assert weight_bytes(quantized) == sum(p.numel() for p in parameters) + 8 * len(parameters)  # a scale, a zero point
+    torch.testing.assert_close(quantized(idx), model(idx), rtol=0, atol=0.1)
+    assert coverage(quantized, (idx,), {}) == {"params_quantized": 1.0, "macs_quantized": 1.0, "float_layers": {}}
+    fresh = make().convert(GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32))
+    fresh.load_state_dict(quantized.state_dict())
+    assert torch.equal(fresh(idx), quantized(idx))
+
+
+@pytest.mark.parametrize("make, formula", METHODS.values(), ids=METHODS)
+def test_a_tied_weight_that_one_layer_keeps_in_float_stays_float(make, formula):
+    model = GPT2(vocab_size=64, n_positions=16, n_layer=1, n_head=2, n_embd=32).eval()
+    for options in ({"scope": "linear"}, {"layers": {"wte": "float"}}):
+        quantized = make(**options).convert(model)
+        assert quantized.lm_head.weight is quantized.wte.weight and type(quantized.wte) is nn.Embedding
+        assert torch.equal(quantized.wte.weight, model.wte.weight)
+        float_layers = coverage(quantized, (torch.arange(6)[None],), options.get("layers", {}))["float_layers"]
+        assert "wte" in float_layers and "h.0.mlp.c_fc" not in float_layers
 
 
 @pytest.mark.parametrize(
