@@ -1,21 +1,29 @@
-"""Where a run's numbers and pictures go: metrics.jsonl always, TensorBoard by choice."""
+"""Where a run's numbers and pictures go: metrics.jsonl always, TensorBoard and PNG files by choice."""
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from qtrain.files import write_atomically
 
 
 class Logger:
     """Takes what a run has to show, and shows nothing; a logger overrides what it can show.
 
     `step` counts optimizer steps of the stage that a metric's name begins with.
+
+    Attributes:
+        shows_images: whether a call of `image` has any effect; drawing takes time.
     """
+
+    shows_images = False
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
     def histogram(self, name: str, values: Tensor, step: int) -> None: ...
-    def figure(self, name: str, figure: Any, step: int) -> None: ...
+    def image(self, name: str, png: bytes, step: int) -> None: ...
     def text(self, name: str, markdown: str, step: int) -> None: ...
     def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None: ...
     def flush(self) -> None: ...
@@ -35,8 +43,23 @@ class JsonLines(Logger):
         self.file.close()
 
 
+class Pictures(Logger):
+    """Writes images into `run_dir`/plots."""
+
+    shows_images = True
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "plots"
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        self.folder.mkdir(exist_ok=True)
+        write_atomically(self.folder / f"{name.replace('/', '_')}.png", lambda new: new.write_bytes(png))
+
+
 class TensorBoard(Logger):
     """Writes event files into `run_dir`."""
+
+    shows_images = True
 
     def __init__(self, run_dir: Path) -> None:
         # Imported here: what does not log need not wait for it.
@@ -51,8 +74,13 @@ class TensorBoard(Logger):
     def histogram(self, name: str, values: Tensor, step: int) -> None:
         self.writer.add_histogram(name, values, step)
 
-    def figure(self, name: str, figure: Any, step: int) -> None:
-        self.writer.add_figure(name, figure, step)
+    def image(self, name: str, png: bytes, step: int) -> None:
+        # As it is, where SummaryWriter.add_image would take pixels and compress them once more.
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        width, height = struct.unpack(">II", png[16:24])
+        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        self.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def text(self, name: str, markdown: str, step: int) -> None:
         self.writer.add_text(name, markdown, step)
@@ -78,6 +106,7 @@ class Loggers(Logger):
 
     def __init__(self, *loggers: Logger) -> None:
         self.loggers = loggers
+        self.shows_images = any(logger.shows_images for logger in loggers)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for logger in self.loggers:
@@ -87,9 +116,9 @@ class Loggers(Logger):
         for logger in self.loggers:
             logger.histogram(name, values, step)
 
-    def figure(self, name: str, figure: Any, step: int) -> None:
+    def image(self, name: str, png: bytes, step: int) -> None:
         for logger in self.loggers:
-            logger.figure(name, figure, step)
+            logger.image(name, png, step)
 
     def text(self, name: str, markdown: str, step: int) -> None:
         for logger in self.loggers:

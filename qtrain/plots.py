@@ -1,16 +1,74 @@
 """Pictures. Figures are made without pyplot, so that none stays behind in a long sweep."""
 
+import io
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
 from qtrain.layer.weight import IntegerWeight
 
 MAX_LAYERS = 8  # rows of a figure that can still be read
+WIDEST = 2.0  # of weights; a few of GPT-2's are larger
+
+Pairs = dict[str, tuple[Tensor, Tensor | IntegerWeight]]
 
 
-def weights(pairs: dict[str, tuple[Tensor, Tensor | IntegerWeight]]) -> Figure:
+def png(figure: Figure) -> bytes:
+    """Returns a figure as the content of a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def distribution(pairs: Pairs, method: str) -> Figure:
+    """Returns the histograms of all weights together, float and dequantized: 150 bins, at most over (-2, 2).
+
+    Args:
+        pairs: as for `weights`; at least one.
+        method: the quantized weights' name.
+    """
+    once = {id(quantized): (exact, quantized) for exact, quantized in pairs.values()}.values()  # a tied weight is one
+    exact = torch.cat([exact.flatten() for exact, _ in once])
+    restored = torch.cat([quantized.dequantize().flatten() for _, quantized in once])
+    limit = min(WIDEST, float(exact.abs().max()) or WIDEST)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes: Any = figure.subplots()
+    for values, name, colour in ((exact, "original", "tab:blue"), (restored, method, "tab:red")):
+        axes.hist(values.numpy(), 150, range=(-limit, limit), label=name, color=colour, alpha=0.5)
+    axes.set(xlabel="weight", ylabel="count", title=f"{len(exact):,} weights, original and {method}")
+    axes.yaxis.set_major_formatter(EngFormatter())
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend()
+    return figure
+
+
+def noise(decibels: dict[str, dict[str, float]]) -> Figure:
+    """Returns bars of the signal-to-quantization-noise ratio, a group for each layer.
+
+    Args:
+        decibels: {what was quantized: {layer: dB}}; what is not finite has no bar.
+    """
+    layers = list(dict.fromkeys(name for of_kind in decibels.values() for name in of_kind))
+    figure = Figure(figsize=(7, 1.2 + 0.26 * len(layers)), layout="constrained")
+    axes: Any = figure.subplots()
+    height = 0.8 / len(decibels)
+    for index, (kind, of_kind) in enumerate(decibels.items()):
+        bars = [(layers.index(name) + height * index, value) for name, value in of_kind.items() if abs(value) < 1e6]
+        places, values = zip(*bars, strict=True) if bars else ((), ())
+        axes.barh(places, values, height=height, align="edge", label=kind)
+    axes.set_yticks([row + 0.4 for row in range(len(layers))], layers, fontsize=8)
+    axes.set(ylim=(len(layers), 0), xlabel="signal over quantization noise, dB (more is better; 6 dB are one bit)")
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def weights(pairs: Pairs) -> Figure:
     """Returns histograms of each layer's float and dequantized weights, and of its integers.
 
     Args:

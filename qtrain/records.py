@@ -2,18 +2,21 @@
 
 import logging
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qtrain import eager, plots
 from qtrain.evaluate import Scores
 from qtrain.files import write_atomically
+from qtrain.functional.error import sqnr_db
 from qtrain.layer.weight import IntegerWeight
-from qtrain.loggers import Logger, TensorBoard
+from qtrain.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
 from qtrain.report import Report
 from qtrain.task.base import Task
@@ -47,7 +50,8 @@ def _git_commit() -> str | None:
 
 def extra_loggers(config: DictConfig, run_dir: Path) -> list[Logger]:
     """Returns the loggers beside metrics.jsonl that the config asks for."""
-    return [TensorBoard(run_dir)] if config.logger.tensorboard else []
+    loggers: list[Logger] = [TensorBoard(run_dir)] if config.logger.tensorboard else []
+    return [*loggers, Pictures(run_dir)] if config.logger.pictures else loggers
 
 
 def quantizer_facts(quantizer: Quantizer) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def write(
     quantized: nn.Module,
     sample: tuple[Tensor, ...],
 ) -> None:
-    """Writes examples.pt, everything that TensorBoard shows, and the lines at the end of the run."""
+    """Writes examples.pt, what the loggers show of the finished run, and the lines at its end."""
     examples = {name: score.examples for name, score in scores.items() if score is not None}
     write_atomically(run_dir / "examples.pt", lambda new: torch.save(examples, new))
 
@@ -107,11 +111,10 @@ def write(
             for name, values in layer_outputs(model, points, sample).items():
                 logger.histogram(f"activations_{kind}/{name}", values, 0)
     if pairs:
-        logger.figure("weights", plots.weights(pairs), 0)
         logger.text("weights", weight_table(pairs), 0)
-    for kind, score in scores.items():
-        if score is not None and "confusion" in score.metrics:
-            logger.figure(f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind), 0)
+    if logger.shows_images:
+        for name, figure in figures(report, pairs, scores):
+            logger.image(name, plots.png(figure), 0)
     if report.samples:
         logger.text("samples", "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()), 0)
     if report.qparams:
@@ -120,6 +123,19 @@ def write(
     logger.hparams(hparams(report), {name: scalars[name] for name in table if name in scalars})
     for line in summary(report, task.quality):
         log.info(line)
+
+
+def figures(report: Report, pairs: plots.Pairs, scores: dict[str, Scores | None]) -> Iterator[tuple[str, Figure]]:
+    """Yields (name, figure) of the finished run."""
+    if pairs:
+        yield "weights", plots.weights(pairs)
+        yield "weight_distribution", plots.distribution(pairs, report.quant["method"])
+        kinds = {"weights": {n: float(sqnr_db(w, q.dequantize().to(w.dtype))) for n, (w, q) in pairs.items()}}
+        activations = {name: value for name, value in report.truth["sqnr_db"].items() if value is not None}
+        yield "quantization_noise", plots.noise(kinds | ({"activations": activations} if activations else {}))
+    for kind, score in scores.items():
+        if score is not None and "confusion" in score.metrics:
+            yield f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind)
 
 
 def final_scalars(report: Report, quality: str) -> dict[str, float]:
@@ -160,7 +176,7 @@ def qparams_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def weight_table(pairs: dict[str, tuple[Tensor, Tensor | IntegerWeight]], count: int = 6) -> str:
+def weight_table(pairs: plots.Pairs, count: int = 6) -> str:
     """Returns the first weights of each layer as a Markdown table: float, integer, dequantized."""
     lines = ["| layer | float | integers | dequantized |", "|---|---|---|---|"]
     for name, (exact, quantized) in pairs.items():

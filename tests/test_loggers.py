@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from qtrain import config, pipeline
-from qtrain.loggers import JsonLines, Logger, Loggers, TensorBoard
+from qtrain import config, pipeline, plots
+from qtrain.loggers import JsonLines, Logger, Loggers, Pictures, TensorBoard
 
 
 def read_events(folder):
@@ -22,12 +22,13 @@ def read_lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+PNG = plots.png(Figure(figsize=(2, 1), dpi=100))
+
+
 def show_everything(logger):
     logger.log({"float/train_loss": 0.5, "float/lr": 0.1}, 7)
     logger.histogram("weights", torch.tensor([-1.0, 0.0, 3.0]), 2)
-    figure = Figure(figsize=(1, 1))
-    figure.subplots().plot([0, 1])
-    logger.figure("picture", figure, 3)
+    logger.image("some/picture", PNG, 3)
     logger.text("table", "| a | b |\n|---|---|\n| 1 | 2 |", 4)
     logger.hparams({"lr": 0.1, "method": "ptq", "engine": None}, {"accuracy": 0.9})
 
@@ -62,12 +63,19 @@ def test_tensorboard(tmp_path):
     assert histogram.step == 2
     values = histogram.histogram_value
     assert (values.min, values.max, values.num, values.sum) == (-1, 3, 3, 2)
-    (image,) = events.Images("picture")
-    assert image.step == 3 and image.encoded_image_string.startswith(b"\x89PNG")
+    (image,) = events.Images("some/picture")
+    assert (image.step, image.width, image.height, image.encoded_image_string) == (3, 200, 100, PNG)
     (text,) = events.Tensors("table/text_summary")
     assert text.step == 4 and b"| 1 | 2 |" in text.tensor_proto.string_val[0]
     assert hparams_of(events) == {"lr": pytest.approx(0.1), "method": "ptq", "engine": "None"}
     assert len(list(tmp_path.iterdir())) == 1  # one run is one event file, also with hparams
+
+
+def test_pictures(tmp_path):
+    logger = Pictures(tmp_path)
+    show_everything(logger)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["some_picture.png"]
+    assert (tmp_path / "plots" / "some_picture.png").read_bytes() == PNG
 
 
 def test_several_loggers_get_everything(tmp_path):
@@ -76,7 +84,7 @@ def test_several_loggers_get_everything(tmp_path):
             self.calls = []
 
         def __getattribute__(self, name):
-            if name in ("log", "histogram", "figure", "text", "hparams", "close"):
+            if name in ("log", "histogram", "image", "text", "hparams", "close"):
                 return lambda *arguments: self.calls.append((name, *map(str, arguments)))
             return super().__getattribute__(name)
 
@@ -84,7 +92,7 @@ def test_several_loggers_get_everything(tmp_path):
     logger = Loggers(first, second)
     show_everything(logger)
     logger.close()
-    assert [call[0] for call in first.calls] == ["log", "histogram", "figure", "text", "hparams", "close"]
+    assert [call[0] for call in first.calls] == ["log", "histogram", "image", "text", "hparams", "close"]
     assert first.calls == second.calls
     assert first.calls[0] == ("log", "{'float/train_loss': 0.5, 'float/lr': 0.1}", "7")
 
@@ -149,7 +157,10 @@ def test_histograms_of_a_run(run, events):
 
 
 def test_pictures_and_tables_of_a_run(run, events):
-    assert set(events.Tags()["images"]) == {"weights", "confusion/float", "confusion/fake", "confusion/quantized"}
+    of_weights = {"weights", "weight_distribution", "quantization_noise"}
+    assert set(events.Tags()["images"]) == of_weights | {"confusion/float", "confusion/fake", "confusion/quantized"}
+    files = {f"{name.replace('/', '_')}.png" for name in events.Tags()["images"]}
+    assert {path.name for path in (run[0] / "plots").iterdir()} == files
     (qparams,) = events.Tensors("qparams/text_summary")
     (weights,) = events.Tensors("weights/text_summary")
     _, report = run

@@ -248,6 +248,7 @@ ELSEWHERE = {  # settings with tests of their own, below unless named otherwise
     "trainer.save_every": "test_resume",
     "trainer.devices": "test_distributed",
     "logger.tensorboard": "test_loggers",
+    "logger.pictures": "test_loggers",
     "truth.on_failure": "test_truth_gate",
     "truth.max_steps": "test_truth_gate",
     "truth.max_range_ratio": "test_truth_gate",

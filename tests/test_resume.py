@@ -14,7 +14,7 @@ from torch import nn
 from qtrain import cli, config, pipeline
 from qtrain.data.loaders import ImageLoader, image_loaders
 from qtrain.leaderboard.runs import find
-from qtrain.loggers import Logger, TensorBoard
+from qtrain.loggers import Logger, Pictures, TensorBoard
 from qtrain.resume import Interrupted, Progress, Signals, open_run
 from qtrain.scheduler import cosine
 from qtrain.task.classification import Classification
@@ -290,7 +290,8 @@ def test_leftovers_of_a_killed_write_are_removed(killed):
 def test_tensorboard_shows_every_step_once(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    monkeypatch.setattr(TensorBoard, "figure", lambda *_: None)
+    monkeypatch.setattr(TensorBoard, "shows_images", False)
+    monkeypatch.setattr(Pictures, "shows_images", False)
 
     def events(folder):
         found = []
