@@ -109,7 +109,7 @@ def _reason(err: Exception, layer: str) -> str:
     # Python's own frames show the line of the model's source at fault.
     frames = [f for f in traceback.extract_tb(err.__traceback__) if "torch/" not in f.filename]
     source = next((f for f in reversed(frames) if f.name == "forward" and f.line), None)
-    if source is not None:
+    if source is not None and not (source.line or "").startswith("raise "):
         text += f" [{source.filename}:{source.lineno}: {source.line}]"
     return text + (f". To keep it float: quant.layers={{{layer}: float}}" if layer else "")
 

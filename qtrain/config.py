@@ -151,6 +151,8 @@ def build(config: DictConfig) -> Parts:
             if path.partition(".")[0] not in ("float", "fake", "quantized")
             or path.partition(".")[2] not in task.numbers
         ]
+    if task is not None and "model" in made:
+        problems += task.mistakes(made["model"])
     if data is not None and data.val is None and config.calib_split == "val":
         problems.append(
             "calib_split=val: there are no validation data; set data.val_size above 0, or use train or test"
@@ -240,6 +242,8 @@ def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:
     for line in str(cause).splitlines():
         if re.match(r"[\w.*]+=", line):  # our own constructors begin with `parameter=value: `
             lines.append(f"{where}.{line}")
+        elif line.startswith(" ") and lines:
+            lines[-1] += f"\n{line}"  # a list that goes with the line before
         elif line.strip():
             # A library's constructor names no key: show what it was given.
             values = {k: v for k, v in section.items() if not str(k).startswith("_") and not OmegaConf.is_config(v)}

@@ -195,7 +195,8 @@ def mistakes(command, monkeypatch):
 
     def run(*arguments):
         flags = [argument for argument in arguments if argument.startswith("-")]
-        code, text = command(*flags, *TINY, *(argument for argument in arguments if argument not in flags))
+        settings = QUICK if "model=gpt2_nano" in arguments else TINY
+        code, text = command(*flags, *settings, *(argument for argument in arguments if argument not in flags))
         assert code == 1
         assert "Traceback" not in text
         assert text.count("qtrain: error: ") == 1
@@ -228,6 +229,32 @@ def mistakes(command, monkeypatch):
 def test_a_mistake_is_named_with_what_is_allowed(mistakes, argument, words):
     text = mistakes(argument)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("data.context=65", ["context=65: must be at most n_positions=64; shorten the input (data.context)"]),
+        ("model.vocab_size=200", ["model.vocab_size=200: must be at least 256, the tokens of data.tokenizer"]),
+        ("task.top_k=0", ["task.top_k=0: must be from 1 to 256, or null"]),
+        ("task.prompt=''", ["task.prompt=: must be a text of at least one token"]),
+        ("data.path=EMPTY", ["data.path=", "the file is empty"]),
+        ("data.path=SHORT", ["data.path=", "has 10 tokens", "must have more than context=64"]),
+        ("data.path=nowhere.txt", ["data.path=nowhere.txt: there is no such file", "data=shakespeare"]),
+        ("model.pretrained=./nowhere", ["model.pretrained=./nowhere: there is no such folder"]),
+        ("quant.layers.h.0.attn.c_atn=float", ["matches no layer; the model has h.0.attn.c_attn", "more"]),
+        ("quant.weight.group_size=48", ["quant.weight.group_size=48 does not divide the last dimension, 128"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_with_a_language_model(mistakes, tmp_path, argument, words):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("short text.")
+    argument = argument.replace("EMPTY", f"{tmp_path}/empty.txt").replace("SHORT", f"{tmp_path}/short.txt")
+    data = "data=text" if "data.path" in argument else "data=shakespeare"
+    method = ["quant=weight_only", "quant.weight.granularity=per_group", "quant.weight.group_size=32"]
+    text = mistakes("task=language_modeling", data, "model=gpt2_nano", *method, argument)
+    assert all(word in text for word in words) and "raise " not in text, text
 
 
 def test_all_mistakes_of_a_config_at_once(mistakes):

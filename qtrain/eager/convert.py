@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -150,7 +151,10 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             known = [name for name in names if not name.rpartition(".")[2].isdigit()]  # not the parts of fused layers
-            raise ValueError(f"quant.layers.{pattern}: matches no layer; the model has {', '.join(known)}")
+            shown = known
+            if len(known) > 20:  # the likeliest to be meant
+                shown = get_close_matches(pattern, known, 10, 0.0) + [f"{len(known) - 10} more"]
+            raise ValueError(f"quant.layers.{pattern}: matches no layer; the model has {', '.join(shown)}")
         parts = [part for name in matches for part in model.get_submodule(name).modules()]
         if all(isinstance(part, nn.Identity) for part in parts):
             raise ValueError(f"quant.layers.{pattern}: was fused into the layer before it; name that one")

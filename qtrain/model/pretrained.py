@@ -40,6 +40,8 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
                 "by save_pretrained, or a model on the hub such as gpt2"
             )
         name = str(folder)
+    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(f"pretrained={name}: there is no such folder; name one, or a model on the hub such as gpt2")
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
         from transformers.pytorch_utils import Conv1D

@@ -14,6 +14,9 @@ class Task(Protocol):
     higher_is_better: bool
     numbers: tuple[str, ...]  # the metrics that are single numbers
 
+    def mistakes(self, model: nn.Module) -> list[str]:
+        """Returns what is wrong with `model` for this task, as `key=value: what is allowed; fix`."""
+
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Returns the arguments of the model's forward."""
 

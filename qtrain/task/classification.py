@@ -16,6 +16,9 @@ class Classification:
     higher_is_better = True
     numbers = ("accuracy", "loss")
 
+    def mistakes(self, model: nn.Module) -> list[str]:
+        return []
+
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return (batch[0],)
 

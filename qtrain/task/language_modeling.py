@@ -39,6 +39,14 @@ class LanguageModeling:
             raise ValueError(f"top_k={top_k}: must be from 1 to {self.tokenizer.vocab_size}, or null for all tokens")
         self.max_new_tokens, self.top_k, self.seed = max_new_tokens, top_k, seed
 
+    def mistakes(self, model: Any) -> list[str]:
+        needed, there = self.tokenizer.vocab_size, getattr(model, "vocab_size", None)
+        if there is None or there >= needed:
+            return []
+        return [
+            f"model.vocab_size={there}: must be at least {needed}, the tokens of data.tokenizer; set it to {needed}"
+        ]
+
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return (batch[0],)
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
 from qtrain import eager
+from qtrain.config import _explain
 from qtrain.data.text import EvalWindows
 from qtrain.functional.spec import QuantSpec
 from qtrain.model.gpt2 import GPT2, KVCache
@@ -164,6 +166,9 @@ def test_every_key_and_shape_is_accounted_for(hf: ModuleType, tmp_path: Path) ->
     assert "unexpected: transformer.h.2.ln_1.weight" in message
     assert "mismatch: transformer.ln_f.bias has shape (15,), config.json asks for (16,)" in message
     assert message.count("\n") == 3
+    config = OmegaConf.create({"vocab_size": 61, "pretrained": str(tmp_path)})
+    (line,) = _explain("model", config, caught.value)
+    assert line == f"model.{message}"
 
 
 def test_untied_head_is_refused(hf: ModuleType, tmp_path: Path) -> None:
