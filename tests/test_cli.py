@@ -242,7 +242,7 @@ def test_a_mistake_is_named_with_what_is_allowed(mistakes, argument, words):
         ("data.path=SHORT", ["data.path=", "has 10 tokens", "must have more than context=64"]),
         ("data.path=nowhere.txt", ["data.path=nowhere.txt: there is no such file", "data=shakespeare"]),
         ("model.pretrained=./nowhere", ["model.pretrained=./nowhere: there is no such folder"]),
-        ("quant.layers.h.0.attn.c_atn=float", ["matches no layer; the model has h.0.attn.c_attn", "more"]),
+        ("quant.layers={h.0.attn.c_atn: float}", ["matches no layer; the model has h.0.attn.c_attn", "more"]),
         ("quant.weight.group_size=48", ["quant.weight.group_size=48 does not divide the last dimension, 128"]),
     ],
     ids=str,
