@@ -44,7 +44,7 @@ class JsonLines(Logger):
 
 
 class Pictures(Logger):
-    """Writes images into `run_dir`/plots."""
+    """Writes images and texts into `run_dir`/plots."""
 
     shows_images = True
 
@@ -52,8 +52,14 @@ class Pictures(Logger):
         self.folder = run_dir / "plots"
 
     def image(self, name: str, png: bytes, step: int) -> None:
+        self._write(f"{name}.png", png)
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        self._write(f"{name}.md", f"{markdown}\n".encode())
+
+    def _write(self, name: str, content: bytes) -> None:
         self.folder.mkdir(exist_ok=True)
-        write_atomically(self.folder / f"{name.replace('/', '_')}.png", lambda new: new.write_bytes(png))
+        write_atomically(self.folder / name.replace("/", "_"), lambda new: new.write_bytes(content))
 
 
 class TensorBoard(Logger):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qtrain import eager, plots
 from qtrain.evaluate import Scores
 from qtrain.files import write_atomically
-from qtrain.functional.error import sqnr_db
+from qtrain.functional.error import mse, sqnr_db
 from qtrain.layer.weight import IntegerWeight
 from qtrain.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
@@ -177,12 +177,21 @@ def qparams_table(report: Report) -> str:
 
 
 def weight_table(pairs: plots.Pairs, count: int = 6) -> str:
-    """Returns the first weights of each layer as a Markdown table: float, integer, dequantized."""
-    lines = ["| layer | float | integers | dequantized |", "|---|---|---|---|"]
+    """Returns the first weights of each layer as a Markdown table, with scale, zero point and error."""
+    lines = [
+        "| layer | float | integers | scale | zero point | dequantized | mean squared error | SQNR, dB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, (exact, quantized) in pairs.items():
-        columns = (exact, quantized.int_repr(), quantized.dequantize())
-        cells = (", ".join(f"{value:.5g}" for value in tensor.flatten()[:count].tolist()) for tensor in columns)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        restored = quantized.dequantize().to(exact.dtype)
+        columns = [
+            ", ".join(f"{value:.5g}" for value in tensor.flatten()[:count].tolist())
+            for tensor in (exact, quantized.int_repr(), restored)
+        ]
+        scale, zero_point = eager.weight_qparams(quantized)
+        columns[2:2] = [f"{scale:.6g}", f"{zero_point}"]
+        columns += [f"{float(mse(exact, restored)):.3e}", f"{float(sqnr_db(exact, restored)):.1f}"]
+        lines.append(f"| {name} | " + " | ".join(columns) + " |")
     return "\n".join(lines)
 
 

@@ -74,7 +74,7 @@ def test_tensorboard(tmp_path):
 def test_pictures(tmp_path):
     logger = Pictures(tmp_path)
     show_everything(logger)
-    assert [path.name for path in tmp_path.rglob("*.*")] == ["some_picture.png"]
+    assert {path.name for path in tmp_path.rglob("*.*")} == {"some_picture.png", "table.md"}
     assert (tmp_path / "plots" / "some_picture.png").read_bytes() == PNG
 
 
@@ -160,7 +160,7 @@ def test_pictures_and_tables_of_a_run(run, events):
     of_weights = {"weights", "weight_distribution", "quantization_noise"}
     assert set(events.Tags()["images"]) == of_weights | {"confusion/float", "confusion/fake", "confusion/quantized"}
     files = {f"{name.replace('/', '_')}.png" for name in events.Tags()["images"]}
-    assert {path.name for path in (run[0] / "plots").iterdir()} == files
+    assert {path.name for path in (run[0] / "plots").iterdir()} == files | {"weights.md", "qparams.md"}
     (qparams,) = events.Tensors("qparams/text_summary")
     (weights,) = events.Tensors("weights/text_summary")
     _, report = run
@@ -170,7 +170,8 @@ def test_pictures_and_tables_of_a_run(run, events):
     saved = torch.load(run[0] / "quantized.pt", weights_only=True)
     weight = saved["linear3._packed_params._packed_params"][0]
     integers = ", ".join(str(n) for n in weight.int_repr().flatten()[:6].tolist())
-    assert f"| {integers} |" in weights.tensor_proto.string_val[0].decode()
+    scale, zero_point = weight.q_per_channel_scales()[0], weight.q_per_channel_zero_points()[0]
+    assert f"| {integers} | {scale:.6g} | {zero_point} |" in weights.tensor_proto.string_val[0].decode()
 
 
 def test_hparams_of_a_run(events):

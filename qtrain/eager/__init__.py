@@ -33,6 +33,7 @@ from qtrain.eager.inspect import (
     quantized_weight,
     use_stable_conv_bn,
     weight_points,
+    weight_qparams,
     weighted_layers,
 )
 from qtrain.eager.observers import (
@@ -80,6 +81,7 @@ __all__ = [
     "use_engine",
     "use_stable_conv_bn",
     "weight_points",
+    "weight_qparams",
     "weighted_layers",
 ]
 

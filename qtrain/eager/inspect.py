@@ -68,6 +68,16 @@ def quantized_weight(module: nn.Module) -> torch.Tensor | IntegerWeight | None:
     return weight if isinstance(weight, torch.Tensor) and weight.is_quantized else None
 
 
+def weight_qparams(weight: torch.Tensor | IntegerWeight) -> tuple[float, int]:
+    """Returns the scale and the zero point of a quantized weight's first element."""
+    if isinstance(weight, IntegerWeight):
+        zero_points = weight.zero_point
+        return float(weight.scale.flatten()[0]), 0 if zero_points is None else int(zero_points.flatten()[0])
+    if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return weight.q_scale(), weight.q_zero_point()
+    return float(weight.q_per_channel_scales()[0]), int(weight.q_per_channel_zero_points()[0])
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Tells whether a module is one of torch's int8 modules, static or dynamic, or one of ours."""
     return integer_weight(module) is not None or (
