@@ -10,6 +10,14 @@ from omegaconf import DictConfig
 class Comparison(Callback):
     """Compares the jobs of a sweep at its end, and makes its exit code say whether all of them succeeded."""
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Warns of jobs that would fight for the cores."""
+        from qtrain.sweep import crowding
+
+        warning = crowding(config)
+        if warning is not None:
+            print(f"warning: {warning}", flush=True)
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints the comparison; writes comparison.csv, .png and .html beside the jobs.
 

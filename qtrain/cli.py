@@ -17,10 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from qtrain import sweep
 from qtrain.config import ConfigError, config_dir, hydra_arguments, objectives
 
 DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
-FAILED = float("nan")
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ def job(config: DictConfig) -> Any:
     from qtrain import distributed, pipeline
 
     settings = HydraConfig.get()
+    if settings.mode != RunMode.RUN and config.threads is None:
+        config.threads = sweep.THREADS
     try:
         report = pipeline.execute(config, Path(settings.runtime.output_dir), list(settings.overrides.task))
         if not distributed.is_first():  # it has no scores
@@ -41,7 +43,7 @@ def job(config: DictConfig) -> Any:
             raise
         # One bad job must not end a sweep; its report says what happened, and the sweep's end lists it.
         log.error(f"job {settings.job.num} failed: {err}")
-        values = [FAILED] * max(len(objectives(config)), 1)
+        return None  # which Optuna takes for a failed trial; of a number that is NaN it dies
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -92,6 +94,9 @@ def explain(err: BaseException) -> str:
     """Returns an error's text; for an unknown key, with the keys that there are."""
     if isinstance(err, OSError) and err.filename is not None:
         return f"{err.filename}: {err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders"
+    missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
+    if missing is not None:
+        return missing
     cause: BaseException | None = err
     while cause is not None:
         node = getattr(cause, "parent_node", None)

@@ -1,6 +1,5 @@
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -162,19 +161,14 @@ def test_objectives(job):
 
 
 def test_a_job_of_a_sweep_that_fails_is_worth_nothing(job):
-    assert math.isnan(job(MULTIRUN, error=RuntimeError("out of memory")))
+    assert job(MULTIRUN, error=RuntimeError("out of memory")) is None
     with pytest.raises(RuntimeError, match="out of memory"):
         job(RUN, error=RuntimeError("out of memory"))
 
 
-def test_a_job_that_fails_has_as_many_objectives_as_any(job):
-    values = job(MULTIRUN, "objective=[quantized.accuracy,quantized.loss]", error=ValueError("no"))
-    assert len(values) == 2 and all(map(math.isnan, values))
-
-
 @pytest.mark.parametrize("objective", ["fake.accuracy", "quantized.perplexity"])
 def test_an_objective_that_a_job_does_not_have(job, objective):
-    assert math.isnan(job(MULTIRUN, f"objective=[{objective}]", metrics=METRICS))
+    assert job(MULTIRUN, f"objective=[{objective}]", metrics=METRICS) is None
 
 
 def test_one_objective_without_brackets(job):

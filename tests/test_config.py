@@ -15,7 +15,7 @@ from qtrain.data.loaders import image_loaders
 
 CONF = Path(config_dir())
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
-CHOICES = [(path.parent.name, path.stem) for path in FILES if path.parent.name != "experiment"]
+CHOICES = [(path.parent.name, path.stem) for path in FILES if path.parent.name not in ("experiment", "sweep")]
 EXPERIMENTS = [path.stem for path in FILES if path.parent.name == "experiment"]
 
 
