@@ -140,8 +140,10 @@ class Progress:
         self.run_dir, self.folder, self.key = run_dir, run_dir / FOLDER, key
         self.signals, self.writes = signals, writes
         if not resume:
-            if writes:
+            if writes:  # another run's, where the folder is used again
                 self.remove()
+                for path in list(self._logs()):
+                    path.unlink()
             return
         states = [state for stage in STAGES if (state := self.read(stage)) is not None]
         if writes:

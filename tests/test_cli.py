@@ -8,7 +8,6 @@ import urllib.error
 import urllib.request
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import hydra
 import pytest
@@ -22,6 +21,7 @@ from qtrain.checkpoint import save_weights
 from qtrain.config import config_dir
 from qtrain.data.loaders import image_loaders
 from qtrain.model.mlp import MLP
+from qtrain.report import Report
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["trainer=smoke", "threads=1", "measure.repeats=1", "logger=none"]
@@ -30,15 +30,13 @@ TINY = [*QUICK, "model=mlp", "model.hidden=4", "data.val_size=10", "data.batch_s
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """command(*arguments): runs `qtrain` with them, on 40 made-up digits and without pictures, which take most of the
-    time; returns (exit code, all that was printed)."""
+    """command(*arguments): runs `qtrain` with them, on 40 made-up digits;
+    returns (exit code, all that was printed)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this puts it back
     images = torch.randint(0, 256, (40, 28, 28), dtype=torch.uint8)
     train, test = (images[:30], torch.arange(30) % 10), (images[30:], torch.arange(10))
     monkeypatch.setattr("qtrain.data.mnist.mnist_sample", lambda **options: image_loaders(train, test, **options))
-    monkeypatch.setattr("qtrain.plots.weights", lambda *_: None)
-    monkeypatch.setattr("qtrain.plots.confusion", lambda *_: None)
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
 
@@ -131,15 +129,38 @@ def test_a_job_that_does_not_resolve_leaves_a_report_too(command, tmp_path):
     assert [report["status"] for report in reports(tmp_path)] == ["failed"]
 
 
+def test_a_sweep_launched_again_runs_what_is_missing(command, tmp_path, monkeypatch):
+    sweep = ["-m", *TINY, "quant=ptq", f"hydra.sweep.dir={tmp_path}/sweep"]
+    ran = []
+    run = pipeline.run
+    monkeypatch.setattr(pipeline, "run", lambda config, *rest: (ran.append(config.seed), run(config, *rest)))
+    assert command(*sweep, "seed=0,1")[0] == 0 and ran == [0, 1]
+    first = [path.read_bytes() for path in sorted((tmp_path / "sweep").glob("*/report.json"))]
+    ran.clear()
+    code, text = command(*sweep, "seed=0,1,2")
+    assert code == 0 and ran == [2] and text.count("complete already") == 2
+    again = sorted((tmp_path / "sweep").glob("*/report.json"))
+    assert [path.read_bytes() for path in again][:2] == first and len(again) == 3
+    ran.clear()
+    failed = json.loads(again[1].read_text()) | {"status": "failed", "error": "no"}
+    again[1].write_text(json.dumps(failed))
+    again[2].unlink()
+    assert command(*sweep, "seed=0,1,2")[0] == 0 and ran == [1, 2]
+    ran.clear()
+    assert command(*sweep, "seed=0,1,2", "calib_batches=3")[0] == 0 and ran == [0, 1, 2]  # other runs
+
+
 @pytest.fixture
 def job(monkeypatch, tmp_path):
     """job(*overrides, metrics=... or error=...): what one job returns to a sweeper, when the run has such metrics."""
 
     def call(*overrides, metrics=None, error=None):
-        def execute(*_):
+        def execute(*_, **__):
             if error is not None:
                 raise error
-            return SimpleNamespace(metrics=metrics, quality="accuracy")
+            known = {"name": "a", "seed": 0, "config": {}, "overrides": [], "model": "b", "data": "c"}
+            sizes = {"quantized_file": 1234, "quantized": None}
+            return Report(**known, metrics=metrics, quality="accuracy", size_bytes=sizes)
 
         monkeypatch.setattr(pipeline, "execute", execute)
         place = [f"hydra.runtime.output_dir={tmp_path}", "hydra.job.num=0"]
@@ -158,6 +179,8 @@ MULTIRUN, RUN = "hydra.mode=MULTIRUN", "hydra.mode=RUN"
 def test_objectives(job):
     assert job(RUN, metrics=METRICS) == 0.75  # the task's own, of the converted model
     assert job(RUN, "objective=[quantized.loss,float.accuracy]", metrics=METRICS) == (1.0, 0.9)
+    both = job(RUN, "objective=[quantized.accuracy,size_bytes.quantized_file]", metrics=METRICS)
+    assert both == (0.75, 1234.0)
 
 
 def test_a_job_of_a_sweep_that_fails_is_worth_nothing(job):
@@ -166,7 +189,7 @@ def test_a_job_of_a_sweep_that_fails_is_worth_nothing(job):
         job(RUN, error=RuntimeError("out of memory"))
 
 
-@pytest.mark.parametrize("objective", ["fake.accuracy", "quantized.perplexity"])
+@pytest.mark.parametrize("objective", ["fake.accuracy", "quantized.perplexity", "size_bytes.quantized", "size_bytes"])
 def test_an_objective_that_a_job_does_not_have(job, objective):
     assert job(MULTIRUN, f"objective=[{objective}]", metrics=METRICS) is None
 

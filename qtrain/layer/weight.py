@@ -103,7 +103,7 @@ class IntegerWeight(nn.Module):
             scale, zero_point = scale[rows], zero_point if zero_point is None else zero_point[rows]
             steps = steps.unflatten(-1, (scale.shape[-1], -1))  # (N, groups, group_size)
             scale, zero_point = scale[..., None], zero_point if zero_point is None else zero_point[..., None]
-        steps = (steps if zero_point is None else steps - zero_point).mul_(scale)
+        steps = (steps if zero_point is None else steps.sub_(zero_point)).mul_(scale)
         return steps.flatten(-2) if scale.dim() else steps
 
     def matmul(self, x: Tensor) -> Tensor:
