@@ -1,16 +1,20 @@
 """Sizes, latency, memory and time."""
 
+import os
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qtrain.report import QUIET
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -49,17 +53,71 @@ def latency(
     result: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     for size in batch_sizes:
         batch = tuple(x[torch.arange(size) % len(x)] for x in inputs)
-        times = torch.empty(len(models), repeats, dtype=torch.float64)
-        for repeat in range(-warmup, repeats):
-            for row, model in enumerate(models.values()):
-                start = time.perf_counter()
-                model(*batch)
-                elapsed = time.perf_counter() - start
-                if repeat >= 0:
-                    times[row, repeat] = elapsed * 1e3
+        times = turns([partial(model, *batch) for model in models.values()], warmup, repeats)
         for name, row in zip(models, times, strict=True):
             result[name][str(size)] = {"median": float(row.median()), "p90": float(row.quantile(0.9))}
     return result
+
+
+@torch.no_grad()
+def turns(calls: Sequence[Callable[[], Any]], warmup: int, repeats: int) -> Tensor:
+    """Returns the times of `calls`, that take turns, in milliseconds: float64 (calls, repeats)."""
+    times = torch.empty(len(calls), repeats, dtype=torch.float64)
+    for repeat in range(-warmup, repeats):
+        for row, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            elapsed = time.perf_counter() - start
+            if repeat >= 0:
+                times[row, repeat] = elapsed * 1e3
+    return times
+
+
+def median_interval(values: Tensor) -> dict[str, float]:
+    """Returns {"median", "low", "high", "p90"} of (n,): low and high are the order statistics that hold the median of
+    the distribution, whatever it is, with 95 % confidence (W. J. Conover, Practical Nonparametric Statistics, 3.2).
+    """
+    ordered, n = values.sort().values, len(values)
+    half = 0.98 * n**0.5
+    low, high = max(round(n / 2 - half) - 1, 0), min(round(n / 2 + half), n - 1)
+    found = {"median": values.median(), "low": ordered[low], "high": ordered[high], "p90": values.quantile(0.9)}
+    return {name: float(value) for name, value in found.items()}
+
+
+class OtherLoad:
+    """While entered, watches how many CPU cores all other programs of this machine use together.
+
+    Attributes:
+        cores: the mean, once it is left; None where the system does not tell (it does on Linux).
+    """
+
+    cores: float | None = None
+
+    def __enter__(self) -> "OtherLoad":
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, busy = (after - before for after, before in zip(self._now(), self._before, strict=True))
+        if busy == busy:  # not NaN
+            self.cores = max(0.0, busy / wall) if wall > 0 else 0.0
+
+    @property
+    def contended(self) -> bool:
+        """Tells whether times taken meanwhile are doubtful."""
+        return (self.cores or 0) > QUIET
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        own = os.times()
+        busy = float("nan")
+        with suppress(OSError):
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+                int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+            )
+            ticks = user + nice + system + irq + softirq + steal
+            busy = ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
+        return own.elapsed, busy
 
 
 NEW_TOKENS, ROUNDS = 32, 5

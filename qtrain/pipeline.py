@@ -20,7 +20,15 @@ from qtrain.data.loaders import Loader
 from qtrain.evaluate import Scores, evaluate
 from qtrain.files import write_atomically
 from qtrain.loggers import JsonLines, Logger, Loggers
-from qtrain.measure import Stopwatch, generation_speed, latency, peak_memory_bytes, reset_peak_memory, weight_bytes
+from qtrain.measure import (
+    OtherLoad,
+    Stopwatch,
+    generation_speed,
+    latency,
+    peak_memory_bytes,
+    reset_peak_memory,
+    weight_bytes,
+)
 from qtrain.report import Report, versions
 from qtrain.resume import Interrupted, Progress, Signals, said_how
 from qtrain.truth import TruthError, finite_outputs, require_finite_weights
@@ -262,8 +270,10 @@ def describe(
     simulated = parts.quantizer.simulated
     models = {"float": float_model} if simulated else {"float": float_model, "quantized": quantized}
     measure = OmegaConf.to_container(config.measure)
-    report.latency_ms = latency(models, sample, **measure)  # type: ignore[arg-type]
-    report.tokens_per_s = generation_speed(models, sample[0][:1, :1])
+    with OtherLoad() as others:
+        report.latency_ms = latency(models, sample, **measure)  # type: ignore[arg-type]
+        report.tokens_per_s = generation_speed(models, sample[0][:1, :1])
+    report.other_load = others.cores
     report.size_bytes = {name: weight_bytes(model) for name, model in models.items()}
     if simulated:  # float tensors: neither their size nor their speed is that of the integers
         report.latency_ms["quantized"] = report.size_bytes["quantized"] = None  # type: ignore[assignment]

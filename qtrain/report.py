@@ -11,6 +11,7 @@ from qtrain.files import write_json
 
 SCHEMA = 1
 FILE_NAME = "report.json"
+QUIET = 0.25  # CPU cores that other programs may use while a latency is measured
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,7 @@ class Report:
     coverage: dict[str, Any] = field(default_factory=dict)
     size_bytes: dict[str, Any] = field(default_factory=dict)
     latency_ms: dict[str, Any] = field(default_factory=dict)
+    other_load: float | None = None  # CPU cores that other programs used while latency was measured
     tokens_per_s: dict[str, float] = field(default_factory=dict)
     threads: int | None = None
     device: str | None = None

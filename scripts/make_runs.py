@@ -44,6 +44,7 @@ def write_run(
     lr: float = 0.001,
     size_kb: tuple[float, float | None] = (800.0, 200.0),
     latency_ms: tuple[float, float | None] = (0.4, 0.2),
+    other_load: float = 0.0,
     seconds: float = 10.0,
     simulated: bool = False,
     overrides: tuple[str, ...] = (),
@@ -56,6 +57,7 @@ def write_run(
         scores: what examples.pt holds: "float", "quantized" and perhaps "fake", (N,); uint8 are right-or-wrong scores,
             floats are losses.
         size_kb, latency_ms: float and quantized.
+        other_load: CPU cores that other programs used meanwhile.
         settings: more of the config, laid over its top level.
         curves: points of the training curves.
     """
@@ -112,6 +114,7 @@ def write_run(
         coverage={"params_quantized": 0.99, "macs_quantized": 1.0, "float_layers": {}},
         size_bytes={"float": sizes[0], "quantized": sizes[1], "float_file": sizes[0], "quantized_file": sizes[1]},
         latency_ms=dict(zip(("float", "quantized"), medians, strict=True)),
+        other_load=other_load,
         threads=2,
         device="cpu",
         time_s={"float_training": seconds / 2, "calibration": seconds / 2},

@@ -55,6 +55,8 @@ def launched(settings):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_starts_a_sweep_and_says_how(settings, preset):
+    if preset == "optuna":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra optuna")
     config = settings(f"sweep={preset}")
     assert config.hydra.mode.name == "MULTIRUN" and config.hydra.sweeper.params
     assert f"#   qtrain sweep={preset}" in (CONF / "sweep" / f"{preset}.yaml").read_text()

@@ -159,7 +159,8 @@ def group(section: Section, names: Sequence[str]) -> Section:
         cells = {name: keys.label(quantized[0].runs[0], name) for name in names}
         cells["runs"] = len(quantized)
         cells["seeds"] = len({row.cells["seed"] for row in quantized})
-        cells["simulated"] = any(row.cells["simulated"] for row in quantized)
+        for fact in ("simulated", "contended"):
+            cells[fact] = any(row.cells[fact] for row in quantized)
         for key in AVERAGED:
             cells[key], cells[f"{key}_sd"] = _mean_and_sd(quantized, key)
         for key in ("difference", "baseline_difference"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtrain.report import FILE_NAME, load_report
+from qtrain.report import FILE_NAME, QUIET, load_report
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,7 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         "size_ratio": None if is_float or size is None else size / _positive(sizes["float_file"]),
         "latency_ms": fast,
         "latency_ratio": None if is_float or fast is None or slow is None else fast / slow,
+        "contended": (report.get("other_load") or 0) > QUIET,
         "tokens_per_s": (report.get("tokens_per_s") or {}).get("float" if is_float else "quantized"),
         "seconds": sum(_number(t) for t in report["time_s"].values()),
     }

@@ -9,7 +9,7 @@ from qtrain.leaderboard.runs import Failure
 from qtrain.leaderboard.statistics import ALPHA
 
 NONE = "-"
-UNSURE, FRONT = "~", "*"
+UNSURE, FRONT, CONTENDED = "~", "*", "!"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def _number(key: str, header: str, digits: int, suffix: str = "", hide_float: bo
         if found is None or (hide_float and row.cells.get("method") == "none"):
             return NONE
         spread = f" ± {sd:.{digits}f}" if sd is not None and key in ("float", "fake") else ""
-        return f"{found:.{digits}f}{suffix}{spread}"
+        mark = CONTENDED if key == "latency_ms" and row.cells["contended"] else ""
+        return f"{found:.{digits}f}{suffix}{spread}{mark}"
 
     return Column(key, header, text, lambda row: row.cells.get(key))
 
@@ -140,6 +141,8 @@ def legend(sections: Sequence[Section]) -> list[str]:
         lines.append("?: significance not tested")
     if any("(sim)" in text for text in texts):
         lines.append("(sim): simulated in float; there is no integer model, so neither size nor latency")
+    if any(text.endswith(CONTENDED) for text in texts):
+        lines.append(f"{CONTENDED}: measured while other programs used the CPU; qtrain-bench RUN... measures again")
     lines.append(f"{FRONT}: on the Pareto front of {names}, size and latency of its table")
     return lines
 

@@ -112,3 +112,12 @@ def test_failures_follow_the_tables(runs, count, word):
         f"{count} {word} without a result:\n  {runs.folder}/bad0: ValueError: first line [quant=qat seed=0]\n" in text
     )
     assert "second line" not in text
+
+
+def test_a_latency_beside_other_programs_is_marked(runs):
+    runs.write("quiet", other_load=0.1, latency_ms=(0.4, 0.123))
+    runs.write("busy", other_load=1.5, latency_ms=(0.4, 0.234), seed=1)
+    text = compare([runs.folder]).text()
+    assert "0.234!" in text and "0.123!" not in text and "!: measured while other programs used the CPU" in text
+    assert "!: measured" not in compare([runs.folder / "quiet"]).text()
+    assert "!" in compare([runs.folder], group_by=["method"]).text()
