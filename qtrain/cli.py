@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qtrain import sweep
-from qtrain.config import MEASURED, ConfigError, config_dir, hydra_arguments, objectives
+from qtrain.config import ConfigError, config_dir, hydra_arguments, objectives
 
 DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
 
@@ -32,18 +31,16 @@ def job(config: DictConfig) -> Any:
     from qtrain import distributed, pipeline
 
     settings = HydraConfig.get()
-    run_dir = Path(settings.runtime.output_dir)
     if settings.mode != RunMode.RUN and config.threads is None:
         config.threads = sweep.THREADS
     try:
-        done = sweep.completed(config, run_dir) if settings.mode != RunMode.RUN else None
-        if done is None:
-            resume = settings.mode != RunMode.RUN and sweep.was_begun(config, run_dir)
-            report = pipeline.execute(config, run_dir, list(settings.overrides.task), resume=resume)
-            if not distributed.is_first():  # it has no scores
-                return None
-            done = asdict(report)
-        values = [_select(done, path) for path in objectives(config) or [f"quantized.{done['quality']}"]]
+        execute = pipeline.execute if settings.mode == RunMode.RUN else sweep.carry_out
+        report = execute(config, Path(settings.runtime.output_dir), list(settings.overrides.task))
+        if not distributed.is_first():  # it has no scores
+            return None
+        values = [_select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]]
+    except sweep.Occupied:  # no report can say so
+        raise
     except Exception as err:
         if settings.mode == RunMode.RUN:
             raise
@@ -53,12 +50,18 @@ def job(config: DictConfig) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _select(report: dict[str, Any], objective: str) -> float:
-    found: Any = report if objective.startswith(MEASURED) else report["metrics"]
-    for part in objective.split("."):
-        found = found.get(part) if isinstance(found, dict) else None
-    if not isinstance(found, int | float):
-        raise ConfigError(f"objective={objective}: this run has no such number")
+def _select(report: Any, objective: str) -> float:
+    """Returns the number that an objective names; size and latency are those of the converted model."""
+    found: Any = report.metrics
+    path = objective.split(".")
+    if objective == "size_bytes":
+        found, path = report.size_bytes, ["quantized_file"]
+    elif objective == "latency_ms":
+        found, path = report.latency_ms, ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"]
+    for part in path:
+        found = (found or {}).get(part)
+    if found is None:
+        raise ConfigError(f"objective={objective}: this run has no such metric")
     return float(found)
 
 

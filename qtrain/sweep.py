@@ -1,14 +1,15 @@
 """The jobs of a sweep: how many run at once, on how many threads, and which of them are already done."""
 
-import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
-from qtrain.report import FILE_NAME, load_report
+from qtrain.report import FILE_NAME, Report, load_report, versions
 
 # Float results depend on the number of threads: in the last bits at first, and after an epoch of training visibly. With
 # one thread a job has the same results under every launcher, alone or beside others; jobs are what uses the cores.
@@ -18,27 +19,8 @@ EXTRAS = ("joblib", "optuna", "submitit", "ray")
 log = logging.getLogger(__name__)
 
 
-def completed(config: DictConfig, run_dir: Path) -> dict[str, Any] | None:
-    """Returns the report of the job that `run_dir` holds, if it is complete and has this config; else None."""
-    from qtrain.config import resolve  # not above: it imports torch, and Hydra's callbacks import this module
-
-    try:
-        report = load_report(run_dir / FILE_NAME)
-    except ValueError:
-        return None
-    if report["status"] != "ok" or report["config"] != json.loads(json.dumps(OmegaConf.to_container(resolve(config)))):
-        return None
-    log.info(f"complete already: {run_dir}")
-    return report
-
-
-def was_begun(config: DictConfig, run_dir: Path) -> bool:
-    """Tells whether `run_dir` holds the state of an unfinished run of this config, to go on from."""
-    from qtrain.config import resolve
-
-    if not (run_dir / "resume").is_dir() or not (run_dir / "config.yaml").is_file():
-        return False
-    return bool(OmegaConf.load(run_dir / "config.yaml") == resolve(config))
+class Occupied(ValueError):
+    """A job's folder holds a finished run that is not the job's."""
 
 
 def extra_for(missing_config: str | None) -> str | None:
@@ -69,10 +51,48 @@ def jobs_at_once(hydra_config: DictConfig) -> float:
 def crowding(config: DictConfig) -> str | None:
     """Returns a warning if the jobs of this sweep would fight for the cores, or None."""
     cores, jobs = os.cpu_count() or 1, jobs_at_once(config.hydra)
-    threads = config.get("threads") or THREADS
+    threads = config.threads or THREADS
     if jobs == float("inf"):
         limit = max(1, cores // threads)
         return f"all jobs of the sweep start at once on {cores} cores; hydra.sweeper.max_batch_size={limit} limits them"
     if jobs > 1 and jobs * threads > cores:
         return f"{jobs:.0f} jobs at once with {threads} threads each on {cores} cores will slow each other down"
     return None
+
+
+def carry_out(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report:
+    """Carries out a job in its folder, unless it is done; returns its report.
+
+    A job that was killed goes on from its last state, to the same bits. One that failed begins anew, for what made it
+    fail may have been mended.
+
+    Raises:
+        Occupied: the folder holds a finished run of another config.
+        Exception: what `pipeline.execute` raises.
+    """
+    from qtrain import pipeline
+    from qtrain.config import ConfigError, resolve
+
+    try:
+        wanted = OmegaConf.to_yaml(resolve(config))
+    except ConfigError:
+        wanted = None  # the run will say so, in its report
+    with FileLock(run_dir / ".lock"):  # the process of a sweep that was killed may still be at this job
+        before = run_dir / "config.yaml"
+        is_same = before.is_file() and before.read_text() == wanted
+        try:
+            report = load_report(run_dir / FILE_NAME)
+        except ValueError:  # there is none, or a broken one
+            report = {"status": None}
+        if report["status"] == "ok":
+            if not is_same or report["versions"] != versions():
+                raise Occupied(
+                    f"hydra.sweep.dir={run_dir.parent}: {run_dir.name} holds a finished run of another config or "
+                    "version; name another folder, or delete this run"
+                )
+            log.info(f"{run_dir.name}: done before, skipped")
+            return Report(**report)
+        if not is_same or report["status"] == "failed":
+            shutil.rmtree(run_dir / "resume", ignore_errors=True)
+        (run_dir / FILE_NAME).unlink(missing_ok=True)
+        return pipeline.execute(config, run_dir, overrides, resume=True)

@@ -129,25 +129,33 @@ def test_a_job_that_does_not_resolve_leaves_a_report_too(command, tmp_path):
     assert [report["status"] for report in reports(tmp_path)] == ["failed"]
 
 
-def test_a_sweep_launched_again_runs_what_is_missing(command, tmp_path, monkeypatch):
-    sweep = ["-m", *TINY, "quant=ptq", f"hydra.sweep.dir={tmp_path}/sweep"]
-    ran = []
-    run = pipeline.run
-    monkeypatch.setattr(pipeline, "run", lambda config, *rest: (ran.append(config.seed), run(config, *rest)))
-    assert command(*sweep, "seed=0,1")[0] == 0 and ran == [0, 1]
-    first = [path.read_bytes() for path in sorted((tmp_path / "sweep").glob("*/report.json"))]
-    ran.clear()
-    code, text = command(*sweep, "seed=0,1,2")
-    assert code == 0 and ran == [2] and text.count("complete already") == 2
-    again = sorted((tmp_path / "sweep").glob("*/report.json"))
-    assert [path.read_bytes() for path in again][:2] == first and len(again) == 3
-    ran.clear()
-    failed = json.loads(again[1].read_text()) | {"status": "failed", "error": "no"}
-    again[1].write_text(json.dumps(failed))
-    again[2].unlink()
-    assert command(*sweep, "seed=0,1,2")[0] == 0 and ran == [1, 2]
-    ran.clear()
-    assert command(*sweep, "seed=0,1,2", "calib_batches=3")[0] == 0 and ran == [0, 1, 2]  # other runs
+def test_a_sweep_launched_again_does_what_is_left(command, tmp_path, monkeypatch):
+    sweep = ["-m", *TINY, "quant=ptq", "seed=0,1,2,3", f"hydra.sweep.dir={tmp_path}/outputs/sweep"]
+    run, seen = pipeline.run, []
+
+    def killed(config, *others):
+        seen.append(config.seed)
+        if config.seed == 1:
+            raise RuntimeError("out of memory")
+        if config.seed == 2:
+            raise SystemExit(137)  # no later job begins
+        run(config, *others)
+
+    monkeypatch.setattr(pipeline, "run", killed)
+    assert command(*sweep)[0] == 137 and seen == [0, 1, 2]
+    seen.clear()
+    monkeypatch.setattr(pipeline, "run", lambda config, *others: (seen.append(config.seed), run(config, *others)))
+    done = tmp_path / "outputs" / "sweep" / "0_mlp_ptq" / "report.json"
+    before = done.read_bytes()
+    code, text = command(*sweep)
+    assert (code, seen) == (0, [1, 2, 3]) and "0_mlp_ptq: done before, skipped" in text
+    assert done.read_bytes() == before
+    assert [report["status"] for report in reports(tmp_path)] == ["ok"] * 4
+    assert command(*sweep)[0] == 0 and seen == [1, 2, 3]
+
+    code, text = command(*sweep, "optimizer.lr=0.5")
+    assert code == 1 and "0_mlp_ptq holds a finished run of another config" in text
+    assert done.read_bytes() == before and seen == [1, 2, 3]
 
 
 @pytest.fixture
@@ -158,9 +166,11 @@ def job(monkeypatch, tmp_path):
         def execute(*_, **__):
             if error is not None:
                 raise error
-            known = {"name": "a", "seed": 0, "config": {}, "overrides": [], "model": "b", "data": "c"}
-            sizes = {"quantized_file": 1234, "quantized": None}
-            return Report(**known, metrics=metrics, quality="accuracy", size_bytes=sizes)
+            config = {"measure": {"batch_sizes": [1, 64]}}
+            report = Report(name="a", seed=0, config=config, overrides=[], model="b", data="c")
+            report.metrics, report.quality = metrics, "accuracy"
+            report.size_bytes, report.latency_ms = {"quantized_file": 2000}, {"quantized": {"1": {"median": 0.5}}}
+            return report
 
         monkeypatch.setattr(pipeline, "execute", execute)
         place = [f"hydra.runtime.output_dir={tmp_path}", "hydra.job.num=0"]
@@ -179,8 +189,7 @@ MULTIRUN, RUN = "hydra.mode=MULTIRUN", "hydra.mode=RUN"
 def test_objectives(job):
     assert job(RUN, metrics=METRICS) == 0.75  # the task's own, of the converted model
     assert job(RUN, "objective=[quantized.loss,float.accuracy]", metrics=METRICS) == (1.0, 0.9)
-    both = job(RUN, "objective=[quantized.accuracy,size_bytes.quantized_file]", metrics=METRICS)
-    assert both == (0.75, 1234.0)
+    assert job(RUN, "objective=[quantized.accuracy,size_bytes,latency_ms]", metrics=METRICS) == (0.75, 2000, 0.5)
 
 
 def test_a_job_of_a_sweep_that_fails_is_worth_nothing(job):
@@ -189,7 +198,7 @@ def test_a_job_of_a_sweep_that_fails_is_worth_nothing(job):
         job(RUN, error=RuntimeError("out of memory"))
 
 
-@pytest.mark.parametrize("objective", ["fake.accuracy", "quantized.perplexity", "size_bytes.quantized", "size_bytes"])
+@pytest.mark.parametrize("objective", ["fake.accuracy", "quantized.perplexity"])
 def test_an_objective_that_a_job_does_not_have(job, objective):
     assert job(MULTIRUN, f"objective=[{objective}]", metrics=METRICS) is None
 
