@@ -39,6 +39,15 @@ def engine(request):
     return request.param
 
 
+@pytest.fixture
+def full_range_bits():
+    """full_range_bits(engine): bits of weights beside which activations of 0..255 saturate no kernel.
+
+    Without VNNI, x86 CPUs sum two products in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
+    """
+    return lambda engine="auto": 8 if engine == "qnnpack" or torch.cpu._is_vnni_supported() else 7
+
+
 def _spec(fields):
     return QuantSpec(**{"observer": eager.minmax, **(fields or {})})
 

@@ -35,6 +35,7 @@ def calibrated(quantizer, model, *inputs):
 
 
 @pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")  # torch's own qconfigs
+@pytest.mark.filterwarnings("ignore:Default qconfig of oneDNN backend with reduce_range of false:UserWarning")
 @pytest.mark.parametrize("name", eager.ENGINES)
 def test_defaults_are_those_of_torchs_qconfig(name):
     default = tq.get_default_qconfig(name)
@@ -65,10 +66,11 @@ def test_what_is_set_is_not_overruled(engine):
 @pytest.mark.parametrize("weight", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("activation", [True, False], ids=["symmetric_activation", "asymmetric_activation"])
 def test_every_combination_converts_and_stays_close_or_is_refused(
-    engine, granularity, weight, activation, reduce_range, convnet, images, make_ptq
+    engine, granularity, weight, activation, reduce_range, convnet, images, make_ptq, full_range_bits
 ):
+    bits = 8 if reduce_range else full_range_bits(engine)
     specs = {
-        "weight": {"symmetric": weight, "granularity": granularity},
+        "weight": {"symmetric": weight, "granularity": granularity, "bits": bits},
         "activation": {"symmetric": activation, "reduce_range": reduce_range},
     }
     if engine == "onednn" and not weight:
@@ -593,12 +595,12 @@ def test_an_embedding_set_to_float_runs(is_qat, make_ptq, make_qat):
     [((0,), []), ((0, 2), []), ((0, 1), [(0, 1)]), ((0, 1, 2), [(0, 1, 2)])],
     ids=["conv", "conv_then_relu", "conv_bn", "conv_bn_relu"],
 )
-def test_conv1d_trains_with_quantized_weights(layers, fuse, between, make_qat, train):
+def test_conv1d_trains_with_quantized_weights(layers, fuse, between, make_qat, train, full_range_bits):
     x = FEATURES[..., 0]
     conv1d = [nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU()]
     model = between(*(conv1d[i] for i in layers), fuse=fuse)
     # The full range, so that simulation and kernel clip alike what batch-norm puts out of range in eval mode.
-    quantizer = make_qat(activation={"reduce_range": False})
+    quantizer = make_qat(weight={"bits": full_range_bits()}, activation={"reduce_range": False})
     prepared = train(quantizer, calibrated(quantizer, model, x), x, epochs=2)
     assert list(eager.weight_points(prepared)) == ["body.0"]
     quantized = quantizer.convert(prepared)

@@ -188,11 +188,10 @@ def test_simulation_agrees_with_the_converted_model(engine, model, images, make_
 
 
 @pytest.mark.parametrize("bits, ties", [(2, 0.5), (4, 0.5), (7, 0.1), (8, 0.1)], ids=["2", "4", "7", "8"])
-def test_each_layers_simulation_rounds_as_its_kernel_does(bits, ties, engine, model, images, make_ptq):
+def test_each_layers_simulation_rounds_as_its_kernel_does(bits, ties, engine, model, images, make_ptq, full_range_bits):
     """Given the same integers, both come to the same but where halfway between two: often, with few weights' values."""
-    # Two products of 255 and 64, as of 7-bit weights, fit the 16 bits in which some CPUs sum them up; not 255 and 128.
-    reduced = bits == 8 and engine != "qnnpack" and not torch.cpu._is_vnni_supported()
-    quantizer = make_ptq(engine, weight={"bits": bits}, activation={"reduce_range": reduced})
+    reduce_range = bits > full_range_bits(engine)
+    quantizer = make_ptq(engine, weight={"bits": bits}, activation={"reduce_range": reduce_range})
     prepared = calibrated(quantizer, model, images)
     fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
     seen = {}

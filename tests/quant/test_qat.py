@@ -189,11 +189,11 @@ def test_a_batch_norm_factor_of_zero_behind_a_linear_layer_trains_or_is_refused(
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_convolutions_of_any_dimension_train(dims, between, make_qat, train):
+def test_convolutions_of_any_dimension_train(dims, between, make_qat, train, full_range_bits):
     conv, bn = (getattr(nn, f"{name}{dims}d") for name in ("Conv", "BatchNorm"))
     model = between(conv(2, 3, 3), bn(3), nn.ReLU(), fuse=[(0, 1, 2)])
     x = torch.randn(8, 2, *[5] * dims)
-    quantizer = make_qat(activation={"reduce_range": False})
+    quantizer = make_qat(weight={"bits": full_range_bits()}, activation={"reduce_range": False})
     prepared = train(quantizer, calibrated(quantizer, model, x), x)
     assert list(eager.weight_points(prepared)) == ["body.0"]
     assert decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 20
@@ -202,8 +202,9 @@ def test_convolutions_of_any_dimension_train(dims, between, make_qat, train):
 # ---- simulation and conversion ---------------------------------------------------------------------------------------
 
 
-def test_simulation_agrees_with_the_converted_model(engine, model, images, make_qat, train):
-    quantizer = make_qat(engine, activation={"reduce_range": False})  # both clip at 0..255
+def test_simulation_agrees_with_the_converted_model(engine, model, images, make_qat, train, full_range_bits):
+    weight, activation = {"bits": full_range_bits(engine)}, {"reduce_range": False}  # both clip at 0..255
+    quantizer = make_qat(engine, weight=weight, activation=activation)
     prepared = train(quantizer, calibrated(quantizer, model, images), images)
     fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
     last = quantized.linear2 if hasattr(quantized, "conv1") else quantized.linear3
