@@ -6,7 +6,7 @@ T. Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at
 import torch
 from torch import Tensor, nn
 
-from qtrain.layer.weight import IntegerWeight, absmax_rows, int8_matmul
+from qtrain.layer.weight import IntegerWeight
 
 
 class LLMInt8Linear(nn.Module):
@@ -29,27 +29,23 @@ class LLMInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
-        magnitude = rows.abs()
-        largest = magnitude.amax(1, keepdim=True)
-        if self.threshold is None or largest.max() < self.threshold:
-            y = self._multiply(rows, largest)
+        product = self.weight.product()
+        assert product is not None, "the weight is symmetric, with one scale a row"
+        if self.threshold is None or torch.linalg.vector_norm(rows, torch.inf) < self.threshold:
+            y = product.whole(rows)
         else:
-            outliers = self.outlier_columns(magnitude)
-            y = self._multiply(rows.index_fill(1, outliers, 0))
+            outliers = self.outlier_columns(rows)
+            y = product.whole(rows.index_fill(1, outliers, 0))
             columns = self.weight.data[:, outliers].float() * self.weight.scale  # (N, outliers)
             y.addmm_(rows[:, outliers], columns.T)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def _multiply(self, rows: Tensor, largest: Tensor | None = None) -> Tensor:
-        integers, scale = absmax_rows(rows, largest)
-        return torch.mul(int8_matmul(integers, self.weight.data), scale).mul_(self.weight.scale.T)
-
-    def outlier_columns(self, magnitude: Tensor) -> Tensor:
-        """Returns the indices (outliers,) of the columns of magnitudes (M, K) to keep in float."""
+    def outlier_columns(self, rows: Tensor) -> Tensor:
+        """Returns the indices (outliers,) of the columns of (M, K) to keep in float."""
         assert self.threshold is not None
-        return torch.nonzero(magnitude.amax(0) >= self.threshold).flatten()
+        return torch.nonzero(torch.linalg.vector_norm(rows, torch.inf, 0) >= self.threshold).flatten()
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"

@@ -4,6 +4,7 @@ Shapes: a weight is (N, K), rows N (output features, or entries of an embedding)
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,39 +12,9 @@ from torch.nn import functional as F
 
 from qtrain.functional import affine, packing
 from qtrain.functional.spec import QuantSpec
+from qtrain.layer.int8_product import Int8Product
 
 FEW_ROWS = 4  # up to so many rows of input, float16 kernels of CPUs are faster than a copy of the weight in float32
-
-
-def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a @ b.T in whole numbers: int32, or float32 that holds the same.
-
-    Where the CPU has no VNNI its 8-bit kernels saturate 16-bit sums in silence, and GPUs have none for a few rows:
-    there float32 does it, exact as long as a sum stays below 2^24.
-
-    Args:
-        a: int8 (M, K), within -127..127.
-        b: int8 (N, K).
-
-    Returns:
-        (M, N).
-    """
-    if a.device.type == "cpu" and torch.cpu._is_vnni_supported():
-        return torch._int_mm(a, b.T)
-    if a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0:
-        return torch._int_mm(a, b.T)
-    return a.float() @ b.float().T
-
-
-def absmax_rows(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Returns (int8 (M, K), scale (M, 1)), each row of x (M, K) divided by its largest magnitude over 127.
-
-    Args:
-        largest: the magnitudes (M, 1), where they are known already.
-    """
-    largest = x.abs().amax(1, keepdim=True) if largest is None else largest
-    scale = largest.clamp(min=127 * torch.finfo(x.dtype).tiny).div_(127)
-    return (x / scale).round_().to(torch.int8), scale
 
 
 class IntegerWeight(nn.Module):
@@ -61,6 +32,7 @@ class IntegerWeight(nn.Module):
     data: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    _product: tuple[Tensor, Tensor, tuple[int, int], Int8Product] | None = None  # and what it was made of
 
     def __init__(self, weight: Tensor, spec: QuantSpec) -> None:
         super().__init__()
@@ -109,17 +81,32 @@ class IntegerWeight(nn.Module):
     def matmul(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T, (..., K) -> (..., N), in x's dtype.
 
-        Symmetric rows are multiplied as integers. x becomes two digits of 8 bits, so that its rounding error is below
-        2^-15 of each row's largest value, and the products are exact: as good as float16, at the speed of int8.
+        Symmetric rows are multiplied as integers. x becomes two digits of whole numbers, so that it is rounded by less
+        than 2^-13.9 of each row's largest value, and the sums are exact: as good as float16, at the speed of int8.
         """
-        if not self.signed or self.scale.dim() and self.scale.shape[-1] > 1:
+        product = self.product()
+        if product is None:
             return F.linear(x, self.dequantize().to(x.dtype))
         rows = x.reshape(-1, self.shape[1]).float()
-        high, step = absmax_rows(rows)
-        low = torch.addcmul(rows, high, step, value=-1).div_(step / 254).round_().to(torch.int8)  # within -127..127
-        digits = int8_matmul(torch.cat([high, low]), self.int_repr()).view(2, len(rows), -1)
-        y = torch.add(digits[0], digits[1] / 254).mul_(step).mul_(self.scale.flatten())
+        y = product.precise(rows)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def product(self) -> Int8Product | None:
+        """Returns what multiplies with these integers; None where rows have several scales or a zero point.
+
+        It is made when it is first asked for, and anew whenever the integers have changed or moved.
+        """
+        data, scale = self.data, self.scale
+        if self.zero_point is not None or scale.dim() and scale.shape[-1] > 1:
+            return None
+        made = self._product
+        if made is None or made[0] is not data or made[1] is not scale or made[2] != (data._version, scale._version):
+            product = Int8Product(self.int_repr(), scale.flatten())
+            self._product = made = data, scale, (data._version, scale._version), product
+        return made[3]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_product": None}  # a copy makes its own
 
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, bits={self.bits}, scale={tuple(self.scale.shape)}, symmetric={self.signed}"
