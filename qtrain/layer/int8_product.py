@@ -48,16 +48,19 @@ class Int8Product:
         has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
         self.packed = _pack(integers, scale) if needs_fbgemm and has_fbgemm else None
 
-    def whole(self, x: Tensor) -> Tensor:
-        """Returns the product with x in 8 bits a row: `round(127 x / max|x|)`.
+    def whole(self, x: Tensor, largest: Tensor) -> Tensor:
+        """Returns the product with x in 8 bits a row: `round(127 x / largest)`.
 
         Args:
             x: float32 (M, K).
+            largest: the largest magnitude of each row, (M, 1), as of `row_magnitudes`.
         """
-        step = _largest(x).div_(127)
-        if self.packed is None or len(x) > FEW_ROWS:
-            return int8_matmul((x / step).round_().to(torch.int8), self.integers).mul(step).mul_(self.scale)
+        step = largest / 127
         steps = x / step
+        if has_kernel(x, self.integers):
+            return int8_matmul(steps.round_().to(torch.int8), self.integers).mul(step).mul_(self.scale)
+        if self.packed is None or len(x) > FEW_ROWS:
+            return (steps.round_() @ self.integers.float().T).mul_(step).mul_(self.scale)
         # The kernel cuts off below 0: what it multiplies is the positive part of x and its negative part, 7 bits each.
         parts = _unsigned(torch.cat([steps, -steps]), 0, self.packed)
         return (parts[: len(x)] - parts[len(x) :]).mul_(step)
@@ -72,21 +75,21 @@ class Int8Product:
             x: float32 (M, K).
         """
         if self.packed is not None and len(x) <= FEW_ROWS:
-            step = _largest(x).div_(64)
+            step = row_magnitudes(x).div_(64)
             steps = x / step
             high = steps.round()
             parts = _unsigned(torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.packed)
             return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(step)
         if not has_kernel(x, self.integers):
             return (x @ self.integers.float().T).mul_(self.scale)
-        step = _largest(x).div_(127)
+        step = row_magnitudes(x).div_(127)
         high = (x / step).round_()
         low = torch.addcmul(x, high, step, value=-1).div_(step / 254).round_()  # within -127..127
         parts = int8_matmul(torch.cat([high, low]).to(torch.int8), self.integers).view(2, len(x), -1)
         return torch.add(parts[0], parts[1] / 254).mul_(step).mul_(self.scale)
 
 
-def _largest(x: Tensor) -> Tensor:
+def row_magnitudes(x: Tensor) -> Tensor:
     """Returns the largest magnitude of each row (M, 1), raised to where a fraction of it is still a normal number."""
     return torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True).clamp_(min=256 * torch.finfo(x.dtype).tiny)
 

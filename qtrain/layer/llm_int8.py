@@ -6,6 +6,7 @@ T. Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at
 import torch
 from torch import Tensor, nn
 
+from qtrain.layer.int8_product import row_magnitudes
 from qtrain.layer.weight import IntegerWeight
 
 
@@ -31,11 +32,13 @@ class LLMInt8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
         product = self.weight.product()
         assert product is not None, "the weight is symmetric, with one scale a row"
-        if self.threshold is None or torch.linalg.vector_norm(rows, torch.inf) < self.threshold:
-            y = product.whole(rows)
+        largest = row_magnitudes(rows)
+        if self.threshold is None or largest.max() < self.threshold:
+            y = product.whole(rows, largest)
         else:
             outliers = self.outlier_columns(rows)
-            y = product.whole(rows.index_fill(1, outliers, 0))
+            regular = rows.index_fill(1, outliers, 0)
+            y = product.whole(regular, row_magnitudes(regular))
             columns = self.weight.data[:, outliers].float() * self.weight.scale  # (N, outliers)
             y.addmm_(rows[:, outliers], columns.T)
         if self.bias is not None:
