@@ -119,8 +119,10 @@ def write(
         logger.text("samples", "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()), 0)
     if report.qparams:
         logger.text("qparams", qparams_table(report), 0)
-    table = (*(f"{task.quality}/{kind}" for kind in scores), "size_kb/quantized_file", "latency_ms/quantized_batch_1")
-    logger.hparams(hparams(report), {name: scalars[name] for name in table if name in scalars})
+    batch = report.config["measure"]["batch_sizes"][0]
+    columns = [f"{task.quality}/{kind}" for kind in ("quantized", "fake", "float")]
+    columns += ["size_kb/quantized_file", f"latency_ms/quantized_batch_{batch}"]
+    logger.hparams(hparams(report), {name: scalars[name] for name in columns if name in scalars})
     for line in summary(report, task.quality):
         log.info(line)
 
@@ -134,7 +136,8 @@ def figures(report: Report, pairs: plots.Pairs, scores: dict[str, Scores | None]
         activations = {name: value for name, value in report.truth["sqnr_db"].items() if value is not None}
         yield "quantization_noise", plots.noise(kinds | ({"activations": activations} if activations else {}))
     for kind, score in scores.items():
-        if score is not None and "confusion" in score.metrics:
+        is_new = kind != "quantized" or report.quant["method"] != "none"
+        if is_new and score is not None and "confusion" in score.metrics:
             yield f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind)
 
 
@@ -152,17 +155,21 @@ def final_scalars(report: Report, quality: str) -> dict[str, float]:
 
 
 def hparams(report: Report) -> dict[str, Any]:
-    """Returns the settings that comparisons are made over."""
-    weight, activation = report.quant["weight"] or {}, report.quant["activation"] or {}
+    """Returns the settings that comparisons are made over; "-" where the method has no such thing.
+
+    TensorBoard sorts them by name and shows five unasked: hence the names.
+    """
+    activation, rates = report.quant["activation"] or {}, {"rate": report.config, "rate of QAT": report.config["quant"]}
+    bits = [str(spec["bits"]) for spec in (report.quant["weight"], activation) if spec]
     return {
-        "model": report.model,
-        "data": report.data,
+        "bits": "/".join(bits) or "-",
+        "engine": report.quant["engine"] or "-",
         "method": report.quant["method"],
-        "engine": report.quant["engine"],
-        "bits": f"W{weight.get('bits', 32)}A{activation.get('bits', 32)}",
-        "observer": activation.get("observer"),
+        "network": report.model,
+        "observer": activation.get("observer") or "-",
         "seed": report.seed,
-        "lr": report.config["optimizer"].get("lr"),
+        "trained on": report.data,
+        **{name: part["optimizer"]["lr"] for name, part in rates.items() if "lr" in part.get("optimizer", ())},
     }
 
 
@@ -176,21 +183,21 @@ def qparams_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def weight_table(pairs: plots.Pairs, count: int = 6) -> str:
+def weight_table(pairs: plots.Pairs, count: int = 3) -> str:
     """Returns the first weights of each layer as a Markdown table, with scale, zero point and error."""
     lines = [
-        "| layer | float | integers | scale | zero point | dequantized | mean squared error | SQNR, dB |",
+        "| layer | float | integers | scale | zero point | dequantized | MSE | SQNR, dB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, (exact, quantized) in pairs.items():
         restored = quantized.dequantize().to(exact.dtype)
         columns = [
-            ", ".join(f"{value:.5g}" for value in tensor.flatten()[:count].tolist())
+            ", ".join(f"{value:.4g}" for value in tensor.flatten()[:count].tolist())
             for tensor in (exact, quantized.int_repr(), restored)
         ]
         scale, zero_point = eager.weight_qparams(quantized)
-        columns[2:2] = [f"{scale:.6g}", f"{zero_point}"]
-        columns += [f"{float(mse(exact, restored)):.3e}", f"{float(sqnr_db(exact, restored)):.1f}"]
+        columns[2:2] = [f"{scale:.4g}", f"{zero_point}"]
+        columns += [f"{float(mse(exact, restored)):.1e}", f"{float(sqnr_db(exact, restored)):.1f}"]
         lines.append(f"| {name} | " + " | ".join(columns) + " |")
     return "\n".join(lines)
 

@@ -169,20 +169,35 @@ def test_pictures_and_tables_of_a_run(run, events):
         assert row in qparams.tensor_proto.string_val[0].decode()
     saved = torch.load(run[0] / "quantized.pt", weights_only=True)
     weight = saved["linear3._packed_params._packed_params"][0]
-    integers = ", ".join(str(n) for n in weight.int_repr().flatten()[:6].tolist())
+    integers = ", ".join(str(n) for n in weight.int_repr().flatten()[:3].tolist())
     scale, zero_point = weight.q_per_channel_scales()[0], weight.q_per_channel_zero_points()[0]
-    assert f"| {integers} | {scale:.6g} | {zero_point} |" in weights.tensor_proto.string_val[0].decode()
+    assert f"| {integers} | {scale:.4g} | {zero_point} |" in weights.tensor_proto.string_val[0].decode()
 
 
 def test_hparams_of_a_run(events):
     shown = hparams_of(events)
-    assert {name: shown[name] for name in ("model", "data", "method", "observer", "seed", "lr")} == {
-        "model": "mlp",
-        "data": "mnist_sample",
+    assert shown.pop("engine") in torch.backends.quantized.supported_engines
+    assert shown == {
+        "bits": "8/8",
         "method": "qat",
+        "network": "mlp",
         "observer": "moving_average",
+        "rate": pytest.approx(0.001),
+        "rate of QAT": pytest.approx(0.0001),
         "seed": 0,
-        "lr": pytest.approx(0.001),
+        "trained on": "mnist_sample",
     }
-    assert "8" in str(shown["bits"])
-    assert shown["engine"] in torch.backends.quantized.supported_engines
+
+
+def test_what_a_float_run_shows(tmp_path):
+    overrides = ["model=mlp", "model.hidden=8", "quant=none", "trainer=smoke", "threads=1", "float_cache=null"]
+    settings = config.compose(*overrides, "measure.repeats=1", "measure.batch_sizes=[2]")
+    pipeline.execute(settings, tmp_path, overrides)
+    events = read_events(tmp_path)
+    shown = hparams_of(events)
+    assert {shown[name] for name in ("bits", "engine", "observer")} == {"-"} and "rate of QAT" not in shown
+    assert events.Tags()["images"] == ["confusion/float"]
+    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    metrics = [info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos]
+    assert metrics == ["accuracy/quantized", "accuracy/float", "size_kb/quantized_file", "latency_ms/quantized_batch_2"]
+    assert set(metrics) <= set(events.Tags()["scalars"])
