@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HAS_VNNI = torch.cpu._is_vnni_supported()
 FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in float32
 
 
 def has_kernel(a: Tensor, b: Tensor) -> bool:
     """Tells whether `torch._int_mm` is exact and fast for a @ b.T."""
     if a.device.type == "cpu":
-        return torch.cpu._is_vnni_supported()
+        return HAS_VNNI
     # GPUs have no kernel for a few rows.
-    return a.device.type == "cuda" and len(a) > 16 and a.shape[1] % 8 == 0 and len(b) % 8 == 0
+    return a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -59,11 +60,11 @@ class Int8Product:
         steps = x / step
         if has_kernel(x, self.integers):
             return int8_matmul(steps.round_().to(torch.int8), self.integers).mul(step).mul_(self.scale)
-        if self.packed is None or len(x) > FEW_ROWS:
+        if self.packed is None or x.shape[0] > FEW_ROWS:
             return (steps.round_() @ self.integers.float().T).mul_(step).mul_(self.scale)
         # The kernel cuts off below 0: what it multiplies is the positive part of x and its negative part, 7 bits each.
         parts = _unsigned(torch.cat([steps, -steps]), 0, self.packed)
-        return (parts[: len(x)] - parts[len(x) :]).mul_(step)
+        return (parts[: x.shape[0]] - parts[x.shape[0] :]).mul_(step)
 
     def precise(self, x: Tensor) -> Tensor:
         """Returns the product with x in two digits, rounded by less than 2^-13.9 of each row's largest magnitude.
@@ -74,12 +75,12 @@ class Int8Product:
         Args:
             x: float32 (M, K).
         """
-        if self.packed is not None and len(x) <= FEW_ROWS:
+        if self.packed is not None and x.shape[0] <= FEW_ROWS:
             step = row_magnitudes(x).div_(64)
             steps = x / step
             high = steps.round()
             parts = _unsigned(torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.packed)
-            return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(step)
+            return torch.add(parts[: x.shape[0]], parts[x.shape[0] :], alpha=1 / 128).mul_(step)
         if not has_kernel(x, self.integers):
             return (x @ self.integers.float().T).mul_(self.scale)
         step = row_magnitudes(x).div_(127)

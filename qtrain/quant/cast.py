@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtrain import eager
 from qtrain.quant.base import Quantizer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+WITH_MATRIX = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class HalfFormat:
@@ -24,22 +26,45 @@ class Cast(Quantizer):
 
     Args:
         dtype: "float16" or "bfloat16".
+        layers: {pattern of layer names: "float"}: these stay in float32, their inputs are cast as they come.
 
     Raises:
-        ValueError: the dtype is neither.
+        ValueError: the dtype is neither, or a layer setting is not "float".
     """
 
-    def __init__(self, *, dtype: str) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype}: allowed are {', '.join(DTYPES)}")
-        self.dtype = DTYPES[dtype]
+    def __init__(self, *, dtype: str, layers: dict[str, str]) -> None:
+        problems = [] if dtype in DTYPES else [f"dtype={dtype}: allowed are {', '.join(DTYPES)}"]
+        problems += [
+            f"layers.{p}={s}: must be float; all others have {dtype}" for p, s in layers.items() if s != "float"
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.dtype, self.layers = DTYPES[dtype], layers
         self.weight = self.activation = HalfFormat()  # type: ignore[assignment]
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = copy.deepcopy(prepared).cpu().eval().to(self.dtype)
-        model.register_forward_pre_hook(lambda _, args: tuple(_to(x, self.dtype) for x in args))
-        model.register_forward_hook(lambda _, args, output: _to(output, torch.float32))
+        model = copy.deepcopy(prepared).cpu().eval()
+        floats: dict[str, nn.Module] = {}
+        for matched in eager.match_layers(model, dict.fromkeys(self.layers)):
+            # Layers with a matrix each by itself: what lies between them, as attention, stays in one format.
+            inside = {f"{matched}.{n}" if n else matched: m for n, m in model.get_submodule(matched).named_modules()}
+            found = {n: copy.deepcopy(m) for n, m in inside.items() if isinstance(m, WITH_MATRIX)}
+            if not found:
+                raise ValueError(
+                    f"quant.layers: {matched} has no matrix to keep in float; name a Linear, Conv or Embedding layer"
+                )
+            floats |= found
+        _cast_between(model.to(self.dtype), self.dtype, torch.float32)
+        for name, layer in floats.items():
+            model.set_submodule(name, _cast_between(layer, torch.float32, self.dtype))
         return model
+
+
+def _cast_between(model: nn.Module, inside: torch.dtype, outside: torch.dtype) -> nn.Module:
+    """Returns `model`, in place with hooks that cast what it is given, and what it puts out."""
+    model.register_forward_pre_hook(lambda _, args: tuple(_to(x, inside) for x in args))
+    model.register_forward_hook(lambda _, args, output: _to(output, outside))
+    return model
 
 
 def _to(x: Any, dtype: torch.dtype) -> Any:

@@ -3,6 +3,8 @@
 The range of each input is measured when it comes, so there is nothing to simulate beforehand.
 """
 
+import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from qtrain import eager
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
+from qtrain.quant.layer_format import Make, layer_format, settings_of
 
 
 class Dynamic(Quantizer):
@@ -19,31 +22,48 @@ class Dynamic(Quantizer):
     Args:
         engine: "fbgemm", "qnnpack", "x86", "onednn" or "auto".
         weight: what weights are quantized to.
-        layers: {pattern of layer names: "float"}.
+        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4}; or what these layers
+            are instead, see `layer_format`: "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
 
     Raises:
-        ValueError: the engine is unknown or refuses the spec; a layer setting is not "float".
+        ValueError: the engine is unknown or refuses a spec; a layer setting is none of these.
     """
 
     engine: str
     weight: QuantSpec
 
-    def __init__(self, *, engine: str, weight: QuantSpec, layers: dict[str, str]) -> None:
-        rules = eager.find_engine(engine)
-        self.engine = rules.name
-        self.weight, _ = rules.settle(weight, QuantSpec(observer=weight.observer))
-        for pattern, setting in layers.items():
-            if setting != "float":
-                raise ValueError(f"layers.{pattern}={setting}: must be float; dynamic has one weight spec for all")
-        self.layers = layers
+    def __init__(self, *, engine: str, weight: QuantSpec, layers: dict[str, Any]) -> None:
+        self.engine = eager.find_engine(engine).name
+        self.weight = self._settle(weight)
+        self.layers = {pattern: self._setting(pattern, setting) for pattern, setting in layers.items()}
+
+    def _settle(self, weight: QuantSpec) -> QuantSpec:
+        return eager.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]
+
+    def _setting(self, pattern: str, setting: Any) -> QuantSpec | Make | None:
+        if not isinstance(setting, dict) or "method" in setting:
+            return layer_format(pattern, setting, QuantSpec())
+        try:
+            return self._settle(replace(self.weight, **setting))
+        except (TypeError, ValueError) as err:
+            raise ValueError(f"layers.{pattern}.{err}") from err
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        qconfig: Any = eager.QConfig(
-            activation=eager.dynamic_activation,
-            weight=partial(eager.make_observer, self.weight, signed=True),
-        )
-        floats = eager.match_layers(prepared, dict.fromkeys(self.layers))
-        linears = [n for n, m in prepared.named_modules() if type(m) is nn.Linear]
-        chosen = {n: qconfig for n in linears if not any(n == f or n.startswith(f"{f}.") for f in floats)}
+        model = copy.deepcopy(prepared).cpu().eval()
+        own = settings_of(model, self.layers)
+        chosen = {}
+        first: dict[int, str] = {}
+        for name, layer in list(model.named_modules(remove_duplicate=False)):
+            if type(layer) is nn.Linear and first.setdefault(id(layer), name) != name:
+                raise ValueError(
+                    f"model: layer {name} is layer {first[id(layer)]} under a second name, and only the first would be "
+                    "converted; register it once"
+                )
+            setting = own.get(name, self.weight) if type(layer) is nn.Linear else None
+            if isinstance(setting, QuantSpec):
+                weight = partial(eager.make_observer, setting, signed=True)
+                chosen[name] = eager.QConfig(activation=eager.dynamic_activation, weight=weight)
+            elif setting is not None:
+                model.set_submodule(name, setting(layer))
         with eager.use_engine(self.engine):
-            return eager.bind_engine(eager.quantize_dynamic(prepared, chosen), self.engine)
+            return eager.bind_engine(eager.quantize_dynamic(model, chosen), self.engine)

@@ -7,6 +7,7 @@ from torch import nn
 from qtrain.functional.spec import QuantSpec
 from qtrain.layer.llm_int8 import LLMInt8Linear
 from qtrain.layer.weight import IntegerWeight
+from qtrain.quant.layer_format import LLM_INT8, check_threshold
 from qtrain.quant.weight_only import WeightOnly
 
 
@@ -16,33 +17,29 @@ class LLMInt8(WeightOnly):
     Args:
         threshold: magnitude from which a feature's column is an outlier; the paper's is 6.0. null: none is.
         embedding, head: as for `WeightOnly`.
-        layers: {pattern of layer names: "float"}.
+        layers: as for `WeightOnly`; {"bits": 4} means weight_only there.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
     """
 
-    def __init__(self, *, threshold: float | None, embedding: str, head: str, layers: dict[str, str]) -> None:
+    def __init__(self, *, threshold: float | None, embedding: str, head: str, layers: dict[str, Any]) -> None:
         problems = []
-        if threshold is not None and not (isinstance(threshold, int | float) and threshold > 0):
-            problems.append(f"threshold={threshold}: must be above 0, or null for no outliers")
-        problems += [
-            f"layers.{pattern}={setting}: must be float; llm_int8 is 8 bits everywhere else"
-            for pattern, setting in layers.items()
-            if setting != "float"
-        ]
-        weight = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
-        try:
-            super().__init__(weight=weight, embedding=embedding, head=head, layers={} if problems else dict(layers))
-        except ValueError as err:
-            problems += str(err).splitlines()
+        for check in (
+            lambda: check_threshold(threshold),
+            lambda: super(LLMInt8, self).__init__(weight=LLM_INT8, embedding=embedding, head=head, layers=layers),
+        ):
+            try:
+                check()
+            except ValueError as err:
+                problems += str(err).splitlines()
         if problems:
             raise ValueError("\n".join(problems))
         self.threshold = threshold
         self.activation = QuantSpec(bits=8, symmetric=True, granularity="per_channel", reduce_range=False)
 
-    def make_linear(self, layer: nn.Linear, spec: QuantSpec) -> nn.Module:
-        return LLMInt8Linear(IntegerWeight(layer.weight, spec), layer.bias, self.threshold)
+    def make_linear(self, layer: nn.Linear) -> nn.Module:
+        return LLMInt8Linear(IntegerWeight(layer.weight, self.weight), layer.bias, self.threshold)
 
     def fake(self, prepared: nn.Module) -> nn.Module | None:
         return None  # the scales of its inputs are measured when they come, as for `Dynamic`

@@ -1,16 +1,15 @@
 """Weight-only quantization: integers are stored, floats are computed with; no calibration."""
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from qtrain import eager
-from qtrain.functional.spec import AUTO, QuantSpec
+from qtrain.functional.spec import QuantSpec
 from qtrain.layer.compact import CompactEmbedding, CompactLinear
 from qtrain.layer.weight import HalfWeight, IntegerWeight
 from qtrain.quant.base import Quantizer
+from qtrain.quant.layer_format import layer_format, settings_of, settle
 
 EMBEDDINGS = ("float", "fp16", "int8", "int4")
 HEADS = ("shared", "separate", "float")
@@ -23,8 +22,9 @@ class WeightOnly(Quantizer):
         weight: bits 8, 4 or 2; granularity per_channel (auto), per_tensor or per_group; symmetric (auto) or not.
         embedding: how embeddings are stored: "float", "fp16", or "int8" and "int4" with one scale a row.
         head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays one with it, in the
-            embedding's format; "separate" becomes a weight of its own, in `weight`'s; "float" stays in float32.
-        layers: {pattern of layer names: "float", or the fields of `weight` that differ there, as {"bits": 4}}.
+            embedding's format; "separate" becomes a weight of its own, in `weight`'s; "float" stays in float32. With a
+            setting of its own in `layers` it is separate.
+        layers: {pattern of layer names: what these are instead, see `layer_format`: "float", "fp16", {"bits": 4} ...}.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -32,9 +32,7 @@ class WeightOnly(Quantizer):
 
     weight: QuantSpec
 
-    def __init__(
-        self, *, weight: QuantSpec, embedding: str, head: str, layers: dict[str, str | dict[str, Any]]
-    ) -> None:
+    def __init__(self, *, weight: QuantSpec, embedding: str, head: str, layers: dict[str, Any]) -> None:
         problems = []
         if embedding not in EMBEDDINGS:
             problems.append(f"embedding={embedding}: allowed are {', '.join(EMBEDDINGS)}")
@@ -47,52 +45,37 @@ class WeightOnly(Quantizer):
         if problems:
             raise ValueError("\n".join(problems))
         self.embedding, self.head = embedding, head
-        self.layers = {pattern: self._layer_weight(pattern, setting) for pattern, setting in layers.items()}
+        self.layers = {pattern: layer_format(pattern, setting, self.weight) for pattern, setting in layers.items()}
 
-    def _layer_weight(self, pattern: str, setting: str | dict[str, Any]) -> QuantSpec | None:
-        if setting == "float":
-            return None
-        if not isinstance(setting, dict):
-            raise ValueError(f"layers.{pattern}={setting}: must be float, or fields of weight such as {{bits: 4}}")
-        try:
-            return settle(replace(self.weight, **setting))
-        except (TypeError, ValueError) as err:
-            raise ValueError(f"layers.{pattern}.{err}") from err
-
-    def make_linear(self, layer: nn.Linear, spec: QuantSpec) -> nn.Module:
-        """Returns what takes the place of a float layer."""
-        return CompactLinear(IntegerWeight(layer.weight, spec), layer.bias)
+    def make_linear(self, layer: nn.Linear) -> nn.Module:
+        """Returns what takes the place of a float layer that has no setting of its own."""
+        return CompactLinear(IntegerWeight(layer.weight, self.weight), layer.bias)
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         model = copy.deepcopy(prepared).cpu().eval()
-        own = eager.match_layers(model, self.layers)
-
-        def spec_of(name: str) -> QuantSpec | None:
-            found = [n for n in own if name == n or name.startswith(f"{n}.")]
-            return own[max(found, key=len)] if found else self.weight
-
+        own = settings_of(model, self.layers)
         compact: dict[int, IntegerWeight | HalfWeight] = {}
-        tied = {}
+        tied = set()
         layers = [(n, m) for n, m in model.named_modules() if type(m) in (nn.Embedding, nn.Linear)]
         for name, layer in sorted(layers, key=lambda item: type(item[1]) is nn.Linear):  # embeddings first
             weight: Any = layer.weight
             if type(layer) is nn.Embedding:
-                tied[id(weight)] = name
-                if self.embedding != "float" and spec_of(name) is not None:
+                tied.add(id(weight))
+                if self.embedding != "float" and own.get(name, ...) is not None:
                     compact[id(weight)] = self._embedding_weight(weight)
                     model.set_submodule(name, CompactEmbedding(compact[id(weight)]))
                 continue
             assert isinstance(layer, nn.Linear)
-            spec = spec_of(name)
-            is_head = id(weight) in tied
-            if spec is None or is_head and self.head == "float":
+            make = own.get(name, self.make_linear)
+            is_head = id(weight) in tied and name not in own
+            if make is None or is_head and self.head == "float":
                 continue
             if is_head and self.head == "shared":
                 if id(weight) in compact:
                     model.set_submodule(name, CompactLinear(compact[id(weight)], layer.bias))
                 continue
             try:
-                model.set_submodule(name, self.make_linear(layer, spec))
+                model.set_submodule(name, make(layer))
             except ValueError as err:
                 raise ValueError(f"quant.weight.{err} (layer {name})") from err
         return model
@@ -113,27 +96,3 @@ class WeightOnly(Quantizer):
 
     def reference(self, prepared: nn.Module) -> nn.Module | None:
         return copy.deepcopy(prepared).cpu().eval()
-
-
-def settle(weight: QuantSpec) -> QuantSpec:
-    """Returns the spec with every "auto" replaced: symmetric, per channel.
-
-    Raises:
-        ValueError: a field has no packed format; gives the legal choices.
-    """
-    problems = []
-    if weight.bits not in (2, 4, 8):
-        problems.append(f"bits={weight.bits}: packed are 2, 4 and 8")
-    if weight.reduce_range is True:
-        problems.append("reduce_range=true: is for activations; leave it at auto")
-    if weight.observer is not None:
-        name = weight.describe()["observer"]
-        problems.append(f"observer={name}: weights are taken by their minimum and maximum; leave it at null")
-    if problems:
-        raise ValueError("\n".join(problems))
-    return replace(
-        weight,
-        symmetric=True if weight.symmetric == AUTO else weight.symmetric,
-        granularity="per_channel" if weight.granularity == AUTO else weight.granularity,
-        reduce_range=False,
-    )

@@ -6,6 +6,8 @@ import torch.ao.quantization as tq
 from torch import nn
 
 from qtrain import eager
+from qtrain.layer.llm_int8 import LLMInt8Linear
+from qtrain.layer.weight import HalfWeight
 
 
 def decibels(exact, approximation):
@@ -79,10 +81,21 @@ def test_a_layer_inside_a_float_one_stays_float(make_dynamic):
     assert set(weights(make_dynamic(layers={"0": "float"}).convert(model))) == {"1"}
 
 
-@pytest.mark.parametrize("setting", [{"bits": 4}, "int8", None], ids=str)
+@pytest.mark.parametrize("setting", ["int8", None, {"method": "ptq"}], ids=str)
 def test_layers_have_no_other_setting(setting, make_dynamic):
-    with pytest.raises(ValueError, match=r"layers\.linear1=.*: must be float"):
+    with pytest.raises(ValueError, match=r"layers\.linear1=.*: must be float, fp16, weight_only, llm_int8"):
         make_dynamic(layers={"linear1": setting})
+    with pytest.raises(ValueError, match=r"layers\.linear1\.bits=9: allowed are"):
+        make_dynamic(layers={"linear1": {"bits": 9}})
+
+
+def test_single_layers_in_fewer_bits_or_by_another_method(mlp, images, make_dynamic):
+    layers = {"linear1": {"bits": 4}, "linear2": "llm_int8", "linear3": {"method": "weight_only", "bits": 4}}
+    quantized = make_dynamic(layers=layers).convert(mlp)
+    assert quantized.linear1.weight().int_repr().unique().numel() <= 16
+    assert isinstance(quantized.linear2, LLMInt8Linear) and quantized.linear3.weight.bits == 4
+    assert isinstance(make_dynamic(layers={"linear2": "fp16"}).convert(mlp).linear2.weight, HalfWeight)
+    assert 0 < (quantized(images) - mlp(images)).norm() < 0.3 * mlp(images).norm()
 
 
 def test_the_engines_rules_hold(engine, make_dynamic):
@@ -102,7 +115,6 @@ def test_it_runs_under_its_own_engine(engine, mlp, images, make_dynamic):
     assert seen == [engine]
 
 
-@pytest.mark.xfail(strict=True, reason="only the first name is converted, and the reason given for the second is wrong")
 def test_a_module_under_two_names_is_refused(make_dynamic):
     model = nn.ModuleDict({"a": nn.Linear(4, 4)})
     model["b"] = model["a"]

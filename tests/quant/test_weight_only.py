@@ -10,6 +10,7 @@ from qtrain.checkpoint import save_weights
 from qtrain.functional.spec import QuantSpec
 from qtrain.layer.compact import CompactEmbedding, CompactLinear
 from qtrain.layer.llm_int8 import LLMInt8Linear
+from qtrain.layer.weight import HalfWeight
 from qtrain.measure import weight_bytes
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.llm_int8 import LLMInt8
@@ -106,6 +107,40 @@ def test_settings_by_layer(gpt2, idx):
     assert sum(isinstance(m, LLMInt8Linear) for m in quantized.modules()) == 4
 
 
+@pytest.mark.parametrize("method", [make, make_llm])
+def test_another_method_for_single_layers(method, gpt2, idx):
+    layers = {
+        "h.0.*": "llm_int8",
+        "h.0.mlp.c_fc": {"method": "llm_int8", "threshold": 2.5},
+        "h.1.attn": {"bits": 4, "granularity": "per_group", "group_size": 8},
+        "h.1.mlp.c_fc": "fp16",
+        "h.1.mlp.c_proj": "weight_only",
+    }
+    quantized = method(layers=layers).convert(gpt2)
+    h = quantized.h
+    assert [h[0].attn.c_attn.threshold, h[0].mlp.c_fc.threshold, h[0].mlp.c_proj.threshold] == [6.0, 2.5, 6.0]
+    assert [type(m) for m in (h[1].attn.c_attn, h[1].mlp.c_fc, h[1].mlp.c_proj)] == 3 * [CompactLinear]
+    assert h[1].attn.c_proj.weight.bits == 4 and h[1].attn.c_proj.weight.scale.shape == (C, C // 8)
+    assert isinstance(h[1].mlp.c_fc.weight, HalfWeight) and h[1].mlp.c_proj.weight.bits == 8
+    assert (quantized(idx) - gpt2(idx)).norm() < 0.1 * gpt2(idx).norm()
+    found = dry_run(gpt2, method(layers=layers), (idx,))
+    assert found["float_layers"]["h.1.mlp.c_fc.weight"] == "kept in float16"
+
+
+def test_a_head_with_a_setting_of_its_own_is_separate(gpt2):
+    for embedding in ("float", "int8"):
+        quantized = make(bits=4, embedding=embedding, layers={"lm_head": {"bits": 8}}).convert(gpt2)
+        assert quantized.lm_head.weight.bits == 8 and quantized.lm_head.weight is not quantized.wte.weight
+    assert type(make(embedding="int8", layers={"lm_head": "float"}).convert(gpt2).lm_head) is nn.Linear
+
+
+def test_a_setting_without_effect(convnet):
+    with pytest.raises(
+        ValueError, match=r"quant\.layers\.conv\*: has no Linear layer, so only float has an effect on it"
+    ):
+        make(layers={"conv*": {"bits": 4}}).convert(convnet)
+
+
 def test_what_is_quantized_is_counted(gpt2, idx):
     found = dry_run(gpt2, make(embedding="int8"), (idx,))
     total = sum(p.numel() for p in gpt2.parameters())
@@ -150,7 +185,10 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
         ({"head": "tied"}, "head=tied: allowed are shared, separate, float"),
         ({"observer": eager.minmax}, r"weight\.observer=minmax: .* leave it at null"),
         ({"reduce_range": True}, r"weight\.reduce_range=true: is for activations"),
-        ({"layers": {"h.*": "int8"}}, r"layers\.h\.\*=int8: must be float, or fields of weight"),
+        ({"layers": {"h.*": "int8"}}, r"layers\.h\.\*=int8: must be float, fp16, weight_only, llm_int8, or a mapping"),
+        ({"layers": {"h.*": {"bit": 5}}}, r"layers\.h\.\*\.bit=5: weight_only has bits, "),
+        ({"layers": {"h.*": {"method": "fp16", "bits": 4}}}, r"layers\.h\.\*\.bits=4: fp16 has no others"),
+        ({"layers": {"h.*": {"method": "llm_int8", "threshold": 0}}}, r"layers\.h\.\*\.threshold=0: must be above 0"),
         ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 4 and 8"),
     ],
 )
@@ -163,7 +201,7 @@ def test_refused_settings(settings, message):
     "settings, message",
     [
         ({"threshold": 0}, "threshold=0: must be above 0, or null"),
-        ({"layers": {"h.*": {"bits": 4}}}, r"layers\.h\.\*=.*: must be float"),
+        ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 4 and 8"),
         ({"embedding": "int2", "threshold": -1}, r"(?s)threshold=-1.*embedding=int2"),
     ],
 )

@@ -1,0 +1,107 @@
+"""What single Linear layers may be, whatever their method makes of the others: the values of `quant.layers`."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from qtrain import eager
+from qtrain.functional.spec import AUTO, QuantSpec
+from qtrain.layer.compact import CompactLinear
+from qtrain.layer.llm_int8 import LLMInt8Linear
+from qtrain.layer.weight import HalfWeight, IntegerWeight
+
+Make = Callable[[nn.Linear], nn.Module]
+
+METHODS = ("float", "fp16", "weight_only", "llm_int8")
+LLM_INT8 = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
+THRESHOLD = 6.0
+
+
+def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> Make | None:
+    """Returns what makes the layer that takes the place of a float one; None where it stays float.
+
+    Args:
+        pattern: of layer names, for messages.
+        setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of `method`, the fields of `weight`
+            that differ (of weight_only, which is meant without a method), and `threshold` (of llm_int8).
+        weight: what weight_only quantizes to where the setting does not say otherwise.
+
+    Raises:
+        ValueError: names the pattern and what is allowed.
+    """
+    fields = dict(setting) if isinstance(setting, dict) else {"method": setting}
+    method = fields.pop("method", "weight_only")
+    if method not in METHODS:
+        raise ValueError(
+            f"layers.{pattern}={setting}: must be {', '.join(METHODS)}, or a mapping such as {{bits: 4}} or "
+            "{method: llm_int8, threshold: 5.0}"
+        )
+    allowed = {"weight_only": set(vars(weight)), "llm_int8": {"threshold"}}.get(method, set())
+    if unknown := sorted(set(fields) - allowed):
+        shown = ", ".join(sorted(allowed)) or "no others"
+        raise ValueError(f"layers.{pattern}.{unknown[0]}={fields[unknown[0]]}: {method} has {shown}")
+    if method == "float":
+        return None
+    if method == "fp16":
+        return lambda layer: CompactLinear(HalfWeight(layer.weight), layer.bias)
+    if method == "llm_int8":
+        threshold = fields.get("threshold", THRESHOLD)
+        check_threshold(threshold, f"layers.{pattern}.")
+        return lambda layer: LLMInt8Linear(IntegerWeight(layer.weight, LLM_INT8), layer.bias, threshold)
+    try:
+        spec = settle(replace(weight, **fields))
+    except ValueError as err:
+        raise ValueError(f"layers.{pattern}.{err}") from err
+    return lambda layer: CompactLinear(IntegerWeight(layer.weight, spec), layer.bias)
+
+
+def check_threshold(threshold: Any, prefix: str = "") -> None:
+    """Raises ValueError where a threshold is neither above 0 nor None."""
+    if threshold is not None and not (isinstance(threshold, int | float) and threshold > 0):
+        raise ValueError(f"{prefix}threshold={threshold}: must be above 0, or null for no outliers")
+
+
+def settings_of(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+    """Returns {Linear or Embedding layer: its setting} of those that have one, their own or that of what is around.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing on which its setting has an effect.
+    """
+    own = eager.match_layers(model, layers)
+    linears = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    for pattern, setting in layers.items():
+        if setting is not None and not any(fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*") for n in linears):
+            raise ValueError(f"quant.layers.{pattern}: has no Linear layer, so only float has an effect on it")
+    found = {}
+    for name, layer in model.named_modules():
+        around = [n for n in own if name == n or name.startswith(f"{n}.")]
+        if around and type(layer) in (nn.Linear, nn.Embedding):
+            found[name] = own[max(around, key=len)]
+    return found
+
+
+def settle(weight: QuantSpec) -> QuantSpec:
+    """Returns the spec of packed weights with every "auto" replaced: symmetric, per channel.
+
+    Raises:
+        ValueError: a field has no packed format; gives the legal choices.
+    """
+    problems = []
+    if weight.bits not in (2, 4, 8):
+        problems.append(f"bits={weight.bits}: packed are 2, 4 and 8")
+    if weight.reduce_range is True:
+        problems.append("reduce_range=true: is for activations; leave it at auto")
+    if weight.observer is not None:
+        name = weight.describe()["observer"]
+        problems.append(f"observer={name}: weights are taken by their minimum and maximum; leave it at null")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return replace(
+        weight,
+        symmetric=True if weight.symmetric == AUTO else weight.symmetric,
+        granularity="per_channel" if weight.granularity == AUTO else weight.granularity,
+        reduce_range=False,
+    )
