@@ -4,13 +4,20 @@ One module serves PTQ and QAT, weights and activations, so that calibration, sim
 scale and zero point.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from qtrain.eager import FakeQuantizeBase, is_min_max, observe_min_max
-from qtrain.functional.fake_quantize import fake_quantize, range_qparams
+from qtrain.eager import FakeQuantizeBase, is_min_max, observe_min_max, observe_numbers, observe_scaled
+from qtrain.functional.fake_quantize import (
+    fake_quantize,
+    fake_quantize_by_numbers,
+    range_numbers,
+    range_qparams,
+    within_reach,
+)
 
 KERNELS = ("qtrain", "torch")
 
@@ -49,64 +56,123 @@ class FakeQuantize(FakeQuantizeBase):
         self.dtype, self.qscheme = observer.dtype, observer.qscheme
         self.quant_min, self.quant_max = int(observer.quant_min), int(observer.quant_max)
         self.is_per_channel = self.qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
+        self.is_symmetric = self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
         self.ch_axis = int(getattr(observer, "ch_axis", -1))
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
-        self._settled = False  # whether scale and zero_point stand for what the observer has seen
+        self._limits: dict[str, Any] = {"quant_min": self.quant_min, "quant_max": self.quant_max}
+        self._rule: dict[str, Any] = {**self._limits, "symmetric": self.is_symmetric}
         # A min-max observer's work is done here, on the observer's own buffers, which stay the truth.
         self._folded = kernel == "qtrain" and is_min_max(observer)
-        self._observed = False  # has_observed() was true once; asking again would wait for the device in every step
+        self._known = _Known()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.observing:
-            if self._folded:
-                observe_min_max(self.observer, x.detach(), first=self.memoryless or self._untouched())
-            else:
-                if self.memoryless:
-                    self.observer.reset_min_max_vals()
-                self.observer(x.detach())
-            self._settled = False
+        output = None
+        # Under gradient accumulation the same weights come several times between two steps of the optimizer.
+        if self.memoryless and x.is_leaf and x.grad is not None:
+            output = self._known.output_for(x)
+        if self.observing and output is None:
+            self._observe(x.detach())
         if not self.quantizing:
             return x
-        scale, zero_point = self.calculate_qparams()
-        if not self._settled:
-            raise ValueError("it runs now, but did not during calibration, so its scale is unknown")
+        output = self._quantize(x, output)
+        if self.memoryless and x.is_leaf and torch.is_grad_enabled():
+            self._known.output = (x.data_ptr(), x._version, output.detach())
+        return output
+
+    def _observe(self, x: torch.Tensor) -> None:
+        known = self._known
+        known.qparams = known.numbers = None
+        if not self._folded:
+            if self.memoryless:
+                self.observer.reset_min_max_vals()
+            self.observer(x)
+            return
+        observer = self.observer
+        first = self.memoryless or not known.observed and _is_untouched(observer)
+        if self._takes_numbers(x):
+            seen = observe_numbers(observer, x, first=first)
+            if seen is not None:
+                known.observed = True
+                known.numbers = range_numbers(*seen, **self._rule, eps=observer.eps.item())
+                return
+        observe_min_max(observer, x, first=first)
+
+    def _quantize(self, x: torch.Tensor, known_output: torch.Tensor | None) -> torch.Tensor:
+        if known_output is None and self._takes_numbers(x):
+            if self._known.numbers is None:
+                scale, zero_point = self._qparams()
+                self._known.numbers = scale.item(), 0 if zero_point is None else int(zero_point.item())
+            if within_reach(self._known.numbers[0]):
+                return fake_quantize_by_numbers(x, *self._known.numbers, **self._limits)
+        scale, zero_point = self._qparams()
+        axis = self.ch_axis if self.is_per_channel else None
         limits = self.quant_min, self.quant_max
         if self.kernel == "qtrain":
-            axis = self.ch_axis if self.is_per_channel else None
-            return fake_quantize(x, scale, zero_point, quant_min=limits[0], quant_max=limits[1], axis=axis)
-        if self.is_per_channel:
-            return torch.fake_quantize_per_channel_affine(x, scale, zero_point, self.ch_axis, *limits)
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)
+            return fake_quantize(x, scale, zero_point, **self._limits, axis=axis, known=known_output)
+        if axis is None:
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)  # type: ignore[arg-type]
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)  # type: ignore[arg-type]
+
+    def quantize_scaled(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """Returns `forward(x * factor) / factor`, but for the products' rounding, without working them out.
+
+        Args:
+            x: a convolution's weight (C, ...).
+            factor: (C,), not 0; gets no gradient.
+        """
+        if not (self._folded and self.memoryless and self.observing):
+            factor = factor.reshape(-1, *[1] * (x.ndim - 1))
+            return self(x * factor) / factor
+        self._known.qparams = self._known.numbers = None
+        observe_scaled(self.observer, x.detach(), factor)
+        if not self.quantizing:
+            return x
+        scale, zero_point = self._qparams()
+        zero_point = None if zero_point is None else zero_point.expand(len(factor))
+        return fake_quantize(x, scale / factor, zero_point, **self._limits, axis=0)
+
+    def _takes_numbers(self, x: torch.Tensor) -> bool:
+        """Tells whether to compute with numbers: where to read one costs nothing, and nobody traces."""
+        is_here = not self.is_per_channel and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+        return is_here and self.kernel == "qtrain" and not torch.compiler.is_compiling()
+
+    def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns (scale, zero_point or None for 0) of what was observed; worked out once an observation.
+
+        Raises:
+            ValueError: nothing was observed.
+        """
+        known = self._known
+        if known.qparams is None:
+            if not self.has_observed():
+                raise ValueError("it runs now, but did not during calibration, so its scale is unknown")
+            if self._folded:
+                ends = self.observer.min_val, self.observer.max_val
+                known.qparams = range_qparams(*ends, **self._rule, eps=self.observer.eps)
+            else:
+                scale, zero_point = self.observer.calculate_qparams()
+                device = self.scale.device
+                known.qparams = (
+                    scale.to(device, torch.float32).reshape(-1),
+                    zero_point.to(device, torch.int32).reshape(-1),
+                )
+        return known.qparams
 
     def calculate_qparams(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (scale, zero_point) of what was observed; worked out once an observation, not once a call."""
-        if not self._settled and self.has_observed():
-            scale, zero_point = self._range_qparams() if self._folded else self.observer.calculate_qparams()
-            self.scale = scale.to(self.scale.device, torch.float32).reshape(-1)
-            self.zero_point = zero_point.to(self.zero_point.device, torch.int32).reshape(-1)
-            self._settled = True
+        """Returns (scale, zero_point) of what was observed; of nothing, (1, 0)."""
+        if self.has_observed():
+            scale, zero_point = self._qparams()
+            self.scale = scale
+            self.zero_point = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
         return self.scale, self.zero_point
 
     def has_observed(self) -> bool:
         """Tells whether the observer has seen any tensor (torch's hold an infinite range until then)."""
-        if not self._observed:
+        if not self._known.observed:
             low = self.observer.min_val
-            self._observed = low.numel() > 0 and bool((low <= self.observer.max_val).all())
-        return self._observed
-
-    def _untouched(self) -> bool:
-        return not self._observed and (self.observer.min_val.numel() == 0 or bool(self.observer.min_val.isinf().all()))
-
-    def _range_qparams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return range_qparams(
-            self.observer.min_val,
-            self.observer.max_val,
-            quant_min=self.quant_min,
-            quant_max=self.quant_max,
-            symmetric=self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric),
-            eps=self.observer.eps,
-        )
+            self._known.observed = low.numel() > 0 and bool((low <= self.observer.max_val).all())
+        return self._known.observed
 
     def observed_range(self) -> tuple[float, float]:
         """Returns the smallest and the largest value observed."""
@@ -122,6 +188,14 @@ class FakeQuantize(FakeQuantizeBase):
         low, high = self.quant_min, self.quant_max
         return f"{self.qscheme}, {low}..{high}, observing={self.observing}, quantizing={self.quantizing}"
 
+    def _apply(self, *args: Any, **kwargs: Any) -> "FakeQuantize":
+        self._known = _Known()  # tensors among it may be on another device now
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.calculate_qparams()  # may not have been asked for yet
+        super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A fresh module has one scale; the saved one may have one a channel.
         for name in ("scale", "zero_point"):
@@ -129,5 +203,24 @@ class FakeQuantize(FakeQuantizeBase):
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.scale.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # The observer's state, loaded next, says more: the scale may not have been asked for yet.
-        self._settled = self._observed = False
+        self._known = _Known()  # the observer's state, loaded next, says all
+
+
+@dataclass(slots=True)
+class _Known:
+    """What a FakeQuantize has worked out of its observer's state; apart from the module, whose attributes are slow."""
+
+    numbers: tuple[float, int] | None = None  # scale and zero point
+    qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    observed: bool = False  # asking the observer again would wait for the device in every step
+    output: tuple[int, int, torch.Tensor] | None = None  # of the parameter at this address, in this version
+
+    def output_for(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns the output for `x`, if it is known and `x` unchanged since."""
+        if self.output is None or self.output[:2] != (x.data_ptr(), x._version):
+            return None
+        return self.output[2]
+
+
+def _is_untouched(observer: Any) -> bool:
+    return observer.min_val.numel() == 0 or bool(observer.min_val.isinf().all())

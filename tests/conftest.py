@@ -72,6 +72,7 @@ def make_qat():
             "start_epoch": 0,
             "freeze_observers_epoch": None,
             "freeze_batch_norm_epoch": None,
+            "conv_bn": "folded",
             "convert_every": 0,
             "fake_quantize": "qtrain",
             **settings,

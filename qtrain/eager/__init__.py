@@ -13,6 +13,7 @@ from torch.ao.quantization import DeQuantStub, QConfig, QuantStub
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
+from qtrain.eager.conv_bn import CONV_BN
 from qtrain.eager.convert import (
     CONVERT_MAPPING,
     DEPRECATED,
@@ -31,7 +32,6 @@ from qtrain.eager.inspect import (
     is_quantized,
     observed_points,
     quantized_weight,
-    use_stable_conv_bn,
     weight_points,
     weight_qparams,
     weighted_layers,
@@ -43,10 +43,13 @@ from qtrain.eager.observers import (
     minmax,
     moving_average,
     observe_min_max,
+    observe_numbers,
+    observe_scaled,
     refuse_per_channel,
 )
 
 __all__ = [
+    "CONV_BN",
     "CONVERT_MAPPING",
     "DEPRECATED",
     "ENGINES",
@@ -73,13 +76,14 @@ __all__ = [
     "minmax",
     "moving_average",
     "observe_min_max",
+    "observe_numbers",
+    "observe_scaled",
     "observed_points",
     "prepare",
     "quantize_dynamic",
     "quantized_weight",
     "refuse_per_channel",
     "use_engine",
-    "use_stable_conv_bn",
     "weight_points",
     "weight_qparams",
     "weighted_layers",

@@ -17,6 +17,7 @@ from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn.modules.conv import _ConvNd
 
+from qtrain.eager.conv_bn import CONV_BN, restore_classes, use_slow_path
 from qtrain.eager.engines import ENGINES, Engine
 from qtrain.functional.spec import AUTO
 
@@ -56,7 +57,9 @@ def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
     (tq.fuse_modules_qat if is_qat else tq.fuse_modules)(model, groups, inplace=True)
 
 
-def prepare(model: nn.Module, qconfig: Any, *, engine: str, is_qat: bool, layers: dict[str, Any]) -> nn.Module:
+def prepare(
+    model: nn.Module, qconfig: Any, *, engine: str, is_qat: bool, layers: dict[str, Any], conv_bn: str = "folded"
+) -> nn.Module:
     """Returns a fused copy of `model` whose quantizable layers carry the modules that `qconfig` makes.
 
     Args:
@@ -66,6 +69,7 @@ def prepare(model: nn.Module, qconfig: Any, *, engine: str, is_qat: bool, layers
         is_qat: also fake-quantize weights, and keep batch-norm statistics moving.
         layers: {pattern (`fnmatch`) of layer names: a QConfig of their own, or None to stay float in a `FloatIsland`};
             where two patterns match, the later one holds.
+        conv_bn: how convolutions with batch-norm train: a key of `CONV_BN`.
 
     Raises:
         ValueError: a pattern matches nothing, or the model has a layer that torch would quantize wrongly in silence.
@@ -85,7 +89,9 @@ def prepare(model: nn.Module, qconfig: Any, *, engine: str, is_qat: bool, layers
     _refuse_silent_errors(model, is_qat, ENGINES[engine])
     with _quiet():
         if is_qat:
-            tq.prepare_qat(model, mapping=QAT_MAPPING, inplace=True)
+            mapping = {cls: CONV_BN[conv_bn].get(qat, qat) for cls, qat in QAT_MAPPING.items()}
+            tq.prepare_qat(model, mapping=mapping, inplace=True)
+            use_slow_path(model)
         else:
             tq.prepare(model, inplace=True)
     return model
@@ -99,13 +105,14 @@ def convert(prepared: nn.Module) -> nn.Module:
     """
     with _quiet():
         try:
-            return tq.convert(copy.deepcopy(prepared).cpu().eval(), mapping=CONVERT_MAPPING, inplace=True)
+            model = restore_classes(copy.deepcopy(prepared).cpu().eval())
+            return tq.convert(model, mapping=CONVERT_MAPPING, inplace=True)
         except Exception as err:  # torch names neither the layer nor, often, the reason
             raise ValueError(_conversion_error(prepared) or str(err)) from err
 
 
 def _conversion_error(prepared: nn.Module) -> str | None:
-    for name, module in prepared.named_modules():
+    for name, module in restore_classes(copy.deepcopy(prepared)).named_modules():
         if getattr(module, "qconfig", None) is None or type(module) not in CONVERT_MAPPING:
             continue
         try:

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import torch.ao.nn.intrinsic as nni
-import torch.ao.nn.intrinsic.qat as nniqat
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from qtrain.eager.conv_bn import running_factor
 from qtrain.eager.convert import CONVERT_MAPPING, weight_holder
 from qtrain.layer.compact import integer_weight
 from qtrain.layer.weight import IntegerWeight
@@ -50,8 +50,7 @@ def float_weight(layer: nn.Module) -> torch.Tensor | None:
         return None
     bn: Any = getattr(layer, "bn", None)
     if bn is not None:
-        factor = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-        weight = weight * factor.reshape(-1, *[1] * (weight.dim() - 1))
+        weight = weight * running_factor(bn).reshape(-1, *[1] * (weight.dim() - 1))
     return weight.detach()
 
 
@@ -83,13 +82,6 @@ def is_quantized(module: nn.Module) -> bool:
     return integer_weight(module) is not None or (
         ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn.")
     )
-
-
-def use_stable_conv_bn(model: nn.Module) -> None:
-    """Takes the Conv-BN layers' path that never divides by the batch-norm scale, in place: safe where gamma is 0."""
-    for module in model.modules():
-        if isinstance(module, nniqat.ConvBn1d | nniqat.ConvBn2d | nniqat.ConvBn3d):
-            module._enable_slow_path_for_better_numerical_stability = True
 
 
 def freeze_batch_norm(model: nn.Module, frozen: bool = True) -> None:

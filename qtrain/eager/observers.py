@@ -6,6 +6,7 @@ import torch
 import torch.ao.quantization as tq
 from torch import nn
 
+from qtrain.functional.fake_quantize import float32
 from qtrain.functional.spec import AUTO, QuantSpec
 
 
@@ -47,6 +48,7 @@ def make_observer(spec: QuantSpec, *, signed: bool) -> Any:
     return spec.observer(dtype=dtype, qscheme=getattr(torch, kind), quant_min=low, quant_max=high)
 
 
+LARGEST = 1e30  # a range below it has a scale for which nothing overflows
 MIN_MAX = (
     tq.MinMaxObserver,
     tq.MovingAverageMinMaxObserver,
@@ -69,7 +71,8 @@ def observe_min_max(observer: Any, x: torch.Tensor, *, first: bool) -> None:
     """
     x = x.to(observer.min_val.dtype)
     if _per_channel(observer.qscheme):
-        low, high = torch.aminmax(x.transpose(0, observer.ch_axis).flatten(1), dim=1)
+        x = (x.transpose(0, observer.ch_axis) if observer.ch_axis else x).flatten(1)
+        low, high = torch.aminmax(x, dim=1)
     else:
         low, high = torch.aminmax(x)
     if first:
@@ -81,6 +84,44 @@ def observe_min_max(observer: Any, x: torch.Tensor, *, first: bool) -> None:
     else:
         torch.minimum(observer.min_val, low, out=observer.min_val)
         torch.maximum(observer.max_val, high, out=observer.max_val)
+
+
+def observe_numbers(observer: Any, x: torch.Tensor, *, first: bool) -> tuple[float, float] | None:
+    """Does what `observe_min_max` does per tensor, with numbers, and returns the observer's new range.
+
+    Returns None, having changed nothing, where a number is not finite or so large that its scale may not be.
+    """
+    low, high = (value.item() for value in torch.aminmax(x))
+    min_val, max_val = observer.min_val, observer.max_val
+    if first:
+        min_val.resize_(())
+        max_val.resize_(())
+    else:
+        old_low, old_high = min_val.item(), max_val.item()
+        if not -LARGEST < old_low <= old_high < LARGEST or not -LARGEST < low <= high < LARGEST:
+            return None
+        if hasattr(observer, "averaging_constant"):
+            constant = float32(observer.averaging_constant)
+            low = float32(old_low + float32(constant * float32(low - old_low)))
+            high = float32(old_high + float32(constant * float32(high - old_high)))
+        else:
+            low, high = min(low, old_low), max(high, old_high)
+    if not -LARGEST < low <= high < LARGEST:
+        return None
+    min_val.fill_(low)
+    max_val.fill_(high)
+    return low, high
+
+
+def observe_scaled(observer: Any, x: torch.Tensor, factor: torch.Tensor) -> None:
+    """Observes `x * factor`, one factor a channel of axis 0, alone and without making it, in place."""
+    low, high = torch.aminmax(x.flatten(1), dim=1)
+    ends = low * factor, high * factor
+    low, high = torch.minimum(*ends), torch.maximum(*ends)
+    if not _per_channel(observer.qscheme):
+        low, high = low.min(), high.max()
+    observer.min_val.resize_(low.shape).copy_(low)
+    observer.max_val.resize_(high.shape).copy_(high)
 
 
 def _per_channel(qscheme: torch.qscheme) -> bool:

@@ -4,14 +4,24 @@ Forward and gradient are those of torch.fake_quantize_per_tensor_affine and _per
 part of their time: torch's kernels work number by number, these operations are vectorized.
 """
 
+import struct
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, *, quant_min: int, quant_max: int, axis: int | None = None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Returns `(clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max) - zero_point) * scale`.
 
@@ -21,11 +31,13 @@ def fake_quantize(
 
     Args:
         x: floating point; half precision is computed, and returned, in float32.
-        scale: size of one step, > 0: one element per tensor, [C] per channel.
-        zero_point: integers, shaped as scale.
+        scale: size of one step, not 0: one element per tensor, [C] per channel. Below 0 it stands for a tensor that
+            is quantized with its sign changed.
+        zero_point: integers, shaped as scale; None: 0.
         quant_min: smallest integer.
         quant_max: largest integer.
         axis: of the channels; None: per tensor.
+        known: what it returned for the same arguments before: then only the way back for gradients is new.
 
     >>> fake_quantize(torch.tensor([-1.0, 0.25, 0.75, 9.0]), torch.tensor([0.5]), torch.tensor([2]), quant_min=0,
     ...     quant_max=15)
@@ -33,11 +45,13 @@ def fake_quantize(
     """
     if x.dtype in (torch.bfloat16, torch.float16):
         x = x.float()
-    shape = [1] * x.ndim
     if axis is not None:
+        shape = [1] * x.ndim
         shape[axis] = -1
-    scale, zero_point = scale.reshape(shape), zero_point.reshape(shape).to(scale.dtype)
-    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)
+        scale = scale.reshape(shape)
+        zero_point = None if zero_point is None else zero_point.reshape(shape)
+    zero = None if zero_point is None else zero_point.to(scale.dtype)
+    result: Tensor = _FakeQuantize.apply(x, scale, zero, quant_min, quant_max, known)
     return result
 
 
@@ -46,27 +60,95 @@ class _FakeQuantize(torch.autograd.Function):
     # would be one more tensor to write and to hold.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-        inverse = 1 / scale
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, known: Tensor | None
+    ) -> Tensor:
+        inverse = scale.reciprocal()
         ctx.save_for_backward(x, inverse, zero_point)
-        ctx.limits = quant_min - 0.5, quant_max + 0.5
-        steps = _steps(x, inverse, zero_point)
-        return steps.clamp_(quant_min, quant_max).sub_(zero_point).mul_(scale)
+        ctx.limits = low - 0.5, high + 0.5
+        if known is not None:
+            return known
+        steps = _steps(x, inverse, zero_point).clamp_(low, high)
+        return (steps if zero_point is None else steps.sub_(zero_point)).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         steps = _steps(*ctx.saved_tensors)
         # The gradient of a clamp is 0 at its limits too; those lie halfway between two integers.
-        return torch.ops.aten.hardtanh_backward(grad, steps, *ctx.limits), None, None, None, None
+        return torch.ops.aten.hardtanh_backward(grad, steps, *ctx.limits), None, None, None, None, None
 
 
-def _steps(x: Tensor, inverse: Tensor, zero_point: Tensor) -> Tensor:
-    return (x * inverse).round_().add_(zero_point)
+def _steps(x: Tensor, inverse: Tensor, zero_point: Tensor | None) -> Tensor:
+    steps = (x * inverse).round_()
+    return steps if zero_point is None else steps.add_(zero_point)
+
+
+def fake_quantize_by_numbers(x: Tensor, scale: float, zero_point: int, *, quant_min: int, quant_max: int) -> Tensor:
+    """Returns what `fake_quantize` does per tensor, in half the operations: for where a number costs nothing to read.
+
+    A GPU would have to be waited for.
+
+    Args:
+        x: float32.
+        scale: a float32 number, for which `within_reach` holds.
+        zero_point, quant_min, quant_max: as there.
+
+    >>> fake_quantize_by_numbers(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 2, quant_min=0, quant_max=15)
+    tensor([-1.0000,  0.0000,  1.0000,  6.5000])
+    """
+    low, high = quant_min - zero_point, quant_max - zero_point
+    inverse, below, above = _clipping_bounds(scale, low, high)
+    # The gradient is that of a clamp which ends just beside the last numbers that round into the range. What it puts
+    # out is then replaced in its own memory, past autograd: nobody else holds it, for a clamp keeps its input.
+    output = F.hardtanh(x, below, above)
+    output.detach().mul_(inverse).round_().clamp_(low, high).mul_(scale)
+    return output
+
+
+def within_reach(scale: float) -> bool:
+    """Tells whether `fake_quantize_by_numbers` takes a scale: with it no integer leaves float32's range."""
+    return 1e-30 < scale < 1e30  # False for NaN
+
+
+_FLOAT, _INT = struct.Struct("f"), struct.Struct("i")
+
+
+def float32(x: float) -> float:
+    """Returns x rounded to float32: after +, -, * or / of two float32 numbers, what float32 arithmetic gives."""
+    rounded: float = _FLOAT.unpack(_FLOAT.pack(x))[0]
+    return rounded
+
+
+@lru_cache(4096)  # frozen scales come again in every step
+def _clipping_bounds(scale: float, low: int, high: int) -> tuple[float, float, float]:
+    """Returns 1 / scale, and the float32 next to all x for which round(x / scale) is in low..high, on either side."""
+    inverse = float32(1 / scale)
+    return inverse, -_first_above(-low, scale, inverse), _first_above(high, scale, inverse)
+
+
+def _first_above(integer: int, scale: float, inverse: float) -> float:
+    """Returns the smallest float32 x >= 0 for which round(x * inverse), half to even, is above `integer` >= 0."""
+    edge = integer + 0.5
+
+    def x(bits: int) -> float:
+        value: float = _FLOAT.unpack(_INT.pack(bits))[0]
+        return value
+
+    def is_above(bits: int) -> bool:
+        product = float32(x(bits) * inverse)
+        return product > edge or product == edge and integer % 2 == 1
+
+    (bits,) = _INT.unpack(_FLOAT.pack(edge * scale))  # of positive floats, the next is that of the next integer
+    while not is_above(bits):
+        bits += 1
+    while is_above(bits - 1):
+        bits -= 1
+    return x(bits)
 
 
 def range_qparams(
     low: Tensor, high: Tensor, *, quant_min: int, quant_max: int, symmetric: bool, eps: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Returns the (scale, zero_point) that torch's observers give to an observed range, without reading a value back.
 
     The range is widened to include 0. asymmetric: `scale = (high - low) / (quant_max - quant_min)`,
@@ -79,17 +161,34 @@ def range_qparams(
         eps: smallest scale, one element.
 
     Returns:
-        scale (float32) and zero_point (int32), both [1] or [C].
+        scale (float32) and zero_point (int32), both [1] or [C]; None for a zero_point that is always 0.
 
     >>> range_qparams(torch.tensor(-1.0), torch.tensor(2.0), quant_min=0, quant_max=3, symmetric=False,
     ...     eps=torch.tensor(1e-7))
     (tensor([1.]), tensor([1], dtype=torch.int32))
     """
-    low, high = low.reshape(-1).clamp(max=0), high.reshape(-1).clamp(min=0)
-    if symmetric:
-        scale = torch.maximum(torch.maximum(-low, high) / ((quant_max - quant_min) / 2), eps)
-        middle = 0 if quant_min < 0 else (quant_min + quant_max) // 2
-        return scale, torch.full_like(scale, middle, dtype=torch.int32)
+    low, high = low.reshape(-1), high.reshape(-1)
+    if symmetric:  # one of -low and high is not below 0
+        scale = torch.maximum(torch.maximum(-low, high).div_((quant_max - quant_min) / 2), eps)
+        middle = (quant_min + quant_max) // 2
+        return scale, None if quant_min < 0 else torch.full_like(scale, middle, dtype=torch.int32)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = torch.maximum((high - low) / (quant_max - quant_min), eps)
     zero_point = torch.round(low / scale).neg_().add_(quant_min).clamp_(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
+
+
+def range_numbers(
+    low: float, high: float, *, quant_min: int, quant_max: int, symmetric: bool, eps: float
+) -> tuple[float, int]:
+    """Returns what `range_qparams` does for one range, in numbers: float32 ones, of less than 1e30.
+
+    >>> range_numbers(-1.0, 2.0, quant_min=0, quant_max=3, symmetric=False, eps=1e-7)
+    (1.0, 1)
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    if symmetric:
+        scale = max(float32(max(-low, high) / ((quant_max - quant_min) / 2)), eps)
+        return scale, 0 if quant_min < 0 else (quant_min + quant_max) // 2
+    scale = max(float32(float32(high - low) / (quant_max - quant_min)), eps)
+    return scale, min(max(quant_min - round(float32(low / scale)), quant_min), quant_max)

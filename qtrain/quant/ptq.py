@@ -88,9 +88,9 @@ class PTQ(Quantizer):
             weight=partial(make, weight, is_weight=True, quantizing=True),
         )
 
-    def _prepare(self, model: nn.Module, *, is_qat: bool) -> nn.Module:
+    def _prepare(self, model: nn.Module, **how: Any) -> nn.Module:
         layers = {p: w and self._qconfig(w) for p, w in self.layers.items()}
-        return eager.prepare(model, self._qconfig(self.weight), engine=self.engine, is_qat=is_qat, layers=layers)
+        return eager.prepare(model, self._qconfig(self.weight), engine=self.engine, layers=layers, **how)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return self._prepare(model, is_qat=False)

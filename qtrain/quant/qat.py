@@ -22,6 +22,9 @@ class QAT(PTQ):
         start_epoch: first epoch with fake quantization of activations and weights; null: never, only observe.
         freeze_observers_epoch: first epoch in which the ranges of activations stand still; null: never.
         freeze_batch_norm_epoch: first epoch in which batch-norm statistics stand still; null: never.
+        conv_bn: how convolutions with batch-norm train: "folded", with one convolution, which normalises by the
+            statistics of the quantized weights; "exact", with two, by those of the float weights; "torch", torch's
+            own code for the latter, the slow reference. See `qtrain.eager.conv_bn`.
         convert_every: convert and score the int8 model every so many epochs, and keep the best; 0: keep the last.
         ptq: engine, weight, activation, fake_quantize and layers, as for PTQ.
 
@@ -41,6 +44,7 @@ class QAT(PTQ):
         start_epoch: int | None,
         freeze_observers_epoch: int | None,
         freeze_batch_norm_epoch: int | None,
+        conv_bn: str,
         convert_every: int,
         **ptq: Any,
     ) -> None:
@@ -49,6 +53,8 @@ class QAT(PTQ):
             problems.append(f"epochs={epochs}: must be at least 1")
         if convert_every < 0:
             problems.append(f"convert_every={convert_every}: must be 0 (never) or a number of epochs")
+        if conv_bn not in eager.CONV_BN:
+            problems.append(f"conv_bn={conv_bn}: allowed are {', '.join(sorted(eager.CONV_BN))}")
         stages = {
             "start_epoch": start_epoch,
             "freeze_observers_epoch": freeze_observers_epoch,
@@ -70,14 +76,12 @@ class QAT(PTQ):
         if problems:
             raise ValueError("\n".join(problems))
         self.epochs, self.optimizer, self.scheduler = epochs, optimizer, scheduler
-        self.from_scratch, self.convert_every = from_scratch, convert_every
+        self.from_scratch, self.conv_bn, self.convert_every = from_scratch, conv_bn, convert_every
         self.start_epoch = start_epoch
         self.freeze_observers_epoch, self.freeze_batch_norm_epoch = freeze_observers_epoch, freeze_batch_norm_epoch
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        prepared = self._prepare(model, is_qat=True)
-        eager.use_stable_conv_bn(prepared)
-        return prepared
+        return self._prepare(model, is_qat=True, conv_bn=self.conv_bn)
 
     def on_epoch(self, prepared: nn.Module, epoch: int) -> None:
         def reached(start: int | None) -> bool:

@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtrain import eager
-from qtrain.functional.fake_quantize import fake_quantize, range_qparams
+from qtrain.functional.fake_quantize import (
+    fake_quantize,
+    fake_quantize_by_numbers,
+    float32,
+    range_numbers,
+    range_qparams,
+    within_reach,
+)
 from qtrain.functional.spec import QuantSpec
 
 
@@ -42,14 +49,25 @@ def cases(draw):
 
 def check_against_torch(case):
     x, scale, zero_point, low, high, axis = case
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    limits = {"quant_min": low, "quant_max": high}
     weights = torch.linspace(-1, 1, x.numel()).reshape(x.shape)
-    output = fake_quantize(ours, scale, zero_point, quant_min=low, quant_max=high, axis=axis)
-    expected = torchs(theirs, scale, zero_point, low, high, axis)
-    (output * weights).sum().backward()
-    (expected * weights).sum().backward()
-    assert torch.equal(output, expected)
-    assert torch.equal(ours.grad, theirs.grad)
+
+    def run(function, *args, **kwargs):
+        leaf = x.clone().requires_grad_()
+        output = function(leaf, *args, **kwargs)
+        (output * weights).sum().backward()
+        return output, leaf.grad
+
+    expected = run(torchs, scale, zero_point, low, high, axis)
+    zero = None if zero_point.eq(0).all() else zero_point
+    results = [run(fake_quantize, scale, zero, axis=axis, **limits)]
+    results.append(run(fake_quantize, scale, zero, axis=axis, known=expected[0].detach(), **limits))
+    if axis is None:
+        assert within_reach(scale.item())
+        results.append(run(fake_quantize_by_numbers, scale.item(), int(zero_point), **limits))
+    for output, grad in results:
+        assert torch.equal(output, expected[0])
+        assert torch.equal(grad, expected[1])
 
 
 @settings(max_examples=500)
@@ -117,4 +135,28 @@ def test_scale_and_zero_point_are_those_of_torchs_observers(granularity, symmetr
         eps=observer.eps,
     )
     expected = observer.calculate_qparams()
-    assert torch.equal(scale, expected[0]) and torch.equal(zero_point, expected[1].to(torch.int32))
+    assert torch.equal(scale, expected[0])
+    assert expected[1].eq(0).all() if zero_point is None else torch.equal(zero_point, expected[1].to(torch.int32))
+    if granularity == "per_tensor":
+        low, high = observer.min_val.item(), observer.max_val.item()
+        limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
+        numbers = range_numbers(low, high, symmetric=symmetric, eps=observer.eps.item(), **limits)
+        assert numbers == (expected[0].item(), expected[1].item())
+
+
+@given(st.floats(-1e30, 1e30))
+def test_float32_rounds_as_torch_does(x):
+    assert float32(x) == torch.tensor(x, dtype=torch.float64).float().item()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-31, 1e30, torch.inf, torch.nan])
+def test_scales_at_which_numbers_could_overflow_are_out_of_reach(scale):
+    assert not within_reach(scale)
+
+
+def test_a_negative_scale_is_a_change_of_sign():
+    """-5 * 0.5 becomes -(5 * 0.5): the same steps, with the limits of the other side."""
+    x = torch.linspace(-9, 9, 50)
+    for zero in (None, torch.tensor([3])):
+        mirrored = -fake_quantize(-x, torch.tensor([0.5]), zero, quant_min=-8, quant_max=7)
+        assert torch.equal(fake_quantize(x, torch.tensor([-0.5]), zero, quant_min=-8, quant_max=7), mirrored)

@@ -1,0 +1,140 @@
+"""What quantization-aware training costs: one QAT step over one float step, of qtrain, of torch.ao and of peers.
+
+    python scripts/bench_qat.py [--threads N] [--rounds N] [--cases "convnet, batch 64" ...]
+
+The candidates of a case take turns in one process, a step each; figures are medians, and ratios are medians of the
+ratios within a turn, which a busy machine disturbs less. Memory is what autograd keeps for the backward pass. The peers
+(extra peers: nncf, aimet-torch, brevitas) are measured where they are installed. The last line is the same as JSON.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.ao.quantization as tq
+from torch import nn
+
+from qtrain.config import Parts, build, compose
+from qtrain.measure import turns
+
+IMAGES = {"mlp, batch 10": 10, "mlp, batch 128": 128, "convnet, batch 64": 64, "resnet18, batch 32": 32}
+CASES = {name: [f"model={name.partition(',')[0]}", f"data.batch_size={size}"] for name, size in IMAGES.items()}
+CASES["gpt2_nano, batch 32"] = [
+    *("model=gpt2_nano", "task=language_modeling", "data=shakespeare", "optimizer=adamw", "data.batch_size=32")
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    figures = {name: measure(CASES[name], args.rounds) for name in args.cases}
+    print(json.dumps({"threads": args.threads, "rounds": args.rounds, **figures}))
+
+
+def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Prints and returns {candidate: {"ms", "over_float", "saved_mb"}} of one training step."""
+    warnings.filterwarnings("ignore", module="torch.ao")  # it announces its own deprecation
+    warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
+    parts = build(compose("quant=qat", *overrides))
+    batch = next(iter(parts.data.train))
+    models = {"float": parts.model.train(), "qtrain": ours(parts), "torch.ao": torch_ao(parts)}
+    models |= {name: make(parts, batch) for name, make in PEERS.items() if importlib.util.find_spec(name)}
+    steps = {name: stepper(model, parts, batch) for name, model in models.items()}
+    times = turns(list(steps.values()), 4, rounds)
+    print(f"{' '.join(overrides)}: one training step, medians of {rounds}")
+    figures = {}
+    for (name, model), row in zip(models.items(), times, strict=True):
+        figures[name] = {
+            "ms": float(row.median()),
+            "over_float": float((row / times[0]).median()),
+            "saved_mb": saved_bytes(model, parts, batch) / 1e6,
+        }
+        print(
+            "  {:<12} {ms:8.2f} ms  {over_float:5.2f} times float  {saved_mb:8.2f} MB saved".format(
+                name, **figures[name]
+            )
+        )
+    return figures
+
+
+def stepper(model: nn.Module, parts: Parts, batch: Any) -> Callable[[], None]:
+    optimizer = parts.optimizer(model.parameters())
+
+    @torch.enable_grad()
+    def step() -> None:
+        parts.task.loss(model(*parts.task.inputs(batch)), batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@torch.enable_grad()
+def saved_bytes(model: nn.Module, parts: Parts, batch: Any) -> int:
+    """Returns the bytes of all storages that the forward pass keeps for the backward pass, parameters among them."""
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = parts.task.loss(model(*parts.task.inputs(batch)), batch)
+    del loss
+    return sum(kept.values())
+
+
+def ours(parts: Parts) -> nn.Module:
+    prepared = parts.quantizer.prepare(parts.model)
+    parts.quantizer.on_epoch(prepared.train(), 0)
+    return prepared
+
+
+def torch_ao(parts: Parts) -> nn.Module:
+    """torch's own recipe: its default QAT qconfig, fused fake quantization, its quick Conv-BN path."""
+    model: Any = copy.deepcopy(parts.model).train()
+    if hasattr(model, "fuse_model"):
+        model.fuse_model(is_qat=True)
+    model.qconfig = tq.get_default_qat_qconfig(parts.quantizer.engine)
+    for module in model.modules():  # prepare_qat would quantize embeddings, and then fail
+        if isinstance(module, nn.Embedding):
+            module.qconfig = None  # type: ignore[assignment]
+    return tq.prepare_qat(model)
+
+
+def nncf(parts: Parts, batch: Any) -> nn.Module:
+    import nncf
+
+    data = nncf.Dataset([batch], lambda item: parts.task.inputs(item)[0])
+    return nncf.quantize(copy.deepcopy(parts.model).eval(), data, subset_size=1).train()
+
+
+def aimet(parts: Parts, batch: Any) -> nn.Module:
+    from aimet_torch.quantsim import QuantizationSimModel
+
+    inputs = parts.task.inputs(batch)
+    sim = QuantizationSimModel(copy.deepcopy(parts.model).eval(), dummy_input=inputs[0], default_param_bw=8)
+    sim.compute_encodings(lambda model, _: model(*inputs), None)
+    return sim.model.train()
+
+
+def brevitas(parts: Parts, batch: Any) -> nn.Module:
+    from brevitas.graph.quantize import preprocess_for_quantize, quantize
+
+    model = preprocess_for_quantize(copy.deepcopy(parts.model).eval())
+    return quantize(model).train()
+
+
+PEERS: dict[str, Callable[[Parts, Any], nn.Module]] = {"nncf": nncf, "aimet_torch": aimet, "brevitas": brevitas}
+
+if __name__ == "__main__":
+    main()
