@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qtrain.eager import FakeQuantizeBase, is_min_max, observe_min_max, observe_numbers, observe_scaled
@@ -35,6 +36,9 @@ class FakeQuantize(FakeQuantizeBase):
         observing: whether forward records the tensor's range.
         quantizing: whether forward fake-quantizes.
 
+    Attributes:
+        rectifies: whether forward works on relu(x) in place of x.
+
     Raises:
         ValueError: there is no such kernel.
 
@@ -60,82 +64,118 @@ class FakeQuantize(FakeQuantizeBase):
         self.ch_axis = int(getattr(observer, "ch_axis", -1))
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.rectifies = False
         self._limits: dict[str, Any] = {"quant_min": self.quant_min, "quant_max": self.quant_max}
-        self._rule: dict[str, Any] = {**self._limits, "symmetric": self.is_symmetric}
         # A min-max observer's work is done here, on the observer's own buffers, which stay the truth.
         self._folded = kernel == "qtrain" and is_min_max(observer)
+        self._rule = {**self._limits, "symmetric": self.is_symmetric}
+        if self._folded:
+            self._rule["eps"] = observer.eps.item()
         self._known = _Known()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = None
-        # Under gradient accumulation the same weights come several times between two steps of the optimizer.
-        if self.memoryless and x.is_leaf and x.grad is not None:
-            output = self._known.output_for(x)
-        if self.observing and output is None:
-            self._observe(x.detach())
-        if not self.quantizing:
-            return x
-        output = self._quantize(x, output)
-        if self.memoryless and x.is_leaf and torch.is_grad_enabled():
-            self._known.output = (x.data_ptr(), x._version, output.detach())
+        if self.memoryless and self.quantizing and x.is_leaf and x.grad is not None:
+            known = self._known_output(x)
+            if known is not None:
+                return known
+        output = self._by_numbers(x) if self._takes_numbers(x) else None
+        if output is None:
+            if self.rectifies:
+                x = F.relu(x)
+            if self.observing:
+                self._observe(x.detach())
+            if not self.quantizing:
+                return x
+            output = self._by_tensors(x)
+        if self._known.reuses and self.quantizing and x.is_leaf:
+            self._known.remember(x, output, *self._qparams())
         return output
+
+    def _known_output(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns the output for weights that come again between two steps of the optimizer, with a new way back.
+
+        That is under gradient accumulation, which shows by gradients that are there already; a write into `x.data`
+        between the two would go unnoticed.
+        """
+        known = self._known
+        known.reuses = self.kernel == "qtrain"
+        if known.output is None or known.of != (x.data_ptr(), x._version):
+            return None
+        axis = self.ch_axis if self.is_per_channel else None
+        return fake_quantize(x, known.scale, known.zero_point, **self._limits, axis=axis, known=known.output)
+
+    def _takes_numbers(self, x: torch.Tensor) -> bool:
+        """Tells whether to compute with numbers: where to read one costs nothing, and nobody traces."""
+        is_here = not self.is_per_channel and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
+        ours = self.kernel == "qtrain" and (self._folded or not self.observing)
+        return ours and is_here and not torch.compiler.is_compiling()
+
+    def _by_numbers(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns what forward does; None, having changed nothing, where numbers do not do."""
+        known = self._known
+        if self.observing:
+            first = self.memoryless or not known.observed and _is_untouched(self.observer)
+            ends = observe_numbers(self.observer, x.detach(), first=first, rectified=self.rectifies)
+            if ends is None:
+                return None
+            known.observed, known.qparams, known.numbers = True, None, range_numbers(*ends, **self._rule)
+        if not self.quantizing:
+            return F.relu(x) if self.rectifies else x
+        if known.numbers is None:
+            scale, zero_point = self._qparams()
+            known.numbers = scale.item(), 0 if zero_point is None else int(zero_point.item())
+        if not within_reach(known.numbers[0]):
+            return None
+        return fake_quantize_by_numbers(x, *known.numbers, **self._limits, rectify=self.rectifies)
+
+    def _by_tensors(self, x: torch.Tensor) -> torch.Tensor:
+        scale, zero_point = self._qparams()
+        axis = self.ch_axis if self.is_per_channel else None
+        if self.kernel == "qtrain":
+            return fake_quantize(x, scale, zero_point, **self._limits, axis=axis)
+        limits = self.quant_min, self.quant_max
+        if axis is None:
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)  # type: ignore[arg-type]
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)  # type: ignore[arg-type]
 
     def _observe(self, x: torch.Tensor) -> None:
         known = self._known
         known.qparams = known.numbers = None
-        if not self._folded:
+        if self._folded:
+            first = self.memoryless or not known.observed and _is_untouched(self.observer)
+            observe_min_max(self.observer, x, first=first)
+        else:
             if self.memoryless:
                 self.observer.reset_min_max_vals()
             self.observer(x)
-            return
-        observer = self.observer
-        first = self.memoryless or not known.observed and _is_untouched(observer)
-        if self._takes_numbers(x):
-            seen = observe_numbers(observer, x, first=first)
-            if seen is not None:
-                known.observed = True
-                known.numbers = range_numbers(*seen, **self._rule, eps=observer.eps.item())
-                return
-        observe_min_max(observer, x, first=first)
-
-    def _quantize(self, x: torch.Tensor, known_output: torch.Tensor | None) -> torch.Tensor:
-        if known_output is None and self._takes_numbers(x):
-            if self._known.numbers is None:
-                scale, zero_point = self._qparams()
-                self._known.numbers = scale.item(), 0 if zero_point is None else int(zero_point.item())
-            if within_reach(self._known.numbers[0]):
-                return fake_quantize_by_numbers(x, *self._known.numbers, **self._limits)
-        scale, zero_point = self._qparams()
-        axis = self.ch_axis if self.is_per_channel else None
-        limits = self.quant_min, self.quant_max
-        if self.kernel == "qtrain":
-            return fake_quantize(x, scale, zero_point, **self._limits, axis=axis, known=known_output)
-        if axis is None:
-            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)  # type: ignore[arg-type]
-        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)  # type: ignore[arg-type]
 
     def quantize_scaled(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """Returns `forward(x * factor) / factor`, but for the products' rounding, without working them out.
 
         Args:
-            x: a convolution's weight (C, ...).
-            factor: (C,), not 0; gets no gradient.
+            x: a layer's weight (C, ...).
+            factor: (C,), not 0; gets no gradient. Under gradient accumulation the first one stays, until `x` changes.
         """
+        if not (self.observing or self.quantizing):
+            return x
         if not (self._folded and self.memoryless and self.observing):
             factor = factor.reshape(-1, *[1] * (x.ndim - 1))
             return self(x * factor) / factor
-        self._known.qparams = self._known.numbers = None
+        known = self._known
+        if self.quantizing and x.grad is not None:
+            known.reuses = True
+            if known.output is not None and known.of == (x.data_ptr(), x._version):
+                return fake_quantize(x, known.scale, known.zero_point, **self._limits, axis=0, known=known.output)
+        known.qparams = known.numbers = None
         observe_scaled(self.observer, x.detach(), factor)
         if not self.quantizing:
             return x
         scale, zero_point = self._qparams()
-        zero_point = None if zero_point is None else zero_point.expand(len(factor))
-        return fake_quantize(x, scale / factor, zero_point, **self._limits, axis=0)
-
-    def _takes_numbers(self, x: torch.Tensor) -> bool:
-        """Tells whether to compute with numbers: where to read one costs nothing, and nobody traces."""
-        is_here = not self.is_per_channel and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-        return is_here and self.kernel == "qtrain" and not torch.compiler.is_compiling()
+        scale, zero_point = scale / factor, None if zero_point is None else zero_point.expand(len(factor))
+        output = fake_quantize(x, scale, zero_point, **self._limits, axis=0)
+        if known.reuses:
+            known.remember(x, output, scale, zero_point)
+        return output
 
     def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns (scale, zero_point or None for 0) of what was observed; worked out once an observation.
@@ -148,8 +188,7 @@ class FakeQuantize(FakeQuantizeBase):
             if not self.has_observed():
                 raise ValueError("it runs now, but did not during calibration, so its scale is unknown")
             if self._folded:
-                ends = self.observer.min_val, self.observer.max_val
-                known.qparams = range_qparams(*ends, **self._rule, eps=self.observer.eps)
+                known.qparams = range_qparams(self.observer.min_val, self.observer.max_val, **self._rule)
             else:
                 scale, zero_point = self.observer.calculate_qparams()
                 device = self.scale.device
@@ -213,13 +252,17 @@ class _Known:
     numbers: tuple[float, int] | None = None  # scale and zero point
     qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None
     observed: bool = False  # asking the observer again would wait for the device in every step
-    output: tuple[int, int, torch.Tensor] | None = None  # of the parameter at this address, in this version
+    reuses: bool = False  # whether weights have come again before they changed
+    of: tuple[int, int] = (0, 0)  # the address and the version of the weights that `output` belongs to
+    output: torch.Tensor | None = None
+    scale: Any = None
+    zero_point: torch.Tensor | None = None
 
-    def output_for(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Returns the output for `x`, if it is known and `x` unchanged since."""
-        if self.output is None or self.output[:2] != (x.data_ptr(), x._version):
-            return None
-        return self.output[2]
+    def remember(
+        self, x: torch.Tensor, output: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
+    ) -> None:
+        self.of, self.output = (x.data_ptr(), x._version), output.detach()
+        self.scale, self.zero_point = scale, zero_point
 
 
 def _is_untouched(observer: Any) -> bool:

@@ -111,18 +111,27 @@ def torch_ao(parts: Parts) -> nn.Module:
     return tq.prepare_qat(model)
 
 
+def plain(parts: Parts) -> nn.Module:
+    """The float model as the peers want it: they know nothing of torch.ao's stubs."""
+    model: Any = copy.deepcopy(parts.model).eval()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, tq.QuantStub | tq.DeQuantStub):
+            model.set_submodule(name, nn.Identity())
+    return model
+
+
 def nncf(parts: Parts, batch: Any) -> nn.Module:
     import nncf
 
     data = nncf.Dataset([batch], lambda item: parts.task.inputs(item)[0])
-    return nncf.quantize(copy.deepcopy(parts.model).eval(), data, subset_size=1).train()
+    return nncf.quantize(plain(parts), data, subset_size=1).train()
 
 
 def aimet(parts: Parts, batch: Any) -> nn.Module:
     from aimet_torch.quantsim import QuantizationSimModel
 
     inputs = parts.task.inputs(batch)
-    sim = QuantizationSimModel(copy.deepcopy(parts.model).eval(), dummy_input=inputs[0], default_param_bw=8)
+    sim = QuantizationSimModel(plain(parts), dummy_input=inputs[0], default_param_bw=8)
     sim.compute_encodings(lambda model, _: model(*inputs), None)
     return sim.model.train()
 
@@ -130,7 +139,7 @@ def aimet(parts: Parts, batch: Any) -> nn.Module:
 def brevitas(parts: Parts, batch: Any) -> nn.Module:
     from brevitas.graph.quantize import preprocess_for_quantize, quantize
 
-    model = preprocess_for_quantize(copy.deepcopy(parts.model).eval())
+    model = preprocess_for_quantize(plain(parts))
     return quantize(model).train()
 
 

@@ -9,17 +9,28 @@ the float convolution, for which it runs a second one. Here:
 - exact: what torch's slow way computes, to rounding, in fewer passes over the activations. Two convolutions.
 
 Both fold batch-norm into the weights as inference does where its statistics are frozen (R. Krishnamoorthi,
-arXiv:1806.08342, section 3.2.2), and train on where gamma is 0.
+arXiv:1806.08342, section 3.2.2), and train on where gamma is 0. A Linear layer with batch-norm is treated alike.
+
+A ReLU behind a layer is left to the fake quantization behind that, where it is ours: one clamp, and one mask for the
+gradient, then do the work of two.
 """
 
 from typing import Any
 
 import torch
 import torch.ao.nn.intrinsic.qat as nniqat
+import torch.ao.nn.qat as nnqat
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 RECTIFIED = (nniqat.ConvBnReLU1d, nniqat.ConvBnReLU2d, nniqat.ConvBnReLU3d)
-TORCHS = (nniqat.ConvBn1d, nniqat.ConvBn2d, nniqat.ConvBn3d, *RECTIFIED)
+CONVS = (nniqat.ConvBn1d, nniqat.ConvBn2d, nniqat.ConvBn3d, *RECTIFIED)
+
+
+def _product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns what the layer's convolution or matrix product gives."""
+    output: Tensor = layer._conv_forward(x, weight, bias) if isinstance(layer, CONVS) else F.linear(x, weight, bias)
+    return output
 
 
 def _per_channel(values: Tensor, like: Tensor, axis: int) -> Tensor:
@@ -42,7 +53,7 @@ def _inference(layer: Any, x: Tensor) -> Tensor:
     bn, factor = layer.bn, running_factor(layer.bn)
     mean = bn.running_mean if layer.bias is None else bn.running_mean - layer.bias
     weight = layer.weight_fake_quant(layer.weight * _per_channel(factor, layer.weight, 0))
-    return layer._conv_forward(x, weight, bn.bias - factor * mean)
+    return _product(layer, x, weight, bn.bias - factor * mean)
 
 
 def folded(layer: Any, x: Tensor) -> Tensor:
@@ -58,7 +69,7 @@ def folded(layer: Any, x: Tensor) -> Tensor:
         factor = running_factor(bn)
         factor = torch.where(factor == 0, 1, factor)
     weight = layer.weight_fake_quant.quantize_scaled(layer.weight, factor)
-    return bn(layer._conv_forward(x, weight, layer.bias))
+    return bn(_product(layer, x, weight, layer.bias))
 
 
 def exact(layer: Any, x: Tensor) -> Tensor:
@@ -66,7 +77,7 @@ def exact(layer: Any, x: Tensor) -> Tensor:
     bn = layer.bn
     if not bn.training:
         return _inference(layer, x)
-    plain = layer._conv_forward(x, layer.weight, None)  # (N, C, ...)
+    plain = _product(layer, x, layer.weight, None)  # (N, C, ...)
     axes = [0, *range(2, plain.ndim)]
     var, mean = torch.var_mean(plain, axes, correction=0)
     with torch.no_grad():
@@ -74,7 +85,7 @@ def exact(layer: Any, x: Tensor) -> Tensor:
         running_std = torch.sqrt(bn.running_var + bn.eps)
     std = torch.sqrt(var + bn.eps)
     weight = layer.weight_fake_quant(layer.weight * _per_channel(bn.weight / running_std, layer.weight, 0))
-    output = layer._conv_forward(x, weight, None)
+    output = _product(layer, x, weight, None)
     shift = bn.bias - bn.weight * mean / std
     if layer.bias is not None:
         shift = shift + 0 * layer.bias  # a gradient of 0, for distributed training waits for one
@@ -89,21 +100,41 @@ def _follow(bn: Any, mean: Tensor, var: Tensor, count: int) -> None:
     bn.running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
 
 
-def _class(cls: Any, way: Any) -> Any:
-    """Returns a subclass of one of torch's Conv-BN classes with another forward."""
-    rectified = {"forward": lambda layer, x: way(layer, x).relu_()}  # nothing before it keeps its input
-    return type(cls.__name__, (cls,), rectified if issubclass(cls, RECTIFIED) else {"forward": way})
+def _class(cls: Any, forward: Any) -> Any:
+    return type(cls.__name__, (cls,), {"forward": forward})
 
 
-CONV_BN: dict[str, dict[Any, Any]] = {  # the setting quant.conv_bn: {torch's class: the one to use in its place}
-    "torch": {cls: cls for cls in TORCHS},
-    **{way.__name__: {cls: _class(cls, way) for cls in TORCHS} for way in (folded, exact)},
+def _then_relu(forward: Any) -> Any:
+    return lambda layer, x: forward(layer, x).relu_()  # in place: nothing before it keeps its output
+
+
+CONV_BN: dict[str, dict[Any, Any]] = {"torch": {}}  # the setting quant.conv_bn: {torch's class: what takes its place}
+WITHOUT_RELU: dict[Any, Any] = {  # {class: the same without its ReLU}
+    nniqat.LinearReLU: _class(nniqat.LinearReLU, nnqat.Linear.forward),
+    nniqat.ConvReLU1d: _class(nniqat.ConvReLU1d, nnqat.Conv1d.forward),
+    nniqat.ConvReLU2d: _class(nniqat.ConvReLU2d, nnqat.Conv2d.forward),
+    nniqat.ConvReLU3d: _class(nniqat.ConvReLU3d, nnqat.Conv3d.forward),
 }
-_ORIGINALS = {own: cls for classes in CONV_BN.values() for cls, own in classes.items()}
+_ORIGINALS = {own: cls for cls, own in WITHOUT_RELU.items()}
+for _way in (folded, exact):
+    CONV_BN[_way.__name__] = {
+        cls: _class(cls, _then_relu(_way) if cls in RECTIFIED else _way) for cls in (*CONVS, nniqat.LinearBn1d)
+    }
+    _ORIGINALS |= {own: cls for cls, own in CONV_BN[_way.__name__].items()}
+    WITHOUT_RELU |= {CONV_BN[_way.__name__][cls]: _class(cls, _way) for cls in RECTIFIED}
+_ORIGINALS |= {own: _ORIGINALS.get(cls, cls) for cls, own in WITHOUT_RELU.items()}
+
+
+def leave_relu_to_fake_quantization(model: nn.Module) -> None:
+    """Takes the ReLU out of fused layers whose outputs our fake quantization observes, which does it then, in place."""
+    for module in model.modules():
+        point: Any = getattr(module, "activation_post_process", None)
+        if type(module) in WITHOUT_RELU and hasattr(point, "rectifies"):
+            module.__class__, point.rectifies = WITHOUT_RELU[type(module)], True
 
 
 def restore_classes(model: nn.Module) -> nn.Module:
-    """Returns `model`, its Conv-BN layers changed in place to torch's own classes: conversion compares types."""
+    """Returns `model`, its layers changed in place to torch's own classes: conversion compares types."""
     for module in model.modules():
         if type(module) in _ORIGINALS:
             module.__class__ = _ORIGINALS[type(module)]
@@ -113,5 +144,5 @@ def restore_classes(model: nn.Module) -> nn.Module:
 def use_slow_path(model: nn.Module) -> None:
     """Takes torch's slow way in those of its Conv-BN layers that are left as they are, in place."""
     for module in model.modules():
-        if type(module) in TORCHS:
+        if type(module) in CONVS:
             module._enable_slow_path_for_better_numerical_stability = True  # type: ignore[assignment]

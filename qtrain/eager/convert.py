@@ -17,7 +17,7 @@ from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn.modules.conv import _ConvNd
 
-from qtrain.eager.conv_bn import CONV_BN, restore_classes, use_slow_path
+from qtrain.eager.conv_bn import CONV_BN, leave_relu_to_fake_quantization, restore_classes, use_slow_path
 from qtrain.eager.engines import ENGINES, Engine
 from qtrain.functional.spec import AUTO
 
@@ -92,6 +92,7 @@ def prepare(
             mapping = {cls: CONV_BN[conv_bn].get(qat, qat) for cls, qat in QAT_MAPPING.items()}
             tq.prepare_qat(model, mapping=mapping, inplace=True)
             use_slow_path(model)
+            leave_relu_to_fake_quantization(model)
         else:
             tq.prepare(model, inplace=True)
     return model

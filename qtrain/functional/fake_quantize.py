@@ -65,7 +65,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         inverse = scale.reciprocal()
         ctx.save_for_backward(x, inverse, zero_point)
-        ctx.limits = low - 0.5, high + 0.5
+        ctx.limits = low, high
         if known is not None:
             return known
         steps = _steps(x, inverse, zero_point).clamp_(low, high)
@@ -73,9 +73,23 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        steps = _steps(*ctx.saved_tensors)
-        # The gradient of a clamp is 0 at its limits too; those lie halfway between two integers.
-        return torch.ops.aten.hardtanh_backward(grad, steps, *ctx.limits), None, None, None, None, None
+        x, inverse, zero_point = ctx.saved_tensors
+        low, high = ctx.limits
+        backward = torch.ops.aten.hardtanh_backward  # 0 at its limits too
+        if zero_point is not None or x.dtype != torch.float32:
+            x_grad = backward(grad, _steps(x, inverse, zero_point), low - 0.5, high + 0.5)
+        elif torch.compiler.is_compiling():
+            x_grad = backward(grad, x * inverse, *_rounding_limits(low, high))
+        else:
+            steps = x * inverse  # its memory takes the result
+            x_grad = backward.grad_input(grad, steps, *_rounding_limits(low, high), grad_input=steps)
+        return x_grad, None, None, None, None, None
+
+
+@lru_cache
+def _rounding_limits(low: int, high: int) -> tuple[float, float]:
+    """Returns the float32 next to all that round, half to even, to low..high."""
+    return -_first_above(-low, 1.0, 1.0), _first_above(high, 1.0, 1.0)
 
 
 def _steps(x: Tensor, inverse: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -83,7 +97,9 @@ def _steps(x: Tensor, inverse: Tensor, zero_point: Tensor | None) -> Tensor:
     return steps if zero_point is None else steps.add_(zero_point)
 
 
-def fake_quantize_by_numbers(x: Tensor, scale: float, zero_point: int, *, quant_min: int, quant_max: int) -> Tensor:
+def fake_quantize_by_numbers(
+    x: Tensor, scale: float, zero_point: int, *, quant_min: int, quant_max: int, rectify: bool = False
+) -> Tensor:
     """Returns what `fake_quantize` does per tensor, in half the operations: for where a number costs nothing to read.
 
     A GPU would have to be waited for.
@@ -91,7 +107,8 @@ def fake_quantize_by_numbers(x: Tensor, scale: float, zero_point: int, *, quant_
     Args:
         x: float32.
         scale: a float32 number, for which `within_reach` holds.
-        zero_point, quant_min, quant_max: as there.
+        zero_point, quant_min, quant_max: as there; quant_min <= zero_point <= quant_max.
+        rectify: fake-quantize relu(x), at no cost.
 
     >>> fake_quantize_by_numbers(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 2, quant_min=0, quant_max=15)
     tensor([-1.0000,  0.0000,  1.0000,  6.5000])
@@ -100,7 +117,7 @@ def fake_quantize_by_numbers(x: Tensor, scale: float, zero_point: int, *, quant_
     inverse, below, above = _clipping_bounds(scale, low, high)
     # The gradient is that of a clamp which ends just beside the last numbers that round into the range. What it puts
     # out is then replaced in its own memory, past autograd: nobody else holds it, for a clamp keeps its input.
-    output = F.hardtanh(x, below, above)
+    output = F.hardtanh(x, 0.0 if rectify else below, above)
     output.detach().mul_(inverse).round_().clamp_(low, high).mul_(scale)
     return output
 
@@ -147,7 +164,7 @@ def _first_above(integer: int, scale: float, inverse: float) -> float:
 
 
 def range_qparams(
-    low: Tensor, high: Tensor, *, quant_min: int, quant_max: int, symmetric: bool, eps: Tensor
+    low: Tensor, high: Tensor, *, quant_min: int, quant_max: int, symmetric: bool, eps: float
 ) -> tuple[Tensor, Tensor | None]:
     """Returns the (scale, zero_point) that torch's observers give to an observed range, without reading a value back.
 
@@ -158,22 +175,23 @@ def range_qparams(
 
     Args:
         low, high: smallest and largest values, [] or [C], float32.
-        eps: smallest scale, one element.
+        eps: smallest scale.
 
     Returns:
         scale (float32) and zero_point (int32), both [1] or [C]; None for a zero_point that is always 0.
 
     >>> range_qparams(torch.tensor(-1.0), torch.tensor(2.0), quant_min=0, quant_max=3, symmetric=False,
-    ...     eps=torch.tensor(1e-7))
+    ...     eps=1e-7)
     (tensor([1.]), tensor([1], dtype=torch.int32))
     """
-    low, high = low.reshape(-1), high.reshape(-1)
+    if low.ndim == 0:
+        low, high = low.reshape(1), high.reshape(1)
     if symmetric:  # one of -low and high is not below 0
-        scale = torch.maximum(torch.maximum(-low, high).div_((quant_max - quant_min) / 2), eps)
+        scale = torch.maximum(-low, high).div_((quant_max - quant_min) / 2).clamp_(min=eps)
         middle = (quant_min + quant_max) // 2
         return scale, None if quant_min < 0 else torch.full_like(scale, middle, dtype=torch.int32)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = torch.maximum((high - low) / (quant_max - quant_min), eps)
+    scale = (high - low).div_(quant_max - quant_min).clamp_(min=eps)
     zero_point = torch.round(low / scale).neg_().add_(quant_min).clamp_(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
 

@@ -173,6 +173,26 @@ def test_every_way_converts_to_the_same_integers(conv_bn, make, make_qat):
     assert torch.equal(*weights) and weights[0].unique().numel() > 50
 
 
+@pytest.mark.parametrize("conv_bn", ["folded", "exact"])
+def test_linear_layers_train_as_if_they_were_not_fused(conv_bn, between, make_qat):
+    """torch's class for them has no slow path to compare with."""
+    x = torch.randn(16, 6)
+    layers = nn.Linear(6, 4), nn.BatchNorm1d(4)
+    quantizer = make_qat(conv_bn=conv_bn)
+    prepared = quantizer.prepare(between(*layers, fuse=[(0, 1)]))
+    reference = nn.Sequential(*layers).train()
+    quantizer.on_epoch(prepared.train(), 0)
+    for points in (eager.observed_points(prepared), eager.weight_points(prepared)):
+        set_modes(points.values(), observing=True, quantizing=False)
+    for _ in range(3):
+        found, expected = prepared(x), reference(x)
+        torch.testing.assert_close(found, expected)
+    for output in (found, expected):
+        output.square().sum().backward()
+    torch.testing.assert_close(prepared.body[0].weight.grad, layers[0].weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(prepared.body[0].bn.running_var, layers[1].running_var)
+
+
 def test_another_way_is_refused(make_qat):
     with pytest.raises(ValueError, match="conv_bn=quick: allowed are exact, folded, torch"):
         make_qat(conv_bn="quick")

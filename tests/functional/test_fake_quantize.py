@@ -132,7 +132,7 @@ def test_scale_and_zero_point_are_those_of_torchs_observers(granularity, symmetr
         quant_min=observer.quant_min,
         quant_max=observer.quant_max,
         symmetric=symmetric,
-        eps=observer.eps,
+        eps=observer.eps.item(),
     )
     expected = observer.calculate_qparams()
     assert torch.equal(scale, expected[0])
