@@ -37,10 +37,11 @@ def config_dir() -> str:
 def hydra_arguments(arguments: list[str]) -> list[str]:
     """Returns a command line of ours in the words that Hydra 1.3 takes.
 
-    It refuses null for a group that the defaults list holds as null, and new keys in a mapping without a plus.
+    It refuses null for a group that the defaults list holds as null, new keys in a mapping without a plus, and the
+    quotes around such a key that YAML needs, as in {"*.mlp": float}.
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
-    return [f"++{a}" if a.startswith("quant.layers") else a for a in kept]
+    return ["++" + re.sub(r"(['\"])(.*?)\1(?=\s*:)", r"\2", a) if a.startswith("quant.layers") else a for a in kept]
 
 
 def compose(*overrides: str) -> DictConfig:

@@ -138,12 +138,22 @@ def test_config_dir_is_absolute():
         (["sweep=null", "experiment=seed_ptq"], ["experiment=seed_ptq"]),
         (["quant.layers={linear1: float}"], ["++quant.layers={linear1: float}"]),
         (["quant.layers.linear1=float"], ["++quant.layers.linear1=float"]),
+        (
+            ["quant.layers={a: float, \"c*\": {bits: 4}, 'h.0.*':fp16}"],
+            ["++quant.layers={a: float, c*: {bits: 4}, h.0.*:fp16}"],
+        ),
         (["+quant.layers.linear1=float", "quant.engine=x86"], ["+quant.layers.linear1=float", "quant.engine=x86"]),
     ],
     ids=str,
 )
 def test_command_lines_that_hydra_does_not_take(ours, hydras):
     assert hydra_arguments(ours) == hydras
+
+
+@pytest.mark.parametrize("quote", ["", '"', "'"], ids=["plain", "double", "single"])
+def test_patterns_of_layers_may_be_quoted(quote):
+    found = compose(f"quant.layers={{linear1: float, {quote}conv*{quote}: {{bits: 4}}}}")
+    assert found.quant.layers == {"linear1": "float", "conv*": {"bits": 4}}
 
 
 def test_compose_is_plain_and_resolved():
