@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from qtrain import eager
 from qtrain.layer.compact import CompactEmbedding, CompactLinear
+from qtrain.layer.weight import HalfWeight
 from qtrain.quant.base import Quantizer
 from qtrain.truth import TruthError
 
@@ -141,10 +142,10 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
 
     int8_params = float_params = 0
     float_layers = {}
-    counted = set()
+    counted: set[int | None] = set()  # a tied weight counts once
     for name, module in quantized.named_modules():
         weight = eager.quantized_weight(module)
-        own = sum(p.numel() for p in module.parameters(recurse=False))
+        own = {id(p): p.numel() for p in module.parameters(recurse=False)}
         if weight is not None:
             int8_params += weight.numel() if id(weight) not in counted else 0
             counted.add(id(weight) if isinstance(weight, nn.Module) else None)  # ours may be shared; torch makes a view
@@ -155,8 +156,12 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
                 int8_params += num_biases
             else:
                 float_params += num_biases
-        elif own:
-            float_params += own
+        else:
+            float_params += sum(number for key, number in own.items() if key not in counted)
+            counted.update(own)
+        if isinstance(getattr(module, "weight", None), HalfWeight):
+            float_layers[name] = "kept in float16"
+        elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
             island = _island(name, quantized)
             if island is not None:
                 float_layers[island] = "set by quant.layers"
@@ -190,9 +195,13 @@ def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[
     dtype = next(module.parameters(recurse=False)).dtype
     if dtype != torch.float32:
         return f"kept in {str(dtype).removeprefix('torch.')}"
+    if any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in layers):
+        return "set by quant.layers"
     if not any(eager.is_quantized(m) for m in quantized.modules()):
         return "nothing is quantized"
+    for other, layer in quantized.named_modules():
+        if isinstance(layer, nn.Embedding) and layer is not module and layer.weight is getattr(module, "weight", None):
+            return f"shares the weight of {other}"
     if type(module) in eager.CONVERT_MAPPING:
-        is_set = any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in layers)
-        return "set by quant.layers" if is_set else f"{kind} is not quantized by this method"
+        return f"{kind} is not quantized by this method"
     return f"torch has no int8 {kind}"

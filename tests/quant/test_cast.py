@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from qtrain.check import dry_run
 from qtrain.measure import weight_bytes
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.cast import Cast
@@ -49,6 +50,11 @@ def test_single_layers_in_float(layers):
     half = make("float16").convert(model)
     assert 0 < (quantized(idx) - half(idx)).abs().max() < 0.01
     assert quantized.generate(idx, 4, greedy=True).shape == (1, 7)  # the cache has one format too
+
+
+def test_each_layer_says_why_it_is_float(convnet, images):
+    found = dry_run(convnet, make("float16", {"conv1": "float"}), (images[:2],))["float_layers"]
+    assert found.pop("conv1") == "set by quant.layers" and set(found.values()) == {"kept in float16"}
 
 
 def test_float_layers_that_are_none():

@@ -124,7 +124,7 @@ def test_another_method_for_single_layers(method, gpt2, idx):
     assert isinstance(h[1].mlp.c_fc.weight, HalfWeight) and h[1].mlp.c_proj.weight.bits == 8
     assert (quantized(idx) - gpt2(idx)).norm() < 0.1 * gpt2(idx).norm()
     found = dry_run(gpt2, method(layers=layers), (idx,))
-    assert found["float_layers"]["h.1.mlp.c_fc.weight"] == "kept in float16"
+    assert {n for n, why in found["float_layers"].items() if why == "kept in float16"} == {"h.1.mlp.c_fc"}
 
 
 def test_a_head_with_a_setting_of_its_own_is_separate(gpt2):
@@ -149,7 +149,16 @@ def test_what_is_quantized_is_counted(gpt2, idx):
     assert found["macs_quantized"] == 1
     found = dry_run(gpt2, make(embedding="fp16"), (idx,))
     assert found["macs_quantized"] == pytest.approx(LINEARS / (LINEARS + V * C))
-    assert found["float_layers"]["wte.weight"] == "kept in float16"
+    assert {n for n, why in found["float_layers"].items() if why == "kept in float16"} == {"wte", "wpe", "lm_head"}
+
+
+def test_a_head_that_stays_one_with_its_embedding_counts_once_and_says_so(gpt2, idx):
+    found = dry_run(gpt2, make(), (idx,))
+    assert found["params_quantized"] == pytest.approx(LINEARS / sum(p.numel() for p in gpt2.parameters()))
+    assert found["float_layers"]["lm_head"] == "shares the weight of wte"
+    assert found["float_layers"]["wte"] == "Embedding is not quantized by this method"
+    found = dry_run(gpt2, make(layers={"lm_head": "float"}), (idx,))
+    assert found["float_layers"]["lm_head"] == "set by quant.layers"
 
 
 def test_the_gate_compares_the_layers_that_hold_integers(gpt2, idx):
