@@ -13,7 +13,7 @@ from torch import nn
 from qtrain import eager
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import Make, layer_format, settings_of
+from qtrain.quant.layer_format import Make, layer_format, read_settings, settings_of
 
 
 class Dynamic(Quantizer):
@@ -35,7 +35,7 @@ class Dynamic(Quantizer):
     def __init__(self, *, engine: str, weight: QuantSpec, layers: dict[str, Any]) -> None:
         self.engine = eager.find_engine(engine).name
         self.weight = self._settle(weight)
-        self.layers = {pattern: self._setting(pattern, setting) for pattern, setting in layers.items()}
+        self.layers = read_settings(layers, self._setting)
 
     def _settle(self, weight: QuantSpec) -> QuantSpec:
         return eager.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]

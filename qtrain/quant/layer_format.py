@@ -54,8 +54,25 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> Make | None:
     try:
         spec = settle(replace(weight, **fields))
     except ValueError as err:
-        raise ValueError(f"layers.{pattern}.{err}") from err
+        raise ValueError("\n".join(f"layers.{pattern}.{line}" for line in str(err).splitlines())) from err
     return lambda layer: CompactLinear(IntegerWeight(layer.weight, spec), layer.bias)
+
+
+def read_settings(layers: dict[str, Any], read: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """Returns {pattern: read(pattern, setting)}.
+
+    Raises:
+        ValueError: what `read` refuses, all patterns' lines together.
+    """
+    found, problems = {}, []
+    for pattern, setting in layers.items():
+        try:
+            found[pattern] = read(pattern, setting)
+        except ValueError as err:
+            problems.append(str(err))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
 
 
 def check_threshold(threshold: Any, prefix: str = "") -> None:

@@ -9,7 +9,7 @@ from qtrain.functional.spec import QuantSpec
 from qtrain.layer.compact import CompactEmbedding, CompactLinear
 from qtrain.layer.weight import HalfWeight, IntegerWeight
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import layer_format, settings_of, settle
+from qtrain.quant.layer_format import layer_format, read_settings, settings_of, settle
 
 EMBEDDINGS = ("float", "fp16", "int8", "int4")
 HEADS = ("shared", "separate", "float")
@@ -42,10 +42,14 @@ class WeightOnly(Quantizer):
             self.weight = settle(weight)
         except ValueError as err:
             problems += [f"weight.{line}" for line in str(err).splitlines()]
+        else:
+            try:
+                self.layers = read_settings(layers, lambda pattern, value: layer_format(pattern, value, self.weight))
+            except ValueError as err:
+                problems.append(str(err))
         if problems:
             raise ValueError("\n".join(problems))
         self.embedding, self.head = embedding, head
-        self.layers = {pattern: layer_format(pattern, setting, self.weight) for pattern, setting in layers.items()}
 
     def make_linear(self, layer: nn.Linear) -> nn.Module:
         """Returns what takes the place of a float layer that has no setting of its own."""
@@ -77,7 +81,7 @@ class WeightOnly(Quantizer):
             try:
                 model.set_submodule(name, make(layer))
             except ValueError as err:
-                raise ValueError(f"quant.weight.{err} (layer {name})") from err
+                raise ValueError(f"quant.{'layers: ' if name in own else 'weight.'}{err} (layer {name})") from err
         return model
 
     def _embedding_weight(self, weight: nn.Parameter) -> IntegerWeight | HalfWeight:

@@ -87,6 +87,8 @@ def test_layers_have_no_other_setting(setting, make_dynamic):
         make_dynamic(layers={"linear1": setting})
     with pytest.raises(ValueError, match=r"layers\.linear1\.bits=9: allowed are"):
         make_dynamic(layers={"linear1": {"bits": 9}})
+    with pytest.raises(ValueError, match=r"(?s)layers\.linear1=.*\nlayers\.linear2\.bits=9"):
+        make_dynamic(layers={"linear1": setting, "linear2": {"bits": 9}})
 
 
 def test_single_layers_in_fewer_bits_or_by_another_method(mlp, images, make_dynamic):

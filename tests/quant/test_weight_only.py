@@ -206,6 +206,16 @@ def test_refused_settings(settings, message):
         make(**settings)
 
 
+@pytest.mark.parametrize("method", [make, make_llm])
+def test_all_layers_mistakes_come_at_once(method):
+    layers = {"a": "int8", "b": {"bits": 3, "observer": eager.minmax}, "c": "float", "d": {"method": "gptq"}}
+    with pytest.raises(ValueError) as err:
+        method(layers=layers)
+    starts = ["layers.a=int8:", "layers.b.bits=3:", "layers.b.observer=minmax:", "layers.d={'method': 'gptq'}:"]
+    lines = str(err.value).splitlines()
+    assert len(lines) == 4 and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -222,6 +232,9 @@ def test_refused_settings_of_llm_int8(settings, message):
 def test_a_group_size_that_does_not_divide_names_the_layer(gpt2):
     with pytest.raises(ValueError, match=r"quant\.weight\.group_size=5 does not divide .*layer h\.0\.attn\.c_attn"):
         make(bits=4, granularity="per_group", group_size=5).convert(gpt2)
+    own = {"h.1.mlp.c_fc": {"bits": 4, "granularity": "per_group", "group_size": 5}}
+    with pytest.raises(ValueError, match=r"quant\.layers: group_size=5 does not divide .*layer h\.1\.mlp\.c_fc"):
+        make(layers=own).convert(gpt2)
 
 
 GROUPS = {"bits": 4, "granularity": "per_group", "group_size": 128}
