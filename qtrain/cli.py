@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qtrain import sweep
 from qtrain.config import ConfigError, config_dir, hydra_arguments, objectives
+from qtrain.files import alone
 
 DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
 
@@ -33,9 +35,13 @@ def job(config: DictConfig) -> Any:
     settings = HydraConfig.get()
     if settings.mode != RunMode.RUN and config.threads is None:
         config.threads = sweep.THREADS
+    run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
     try:
-        execute = pipeline.execute if settings.mode == RunMode.RUN else sweep.carry_out
-        report = execute(config, Path(settings.runtime.output_dir), list(settings.overrides.task))
+        if settings.mode == RunMode.RUN:
+            with alone(run_dir):
+                report = pipeline.execute(config, run_dir, overrides)
+        else:
+            report = sweep.carry_out(config, run_dir, overrides)
         if not distributed.is_first():  # it has no scores
             return None
         values = [_select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]]
@@ -67,16 +73,18 @@ def _select(report: Any, objective: str) -> float:
 
 def continue_run(arguments: list[str]) -> None:
     """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
-    from qtrain import pipeline
+    from qtrain import distributed, pipeline
     from qtrain.resume import open_run
 
     named = [argument for argument in arguments if argument.startswith("resume=")]
     run_dir = Path(named[-1].partition("=")[2])
     config, overrides = open_run(run_dir, [argument for argument in arguments if argument not in named])
-    console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "qtrain.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
-    pipeline.execute(config, run_dir, overrides, resume=True)
+    # Of torchrun's processes, all of which come here, the first holds the folder for all.
+    with alone(run_dir) if distributed.is_first() else nullcontext():
+        console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "qtrain.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
+        pipeline.execute(config, run_dir, overrides, resume=True)
 
 
 def main() -> None:

@@ -4,9 +4,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"  # in the folder of a run, held by the process that is at work there
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -44,3 +49,21 @@ def write_json(path: Path, content: Any) -> None:
     """Writes `content` as JSON, atomically."""
     text = json.dumps(content, indent=1, allow_nan=False)
     write_atomically(path, lambda new: new.write_text(text))
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """While entered, no other process works in `run_dir`; the operating system frees the lock of one that dies.
+
+    Raises:
+        ValueError: one does.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(run_dir / LOCK, timeout=0))
+        except Timeout as err:
+            raise ValueError(
+                f"{run_dir}: another process is at work there; wait for its end, "
+                "or name another folder with hydra.run.dir"
+            ) from err
+        yield

@@ -252,8 +252,13 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
             f"resume={run_dir}: no run to continue: there is no config.yaml; name a run's folder, "
             "or start the run again if it was ended before it wrote one"
         )
-    if (run_dir / FILE_NAME).is_file() and load_report(run_dir / FILE_NAME)["status"] == "ok":
-        raise ValueError(f"resume={run_dir}: this run is finished; see its {FILE_NAME}")
+    if (run_dir / FILE_NAME).is_file():
+        try:
+            report = load_report(run_dir / FILE_NAME)
+        except ValueError as err:
+            raise ValueError(f"resume={run_dir}: {err}; delete that file to go on with the run") from err
+        if report["status"] == "ok":
+            raise ValueError(f"resume={run_dir}: this run is finished; see its {FILE_NAME}")
     try:
         config = OmegaConf.load(run_dir / "config.yaml")
         assert isinstance(config, DictConfig)

@@ -9,6 +9,7 @@ from typing import Any
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
+from qtrain.files import LOCK
 from qtrain.report import FILE_NAME, Report, load_report, versions
 
 # Float results depend on the number of threads: in the last bits at first, and after an epoch of training visibly. With
@@ -77,7 +78,7 @@ def carry_out(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report
         wanted = OmegaConf.to_yaml(resolve(config))
     except ConfigError:
         wanted = None  # the run will say so, in its report
-    with FileLock(run_dir / ".lock"):  # the process of a sweep that was killed may still be at this job
+    with FileLock(run_dir / LOCK):  # the process of a sweep that was killed may still be at this job
         before = run_dir / "config.yaml"
         is_same = before.is_file() and before.read_text() == wanted
         try:

@@ -20,6 +20,7 @@ from qtrain import cli, pipeline
 from qtrain.checkpoint import save_weights
 from qtrain.config import config_dir
 from qtrain.data.loaders import image_loaders
+from qtrain.files import alone
 from qtrain.model.mlp import MLP
 from qtrain.report import Report
 
@@ -156,6 +157,15 @@ def test_a_sweep_launched_again_does_what_is_left(command, tmp_path, monkeypatch
     code, text = command(*sweep, "optimizer.lr=0.5")
     assert code == 1 and "0_mlp_ptq holds a finished run of another config" in text
     assert done.read_bytes() == before and seen == [1, 2, 3]
+
+
+def test_two_runs_in_one_folder_at_once(command, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with alone(folder):
+        code, text = command(*TINY, f"hydra.run.dir={folder}")
+    assert code == 1 and f"{folder}: another process is at work there" in text
+    assert not (folder / "report.json").exists()  # it is the other's to write
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
 import json
 import resource
+import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
-from qtrain.files import write_atomically, write_json
+from qtrain.files import alone, write_atomically, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
@@ -108,3 +112,16 @@ def test_json_is_strict(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1, None, "é"]}
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", float("inf"))
+
+
+def test_one_process_alone_works_in_a_folder(tmp_path):
+    script = f"import pathlib, qtrain.files, time\nwith qtrain.files.alone(pathlib.Path({str(tmp_path)!r})):\n"
+    script += "    print('there', flush=True)\n    time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
+    assert other.stdout.readline() == b"there\n"
+    with pytest.raises(ValueError, match="another process is at work there"), alone(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with alone(tmp_path):  # a dead process holds nothing
+        pass

@@ -13,6 +13,7 @@ from torch import nn
 
 from qtrain import cli, config, pipeline
 from qtrain.data.loaders import ImageLoader, image_loaders
+from qtrain.files import LOCK, alone
 from qtrain.leaderboard.runs import find
 from qtrain.loggers import Logger, Pictures, TensorBoard
 from qtrain.resume import Interrupted, Progress, Signals, open_run
@@ -264,6 +265,20 @@ def test_a_damaged_state(killed, place):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"float.pt is damaged; delete the folder .*resume to train again"):
         execute(killed, "float", "float_cache=null", resume=True)
+
+
+def test_a_damaged_report(killed):
+    (killed / "report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"report.json: not readable as JSON .*; delete that file to go on"):
+        open_run(killed, [])
+
+
+def test_a_run_that_is_still_at_work(killed, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["qtrain", f"resume={killed}"])
+    before = sorted(killed.iterdir())
+    with alone(killed), pytest.raises(SystemExit, match="killed: another process is at work there"):
+        cli.main()
+    assert [path for path in sorted(killed.iterdir()) if path.name != LOCK] == before
 
 
 def test_a_state_of_another_config(killed):
