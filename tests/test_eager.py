@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -289,7 +290,47 @@ def test_histogram_is_torchs_and_heeds_its_bins():
     assert found[0] != found[1]
 
 
+@pytest.mark.parametrize("power, rectified", [(1, False), (1, True), (3, False)])
+def test_histograms_over_many_batches_give_torchs_ranges_to_a_bin(power, rectified):
+    qargs = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "quant_min": 0, "quant_max": 127}
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        ours, torchs = eager.histogram(bins=2048, **qargs), tq.HistogramObserver(bins=2048, **qargs)
+        for _ in range(8):
+            center, spread = torch.rand(2, generator=generator)
+            x = (torch.randn(5000, generator=generator) * (0.5 + spread) + 3 * center) ** power
+            for observer in (ours, torchs):
+                observer(x.relu() if rectified else x)
+        assert (ours.min_val, ours.max_val) == (torchs.min_val, torchs.max_val)
+        torch.testing.assert_close(ours.histogram.sum(), torchs.histogram.sum())
+        width = (torchs.max_val - torchs.min_val) / 2048
+        for found, expected in zip(ours._non_linear_param_search(), torchs._non_linear_param_search(), strict=True):
+            assert abs(found - expected) < 1.01 * width
+
+
+def test_a_histogram_takes_constants_and_empty_tensors_and_ignores_infinity():
+    qargs = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "quant_min": 0, "quant_max": 127}
+    ours, torchs = eager.histogram(bins=64, **qargs), tq.HistogramObserver(bins=64, **qargs)
+    tensors = [torch.ones(3), torch.ones(2), torch.zeros(0), torch.tensor([-1.0, torch.inf]), torch.arange(9.0)]
+    for observer in (ours, torchs):
+        for x in tensors:
+            with pytest.warns(UserWarning, match="inf detected") if x.isinf().any() else nullcontext():
+                observer(x)
+    torch.testing.assert_close(ours.histogram, torchs.histogram)
+    assert ours.calculate_qparams() == torchs.calculate_qparams()
+
+
 # ---- prepare ---------------------------------------------------------------------------------------------------------
+
+
+def test_fused_layers_show_their_observers_each_batch_once(convnet, images, make_ptq):
+    quantizer = make_ptq(activation={"observer": eager.minmax})
+    prepared = quantizer.prepare(convnet)
+    seen = {name: [] for name in eager.observed_points(prepared)}
+    for name, point in eager.observed_points(prepared).items():
+        point.register_forward_pre_hook(lambda *_, name=name: seen[name].append(1))
+    quantizer.calibrate(prepared, [(images,), (images,)])
+    assert set(map(len, seen.values())) == {2} and len(seen) == 5
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])

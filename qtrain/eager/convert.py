@@ -15,6 +15,7 @@ import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
 from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.ao.quantization.quantize import _observer_forward_hook
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain.eager.conv_bn import CONV_BN, leave_relu_to_fake_quantization, restore_classes, use_slow_path
@@ -95,7 +96,18 @@ def prepare(
             leave_relu_to_fake_quantization(model)
         else:
             tq.prepare(model, inplace=True)
+            _observe_once(model)
     return model
+
+
+def _observe_once(model: nn.Module) -> None:
+    """Removes the hooks that call the observers of fused layers, in place: an `nn.Sequential`, as these are, calls the
+    observer as its last child already, and averages would move twice a batch."""
+    for module in model.modules():
+        if isinstance(module, nn.Sequential) and hasattr(module, "activation_post_process"):
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if hook is _observer_forward_hook]:
+                del hooks[key]
 
 
 def convert(prepared: nn.Module) -> nn.Module:

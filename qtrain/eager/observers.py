@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.ao.quantization as tq
+import torch.nn.functional as F
 from torch import nn
 
 from qtrain.functional.fake_quantize import float32
@@ -25,9 +26,47 @@ def moving_average(*, averaging_constant: float, **qargs: Any) -> nn.Module:
 
 
 def histogram(*, bins: int, **qargs: Any) -> nn.Module:
-    """Returns torch's observer that searches the clipping range of least squared error on a histogram."""
+    """Returns torch's observer that searches the clipping range of least squared error on a histogram, made faster."""
     refuse_per_channel("histogram", qargs["qscheme"])
-    return tq.HistogramObserver(bins=bins, **qargs)
+    return HistogramObserver(bins=bins, **qargs)
+
+
+class HistogramObserver(tq.HistogramObserver):
+    """torch's own, which takes most of its time to stretch the histogram to a new range: here that costs next to none.
+
+    Torch spreads each bin over 16 points and looks up, point by point, in which new bin it lies. Here the number of
+    points below each new boundary is worked out, and with it how much of the histogram lies there.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() == 0:
+            return x
+        seen = x.detach().float()
+        low, high = (value.item() for value in torch.aminmax(seen))
+        old_low, old_high = self.min_val.item(), self.max_val.item()
+        if not -torch.inf < low <= high < torch.inf or not old_low < old_high:
+            output: torch.Tensor = super().forward(x)
+            return output
+        low, high = min(low, old_low), max(high, old_high)
+        histogram = self.histogram
+        if (low, high) != (old_low, old_high):
+            histogram = self._stretched(old_low, old_high, low, high)
+            self.min_val.fill_(low)
+            self.max_val.fill_(high)
+        self.histogram = torch.histc(seen, self.bins, low, high).add_(histogram)
+        return x
+
+    def _stretched(self, old_low: float, old_high: float, low: float, high: float) -> torch.Tensor:
+        """Returns the histogram of old_low..old_high as one of low..high."""
+        rate: int = self.upsample_rate
+        device = self.histogram.device
+        boundaries = torch.linspace(low, high, self.bins + 1, device=device, dtype=torch.float64)
+        points = (boundaries - old_low).mul_(self.bins * rate / (old_high - old_low)).sub_(0.5).ceil_()
+        points = points.clamp_(0, self.bins * rate).long()
+        whole, part = points // rate, points % rate
+        counts = F.pad(self.histogram.double(), (1, 1))  # 0 before the first bin and behind the last
+        below = counts.cumsum(0)[whole] + counts[whole + 1] * part / rate
+        return below.diff().float()
 
 
 def refuse_per_channel(observer: str, qscheme: torch.qscheme) -> None:
