@@ -1,6 +1,7 @@
 """Pictures. Figures are made without pyplot, so that none stays behind in a long sweep."""
 
 import io
+import math
 from typing import Any
 
 import torch
@@ -50,21 +51,25 @@ def noise(decibels: dict[str, dict[str, float]]) -> Figure:
     """Returns bars of the signal-to-quantization-noise ratio, a group for each layer.
 
     Args:
-        decibels: {what was quantized: {layer: dB}}; what is not finite has no bar.
+        decibels: {what was quantized: {layer: dB}}; where there is no error, and so infinitely many, words say so.
     """
     layers = list(dict.fromkeys(name for of_kind in decibels.values() for name in of_kind))
-    figure = Figure(figsize=(7, 1.2 + 0.26 * len(layers)), layout="constrained")
+    figure = Figure(figsize=(7, 1.6 + 0.26 * len(layers)), layout="constrained")
     axes: Any = figure.subplots()
     height = 0.8 / len(decibels)
     for index, (kind, of_kind) in enumerate(decibels.items()):
         bars = [(layers.index(name) + height * index, value) for name, value in of_kind.items() if abs(value) < 1e6]
         places, values = zip(*bars, strict=True) if bars else ((), ())
         axes.barh(places, values, height=height, align="edge", label=kind)
+        for name, value in of_kind.items():
+            if value >= 1e6:
+                place = layers.index(name) + height * (index + 0.5)
+                axes.text(0.3, place, f"{kind}: no error", fontsize=7, va="center", color="0.3", in_layout=False)
     axes.set_yticks([row + 0.4 for row in range(len(layers))], layers, fontsize=8)
     axes.set(ylim=(len(layers), 0), xlabel="signal over quantization noise, dB (more is better; 6 dB are one bit)")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper right", ncols=len(decibels), fontsize=8)  # bars may fill all of the axes
     return figure
 
 
@@ -80,12 +85,12 @@ def weights(pairs: Pairs) -> Figure:
     for (name, (exact, quantized)), (left, right) in zip(shown, rows, strict=True):
         integers = quantized.int_repr().flatten()
         values = exact.flatten()
-        limits = (float(values.min()), float(values.max()))
-        left.hist(values.numpy(), 100, range=limits, label="float", color="tab:blue", alpha=0.6)
-        dequantized = quantized.dequantize().flatten().numpy()
-        left.hist(dequantized, 100, range=limits, label="dequantized", color="tab:orange", histtype="step")
-        left.set_title(f"{name}: weights", fontsize=9)
+        dequantized = quantized.dequantize().flatten()
         low, high = int(integers.min()), int(integers.max())
+        bins = bin_edges(values, dequantized, high - low + 1)
+        left.hist(values.numpy(), bins, label="float", color="tab:blue", alpha=0.6)
+        left.hist(dequantized.numpy(), bins, label="dequantized", color="tab:orange", histtype="step")
+        left.set_title(f"{name}: weights", fontsize=9)
         right.hist(integers.numpy(), high - low + 1, range=(low - 0.5, high + 0.5), color="tab:green")
         right.set_title(f"{name}: integers {low}..{high}", fontsize=9)
         for axes in (left, right):
@@ -93,6 +98,25 @@ def weights(pairs: Pairs) -> Figure:
             axes.tick_params(labelsize=8)
     rows[0][0].legend(fontsize=8)
     return figure
+
+
+def bin_edges(values: Tensor, dequantized: Tensor, num_levels: int, most: int = 100) -> list[float]:
+    """Returns the edges of histogram bins over both tensors.
+
+    With one scale for all, each bin holds as many of the levels as any other: a count that went up and down with them
+    would look like an effect of quantization. Fewer levels than bins are spikes, as they are.
+    """
+    first, last = float(dequantized.min()), float(dequantized.max())
+    low, high = min(first, float(values.min())), max(last, float(values.max()))
+    if num_levels <= most or high - low > 2 * (last - first):
+        low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
+        return torch.linspace(low, high, most + 1, dtype=torch.float64).tolist()
+    step = (last - first) / (num_levels - 1)
+    width = -(-num_levels // most) * step
+    start = first - step / 2
+    # Floats that were clipped have bins of their own.
+    before, after = max(0, math.ceil((start - low) / width)), math.ceil((max(last + step / 2, high) - start) / width)
+    return [start + width * i for i in range(-before, after + 1)]
 
 
 def confusion(counts: list[list[int]], title: str) -> Figure:

@@ -28,14 +28,34 @@ def test_noise_has_a_bar_for_each_finite_value():
     (axes,) = plots.noise({"weights": weights, "activations": activations}).axes
     found = [sorted(bar.get_width() for bar in bars) for bars in axes.containers]
     assert found == [[40.0], [20.0, 30.0]]
+    assert [text.get_text() for text in axes.texts] == ["weights: no error"] and 1 < axes.texts[0].get_position()[1] < 2
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["fc1", "fc2", "quant"]
     fc2 = next(bar for bar in axes.containers[1] if bar.get_width() == 20)
     assert 1 <= fc2.get_y() < 2
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("outside", [1.0, 1.3, 1e4], ids=["in range", "clipped", "far outlier"])
+def test_bins_hold_all_weights_and_equally_many_levels(bits, outside):
+    integers = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    dequantized = 0.03 * integers.float()
+    values = outside * torch.linspace(float(dequantized.min()), float(dequantized.max()), 999)
+    edges = torch.tensor(plots.bin_edges(values, dequantized, len(integers)))
+    assert 40 < len(edges) - 1 <= 160 and edges[0] <= values.min() and values.max() <= edges[-1]
+    counts = torch.histogram(dequantized, edges).hist
+    assert counts.sum() == len(integers)
+    assert bits < 8 or outside > 2 or set(counts.unique().tolist()) - {0, float(counts[counts > 0][-1])} == {3.0}
+
+
+def test_weights_that_are_all_the_same_have_bins():
+    edges = plots.bin_edges(torch.ones(4), torch.ones(4), 1)
+    assert edges[0] < 1 < edges[-1] and edges == sorted(edges)
+
+
 def test_a_model_of_zeros_can_be_drawn():
     exact = torch.zeros(2, 4)
     pairs = {"a": (exact, IntegerWeight(exact, SPEC))}
     assert plots.png(plots.distribution(pairs, "int2")).startswith(b"\x89PNG")
+    assert plots.png(plots.weights(pairs)).startswith(b"\x89PNG")
     assert plots.png(plots.noise({"weights": {"a": float("inf")}})).startswith(b"\x89PNG")
