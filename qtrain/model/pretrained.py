@@ -54,7 +54,8 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as err:  # OSError, ValueError and the file formats' own
-        raise ValueError(f"pretrained={name}: could not be loaded as GPT-2: {err}") from err
+        reason = " ".join(str(err).split())  # theirs have lines, of which ours would make mistakes of their own
+        raise ValueError(f"pretrained={name}: could not be loaded as GPT-2: {reason}") from err
     _refuse_wrong_keys(name, info, tied=model.lm_head.weight.equal(model.transformer.wte.weight))
     transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
     weights = {

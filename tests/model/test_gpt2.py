@@ -209,6 +209,15 @@ def test_damaged_file_is_refused(hf: ModuleType, tmp_path: Path) -> None:
         GPT2(pretrained=str(tmp_path))
 
 
+def test_an_unreachable_hub_is_told_in_one_line(hf: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("We couldn't connect.\nCheck your internet connection.")
+
+    monkeypatch.setattr(hf.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(ValueError, match="^pretrained=gpt2: .* We couldn't connect. Check your internet connection.$"):
+        GPT2(pretrained="gpt2")
+
+
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
