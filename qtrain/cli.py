@@ -87,6 +87,16 @@ def continue_run(arguments: list[str]) -> None:
         pipeline.execute(config, run_dir, overrides, resume=True)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where no run listens to it, as where a launcher waits for its workers, which it ends for Ctrl-C."""
+
+    signum = signal.SIGTERM
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated("terminated")
+
+
 def main() -> None:
     """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
     if len(sys.argv) == 1:
@@ -97,6 +107,7 @@ def main() -> None:
         atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
         sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         if any(argument.startswith("resume=") for argument in sys.argv[1:]):
             continue_run(sys.argv[1:])
@@ -105,8 +116,10 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException, ConfigError, ValueError, OSError) as err:
         sys.exit(f"qtrain: error: {explain(err)}")
     except KeyboardInterrupt as err:
-        print(f"qtrain: {err}", file=sys.stderr)
+        print(f"qtrain: {str(err) or 'interrupted'}", file=sys.stderr)
         sys.exit(128 + getattr(err, "signum", signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def explain(err: BaseException) -> str:

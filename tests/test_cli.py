@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -399,7 +400,17 @@ def test_interrupted(command, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "train_float", interrupt)
-    assert command(*TINY)[0] == 130
+    code, text = command(*TINY)
+    assert code == 130 and text.endswith("qtrain: interrupted\n")
+
+
+def test_a_sweep_is_terminated_as_it_is_interrupted(command, monkeypatch):
+    """A launcher that waits for its workers ends them for an exception; the signal's default would leave them."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "job", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    code, text = command("-m", *TINY)
+    assert code == 143 and text.endswith("qtrain: terminated\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- as a process ----------------------------------------------------------------------------------------------------
