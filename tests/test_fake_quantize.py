@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import qtrain.fake_quantize as fake_quantize_module
 from qtrain import eager
 from qtrain.fake_quantize import FakeQuantize
 from qtrain.functional.spec import QuantSpec
@@ -306,3 +308,103 @@ def test_a_copy_goes_its_own_way():
 def test_its_description_names_scheme_range_and_switches():
     text = repr(make(bits=4, signed=True, observing=False))
     assert "per_tensor_affine, -8..7, observing=False, quantizing=True" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["minmax", "moving_average", "percentile"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_a_relu_inside_is_a_relu_before(symmetric, name, dtype):
+    inside, before = (make(symmetric=symmetric, observer=OBSERVERS[name]) for _ in range(2))
+    inside.rectifies = True
+    for seed in range(4):
+        x = 2 * torch.randn(7, 9, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        x[0, :3] = torch.tensor([0.0, -0.0, 1e-9])
+        found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+        outputs = inside(found), before(expected.relu())
+        assert torch.equal(*outputs)
+        for output in outputs:
+            output.sin().sum().backward()
+        assert torch.equal(found.grad, expected.grad) and 0 < found.grad.count_nonzero() < x.numel()
+        assert inside.calculate_qparams() == before.calculate_qparams()
+    for quantizing, observing in ((False, True), (False, False)):
+        inside.enable_fake_quant(quantizing), inside.enable_observer(observing)
+        assert torch.equal(inside(x), x.relu())
+
+
+@pytest.fixture
+def quantizations(monkeypatch):
+    """The tensors that were observed, as a list that grows."""
+    seen = []
+    for function in (fake_quantize_module.observe_min_max, fake_quantize_module.observe_scaled):
+
+        def counting(observer, x, *args, function=function, **kwargs):
+            seen.append(x)
+            return function(observer, x, *args, **kwargs)
+
+        monkeypatch.setattr(fake_quantize_module, function.__name__, counting)
+    return seen
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "conv_bn"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_weights_are_quantized_once_between_two_steps(symmetric, scaled, quantizations):
+    module = make(symmetric=symmetric, granularity="per_channel", signed=True, memoryless=True)
+    factor = torch.tensor([0.5, -2.0, 3.0])
+    weight = nn.Parameter(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.SGD([weight], 0.1)
+
+    def run(module, weight):
+        output = module.quantize_scaled(weight, factor) if scaled else module(weight)
+        output.sin().sum().backward()
+        return output.detach()
+
+    for step in range(4):
+        optimizer.zero_grad()
+        outputs = [run(module, weight) for _ in range(3)]
+        reference = weight.detach().clone().requires_grad_()
+        expected = run(make(symmetric=symmetric, granularity="per_channel", signed=True, memoryless=True), reference)
+        assert all(torch.equal(output, expected) for output in outputs)
+        torch.testing.assert_close(weight.grad, 3 * reference.grad)
+        # That weights come again is known from the second time on.
+        assert len([x for x in quantizations if x.data_ptr() == weight.data_ptr()]) == step + 2
+        optimizer.step()
+
+
+def test_weights_that_were_written_to_are_quantized_anew():
+    module = make(granularity="per_channel", signed=True, memoryless=True)
+    weight = nn.Parameter(torch.randn(3, 8))
+    for _ in range(3):
+        module(weight).sum().backward()
+    with torch.no_grad():
+        weight.mul_(3)
+    assert (module(weight) - weight).abs().max() < 0.51 * module.calculate_qparams()[0].max()
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("observing", [True, False], ids=["observing", "frozen"])
+def test_compiled_it_does_the_same(observing, granularity):
+    module = make(granularity=granularity, symmetric=True, signed=True)
+    module(torch.tensor([[-1.0, 2.0], [0.5, 0.25]]))
+    module.enable_observer(observing)
+    compiled = copy.deepcopy(module)
+    function = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        x = torch.randn(2, 5, generator=torch.Generator().manual_seed(seed))
+        inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        outputs = module(inputs[0]), function(inputs[1])
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+        for output in outputs:
+            output.sum().backward()
+        assert torch.equal(inputs[0].grad, inputs[1].grad)
+    assert module.calculate_qparams()[0].equal(compiled.calculate_qparams()[0])
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_under_autocast_it_is_an_island_of_float32(granularity):
+    module, reference = (make(granularity=granularity, observer=OBSERVERS["moving_average"]) for _ in range(2))
+    x = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = x @ x
+        output = module(y)
+    assert y.dtype == torch.bfloat16 and output.dtype == torch.float32
+    assert torch.equal(output, reference(y.float()))

@@ -76,10 +76,8 @@ class _FakeQuantize(torch.autograd.Function):
         x, inverse, zero_point = ctx.saved_tensors
         low, high = ctx.limits
         backward = torch.ops.aten.hardtanh_backward  # 0 at its limits too
-        if zero_point is not None or x.dtype != torch.float32:
+        if zero_point is not None or x.dtype != torch.float32 or torch.compiler.is_compiling():
             x_grad = backward(grad, _steps(x, inverse, zero_point), low - 0.5, high + 0.5)
-        elif torch.compiler.is_compiling():
-            x_grad = backward(grad, x * inverse, *_rounding_limits(low, high))
         else:
             steps = x * inverse  # its memory takes the result
             x_grad = backward.grad_input(grad, steps, *_rounding_limits(low, high), grad_input=steps)

@@ -1,11 +1,13 @@
 import copy
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
 from torch import nn
 
 from qtrain import eager
+from qtrain.config import build, compose
 
 QUANTIZED = ["conv1", "conv2", "linear1", "linear2"]
 
@@ -278,3 +280,31 @@ def test_batch_norm_in_a_float_island_is_frozen_too(convnet, images, make_qat):
         before = bn.running_mean.clone()
         prepared(images)
         assert torch.equal(before, bn.running_mean) is (epoch >= 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mlp", "convnet"])
+def test_a_whole_epoch_ends_with_the_integers_of_torchs_own_modules(model):
+    """With torch's Conv-BN in both: that one rounds differently on, a whole training away from these integers."""
+
+    def epoch(fake_quantize):
+        overrides = ["quant=qat", f"quant.fake_quantize={fake_quantize}", "quant.conv_bn=torch", f"model={model}"]
+        parts = build(compose(*overrides, "seed=0"))
+        torch.manual_seed(0)
+        quantizer, task = parts.quantizer, parts.task
+        prepared = calibrated(quantizer, parts.model, *[task.inputs(batch)[0] for batch in islice(parts.data.test, 1)])
+        quantizer.on_epoch(prepared.train(), 0)
+        optimizer = torch.optim.Adam(prepared.parameters(), 1e-3)
+        for batch in parts.data.train:
+            task.loss(prepared(*task.inputs(batch)), batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        converted = quantizer.convert(prepared)
+        layers = {n: m for n, m in converted.named_modules() if eager.quantized_weight(m) is not None}
+        return {n: (eager.quantized_weight(m).int_repr(), m.scale, m.zero_point) for n, m in layers.items()}
+
+    found, expected = epoch("qtrain"), epoch("torch")
+    assert len(found) >= 3 and found.keys() == expected.keys()
+    for name, (integers, *qparams) in found.items():
+        assert torch.equal(integers, expected[name][0]) and qparams == list(expected[name][1:])
+        assert integers.unique().numel() > 100
