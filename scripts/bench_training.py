@@ -1,4 +1,4 @@
-"""Training speed: qtrain's loop against a plain DataLoader loop and a bare loop; QAT steps against float steps.
+"""Training speed: qtrain's loop against a plain DataLoader loop and a bare loop; a QAT step as in bench_qat.py.
 
     python scripts/bench_training.py [--root FOLDER_OF_MNIST] [--threads N] [--rounds N]
 
@@ -11,14 +11,13 @@ import json
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-import torch.ao.quantization as tq
 import torch.nn.functional as F
+from bench_qat import CASES, measure
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -27,7 +26,6 @@ from torchvision import transforms
 from qtrain.config import Parts, build, compose
 from qtrain.data.loaders import ImageLoader
 from qtrain.loggers import Logger
-from qtrain.task.classification import Classification
 from qtrain.trainer import OptimizerFactory
 
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -42,8 +40,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data = ["data=mnist", f"data.root={args.root}"] if args.root else ["data=mnist_sample"]
     figures = {"threads": args.threads, "data": data[0].removeprefix("data="), **loops(data, args.rounds)}
-    figures |= qat_steps(data, args.rounds)
-    print(json.dumps(figures))
+    print(json.dumps({**figures, "qat": measure(CASES["convnet, batch 64"], args.rounds)}))
 
 
 def loops(data: list[str], rounds: int, steps: int = 700) -> dict[str, float]:
@@ -124,43 +121,6 @@ def train(model: nn.Module, batches: Iterator[Any], steps: int, make_optimizer: 
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-
-
-def qat_steps(data: list[str], rounds: int, steps: int = 5) -> dict[str, float]:
-    """Returns milliseconds of one training step of `convnet` at batch 64: float, qtrain's QAT, torch.ao's QAT."""
-    parts = build(compose("model=convnet", "quant=qat", *data))
-    ours = parts.quantizer.prepare(parts.model)
-    parts.quantizer.on_epoch(ours.train(), 0)
-    warnings.filterwarnings("ignore", module="torch.ao")  # it announces its own deprecation
-    warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
-    theirs = build(compose("model=convnet", *data)).model.train()
-    theirs.fuse_model(is_qat=True)  # type: ignore[operator]
-    theirs.qconfig = tq.get_default_qat_qconfig(torch.backends.quantized.engine)  # type: ignore[assignment]
-    theirs = tq.prepare_qat(theirs)
-    x, y = next(iter(parts.data.train))
-
-    def stepper(model: nn.Module) -> Callable[[], None]:
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-        task = Classification()
-
-        def run() -> None:
-            model.train()
-            for _ in range(steps):
-                optimizer.zero_grad()
-                task.loss(model(x), (x, y)).backward()
-                optimizer.step()
-
-        return run
-
-    models = {"float": parts.model, "qtrain QAT": ours, "torch.ao QAT": theirs}
-    seconds = take_turns({name: stepper(model) for name, model in models.items()}, rounds)
-    print(f"convnet, batch {len(y)}: one training step, median of {rounds} rounds of {steps}")
-    for name, value in seconds.items():
-        print(f"  {name:<13} {1e3 * value / steps:7.2f} ms   {value / seconds['float']:5.2f} times float")
-    return {
-        "qat_step_over_float_step": seconds["qtrain QAT"] / seconds["float"],
-        "torch_ao_qat_step_over_float_step": seconds["torch.ao QAT"] / seconds["float"],
-    }
 
 
 if __name__ == "__main__":
