@@ -1,5 +1,6 @@
 """Hydra callbacks."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ class Comparison(Callback):
         """Warns of jobs that would fight for the cores."""
         from qtrain.sweep import crowding
 
+        # sweep=optuna asks for it; Hydra builds the sampler after this.
+        warnings.filterwarnings("ignore", message="``multivariate`` option is an experimental feature")
         warning = crowding(config)
         if warning is not None:
             print(f"warning: {warning}", flush=True)

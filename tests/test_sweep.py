@@ -1,5 +1,6 @@
 import os
 import tomllib
+import warnings
 from pathlib import Path
 
 import hydra
@@ -60,6 +61,16 @@ def test_a_preset_starts_a_sweep_and_says_how(settings, preset):
     config = settings(f"sweep={preset}")
     assert config.hydra.mode.name == "MULTIRUN" and config.hydra.sweeper.params
     assert f"#   qtrain sweep={preset}" in (CONF / "sweep" / f"{preset}.yaml").read_text()
+
+
+def test_the_optuna_preset_does_not_warn(settings):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra optuna")
+    config = settings("sweep=optuna")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        Comparison().on_multirun_start(config)
+        assert hydra.utils.instantiate(config.hydra.sweeper.sampler)
+    assert not [warning for warning in caught if "multivariate" in str(warning.message)]
 
 
 @pytest.mark.parametrize("choice", [f"launcher={name}" for name in TARGETS] + ["sweeper=optuna"])
