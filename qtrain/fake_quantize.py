@@ -112,13 +112,14 @@ class FakeQuantize(FakeQuantizeBase):
 
     def _by_numbers(self, x: torch.Tensor) -> torch.Tensor | None:
         """Returns what forward does; None, having changed nothing, where numbers do not do."""
-        known = self._known
+        known, ends = self._known, None
         if self.observing:
             first = self.memoryless or not known.observed and _is_untouched(self.observer)
-            ends = observe_numbers(self.observer, x.detach(), first=first, rectified=self.rectifies)
-            if ends is None:
+            found = observe_numbers(self.observer, x.detach(), first=first, rectified=self.rectifies)
+            if found is None:
                 return None
-            known.observed, known.qparams, known.numbers = True, None, range_numbers(*ends, **self._rule)
+            ends, observed = found
+            known.observed, known.qparams, known.numbers = True, None, range_numbers(*observed, **self._rule)
         if not self.quantizing:
             return F.relu(x) if self.rectifies else x
         if known.numbers is None:
@@ -126,7 +127,7 @@ class FakeQuantize(FakeQuantizeBase):
             known.numbers = scale.item(), 0 if zero_point is None else int(zero_point.item())
         if not within_reach(known.numbers[0]):
             return None
-        return fake_quantize_by_numbers(x, *known.numbers, **self._limits, rectify=self.rectifies)
+        return fake_quantize_by_numbers(x, *known.numbers, **self._limits, rectify=self.rectifies, ends=ends)
 
     def _by_tensors(self, x: torch.Tensor) -> torch.Tensor:
         scale, zero_point = self._qparams()

@@ -126,8 +126,8 @@ def observe_min_max(observer: Any, x: torch.Tensor, *, first: bool) -> None:
 
 def observe_numbers(
     observer: Any, x: torch.Tensor, *, first: bool, rectified: bool = False
-) -> tuple[float, float] | None:
-    """Does what `observe_min_max` does per tensor, with numbers, and returns the observer's new range.
+) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """Does what `observe_min_max` does per tensor, with numbers; returns the range of `x` and the observer's new one.
 
     Returns None, having changed nothing, where a number is not finite or so large that its scale may not be.
 
@@ -137,11 +137,17 @@ def observe_numbers(
     low, high = (value.item() for value in torch.aminmax(x))
     if rectified:
         low, high = max(low, 0.0), max(high, 0.0)
+    if not -LARGEST < low <= high < LARGEST:
+        return None
+    seen = low, high
     buffers = observer._buffers  # past nn.Module's attributes, which are slow
     min_val, max_val = buffers["min_val"], buffers["max_val"]
-    if not first:
+    if first:
+        min_val.resize_(())
+        max_val.resize_(())
+    else:
         old_low, old_high = min_val.item(), max_val.item()
-        if not -LARGEST < old_low <= old_high < LARGEST or not -LARGEST < low <= high < LARGEST:
+        if not -LARGEST < old_low <= old_high < LARGEST:
             return None
         if hasattr(observer, "averaging_constant"):
             constant = float32(observer.averaging_constant)
@@ -149,14 +155,9 @@ def observe_numbers(
             high = float32(old_high + float32(constant * float32(high - old_high)))
         else:
             low, high = min(low, old_low), max(high, old_high)
-    if not -LARGEST < low <= high < LARGEST:
-        return None
-    if first:
-        min_val.resize_(())
-        max_val.resize_(())
     min_val.fill_(low)
     max_val.fill_(high)
-    return low, high
+    return seen, (low, high)
 
 
 def observe_scaled(observer: Any, x: torch.Tensor, factor: torch.Tensor) -> None:

@@ -96,7 +96,14 @@ def _steps(x: Tensor, inverse: Tensor, zero_point: Tensor | None) -> Tensor:
 
 
 def fake_quantize_by_numbers(
-    x: Tensor, scale: float, zero_point: int, *, quant_min: int, quant_max: int, rectify: bool = False
+    x: Tensor,
+    scale: float,
+    zero_point: int,
+    *,
+    quant_min: int,
+    quant_max: int,
+    rectify: bool = False,
+    ends: tuple[float, float] | None = None,
 ) -> Tensor:
     """Returns what `fake_quantize` does per tensor, in half the operations: for where a number costs nothing to read.
 
@@ -107,12 +114,17 @@ def fake_quantize_by_numbers(
         scale: a float32 number, for which `within_reach` holds.
         zero_point, quant_min, quant_max: as there; quant_min <= zero_point <= quant_max.
         rectify: fake-quantize relu(x), at no cost.
+        ends: the smallest and the largest number of x, if known: where nothing is clipped, there is less to do.
 
     >>> fake_quantize_by_numbers(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 2, quant_min=0, quant_max=15)
     tensor([-1.0000,  0.0000,  1.0000,  6.5000])
     """
     low, high = quant_min - zero_point, quant_max - zero_point
     inverse, below, above = _clipping_bounds(scale, low, high)
+    if ends is not None and not rectify and below < ends[0] and ends[1] < above:
+        output = x.clone()
+        output.detach().mul_(inverse).round_().mul_(scale)
+        return output
     # The gradient is that of a clamp which ends just beside the last numbers that round into the range. What it puts
     # out is then replaced in its own memory, past autograd: nobody else holds it, for a clamp keeps its input.
     output = F.hardtanh(x, 0.0 if rectify else below, above)

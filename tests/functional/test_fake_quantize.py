@@ -42,6 +42,8 @@ def cases(draw):
     for value, chosen in ((torch.inf, kind == 3), (-torch.inf, kind == 5)):
         beside = torch.nextafter(x, torch.tensor(value))
         x = torch.where(chosen, beside, x)
+    if draw(st.booleans()):  # nothing to clip, but for what rounds to an end
+        x = x.clamp((low - 0.5 - zero) * step, (high + 0.5 - zero) * step)
     huge = draw(st.sampled_from([0.0, 1e6, 2.0**62]))
     x[0, 0], x[-1, -1] = huge * step.min(), -huge * step.min()
     return x, scale, zero_point, low, high, axis
@@ -64,7 +66,10 @@ def check_against_torch(case):
     results.append(run(fake_quantize, scale, zero, axis=axis, known=expected[0].detach(), **limits))
     if axis is None:
         assert within_reach(scale.item())
-        results.append(run(fake_quantize_by_numbers, scale.item(), int(zero_point), **limits))
+        numbers = scale.item(), int(zero_point)
+        results.append(run(fake_quantize_by_numbers, *numbers, **limits))
+        ends = x.min().item(), x.max().item()
+        results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
     for output, grad in results:
         assert torch.equal(output, expected[0])
         assert torch.equal(grad, expected[1])
