@@ -48,7 +48,7 @@ def test_losses_are_those_of_one_process(alone, ranks):
         assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key])
 
 
-@pytest.mark.parametrize("model", ["mlp", "norms"])
+@pytest.mark.parametrize("model", ["mlp", "norms folded", "norms exact"])
 def test_every_rank_converts_to_the_same_integers(ranks, model):
     first, second = ranks[0][model], ranks[1][model]
     assert first["qparams"] == second["qparams"] and len(first["qparams"]) > 2

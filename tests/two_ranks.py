@@ -55,7 +55,7 @@ def fit(model, accumulate=1, on_epoch=lambda epoch: None):
     return lines.losses
 
 
-def qat(model):
+def qat(model, conv_bn="folded"):
     spec = QuantSpec(observer=partial(eager.moving_average, averaging_constant=0.1))
     weight = QuantSpec(observer=eager.minmax)
     quantizer = QAT(
@@ -64,6 +64,7 @@ def qat(model):
         activation=spec,
         layers={},
         fake_quantize="qtrain",
+        conv_bn=conv_bn,
         epochs=2,
         optimizer=None,
         scheduler=None,
@@ -85,15 +86,16 @@ def everything():
     found = {"float": fit(mlp), "weights": mlp.state_dict()}
     torch.manual_seed(3)
     found["accumulated"] = fit(MLP(hidden=16, hidden_relu=True, output_relu=False), accumulate=3)
-    for name, model in (
+    for name, model, *conv_bn in (
         ("mlp", MLP(hidden=16, hidden_relu=True, output_relu=False)),
-        ("norms", ConvNet(width=4, hidden=8)),
+        ("norms folded", ConvNet(width=4, hidden=8), "folded"),
+        ("norms exact", ConvNet(width=4, hidden=8), "exact"),
     ):
         torch.manual_seed(3)
         for part in model.modules():
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
-        losses, quantized = qat(model)
+        losses, quantized = qat(model, *conv_bn)
         found[name] = {
             "losses": losses,
             "qparams": activation_qparams(quantized),
