@@ -43,11 +43,15 @@ def generate(
     from qtrain.report import FILE_NAME, load_report
     from qtrain.saved import load
 
+    if not (run / FILE_NAME).is_file():
+        raise ValueError(f"{run}: holds no {FILE_NAME}; name the folder of a finished run of a language model")
     model: Any = load(run)
     tokenizer = load_report(run / FILE_NAME)["config"]["data"].get("tokenizer")
     if tokenizer is None or not hasattr(model, "generate"):
         raise ValueError(f"{run}: this run's {type(model).__name__} generates no text; name a run of a language model")
     encoder = load_tokenizer(tokenizer)
+    if not prompt:
+        raise ValueError("prompt: is empty; give a text of at least one token")
     tokens = model.generate(
         encoder.encode(prompt)[None],
         max_new_tokens,
