@@ -220,6 +220,7 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     (ZEROPOINT, "quant.scope=linear", int8_weights),
     (ZEROPOINT, "quant.layers={linear2: float}", int8_weights),
     ("quant=fp16", "quant.dtype=bfloat16", int8_weights),
+    ("quant=fp16", "quant.layers={linear2: float}", int8_weights),
 ]
 
 
@@ -245,6 +246,7 @@ ELSEWHERE = {  # settings with tests of their own, below unless named otherwise
     "objective": "test_cli",
     "transform": "model/test_outliers",
     "quant.fake_quantize": "quant/test_ptq",
+    "quant.conv_bn": "eager/test_conv_bn",
     "trainer.save_every": "test_resume",
     "trainer.devices": "test_distributed",
     "logger.tensorboard": "test_loggers",
