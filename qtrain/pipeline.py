@@ -35,7 +35,7 @@ from qtrain.truth import TruthError, finite_outputs, require_finite_weights
 
 log = logging.getLogger(__name__)
 
-STAGES = ("float_training", "calibration", "finetuning", "conversion", "evaluation")
+STAGES = ("float_training", "calibration", "finetuning", "conversion", "evaluation", "measurement", "records")
 
 
 def execute(config: DictConfig, run_dir: Path, overrides: list[str], *, resume: bool = False) -> Report:
@@ -86,7 +86,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     distributed.decide(True, config.device)  # the others read no state that the first is about to remove
     distributed.check_quantizer(parts.quantizer)
     require_finite_weights(parts.model)
-    report.quality = parts.task.quality
+    report.quality, report.data_fingerprint = parts.task.quality, parts.data.fingerprint
     sample = parts.task.inputs(next(iter(parts.data.test)))
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
     report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample))
@@ -124,12 +124,16 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
             report.truth, found = parts.truth.compare(reference, fake, quantized, sample)
         failures += found
         report.truth |= {"ok": not failures, "failures": failures}
-        describe(report, config, parts, float_model, quantized, scores, sample, clock)
+        with clock("measurement"):
+            describe(report, config, parts, float_model, quantized, scores, sample)
+        report.time_s = dict(clock.seconds)
         enforce(parts, failures)
-        report.size_bytes["float_file"] = save_weights(run_dir / "float.pt", float_model)
-        quantized_file = save_weights(run_dir / "quantized.pt", quantized)
-        report.size_bytes["quantized_file"] = None if quantizer.simulated else quantized_file
-        records.write(report, run_dir, logger, parts.task, scores, reference, float_model, quantized, sample)
+        with clock("records"):
+            report.size_bytes["float_file"] = save_weights(run_dir / "float.pt", float_model)
+            quantized_file = save_weights(run_dir / "quantized.pt", quantized)
+            report.size_bytes["quantized_file"] = None if quantizer.simulated else quantized_file
+            records.write(report, run_dir, logger, parts.task, scores, reference, float_model, quantized, sample)
+        report.time_s = dict(clock.seconds)
         report.save(run_dir)
         progress.remove()
     finally:
@@ -153,6 +157,8 @@ def obtain_float(
         content: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(keys)))
         content["data"].pop("root", None)  # the same data elsewhere are the same data
         content["trainer"].pop("save_every")
+        for setting in parts.task.sample_settings:
+            content["task"].pop(setting)
         key = digest([content, parts.data.fingerprint, torch.__version__, torch.get_num_threads()])
         cache = FloatCache(Path(config.float_cache), key)
         with cache.lock if distributed.is_first() else nullcontext():
@@ -264,9 +270,8 @@ def describe(
     quantized: nn.Module,
     scores: dict[str, Scores | None],
     sample: tuple[Tensor, ...],
-    clock: Stopwatch,
 ) -> None:
-    """Fills the report with scores, sizes, latency, memory and time."""
+    """Fills the report with scores, sizes, latency and memory."""
     simulated = parts.quantizer.simulated
     models = {"float": float_model} if simulated else {"float": float_model, "quantized": quantized}
     measure = OmegaConf.to_container(config.measure)
@@ -281,7 +286,6 @@ def describe(
     report.quant |= records.quantizer_facts(parts.quantizer)
     report.qparams = records.activation_qparams(quantized)
     report.threads, report.device = torch.get_num_threads(), config.device
-    report.time_s = dict(clock.seconds)
     report.peak_memory_bytes = peak_memory_bytes(config.device)
     report.versions = versions()
     assert scores["float"] is not None and scores["quantized"] is not None

@@ -27,6 +27,7 @@ class Report:
     schema: int = SCHEMA
     status: str = "ok"  # or "failed", or "interrupted": by a signal, and to be resumed
     error: str | None = None
+    data_fingerprint: str | None = None  # a digest of the data's content
     quality: str | None = None
     quant: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)

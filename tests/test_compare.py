@@ -124,6 +124,15 @@ def test_different_data_sets_are_not_compared(write, command):
     assert out.index("convnet on mnist: 1 run\n") < out.index("convnet on mnist_sample: 1 run\n")
 
 
+def test_data_sets_of_one_name_and_other_content_are_not_compared(write, command):
+    for name, content in (("a", "0123456789"), ("b", "0123456789"), ("c", "abcdefghij")):
+        write(name, data_fingerprint=content)
+    _, out, _ = command("runs")
+    assert (
+        "convnet on mnist (content 01234567): 2 runs\n" in out and "convnet on mnist (content abcdefgh): 1 run\n" in out
+    )
+
+
 @pytest.mark.parametrize(
     "line, words",
     [

@@ -46,7 +46,7 @@ def _panel(axes: Any, section: Section) -> None:
         if not of_kind:
             continue
         x, y = ([row.cells[key] for row in of_kind] for key in ("size_kb", "quantized"))
-        colour, marker = (FLOAT, "o") if kind == "float" else (COLOURS[index % 7], MARKERS[index % 7])
+        colour, marker = (FLOAT, "o") if kind == "float" else (COLOURS[index % 7], MARKERS[(index + index // 7) % 7])
         alpha = 0.9 if len(rows) < 100 else 0.5
         axes.scatter(x, y, s=36, linewidths=0, zorder=3, label=kind, color=colour, marker=marker, alpha=alpha)
     points = [(row.cells["size_kb"], -quality.gain(row.cells["quantized"])) for row in rows]

@@ -10,7 +10,7 @@ from qtrain.leaderboard import keys, pairs, pareto
 from qtrain.leaderboard.runs import Quality, Run
 from qtrain.leaderboard.statistics import mean_and_sd, over_seeds
 
-# What decides which test examples a text data set has, beside its name.
+# What decides which test examples a text data set has, beside its name and its content.
 DATA_KEYS = ("data.path", "data.tokenizer", "data.context", "data.stride", "data.test_fraction")
 # Overrides that columns of their own show already.
 SHOWN_OVERRIDES = {
@@ -63,13 +63,15 @@ def split(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     """Returns (model, data, runs) for each model, data set and metric, in order of appearance."""
     found: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
-        data = tuple(run.settings.get(key) for key in DATA_KEYS)
+        data = tuple(run.settings.get(key) for key in DATA_KEYS) + (str(run.report["data_fingerprint"]),)
         found[run.facts["model"], run.facts["data"], run.quality.name, data].append(run)
     sections = []
     for (model, name, _, data), members in found.items():
         namesakes = [key[3] for key in found if key[1] == name]
         varied = [len(set(values)) > 1 for values in zip(*namesakes, strict=True)]
-        facts = [f"{DATA_KEYS[i]}={data[i]}" for i, differs in enumerate(varied) if differs]
+        facts = [f"{DATA_KEYS[i]}={data[i]}" for i, differs in enumerate(varied[:-1]) if differs]
+        if varied[-1] and not facts:  # the same name and settings, as of another folder
+            facts = [f"content {data[-1][:8]}"]
         sections.append((model, f"{name} ({', '.join(facts)})" if facts else name, members))
     return sections
 

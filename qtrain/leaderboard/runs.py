@@ -186,7 +186,8 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         "tokens_per_s": (report.get("tokens_per_s") or {}).get("float" if is_float else "quantized"),
         "seconds": sum(_number(t) for t in report["time_s"].values()),
     }
-    slim = {key: report.get(key) for key in ("coverage", "peak_memory_bytes", "threads", "device", "float_from")}
+    keys = ("coverage", "data_fingerprint", "peak_memory_bytes", "threads", "device", "float_from")
+    slim = {key: report.get(key) for key in keys}
     slim["truth"] = {"min_sqnr_db": report["truth"].get("min_sqnr_db")}
     slim["metrics"] = {
         kind: {k: v for k, v in (found or {}).items() if isinstance(v, int | float)} for kind, found in metrics.items()

@@ -13,6 +13,7 @@ class Task(Protocol):
     quality: str  # the metric that comparisons are made by
     higher_is_better: bool
     numbers: tuple[str, ...]  # the metrics that are single numbers
+    sample_settings: tuple[str, ...]  # of its config, those that only `sample` heeds
 
     def mistakes(self, model: nn.Module) -> list[str]:
         """Returns what is wrong with `model` for this task, as `key=value: what is allowed; fix`."""

@@ -15,6 +15,7 @@ class Classification:
     quality = "accuracy"
     higher_is_better = True
     numbers = ("accuracy", "loss")
+    sample_settings: tuple[str, ...] = ()
 
     def mistakes(self, model: nn.Module) -> list[str]:
         return []

@@ -29,6 +29,7 @@ class LanguageModeling:
     quality = "perplexity"
     higher_is_better = False
     numbers = ("perplexity", "loss", "bits_per_byte", "next_token_accuracy")
+    sample_settings: tuple[str, ...] = ("prompt", "max_new_tokens", "top_k", "seed")
 
     def __init__(self, *, tokenizer: str, prompt: str, max_new_tokens: int, top_k: int | None, seed: int) -> None:
         self.tokenizer = load_tokenizer(tokenizer)
