@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+
+def show_in_tensorboard(name: str, picture: Path) -> None:
+    """Writes a PNG file into an event file beside it."""
+    from qtrain.loggers import TensorBoard
+
+    logger = TensorBoard(picture.parent)
+    logger.image(name, picture.read_bytes(), 0)
+    logger.close()
 
 
 class Comparison(Callback):
@@ -22,7 +31,7 @@ class Comparison(Callback):
             print(f"warning: {warning}", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Prints the comparison; writes comparison.csv, .png and .html beside the jobs.
+        """Prints the comparison; writes comparison.csv, .png and .html beside the jobs, the plot to TensorBoard too.
 
         Raises:
             SystemExit: 1, if a job failed or the comparison cannot be made. Hydra turns other exceptions of callbacks
@@ -41,6 +50,8 @@ class Comparison(Callback):
             comparison = compare([folder])
             print(f"\n{comparison.text()}")
             write(comparison, **files)
+            if OmegaConf.select(config, "logger.tensorboard"):
+                show_in_tensorboard("comparison", files["plot"])
         except (ValueError, OSError) as err:
             print(f"qtrain: error: no comparison of this sweep: {err}")
             raise SystemExit(1) from err

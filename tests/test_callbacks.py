@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qtrain.callbacks import Comparison
 
@@ -25,8 +26,9 @@ def sweep(tmp_path):
     return tmp_path / "sweep", script
 
 
-def end(folder):
-    Comparison().on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}), config_name="config")
+def end(folder, tensorboard=False):
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}, "logger": {"tensorboard": tensorboard}})
+    Comparison().on_multirun_end(config, config_name="config")
 
 
 def test_prints_and_writes_the_comparison(sweep, capsys):
@@ -39,6 +41,17 @@ def test_prints_and_writes_the_comparison(sweep, capsys):
         assert path.read_bytes().startswith(start)
         assert str(path) in out
     assert '"link":"0_ptq/"' in (folder / "comparison.html").read_text()
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_the_plot_is_in_tensorboard_where_that_is_the_logger(sweep, tensorboard):
+    folder, _ = sweep
+    end(folder, tensorboard)
+    events = EventAccumulator(str(folder)).Reload()
+    assert events.Tags()["images"] == ["comparison"] * tensorboard
+    if tensorboard:
+        (image,) = events.Images("comparison")
+        assert image.encoded_image_string == (folder / "comparison.png").read_bytes()
 
 
 @pytest.mark.parametrize("how", ["failed", "killed", "broken"])
