@@ -310,7 +310,9 @@ def test_tensorboard_shows_every_step_once(tmp_path, monkeypatch):
 
     def events(folder):
         found = []
-        for path in sorted(folder.glob("events*")):
+        for path in sorted(
+            folder.glob("events*"), key=lambda path: int(path.name.rpartition(".")[2])
+        ):  # of one process
             for event in EventFileLoader(str(path)).Load():
                 found += [(value.tag, event.step) for value in event.summary.value if "train_loss" in value.tag]
         return found
