@@ -62,6 +62,7 @@ class FakeQuantize(FakeQuantizeBase):
         self.is_per_channel = self.qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
         self.is_symmetric = self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
         self.ch_axis = int(getattr(observer, "ch_axis", -1))
+        self._axis = self.ch_axis if self.is_per_channel else None
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.rectifies = False
@@ -88,7 +89,7 @@ class FakeQuantize(FakeQuantizeBase):
                 return x
             output = self._by_tensors(x)
         if self._known.reuses and self.quantizing and x.is_leaf:
-            self._known.remember(x, output, *self._qparams())
+            self._known.remember(x, output, *self._qparams(), axis=self._axis)
         return output
 
     def _known_output(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -101,8 +102,7 @@ class FakeQuantize(FakeQuantizeBase):
         known.reuses = self.kernel == "qtrain"
         if known.output is None or known.of != (x.data_ptr(), x._version):
             return None
-        axis = self.ch_axis if self.is_per_channel else None
-        return fake_quantize(x, known.scale, known.zero_point, **self._limits, axis=axis, known=known.output)
+        return fake_quantize(x, known.scale, known.zero_point, **self._limits, axis=known.axis, known=known.output)
 
     def _takes_numbers(self, x: torch.Tensor) -> bool:
         """Tells whether to compute with numbers: where to read one costs nothing, and nobody traces."""
@@ -131,7 +131,7 @@ class FakeQuantize(FakeQuantizeBase):
 
     def _by_tensors(self, x: torch.Tensor) -> torch.Tensor:
         scale, zero_point = self._qparams()
-        axis = self.ch_axis if self.is_per_channel else None
+        axis = self._axis
         if self.kernel == "qtrain":
             return fake_quantize(x, scale, zero_point, **self._limits, axis=axis)
         limits = self.quant_min, self.quant_max
@@ -164,9 +164,9 @@ class FakeQuantize(FakeQuantizeBase):
             return self(x * factor) / factor
         known = self._known
         if self.quantizing and x.grad is not None:
-            known.reuses = True
-            if known.output is not None and known.of == (x.data_ptr(), x._version):
-                return fake_quantize(x, known.scale, known.zero_point, **self._limits, axis=0, known=known.output)
+            output = self._known_output(x)
+            if output is not None:
+                return output
         known.qparams = known.numbers = None
         observe_scaled(self.observer, x.detach(), factor)
         if not self.quantizing:
@@ -175,7 +175,7 @@ class FakeQuantize(FakeQuantizeBase):
         scale, zero_point = scale / factor, None if zero_point is None else zero_point.expand(len(factor))
         output = fake_quantize(x, scale, zero_point, **self._limits, axis=0)
         if known.reuses:
-            known.remember(x, output, scale, zero_point)
+            known.remember(x, output, scale, zero_point, axis=0)
         return output
 
     def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -258,12 +258,13 @@ class _Known:
     output: torch.Tensor | None = None
     scale: Any = None
     zero_point: torch.Tensor | None = None
+    axis: int | None = None
 
     def remember(
-        self, x: torch.Tensor, output: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
+        self, x: torch.Tensor, output: torch.Tensor, scale: Any, zero_point: torch.Tensor | None, *, axis: int | None
     ) -> None:
         self.of, self.output = (x.data_ptr(), x._version), output.detach()
-        self.scale, self.zero_point = scale, zero_point
+        self.scale, self.zero_point, self.axis = scale, zero_point, axis
 
 
 def _is_untouched(observer: Any) -> bool:
