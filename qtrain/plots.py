@@ -88,10 +88,11 @@ def weights(pairs: Pairs) -> Figure:
         dequantized = quantized.dequantize().flatten()
         low, high = int(integers.min()), int(integers.max())
         bins = bin_edges(values, dequantized, high - low + 1)
-        left.hist(values.numpy(), bins, label="float", color="tab:blue", alpha=0.6)
+        left.hist(values.numpy(), bins, label="float", color="tab:blue", alpha=0.6, histtype="stepfilled")
         left.hist(dequantized.numpy(), bins, label="dequantized", color="tab:orange", histtype="step")
         left.set_title(f"{name}: weights", fontsize=9)
-        right.hist(integers.numpy(), high - low + 1, range=(low - 0.5, high + 0.5), color="tab:green")
+        steps = (torch.arange(low, high + 2) - 0.5).numpy()
+        right.hist(integers.numpy(), steps, color="tab:green", histtype="stepfilled")
         right.set_title(f"{name}: integers {low}..{high}", fontsize=9)
         for axes in (left, right):
             axes.set_ylabel("count", fontsize=8)
