@@ -1,9 +1,9 @@
 """Products with an int8 matrix, exact in their sums on every machine.
 
-`torch._int_mm` multiplies 8 bits by 8 where the CPU has VNNI, and on GPUs. Other x86 CPUs add products of 8 bits in
+oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on GPUs. Other x86 CPUs add products of 8 bits in
 pairs and saturate such a sum at 16 bits in silence. There fbgemm's kernel is given unsigned digits of at most 128,
 whose pairs cannot saturate: 2 * 128 * 127 < 2^15. It takes two rows for one, so that many rows are faster in float32,
-as they are on CPUs without fbgemm.
+as they are on CPUs with neither.
 
 Shapes: x is (M, K), the matrix (N, K), a product (M, N).
 """
@@ -13,26 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HAS_VNNI = torch.cpu._is_vnni_supported()
+# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls back to plain loops.
+HAS_ONEDNN = torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
+HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in float32
-
-
-def has_kernel(a: Tensor, b: Tensor) -> bool:
-    """Tells whether `torch._int_mm` is exact and fast for a @ b.T."""
-    if a.device.type == "cpu":
-        return HAS_VNNI
-    # GPUs have no kernel for a few rows.
-    return a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
-
-
-def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a @ b.T in whole numbers: int32, or float32 that holds the same as long as a sum stays below 2^24.
-
-    Args:
-        a: int8 (M, K), within -127..127.
-        b: int8 (N, K).
-    """
-    return torch._int_mm(a, b.T) if has_kernel(a, b) else a.float() @ b.float().T
 
 
 class Int8Product:
@@ -44,55 +28,75 @@ class Int8Product:
     """
 
     def __init__(self, integers: Tensor, scale: Tensor) -> None:
-        self.integers, self.scale = integers, scale
-        needs_fbgemm = integers.device.type == "cpu" and not has_kernel(integers, integers)
-        has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
-        self.packed = _pack(integers, scale) if needs_fbgemm and has_fbgemm else None
+        self.integers, self.scale = integers if integers.device.type == "cpu" else integers.contiguous(), scale
+        self.onednn = self.fbgemm = None
+        if integers.device.type == "cpu" and HAS_ONEDNN:
+            zeros = torch.zeros(len(integers), dtype=torch.int32)
+            scales = scale.flatten().float().expand(len(integers)).contiguous()
+            self.onednn = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None), scales, zeros
+        elif integers.device.type == "cpu" and HAS_FBGEMM:
+            self.fbgemm = _pack(integers, scale)
 
-    def whole(self, x: Tensor, largest: Tensor) -> Tensor:
-        """Returns the product with x in 8 bits a row: `round(127 x / largest)`.
+    def whole(self, x: Tensor, largest: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns the product with x in 8 bits a row, `round(127 x / largest)`, plus `bias`.
 
         Args:
             x: float32 (M, K).
             largest: the largest magnitude of each row, (M, 1), as of `row_magnitudes`.
+            bias: float32, of a shape that broadcasts to (M, N).
         """
         step = largest / 127
-        steps = x / step
-        if has_kernel(x, self.integers):
-            return int8_matmul(steps.round_().to(torch.int8), self.integers).mul(step).mul_(self.scale)
-        if self.packed is None or x.shape[0] > FEW_ROWS:
-            return (steps.round_() @ self.integers.float().T).mul_(step).mul_(self.scale)
-        # The kernel cuts off below 0: what it multiplies is the positive part of x and its negative part, 7 bits each.
-        parts = _unsigned(torch.cat([steps, -steps]), 0, self.packed)
-        return (parts[: x.shape[0]] - parts[x.shape[0] :]).mul_(step)
+        product = self._times(x / step)
+        return product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
 
     def precise(self, x: Tensor) -> Tensor:
         """Returns the product with x in two digits, rounded by less than 2^-13.9 of each row's largest magnitude.
 
-        A digit has 7 bits with fbgemm, and nearly 8 with `torch._int_mm`, which rounds by less than 2^-15.9. What is
-        multiplied in float32 is not rounded.
+        A digit has 7 bits with fbgemm, and nearly 8 with the kernels of 8 bits by 8, which round by less than 2^-15.9.
+        What is multiplied in float32 is not rounded.
 
         Args:
             x: float32 (M, K).
         """
-        if self.packed is not None and x.shape[0] <= FEW_ROWS:
+        if self.fbgemm is not None and len(x) <= FEW_ROWS:
             step = row_magnitudes(x).div_(64)
             steps = x / step
             high = steps.round()
-            parts = _unsigned(torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.packed)
-            return torch.add(parts[: x.shape[0]], parts[x.shape[0] :], alpha=1 / 128).mul_(step)
-        if not has_kernel(x, self.integers):
+            parts = _unsigned(torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.fbgemm)
+            return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(step)
+        if self.onednn is None and not _has_gpu_kernel(x, self.integers):
             return (x @ self.integers.float().T).mul_(self.scale)
         step = row_magnitudes(x).div_(127)
         high = (x / step).round_()
-        low = torch.addcmul(x, high, step, value=-1).div_(step / 254).round_()  # within -127..127
-        parts = int8_matmul(torch.cat([high, low]).to(torch.int8), self.integers).view(2, len(x), -1)
-        return torch.add(parts[0], parts[1] / 254).mul_(step).mul_(self.scale)
+        low = torch.addcmul(x, high, step, value=-1).div_(step / 254)  # within -127..127
+        parts = self._times(torch.cat([high, low]))
+        return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 254).mul_(step)
+
+    def _times(self, x: Tensor) -> Tensor:
+        """Returns round(x) @ (integers * scale).T for x within -127..127; overwrites x."""
+        if self.onednn is not None:
+            matrix, scales, zeros = self.onednn
+            digits = x.round_().add_(128).to(torch.uint8)
+            return torch.ops.onednn.qlinear_pointwise.default(
+                digits, 1.0, 128, matrix, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+        if self.fbgemm is not None and len(x) <= FEW_ROWS:
+            # The kernel cuts off below 0: what it multiplies is the positive part of x and its negative part.
+            parts = _unsigned(torch.cat([x, -x]), 0, self.fbgemm)
+            return parts[: len(x)] - parts[len(x) :]
+        if _has_gpu_kernel(x, self.integers):
+            return torch._int_mm(x.round_().to(torch.int8), self.integers.T).mul(self.scale)
+        return (x.round_() @ self.integers.float().T).mul_(self.scale)
 
 
 def row_magnitudes(x: Tensor) -> Tensor:
     """Returns the largest magnitude of each row (M, 1), raised to where a fraction of it is still a normal number."""
-    return torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True).clamp_(min=256 * torch.finfo(x.dtype).tiny)
+    return x.abs().amax(1, keepdim=True).clamp_(min=256 * torch.finfo(x.dtype).tiny)
+
+
+def _has_gpu_kernel(a: Tensor, b: Tensor) -> bool:
+    # There is none for a few rows.
+    return a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
 
 
 def _pack(integers: Tensor, scale: Tensor) -> Any:

@@ -27,28 +27,27 @@ class LLMInt8Linear(nn.Module):
     def __init__(self, weight: IntegerWeight, bias: nn.Parameter | None, threshold: float | None) -> None:
         super().__init__()
         self.weight, self.bias, self.threshold = weight, bias, threshold
+        weight.data = weight.data.T.contiguous().T  # each column in one piece, for outliers are read by columns
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
         product = self.weight.product()
         assert product is not None, "the weight is symmetric, with one scale a row"
-        largest = row_magnitudes(rows)
-        if self.threshold is None or largest.max() < self.threshold:
-            y = product.whole(rows, largest)
-        else:
+        bias, largest = self.bias, row_magnitudes(rows)
+        if self.threshold is not None and not largest.max() < self.threshold:
             outliers = self.outlier_columns(rows)
-            regular = rows.index_fill(1, outliers, 0)
-            y = product.whole(regular, row_magnitudes(regular))
-            columns = self.weight.data[:, outliers].float() * self.weight.scale  # (N, outliers)
-            y.addmm_(rows[:, outliers], columns.T)
-        if self.bias is not None:
-            y += self.bias
+            columns = self.weight.data.T.index_select(0, outliers) * self.weight.scale.T  # (outliers, N)
+            inputs = rows.index_select(1, outliers)
+            bias = inputs @ columns if bias is None else torch.addmm(bias, inputs, columns)
+            rows = rows.index_fill(1, outliers, 0)
+            largest = row_magnitudes(rows)
+        y = product.whole(rows, largest, bias)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def outlier_columns(self, rows: Tensor) -> Tensor:
         """Returns the indices (outliers,) of the columns of (M, K) to keep in float."""
         assert self.threshold is not None
-        return torch.nonzero(torch.linalg.vector_norm(rows, torch.inf, 0) >= self.threshold).flatten()
+        return torch.nonzero(rows.abs().amax(0) >= self.threshold).flatten()
 
     def extra_repr(self) -> str:
         return f"threshold={self.threshold}"
