@@ -88,7 +88,7 @@ def measure(runner: Any, prompt: Tensor, new: int) -> tuple[float, float]:
     times = []
     for _ in range(CALLS + new):
         start = time.perf_counter()
-        token = runner.step(token).argmax(-1, keepdim=True)
+        token = runner.step(token).max(-1, keepdim=True).indices
         times.append(time.perf_counter() - start)
     return prompt.shape[1] / prefill, 1 / statistics.median(times[CALLS:])
 

@@ -13,6 +13,7 @@ from torch.ao.quantization import DeQuantStub, QConfig, QuantStub
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
+from qtrain.eager.calls import resolve
 from qtrain.eager.conv_bn import CONV_BN
 from qtrain.eager.convert import (
     CONVERT_MAPPING,
@@ -83,6 +84,7 @@ __all__ = [
     "quantize_dynamic",
     "quantized_weight",
     "refuse_per_channel",
+    "resolve",
     "use_engine",
     "weight_points",
     "weight_qparams",

@@ -33,7 +33,8 @@ class LLMInt8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
         product = self.weight.product()
         assert product is not None, "the weight is symmetric, with one scale a row"
-        bias, largest = self.bias, row_magnitudes(rows)
+        bias: Tensor | None = self.bias
+        largest = row_magnitudes(rows)
         if self.threshold is not None and not largest.max() < self.threshold:
             outliers = self.outlier_columns(rows)
             columns = self.weight.data.T.index_select(0, outliers) * self.weight.scale.T  # (outliers, N)

@@ -17,7 +17,7 @@ from qtrain import eager
 from qtrain.config import _explain
 from qtrain.data.text import EvalWindows
 from qtrain.functional.spec import QuantSpec
-from qtrain.model.gpt2 import GPT2, KVCache
+from qtrain.model.gpt2 import GPT2, KVCache, _gelu
 from qtrain.quant.ptq import PTQ
 
 NANO = dict(vocab_size=256, n_positions=64, n_layer=4, n_head=4, n_embd=128)
@@ -273,6 +273,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 def test_cache_writes_into_one_buffer(model: GPT2) -> None:
     cache = KVCache(model, batch_size=2)
+    cache.buffer.fill_(torch.nan)  # what is not written must not be read either
     address = cache.buffer.data_ptr()
     idx = prompt(model)
     first = model(idx, cache)
@@ -280,7 +281,25 @@ def test_cache_writes_into_one_buffer(model: GPT2) -> None:
     cache.length = 0
     assert model(idx, cache).equal(first)
     assert cache.buffer.data_ptr() == address
-    assert (cache.buffer[..., :12, :] != 0).all() and (cache.buffer[..., 12:, :] == 0).all()
+    assert cache.buffer[..., :12, :].isfinite().all() and cache.buffer[..., 12:, :].isnan().all()
+
+
+def test_a_cache_stands_for_the_eval_mode() -> None:
+    model = GPT2(**TINY, dropout=0.5).eval()
+    idx = prompt(model)
+    expected = model(idx)
+    model.train()
+    torch.testing.assert_close(model(idx, KVCache(model, batch_size=2)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_gelu(dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 2**15 - 6), torch.tensor([0.0, -0.0, 1e-40, 1e30, -1e30, torch.inf])])
+    x = x.to(dtype)
+    ours, exact = _gelu(x), F.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(ours.double(), exact, atol=1e-6 if dtype is torch.float32 else 2e-2, rtol=1e-6)
+    x.requires_grad_()
+    assert _gelu(x).equal(F.gelu(x, approximate="tanh"))
 
 
 @pytest.mark.parametrize(
