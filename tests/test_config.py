@@ -277,7 +277,7 @@ MISTAKES = {
     "quant.weight.reduce_range=true": "quant.weight.reduce_range=true: only activations are reduced; leave it at auto",
     "quant.activation.group_size=4": "quant.activation.group_size=4: goes with granularity=per_group, and only with it",
     "quant.engine=tensorrt": "quant.engine=tensorrt: allowed are auto, fbgemm, qnnpack, x86, onednn",
-    "quant.layers.linear1=int8": "quant.layers.linear1=int8: must be float, or fields of weight",
+    "quant.layers.linear1=int8": "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, or a mapping",
     "quant.layers.linear1.bits=9": "quant.layers.linear1.bits=9: allowed are the whole numbers 2..8",
     "trainer.momentum=1": "trainer: Trainer.__init__() got an unexpected keyword argument 'momentum'",
     "optimizer.momentum=1": "optimizer: Adam.__init__() got an unexpected keyword argument 'momentum'",

@@ -13,7 +13,7 @@ from torch import nn
 from qtrain import eager
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import Make, layer_format, read_settings, settings_of
+from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
 
 
 class Dynamic(Quantizer):
@@ -41,12 +41,7 @@ class Dynamic(Quantizer):
         return eager.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]
 
     def _setting(self, pattern: str, setting: Any) -> QuantSpec | Make | None:
-        if not isinstance(setting, dict) or "method" in setting:
-            return layer_format(pattern, setting, QuantSpec())
-        try:
-            return self._settle(replace(self.weight, **setting))
-        except (TypeError, ValueError) as err:
-            raise ValueError(f"layers.{pattern}.{err}") from err
+        return spec_or_format(pattern, setting, lambda fields: self._settle(replace(self.weight, **fields)))
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         model = copy.deepcopy(prepared).cpu().eval()

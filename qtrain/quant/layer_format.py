@@ -58,6 +58,25 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> Make | None:
     return lambda layer: CompactLinear(IntegerWeight(layer.weight, spec), layer.bias)
 
 
+def spec_or_format(pattern: str, setting: Any, settle_fields: Callable[[dict[str, Any]], QuantSpec]) -> Any:
+    """Returns the spec of a setting like {"bits": 4}, and of any other what `layer_format` does.
+
+    Args:
+        pattern: of layer names, for messages.
+        setting: a value of `quant.layers`.
+        settle_fields: makes the fields of a spec that differ into the whole spec.
+
+    Raises:
+        ValueError: names the pattern and what is allowed.
+    """
+    if not isinstance(setting, dict) or "method" in setting:
+        return layer_format(pattern, setting, QuantSpec())
+    try:
+        return settle_fields(setting)
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"layers.{pattern}.{err}") from err
+
+
 def read_settings(layers: dict[str, Any], read: Callable[[str, Any], Any]) -> dict[str, Any]:
     """Returns {pattern: read(pattern, setting)}.
 
@@ -81,8 +100,13 @@ def check_threshold(threshold: Any, prefix: str = "") -> None:
         raise ValueError(f"{prefix}threshold={threshold}: must be above 0, or null for no outliers")
 
 
-def settings_of(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+def settings_of(model: nn.Module, layers: dict[str, Any], other_specs: bool = False) -> dict[str, Any]:
     """Returns {Linear or Embedding layer: its setting} of those that have one, their own or that of what is around.
+
+    Args:
+        model: the float model.
+        layers: {pattern: setting, None for float}.
+        other_specs: whether a QuantSpec has an effect on other layers too.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing on which its setting has an effect.
@@ -90,8 +114,10 @@ def settings_of(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     own = eager.match_layers(model, layers)
     linears = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
     for pattern, setting in layers.items():
-        if setting is not None and not any(fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*") for n in linears):
-            raise ValueError(f"quant.layers.{pattern}: has no Linear layer, so only float has an effect on it")
+        if setting is None or other_specs and isinstance(setting, QuantSpec):
+            continue
+        if not any(fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*") for n in linears):
+            raise ValueError(f"quant.layers.{pattern}: has no Linear layer, and this is a setting of theirs")
     found = {}
     for name, layer in model.named_modules():
         around = [n for n in own if name == n or name.startswith(f"{n}.")]

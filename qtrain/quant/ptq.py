@@ -17,6 +17,9 @@ from qtrain import eager
 from qtrain.fake_quantize import KERNELS, FakeQuantize
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
+from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
+
+FORMAT = "layer_format"  # attribute of a float layer: what makes the layer that replaces it in the end
 
 
 def make_fake_quantize(
@@ -43,10 +46,13 @@ class PTQ(Quantizer):
         weight: what weights are quantized to.
         activation: what activations are quantized to; below 8 bits the result is a simulation.
         fake_quantize: "qtrain", or "torch" for torch's own kernels and observers: the slow reference.
-        layers: {pattern of layer names: "float", or the fields of `weight` that differ there, as {"bits": 4}}.
+        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4}; or what these layers
+            are instead, see `layer_format`: "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
+            Until conversion the latter are float, as their inputs and outputs stay.
 
     Raises:
-        ValueError: the engine is unknown or refuses a spec; there is no such fake quantization.
+        ValueError: the engine is unknown or refuses a spec; there is no such fake quantization; a layer setting is none
+            of these.
     """
 
     engine: str
@@ -60,7 +66,7 @@ class PTQ(Quantizer):
         weight: QuantSpec,
         activation: QuantSpec,
         fake_quantize: str,
-        layers: dict[str, str | dict[str, Any]],
+        layers: dict[str, Any],
     ) -> None:
         if fake_quantize not in KERNELS:
             raise ValueError(f"fake_quantize={fake_quantize}: allowed are {', '.join(KERNELS)}")
@@ -68,18 +74,14 @@ class PTQ(Quantizer):
         self.engine = rules.name
         self.weight, self.activation = rules.settle(weight, activation)
         self.fake_quantize = fake_quantize
-        self.layers = {pattern: self._layer_weight(pattern, setting) for pattern, setting in layers.items()}
+        self.layers = read_settings(layers, self._setting)
         self.simulated = self.activation.bits < 8
 
-    def _layer_weight(self, pattern: str, setting: str | dict[str, Any]) -> QuantSpec | None:
-        if setting == "float":
-            return None
-        if not isinstance(setting, dict):
-            raise ValueError(f"layers.{pattern}={setting}: must be float, or fields of weight such as {{bits: 4}}")
-        try:
-            return eager.ENGINES[self.engine].settle(replace(self.weight, **setting), self.activation)[0]
-        except (TypeError, ValueError) as err:
-            raise ValueError(f"layers.{pattern}.{err}") from err
+    def _setting(self, pattern: str, setting: Any) -> QuantSpec | Make | None:
+        def settle(fields: dict[str, Any]) -> QuantSpec:
+            return eager.ENGINES[self.engine].settle(replace(self.weight, **fields), self.activation)[0]
+
+        return spec_or_format(pattern, setting, settle)
 
     def _qconfig(self, weight: QuantSpec) -> Any:
         make = partial(make_fake_quantize, kernel=self.fake_quantize)
@@ -89,7 +91,13 @@ class PTQ(Quantizer):
         )
 
     def _prepare(self, model: nn.Module, **how: Any) -> nn.Module:
-        layers = {p: w and self._qconfig(w) for p, w in self.layers.items()}
+        if any(callable(setting) for setting in self.layers.values()):
+            model = copy.deepcopy(model)
+            for name, setting in settings_of(model, self.layers, other_specs=True).items():
+                layer = model.get_submodule(name)
+                if type(layer) is nn.Linear and callable(setting):
+                    layer.__dict__[FORMAT] = setting  # goes with the layer wherever fusing moves it
+        layers = {p: self._qconfig(s) if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
         return eager.prepare(model, self._qconfig(self.weight), engine=self.engine, layers=layers, **how)
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -111,7 +119,7 @@ class PTQ(Quantizer):
                 weight = make_weight_quantizer().to(layer.weight.device)(layer.weight)
                 layer.weight = nn.Parameter(weight)  # a new one: an embedding may share the old one, and stays float
         set_modes(eager.observed_points(model).values(), observing=False, quantizing=True)
-        return model
+        return format_layers(model)
 
     def reference(self, prepared: nn.Module) -> nn.Module | None:
         model = copy.deepcopy(prepared).eval()
@@ -121,7 +129,15 @@ class PTQ(Quantizer):
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         with eager.use_engine(self.engine):
-            return eager.bind_engine(eager.convert(prepared), self.engine)
+            return eager.bind_engine(format_layers(eager.convert(prepared)), self.engine)
+
+
+def format_layers(model: nn.Module) -> nn.Module:
+    """Puts what `quant.layers` asked for in the place of float layers; returns `model`, changed."""
+    for name, layer in list(model.named_modules()):
+        if FORMAT in vars(layer):
+            model.set_submodule(name, vars(layer)[FORMAT](layer))
+    return model
 
 
 def set_modes(points: Iterable[Any], *, observing: bool, quantizing: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qtrain import eager
-from qtrain.quant.ptq import PTQ, set_modes
+from qtrain.quant.ptq import PTQ, format_layers, set_modes
 
 
 class QAT(PTQ):
@@ -100,4 +100,4 @@ class QAT(PTQ):
         model = copy.deepcopy(prepared).eval()
         set_modes(eager.observed_points(model).values(), observing=False, quantizing=True)
         set_modes(eager.weight_points(model).values(), observing=True, quantizing=True)
-        return model
+        return format_layers(model)

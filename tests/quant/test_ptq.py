@@ -4,10 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
 from torch import nn
 
 from qtrain import eager
+from qtrain.layer.compact import CompactLinear
+from qtrain.layer.llm_int8 import LLMInt8Linear
 from qtrain.observer.percentile import PercentileObserver
 
 # What a script by hand prints; qtrain's own code must be silent, and warnings elsewhere are errors.
@@ -265,7 +268,7 @@ def test_activations_of_n_bits_have_2_to_the_n_values_and_are_a_simulation(bits,
 @pytest.mark.parametrize(
     "setting, reason",
     [
-        ("int4", r"layers\.conv\*=int4: must be float, or fields of weight such as {bits: 4}"),
+        ("int4", r"layers\.conv\*=int4: must be float, fp16, weight_only, llm_int8, or a mapping such as {bits: 4}"),
         (None, r"layers\.conv\*=None: must be float"),
         ({"bits": 9}, r"layers\.conv\*\.bits=9: allowed are the whole numbers 2\.\.8"),
         ({"bit": 4}, r"layers\.conv\*.*'bit'"),
@@ -279,6 +282,54 @@ def test_mistakes_in_layers_are_told_with_their_pattern(setting, reason, make_pt
         pytest.skip("needs the engine with the narrowest rules")
     with pytest.raises(ValueError, match=reason):
         make_ptq("onednn", layers={"conv*": setting})
+
+
+FORMATS = {"linear1": "llm_int8", "linear2": {"method": "weight_only", "bits": 4}}
+
+
+@pytest.mark.parametrize("kind", ["ptq", "qat"])
+def test_single_layers_by_another_method(kind, mlp, images, make_ptq, make_qat):
+    quantizer = (make_ptq if kind == "ptq" else make_qat)(layers=FORMATS)
+    prepared = quantizer.prepare(mlp)
+    with torch.no_grad():
+        for parameter in prepared.parameters():
+            parameter.mul_(1.1)  # as training would: what counts is the weight at conversion
+    quantizer.calibrate(prepared, [(images,)])
+    before = prepared(images)
+    quantized, fake = quantizer.convert(prepared), quantizer.fake(prepared)
+    for model in (quantized, fake):
+        kinds = {type(m): m for m in model.modules() if isinstance(m, LLMInt8Linear | CompactLinear)}
+        assert len(kinds) == 2 and kinds[CompactLinear].weight.bits == 4
+        torch.testing.assert_close(
+            kinds[LLMInt8Linear].weight.dequantize(), 1.1 * mlp.linear1.weight, atol=0.01, rtol=0.01
+        )
+    assert isinstance(quantized.linear3, nnq.Linear)
+    assert decibels(fake(images), quantized(images)) > 30 and decibels(scaled(mlp, 1.1)(images), quantized(images)) > 10
+    assert torch.equal(prepared(images), before)  # both were made of copies
+    assert not any(isinstance(m, LLMInt8Linear | CompactLinear) for m in quantizer.reference(prepared).modules())
+
+
+def scaled(model, factor):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    return model
+
+
+def test_other_methods_are_for_linear_layers(convnet, make_ptq):
+    with pytest.raises(ValueError, match=r"quant\.layers\.conv1: has no Linear layer"):
+        make_ptq(layers={"conv1": "fp16"}).prepare(convnet)
+    with pytest.raises(ValueError, match=r"quant\.layers\.nothing: matches no layer"):
+        make_ptq(layers={"nothing": "fp16"}).prepare(convnet)
+
+
+def test_a_later_pattern_takes_back_another_method(mlp, make_ptq, images):
+    layers = {"linear*": "fp16", "linear2": "float", "linear3": {"bits": 4}}
+    quantizer = make_ptq(layers=layers)
+    quantized = quantizer.convert(calibrated(quantizer, mlp, images))
+    assert sum(isinstance(m, CompactLinear) for m in quantized.modules()) == 1
+    assert quantized.linear3.weight().int_repr().unique().numel() <= 16
 
 
 def test_observers_of_one_range_serve_weights_where_they_can_forget(convnet, images, make_ptq):

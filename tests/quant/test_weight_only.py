@@ -136,7 +136,7 @@ def test_a_head_with_a_setting_of_its_own_is_separate(gpt2):
 
 def test_a_setting_without_effect(convnet):
     with pytest.raises(
-        ValueError, match=r"quant\.layers\.conv\*: has no Linear layer, so only float has an effect on it"
+        ValueError, match=r"quant\.layers\.conv\*: has no Linear layer, and this is a setting of theirs"
     ):
         make(layers={"conv*": {"bits": 4}}).convert(convnet)
 
