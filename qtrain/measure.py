@@ -1,5 +1,6 @@
 """Sizes, latency, memory and time."""
 
+import ctypes
 import os
 import resource
 import statistics
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.report import QUIET
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -158,8 +161,20 @@ class Stopwatch:
             self.seconds[stage] += time.perf_counter() - start
 
 
+def keep_freed_memory() -> None:
+    """Lets this process keep what it frees, up to 1 GB, for its next tensors, where the C library is glibc.
+
+    By default large blocks go back to the system, and each training step begins by asking for them, page by page, anew.
+    """
+    with suppress(AttributeError):  # of other C libraries
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(option, 2**30)
+
+
 def reset_peak_memory() -> None:
     """Starts the peak anew, where the system can (Linux, CUDA), so that jobs of one process do not add up."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what `keep_freed_memory` kept
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):

@@ -24,6 +24,7 @@ from qtrain.measure import (
     OtherLoad,
     Stopwatch,
     generation_speed,
+    keep_freed_memory,
     latency,
     peak_memory_bytes,
     reset_peak_memory,
@@ -77,6 +78,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     Of several ranks all come here, and all but the first leave after the last training.
     """
     is_first = distributed.is_first()
+    keep_freed_memory()
     reset_peak_memory()
     parts = build(config)
     if config.threads is not None:

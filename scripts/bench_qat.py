@@ -23,7 +23,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from qtrain.config import Parts, build, compose
-from qtrain.measure import turns
+from qtrain.measure import keep_freed_memory, turns
 
 IMAGES = {"mlp, batch 10": 10, "mlp, batch 128": 128, "convnet, batch 64": 64, "resnet18, batch 64": 64}
 CASES = {name: [f"model={name.partition(',')[0]}", f"data.batch_size={size}"] for name, size in IMAGES.items()}
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as every run does
     figures = {name: measure(CASES[name], args.rounds) for name in args.cases}
     print(json.dumps({"threads": args.threads, "rounds": args.rounds, **figures}))
 

@@ -26,6 +26,7 @@ from torchvision import transforms
 from qtrain.config import Parts, build, compose
 from qtrain.data.loaders import ImageLoader
 from qtrain.loggers import Logger
+from qtrain.measure import keep_freed_memory
 from qtrain.trainer import OptimizerFactory
 
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as every run does
     data = ["data=mnist", f"data.root={args.root}"] if args.root else ["data=mnist_sample"]
     figures = {"threads": args.threads, "data": data[0].removeprefix("data="), **loops(data, args.rounds)}
     print(json.dumps({**figures, "qat": measure(CASES["convnet, batch 64"], args.rounds)}))

@@ -1,3 +1,5 @@
+import platform
+import subprocess
 import sys
 import time
 
@@ -124,6 +126,31 @@ def test_stopwatch(monkeypatch):
     with pytest.raises(ZeroDivisionError), watch("conversion"):
         raise ZeroDivisionError
     assert watch.seconds == {"training": 1.75, "conversion": 4.0, "evaluation": 0.0}
+
+
+FAULTS = """
+import resource, sys, torch
+from qtrain.measure import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def step():
+    return [torch.ones(2**20) for _ in range(20)]
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "default")
+    )
+    assert kept < 100 and given_back > 10_000  # 5 x 20 x 1024 pages
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can start the peak anew")

@@ -121,6 +121,9 @@ def fake_quantize_by_numbers(
     """
     low, high = quant_min - zero_point, quant_max - zero_point
     inverse, below, above = _clipping_bounds(scale, low, high)
+    if ends is not None and x.numel() >= MANY and max(-ends[0], ends[1]) * inverse < 2**30 and HAS_FBGEMM:
+        result: Tensor = _ByIntegers.apply(x, scale, low, high, rectify, ends)
+        return result
     if ends is not None and not rectify and below < ends[0] and ends[1] < above:
         output = x.clone()
         output.detach().mul_(inverse).round_().mul_(scale)
@@ -130,6 +133,44 @@ def fake_quantize_by_numbers(
     output = F.hardtanh(x, 0.0 if rectify else below, above)
     output.detach().mul_(inverse).round_().clamp_(low, high).mul_(scale)
     return output
+
+
+MANY = 1 << 17  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
+HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # other conversions may round differently
+
+
+class _ByIntegers(torch.autograd.Function):
+    # Half the passes over memory: x becomes uint8 in one, and floats again in another. Where the integers leave two of
+    # the 256 free, these show what was clipped, and a quarter of x's memory is all that is kept for the way back.
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: float, low: int, high: int, rectify: bool, ends: tuple[float, float]
+    ) -> Tensor:
+        _, below, above = _clipping_bounds(scale, low, high)
+        least, below = (0, 0.0) if rectify else (low, below)
+        spare = high - low < 254
+        integers = torch.quantize_per_tensor(x, scale, spare - low, torch.quint8)
+        ctx.limits = None
+        if rectify or not below < ends[0] or not ends[1] < above:
+            keeps_integers = spare and not rectify
+            ctx.save_for_backward(integers if keeps_integers else x)
+            ctx.limits = ((low - 0.5) * scale, (high + 0.5) * scale) if keeps_integers else (below, above)
+        output = integers.dequantize()
+        if least > low or spare and ctx.limits is not None:
+            output.clamp_(least * scale, high * scale)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        if ctx.limits is None:
+            return grad, None, None, None, None, None
+        (x,) = ctx.saved_tensors
+        backward = torch.ops.aten.hardtanh_backward
+        if x.is_quantized:
+            x = x.dequantize()  # its memory takes the result
+            return backward.grad_input(grad, x, *ctx.limits, grad_input=x), None, None, None, None, None
+        return backward(grad, x, *ctx.limits), None, None, None, None, None
 
 
 def within_reach(scale: float) -> bool:

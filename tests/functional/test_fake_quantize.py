@@ -1,8 +1,11 @@
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qtrain.functional.fake_quantize as module
 from qtrain import eager
 from qtrain.functional.fake_quantize import (
     fake_quantize,
@@ -70,6 +73,11 @@ def check_against_torch(case):
         results.append(run(fake_quantize_by_numbers, *numbers, **limits))
         ends = x.min().item(), x.max().item()
         results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
+        rectified = run(lambda x: torchs(x.relu(), scale, zero_point, low, high, axis))
+        with mock.patch.object(module, "MANY", 0):  # as for large tensors
+            results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
+            found = run(fake_quantize_by_numbers, *numbers, ends=ends, rectify=True, **limits)
+        assert torch.equal(found[0], rectified[0]) and torch.equal(found[1], rectified[1])
     for output, grad in results:
         assert torch.equal(output, expected[0])
         assert torch.equal(grad, expected[1])
@@ -86,6 +94,24 @@ def test_output_and_gradient_equal_those_of_torchs_kernels(case):
 @given(cases())
 def test_ten_thousand_cases_equal_torchs_kernels(case):
     check_against_torch(case)
+
+
+@pytest.mark.skipif(not module.HAS_FBGEMM, reason="by a kernel of fbgemm")
+@pytest.mark.parametrize(
+    "high, reach, rectify, kept",
+    [(127, 9.0, False, [torch.quint8]), (255, 9.0, False, [torch.float32]), (255, 0.1, False, [])]
+    + [(127, 9.0, True, [torch.float32])],
+)
+def test_large_tensors_keep_integers_where_these_show_what_was_clipped(high, reach, rectify, kept):
+    x, saved = torch.empty(module.MANY).uniform_(-reach, reach), []
+    arguments = {"quant_min": 0, "quant_max": high, "rectify": rectify, "ends": (x.min().item(), x.max().item())}
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor.dtype), tensor)[1], lambda t: t):
+        output = fake_quantize_by_numbers(x, 0.01, 64, **arguments)
+    assert saved == kept
+    (found,) = torch.autograd.grad(output.sum(), x)
+    output = fake_quantize_by_numbers(x, 0.01, 64, **arguments | {"ends": None})
+    assert torch.equal(found, torch.autograd.grad(output.sum(), x)[0])
 
 
 def test_infinity_is_clipped_and_nan_stays():
