@@ -382,6 +382,7 @@ def test_weights_that_were_written_to_are_quantized_anew():
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("observing", [True, False], ids=["observing", "frozen"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.9 of itself
 def test_compiled_it_does_the_same(observing, granularity):
     module = make(granularity=granularity, symmetric=True, signed=True)
     module(torch.tensor([[-1.0, 2.0], [0.5, 0.25]]))
