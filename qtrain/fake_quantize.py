@@ -189,7 +189,8 @@ class FakeQuantize(FakeQuantizeBase):
             if not self.has_observed():
                 raise ValueError("it runs now, but did not during calibration, so its scale is unknown")
             if self._folded:
-                known.qparams = range_qparams(self.observer.min_val, self.observer.max_val, **self._rule)
+                seen = self.observer._buffers  # past nn.Module's attributes, which are slow
+                known.qparams = range_qparams(seen["min_val"], seen["max_val"], **self._rule)
             else:
                 scale, zero_point = self.observer.calculate_qparams()
                 device = self.scale.device

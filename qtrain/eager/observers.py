@@ -173,12 +173,14 @@ def observe_scaled(observer: Any, x: torch.Tensor, factor: torch.Tensor) -> None
 def _set_range(observer: Any, low: torch.Tensor, high: torch.Tensor) -> None:
     buffers = observer._buffers  # past nn.Module's attributes, which are slow
     dtype = buffers["min_val"].dtype
-    buffers["min_val"], buffers["max_val"] = low.to(dtype), high.to(dtype)
+    if low.dtype != dtype:
+        low, high = low.to(dtype), high.to(dtype)
+    buffers["min_val"], buffers["max_val"] = low, high
 
 
 def _ends(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the smallest and largest values [C] along axis 0: as aminmax, which on CPUs takes ten times as long."""
-    x = x.flatten(1)
+    x = x if x.ndim == 2 else x.flatten(1)
     return torch.amin(x, 1), torch.amax(x, 1)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward  # grad strictly between two limits, and 0 elsewhere
+
 
 def fake_quantize(
     x: Tensor,
@@ -75,12 +77,11 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         x, inverse, zero_point = ctx.saved_tensors
         low, high = ctx.limits
-        backward = torch.ops.aten.hardtanh_backward  # 0 at its limits too
         if zero_point is not None or x.dtype != torch.float32 or torch.compiler.is_compiling():
-            x_grad = backward(grad, _steps(x, inverse, zero_point), low - 0.5, high + 0.5)
+            x_grad = HARDTANH_BACKWARD(grad, _steps(x, inverse, zero_point), low - 0.5, high + 0.5)
         else:
             steps = x * inverse  # its memory takes the result
-            x_grad = backward.grad_input(grad, steps, *_rounding_limits(low, high), grad_input=steps)
+            x_grad = HARDTANH_BACKWARD.grad_input(grad, steps, *_rounding_limits(low, high), grad_input=steps)
         return x_grad, None, None, None, None, None
 
 
@@ -166,11 +167,10 @@ class _ByIntegers(torch.autograd.Function):
         if ctx.limits is None:
             return grad, None, None, None, None, None
         (x,) = ctx.saved_tensors
-        backward = torch.ops.aten.hardtanh_backward
         if x.is_quantized:
             x = x.dequantize()  # its memory takes the result
-            return backward.grad_input(grad, x, *ctx.limits, grad_input=x), None, None, None, None, None
-        return backward(grad, x, *ctx.limits), None, None, None, None, None
+            return HARDTANH_BACKWARD.grad_input(grad, x, *ctx.limits, grad_input=x), None, None, None, None, None
+        return HARDTANH_BACKWARD(grad, x, *ctx.limits), None, None, None, None, None
 
 
 def within_reach(scale: float) -> bool:
