@@ -43,7 +43,9 @@ def resolve(module: nn.Module, opened: tuple[type[nn.Module], ...] = ()) -> Call
     if type(module) not in opened:
         return module.forward
     plain = SimpleNamespace(**{name: value for name, value in vars(module).items() if not name.startswith("_")})
-    vars(plain).update(module.named_parameters(recurse=False), training=False)
+    for own in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+        vars(plain).update(own)
+    plain.training = False
     vars(plain).update({name: resolve(child, opened) for name, child in module.named_children()})
     return MethodType(type(module).forward, plain)
 

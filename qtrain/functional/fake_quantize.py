@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward  # grad strictly between two limits, and 0 elsewhere
+MANY = 1 << 17  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
+HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # other conversions may round differently
 
 
 def fake_quantize(
@@ -115,7 +117,8 @@ def fake_quantize_by_numbers(
         scale: a float32 number, for which `within_reach` holds.
         zero_point, quant_min, quant_max: as there; quant_min <= zero_point <= quant_max.
         rectify: fake-quantize relu(x), at no cost.
-        ends: the smallest and the largest number of x, if known: where nothing is clipped, there is less to do.
+        ends: the smallest and the largest number of x, if known, and finite: where nothing is clipped, there is less to
+            do; and a large x becomes real integers in between.
 
     >>> fake_quantize_by_numbers(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 2, quant_min=0, quant_max=15)
     tensor([-1.0000,  0.0000,  1.0000,  6.5000])
@@ -136,10 +139,6 @@ def fake_quantize_by_numbers(
     return output
 
 
-MANY = 1 << 17  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
-HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # other conversions may round differently
-
-
 class _ByIntegers(torch.autograd.Function):
     # Half the passes over memory: x becomes uint8 in one, and floats again in another. Where the integers leave two of
     # the 256 free, these show what was clipped, and a quarter of x's memory is all that is kept for the way back.
@@ -150,7 +149,7 @@ class _ByIntegers(torch.autograd.Function):
     ) -> Tensor:
         _, below, above = _clipping_bounds(scale, low, high)
         least, below = (0, 0.0) if rectify else (low, below)
-        spare = high - low < 254
+        spare = int(high - low < 254)  # integers free below low, and above high
         integers = torch.quantize_per_tensor(x, scale, spare - low, torch.quint8)
         ctx.limits = None
         if rectify or not below < ends[0] or not ends[1] < above:

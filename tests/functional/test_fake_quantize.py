@@ -114,6 +114,21 @@ def test_large_tensors_keep_integers_where_these_show_what_was_clipped(high, rea
     assert torch.equal(found, torch.autograd.grad(output.sum(), x)[0])
 
 
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)], ids=str)
+def test_large_tensors_may_lie_in_memory_in_any_order(order, rectify):
+    back = [order.index(axis) for axis in range(4)]
+    x = torch.randn([(16, 8, 32, 64)[axis] for axis in order]).permute(back)  # (16, 8, 32, 64), strided
+    assert x.numel() >= module.MANY
+    arguments = {"quant_min": 0, "quant_max": 127, "rectify": rectify}
+    grads, outputs = [], []
+    for ends in (None, (x.min().item(), x.max().item())):
+        leaf = x.detach().requires_grad_()
+        outputs.append(fake_quantize_by_numbers(leaf, 0.02, 0 if rectify else 64, ends=ends, **arguments))
+        grads += torch.autograd.grad((outputs[-1] * x).sum(), leaf)
+    assert torch.equal(*outputs) and torch.equal(*grads) and grads[0].count_nonzero() < x.numel()
+
+
 def test_infinity_is_clipped_and_nan_stays():
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38], requires_grad=True)
     output = fake_quantize(x, torch.tensor([0.5]), torch.tensor([3]), quant_min=0, quant_max=15)
