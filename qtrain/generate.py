@@ -40,6 +40,7 @@ def generate(
         ValueError: the folder holds no run of a language model, or an argument is out of range.
     """
     from qtrain.data.tokenizer import load_tokenizer
+    from qtrain.measure import keep_freed_memory
     from qtrain.report import FILE_NAME, load_report
     from qtrain.saved import load
 
@@ -49,6 +50,7 @@ def generate(
     tokenizer = load_report(run / FILE_NAME)["config"]["data"].get("tokenizer")
     if tokenizer is None or not hasattr(model, "generate"):
         raise ValueError(f"{run}: this run's {type(model).__name__} generates no text; name a run of a language model")
+    keep_freed_memory()
     encoder = load_tokenizer(tokenizer)
     if not prompt:
         raise ValueError("prompt: is empty; give a text of at least one token")

@@ -22,7 +22,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from qtrain.config import compose
-from qtrain.measure import weight_bytes
+from qtrain.measure import keep_freed_memory, weight_bytes
 from qtrain.model.gpt2 import GPT2, KVCache
 
 ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"]
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=24)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as every run does
     torch.manual_seed(0)
     float_model = GPT2().eval()
     models: dict[str, Any] = {}
