@@ -156,10 +156,9 @@ class _ByIntegers(torch.autograd.Function):
             keeps_integers = spare and not rectify
             ctx.save_for_backward(integers if keeps_integers else x)
             ctx.limits = ((low - 0.5) * scale, (high + 0.5) * scale) if keeps_integers else (below, above)
-        output = integers.dequantize()
         if least > low or spare and ctx.limits is not None:
-            output.clamp_(least * scale, high * scale)
-        return output
+            integers = torch.clamp(integers, least * scale, high * scale)
+        return integers.dequantize()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
