@@ -1,5 +1,6 @@
 import inspect
 import re
+import shlex
 from itertools import product
 from pathlib import Path
 
@@ -394,3 +395,19 @@ def test_nothing_below_gets_a_config_object(composed):
     quantizer = build(settings).quantizer
     assert quantizer.layers["linear1"].bits == 4
     assert not any(OmegaConf.is_config(value) for value in vars(quantizer).values())
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text().splitlines()
+RUNS = (line for line in README if re.match(r"    qtrain (model|quant|'quant)", line))
+COMMANDS = [shlex.split(line, comments=True)[1:] for line in RUNS]
+
+
+@pytest.mark.parametrize("overrides", COMMANDS, ids=" ".join)
+def test_the_readmes_single_runs_fit_their_models(overrides):
+    overrides = [o for o in overrides if o != "data=mnist"]  # which would be downloaded
+    parts = build(compose(*overrides, "data.val_size=10"))
+    parts.quantizer.prepare(parts.model)
+
+
+def test_the_readme_has_such_commands():
+    assert len(COMMANDS) >= 4
