@@ -11,12 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qtrain.eager import FakeQuantizeBase, is_min_max, observe_min_max, observe_numbers, observe_scaled
+from qtrain.eager import (
+    FakeQuantizeBase,
+    is_min_max,
+    observe_magnitude,
+    observe_min_max,
+    observe_numbers,
+    observe_scaled,
+)
 from qtrain.functional.fake_quantize import (
     fake_quantize,
     fake_quantize_by_numbers,
+    fake_quantize_unclipped,
     range_numbers,
     range_qparams,
+    replace,
     within_reach,
 )
 
@@ -38,6 +47,8 @@ class FakeQuantize(FakeQuantizeBase):
 
     Attributes:
         rectifies: whether forward works on relu(x) in place of x.
+        scale_free: whether the largest magnitude of each channel becomes the last integer, on either side: then nothing
+            is clipped, and a channel's integers stay whatever it is multiplied by, but for their sign.
 
     Raises:
         ValueError: there is no such kernel.
@@ -72,6 +83,9 @@ class FakeQuantize(FakeQuantizeBase):
         self._rule = {**self._limits, "symmetric": self.is_symmetric}
         if self._folded:
             self._rule["eps"] = observer.eps.item()
+        is_narrow = self.is_symmetric and self.quant_min == -self.quant_max
+        self.scale_free = is_narrow and self._folded and memoryless and self.is_per_channel and self.ch_axis == 0
+        self._last = torch.tensor(float(self.quant_max))
         self._known = _Known()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +93,13 @@ class FakeQuantize(FakeQuantizeBase):
             known = self._known_output(x)
             if known is not None:
                 return known
-        output = self._by_numbers(x) if self._takes_numbers(x) else None
+        output = None
+        if self.kernel == "qtrain" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            if self.scale_free:
+                output = self._unclipped(x) if self.observing else None
+            # Numbers, where to read one costs nothing.
+            elif not self.is_per_channel and x.is_cpu and (self._folded or not self.observing) and x.numel():
+                output = self._by_numbers(x)
         if output is None:
             if self.rectifies:
                 x = F.relu(x)
@@ -102,13 +122,18 @@ class FakeQuantize(FakeQuantizeBase):
         known.reuses = self.kernel == "qtrain"
         if known.output is None or known.of != (x.data_ptr(), x._version):
             return None
+        if self.scale_free:
+            return replace(x, known.output)
         return fake_quantize(x, known.scale, known.zero_point, **self._limits, axis=known.axis, known=known.output)
 
-    def _takes_numbers(self, x: torch.Tensor) -> bool:
-        """Tells whether to compute with numbers: where to read one costs nothing, and nobody traces."""
-        is_here = not self.is_per_channel and x.is_cpu and x.dtype == torch.float32 and x.numel() > 0
-        ours = self.kernel == "qtrain" and (self._folded or not self.observing)
-        return ours and is_here and not torch.compiler.is_compiling()
+    def _unclipped(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns what forward does for scale-free weights, in the fewest operations."""
+        scale = observe_magnitude(self.observer, x.detach(), self._last, self._rule["eps"])
+        known = self._known
+        known.observed, known.qparams, known.numbers = True, (scale, None), None
+        if not self.quantizing:
+            return x
+        return fake_quantize_unclipped(x, scale.view(-1, *[1] * (x.ndim - 1)))
 
     def _by_numbers(self, x: torch.Tensor) -> torch.Tensor | None:
         """Returns what forward does; None, having changed nothing, where numbers do not do."""

@@ -276,6 +276,8 @@ MISTAKES = {
     "quant.activation.granularity=per_channel": "quant.activation.granularity=per_channel: activations have one scale",
     "quant.weight.group_size=4": "quant.weight.group_size=4: goes with granularity=per_group, and only with it",
     "quant.weight.reduce_range=true": "quant.weight.reduce_range=true: only activations are reduced; leave it at auto",
+    "quant.weight.narrow_range=127": "quant.weight.narrow_range=127: allowed are true, false and auto",
+    "quant.activation.narrow_range=true": "quant.activation.narrow_range=true: is for weights, whose integers are",
     "quant.activation.group_size=4": "quant.activation.group_size=4: goes with granularity=per_group, and only with it",
     "quant.engine=tensorrt": "quant.engine=tensorrt: allowed are auto, fbgemm, qnnpack, x86, onednn",
     "quant.layers.linear1=int8": "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, or a mapping",

@@ -44,7 +44,7 @@ def test_defaults_are_those_of_torchs_qconfig(name):
     qscheme = default.weight().qscheme
     assert weight.symmetric is True and qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
     assert weight.granularity == ("per_channel" if qscheme == torch.per_channel_symmetric else "per_tensor")
-    assert weight.reduce_range is False
+    assert weight.reduce_range is False and weight.narrow_range is False
     assert default.activation().qscheme == torch.per_tensor_affine
     assert (activation.symmetric, activation.granularity) == (False, "per_tensor")
     # oneDNN saturates without VNNI, where torch's default would still be the full range.
@@ -103,6 +103,7 @@ def test_torch_itself_refuses_asymmetric_weights_on_onednn():
     [
         ("weight", {"reduce_range": True}, "weight.reduce_range=true: only activations are reduced"),
         ("activation", {"granularity": "per_channel"}, "activation.granularity=per_channel: .*allowed are per_tensor"),
+        ("activation", {"narrow_range": True}, "activation.narrow_range=true: is for weights"),
         (
             "weight",
             {"granularity": "per_group", "group_size": 4},
@@ -440,7 +441,7 @@ def test_bits_by_layer(is_qat, convnet, images, make_ptq, make_qat):
     assert {name: (int(v.min()), int(v.max())) for name, v in span.items()} == {
         "conv1": (-2, 1),
         "conv2": (-2, 1),
-        "linear1": (-128, 127),
+        "linear1": (-127 if is_qat else -128, 127),
         "linear2": (-8, 7),
     }
 

@@ -15,6 +15,7 @@ A ReLU behind a layer is left to the fake quantization behind that, where it is 
 gradient, then do the work of two.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.nn.qat as nnqat
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 RECTIFIED = (nniqat.ConvBnReLU1d, nniqat.ConvBnReLU2d, nniqat.ConvBnReLU3d)
 CONVS = (nniqat.ConvBn1d, nniqat.ConvBn2d, nniqat.ConvBn3d, *RECTIFIED)
@@ -64,12 +66,56 @@ def folded(layer: Any, x: Tensor) -> Tensor:
     bn = layer.bn
     if not bn.training:
         return _inference(layer, x)
-    with torch.no_grad():
+    if layer.weight_fake_quant.scale_free:
+        weight = layer.weight_fake_quant(layer.weight)
+    else:
         # Batch-norm undoes any factor before it; this one only puts the weights in the scale of inference's integers.
-        factor = running_factor(bn)
-        factor = torch.where(factor == 0, 1, factor)
-    weight = layer.weight_fake_quant.quantize_scaled(layer.weight, factor)
-    return bn(_product(layer, x, weight, layer.bias))
+        with torch.no_grad():
+            factor = running_factor(bn)
+            factor = torch.where(factor == 0, 1, factor)
+        weight = layer.weight_fake_quant.quantize_scaled(layer.weight, factor)
+    if not _pays(layer, x):
+        return bn(_product(layer, x, weight, layer.bias))
+    # Batch-norm undoes any bias before it, too. This one keeps the output about 0, where sums of squares are exact.
+    shift = -bn.running_mean if layer.bias is None else layer.bias - bn.running_mean
+    plain = _product(layer, x, weight, shift)
+    output, mean, var = _BatchNorm.apply(plain, bn.weight, bn.bias, bn.eps)
+    _follow(bn, mean + bn.running_mean, var, plain.numel() // len(mean))
+    return output
+
+
+MANY = 1 << 18  # numbers for which `_BatchNorm` is faster than torch's
+
+
+def _pays(layer: Any, x: Tensor) -> bool:
+    """Tells whether the layer's output is one for `_BatchNorm`: torch takes its statistics number by number on CPUs."""
+    if not (x.ndim > 2 and x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    return x.numel() // x.shape[1] * len(layer.weight) // math.prod(layer.stride) >= MANY
+
+
+class _BatchNorm(torch.autograd.Function):
+    # Returns batch-norm's output, and mean and (biased) variance of each channel.
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        rows, count = x.flatten(2), x.numel() // x.shape[1]
+        mean = rows.sum(2).sum(0).div_(count)
+        square = torch.linalg.vector_norm(rows, 2, 2).square_().sum(0).div_(count)
+        var = square.addcmul_(mean, mean, value=-1).clamp_min_(0)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt_())
+        ctx.mark_non_differentiable(mean, var)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        arguments = grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, [True, True, True]
+        return *torch.ops.aten.native_batch_norm_backward(*arguments), None
 
 
 def exact(layer: Any, x: Tensor) -> Tensor:

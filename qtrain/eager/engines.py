@@ -41,16 +41,20 @@ class Engine:
             symmetric=True if weight.symmetric == AUTO else weight.symmetric,
             granularity=self.granularity if weight.granularity == AUTO else weight.granularity,
             reduce_range=False if weight.reduce_range == AUTO else weight.reduce_range,
+            narrow_range=False if weight.narrow_range == AUTO else weight.narrow_range,
         )
         activation = replace(
             activation,
             symmetric=False if activation.symmetric == AUTO else activation.symmetric,
             granularity="per_tensor" if activation.granularity == AUTO else activation.granularity,
             reduce_range=self.reduce_range if activation.reduce_range == AUTO else activation.reduce_range,
+            narrow_range=False if activation.narrow_range == AUTO else activation.narrow_range,
         )
         problems = []
         if weight.reduce_range:
             problems.append("weight.reduce_range=true: only activations are reduced; leave it at auto")
+        if activation.narrow_range:
+            problems.append("activation.narrow_range=true: is for weights, whose integers are signed; leave it at auto")
         if not weight.symmetric and not self.asymmetric_weights:
             able = ", ".join(e.name for e in ENGINES.values() if e.asymmetric_weights)
             problems.append(

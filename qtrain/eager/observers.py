@@ -7,7 +7,7 @@ import torch.ao.quantization as tq
 import torch.nn.functional as F
 from torch import nn
 
-from qtrain.functional.fake_quantize import float32
+from qtrain.functional.fake_quantize import float32, float32s
 from qtrain.functional.spec import AUTO, QuantSpec
 
 
@@ -134,7 +134,8 @@ def observe_numbers(
     Args:
         rectified: observe relu(x).
     """
-    low, high = (value.item() for value in torch.aminmax(x))
+    least, most = torch.aminmax(x)
+    low, high = least.item(), most.item()
     if rectified:
         low, high = max(low, 0.0), max(high, 0.0)
     if not -LARGEST < low <= high < LARGEST:
@@ -151,8 +152,9 @@ def observe_numbers(
             return None
         if hasattr(observer, "averaging_constant"):
             constant = float32(observer.averaging_constant)
-            low = float32(old_low + float32(constant * float32(low - old_low)))
-            high = float32(old_high + float32(constant * float32(high - old_high)))
+            low, high = float32s(low - old_low, high - old_high)
+            low, high = float32s(constant * low, constant * high)
+            low, high = float32s(old_low + low, old_high + high)
         else:
             low, high = min(low, old_low), max(high, old_high)
     min_val.fill_(low)
@@ -168,6 +170,18 @@ def observe_scaled(observer: Any, x: torch.Tensor, factor: torch.Tensor) -> None
     if not _per_channel(observer.qscheme):
         low, high = low.min(), high.max()
     _set_range(observer, low, high)
+
+
+def observe_magnitude(observer: Any, x: torch.Tensor, last: torch.Tensor, eps: float) -> torch.Tensor:
+    """Observes `x` alone, one range a channel of axis 0; returns the scale (C,) that makes the largest of each `last`.
+
+    Args:
+        last: the largest integer, as a tensor [], which takes a third of a number's time.
+        eps: smallest scale.
+    """
+    low, high = _ends(x)
+    _set_range(observer, low, high)
+    return torch.maximum(low.neg(), high).div_(last).clamp_min_(eps)
 
 
 def _set_range(observer: Any, low: torch.Tensor, high: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward  # grad strictly between two limits, and 0 elsewhere
+FEW = 1 << 11  # numbers for which torch's own kernel, one operation in place of many, pays
 MANY = 1 << 17  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # other conversions may round differently
 
@@ -90,12 +91,46 @@ class _FakeQuantize(torch.autograd.Function):
 @lru_cache
 def _rounding_limits(low: int, high: int) -> tuple[float, float]:
     """Returns the float32 next to all that round, half to even, to low..high."""
-    return -_first_above(-low, 1.0, 1.0), _first_above(high, 1.0, 1.0)
+    return _clipping_bounds(1.0, low, high)[1:]
 
 
 def _steps(x: Tensor, inverse: Tensor, zero_point: Tensor | None) -> Tensor:
     steps = (x * inverse).round_()
     return steps if zero_point is None else steps.add_(zero_point)
+
+
+def fake_quantize_unclipped(x: Tensor, scale: Tensor) -> Tensor:
+    """Returns what `fake_quantize` does where zero_point is 0 and nothing is clipped: the gradient is passed on whole.
+
+    Args:
+        x: float32 or float64; of at most quant_max steps of `scale`, and not below quant_min.
+        scale: broadcasts to x.
+
+    >>> fake_quantize_unclipped(torch.tensor([-1.0, 0.3, 0.75]), torch.tensor(0.5))
+    tensor([-1.0000,  0.5000,  1.0000])
+    """
+    inverse = scale.reciprocal()
+    if x.numel() >= 8 * MANY:
+        return replace(x, (x.detach() * inverse).round_().mul_(scale))
+    result = x.clone()  # one pass more, but no way back in Python
+    result.detach().mul_(inverse).round_().mul_(scale)
+    return result
+
+
+def replace(x: Tensor, values: Tensor) -> Tensor:
+    """Returns `values`, with the gradient of x."""
+    result: Tensor = _Replace.apply(x, values)
+    return result
+
+
+class _Replace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def fake_quantize_by_numbers(
@@ -123,11 +158,17 @@ def fake_quantize_by_numbers(
     >>> fake_quantize_by_numbers(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 2, quant_min=0, quant_max=15)
     tensor([-1.0000,  0.0000,  1.0000,  6.5000])
     """
+    if ends is not None:
+        if x.numel() <= FEW:
+            x = F.relu(x) if rectify else x
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+        needs_gradient = x.requires_grad and torch.is_grad_enabled()
+        if HAS_FBGEMM and not (needs_gradient and x.numel() < MANY) and max(-ends[0], ends[1]) < 2**30 * scale:
+            arguments = x, scale, quant_min - zero_point, quant_max - zero_point, rectify, ends
+            result: Tensor = _ByIntegers.apply(*arguments) if needs_gradient else _by_integers(*arguments)[0]
+            return result
     low, high = quant_min - zero_point, quant_max - zero_point
     inverse, below, above = _clipping_bounds(scale, low, high)
-    if ends is not None and x.numel() >= MANY and max(-ends[0], ends[1]) * inverse < 2**30 and HAS_FBGEMM:
-        result: Tensor = _ByIntegers.apply(x, scale, low, high, rectify, ends)
-        return result
     if ends is not None and not rectify and below < ends[0] and ends[1] < above:
         output = x.clone()
         output.detach().mul_(inverse).round_().mul_(scale)
@@ -139,26 +180,38 @@ def fake_quantize_by_numbers(
     return output
 
 
-class _ByIntegers(torch.autograd.Function):
-    # Half the passes over memory: x becomes uint8 in one, and floats again in another. Where the integers leave two of
-    # the 256 free, these show what was clipped, and a quarter of x's memory is all that is kept for the way back.
+def _by_integers(
+    x: Tensor, scale: float, low: int, high: int, rectify: bool, ends: tuple[float, float]
+) -> tuple[Tensor, Tensor | None, tuple[float, float] | None]:
+    """Returns the output, and for the way back what to keep and its limits; neither where nothing was clipped.
 
+    Half the passes over memory: x becomes uint8 in one, and floats again in another. Where the integers leave two of
+    the 256 free, these show what was clipped, and a quarter of x's memory is all that is kept.
+    """
+    _, below, above = _clipping_bounds(scale, low, high)
+    spare = int(high - low < 254 and not rectify)  # integers free below low, and above high
+    integers = torch.quantize_per_tensor(x, scale, spare - low, torch.quint8)
+    clipped_above = not ends[1] < above
+    kept = limits = None
+    if rectify:
+        kept, limits = x, (0.0, above)
+        if low < 0 or clipped_above and high - low < 255:
+            integers = torch.clamp(integers, 0.0, high * scale)
+    elif clipped_above or not below < ends[0]:
+        kept, limits = x, (below, above)
+        if spare:
+            kept, limits = integers, ((low - 0.5) * scale, (high + 0.5) * scale)
+        if high - low < 255:
+            integers = torch.clamp(integers, low * scale, high * scale)
+    return integers.dequantize(), kept, limits
+
+
+class _ByIntegers(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: float, low: int, high: int, rectify: bool, ends: tuple[float, float]
-    ) -> Tensor:
-        _, below, above = _clipping_bounds(scale, low, high)
-        least, below = (0, 0.0) if rectify else (low, below)
-        spare = int(high - low < 254)  # integers free below low, and above high
-        integers = torch.quantize_per_tensor(x, scale, spare - low, torch.quint8)
-        ctx.limits = None
-        if rectify or not below < ends[0] or not ends[1] < above:
-            keeps_integers = spare and not rectify
-            ctx.save_for_backward(integers if keeps_integers else x)
-            ctx.limits = ((low - 0.5) * scale, (high + 0.5) * scale) if keeps_integers else (below, above)
-        if least > low or spare and ctx.limits is not None:
-            integers = torch.clamp(integers, least * scale, high * scale)
-        return integers.dequantize()
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output, kept, ctx.limits = _by_integers(*arguments)
+        ctx.save_for_backward(*[] if kept is None else [kept])
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -176,7 +229,7 @@ def within_reach(scale: float) -> bool:
     return 1e-30 < scale < 1e30  # False for NaN
 
 
-_FLOAT, _INT = struct.Struct("f"), struct.Struct("i")
+_FLOAT, _FLOATS = struct.Struct("f"), struct.Struct("2f")
 
 
 def float32(x: float) -> float:
@@ -185,31 +238,41 @@ def float32(x: float) -> float:
     return rounded
 
 
+def float32s(x: float, y: float) -> tuple[float, float]:
+    """Returns both numbers rounded to float32, in the time of one."""
+    return _FLOATS.unpack(_FLOATS.pack(x, y))
+
+
 @lru_cache(4096)  # frozen scales come again in every step
 def _clipping_bounds(scale: float, low: int, high: int) -> tuple[float, float, float]:
     """Returns 1 / scale, and the float32 next to all x for which round(x / scale) is in low..high, on either side."""
     inverse = float32(1 / scale)
-    return inverse, -_first_above(-low, scale, inverse), _first_above(high, scale, inverse)
+    (least, low_is_odd), (most, high_is_odd) = _first_product(-low), _first_product(high)
+    below, above = float32s(least / inverse, most / inverse)
+    # The product of two float32 is exact here. What lies below is at most one float32 away.
+    product = below * inverse
+    if product < least or product == least and not low_is_odd:
+        below = float32(below * NEXT)
+    product = above * inverse
+    if product < most or product == most and not high_is_odd:
+        above = float32(above * NEXT)
+    return inverse, -below, above
 
 
-def _first_above(integer: int, scale: float, inverse: float) -> float:
-    """Returns the smallest float32 x >= 0 for which round(x * inverse), half to even, is above `integer` >= 0."""
+NEXT = 1 + 1.5 * 2**-24  # between half a float32 and one and a half further on, for any that is not denormal
+
+
+@lru_cache
+def _first_product(integer: int) -> tuple[float, bool]:
+    """Returns where the products begin that become, rounded to float32 and then half to even, more than `integer` >= 0.
+
+    And whether it is itself such a product, as it is if `integer` is odd.
+    """
     edge = integer + 0.5
-
-    def x(bits: int) -> float:
-        value: float = _FLOAT.unpack(_INT.pack(bits))[0]
-        return value
-
-    def is_above(bits: int) -> bool:
-        product = float32(x(bits) * inverse)
-        return product > edge or product == edge and integer % 2 == 1
-
-    (bits,) = _INT.unpack(_FLOAT.pack(edge * scale))  # of positive floats, the next is that of the next integer
-    while not is_above(bits):
-        bits += 1
-    while is_above(bits - 1):
-        bits -= 1
-    return x(bits)
+    (bits,) = struct.unpack("i", _FLOAT.pack(edge))
+    odd = integer % 2 == 1
+    (beside,) = _FLOAT.unpack(struct.pack("i", bits - 1 if odd else bits + 1))
+    return (edge + beside) / 2, odd  # halfway, rounding to float32 goes to the edge
 
 
 def range_qparams(

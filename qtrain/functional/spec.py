@@ -33,6 +33,8 @@ class QuantSpec:
         group_size: neighbours along the last axis that share a scale; only with "per_group".
         observer: the name of a file in conf/observer, its mapping, or a factory of observers.
         reduce_range: leave out the top bit, for kernels whose 16-bit accumulators would saturate.
+        narrow_range: leave out the lowest signed integer: symmetric weights then end exactly at the integers' ends, and
+            none is clipped; or "auto", the method's rule.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -44,6 +46,7 @@ class QuantSpec:
     group_size: int | None = None
     observer: Callable[..., Any] | None = None
     reduce_range: bool | str = AUTO
+    narrow_range: bool | str = AUTO
 
     def __post_init__(self) -> None:
         problems = []
@@ -53,6 +56,8 @@ class QuantSpec:
             problems.append(f"symmetric={self.symmetric}: allowed are true, false and auto")
         if self.reduce_range not in (True, False, AUTO):
             problems.append(f"reduce_range={self.reduce_range}: allowed are true, false and auto")
+        if self.narrow_range not in (True, False, AUTO):
+            problems.append(f"narrow_range={self.narrow_range}: allowed are true, false and auto")
         if self.granularity not in (*GRANULARITIES, AUTO):
             problems.append(f"granularity={self.granularity}: allowed are {', '.join(GRANULARITIES)} and auto")
         if (self.granularity == "per_group") != (self.group_size is not None):
@@ -70,7 +75,8 @@ class QuantSpec:
         >>> QuantSpec(bits=8, reduce_range=True).quant_range(signed=False)
         (0, 127)
         """
-        return int_range(min(self.bits, 7) if self.reduce_range is True else self.bits, signed)
+        bits = min(self.bits, 7) if self.reduce_range is True else self.bits
+        return int_range(bits, signed, restricted=self.narrow_range is True)
 
     def describe(self) -> dict[str, Any]:
         """Returns the fields as plain values, for reports; the observer by its name."""
@@ -81,5 +87,6 @@ class QuantSpec:
             "granularity": self.granularity,
             "group_size": self.group_size,
             "reduce_range": self.reduce_range,
+            "narrow_range": self.narrow_range,
             "observer": getattr(factory, "__name__", None),
         }

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtrain.functional import affine, packing
-from qtrain.functional.spec import QuantSpec
+from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.layer.int8_product import Int8Product
 
 FEW_ROWS = 4  # up to so many rows of input, float16 kernels of CPUs are faster than a copy of the weight in float32
+
+
+def is_narrow(spec: QuantSpec) -> bool:
+    """Tells whether the lowest integer is left out; "auto": of symmetric ones, but not of the four that 2 bits have."""
+    return bool(spec.symmetric and spec.bits > 2 if spec.narrow_range == AUTO else spec.narrow_range)
 
 
 class IntegerWeight(nn.Module):
@@ -40,8 +45,7 @@ class IntegerWeight(nn.Module):
         self.signed = bool(spec.symmetric)
         axis = 0 if spec.granularity == "per_channel" else None
         if spec.symmetric:
-            # int2 would be left with -1, 0, 1 if its range were restricted.
-            quantize = partial(affine.symmetric, restricted=spec.bits > 2)
+            quantize = partial(affine.symmetric, restricted=is_narrow(spec))
         else:
             quantize = partial(affine.asymmetric)
         quantized = quantize(weight.detach().float(), spec.bits, axis=axis, group_size=spec.group_size)

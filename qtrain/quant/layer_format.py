@@ -11,7 +11,7 @@ from qtrain import eager
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.layer.compact import CompactLinear
 from qtrain.layer.llm_int8 import LLMInt8Linear
-from qtrain.layer.weight import HalfWeight, IntegerWeight
+from qtrain.layer.weight import HalfWeight, IntegerWeight, is_narrow
 
 Make = Callable[[nn.Linear], nn.Module]
 
@@ -27,7 +27,7 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> Make | None:
         pattern: of layer names, for messages.
         setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of `method`, the fields of `weight`
             that differ (of weight_only, which is meant without a method), and `threshold` (of llm_int8).
-        weight: what weight_only quantizes to where the setting does not say otherwise.
+        weight: what weight_only quantizes to where the setting does not say otherwise; not settled.
 
     Raises:
         ValueError: names the pattern and what is allowed.
@@ -137,14 +137,17 @@ def settle(weight: QuantSpec) -> QuantSpec:
         problems.append(f"bits={weight.bits}: packed are 2, 4 and 8")
     if weight.reduce_range is True:
         problems.append("reduce_range=true: is for activations; leave it at auto")
+    if weight.narrow_range is True and weight.symmetric is False:
+        problems.append("narrow_range=true: goes with symmetric=true; leave it at auto")
     if weight.observer is not None:
         name = weight.describe()["observer"]
         problems.append(f"observer={name}: weights are taken by their minimum and maximum; leave it at null")
     if problems:
         raise ValueError("\n".join(problems))
-    return replace(
+    weight = replace(
         weight,
         symmetric=True if weight.symmetric == AUTO else weight.symmetric,
         granularity="per_channel" if weight.granularity == AUTO else weight.granularity,
         reduce_range=False,
     )
+    return replace(weight, narrow_range=is_narrow(weight))

@@ -70,18 +70,20 @@ class PTQ(Quantizer):
     ) -> None:
         if fake_quantize not in KERNELS:
             raise ValueError(f"fake_quantize={fake_quantize}: allowed are {', '.join(KERNELS)}")
-        rules = eager.find_engine(engine)
-        self.engine = rules.name
-        self.weight, self.activation = rules.settle(weight, activation)
+        self.engine = eager.find_engine(engine).name
+        self.weight, self.activation = self._settle(weight, activation)
         self.fake_quantize = fake_quantize
-        self.layers = read_settings(layers, self._setting)
+
+        def setting_of(pattern: str, setting: Any) -> QuantSpec | Make | None:
+            return spec_or_format(
+                pattern, setting, lambda fields: self._settle(replace(weight, **fields), activation)[0]
+            )
+
+        self.layers = read_settings(layers, setting_of)
         self.simulated = self.activation.bits < 8
 
-    def _setting(self, pattern: str, setting: Any) -> QuantSpec | Make | None:
-        def settle(fields: dict[str, Any]) -> QuantSpec:
-            return eager.ENGINES[self.engine].settle(replace(self.weight, **fields), self.activation)[0]
-
-        return spec_or_format(pattern, setting, settle)
+    def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
+        return eager.ENGINES[self.engine].settle(weight, activation)
 
     def _qconfig(self, weight: QuantSpec) -> Any:
         make = partial(make_fake_quantize, kernel=self.fake_quantize)

@@ -4,11 +4,13 @@ B. Jacob et al., arXiv:1712.05877, section 3; R. Krishnamoorthi, arXiv:1806.0834
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from qtrain import eager
+from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.quant.ptq import PTQ, format_layers, set_modes
 
 
@@ -79,6 +81,11 @@ class QAT(PTQ):
         self.from_scratch, self.conv_bn, self.convert_every = from_scratch, conv_bn, convert_every
         self.start_epoch = start_epoch
         self.freeze_observers_epoch, self.freeze_batch_norm_epoch = freeze_observers_epoch, freeze_batch_norm_epoch
+
+    def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
+        if weight.narrow_range == AUTO:  # fewer bits cannot spare an integer
+            weight = replace(weight, narrow_range=weight.bits == 8 and weight.symmetric is not False)
+        return super()._settle(weight, activation)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return self._prepare(model, is_qat=True, conv_bn=self.conv_bn)

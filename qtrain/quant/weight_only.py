@@ -44,7 +44,7 @@ class WeightOnly(Quantizer):
             problems += [f"weight.{line}" for line in str(err).splitlines()]
         else:
             try:
-                self.layers = read_settings(layers, lambda pattern, value: layer_format(pattern, value, self.weight))
+                self.layers = read_settings(layers, lambda pattern, value: layer_format(pattern, value, weight))
             except ValueError as err:
                 problems.append(str(err))
         if problems:

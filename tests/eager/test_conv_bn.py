@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qtrain import eager
+from qtrain.eager import conv_bn
 from qtrain.quant.ptq import set_modes
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -101,14 +102,86 @@ def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, ma
     assert worst[94] < 1e-5 and worst[99] < 1e-2
 
 
+@pytest.fixture(params=["torchs_batch_norm", "own_batch_norm"])
+def batch_norm(request, monkeypatch):
+    """Which batch-norm there is behind folded convolutions: torch's, or the one for many numbers."""
+    if request.param == "own_batch_norm":
+        monkeypatch.setattr(conv_bn, "MANY", 0)
+
+
 @CASES
-def test_folded_is_torchs_slow_path_where_weights_are_not_rounded(dims, relu, bias, momentum, make):
+def test_folded_is_torchs_slow_path_where_weights_are_not_rounded(dims, relu, bias, momentum, make, batch_norm):
     shape = {"dims": dims, "relu": relu, "bias": bias, "momentum": momentum}
     model, reference = make("folded", **shape), make("torch", **shape)
     for prepared in (model, reference):
         quantize_weights(prepared, False)
     for found in train(model, reference, dims):
         assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("shape", [(7, 6, 40), (5, 6, 9, 11), (3, 6, 4, 5, 6)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+def test_own_batch_norm_is_torchs(shape, offset):
+    x, weights = torch.randn(shape) * 2 + offset, torch.randn(shape)
+    norm = NORMS[len(shape) - 2](6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    found, expected = x.clone().requires_grad_(), x.double().requires_grad_()
+    output, mean, var = conv_bn._BatchNorm.apply(found, norm.weight, norm.bias, norm.eps)
+    (output * weights).sum().backward()
+    grads = [found.grad, norm.weight.grad, norm.bias.grad]
+    reference = copy.deepcopy(norm.double())
+    reference.zero_grad()
+    (reference(expected) * weights).sum().backward()
+    torch.testing.assert_close(output.double(), reference(expected), rtol=1e-5, atol=1e-5)
+    for grad, exact in zip(grads, [expected.grad, reference.weight.grad, reference.bias.grad], strict=True):
+        assert (grad - exact).norm() < 1e-5 * exact.norm()
+    axes = [0, *range(2, len(shape))]
+    torch.testing.assert_close(mean.double(), x.double().mean(axes), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var.double(), x.double().var(axes, correction=0), rtol=1e-5, atol=0)
+
+
+def test_own_batch_norm_stays_exact_far_from_0(make, monkeypatch):
+    """Sums of squares alone would lose the variance: of 1e8 + 1, float32 knows the 1e8."""
+    monkeypatch.setattr(conv_bn, "MANY", 0)
+    model, x = make("folded", bias=True), torch.randn(50, 4, 6, 6)
+    layer = model.layers[0]
+    with torch.no_grad():
+        layer.bias.fill_(1e4)
+    layer.bn.running_mean.fill_(1e4)
+    quantize_weights(model, False)
+    expected = F.batch_norm(
+        F.conv2d(x.double(), layer.weight.double()), None, None, layer.bn.weight.double(), layer.bn.bias.double(), True
+    )
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer.bn.running_mean, torch.full((6,), 1e4), rtol=1e-4, atol=0)
+
+
+def test_own_batch_norm_is_for_many_numbers_on_cpus(make, monkeypatch):
+    calls, apply = [], conv_bn._BatchNorm.apply
+    monkeypatch.setattr(conv_bn._BatchNorm, "apply", lambda *args: calls.append(1) or apply(*args))
+    model, x = make("folded"), torch.randn(2, 4, 6, 6)
+    for many, expected in ((2 * 6 * 36 + 1, 0), (2 * 6 * 36, 1)):
+        monkeypatch.setattr(conv_bn, "MANY", many)
+        model(x)
+        assert len(calls) == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert len(calls) == 1
+
+
+def test_integers_of_a_narrow_range_need_no_factor(make):
+    """What batch-norm multiplies a channel by changes the sign of its integers at most."""
+    model = make("folded", engine="fbgemm", weight={"narrow_range": True, "bits": 4})
+    layer, x = model.layers[0], torch.randn(5, 4, 6, 6)
+    layer.bn.running_var.uniform_(0.1, 9)
+    factor = (layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()).detach().reshape(-1, 1, 1, 1)
+    assert factor.lt(0).any() and factor.gt(0).any()
+    weight = layer.weight.detach() * factor
+    scale = weight.abs().flatten(1).amax(1) / 7
+    rounded = torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros(6, dtype=torch.int32), 0, -7, 7)
+    expected = copy.deepcopy(layer.bn)(F.conv2d(x, rounded / factor))
+    torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
@@ -146,7 +219,7 @@ def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularit
 
 
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
-def test_a_gamma_of_0_learns_to_be_another(conv_bn, make):
+def test_a_gamma_of_0_learns_to_be_another(conv_bn, make, batch_norm):
     model = make(conv_bn)
     layer = model.layers[0]
     with torch.no_grad():

@@ -29,6 +29,7 @@ def cases(draw):
     """x (C, 16), scale, zero_point, limits, axis; a part of x lies on ties and clipping edges, or just beside."""
     bits, signed, axis = draw(st.integers(2, 8)), draw(st.booleans()), draw(st.sampled_from([None, 0, 1]))
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    low += signed and draw(st.booleans())
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     channels = draw(st.integers(1, 4))
     shape = {None: (1,), 0: (channels,), 1: (16,)}[axis]
@@ -74,7 +75,9 @@ def check_against_torch(case):
         ends = x.min().item(), x.max().item()
         results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
         rectified = run(lambda x: torchs(x.relu(), scale, zero_point, low, high, axis))
-        with mock.patch.object(module, "MANY", 0):  # as for large tensors
+        with mock.patch.object(module, "FEW", 0):
+            results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
+        with mock.patch.multiple(module, FEW=0, MANY=0):  # as for large tensors
             results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
             found = run(fake_quantize_by_numbers, *numbers, ends=ends, rectify=True, **limits)
         assert torch.equal(found[0], rectified[0]) and torch.equal(found[1], rectified[1])

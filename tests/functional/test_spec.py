@@ -36,6 +36,13 @@ def test_reduce_range_halves_the_integers_of_8_bits_and_no_others(bits, signed):
     assert QuantSpec(bits=bits, reduce_range=False).quant_range(signed) == (low, high)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_narrow_range_is_symmetric_about_0(bits):
+    low, high = QuantSpec(bits=bits, narrow_range=True).quant_range(signed=True)
+    assert low == -high and QuantSpec(bits=bits).quant_range(signed=True) == (low - 1, high)
+    assert QuantSpec(bits=bits, narrow_range=True).quant_range(signed=False) == (0, 2**bits - 1)
+
+
 @pytest.mark.parametrize(
     "field, value, allowed",
     [
@@ -48,6 +55,7 @@ def test_reduce_range_halves_the_integers_of_8_bits_and_no_others(bits, signed):
         ("symmetric", "yes", "true, false and auto"),
         ("symmetric", None, "true, false and auto"),
         ("reduce_range", "no", "true, false and auto"),
+        ("narrow_range", 127, "true, false and auto"),
         ("granularity", "per_row", "per_tensor, per_channel, per_group and auto"),
         ("granularity", None, "per_tensor, per_channel, per_group and auto"),
         ("group_size", 32, "granularity=per_group"),
@@ -114,6 +122,7 @@ def test_description_has_every_field_as_a_plain_value(factory):
         "granularity": "per_group",
         "group_size": 32,
         "reduce_range": True,
+        "narrow_range": "auto",
         "observer": "observer",
     }
     assert QuantSpec().describe()["observer"] is None

@@ -138,6 +138,33 @@ def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, mak
         torch.testing.assert_close(prepared.get_submodule(name).weight.grad[~tie], expected[~tie])
 
 
+@pytest.mark.parametrize("narrow", [True, False])
+def test_in_a_narrow_range_the_largest_weights_have_a_gradient(narrow, mlp, images, make_qat):
+    """In -128..127 the largest weight lies on 127.5, here exactly; it becomes 128, and is clipped."""
+    with torch.no_grad():
+        mlp.linear1.weight[:, 0] = 127.5
+    quantizer = make_qat("fbgemm", weight={"narrow_range": narrow})
+    prepared = calibrated(quantizer, mlp, images).train()
+    quantizer.on_epoch(prepared, 0)
+    prepared(images + 1).sum().backward()
+    grad = prepared.linear1.weight.grad
+    reached = grad[:, 1:].ne(0).any(1)  # where any ReLU was open
+    assert reached.any() and grad[reached, 0].ne(0).all().item() is narrow
+    assert narrow or grad[:, 0].eq(0).all()
+
+
+@pytest.mark.parametrize("bits, symmetric, narrow", [(8, "auto", True), (4, "auto", False), (8, False, False)])
+def test_the_range_is_narrow_where_that_costs_little(bits, symmetric, narrow, make_qat, make_ptq):
+    for setting, expected in (("auto", narrow), (True, True), (False, False)):
+        weight = {"bits": bits, "symmetric": symmetric, "narrow_range": setting}
+        quantizer = make_qat("fbgemm", weight=weight, layers={"linear2": {"bits": 12 - bits}})
+        assert quantizer.weight.narrow_range is expected
+        if symmetric is not False:  # "auto" is settled for each layer by its own bits
+            other = not narrow if setting == "auto" else expected
+            assert quantizer.layers["linear2"].narrow_range is other
+        assert make_ptq("fbgemm", weight=weight).weight.narrow_range is (setting is True)
+
+
 def test_weight_ranges_are_those_of_the_weights_now(convnet, images, make_qat, train):
     """Memoryless: neither a shrunken nor a grown weight keeps an old scale."""
     quantizer = make_qat("fbgemm")
@@ -146,7 +173,7 @@ def test_weight_ranges_are_those_of_the_weights_now(convnet, images, make_qat, t
         with torch.no_grad():
             prepared.linear2.weight.mul_(factor)
         prepared(images)
-        expected = 2 * prepared.linear2.weight.abs().amax(1) / 255
+        expected = prepared.linear2.weight.abs().amax(1) / 127
         torch.testing.assert_close(prepared.linear2.weight_fake_quant.calculate_qparams()[0], expected.detach())
         torch.testing.assert_close(
             quantizer.convert(prepared).linear2.weight().q_per_channel_scales().float(), expected.detach()
@@ -211,7 +238,7 @@ def test_simulation_agrees_with_the_converted_model(engine, model, images, make_
 
 
 def test_converted_weights_are_the_trained_ones_with_batch_norm_folded_in(convnet, images, make_qat, train):
-    quantizer = make_qat("fbgemm")
+    quantizer = make_qat("fbgemm")  # in a narrow range: in -128..127 some would be clipped, or just beside
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
     quantized = quantizer.convert(prepared)
     for name in QUANTIZED:
@@ -221,9 +248,8 @@ def test_converted_weights_are_the_trained_ones_with_batch_norm_folded_in(convne
             factor = layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()
             weight = (weight * factor.reshape(-1, 1, 1, 1)).detach()
         peak = weight.abs().flatten(1).amax(1)
-        torch.testing.assert_close(integers.q_per_channel_scales().float(), peak * 2 / 255)
+        torch.testing.assert_close(integers.q_per_channel_scales().float(), peak / 127)
         scale = integers.q_per_channel_scales().float().reshape(-1, *[1] * (weight.dim() - 1))
-        # Half a step; the largest weights lie half a step outside of -128..127 at one end.
         assert ((integers.dequantize() - weight).abs() <= 0.501 * scale).all()
 
 

@@ -194,6 +194,7 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
         ({"head": "tied"}, "head=tied: allowed are shared, separate, float"),
         ({"observer": eager.minmax}, r"weight\.observer=minmax: .* leave it at null"),
         ({"reduce_range": True}, r"weight\.reduce_range=true: is for activations"),
+        ({"narrow_range": True, "symmetric": False}, r"weight\.narrow_range=true: goes with symmetric=true"),
         ({"layers": {"h.*": "int8"}}, r"layers\.h\.\*=int8: must be float, fp16, weight_only, llm_int8, or a mapping"),
         ({"layers": {"h.*": {"bit": 5}}}, r"layers\.h\.\*\.bit=5: weight_only has bits, "),
         ({"layers": {"h.*": {"method": "fp16", "bits": 4}}}, r"layers\.h\.\*\.bits=4: fp16 has no others"),
