@@ -27,6 +27,7 @@ from qtrain.measure import keep_freed_memory, turns
 
 IMAGES = {"mlp, batch 10": 10, "mlp, batch 128": 128, "convnet, batch 64": 64, "resnet18, batch 64": 64}
 CASES = {name: [f"model={name.partition(',')[0]}", f"data.batch_size={size}"] for name, size in IMAGES.items()}
+FULL = "qtrain -128..127"  # its weights in torch.ao's integers
 CASES["gpt2_nano, batch 32"] = [
     *("model=gpt2_nano", "task=language_modeling", "data=shakespeare", "optimizer=adamw", "data.batch_size=32")
 ]
@@ -50,7 +51,8 @@ def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
     warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
     parts = build(compose("quant=qat", *overrides))
     batches = list(itertools.islice(parts.data.train, 8))
-    models = {"float": parts.model.train(), "qtrain": ours(parts), "torch.ao": torch_ao(parts)}
+    full = build(compose("quant=qat", "quant.weight.narrow_range=false", *overrides))
+    models = {"float": parts.model.train(), "qtrain": ours(parts), FULL: ours(full), "torch.ao": torch_ao(parts)}
     for name, make in PEERS.items():
         if importlib.util.find_spec(name):
             try:
@@ -67,7 +69,7 @@ def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
             "over_float": round(float((row / times[0]).median()), 3),
             "peak_mb": round(peak_bytes(step) / 1e6, 2),
         }
-        print("  {:<12} {ms:8.2f} ms  {over_float:5.2f} times float  {peak_mb:8.2f} MB".format(name, **figures[name]))
+        print("  {:<16} {ms:8.2f} ms  {over_float:5.2f} times float  {peak_mb:8.2f} MB".format(name, **figures[name]))
     return figures
 
 

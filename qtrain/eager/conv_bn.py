@@ -16,6 +16,7 @@ gradient, then do the work of two.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.nn.qat as nnqat
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.ao.quantization.quantize import _observer_forward_hook
 from torch.autograd.function import once_differentiable
 
 RECTIFIED = (nniqat.ConvBnReLU1d, nniqat.ConvBnReLU2d, nniqat.ConvBnReLU3d)
@@ -102,9 +104,9 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         rows, count = x.flatten(2), x.numel() // x.shape[1]
-        mean = rows.sum(2).sum(0).div_(count)
-        square = torch.linalg.vector_norm(rows, 2, 2).square_().sum(0).div_(count)
-        var = square.addcmul_(mean, mean, value=-1).clamp_min_(0)
+        mean = rows.mean(2).mean(0)
+        square = torch.linalg.vector_norm(rows, 2, 2).square_().sum(0)
+        var = square.div_(count).addcmul_(mean, mean, value=-1).clamp_min_(0)
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt_())
         ctx.mark_non_differentiable(mean, var)
         ctx.eps = eps
@@ -140,10 +142,13 @@ def exact(layer: Any, x: Tensor) -> Tensor:
 
 def _follow(bn: Any, mean: Tensor, var: Tensor, count: int) -> None:
     """Moves the running statistics as batch-norm does: by the unbiased variance, averaged over all if no momentum."""
-    bn.num_batches_tracked += 1
-    momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-    bn.running_mean.lerp_(mean, momentum)
-    bn.running_var.lerp_(var * (count / max(count - 1, 1)), momentum)
+    seen = bn._buffers  # past nn.Module's attributes, which are slow
+    momentum = bn.momentum
+    seen["num_batches_tracked"].add_(1)
+    if momentum is None:
+        momentum = 1 / float(seen["num_batches_tracked"])
+    seen["running_mean"].lerp_(mean, momentum)
+    seen["running_var"].lerp_(var * (count / max(count - 1, 1)), momentum)
 
 
 def _class(cls: Any, forward: Any) -> Any:
@@ -177,6 +182,34 @@ def leave_relu_to_fake_quantization(model: nn.Module) -> None:
         point: Any = getattr(module, "activation_post_process", None)
         if type(module) in WITHOUT_RELU and hasattr(point, "rectifies"):
             module.__class__, point.rectifies = WITHOUT_RELU[type(module)], True
+
+
+def take_observer_hook(module: nn.Module) -> bool:
+    """Removes the hook that calls the module's observer, in place; tells whether there was one."""
+    hooks = module._forward_hooks
+    keys = [key for key, hook in hooks.items() if hook is _observer_forward_hook]
+    for key in keys:
+        del hooks[key]
+    return bool(keys)
+
+
+def observe_without_hooks(model: nn.Module) -> None:
+    """Has layers call their observers themselves, in place: a module with hooks is called in a much slower way."""
+    for module in model.modules():
+        cls: Any = type(module)
+        if take_observer_hook(module):
+            module.__class__ = _observed(cls)
+
+
+@cache
+def _observed(cls: Any) -> Any:
+    def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        point: Any = layer._modules["activation_post_process"]  # past nn.Module's attributes, which are slow
+        return point(cls.forward(layer, *args, **kwargs))
+
+    own = _class(cls, forward)
+    _ORIGINALS[own] = _ORIGINALS.get(cls, cls)
+    return own
 
 
 def restore_classes(model: nn.Module) -> nn.Module:

@@ -15,10 +15,16 @@ import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
 from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
-from torch.ao.quantization.quantize import _observer_forward_hook
 from torch.nn.modules.conv import _ConvNd
 
-from qtrain.eager.conv_bn import CONV_BN, leave_relu_to_fake_quantization, restore_classes, use_slow_path
+from qtrain.eager.conv_bn import (
+    CONV_BN,
+    leave_relu_to_fake_quantization,
+    observe_without_hooks,
+    restore_classes,
+    take_observer_hook,
+    use_slow_path,
+)
 from qtrain.eager.engines import ENGINES, Engine
 from qtrain.functional.spec import AUTO
 
@@ -94,6 +100,7 @@ def prepare(
             tq.prepare_qat(model, mapping=mapping, inplace=True)
             use_slow_path(model)
             leave_relu_to_fake_quantization(model)
+            observe_without_hooks(model)
         else:
             tq.prepare(model, inplace=True)
             _observe_once(model)
@@ -104,10 +111,8 @@ def _observe_once(model: nn.Module) -> None:
     """Removes the hooks that call the observers of fused layers, in place: an `nn.Sequential`, as these are, calls the
     observer as its last child already, and averages would move twice a batch."""
     for module in model.modules():
-        if isinstance(module, nn.Sequential) and hasattr(module, "activation_post_process"):
-            hooks = module._forward_hooks
-            for key in [key for key, hook in hooks.items() if hook is _observer_forward_hook]:
-                del hooks[key]
+        if isinstance(module, nn.Sequential):
+            take_observer_hook(module)
 
 
 def convert(prepared: nn.Module) -> nn.Module:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward  # grad strictly between two limits, and 0 elsewhere
-FEW = 1 << 11  # numbers for which torch's own kernel, one operation in place of many, pays
 MANY = 1 << 17  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # other conversions may round differently
 
@@ -159,9 +158,6 @@ def fake_quantize_by_numbers(
     tensor([-1.0000,  0.0000,  1.0000,  6.5000])
     """
     if ends is not None:
-        if x.numel() <= FEW:
-            x = F.relu(x) if rectify else x
-            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
         if HAS_FBGEMM and not (needs_gradient and x.numel() < MANY) and max(-ends[0], ends[1]) < 2**30 * scale:
             arguments = x, scale, quant_min - zero_point, quant_max - zero_point, rectify, ends
