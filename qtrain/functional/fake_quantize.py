@@ -165,14 +165,12 @@ def fake_quantize_by_numbers(
             return result
     low, high = quant_min - zero_point, quant_max - zero_point
     inverse, below, above = _clipping_bounds(scale, low, high)
-    if ends is not None and not rectify and below < ends[0] and ends[1] < above:
-        output = x.clone()
-        output.detach().mul_(inverse).round_().mul_(scale)
-        return output
+    fits = ends is not None and ends[1] < above and (rectify or below < ends[0])
     # The gradient is that of a clamp which ends just beside the last numbers that round into the range. What it puts
     # out is then replaced in its own memory, past autograd: nobody else holds it, for a clamp keeps its input.
-    output = F.hardtanh(x, 0.0 if rectify else below, above)
-    output.detach().mul_(inverse).round_().clamp_(low, high).mul_(scale)
+    output = x.clone() if fits and not rectify else F.hardtanh(x, 0.0 if rectify else below, above)
+    steps = output.detach().mul_(inverse).round_()
+    (steps if fits else steps.clamp_(low, high)).mul_(scale)
     return output
 
 
