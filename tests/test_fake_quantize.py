@@ -1,6 +1,7 @@
 import copy
 import io
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import qtrain.fake_quantize as fake_quantize_module
 from qtrain import eager
 from qtrain.fake_quantize import FakeQuantize
+from qtrain.functional import fake_quantize as functional
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.percentile import PercentileObserver
 
@@ -34,8 +36,9 @@ def make(
     quantizing=True,
     memoryless=False,
     kernel="qtrain",
+    narrow=False,
 ):
-    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=observer)
+    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=observer, narrow_range=narrow)
     observer = eager.make_observer(spec, signed=signed)
     return FakeQuantize(observer, kernel=kernel, memoryless=memoryless, observing=observing, quantizing=quantizing)
 
@@ -93,6 +96,39 @@ def test_output_and_gradient_are_those_of_the_formula_and_of_torch(granularity, 
         reference = torch.fake_quantize_per_tensor_affine(again, float(scale), int(zero), low, high)
     reference.sum().backward()
     assert torch.equal(output, reference) and torch.equal(x.grad, again.grad)
+
+
+WEIGHTS = {"granularity": "per_channel", "symmetric": True, "signed": True, "memoryless": True, "narrow": True}
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [(4, 30), (4, 3, 2, 5), (3, 2, 7)], ids=str)
+@given(bits=st.integers(2, 8), seed=st.integers(0, 2**31), exponent=st.integers(-9, 9))
+def test_weights_in_a_narrow_range_are_torchs_and_never_clipped(shape, large, bits, seed, exponent):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
+    x[1] = 0
+    module, reference = (make(bits=bits, kernel=kernel, **WEIGHTS) for kernel in ("qtrain", "torch"))
+    inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with mock.patch.object(functional, "MANY", 0 if large else 2**30):
+        outputs = module(inputs[0]), reference(inputs[1])
+    assert module.scale_free and not reference.scale_free
+    for output in outputs:
+        output.sin().sum().backward()
+    assert torch.equal(*outputs) and torch.equal(inputs[0].grad, inputs[1].grad)
+    assert torch.equal(inputs[0].grad, outputs[0].cos())  # whole
+    for found, expected in zip(module.calculate_qparams(), reference.calculate_qparams(), strict=True):
+        assert torch.equal(found, expected)
+    for name in ("min_val", "max_val"):
+        assert torch.equal(getattr(module.observer, name), getattr(reference.observer, name))
+
+
+def test_weights_in_a_narrow_range_are_clipped_once_it_is_frozen():
+    module = make(**WEIGHTS)
+    module(torch.tensor([[-1.0, 0.5]]))
+    x = torch.tensor([[-2.0, 0.25]], requires_grad=True)
+    output = frozen(module)(x)
+    output.sum().backward()
+    assert output.tolist() == [[-1.0, pytest.approx(0.25, abs=1 / 254)]] and x.grad.tolist() == [[0.0, 1.0]]
 
 
 @KINDS
@@ -335,7 +371,8 @@ def test_a_relu_inside_is_a_relu_before(symmetric, name, dtype):
 def quantizations(monkeypatch):
     """The tensors that were observed, as a list that grows."""
     seen = []
-    for function in (fake_quantize_module.observe_min_max, fake_quantize_module.observe_scaled):
+    for name in ("observe_magnitude", "observe_min_max", "observe_scaled"):
+        function = getattr(fake_quantize_module, name)
 
         def counting(observer, x, *args, function=function, **kwargs):
             seen.append(x)
@@ -346,9 +383,9 @@ def quantizations(monkeypatch):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "conv_bn"])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_weights_are_quantized_once_between_two_steps(symmetric, scaled, quantizations):
-    module = make(symmetric=symmetric, granularity="per_channel", signed=True, memoryless=True)
+@pytest.mark.parametrize("kind", [{}, {"symmetric": False}, {"narrow": False}], ids=["narrow", "asymmetric", "full"])
+def test_weights_are_quantized_once_between_two_steps(kind, scaled, quantizations):
+    module = make(**WEIGHTS | kind)
     factor = torch.tensor([0.5, -2.0, 3.0])
     weight = nn.Parameter(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
     optimizer = torch.optim.SGD([weight], 0.1)
@@ -362,7 +399,7 @@ def test_weights_are_quantized_once_between_two_steps(symmetric, scaled, quantiz
         optimizer.zero_grad()
         outputs = [run(module, weight) for _ in range(3)]
         reference = weight.detach().clone().requires_grad_()
-        expected = run(make(symmetric=symmetric, granularity="per_channel", signed=True, memoryless=True), reference)
+        expected = run(make(**WEIGHTS | kind), reference)
         assert all(torch.equal(output, expected) for output in outputs)
         torch.testing.assert_close(weight.grad, 3 * reference.grad)
         # That weights come again is known from the second time on.
@@ -380,11 +417,13 @@ def test_weights_that_were_written_to_are_quantized_anew():
     assert (module(weight) - weight).abs().max() < 0.51 * module.calculate_qparams()[0].max()
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize(
+    "how", [{"granularity": "per_tensor"}, {"granularity": "per_channel"}, WEIGHTS], ids=["tensor", "channel", "narrow"]
+)
 @pytest.mark.parametrize("observing", [True, False], ids=["observing", "frozen"])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.9 of itself
-def test_compiled_it_does_the_same(observing, granularity):
-    module = make(granularity=granularity, symmetric=True, signed=True)
+def test_compiled_it_does_the_same(observing, how):
+    module = make(**{"symmetric": True, "signed": True, **how})
     module(torch.tensor([[-1.0, 2.0], [0.5, 0.25]]))
     module.enable_observer(observing)
     compiled = copy.deepcopy(module)
