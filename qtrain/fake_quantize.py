@@ -85,7 +85,7 @@ class FakeQuantize(FakeQuantizeBase):
             self._rule["eps"] = observer.eps.item()
         is_narrow = self.is_symmetric and self.quant_min == -self.quant_max
         self.scale_free = is_narrow and self._folded and memoryless and self.is_per_channel and self.ch_axis == 0
-        self._last = torch.tensor(float(self.quant_max))
+        self._last = torch.tensor(float(self.quant_max), device="cpu")
         self._known = _Known()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

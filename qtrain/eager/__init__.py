@@ -14,7 +14,7 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qtrain.eager.calls import resolve
-from qtrain.eager.conv_bn import CONV_BN
+from qtrain.eager.classes import CONV_BN
 from qtrain.eager.convert import (
     CONVERT_MAPPING,
     DEPRECATED,

@@ -4,27 +4,21 @@ torch's classes offer two ways. The quick one divides the convolution's output b
 NaN where gamma is 0; it normalises by the statistics of the quantized convolution. The slow one normalises by those of
 the float convolution, for which it runs a second one. Here:
 
-- folded: one convolution, with the quantized weights in the convolution's own scale, and torch's own batch-norm
+- folded: one convolution, with the quantized weights in the convolution's own scale, and an ordinary batch-norm
   behind it. The statistics are those of the quantized convolution, so they fit what inference will normalise.
 - exact: what torch's slow way computes, to rounding, in fewer passes over the activations. Two convolutions.
 
 Both fold batch-norm into the weights as inference does where its statistics are frozen (R. Krishnamoorthi,
 arXiv:1806.08342, section 3.2.2), and train on where gamma is 0. A Linear layer with batch-norm is treated alike.
-
-A ReLU behind a layer is left to the fake quantization behind that, where it is ours: one clamp, and one mask for the
-gradient, then do the work of two.
 """
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
 import torch.ao.nn.intrinsic.qat as nniqat
-import torch.ao.nn.qat as nnqat
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.ao.quantization.quantize import _observer_forward_hook
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 RECTIFIED = (nniqat.ConvBnReLU1d, nniqat.ConvBnReLU2d, nniqat.ConvBnReLU3d)
@@ -58,32 +52,6 @@ def _inference(layer: Any, x: Tensor) -> Tensor:
     mean = bn.running_mean if layer.bias is None else bn.running_mean - layer.bias
     weight = layer.weight_fake_quant(layer.weight * _per_channel(factor, layer.weight, 0))
     return _product(layer, x, weight, bn.bias - factor * mean)
-
-
-def folded(layer: Any, x: Tensor) -> Tensor:
-    """Returns batch_norm(conv(x)), the convolution with quantized weights; for `forward` of torch's Conv-BN classes.
-
-    Shapes: x (N, C, ...) -> (N, layer.out_channels, ...).
-    """
-    bn = layer.bn
-    if not bn.training:
-        return _inference(layer, x)
-    if layer.weight_fake_quant.scale_free:
-        weight = layer.weight_fake_quant(layer.weight)
-    else:
-        # Batch-norm undoes any factor before it; this one only puts the weights in the scale of inference's integers.
-        with torch.no_grad():
-            factor = running_factor(bn)
-            factor = torch.where(factor == 0, 1, factor)
-        weight = layer.weight_fake_quant.quantize_scaled(layer.weight, factor)
-    if not _pays(layer, x):
-        return bn(_product(layer, x, weight, layer.bias))
-    # Batch-norm undoes any bias before it, too. This one keeps the output about 0, where sums of squares are exact.
-    shift = -bn.running_mean if layer.bias is None else layer.bias - bn.running_mean
-    plain = _product(layer, x, weight, shift)
-    output, mean, var = _BatchNorm.apply(plain, bn.weight, bn.bias, bn.eps)
-    _follow(bn, mean + bn.running_mean, var, plain.numel() // len(mean))
-    return output
 
 
 MANY = 1 << 18  # numbers for which `_BatchNorm` is faster than torch's
@@ -120,6 +88,32 @@ class _BatchNorm(torch.autograd.Function):
         return *torch.ops.aten.native_batch_norm_backward(*arguments), None
 
 
+def folded(layer: Any, x: Tensor) -> Tensor:
+    """Returns batch_norm(conv(x)), the convolution with quantized weights; for `forward` of torch's Conv-BN classes.
+
+    Shapes: x (N, C, ...) -> (N, layer.out_channels, ...).
+    """
+    bn = layer.bn
+    if not bn.training:
+        return _inference(layer, x)
+    if layer.weight_fake_quant.scale_free:
+        weight = layer.weight_fake_quant(layer.weight)
+    else:
+        # Batch-norm undoes any factor before it; this one only puts the weights in the scale of inference's integers.
+        with torch.no_grad():
+            factor = running_factor(bn)
+            factor = torch.where(factor == 0, 1, factor)
+        weight = layer.weight_fake_quant.quantize_scaled(layer.weight, factor)
+    if not _pays(layer, x):
+        return bn(_product(layer, x, weight, layer.bias))
+    # Batch-norm undoes any bias before it, too. This one keeps the output about 0, where sums of squares are exact.
+    shift = -bn.running_mean if layer.bias is None else layer.bias - bn.running_mean
+    plain = _product(layer, x, weight, shift)
+    output, mean, var = _BatchNorm.apply(plain, bn.weight, bn.bias, bn.eps)
+    _follow(bn, mean + bn.running_mean, var, plain.numel() // len(mean))
+    return output
+
+
 def exact(layer: Any, x: Tensor) -> Tensor:
     """Returns what torch's `_forward_slow` does, but for the rounding."""
     bn = layer.bn
@@ -149,79 +143,3 @@ def _follow(bn: Any, mean: Tensor, var: Tensor, count: int) -> None:
         momentum = 1 / float(seen["num_batches_tracked"])
     seen["running_mean"].lerp_(mean, momentum)
     seen["running_var"].lerp_(var * (count / max(count - 1, 1)), momentum)
-
-
-def _class(cls: Any, forward: Any) -> Any:
-    return type(cls.__name__, (cls,), {"forward": forward})
-
-
-def _then_relu(forward: Any) -> Any:
-    return lambda layer, x: forward(layer, x).relu_()  # in place: nothing before it keeps its output
-
-
-CONV_BN: dict[str, dict[Any, Any]] = {"torch": {}}  # the setting quant.conv_bn: {torch's class: what takes its place}
-WITHOUT_RELU: dict[Any, Any] = {  # {class: the same without its ReLU}
-    nniqat.LinearReLU: _class(nniqat.LinearReLU, nnqat.Linear.forward),
-    nniqat.ConvReLU1d: _class(nniqat.ConvReLU1d, nnqat.Conv1d.forward),
-    nniqat.ConvReLU2d: _class(nniqat.ConvReLU2d, nnqat.Conv2d.forward),
-    nniqat.ConvReLU3d: _class(nniqat.ConvReLU3d, nnqat.Conv3d.forward),
-}
-_ORIGINALS = {own: cls for cls, own in WITHOUT_RELU.items()}
-for _way in (folded, exact):
-    CONV_BN[_way.__name__] = {
-        cls: _class(cls, _then_relu(_way) if cls in RECTIFIED else _way) for cls in (*CONVS, nniqat.LinearBn1d)
-    }
-    _ORIGINALS |= {own: cls for cls, own in CONV_BN[_way.__name__].items()}
-    WITHOUT_RELU |= {CONV_BN[_way.__name__][cls]: _class(cls, _way) for cls in RECTIFIED}
-_ORIGINALS |= {own: _ORIGINALS.get(cls, cls) for cls, own in WITHOUT_RELU.items()}
-
-
-def leave_relu_to_fake_quantization(model: nn.Module) -> None:
-    """Takes the ReLU out of fused layers whose outputs our fake quantization observes, which does it then, in place."""
-    for module in model.modules():
-        point: Any = getattr(module, "activation_post_process", None)
-        if type(module) in WITHOUT_RELU and hasattr(point, "rectifies"):
-            module.__class__, point.rectifies = WITHOUT_RELU[type(module)], True
-
-
-def take_observer_hook(module: nn.Module) -> bool:
-    """Removes the hook that calls the module's observer, in place; tells whether there was one."""
-    hooks = module._forward_hooks
-    keys = [key for key, hook in hooks.items() if hook is _observer_forward_hook]
-    for key in keys:
-        del hooks[key]
-    return bool(keys)
-
-
-def observe_without_hooks(model: nn.Module) -> None:
-    """Has layers call their observers themselves, in place: a module with hooks is called in a much slower way."""
-    for module in model.modules():
-        cls: Any = type(module)
-        if take_observer_hook(module):
-            module.__class__ = _observed(cls)
-
-
-@cache
-def _observed(cls: Any) -> Any:
-    def forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        point: Any = layer._modules["activation_post_process"]  # past nn.Module's attributes, which are slow
-        return point(cls.forward(layer, *args, **kwargs))
-
-    own = _class(cls, forward)
-    _ORIGINALS[own] = _ORIGINALS.get(cls, cls)
-    return own
-
-
-def restore_classes(model: nn.Module) -> nn.Module:
-    """Returns `model`, its layers changed in place to torch's own classes: conversion compares types."""
-    for module in model.modules():
-        if type(module) in _ORIGINALS:
-            module.__class__ = _ORIGINALS[type(module)]
-    return model
-
-
-def use_slow_path(model: nn.Module) -> None:
-    """Takes torch's slow way in those of its Conv-BN layers that are left as they are, in place."""
-    for module in model.modules():
-        if type(module) in CONVS:
-            module._enable_slow_path_for_better_numerical_stability = True  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn.modules.conv import _ConvNd
 
-from qtrain.eager.conv_bn import (
+from qtrain.eager.classes import (
     CONV_BN,
     leave_relu_to_fake_quantization,
     observe_without_hooks,
