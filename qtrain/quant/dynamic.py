@@ -35,14 +35,13 @@ class Dynamic(Quantizer):
     def __init__(self, *, engine: str, weight: QuantSpec, layers: dict[str, Any]) -> None:
         self.engine = eager.find_engine(engine).name
         self.weight = self._settle(weight)
-
-        def setting_of(pattern: str, setting: Any) -> QuantSpec | Make | None:
-            return spec_or_format(pattern, setting, lambda fields: self._settle(replace(weight, **fields)))
-
-        self.layers = read_settings(layers, setting_of)
+        self.layers = read_settings(layers, self._setting)
 
     def _settle(self, weight: QuantSpec) -> QuantSpec:
         return eager.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]
+
+    def _setting(self, pattern: str, setting: Any) -> QuantSpec | Make | None:
+        return spec_or_format(pattern, setting, lambda fields: self._settle(replace(self.weight, **fields)))
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         model = copy.deepcopy(prepared).cpu().eval()

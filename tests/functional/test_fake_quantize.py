@@ -1,5 +1,7 @@
+from fractions import Fraction
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,6 +97,34 @@ def test_output_and_gradient_equal_those_of_torchs_kernels(case):
 @given(cases())
 def test_ten_thousand_cases_equal_torchs_kernels(case):
     check_against_torch(case)
+
+
+def just_on_the_edge(integer):
+    """A scale whose inverse times some float32 is exactly where float32 begins to round to more than `integer`."""
+    edge = np.float32(integer + 0.5)
+    beside = np.nextafter(edge, np.float32(0 if integer % 2 else np.inf))
+    whole, _ = (Fraction(float(edge)) + Fraction(float(beside))).as_integer_ratio()
+    for factor in range(3, 2000, 2):
+        if whole % factor == 0 and whole // factor < 2**24:
+            scale = float32(1 / factor)
+            if float32(1 / scale) == factor:
+                return scale
+    return None
+
+
+@given(integer=st.integers(0, 255), exponent=st.integers(-20, 20), random=st.floats(2.0**-90, 2.0**90, width=32))
+def test_bounds_are_the_float32_next_to_what_rounds_into_the_range(integer, exponent, random):
+    edgy = just_on_the_edge(integer)
+    for scale in [random] + ([] if edgy is None else [edgy * 2.0**exponent]):
+        inverse, below, above = module._clipping_bounds(scale, -integer, integer)
+        assert inverse == np.float32(1) / np.float32(scale) and below == -above
+        inside = np.nextafter(np.float32(above), np.float32(0))
+        assert np.rint(inside * np.float32(inverse)) == integer
+        assert np.rint(np.float32(above) * np.float32(inverse)) > integer
+
+
+def test_some_bounds_lie_just_on_the_edge():
+    assert sum(just_on_the_edge(integer) is not None for integer in range(256)) > 50
 
 
 @pytest.mark.skipif(not module.HAS_FBGEMM, reason="by a kernel of fbgemm")

@@ -103,6 +103,8 @@ def test_settings_by_layer(gpt2, idx):
     assert bits == {"wte": 8, "lm_head": 8, "h.1.mlp.c_fc": 2} | dict.fromkeys(
         ("h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.c_proj"), 8
     )
+    lowest = {name: int(weights[name].int_repr().min()) for name in ("h.1.mlp.c_fc", "h.1.mlp.c_proj")}
+    assert lowest == {"h.1.mlp.c_fc": -2, "h.1.mlp.c_proj": -127}  # each narrow, or not, by its own bits
     quantized = make_llm(layers={"*c_proj": "float"}).convert(gpt2)
     assert sum(isinstance(m, LLMInt8Linear) for m in quantized.modules()) == 4
 
