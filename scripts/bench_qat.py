@@ -1,5 +1,7 @@
 """What quantization-aware training costs: one QAT step over one float step, of qtrain, of torch.ao and of peers.
 
+And what calibration costs: a batch through histogram observers, over a plain forward pass.
+
     python scripts/bench_qat.py [--threads N] [--rounds N] [--cases "convnet, batch 64" ...]
 
 The candidates of a case take turns in one process, a step each; figures are medians, and ratios are medians of the
@@ -41,7 +43,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as every run does
-    figures = {name: measure(CASES[name], args.rounds) for name in args.cases}
+    figures = {}
+    for name in args.cases:
+        figures[name] = measure(CASES[name], args.rounds)
+        figures[name]["calibration"] = measure_calibration(CASES[name], args.rounds)
     print(json.dumps({"threads": args.threads, "rounds": args.rounds, **figures}))
 
 
@@ -70,6 +75,27 @@ def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
             "peak_mb": round(peak_bytes(step) / 1e6, 2),
         }
         print("  {:<16} {ms:8.2f} ms  {over_float:5.2f} times float  {peak_mb:8.2f} MB".format(name, **figures[name]))
+    return figures
+
+
+def measure_calibration(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Prints and returns {candidate: {"ms", "over_forward"}} of one batch."""
+    parts = build(compose("quant=ptq", *overrides))
+    batches = [parts.task.inputs(batch) for batch in itertools.islice(parts.data.train, 8)]
+    model, turn = parts.model.eval(), itertools.cycle(batches)
+    ours, torchs = parts.quantizer.prepare(model), tq.prepare(configured(parts, tq.get_default_qconfig, is_qat=False))
+    calls = {
+        "forward": lambda: model(*next(turn)),
+        "qtrain": lambda: parts.quantizer.calibrate(ours, [next(turn)]),
+        "torch.ao": lambda: torchs(*next(turn)),
+    }
+    times = turns(list(calls.values()), 8, rounds)
+    print("  calibration with histograms, over a forward pass:", end="")
+    figures = {}
+    for name, row in zip(calls, times, strict=True):
+        ratio = float((row / times[0]).median())
+        figures[name] = {"ms": round(float(row.median()), 3), "over_forward": round(ratio, 3)}
+    print(", ".join(f" {name} {figures[name]['over_forward']:.2f}" for name in ("qtrain", "torch.ao")))
     return figures
 
 
@@ -103,14 +129,18 @@ def ours(parts: Parts) -> nn.Module:
 
 def torch_ao(parts: Parts) -> nn.Module:
     """torch's own recipe: its default QAT qconfig, fused fake quantization, its quick Conv-BN path."""
-    model: Any = copy.deepcopy(parts.model).train()
+    return tq.prepare_qat(configured(parts, tq.get_default_qat_qconfig, is_qat=True))
+
+
+def configured(parts: Parts, qconfig: Callable[[str], Any], *, is_qat: bool) -> Any:
+    model: Any = copy.deepcopy(parts.model).train(is_qat)
     if hasattr(model, "fuse_model"):
-        model.fuse_model(is_qat=True)
-    model.qconfig = tq.get_default_qat_qconfig(parts.quantizer.engine)
-    for module in model.modules():  # prepare_qat would quantize embeddings, and then fail
+        model.fuse_model(is_qat=is_qat)
+    model.qconfig = qconfig(parts.quantizer.engine)
+    for module in model.modules():  # torch would quantize embeddings, and then fail
         if isinstance(module, nn.Embedding):
             module.qconfig = None  # type: ignore[assignment]
-    return tq.prepare_qat(model)
+    return model
 
 
 def plain(parts: Parts) -> nn.Module:
