@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
 
 from qtrain.eager import (
     FakeQuantizeBase,
@@ -94,7 +95,7 @@ class FakeQuantize(FakeQuantizeBase):
             if known is not None:
                 return known
         output = None
-        if self.kernel == "qtrain" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        if self.kernel == "qtrain" and x.dtype == torch.float32 and not is_compiling():
             if self.scale_free:
                 output = self._unclipped(x) if self.observing else None
             # Numbers, where to read one costs nothing.

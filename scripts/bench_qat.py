@@ -4,8 +4,9 @@ And what calibration costs: a batch through histogram observers, over a plain fo
 
     python scripts/bench_qat.py [--threads N] [--rounds N] [--cases "convnet, batch 64" ...]
 
-The candidates of a case take turns in one process, a step each; figures are medians, and ratios are medians of the
-ratios within a turn, which a busy machine disturbs less. Memory is the most that a step allocates at any moment, beyond
+Each candidate takes turns with the float model, a step each, and with no other, whose data it would find in the CPU's
+caches; the float model's own row shows how exact that is. Figures are medians, and ratios are medians of the ratios
+within a turn, which a busy machine disturbs less. Memory is the most that a step allocates at any moment, beyond
 the model. The peers (extra peers: nncf, aimet-torch, brevitas) are measured where they are installed, and take it.
 The last line is the same as JSON.
 """
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
-    """Prints and returns {candidate: {"ms", "over_float", "saved_mb"}} of one training step."""
+    """Prints and returns {candidate: {"ms", "over_float", "peak_mb"}} of one training step."""
     warnings.filterwarnings("ignore", module="torch.ao")  # it announces its own deprecation
     warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
     parts = build(compose("quant=qat", *overrides))
@@ -64,14 +65,14 @@ def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
                 models[name] = make(parts, batches[0])
             except Exception as err:  # what it says to this model is its result here
                 print(f"  {name} does not take this model: {type(err).__name__}: {str(err).splitlines()[0][:80]}")
-    steps = [stepper(model, parts, batches) for model in models.values()]
-    times = turns(steps, 8, rounds)
+    steps = {name: stepper(model, parts, batches) for name, model in models.items()}
     print(f"{' '.join(overrides)}: one training step, medians of {rounds}")
     figures = {}
-    for name, row, step in zip(models, times, steps, strict=True):
+    for name, step in steps.items():
+        baseline, own = turns([steps["float"], step], 8, rounds)
         figures[name] = {
-            "ms": round(float(row.median()), 3),
-            "over_float": round(float((row / times[0]).median()), 3),
+            "ms": round(float(own.median()), 3),
+            "over_float": round(float((own / baseline).median()), 3),
             "peak_mb": round(peak_bytes(step) / 1e6, 2),
         }
         print("  {:<16} {ms:8.2f} ms  {over_float:5.2f} times float  {peak_mb:8.2f} MB".format(name, **figures[name]))

@@ -57,13 +57,16 @@ def _inference(layer: Any, x: Tensor) -> Tensor:
 MANY = 1 << 18  # numbers for which `_BatchNorm` is faster than torch's
 
 
-def _pays(layer: Any, x: Tensor) -> bool:
-    """Tells whether the layer's output is one for `_BatchNorm`: torch takes its statistics number by number on CPUs."""
+def _pays(layer: Any, x: Tensor, channels: int) -> bool:
+    """Tells whether the layer's output, of so many channels, is one for `_BatchNorm`.
+
+    On CPUs torch takes its statistics number by number.
+    """
     if not (x.ndim > 2 and x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()):
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    return x.numel() // x.shape[1] * len(layer.weight) // math.prod(layer.stride) >= MANY
+    return x.numel() // x.shape[1] * channels // math.prod(layer.stride) >= MANY
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -93,24 +96,27 @@ def folded(layer: Any, x: Tensor) -> Tensor:
 
     Shapes: x (N, C, ...) -> (N, layer.out_channels, ...).
     """
-    bn = layer.bn
+    # Past nn.Module's attributes, which are slow.
+    bn: Any = layer._modules["bn"]
     if not bn.training:
         return _inference(layer, x)
-    if layer.weight_fake_quant.scale_free:
-        weight = layer.weight_fake_quant(layer.weight)
+    point: Any = layer._modules["weight_fake_quant"]
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    if point.scale_free:
+        weight = point(weight)
     else:
         # Batch-norm undoes any factor before it; this one only puts the weights in the scale of inference's integers.
         with torch.no_grad():
             factor = running_factor(bn)
             factor = torch.where(factor == 0, 1, factor)
-        weight = layer.weight_fake_quant.quantize_scaled(layer.weight, factor)
-    if not _pays(layer, x):
-        return bn(_product(layer, x, weight, layer.bias))
+        weight = point.quantize_scaled(weight, factor)
+    if not _pays(layer, x, len(weight)):
+        return bn(_product(layer, x, weight, bias))
     # Batch-norm undoes any bias before it, too. This one keeps the output about 0, where sums of squares are exact.
-    shift = -bn.running_mean if layer.bias is None else layer.bias - bn.running_mean
-    plain = _product(layer, x, weight, shift)
-    output, mean, var = _BatchNorm.apply(plain, bn.weight, bn.bias, bn.eps)
-    _follow(bn, mean + bn.running_mean, var, plain.numel() // len(mean))
+    running_mean = bn._buffers["running_mean"]
+    plain = _product(layer, x, weight, -running_mean if bias is None else bias - running_mean)
+    output, mean, var = _BatchNorm.apply(plain, bn._parameters["weight"], bn._parameters["bias"], bn.eps)
+    _follow(bn, mean + running_mean, var, plain.numel() // len(mean))
     return output
 
 
