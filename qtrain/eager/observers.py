@@ -6,6 +6,7 @@ import torch
 import torch.ao.quantization as tq
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
 
 from qtrain.functional.fake_quantize import float32, float32s
 from qtrain.functional.spec import AUTO, QuantSpec
@@ -87,6 +88,7 @@ def make_observer(spec: QuantSpec, *, signed: bool) -> Any:
     return spec.observer(dtype=dtype, qscheme=getattr(torch, kind), quant_min=low, quant_max=high)
 
 
+BLOCK = 1 << 19  # numbers that the caches of two cores hold
 LARGEST = 1e30  # a range below it has a scale for which nothing overflows
 MIN_MAX = (
     tq.MinMaxObserver,
@@ -195,7 +197,14 @@ def _set_range(observer: Any, low: torch.Tensor, high: torch.Tensor) -> None:
 def _ends(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the smallest and largest values [C] along axis 0: as aminmax, which on CPUs takes ten times as long."""
     x = x if x.ndim == 2 else x.flatten(1)
-    return torch.amin(x, 1), torch.amax(x, 1)
+    if x.numel() < 2 * BLOCK or not x.is_cpu or is_compiling():
+        return torch.amin(x, 1), torch.amax(x, 1)
+    low, high = x.new_empty(len(x)), x.new_empty(len(x))
+    rows = max(1, BLOCK // x.shape[1])
+    for part, *ends in zip(x.split(rows), low.split(rows), high.split(rows), strict=True):
+        torch.amin(part, 1, out=ends[0])
+        torch.amax(part, 1, out=ends[1])  # out of the CPU's caches
+    return low, high
 
 
 def _per_channel(qscheme: torch.qscheme) -> bool:
