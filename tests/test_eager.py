@@ -446,6 +446,19 @@ def test_bits_by_layer(is_qat, convnet, images, make_ptq, make_qat):
     }
 
 
+@pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
+@pytest.mark.parametrize("own_forward", [False, True], ids=["of_the_class", "of_the_module"])
+def test_each_tensor_is_observed_once_a_batch(own_forward, is_qat, mlp, images, make_ptq, make_qat):
+    if own_forward:
+        mlp.quant.forward = mlp.quant.forward  # as of a program that wraps it
+    prepared = (make_qat if is_qat else make_ptq)().prepare(mlp)
+    seen = []
+    for name, point in eager.observed_points(prepared).items():
+        point.register_forward_hook(lambda *_, name=name: seen.append(name))
+    prepared(images)
+    assert seen == list(eager.observed_points(prepared)) and len(seen) == 4
+
+
 def test_granularity_by_layer(convnet, images, make_ptq):
     quantizer = make_ptq("fbgemm", layers={"conv*": {"granularity": "per_tensor"}, "linear2": {"symmetric": False}})
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))

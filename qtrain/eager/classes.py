@@ -58,10 +58,13 @@ def take_observer_hook(module: nn.Module) -> bool:
 
 
 def observe_without_hooks(model: nn.Module) -> None:
-    """Has layers call their observers themselves, in place: a module with hooks is called in a much slower way."""
+    """Has layers call their observers themselves, in place: a module with hooks is called in a much slower way.
+
+    One whose `forward` is its own, not its class's, keeps the hook.
+    """
     for module in model.modules():
         cls: Any = type(module)
-        if take_observer_hook(module):
+        if "forward" not in vars(module) and take_observer_hook(module):
             module.__class__ = _observed(cls)
 
 

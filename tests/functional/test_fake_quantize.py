@@ -77,6 +77,8 @@ def check_against_torch(case):
         ends = x.min().item(), x.max().item()
         results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
         rectified = run(lambda x: torchs(x.relu(), scale, zero_point, low, high, axis))
+        for rectify, (wanted, _) in ((False, expected), (True, rectified)):  # without a gradient, as of a batch's data
+            assert torch.equal(fake_quantize_by_numbers(x, *numbers, ends=ends, rectify=rectify, **limits), wanted)
         with mock.patch.object(module, "MANY", 0):  # as for large tensors
             results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
             found = run(fake_quantize_by_numbers, *numbers, ends=ends, rectify=True, **limits)
