@@ -1,0 +1,83 @@
+"""Tests of what qtrain promises: by the command, report.json and qtrain.load alone, so that they outlive its modules."""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtrain import cli
+
+QUICK = ["trainer=smoke", "threads=1", "logger=none", "measure.repeats=2", "measure.batch_sizes=[1]", "float_cache=null"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to: its exit code, all that it printed, and the folder of its run."""
+
+    code: int
+    text: str
+    run_dir: Path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "report.json").read_text())
+
+    def loss(self, kind: str) -> float:
+        """Returns the loss of the "float", "fake" or "quantized" model."""
+        return self.report["metrics"][kind]["loss"]
+
+    def accuracy(self, kind: str) -> float:
+        """Returns the accuracy of the "float", "fake" or "quantized" model."""
+        return self.report["metrics"][kind]["accuracy"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """command(*arguments): runs `qtrain` with them in this process; returns (exit code, all that was printed)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this puts it back
+    logger = logging.getLogger()
+    handlers, level = logger.handlers[:], logger.level
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["qtrain", *arguments])
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        text = printed.out + printed.err
+        return (1, f"{text}{code}") if isinstance(code, str) else (code, text)  # as Python does it with a text
+
+    yield run
+    for handler in set(logger.handlers) - set(handlers):
+        handler.close()
+    logger.handlers[:], logger.level = handlers, level
+
+
+@pytest.fixture
+def job(command, monkeypatch, tmp_path):
+    """job("module.Model", *overrides, key=value): one quick run on bundled digits of a model from tests/truth/users.
+
+    Keywords are arguments of the model. A name without a dot is one of conf/model.
+    """
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "users"))
+
+    def run(model: str, *overrides: str, **arguments: Any) -> Outcome:
+        number = len(list(tmp_path.glob("run*")))
+        run_dir = tmp_path / f"run{number}"
+        choice = [f"model={model}"]
+        if "." in model:
+            path = tmp_path / "conf" / "model" / "user.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"_target_": model, **arguments}))
+            choice = ["--config-dir", str(tmp_path / "conf"), "model=user"]
+        code, text = command(*choice, *QUICK, f"hydra.run.dir={run_dir}", *overrides)
+        return Outcome(code, text, run_dir)
+
+    return run
