@@ -245,6 +245,11 @@ class FakeQuantize(FakeQuantizeBase):
         """Returns the smallest and the largest value observed."""
         return float(self.observer.min_val.min()), float(self.observer.max_val.max())
 
+    def clip_as_kernels(self) -> None:
+        """Clips, in place, where int8 kernels do: at the ends of uint8, though the scale be made for 0..127."""
+        self.quant_min, self.quant_max = 0, 255
+        self._limits = {"quant_min": self.quant_min, "quant_max": self.quant_max}
+
     def enable_fake_quant(self, enabled: bool = True) -> None:
         self.quantizing = enabled
 

@@ -21,12 +21,13 @@ from qtrain.eager.convert import (
     FloatIsland,
     convert,
     dynamic_activation,
-    fuse,
     match_layers,
     prepare,
     quantize_dynamic,
 )
+from qtrain.eager.copying import copy_model
 from qtrain.eager.engines import ENGINES, Engine, bind_engine, find_engine, use_engine
+from qtrain.eager.fusion import fuse
 from qtrain.eager.inspect import (
     float_weight,
     freeze_batch_norm,
@@ -49,8 +50,11 @@ from qtrain.eager.observers import (
     observe_scaled,
     refuse_per_channel,
 )
+from qtrain.eager.refusals import refuse_old_norms
 
 __all__ = [
+    "copy_model",
+    "refuse_old_norms",
     "CONV_BN",
     "CONVERT_MAPPING",
     "DEPRECATED",

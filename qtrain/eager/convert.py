@@ -1,6 +1,5 @@
 """Prepare a float model, convert a prepared one; refuse what torch would do wrongly in silence."""
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.qat as nnqat
 import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
@@ -25,8 +23,11 @@ from qtrain.eager.classes import (
     take_observer_hook,
     use_slow_path,
 )
-from qtrain.eager.engines import ENGINES, Engine
-from qtrain.functional.spec import AUTO
+from qtrain.eager.copying import copy_model
+from qtrain.eager.engines import ENGINES
+from qtrain.eager.fusion import fuse_by_itself
+from qtrain.eager.int8_layers import CONTIGUOUS
+from qtrain.eager.refusals import bake_parametrizations, refuse_own_qconfigs, refuse_silent_errors, separate_shared
 
 DEPRECATED = r"torch\.ao\.quantization is deprecated"
 
@@ -41,7 +42,7 @@ def _quiet() -> Iterator[None]:
 # torch has QAT and int8 classes for Conv1d, but leaves the pair out of its tables: without it, Conv1d would train with
 # float weights and be quantized at the end all the same.
 QAT_MAPPING = {**tq.get_default_qat_module_mappings(), nn.Conv1d: nnqat.Conv1d}
-CONVERT_MAPPING = {**tq.get_default_static_quant_module_mappings(), nnqat.Conv1d: nnq.Conv1d}
+CONVERT_MAPPING = {**tq.get_default_static_quant_module_mappings(), nnqat.Conv1d: nnq.Conv1d, **CONTIGUOUS}
 
 
 class FloatIsland(nn.Module):
@@ -57,11 +58,6 @@ class FloatIsland(nn.Module):
         output = self.layer(*(self.dequant(x) if isinstance(x, torch.Tensor) else x for x in args), **kwargs)
         # Of several outputs, as of attention, the first is the one that goes on.
         return (self.quant(output[0]), *output[1:]) if isinstance(output, tuple) else self.quant(output)
-
-
-def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
-    """Fuses the named runs of modules (conv, bn, relu ...) of `model` in place."""
-    (tq.fuse_modules_qat if is_qat else tq.fuse_modules)(model, groups, inplace=True)
 
 
 def prepare(
@@ -81,19 +77,20 @@ def prepare(
     Raises:
         ValueError: a pattern matches nothing, or the model has a layer that torch would quantize wrongly in silence.
     """
-    model = copy.deepcopy(model).train(is_qat)
-    fuse_model: Any = getattr(model, "fuse_model", None)
-    if fuse_model is not None:
-        fuse_model(is_qat=is_qat)
+    model = copy_model(model).train(is_qat)
+    refuse_own_qconfigs(model)
+    bake_parametrizations(model, is_qat)
+    separate_shared(model)
+    fuse_by_itself(model, is_qat=is_qat)
     for name, own in match_layers(model, layers).items():
         layer = model.get_submodule(name)
         layer.__dict__["qconfig"] = own
         # A layer with stubs of its own, or one that is float by nature, gets float inputs already.
-        if own is None and not any(isinstance(m, QuantStub | nn.Embedding) for m in layer.modules()):
+        if own is None and not any(isinstance(m, QuantStub | nn.Embedding | nn.EmbeddingBag) for m in layer.modules()):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, FloatIsland(layer, qconfig))
     model.qconfig = qconfig
-    _refuse_silent_errors(model, is_qat, ENGINES[engine])
+    refuse_silent_errors(model, is_qat, ENGINES[engine])
     with _quiet():
         if is_qat:
             mapping = {cls: CONV_BN[conv_bn].get(qat, qat) for cls, qat in QAT_MAPPING.items()}
@@ -123,18 +120,18 @@ def convert(prepared: nn.Module) -> nn.Module:
     """
     with _quiet():
         try:
-            model = restore_classes(copy.deepcopy(prepared).cpu().eval())
+            model = restore_classes(copy_model(prepared).cpu().eval())
             return tq.convert(model, mapping=CONVERT_MAPPING, inplace=True)
         except Exception as err:  # torch names neither the layer nor, often, the reason
             raise ValueError(_conversion_error(prepared) or str(err)) from err
 
 
 def _conversion_error(prepared: nn.Module) -> str | None:
-    for name, module in restore_classes(copy.deepcopy(prepared)).named_modules():
+    for name, module in restore_classes(copy_model(prepared)).named_modules():
         if getattr(module, "qconfig", None) is None or type(module) not in CONVERT_MAPPING:
             continue
         try:
-            CONVERT_MAPPING[type(module)].from_float(copy.deepcopy(module).cpu().eval())
+            CONVERT_MAPPING[type(module)].from_float(copy_model(module).cpu().eval())
         except Exception as err:
             inner = weight_holder(module)
             reason = (str(err) or type(err).__name__).splitlines()[0]
@@ -156,7 +153,7 @@ def weight_holder(layer: nn.Module) -> Any:
 def quantize_dynamic(model: nn.Module, qconfigs: dict[str, Any]) -> nn.Module:
     """Returns a copy on the CPU whose named layers hold int8 weights and quantize their inputs as they come."""
     with _quiet():
-        return tq.quantize_dynamic(copy.deepcopy(model).cpu().eval(), qconfigs, inplace=True)
+        return tq.quantize_dynamic(copy_model(model).cpu().eval(), qconfigs, inplace=True)
 
 
 def dynamic_activation() -> nn.Module:
@@ -170,9 +167,12 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a pattern matches no layer, or none on which its setting has an effect.
     """
-    names = [name for name, _ in model.named_modules() if name]
+    stubs = {name for name, m in model.named_modules() if isinstance(m, QuantStub | DeQuantStub)}
+    names = [name for name, _ in model.named_modules() if name and name not in stubs]
     found: dict[str, Any] = {}
     for pattern, setting in layers.items():
+        if pattern in stubs:
+            raise ValueError(f"quant.layers.{pattern}: is a stub, which is no layer; name the layers behind it")
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             known = [name for name in names if not name.rpartition(".")[2].isdigit()]  # not the parts of fused layers
@@ -193,49 +193,3 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
         if outer is not None and setting is not None:
             raise ValueError(f"quant.layers: {name} lies inside {outer}, which is float")
     return {n: s for n, s in found.items() if not any(n.startswith(f"{f}.") for f in floats)}
-
-
-CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NOT_TRAINABLE = (*CONV_TRANSPOSE, nn.Embedding, nn.EmbeddingBag, nni.ConvReLU1d)
-
-
-def _settled_qconfig(model: nn.Module, name: str) -> Any:
-    """Returns the QConfig that layer `name` will have: None if it or one around it is float, else the nearest."""
-    ends = [0, *(i for i, c in enumerate(name) if c == "."), len(name)]
-    own = [vars(model.get_submodule(name[:end])).get("qconfig", AUTO) for end in ends]
-    return None if None in own else next(q for q in reversed(own) if q != AUTO)
-
-
-def _refuse_silent_errors(model: nn.Module, is_qat: bool, engine: Engine) -> None:
-    first: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        qconfig = _settled_qconfig(model, name)
-        if isinstance(module, nn.Identity) or qconfig is None:
-            continue
-        kind, float_instead = type(module).__name__, f"keep it float: quant.layers={{{name}: float}}"
-        if id(module) in first:
-            raise ValueError(
-                f"model: layer {name} is layer {first[id(module)]} under a second name, and only the first would be "
-                "converted; register it once"
-            )
-        first[id(module)] = name
-        if isinstance(module, nn.MultiheadAttention):
-            raise ValueError(
-                f"model: layer {name} is nn.MultiheadAttention, whose quantizable version computes wrong results "
-                f"(pytorch#67651); write attention with nn.Linear layers, or {float_instead}"
-            )
-        if is_qat and isinstance(module, NOT_TRAINABLE):
-            raise ValueError(
-                f"model: layer {name} ({kind}) has no QAT version in torch and would train with float weights; "
-                f"use quant=ptq, or {float_instead}"
-            )
-        if isinstance(module, CONV_TRANSPOSE) and qconfig.weight().is_per_channel:
-            raise ValueError(
-                f"model: layer {name} ({kind}) has no per-channel kernel; use quant.weight.granularity=per_tensor "
-                f"with engine fbgemm or qnnpack, or {float_instead}"
-            )
-        if isinstance(module, CONV_TRANSPOSE) and not engine.conv_transpose:
-            raise ValueError(
-                f"model: layer {name} ({kind}) comes out wrong with engine {engine.name}; use fbgemm or qnnpack, or "
-                f"{float_instead}"
-            )

@@ -1,11 +1,11 @@
 """Quantizer: the three verbs that every method is made of."""
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from qtrain import eager
 from qtrain.functional.spec import QuantSpec
 
 
@@ -32,7 +32,7 @@ class Quantizer:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Returns a copy of the float `model`, ready to be calibrated."""
-        return copy.deepcopy(model).eval()
+        return eager.copy_model(model).eval()
 
     def calibrate(self, prepared: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
         """Runs the batches (each the arguments of one forward pass) through the observers of `prepared`, in place."""
@@ -50,4 +50,4 @@ class Quantizer:
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Returns the quantized model, in eval mode, on the CPU."""
-        return copy.deepcopy(prepared).cpu().eval()
+        return eager.copy_model(prepared).cpu().eval()

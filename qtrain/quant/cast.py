@@ -43,7 +43,7 @@ class Cast(Quantizer):
         self.weight = self.activation = HalfFormat()  # type: ignore[assignment]
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = copy.deepcopy(prepared).cpu().eval()
+        model = eager.copy_model(prepared).cpu().eval()
         floats: dict[str, nn.Module] = {}
         for matched in eager.match_layers(model, dict.fromkeys(self.layers)):
             # Layers with a matrix each by itself: what lies between them, as attention, stays in one format.

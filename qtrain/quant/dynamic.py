@@ -3,7 +3,6 @@
 The range of each input is measured when it comes, so there is nothing to simulate beforehand.
 """
 
-import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,7 +43,7 @@ class Dynamic(Quantizer):
         return spec_or_format(pattern, setting, lambda fields: self._settle(replace(self.weight, **fields)))
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = copy.deepcopy(prepared).cpu().eval()
+        model = eager.copy_model(prepared).cpu().eval()
         own = settings_of(model, self.layers)
         chosen = {}
         first: dict[int, str] = {}

@@ -4,7 +4,6 @@ B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Int
 arXiv:1712.05877, section 2; R. Krishnamoorthi, arXiv:1806.08342, section 3.
 """
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -94,7 +93,7 @@ class PTQ(Quantizer):
 
     def _prepare(self, model: nn.Module, **how: Any) -> nn.Module:
         if any(callable(setting) for setting in self.layers.values()):
-            model = copy.deepcopy(model)
+            model = eager.copy_model(model)
             for name, setting in settings_of(model, self.layers, other_specs=True).items():
                 layer = model.get_submodule(name)
                 if type(layer) is nn.Linear and callable(setting):
@@ -115,16 +114,25 @@ class PTQ(Quantizer):
         set_modes(points, observing=False, quantizing=False)
 
     def fake(self, prepared: nn.Module) -> nn.Module | None:
-        model = copy.deepcopy(prepared).eval()
+        model = eager.copy_model(prepared).eval()
         with torch.no_grad():
             for _, layer, make_weight_quantizer in eager.weighted_layers(model):
                 weight = make_weight_quantizer().to(layer.weight.device)(layer.weight)
                 layer.weight = nn.Parameter(weight)  # a new one: an embedding may share the old one, and stays float
-        set_modes(eager.observed_points(model).values(), observing=False, quantizing=True)
+        return self._simulate(model)
+
+    def _simulate(self, model: nn.Module) -> nn.Module:
+        """Switches a copy of the prepared model to what the converted one will do; returns it, changed."""
+        points = eager.observed_points(model).values()
+        set_modes(points, observing=False, quantizing=True)
+        if not self.simulated:
+            for point in points:
+                if isinstance(point, FakeQuantize):  # torch's own, of a sigmoid, has the kernel's scale already
+                    point.clip_as_kernels()
         return format_layers(model)
 
     def reference(self, prepared: nn.Module) -> nn.Module | None:
-        model = copy.deepcopy(prepared).eval()
+        model = eager.copy_model(prepared).eval()
         for points in (eager.observed_points(model), eager.weight_points(model)):
             set_modes(points.values(), observing=False, quantizing=False)
         return model

@@ -3,7 +3,6 @@
 B. Jacob et al., arXiv:1712.05877, section 3; R. Krishnamoorthi, arXiv:1806.08342, section 4.
 """
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from qtrain import eager
 from qtrain.functional.spec import AUTO, QuantSpec
-from qtrain.quant.ptq import PTQ, format_layers, set_modes
+from qtrain.quant.ptq import PTQ, set_modes
 
 
 class QAT(PTQ):
@@ -104,7 +103,6 @@ class QAT(PTQ):
         eager.freeze_batch_norm(prepared, reached(self.freeze_batch_norm_epoch))
 
     def fake(self, prepared: nn.Module) -> nn.Module | None:
-        model = copy.deepcopy(prepared).eval()
-        set_modes(eager.observed_points(model).values(), observing=False, quantizing=True)
+        model = eager.copy_model(prepared).eval()
         set_modes(eager.weight_points(model).values(), observing=True, quantizing=True)
-        return format_layers(model)
+        return self._simulate(model)

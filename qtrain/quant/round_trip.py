@@ -3,8 +3,6 @@
 Any layer can be treated so, for it computes in float as before; what is gained is size, not speed. Per tensor.
 """
 
-import copy
-
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -43,7 +41,7 @@ class RoundTrip(Quantizer):
         raise NotImplementedError
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = copy.deepcopy(prepared).cpu().eval().requires_grad_(False)
+        model = eager.copy_model(prepared).cpu().eval().requires_grad_(False)
         floats = eager.match_layers(model, dict.fromkeys(self.layers))
         chosen, kept = [], set()
         for layer_name, layer in model.named_modules():

@@ -1,10 +1,10 @@
 """Weight-only quantization: integers are stored, floats are computed with; no calibration."""
 
-import copy
 from typing import Any
 
 from torch import nn
 
+from qtrain import eager
 from qtrain.functional.spec import QuantSpec
 from qtrain.layer.compact import CompactEmbedding, CompactLinear
 from qtrain.layer.weight import HalfWeight, IntegerWeight
@@ -56,7 +56,7 @@ class WeightOnly(Quantizer):
         return CompactLinear(IntegerWeight(layer.weight, self.weight), layer.bias)
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = copy.deepcopy(prepared).cpu().eval()
+        model = eager.copy_model(prepared).cpu().eval()
         own = settings_of(model, self.layers)
         compact: dict[int, IntegerWeight | HalfWeight] = {}
         tied = set()
@@ -91,7 +91,7 @@ class WeightOnly(Quantizer):
         return IntegerWeight(weight, QuantSpec(bits=bits, symmetric=True, granularity="per_channel"))
 
     def fake(self, prepared: nn.Module) -> nn.Module | None:
-        model = copy.deepcopy(prepared).cpu().eval()
+        model = eager.copy_model(prepared).cpu().eval()
         for name, layer in self.convert(prepared).named_modules():
             weight = getattr(layer, "weight", None)
             if isinstance(weight, IntegerWeight | HalfWeight):
@@ -99,4 +99,4 @@ class WeightOnly(Quantizer):
         return model
 
     def reference(self, prepared: nn.Module) -> nn.Module | None:
-        return copy.deepcopy(prepared).cpu().eval()
+        return eager.copy_model(prepared).cpu().eval()

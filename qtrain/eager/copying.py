@@ -1,0 +1,40 @@
+"""Copies of models that `copy.deepcopy` refuses, or leaves tied to their original."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """Returns a deep copy of `model` that shares nothing with it.
+
+    A model may keep an activation of its last forward pass as an attribute: the copy keeps its values, without the way
+    back, which torch cannot copy. And a parametrized layer has a class of its own: the copy gets another.
+    """
+    activations = {
+        id(tensor): tensor.detach().clone()
+        for module in model.modules()
+        for tensor in _tensors(vars(module))
+        if not tensor.is_leaf
+    }
+    copied = copy.deepcopy(model, dict(activations))
+    for module in copied.modules():
+        if parametrize.is_parametrized(module):
+            cls = type(module)
+            own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(cls.__name__, cls.__bases__, own)
+    return copied
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
