@@ -1,54 +1,211 @@
-"""Fail before compute: convert an untrained copy on one batch, and say what will be quantized."""
+"""Fail before compute: carry out every stage of a run on an untrained copy and one batch."""
 
-import copy
+import io
+import json
 import logging
-import re
 import traceback
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtrain import eager
-from qtrain.layer.compact import CompactEmbedding, CompactLinear
-from qtrain.layer.weight import HalfWeight
+from qtrain.coverage import coverage
+from qtrain.data.loaders import Batch, DataLoaders
+from qtrain.eager.kernels import KernelProbe
 from qtrain.quant.base import Quantizer
-from qtrain.truth import TruthError
+from qtrain.task.base import Task, training_loss
+from qtrain.truth import TruthError, TruthGate
 
 log = logging.getLogger(__name__)
 
 Inputs = tuple[Tensor, ...]
 
 
-def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs) -> dict[str, Any]:
+def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: TruthGate | None = None) -> dict[str, Any]:
     """Returns the coverage of `quantizer` on `model`, having run all of its stages on one batch.
 
     Args:
         model: the float model; neither it nor torch's generators change.
         inputs: arguments of forward, on the CPU; a few samples.
+        truth: what to demand of the prepared model.
 
     Raises:
         ValueError: a stage fails; names the layer and the reason.
+        TruthError: the prepared model computes something else, or torch would convert it wrongly in silence.
     """
+    eager.refuse_old_norms(model)
     with torch.random.fork_rng(), torch.no_grad():
-        float_model = copy.deepcopy(model).eval()
+        float_model = randomize_batch_norm(eager.copy_model(model)).cpu().eval()
         with blame(float_model, "float"):
-            float_model(*inputs)
-        prepared = quantizer.prepare(model)
+            float_model(*cloned(inputs))
+        prepared = quantizer.prepare(float_model)
+        reference = quantizer.reference(prepared)
+        failures = [] if reference is None or truth is None else truth.same_function(float_model, reference, inputs)
         with blame(prepared, "prepared"), _warn_of_shared_observers(prepared):
-            quantizer.calibrate(prepared, [inputs])
+            quantizer.calibrate(prepared, [cloned(inputs)])
         quantized = quantizer.convert(prepared)
-        with blame(quantized, "int8"):
-            output = quantized(*inputs)
-            if isinstance(output, Tensor) and output.is_quantized:
-                raise ValueError("model: its output is a quantized tensor; end its forward with a DeQuantStub")
-            return coverage(quantized, inputs, dict(getattr(quantizer, "layers", {})))
+        with blame(quantized, "int8") as where, KernelProbe(quantized, where) as probe, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All inputs of this cat operator")  # the probe says where, and what to do
+            output = quantized(*cloned(inputs))
+        if probe.missing:
+            raise ValueError("\n".join(f"model: {line}" for line in probe.missing))
+        if isinstance(output, Tensor) and output.is_quantized:
+            raise ValueError("model: its output is a quantized tensor; end its forward with a DeQuantStub")
+        if truth is not None:
+            truth.enforce([*failures, *(f"model: {line}" for line in probe.wrong)])
+        _require_savable(quantized, quantizer.engine)
+        return coverage(quantized, cloned(inputs), dict(getattr(quantizer, "layers", {})))
+
+
+def cloned(inputs: Inputs) -> Inputs:
+    """Returns copies of forward's arguments, which a forward may change in place."""
+    return tuple(x.clone() for x in inputs)
+
+
+def randomize_batch_norm(model: nn.Module) -> nn.Module:
+    """Gives the batch-norms of a model, in place, statistics that folding cannot ignore, as training would.
+
+    Fresh ones change nothing, wherever they stand: a fusion across them would not be noticed.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.1)
+    return model
+
+
+def _require_savable(quantized: nn.Module, engine: str | None) -> None:
+    try:
+        torch.save(quantized.state_dict(), io.BytesIO())
+    except Exception as err:  # of packed weights that an engine cannot unpack, whatever torch raises
+        reason = (str(err) or type(err).__name__).splitlines()[0]
+        for name, module in quantized.named_modules():
+            try:
+                None if any(True for _ in module.children()) else module.state_dict()
+            except Exception:
+                raise ValueError(
+                    f"model: layer {name} ({type(module).__name__}) cannot be saved with engine {engine} ({reason}); "
+                    f"use another quant.engine, or keep it float: quant.layers={{{name}: float}}"
+                ) from err
+        raise ValueError(f"model: the converted model cannot be saved ({reason})") from err
+
+
+def rehearse(model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoaders) -> frozenset[str]:
+    """Runs on a few samples, and copies, what training, evaluation and the report will do with the outputs.
+
+    Returns:
+        the layers that run in train mode alone, as auxiliary classifiers do.
+
+    Raises:
+        ValueError: an output, a batch of any split, or a metric is not what the task needs; says where and why.
+    """
+    with torch.random.fork_rng():
+        first = _head(next(iter(data.calib)), 4)
+        untrained = eager.copy_model(model).cpu()
+        with torch.no_grad(), _explained("model: its output cannot be scored"):
+            with _running(untrained) as in_eval:
+                output = untrained.eval()(*cloned(task.inputs(first)))
+            _check_output(output, "in eval mode")
+        _check_splits(task, data, output)
+        with _running(untrained) as in_training:
+            _rehearse_training(untrained, task, first)
+        if quantizer.trains:
+            prepared = quantizer.prepare(untrained)
+            quantizer.on_epoch(prepared.train(), 0)
+            _rehearse_training(prepared, task, first)
+        _rehearse_scores(untrained.eval(), task, data)
+    return frozenset(in_training - in_eval)
+
+
+@contextmanager
+def _running(model: nn.Module) -> Iterator[set[str]]:
+    """Yields the set of names that those modules are added to which run inside the block."""
+    names: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: names.add(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _head(batch: Batch, count: int) -> Batch:
+    return batch[0][:count].cpu(), batch[1][:count].cpu()
+
+
+def _check_output(output: Any, when: str) -> None:
+    if not isinstance(output, Tensor):
+        raise ValueError(
+            f"model: its output {when} is a {type(output).__name__}, and must be a tensor; return the logits alone"
+        )
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as err:
+        raise ValueError(f"{what}: {_reason(err, '')}") from err
+
+
+def _rehearse_training(model: nn.Module, task: Task, batch: Batch) -> None:
+    with torch.enable_grad(), _explained("model: one step of training fails"):
+        output = model.train()(*cloned(task.inputs(batch)))
+        if not isinstance(output, tuple):
+            _check_output(output, "in train mode")
+        loss = training_loss(task, output, batch)
+        loss.backward()
+
+
+def _check_splits(task: Task, data: DataLoaders, output: Tensor) -> None:
+    """Looks at every batch once; an output of the right shape stands for the model's."""
+    check_batch: Callable[..., list[str]] = getattr(task, "check_batch", lambda output, batch: [])
+    for name, loader in (("training", data.calib), ("validation", data.val), ("test", data.test)):
+        for index, batch in enumerate(loader or ()):
+            where = f"{name} split, batch {index}"
+            inputs = batch[0]
+            if inputs.is_floating_point() and not inputs.isfinite().all():
+                bad = int((~inputs.isfinite()).sum())
+                raise ValueError(f"data: {where}: {bad} of {inputs.numel()} input values are NaN or infinite")
+            problems = check_batch(output[:1].expand(len(inputs), *output.shape[1:]), batch)
+            if problems:
+                raise ValueError("\n".join(f"{problem} ({where})" for problem in problems))
+
+
+def _rehearse_scores(model: nn.Module, task: Task, data: DataLoaders) -> None:
+    with torch.no_grad(), _explained("task: its scores cannot be worked out"):
+        batch = _head(next(iter(data.test)), 4)
+        output = model(*cloned(task.inputs(batch)))
+        examples = task.examples(output, batch)
+        summary = task.summary(task.metrics(output, batch), islice(data.test, 1))  # type: ignore[arg-type]
+        task.sample(model)
+    missing = [name for name in dict.fromkeys((task.quality, "loss", *task.numbers)) if name not in summary]
+    if missing:
+        raise ValueError(
+            f"task: its summary lacks {', '.join(missing)}; it must have the quality ({task.quality}), the loss, and "
+            f"all that `numbers` names, and has {', '.join(summary)}"
+        )
+    if len(examples) != len(batch[0]):
+        raise ValueError(
+            f"task: examples gives {len(examples)} scores for {len(batch[0])} examples; one each is needed"
+        )
+    try:
+        json.dumps(summary)
+    except (TypeError, ValueError) as err:
+        raise ValueError(f"task: its summary must be plain numbers and lists ({err})") from err
 
 
 @contextmanager
@@ -71,8 +228,12 @@ def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def blame(model: nn.Module | None, kind: str) -> Iterator[None]:
-    """Turns an error inside the block into a ValueError that names the layer of `model` where it arose."""
+def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
+    """Turns an error inside the block into a ValueError that names the layer of `model` where it arose.
+
+    Yields:
+        a function that returns the name of the layer that runs, "" for the model itself.
+    """
     running: list[str] = []
     handles = []
 
@@ -82,15 +243,18 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[None]:
     def pop(*_: Any) -> None:
         running.pop()
 
+    def current() -> str:
+        return running[-1].removesuffix(".activation_post_process") if running else ""
+
     for name, module in model.named_modules() if model is not None else ():
         handles.append(module.register_forward_pre_hook(push(name), prepend=True))
         handles.append(module.register_forward_hook(pop))
     try:
-        yield
+        yield current
     except Exception as err:
         if model is None or not running or isinstance(err, TruthError):
             raise
-        name = running[-1].removesuffix(".activation_post_process")
+        name = current()
         layer = model.get_submodule(name)
         where = f"layer {name} ({type(layer).__name__})" if name else f"forward of {type(layer).__name__}"
         raise ValueError(f"model: {where} cannot run in the {kind} model: {_reason(err, name)}") from err
@@ -101,107 +265,10 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[None]:
 
 def _reason(err: Exception, layer: str) -> str:
     text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
-    missing = re.search(r"Could not run '([\w:.]+)' with arguments from the 'Quantized\w+' backend", text)
-    if missing:
-        op = missing[1]
-        text = f"torch has no int8 kernel for {op}"
-        if op.startswith(("aten::add", "aten::mul", "aten::cat", "aten::matmul")):
-            text += "; use one qtrain.eager.FloatFunctional per call site in place of the operator"
     # Python's own frames show the line of the model's source at fault.
     frames = [f for f in traceback.extract_tb(err.__traceback__) if "torch/" not in f.filename]
     source = next((f for f in reversed(frames) if f.name == "forward" and f.line), None)
+    text = text[:400]
     if source is not None and not (source.line or "").startswith("raise "):
         text += f" [{source.filename}:{source.lineno}: {source.line}]"
     return text + (f". To keep it float: quant.layers={{{layer}: float}}" if layer else "")
-
-
-def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> dict[str, Any]:
-    """Returns the shares of parameters and multiply-accumulates that are quantized, and the layers that are not.
-
-    Biases, which stay float, count among the parameters that are not quantized.
-
-    Args:
-        quantized: a converted model; it is run once.
-        inputs: arguments of forward.
-        layers: the quantizer's settings by layer, as a reason for a layer to be float.
-    """
-    macs: dict[str, int] = {}
-    handles = []
-
-    def count(name: str) -> Any:
-        def hook(module: Any, _inputs: Any, output: Tensor) -> None:
-            weight = eager.quantized_weight(module)
-            if weight is None:
-                weight = getattr(module.weight, "data", module.weight)  # of a float16 weight, its tensor
-            # Each output element is a dot product with one row of the weight; transposed, each input element is
-            # multiplied with one.
-            elements = _inputs[0] if getattr(module, "transposed", False) else output
-            macs[name] = macs.get(name, 0) + elements[0].numel() * weight.shape[1:].numel()
-
-        return hook
-
-    int8_params = float_params = 0
-    float_layers = {}
-    counted: set[int | None] = set()  # a tied weight counts once
-    for name, module in quantized.named_modules():
-        weight = eager.quantized_weight(module)
-        own = {id(p): p.numel() for p in module.parameters(recurse=False)}
-        if weight is not None:
-            int8_params += weight.numel() if id(weight) not in counted else 0
-            counted.add(id(weight) if isinstance(weight, nn.Module) else None)  # ours may be shared; torch makes a view
-            bias = getattr(module, "bias", None)
-            bias = bias() if callable(bias) else bias
-            num_biases = 0 if bias is None else bias.numel()
-            if parametrize.is_parametrized(module, "bias"):
-                int8_params += num_biases
-            else:
-                float_params += num_biases
-        else:
-            float_params += sum(number for key, number in own.items() if key not in counted)
-            counted.update(own)
-        if isinstance(getattr(module, "weight", None), HalfWeight):
-            float_layers[name] = "kept in float16"
-        elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
-            island = _island(name, quantized)
-            if island is not None:
-                float_layers[island] = "set by quant.layers"
-            elif not eager.is_quantized(module):
-                float_layers[name] = _why_float(name, module, quantized, layers)
-        if isinstance(module, CompactEmbedding | nn.Embedding) or weight is not None and len(weight.shape) == 1:
-            continue  # an embedding looks up, a norm scales: neither has dot products
-        if weight is not None or isinstance(module, nn.Linear | _ConvNd | CompactLinear):
-            handles.append(module.register_forward_hook(count(name)))
-    try:
-        quantized(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    float_macs = sum(n for name, n in macs.items() if eager.quantized_weight(quantized.get_submodule(name)) is None)
-    return {
-        "params_quantized": int8_params / max(int8_params + float_params, 1),
-        "macs_quantized": 1 - float_macs / sum(macs.values()) if any(macs.values()) else 0.0,
-        "float_layers": float_layers,
-    }
-
-
-def _island(name: str, model: nn.Module) -> str | None:
-    """Returns the name of the FloatIsland that layer `name` lies in, or None."""
-    parents = (name[:i] for i, c in enumerate(name) if c == ".")
-    return next((p for p in parents if type(model.get_submodule(p)) is eager.FloatIsland), None)
-
-
-def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:
-    kind = type(module).__name__
-    dtype = next(module.parameters(recurse=False)).dtype
-    if dtype != torch.float32:
-        return f"kept in {str(dtype).removeprefix('torch.')}"
-    if any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in layers):
-        return "set by quant.layers"
-    if not any(eager.is_quantized(m) for m in quantized.modules()):
-        return "nothing is quantized"
-    for other, layer in quantized.named_modules():
-        if isinstance(layer, nn.Embedding) and layer is not module and layer.weight is getattr(module, "weight", None):
-            return f"shares the weight of {other}"
-    if type(module) in eager.CONVERT_MAPPING:
-        return f"{kind} is not quantized by this method"
-    return f"torch has no int8 {kind}"

@@ -13,10 +13,11 @@ from qtrain.truth import TruthError, finite_outputs
 
 @dataclass(frozen=True)
 class Scores:
-    """Attributes: metrics of the whole split, and one score an example (N,), on the CPU."""
+    """Attributes: metrics of the whole split; a score an example (N,), and a loss an example or a batch, on the CPU."""
 
     metrics: dict[str, Any]
     examples: Tensor
+    losses: Tensor
 
 
 @torch.no_grad()
@@ -28,15 +29,19 @@ def evaluate(model: nn.Module, loader: Loader, task: Task, *, device: str = "cpu
     """
     model.eval()
     sums: dict[str, Tensor] = {}
-    examples = []
+    examples, losses = [], []
+    # A task of the user's own may know only the mean loss of a batch.
+    losses_of = getattr(task, "losses", None) or (lambda output, batch: task.loss(output, batch).reshape(1))
     for index, batch in enumerate(loader):
         batch = (batch[0].to(device), batch[1].to(device))
-        output = model(*task.inputs(batch))
+        inputs = task.inputs(batch)
+        output = model(*(x.clone() for x in inputs))  # its forward may change them in place
         if not output.isfinite().all():
             with finite_outputs(model, "evaluation", first_batch=index):
-                model(*task.inputs(batch))
+                model(*(x.clone() for x in inputs))
             raise TruthError(f"model: its output on evaluation batch {index} is not finite")
         for name, value in task.metrics(output, batch).items():
             sums[name] = sums[name] + value if name in sums else value
         examples.append(task.examples(output, batch).cpu())
-    return Scores(task.summary(sums, loader), torch.cat(examples))
+        losses.append(losses_of(output, batch).double().cpu())
+    return Scores(task.summary(sums, loader), torch.cat(examples), torch.cat(losses))

@@ -12,8 +12,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from qtrain import distributed, records
-from qtrain.check import blame, dry_run
+from qtrain import distributed, eager, records
+from qtrain.check import blame, cloned, dry_run, rehearse
 from qtrain.checkpoint import FloatCache, digest, load_weights, save_weights
 from qtrain.config import Parts, build, resolve
 from qtrain.data.loaders import Loader
@@ -32,7 +32,7 @@ from qtrain.measure import (
 )
 from qtrain.report import Report, versions
 from qtrain.resume import Interrupted, Progress, Signals, said_how
-from qtrain.truth import TruthError, finite_outputs, require_finite_weights
+from qtrain.truth import finite_outputs, require_finite_weights
 
 log = logging.getLogger(__name__)
 
@@ -91,21 +91,25 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     report.quality, report.data_fingerprint = parts.task.quality, parts.data.fingerprint
     sample = parts.task.inputs(next(iter(parts.data.test)))
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
-    report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample))
+    report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample), parts.truth)
+    auxiliary = rehearse(parts.model, parts.quantizer, parts.task, parts.data)
     clock, quantizer = Stopwatch(*STAGES), parts.quantizer
     logger: Logger = Logger()
     if is_first:
         logger = Loggers(JsonLines(run_dir), *records.extra_loggers(config, run_dir))
     try:
-        untrained = copy.deepcopy(parts.model)
+        untrained = eager.copy_model(parts.model)
         float_model = obtain_float(config, parts, report, clock, logger, progress)
         if parts.transform is not None:
             parts.transform(float_model)
-        prepared = quantizer.prepare((untrained if quantizer.from_scratch else float_model).to(config.device))
+        base = untrained if quantizer.from_scratch else float_model
+        prepared = quantizer.prepare(base.to(config.device))
+        fused = quantizer.reference(prepared)
+        failures = [] if fused is None else parts.truth.same_function(eager.copy_model(base).cpu(), fused.cpu(), sample)
         with clock("calibration"), finite_outputs(prepared, "calibration"):
             quantizer.calibrate(prepared, calibration_inputs(config, parts))
-        failures = parts.truth.unobserved(prepared)
-        enforce(parts, failures)
+        failures += parts.truth.unobserved(prepared, auxiliary)
+        parts.truth.enforce(failures)
         with clock("finetuning"):
             prepared = finetune(config, parts, prepared, logger, progress).cpu()
         if not is_first:
@@ -124,12 +128,16 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
             samples = {name: parts.task.sample(model) for name, model in shown.items() if model is not None}
             report.samples = {name: text for name, text in samples.items() if text is not None}
             report.truth, found = parts.truth.compare(reference, fake, quantized, sample)
-        failures += found
+            failures += found
+            simulated, real = scores["fake"], scores["quantized"]
+            if simulated is not None and real is not None:
+                report.truth["loss_gap"], found = parts.truth.ends(simulated.losses, real.losses)
+                failures += found
         report.truth |= {"ok": not failures, "failures": failures}
         with clock("measurement"):
             describe(report, config, parts, float_model, quantized, scores, sample)
         report.time_s = dict(clock.seconds)
-        enforce(parts, failures)
+        parts.truth.enforce(failures)
         with clock("records"):
             report.size_bytes["float_file"] = save_weights(run_dir / "float.pt", float_model)
             quantized_file = save_weights(run_dir / "quantized.pt", quantized)
@@ -253,15 +261,7 @@ def calibration_inputs(config: DictConfig, parts: Parts) -> Any:
     loader = loaders[config.calib_split]
     assert loader is not None, "build() has checked this"
     for inputs, targets in islice(loader, config.calib_batches):
-        yield parts.task.inputs((inputs.to(config.device), targets.to(config.device)))
-
-
-def enforce(parts: Parts, failures: list[str]) -> None:
-    """Raises TruthError for failures of the truth gate, or warns, as `truth.on_failure` says."""
-    if failures and parts.truth.on_failure == "error":
-        raise TruthError("\n".join(failures))
-    for failure in failures:
-        log.warning(f"truth: {failure}")
+        yield cloned(parts.task.inputs((inputs.to(config.device), targets.to(config.device))))
 
 
 def describe(

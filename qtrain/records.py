@@ -16,11 +16,11 @@ from qtrain.evaluate import Scores
 from qtrain.files import write_atomically
 from qtrain.functional.error import mse, sqnr_db
 from qtrain.layer.weight import IntegerWeight
+from qtrain.layerwise import layer_outputs
 from qtrain.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
 from qtrain.report import Report
 from qtrain.task.base import Task
-from qtrain.truth import layer_outputs
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from qtrain import distributed
 from qtrain.data.loaders import Loader
 from qtrain.loggers import Logger
 from qtrain.resume import Checkpoint, generator_states, set_generator_states
-from qtrain.task.base import Task
+from qtrain.task.base import Task, training_loss
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Trainer:
                 )
                 for index, batch in enumerate(bar, done):
                     batch, weight = distributed.share((batch[0].to(device), batch[1].to(device)))
-                    loss = task.loss(forward(*task.inputs(batch)), batch)
+                    loss = training_loss(task, forward(*task.inputs(batch)), batch)
                     if weight != 1:
                         loss = loss * weight
                     if self.accumulate > 1:  # the last group of an epoch may be smaller

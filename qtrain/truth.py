@@ -1,17 +1,21 @@
 """The truth gate: are the reported numbers those of the model that was meant?"""
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qtrain import eager
 from qtrain.functional.error import sqnr_db
+from qtrain.layerwise import divergence, layer_outputs, present, relative_error, run
 
+log = logging.getLogger(__name__)
+
+SAME_FUNCTION = 1e-4  # relative: folding a batch-norm rounds, and costs about 1e-6
 NOT_OBSERVED = "its observer saw no data, so it would be converted with scale 1.0; let calibration run it"
 MAX_DB = 200.0  # stands for identical tensors, since JSON has no infinity
 
@@ -30,6 +34,8 @@ class TruthGate:
         max_steps: largest root mean square difference, in quantization steps, between what a converted layer and its
             simulation make of the same input. Kernels that round as they should stay below 0.5; those of engines that
             reduce the range do not clip where their simulation does, and may be above.
+        max_loss_gap: largest difference between the losses of the converted model and of its simulation, as a share of
+            the latter's; within it, at most 0.5 % and three standard errors of the difference, example by example.
         max_range_ratio: largest width of the model's input in evaluation, in widths of the calibrated range.
 
     Raises:
@@ -40,6 +46,7 @@ class TruthGate:
     samples: int
     max_steps: float
     max_range_ratio: float
+    max_loss_gap: float = 0.02
 
     def __post_init__(self) -> None:
         problems = []
@@ -51,18 +58,77 @@ class TruthGate:
             problems.append(f"max_steps={self.max_steps}: must be above 0")
         if not self.max_range_ratio >= 1:
             problems.append(f"max_range_ratio={self.max_range_ratio}: must be at least 1")
+        if not 0 < self.max_loss_gap <= 1:
+            problems.append(f"max_loss_gap={self.max_loss_gap}: must be above 0 and at most 1")
         if problems:
             raise ValueError("\n".join(problems))
 
-    def unobserved(self, prepared: nn.Module) -> list[str]:
+    def enforce(self, failures: list[str]) -> None:
+        """Raises TruthError for failures, or warns, as `on_failure` says."""
+        if failures and self.on_failure == "error":
+            raise TruthError("\n".join(failures))
+        for failure in failures:
+            log.warning(f"truth: {failure}")
+
+    def same_function(self, model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
+        """Returns a failure if fusing has changed what the float `model` computes.
+
+        Args:
+            reference: the prepared model with its fake quantization off, on the same device.
+            inputs: arguments of forward.
+        """
+        exact, fused = run(model, inputs), run(reference, inputs)
+        if not isinstance(exact, Tensor) or not isinstance(fused, Tensor):
+            return []
+        error = relative_error(exact, fused)
+        if error <= SAME_FUNCTION:
+            return []
+        names = [n for n, m in model.named_modules() if n and not any(True for _ in m.children())]
+        before, after = (layer_outputs(m, present(m, names), inputs) for m in (model, reference))
+        first = next((n for n in before if n in after and _differs(n, before, after, reference)), None)
+        at = "" if first is None else f", from layer {first.removesuffix('.activation_post_process')} on"
+        return [
+            f"model: fuse_model changes what the model computes{at}: with fake quantization off, its output differs by "
+            f"{100 * error:.3g} % of the float model's. Fuse only layers that follow each other directly, and whose "
+            "output nothing else uses"
+        ]
+
+    def ends(self, fake: Tensor, quantized: Tensor) -> tuple[dict[str, float], list[str]]:
+        """Compares the losses of the converted model and its simulation over all test examples, in pairs.
+
+        Args:
+            fake, quantized: losses (N,) of the same examples, in nats.
+
+        Returns:
+            the section "loss_gap" of the report, and the failures.
+        """
+        difference = quantized.double() - fake.double()
+        mean, base = float(difference.mean()), float(fake.double().mean())
+        error = float(difference.std(correction=1) / len(difference) ** 0.5) if len(difference) > 1 else 0.0
+        limit = min(3 * error + 0.005 * abs(base), self.max_loss_gap * abs(base))
+        section = {"mean": mean, "standard_error": error, "limit": limit, "simulation": base}
+        if abs(mean) <= limit:
+            return section, []
+        return section, [
+            f"model: converted, its loss on the test data is {base + mean:.5g}, and its simulation's {base:.5g}: the "
+            f"difference is above {limit:.2g}, what rounding may do (truth.max_loss_gap={self.max_loss_gap:g}). An "
+            "int8 kernel computes something else than its simulation; compare engines, or keep layers float by "
+            "quant.layers, beginning with those of the most steps under truth.fake_vs_quantized in report.json"
+        ]
+
+    def unobserved(self, prepared: nn.Module, auxiliary: frozenset[str] = frozenset()) -> list[str]:
         """Returns a failure for each layer with weights whose observer saw nothing during calibration.
 
         Of layers without, such as a FloatFunctional, some models keep spare ones: they fail when they are used.
+
+        Args:
+            auxiliary: layers that run in train mode alone.
         """
         return [
             f"layer {name}: {NOT_OBSERVED}, or keep it float: quant.layers={{{name}: float}}"
             for name, point in eager.observed_points(prepared).items()
-            if any(True for _ in prepared.get_submodule(name).parameters())
+            if name not in auxiliary
+            and any(True for _ in prepared.get_submodule(name).parameters())
             and not getattr(point, "has_observed", lambda: True)()
         ]
 
@@ -85,15 +151,24 @@ class TruthGate:
         points = eager.observed_points(reference)
         # Where nothing is observed, as in weight-only quantization: the layers that hold integers.
         names = list(points) or [n for n, m in quantized.named_modules() if eager.quantized_weight(m) is not None]
+        plain = [
+            name
+            for name, module in quantized.named_modules()
+            if name
+            and name not in names
+            and not any(True for _ in module.children())
+            and not isinstance(module, nn.Identity | nn.Flatten)
+        ]
         exact, simulated, real = (layer_outputs(m, names, inputs) for m in (reference, fake, quantized))
         layers = [name for name in exact if name in real]
         noise = {name: _decibels(exact[name], real[name]) for name in layers}
         gap = {name: _decibels(simulated[name], real[name]) for name in layers}
-        steps = divergence(fake, quantized, names, inputs)
+        # Poolings and the like have no observer, and kernels all the same.
+        steps = divergence(fake, quantized, names + present(fake, plain), inputs)
         failures = self._out_of_range(reference, points, exact) + [
             f"layer {name}: converted, it differs from its simulation on the same input by {value:.1f} quantization "
             f"steps (root mean square), above truth.max_steps={self.max_steps:g}; the accuracy of neither model "
-            "describes the other. Calibrate on a wider range, or try quant.activation.reduce_range=true"
+            f"describes the other. {self._remedy(name, points)}"
             for name, value in steps.items()
             if value > self.max_steps
         ]
@@ -108,6 +183,11 @@ class TruthGate:
             },
         }
         return section, failures
+
+    def _remedy(self, name: str, points: dict[str, Any]) -> str:
+        is_full_range = any(getattr(point, "quant_max", 0) == 255 for point in points.values())
+        reduce = "Try quant.activation.reduce_range=true, for sums that saturate; or" if is_full_range else "Try"
+        return f"{reduce} another quant.engine, or keep it float: quant.layers={{{name}: float}}"
 
     def _out_of_range(self, model: nn.Module, points: dict[str, Any], exact: dict[str, Tensor]) -> list[str]:
         failures = []
@@ -133,65 +213,6 @@ def _decibels(reference: Tensor, approximation: Tensor) -> float:
     return -MAX_DB if math.isnan(value) else max(min(value, MAX_DB), -MAX_DB)
 
 
-@torch.no_grad()
-def layer_outputs(model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Returns {layer: its dequantized output}, in the order of execution; of a layer that runs twice, the last."""
-    outputs: dict[str, Tensor] = {}
-    handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        if type(module).__name__ in ("FloatFunctional", "QFunctional"):  # never called itself, but its observer is
-            module = module.get_submodule("activation_post_process")
-
-        def keep(_m: nn.Module, _i: Any, output: Tensor, name: str = name) -> None:
-            outputs[name] = output.dequantize() if output.is_quantized else output.clone()
-
-        handles.append(module.register_forward_hook(keep))
-    try:
-        model.eval()(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
-@torch.no_grad()
-def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """Returns {layer: root mean square difference, in steps of its output, between `quantized` and `fake`}.
-
-    Each converted layer gets its simulation's input, so that errors of earlier layers do not add up.
-    """
-    simulated: dict[str, tuple[Tensor, Tensor]] = {}
-    steps: dict[str, float] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_m: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            simulated[name] = args[0], output
-
-        return hook
-
-    def probe(name: str) -> Any:
-        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if name not in simulated or not output.is_quantized:
-                return
-            x, expected = simulated[name]
-            if args[0].is_quantized:
-                x = torch.quantize_per_tensor(x, args[0].q_scale(), args[0].q_zero_point(), args[0].dtype)
-            error = (module.forward(x).dequantize() - expected) / output.q_scale()
-            steps[name] = float(error.square().mean().sqrt())
-
-        return hook
-
-    for model, make_hook in ((fake, keep), (quantized, probe)):
-        handles = [model.get_submodule(name).register_forward_hook(make_hook(name)) for name in names]
-        try:
-            model.eval()(*inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return steps
-
-
 def require_finite_weights(model: nn.Module) -> None:
     """Raises TruthError where a parameter, a running statistic or a scale holds NaN or infinity; names it.
 
@@ -203,6 +224,13 @@ def require_finite_weights(model: nn.Module) -> None:
         if not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
             raise TruthError(f"layer {name}: {bad} of {value.numel()} weights are NaN or infinite")
+
+
+def _differs(name: str, before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module) -> bool:
+    layer = fused.get_submodule(name)
+    if isinstance(layer, nn.Identity) or type(layer).__module__.startswith("torch.ao"):  # it does less now, or more
+        return False
+    return before[name].shape != after[name].shape or relative_error(before[name], after[name]) > SAME_FUNCTION
 
 
 @contextmanager

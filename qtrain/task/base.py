@@ -6,6 +6,19 @@ from torch import Tensor, nn
 
 from qtrain.data.loaders import Batch, Loader
 
+AUXILIARY_WEIGHT = 0.3  # C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 5
+
+
+def training_loss(task: "Task", output: Any, batch: Batch) -> Tensor:
+    """Returns the loss of a batch; of several outputs in train mode the first counts whole, auxiliary ones by 0.3."""
+    if not isinstance(output, tuple):
+        return task.loss(output, batch)
+    main, *auxiliary = (part for part in output if part is not None)
+    loss = task.loss(main, batch)
+    for part in auxiliary:
+        loss = loss + AUXILIARY_WEIGHT * task.loss(part, batch)
+    return loss
+
 
 class Task(Protocol):
     """Between loader and model: inputs, loss, and scores that add up over batches."""
@@ -29,6 +42,12 @@ class Task(Protocol):
 
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns one score an example (B,), to be compared in pairs between models."""
+
+    def losses(self, output: Tensor, batch: Batch) -> Tensor:
+        """Returns the loss of each example (B,), for the truth gate; may be missing: then it goes by batches."""
+
+    def check_batch(self, output: Tensor, batch: Batch) -> list[str]:
+        """Returns what is wrong with a batch for outputs of this shape, before compute is spent; may be missing."""
 
     def sample(self, model: nn.Module) -> str | None:
         """Returns a text that shows what `model` does, for people to compare, or None."""

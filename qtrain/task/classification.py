@@ -40,6 +40,24 @@ class Classification:
         """Returns 1 where the prediction is right, else 0."""
         return (output.argmax(1) == batch[1]).to(torch.uint8)
 
+    def losses(self, output: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(output, batch[1], reduction="none")
+
+    def check_batch(self, output: Tensor, batch: Batch) -> list[str]:
+        labels, shape = batch[1], tuple(output.shape)
+        if output.dim() != 2:
+            return [f"model: its output has shape {shape}, and classification needs logits (B, C); flatten it"]
+        if labels.dim() != 1 or labels.is_floating_point() or labels.dtype in (torch.bool, torch.uint8):
+            kind = str(labels.dtype).removeprefix("torch.")
+            return [f"data: labels are {kind} {tuple(labels.shape)}, and classification needs one int64 a sample, (B,)"]
+        low, high, last = int(labels.min()), int(labels.max()), shape[1] - 1
+        if low < 0 or high > last:
+            return [
+                f"data: labels reach from {low} to {high}, and the model's output has {shape[1]} classes; labels must "
+                f"lie in 0..{last}: count them from 0, or give the model {high + 1} outputs"
+            ]
+        return []
+
     def sample(self, model: nn.Module) -> str | None:
         return None
 

@@ -68,6 +68,9 @@ class LanguageModeling:
         count = (batch[1] != IGNORE).sum(1).clamp(min=1)
         return _token_losses(output, batch[1]).sum(1) / count
 
+    def losses(self, output: Tensor, batch: Batch) -> Tensor:
+        return self.examples(output, batch)
+
     def sample(self, model: Any) -> str | None:
         """Returns the prompt as `model` continues it; None for a model that has no `generate`."""
         if not hasattr(model, "generate"):

@@ -1,4 +1,4 @@
-"""Tests of what qtrain promises: by the command, report.json and qtrain.load alone, so that they outlive its modules."""
+"""What qtrain promises, tested by its command, report.json and qtrain.load alone: so the tests outlive its modules."""
 
 import json
 import logging
@@ -11,7 +11,8 @@ import pytest
 
 from qtrain import cli
 
-QUICK = ["trainer=smoke", "threads=1", "logger=none", "measure.repeats=2", "measure.batch_sizes=[1]", "float_cache=null"]
+MEASURE = ["measure.repeats=2", "measure.batch_sizes=[1]"]
+QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", *MEASURE]
 
 
 @dataclass(frozen=True)

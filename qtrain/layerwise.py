@@ -1,0 +1,105 @@
+"""What each layer of a model puts out, and how far two models' layers are apart."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def layer_outputs(model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Returns {layer: its dequantized output}, in the order of execution; of a layer that runs twice, the last."""
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        if type(module).__name__ in ("FloatFunctional", "QFunctional"):  # never called itself, but its observer is
+            module = module.get_submodule("activation_post_process")
+
+        def keep(_m: nn.Module, _i: Any, output: Tensor, name: str = name) -> None:
+            if isinstance(output, Tensor):  # some layers have several outputs
+                outputs[name] = output.dequantize() if output.is_quantized else output.clone()
+
+        handles.append(module.register_forward_hook(keep))
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """Returns the output in eval mode; `inputs`, which a forward may change in place, are left alone."""
+    with torch.no_grad():
+        return model.eval()(*(x.clone() for x in inputs))
+
+
+def present(model: nn.Module, names: list[str]) -> list[str]:
+    """Returns those of `names` that are modules of `model`."""
+    there = {name for name, _ in model.named_modules()}
+    return [name for name in names if name in there]
+
+
+def relative_error(exact: Tensor, other: Tensor) -> float:
+    """Returns |exact - other| / |exact|, by Euclidean norms."""
+    return float((exact - other).norm() / exact.norm().clamp(min=1e-12))
+
+
+@torch.no_grad()
+def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Returns {layer: root mean square difference, in steps of its output, between `quantized` and `fake`}.
+
+    Each converted layer gets its simulation's input, so that errors of earlier layers do not add up.
+    """
+    # Copies, for what comes behind a layer may work in place.
+    received: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    steps: dict[str, float] = {}
+
+    def keep_input(name: str) -> Any:
+        def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                received[name] = args[0].clone()
+
+        return hook
+
+    def keep_output(name: str) -> Any:
+        def hook(_m: nn.Module, _i: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                expected[name] = output.clone()
+
+        return hook
+
+    def probe(name: str) -> Any:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            if name not in received or name not in expected or not isinstance(args[0], Tensor):
+                return
+            x = received[name]
+            if args[0].is_quantized:
+                x = _quantize_like(x, args[0])
+            output = module.forward(x)
+            if isinstance(output, Tensor) and output.is_quantized:
+                error = (output.dequantize() - expected[name]) / output.q_scale()
+                steps[name] = float(error.square().mean().sqrt()) if error.numel() else 0.0
+
+        return hook
+
+    layers = [(name, fake.get_submodule(name), quantized.get_submodule(name)) for name in names]
+    handles = [m.register_forward_pre_hook(keep_input(n)) for n, m, _ in layers]
+    handles += [m.register_forward_hook(keep_output(n)) for n, m, _ in layers]
+    handles += [m.register_forward_pre_hook(probe(n)) for n, _, m in layers]
+    try:
+        run(fake, inputs)
+        run(quantized, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return steps
+
+
+def _quantize_like(x: Tensor, other: Tensor) -> Tensor:
+    """Returns `x` in int8, with the scale and the order of memory of `other`."""
+    if other.dim() == 4 and other.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return torch.quantize_per_tensor(x, other.q_scale(), other.q_zero_point(), other.dtype)
