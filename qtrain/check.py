@@ -46,6 +46,7 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: Truth
         with blame(float_model, "float"):
             float_model(*cloned(inputs))
         prepared = quantizer.prepare(float_model)
+        note_unfused(prepared)
         reference = quantizer.reference(prepared)
         failures = [] if reference is None or truth is None else truth.same_function(float_model, reference, inputs)
         with blame(prepared, "prepared"), _warn_of_shared_observers(prepared):
@@ -82,6 +83,14 @@ def randomize_batch_norm(model: nn.Module) -> nn.Module:
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(std=0.1)
     return model
+
+
+def note_unfused(prepared: nn.Module) -> None:
+    """Logs the convolutions whose batch-norm stays a layer of its own."""
+    pairs = eager.unfused_pairs(prepared)
+    more = f" and {len(pairs) - 8} more" if len(pairs) > 8 else ""
+    if pairs and eager.observed_points(prepared):
+        log.info(f"note: fuse_model leaves batch-norms apart from their convolutions: {', '.join(pairs[:8])}{more}")
 
 
 def _require_savable(quantized: nn.Module, engine: str | None) -> None:

@@ -27,7 +27,7 @@ from qtrain.eager.convert import (
 )
 from qtrain.eager.copying import copy_model
 from qtrain.eager.engines import ENGINES, Engine, bind_engine, find_engine, use_engine
-from qtrain.eager.fusion import fuse
+from qtrain.eager.fusion import fuse, unfused_pairs
 from qtrain.eager.inspect import (
     float_weight,
     freeze_batch_norm,
@@ -91,6 +91,7 @@ __all__ = [
     "quantized_weight",
     "refuse_per_channel",
     "resolve",
+    "unfused_pairs",
     "use_engine",
     "weight_points",
     "weight_qparams",

@@ -1,17 +1,15 @@
 """Fusing runs of layers (Conv-BN-ReLU ...), by the model's own `fuse_model`."""
 
 import inspect
-import logging
 from typing import Any
 
 import torch
+import torch.ao.nn.intrinsic as nni
 import torch.ao.quantization as tq
 from torch import nn
 from torch.ao.quantization.fuser_method_mappings import get_fuser_method
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-
-log = logging.getLogger(__name__)
 
 ADVICE = "In fuse_model(self, is_qat) call qtrain.eager.fuse(self, [[...]], is_qat=is_qat)"
 
@@ -66,7 +64,7 @@ def _fusible(model: nn.Module, group: list[str], is_qat: bool) -> list[str]:
 
 
 def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
-    """Calls the model's `fuse_model`, in place, where it has one; notes what it leaves unfused.
+    """Calls the model's `fuse_model`, in place, where it has one.
 
     Raises:
         ValueError: it fails; says why, and what to write.
@@ -82,20 +80,16 @@ def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
             if "only for eval" in reason:
                 reason = "it fuses for evaluation, by torch's fuse_modules, a model that is to be trained"
             raise ValueError(f"model: fuse_model of {type(model).__name__} failed: {reason}. {ADVICE}") from err
-    unfused = list(_unfused_pairs(model))
-    if unfused:
-        shown = ", ".join(unfused[:8]) + (f" and {len(unfused) - 8} more" if len(unfused) > 8 else "")
-        log.info(f"note: batch-norms behind convolutions that fuse_model leaves apart: {shown}")
 
 
-def _unfused_pairs(model: nn.Module) -> list[str]:
+def unfused_pairs(model: nn.Module) -> list[str]:
     """Returns "conv + bn" for each convolution that a batch-norm is registered right behind."""
     pairs = []
     for prefix, parent in model.named_modules():
+        if isinstance(parent, nni._FusedModule):
+            continue
         children = list(parent.named_children())
         for (name, layer), (after, norm) in zip(children, children[1:], strict=False):
-            if type(layer).__module__.startswith("torch.ao"):
-                continue
             if isinstance(layer, _ConvNd) and isinstance(norm, _BatchNorm) and layer.out_channels == norm.num_features:
                 dot = f"{prefix}." if prefix else ""
                 pairs.append(f"{dot}{name} + {dot}{after}")
