@@ -20,8 +20,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qtrain.checkpoint import unreadable
 from qtrain.files import remove_leftovers, write_atomically
 from qtrain.report import FILE_NAME, load_report
+from qtrain.trust import read_config, read_yaml
 
 FOLDER = "resume"
 STAGES = ("float", "qat")  # in the order of a run
@@ -194,7 +196,12 @@ class Progress:
         content = path.read_bytes()
         if hashlib.sha256(content[DIGEST_BYTES:]).digest() != content[:DIGEST_BYTES]:
             raise ValueError(f"resume={self.run_dir}: {path} is damaged; {again}")
-        state = torch.load(io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not isinstance(state.get("logs"), dict) or "key" not in state:
+                raise ValueError("it holds no state of a training")
+        except Exception as err:  # bytes that are no pickle can raise anything
+            raise ValueError(f"resume={self.run_dir}: {path} is damaged ({unreadable(err)}); {again}") from None
         if state["key"] != self.key:
             raise ValueError(
                 f"resume={self.run_dir}: {path} was written by a run with another config, other data or another torch; "
@@ -259,13 +266,12 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
             raise ValueError(f"resume={run_dir}: {err}; delete that file to go on with the run") from err
         if report["status"] == "ok":
             raise ValueError(f"resume={run_dir}: this run is finished; see its {FILE_NAME}")
+    record = run_dir / ".hydra" / "overrides.yaml"
     try:
-        config = OmegaConf.load(run_dir / "config.yaml")
-        assert isinstance(config, DictConfig)
-        record = run_dir / ".hydra" / "overrides.yaml"
-        overrides = [str(text) for text in OmegaConf.load(record)] if record.is_file() else []
-    except Exception as err:  # YAML's errors have no common base with OmegaConf's
-        raise ValueError(f"resume={run_dir}: its config.yaml is damaged ({err}); start the run again") from err
+        config = OmegaConf.create(read_config(run_dir / "config.yaml"))
+        overrides = [str(text) for text in read_yaml(record)] if record.is_file() else []
+    except (OSError, ValueError, TypeError) as err:
+        raise ValueError(f"resume={run_dir}: {err}") from err
     for override in extra:
         key, _, value = override.partition("=")
         try:
