@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qtrain.files import read_text, sha256, write_json
+from qtrain.plain import plain
 
 SCHEMA = 1
 FILE_NAME = "report.json"
@@ -104,7 +105,7 @@ def load_report(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or "status" not in content:
         raise ValueError(f"{path}: not a report of schema {SCHEMA}")
     for problem in _problems(content):
-        raise ValueError(f"{path}: not a whole report ({problem})")
+        raise ValueError(f"{path}: not a whole report ({plain(problem)})")
     return content
 
 
@@ -117,7 +118,7 @@ def _problems(report: dict[str, Any]) -> Iterator[str]:
     yield from _extremes(report, "", MOST_LEVELS)
     for key, shape in SHAPE.items():
         if key in report:
-            yield from [f"{key} is null"] if report[key] is None else _misfits(report[key], shape, key)
+            yield from [f"{key} is null"] if report[key] is None else misfits(report[key], shape, key)
 
 
 def _extremes(content: Any, path: str, levels: int) -> Iterator[str]:
@@ -130,7 +131,7 @@ def _extremes(content: Any, path: str, levels: int) -> Iterator[str]:
         yield f"{path} is beyond {LARGEST:.0e}"
 
 
-def _misfits(found: Any, shape: Any, path: str) -> Iterator[str]:
+def misfits(found: Any, shape: Any, path: str) -> Iterator[str]:
     """Yields what of `found` has not the given shape."""
     if found is None:
         return
@@ -139,11 +140,11 @@ def _misfits(found: Any, shape: Any, path: str) -> Iterator[str]:
         yield f"{path} is {str(found)[:80]!r}"
     elif isinstance(shape, list):
         for index, value in enumerate(found):
-            yield from [f"{path}.{index} is null"] if value is None else _misfits(value, shape[0], f"{path}.{index}")
-    elif isinstance(found, dict):
+            yield from [f"{path}.{index} is null"] if value is None else misfits(value, shape[0], f"{path}.{index}")
+    elif isinstance(found, dict) and isinstance(shape, dict):
         for key, value in found.items():
             if key in shape or "*" in shape:
-                yield from _misfits(value, shape.get(key, shape.get("*")), f"{path}.{key}")
+                yield from misfits(value, shape.get(key, shape.get("*")), f"{path}.{key}")
 
 
 def verify(run_dir: Path, report: dict[str, Any], name: str) -> None:

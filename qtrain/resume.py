@@ -21,9 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.checkpoint import unreadable
+from qtrain.config_file import read_config, read_yaml
 from qtrain.files import remove_leftovers, write_atomically
 from qtrain.report import FILE_NAME, load_report
-from qtrain.trust import read_config, read_yaml
 
 FOLDER = "resume"
 STAGES = ("float", "qat")  # in the order of a run

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from qtrain.checkpoint import load_weights
+from qtrain.plain import plain
 from qtrain.report import FILE_NAME, load_report, verify
 from qtrain.trust import require
 
@@ -64,7 +65,9 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
 def _report(run_dir: Path, trust: Sequence[str]) -> dict[str, Any]:
     report = load_report(run_dir / FILE_NAME)
     if report["status"] != "ok":
-        raise ValueError(f"{run_dir}: this run failed ({report.get('error')}), so there is no model to load")
+        raise ValueError(
+            f"{run_dir}: this run failed ({plain(str(report.get('error')))}), so there is no model to load"
+        )
     require(report["config"], trust, str(run_dir / FILE_NAME))
     return report
 
@@ -80,7 +83,7 @@ def _rebuilding(run_dir: Path, what: str) -> Iterator[None]:
         with torch.random.fork_rng():
             yield
     except Exception as err:
-        reason = " ".join(f"{type(err).__name__}: {err}".split())
+        reason = plain(" ".join(f"{type(err).__name__}: {err}".split()))
         raise ValueError(f"{run_dir}: the {what} of its {FILE_NAME} cannot be made here ({reason})") from err
 
 

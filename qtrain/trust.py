@@ -10,29 +10,8 @@ from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from qtrain.plain import plain
 
-from qtrain.files import read_text
-from qtrain.report import MOST_LEVELS
-
-# What each run's config.yaml has.
-SECTIONS = (
-    "task",
-    "data",
-    "model",
-    "quant",
-    "optimizer",
-    "scheduler",
-    "trainer",
-    "logger",
-    "truth",
-    "measure",
-    "choices",
-)
-VALUES = ("name", "seed", "device", "threads", "checkpoint", "transform", "float_cache", "calib_batches", "calib_split")
-MOST_BYTES = 2**20  # of a YAML file: parsing takes seconds then
 ENVIRONMENT = "QTRAIN_TRUST"
 MODELS = "torchvision.models"
 LIBRARIES = ("torch.nn", "torch.optim", "torchvision.transforms", MODELS)
@@ -55,47 +34,13 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
     packages = list(dict.fromkeys([*trust, *(name.strip() for name in named if name.strip())]))
     for path, value in _values(config, "config"):
         if isinstance(value, str) and "${" in value:
-            raise ValueError(f"{where}: {path}={value}: an interpolation, which a run's folder never needs; remove it")
-        if path.endswith("._target_") and value not in _own_targets():
-            problem = _problem(value, packages)
-            if problem is not None:
-                raise ValueError(f"{where}: {path}={value}: {problem}")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Returns the content of a run's config.yaml.
-
-    Raises:
-        ValueError: it is damaged, or names what is neither harmless nor of a package in QTRAIN_TRUST.
-    """
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it holds no mapping); start the run again")
-    for key in (*SECTIONS, *VALUES):
-        if key not in content or key in SECTIONS and not isinstance(content[key], dict):
-            raise ValueError(f"{path} is damaged (it has no {key}); start the run again")
-    require(content, (), str(path))
-    return content
-
-
-def read_yaml(path: Path) -> Any:
-    """Returns the plain content of a YAML file; its interpolations are left as they stand.
-
-    Raises:
-        ValueError: it is no YAML, or has aliases, which could make it endless, tags, or too many levels.
-    """
-    level = 0
-    try:
-        text = read_text(path, MOST_BYTES)
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
-                raise ValueError(f"line {event.start_mark.line + 1}: an anchor, an alias or a tag, which no run writes")
-            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if level > MOST_LEVELS:
-                raise ValueError(f"line {event.start_mark.line + 1}: more than {MOST_LEVELS} levels")
-        return OmegaConf.to_container(OmegaConf.create(text))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as err:
-        raise ValueError(f"{path} is damaged ({' '.join(str(err).split())}); start the run again") from err
+            raise ValueError(f"{where}: {plain(path)}={plain(value)}: an interpolation, which no run writes; remove it")
+        try:
+            problem = _problem(value, packages) if path.endswith("._target_") else None
+        except ImportError as err:
+            problem = str(err)
+        if problem is not None:
+            raise ValueError(f"{where}: {plain(path)}={plain(str(value))}: {problem}")
 
 
 def _values(content: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -118,6 +63,8 @@ def _problem(target: Any, packages: list[str]) -> str | None:
     """Returns why an object of that name must not be made, or None. What counts is where it is defined."""
     if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
         return "must be a name such as mypackage.MyNet"
+    if target in _own_targets():
+        return None
     home = next((name for name in (*LIBRARIES, *packages) if _is_in(target, name)), None)
     if home is None:
         return _refusal(target.partition(".")[0], packages)
@@ -156,7 +103,7 @@ def _import(name: str) -> Any:
     try:
         return import_module(name)
     except Exception as err:  # a trusted package's code may raise anything
-        raise ValueError(f"{name} cannot be imported ({type(err).__name__}: {err})") from err
+        raise ImportError(f"{name} cannot be imported ({type(err).__name__}: {err})") from err
 
 
 def _is_known(found: Any, module: str) -> bool:
