@@ -198,11 +198,12 @@ class Progress:
             raise ValueError(f"resume={self.run_dir}: {path} is damaged; {again}")
         try:
             state = torch.load(io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or not isinstance(state.get("logs"), dict) or "key" not in state:
+            if not (isinstance(state["extra"], dict) and all(type(size) is int for size in state["logs"].values())):
                 raise ValueError("it holds no state of a training")
+            is_ours = state["key"] == self.key
         except Exception as err:  # bytes that are no pickle can raise anything
             raise ValueError(f"resume={self.run_dir}: {path} is damaged ({unreadable(err)}); {again}") from None
-        if state["key"] != self.key:
+        if not is_ours:
             raise ValueError(
                 f"resume={self.run_dir}: {path} was written by a run with another config, other data or another torch; "
                 f"put {self.run_dir / 'config.yaml'} back as it was, or {again}"
@@ -233,6 +234,16 @@ def set_generator_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["cpu"])
     if states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@contextmanager
+def restoring(stage: str) -> Iterator[None]:
+    """Turns whatever a state that does not fit raises where it is restored into one error."""
+    try:
+        yield
+    except Exception as err:
+        reason = f"the state in {FOLDER}/{stage}.pt does not fit the training ({unreadable(err)})"
+        raise ValueError(f"{stage}: {reason}; delete it to train again from the start") from err
 
 
 @contextmanager

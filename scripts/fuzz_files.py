@@ -8,6 +8,8 @@ Prints what went wrong, and ends with code 1 if anything did.
 
 import argparse
 import contextlib
+import copy
+import hashlib
 import io
 import json
 import logging
@@ -27,7 +29,7 @@ from omegaconf import OmegaConf
 import qtrain
 from qtrain import cli, compare, config, pipeline, saved
 from qtrain.files import sha256
-from qtrain.resume import Interrupted
+from qtrain.resume import DIGEST_BYTES, Interrupted
 
 TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null measure.repeats=1".split()
 TINY += ["measure.warmup=0", "data.val_size=100", "truth.on_failure=warn"]
@@ -103,15 +105,15 @@ def mutated_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_values(content: Any, rng: random.Random) -> Any:
-    """Returns a copy of JSON's values with one of them replaced or left out."""
-    content = json.loads(json.dumps(content))
+    """Returns a copy of nested values with one of them replaced or left out."""
+    content = copy.deepcopy(content)
     places = list(_places(content))
     parent, key = rng.choice(places)
     if rng.random() < 0.2:
         del parent[key]
     elif rng.random() < 0.1:  # a value from elsewhere
         other, name = rng.choice(places)
-        parent[key] = json.loads(json.dumps(other[name]))
+        parent[key] = copy.deepcopy(other[name])
     else:
         parent[key] = rng.choice(JUNK)
     return content
@@ -127,8 +129,12 @@ def _places(content: Any) -> Iterator[tuple[Any, Any]]:
 def mutate(path: Path, rng: random.Random) -> None:
     """Changes a file in one place: some of its bytes, or a value inside of it."""
     content = path.read_bytes()
-    if path.suffix == ".pt" or rng.random() < 0.4:
+    if rng.random() < 0.4:
         path.write_bytes(mutated_bytes(content, rng))
+    elif path.suffix == ".pt":  # a state, with a digest before it, which is made to fit
+        state = io.BytesIO()
+        torch.save(mutated_values(torch.load(io.BytesIO(content[DIGEST_BYTES:]), weights_only=True), rng), state)
+        path.write_bytes(hashlib.sha256(state.getvalue()).digest() + state.getvalue())
     elif path.suffix == ".json":
         path.write_text(json.dumps(mutated_values(json.loads(content), rng)))
     else:
