@@ -115,20 +115,17 @@ def _refuse_constant(name: str) -> None:
 
 def _problems(report: dict[str, Any]) -> Iterator[str]:
     yield from (f"there is no {key}" for key in SHAPE if key in REQUIRED and key not in report)
-    yield from _extremes(report, "", MOST_LEVELS)
+    yield from (f"{key} is too deep, or holds a number beyond {LARGEST}" for key in report if _is_extreme(report[key]))
     for key, shape in SHAPE.items():
         if key in report:
             yield from [f"{key} is null"] if report[key] is None else misfits(report[key], shape, key)
 
 
-def _extremes(content: Any, path: str, levels: int) -> Iterator[str]:
-    if levels == 0:
-        yield f"{path[:80]}... lies too deep"
-    elif isinstance(content, dict | list):
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from _extremes(value, f"{path}.{key}".lstrip("."), levels - 1)
-    elif isinstance(content, NUMBER) and not -LARGEST < content < LARGEST:
-        yield f"{path} is beyond {LARGEST:.0e}"
+def _is_extreme(content: Any, levels: int = MOST_LEVELS) -> bool:
+    if isinstance(content, (dict, list)):
+        values = content.values() if isinstance(content, dict) else content
+        return not levels or any(_is_extreme(value, levels - 1) for value in values)
+    return isinstance(content, (int, float)) and not -LARGEST < content < LARGEST
 
 
 def misfits(found: Any, shape: Any, path: str) -> Iterator[str]:
