@@ -13,7 +13,8 @@ from qtrain.plain import plain
 from qtrain.report import MOST_LEVELS, misfits
 from qtrain.trust import require
 
-SECTIONS = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "logger", "truth", "measure")
+MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")  # each has its _target_
+SECTIONS = (*MADE, "logger", "measure")
 VALUES = ("device", "threads", "checkpoint", "transform", "float_cache", "calib_batches", "calib_split")
 SHAPE: dict[str, Any] = {
     **{key: {} for key in SECTIONS},
@@ -44,6 +45,7 @@ def _damages(config: dict[str, Any]) -> Iterator[str]:
     yield from (f"there is no {key}" for key in SHAPE if key not in config)
     yield from (f"{key} is null" for key in (*SECTIONS, "choices", "name") if config[key] is None)
     yield from misfits(config, SHAPE, "config")
+    yield from (f"there is no {key}._target_" for key in MADE if "_target_" not in config[key])
     for role in ("weight", "activation"):
         spec = config["quant"].get(role)
         if isinstance(spec, dict) and isinstance(spec.get("observer"), str):

@@ -232,6 +232,26 @@ def test_hostile_configs_end_in_one_error(runs, command, kind):
     )
 
 
+@pytest.mark.parametrize(
+    "before, after, words",
+    [
+        ("_target_: qtrain.quant.ptq.PTQ", "x: 1", "there is no quant._target_"),
+        ("choices:", "chosen:", "there is no choices"),
+        ("seed: 0", "seed: [1]", "config.seed is"),
+        ("name: mlp_ptq", "name: {a: 1}", "config.name is"),
+        ("bits: 8", "bits: '${seed}'", "bits=${seed}: an interpolation"),
+    ],
+)
+def test_configs_that_lack_what_runs_have(runs, command, before, after, words):
+    (runs / "a" / "report.json").unlink()
+    content = (runs / "a" / "config.yaml").read_text()
+    assert before in content
+    (runs / "a" / "config.yaml").write_text(content.replace(before, after))
+    code, text = command(f"resume={runs / 'a'}")
+    (line,) = text.strip().splitlines()
+    assert code == 1 and line.startswith("qtrain: error: resume=") and words in line
+
+
 def test_torch_never_advises_to_load_without_a_check(runs):
     torch.save({"weight": Path("x")}, runs / "a" / "quantized.pt")  # a class that is no plain value
     with pytest.raises(ValueError, match="quantized.pt: not a readable state dict") as caught:
