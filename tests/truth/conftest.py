@@ -11,14 +11,7 @@ import pytest
 
 from qtrain import cli
 
-QUICK = [
-    "trainer=smoke",
-    "threads=1",
-    "logger=none",
-    "measure.repeats=2",
-    "measure.batch_sizes=[1]",
-    "float_cache=null",
-]
+QUICK = ["trainer=smoke", "threads=1", "logger=none", "measure.repeats=2", "measure.batch_sizes=[1]", "float_cache=null"]
 
 
 @dataclass(frozen=True)
