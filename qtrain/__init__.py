@@ -1,5 +1,6 @@
 """qtrain: eager-mode quantization experiments in PyTorch, from float to PTQ and QAT to real int8."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,8 +8,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load(run_dir: str | Path) -> "nn.Module":
+def load(run_dir: str | Path, trust: Sequence[str] = ()) -> "nn.Module":
     """Returns the converted model of a finished run, on the CPU, in eval mode; see `qtrain.saved.load`."""
     from qtrain.saved import load
 
-    return load(Path(run_dir))
+    return load(Path(run_dir), trust)

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qtrain.plain import plain, plain_lines
+
 EXAMPLE = "example: qtrain-bench outputs/sweeps/2026-01-31_12-00-00/* --threads 1 2 --batch-sizes 1 64"
 
 
@@ -18,18 +20,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=None, help="default: torch's choice")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the runs may name")
     args = parser.parse_args(argv)
     try:
         for name in ("batch_sizes", "threads", "repeats"):
             values = getattr(args, name)
             if values is not None and min([values] if isinstance(values, int) else values) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: must be at least 1, not {values}")
-        bench(args.runs, args.batch_sizes, args.threads, args.warmup, args.repeats)
+        bench(args.runs, args.batch_sizes, args.threads, args.warmup, args.repeats, args.trust)
     except (ValueError, OSError) as err:
-        sys.exit(f"qtrain-bench: error: {err}")
+        sys.exit(plain_lines(f"qtrain-bench: error: {err}"))
 
 
-def bench(runs: list[Path], batch_sizes: list[int], threads: list[int] | None, warmup: int, repeats: int) -> None:
+def bench(
+    runs: list[Path],
+    batch_sizes: list[int],
+    threads: list[int] | None,
+    warmup: int,
+    repeats: int,
+    trust: Sequence[str] = (),
+) -> None:
     """Measures the float and the converted model of each run, all of them in turn, on the CPU.
 
     `latency_ms`, `threads` and `other_load` of a report become those of the first thread count; `bench` holds all rows,
@@ -49,10 +59,14 @@ def bench(runs: list[Path], batch_sizes: list[int], threads: list[int] | None, w
     models: dict[tuple[Path, str], Any] = {}
     inputs = {}
     for run, report in reports.items():
-        models[run, "float"] = saved.load_float(run)
+        models[run, "float"] = saved.load_float(run, trust)
         if not report["quant"].get("simulated"):
-            models[run, "quantized"] = saved.load(run)
-        inputs[run] = saved.sample_inputs(run)
+            models[run, "quantized"] = saved.load(run, trust)
+        inputs[run] = saved.sample_inputs(run, trust)
+        try:
+            models[run, "float"](*inputs[run])
+        except Exception as err:  # a model may raise anything
+            raise ValueError(f"{run}: its model does not take its data ({err})") from err
     found: dict[Path, list[dict[str, Any]]] = {run: [] for run in reports}
     before = torch.get_num_threads()
     try:
@@ -75,7 +89,7 @@ def bench(runs: list[Path], batch_sizes: list[int], threads: list[int] | None, w
                         row["ratio"] = measure.median_interval(times[run, "quantized"] / times[run, "float"])
                     found[run].append(row)
                     cells = (_cell(row.get(kind)) for kind in ("float", "quantized", "ratio"))
-                    print(f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  {run.name}")
+                    print(f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  {plain(run.name)}")
                 if others.contended:
                     print(
                         f"warning: meanwhile other programs used {others.cores:.1f} cores; measure again without them"

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except FileNotFoundError as err:
         raise ValueError(f"checkpoint={path}: there is no such file") from err
     except Exception as err:  # bytes that are no pickle can raise anything
-        reason = (str(err) or type(err).__name__).splitlines()[0]
-        raise ValueError(f"checkpoint={path}: not a readable state dict ({reason})") from err
+        raise ValueError(f"checkpoint={path}: not a readable state dict ({unreadable(err)})") from None
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict")
     try:
         model.load_state_dict(state)
     except Exception as err:  # torch takes the keys' being strings for granted
         raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?") from err
+
+
+def unreadable(err: Exception) -> str:
+    """Returns why torch.load failed; not in its words where they advise to load without a check of what is loaded."""
+    if isinstance(err, pickle.UnpicklingError):
+        return "it holds something else than tensors and plain values"
+    return (str(err) or type(err).__name__).splitlines()[0]
 
 
 def digest(content: Any) -> str:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qtrain import sweep
 from qtrain.config import ConfigError, config_dir, hydra_arguments, objectives
 from qtrain.files import alone
+from qtrain.plain import plain_lines
 
 DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
 
@@ -114,7 +115,7 @@ def main() -> None:
         else:
             job()
     except (HydraException, OmegaConfBaseException, ConfigError, ValueError, OSError) as err:
-        sys.exit(f"qtrain: error: {explain(err)}")
+        sys.exit(plain_lines(f"qtrain: error: {explain(err)}"))
     except KeyboardInterrupt as err:
         print(f"qtrain: {str(err) or 'interrupted'}", file=sys.stderr)
         sys.exit(128 + getattr(err, "signum", signal.SIGINT))

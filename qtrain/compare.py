@@ -10,6 +10,7 @@ from pathlib import Path
 from qtrain.leaderboard import export, keys, table
 from qtrain.leaderboard.rows import Section, find_baselines, group, section_of_runs, sort, split
 from qtrain.leaderboard.runs import Found, find
+from qtrain.plain import plain, plain_lines
 
 EXAMPLES = """examples:
   qtrain-compare outputs                                  everything
@@ -49,7 +50,7 @@ class Comparison:
     def warnings(self) -> list[str]:
         """Returns what was skipped and what could not be tested."""
         skipped = [f"skipped {line}" for line in self.found.unreadable]
-        return skipped + [line for section in self.runs for line in section.warnings]
+        return list(dict.fromkeys(skipped + [plain(line) for section in self.runs for line in section.warnings]))
 
 
 def compare(
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         write(comparison, **{kind: getattr(args, kind) for kind in WRITERS})
     except (ValueError, OSError) as err:
-        sys.exit(f"qtrain-compare: error: {err}")
+        sys.exit(plain_lines(f"qtrain-compare: error: {err}"))
     for line in comparison.warnings():
         print(f"qtrain-compare: warning: {line}", file=sys.stderr)
     try:

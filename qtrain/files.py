@@ -1,5 +1,6 @@
 """Files that must not be lost or half written."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+MOST_BYTES = 64 * 2**20  # of a report, which has a few kilobytes
 LOCK = ".lock"  # in the folder of a run, held by the process that is at work there
 
 
@@ -49,6 +51,33 @@ def write_json(path: Path, content: Any) -> None:
     """Writes `content` as JSON, atomically."""
     text = json.dumps(content, indent=1, allow_nan=False)
     write_atomically(path, lambda new: new.write_text(text))
+
+
+def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
+    """Returns the text of a file that anyone may have written.
+
+    Raises:
+        ValueError: it is no UTF-8, or larger than `most_bytes`.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"larger than {most_bytes // 2**20} MB")
+    return content.decode()
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as err:
+        raise ValueError(f"{path}: there is no such file") from err
 
 
 @contextmanager

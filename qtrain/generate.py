@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qtrain.plain import plain_lines
+
 EXAMPLE = 'example: qtrain-generate outputs/runs/... --prompt "I have a dream" --top-k 30 --max-new-tokens 40'
 
 
@@ -19,15 +21,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=None, help="draw among the k likeliest tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the run may name")
     args = parser.parse_args(argv)
     try:
         print(generate(**vars(args)))
     except (ValueError, OSError) as err:
-        sys.exit(f"qtrain-generate: error: {err}")
+        sys.exit(plain_lines(f"qtrain-generate: error: {err}"))
 
 
 def generate(
-    run: Path, prompt: str, *, max_new_tokens: int, greedy: bool, temperature: float, top_k: int | None, seed: int
+    run: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    greedy: bool,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    trust: Sequence[str] = (),
 ) -> str:
     """Returns the prompt and what the converted model of `run` adds to it.
 
@@ -35,6 +46,7 @@ def generate(
         run: the folder of a finished run.
         prompt: a text of at least one token.
         max_new_tokens, greedy, temperature, top_k, seed: see `GPT2.generate`.
+        trust: see `qtrain.saved.load`.
 
     Raises:
         ValueError: the folder holds no run of a language model, or an argument is out of range.
@@ -46,9 +58,10 @@ def generate(
 
     if not (run / FILE_NAME).is_file():
         raise ValueError(f"{run}: holds no {FILE_NAME}; name the folder of a finished run of a language model")
-    model: Any = load(run)
-    tokenizer = load_report(run / FILE_NAME)["config"]["data"].get("tokenizer")
-    if tokenizer is None or not hasattr(model, "generate"):
+    model: Any = load(run, trust)
+    data = load_report(run / FILE_NAME)["config"].get("data")
+    tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
+    if not isinstance(tokenizer, str) or not hasattr(model, "generate"):
         raise ValueError(f"{run}: this run's {type(model).__name__} generates no text; name a run of a language model")
     keep_freed_memory()
     encoder = load_tokenizer(tokenizer)

@@ -18,7 +18,7 @@ from qtrain.checkpoint import FloatCache, digest, load_weights, save_weights
 from qtrain.config import Parts, build, resolve
 from qtrain.data.loaders import Loader
 from qtrain.evaluate import Scores, evaluate
-from qtrain.files import write_atomically
+from qtrain.files import sha256, write_atomically
 from qtrain.loggers import JsonLines, Logger, Loggers
 from qtrain.measure import (
     OtherLoad,
@@ -30,7 +30,7 @@ from qtrain.measure import (
     reset_peak_memory,
     weight_bytes,
 )
-from qtrain.report import Report, versions
+from qtrain.report import DIGESTED, Report, versions
 from qtrain.resume import Interrupted, Progress, Signals, said_how
 from qtrain.truth import finite_outputs, require_finite_weights
 
@@ -144,6 +144,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
             report.size_bytes["quantized_file"] = None if quantizer.simulated else quantized_file
             records.write(report, run_dir, logger, parts.task, scores, reference, float_model, quantized, sample)
         report.time_s = dict(clock.seconds)
+        report.sha256 = {name: sha256(run_dir / name) for name in DIGESTED}
         report.save(run_dir)
         progress.remove()
     finally:

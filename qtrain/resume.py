@@ -20,6 +20,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qtrain.checkpoint import unreadable
+from qtrain.config_file import read_config, read_yaml
 from qtrain.files import remove_leftovers, write_atomically
 from qtrain.report import FILE_NAME, load_report
 
@@ -194,8 +196,14 @@ class Progress:
         content = path.read_bytes()
         if hashlib.sha256(content[DIGEST_BYTES:]).digest() != content[:DIGEST_BYTES]:
             raise ValueError(f"resume={self.run_dir}: {path} is damaged; {again}")
-        state = torch.load(io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True)
-        if state["key"] != self.key:
+        try:
+            state = torch.load(io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True)
+            if not (isinstance(state["extra"], dict) and all(type(size) is int for size in state["logs"].values())):
+                raise ValueError("it holds no state of a training")
+            is_ours = state["key"] == self.key
+        except Exception as err:  # bytes that are no pickle can raise anything
+            raise ValueError(f"resume={self.run_dir}: {path} is damaged ({unreadable(err)}); {again}") from None
+        if not is_ours:
             raise ValueError(
                 f"resume={self.run_dir}: {path} was written by a run with another config, other data or another torch; "
                 f"put {self.run_dir / 'config.yaml'} back as it was, or {again}"
@@ -229,6 +237,16 @@ def set_generator_states(states: dict[str, Any]) -> None:
 
 
 @contextmanager
+def restoring(stage: str) -> Iterator[None]:
+    """Turns whatever a state that does not fit raises where it is restored into one error."""
+    try:
+        yield
+    except Exception as err:
+        reason = f"the state in {FOLDER}/{stage}.pt does not fit the training ({unreadable(err)})"
+        raise ValueError(f"{stage}: {reason}; delete it to train again from the start") from err
+
+
+@contextmanager
 def said_how(run_dir: Path) -> Iterator[None]:
     """Lets an Interrupted say how the run in `run_dir` goes on."""
     try:
@@ -259,13 +277,12 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
             raise ValueError(f"resume={run_dir}: {err}; delete that file to go on with the run") from err
         if report["status"] == "ok":
             raise ValueError(f"resume={run_dir}: this run is finished; see its {FILE_NAME}")
+    record = run_dir / ".hydra" / "overrides.yaml"
     try:
-        config = OmegaConf.load(run_dir / "config.yaml")
-        assert isinstance(config, DictConfig)
-        record = run_dir / ".hydra" / "overrides.yaml"
-        overrides = [str(text) for text in OmegaConf.load(record)] if record.is_file() else []
-    except Exception as err:  # YAML's errors have no common base with OmegaConf's
-        raise ValueError(f"resume={run_dir}: its config.yaml is damaged ({err}); start the run again") from err
+        config = OmegaConf.create(read_config(run_dir / "config.yaml"))
+        overrides = [str(text) for text in read_yaml(record)] if record.is_file() else []
+    except (OSError, ValueError, TypeError) as err:
+        raise ValueError(f"resume={run_dir}: {err}") from err
     for override in extra:
         key, _, value = override.partition("=")
         try:

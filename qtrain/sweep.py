@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +81,19 @@ def carry_out(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report
         wanted = None  # the run will say so, in its report
     with FileLock(run_dir / LOCK):  # the process of a sweep that was killed may still be at this job
         before = run_dir / "config.yaml"
-        is_same = before.is_file() and before.read_text() == wanted
+        is_same = wanted is not None and before.is_file() and before.read_bytes() == wanted.encode()
         try:
             report = load_report(run_dir / FILE_NAME)
         except ValueError:  # there is none, or a broken one
             report = {"status": None}
         if report["status"] == "ok":
-            if not is_same or report["versions"] != versions():
+            if not is_same or report.get("versions") != versions():
                 raise Occupied(
                     f"hydra.sweep.dir={run_dir.parent}: {run_dir.name} holds a finished run of another config or "
                     "version; name another folder, or delete this run"
                 )
             log.info(f"{run_dir.name}: done before, skipped")
-            return Report(**report)
+            return Report(**{item.name: report[item.name] for item in fields(Report) if item.name in report})
         if not is_same or report["status"] == "failed":
             shutil.rmtree(run_dir / "resume", ignore_errors=True)
         (run_dir / FILE_NAME).unlink(missing_ok=True)

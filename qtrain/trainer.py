@@ -18,7 +18,7 @@ from tqdm import tqdm
 from qtrain import distributed
 from qtrain.data.loaders import Loader
 from qtrain.loggers import Logger
-from qtrain.resume import Checkpoint, generator_states, set_generator_states
+from qtrain.resume import Checkpoint, generator_states, restoring, set_generator_states
 from qtrain.task.base import Task, training_loss
 
 log = logging.getLogger(__name__)
@@ -109,12 +109,13 @@ class Trainer:
         checkpoint = checkpoint or Checkpoint()
         with checkpoint, distributed.together(model) as forward:
             resumed = checkpoint.load()
-            place = {"epoch": 0, "batches": 0, "step": 0} if resumed is None else resumed["place"]
-            first_epoch, done, step = place["epoch"], place["batches"], place["step"]
+            first_epoch, done, step = 0, 0, 0
             if resumed is not None:
-                for name, part in parts.items():
-                    part.load_state_dict(resumed[name])
-                set_generator_states(resumed["generators"])
+                with restoring(stage):
+                    first_epoch, done, step = (int(resumed["place"][key]) for key in ("epoch", "batches", "step"))
+                    for name, part in parts.items():
+                        part.load_state_dict(resumed[name])
+                    set_generator_states(resumed["generators"])
                 log.info(f"{stage}: resumed after step {step} of {total_steps}")
 
             def save(epoch: int, batches: int, **rest: Any) -> None:
@@ -134,11 +135,12 @@ class Trainer:
                 batches = iter(loader)
                 if done:  # draw this epoch's order again, and pass over the batches that were trained on
                     assert resumed is not None
-                    at_start = resumed["at_start"]
-                    set_generator_states(at_start)
+                    with restoring(stage):
+                        at_start = resumed["at_start"]
+                        set_generator_states(at_start)
+                        mean.load(resumed["mean"])
                     next(islice(batches, done - 1, None))
                     set_generator_states(resumed["generators"])
-                    mean.load(resumed["mean"])
                 bar = tqdm(
                     batches,
                     f"{stage} epoch {epoch + 1}/{self.epochs}",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qtrain.files import sha256
 from qtrain.report import Report
 
 NUM_EXAMPLES = 10_000
@@ -120,6 +121,7 @@ def write_run(
         threads=2,
         device="cpu",
         time_s={"float_training": seconds / 2, "calibration": seconds / 2},
+        sha256={"examples.pt": sha256(folder / "examples.pt")},
     ).save(folder)
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(50, 50 * curves + 1, 50):

@@ -450,7 +450,7 @@ class MyNet(nn.Module):
 """
 LOAD = """
 import sys, torch, qtrain
-model = qtrain.load(sys.argv[1])
+model = qtrain.load(sys.argv[1], trust=["mynet"])
 torch.manual_seed(0)
 torch.save(model(torch.randn(20, 1, 28, 28)), sys.argv[2])
 """
@@ -472,7 +472,7 @@ def test_a_model_of_the_users_own(tmp_path, monkeypatch):
     assert loaded.returncode == 0, loaded.stderr
     monkeypatch.syspath_prepend(tmp_path / "my")
     torch.manual_seed(0)
-    expected = qtrain.load(folder)(torch.randn(20, 1, 28, 28))
+    expected = qtrain.load(folder, trust=["mynet"])(torch.randn(20, 1, 28, 28))
     assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), expected)
     assert expected.std() > 0
 

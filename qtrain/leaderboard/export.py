@@ -8,6 +8,7 @@ from typing import Any
 
 from qtrain.leaderboard.rows import Section
 from qtrain.leaderboard.runs import Found
+from qtrain.plain import plain
 
 
 def as_records(sections: Sequence[Section]) -> list[dict[str, Any]]:
@@ -16,7 +17,7 @@ def as_records(sections: Sequence[Section]) -> list[dict[str, Any]]:
     for section in sections:
         for row in section.rows:
             where = {"model": section.model, "data": section.data, "quality": section.quality.name}
-            folders = {"folders": [str(run.folder) for run in row.runs]} if section.grouped else {}
+            folders = {"folders": [plain(str(run.folder)) for run in row.runs]} if section.grouped else {}
             records.append(where | row.cells | folders)
     return records
 
@@ -26,14 +27,31 @@ def as_csv(sections: Sequence[Section]) -> str:
     records = as_records(sections)
     fields = list(dict.fromkeys(key for record in records for key in record))
     text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_no_formula, fields))
+    writer.writerows([_no_formula(record.get(key)) for key in fields] for record in records)
     return text.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    """Returns the cell so that no spreadsheet takes a text for a formula and carries it out."""
+    return (
+        f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) and not _is_number(cell) else cell
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def as_json(sections: Sequence[Section], found: Found) -> str:
     """Returns all rows, the runs without a result and the skipped files as JSON."""
-    failures = [{"folder": str(run.folder), "error": run.error, "overrides": run.overrides} for run in found.failures]
+    failures = [
+        {"folder": plain(str(run.folder)), "error": run.error, "overrides": run.overrides} for run in found.failures
+    ]
     content = {"rows": as_records(sections), "failures": failures, "unreadable": found.unreadable}
     return json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"

@@ -2,7 +2,6 @@
 
 import html
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -11,9 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from qtrain.files import read_text
 from qtrain.leaderboard import keys, table
 from qtrain.leaderboard.rows import Section
 from qtrain.leaderboard.runs import Found
+from qtrain.plain import plain
+from qtrain.report import LARGEST
 
 # Points of a training curve: 200 for few runs, and about 50,000 times the number of curves a run for many.
 MOST_POINTS, LEAST_POINTS, ALL_POINTS = 200, 30, 50_000
@@ -31,7 +33,12 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         "sections": [_section(section, folder, num_points) for section in sections],
         "legend": table.legend(sections) if sections else [],
         "failures": [
-            {"name": str(run.folder), "link": _link(run.folder, folder), "error": run.error, "overrides": run.overrides}
+            {
+                "name": plain(str(run.folder)),
+                "link": _link(run.folder, folder),
+                "error": run.error,
+                "overrides": run.overrides,
+            }
             for run in found.failures
         ],
         "unreadable": found.unreadable,
@@ -48,7 +55,7 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
 
 def _link(run: Path, folder: Path) -> str:
     """Returns a relative link; quoting leaves no colon, so none can be read as a scheme."""
-    return quote(Path(os.path.relpath(run.resolve(), folder.resolve())).as_posix()) + "/"
+    return quote(os.fsencode(Path(os.path.relpath(run.resolve(), folder.resolve())).as_posix())) + "/"
 
 
 def _section(section: Section, folder: Path, num_points: int) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def _section(section: Section, folder: Path, num_points: int) -> dict[str, Any]:
                 # Axes of the plot, whether or not the table has such a column.
                 "at": {key: row.cells[key] for key in ("size_kb", "latency_ms", "seconds", "quantized", "difference")},
                 "front": row.cells["front"],
-                "name": row.runs[0].folder.name,
+                "name": plain(row.runs[0].folder.name),
                 "link": _link(row.runs[0].folder, folder),
                 "curves": _curves(row.runs[0].folder / "metrics.jsonl", num_points, names),
             }
@@ -104,18 +111,18 @@ def _curves(path: Path, num_points: int, names: dict[str, int]) -> dict[int, tup
     """Returns {number of the name: [steps, values]} of a metrics.jsonl, thinned out; numbers new names in `names`."""
     series: dict[str, list[tuple[int, float]]] = {}
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError):
         return {}
     for line in lines:
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError):  # cut off by a crash
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):  # cut off by a crash
             continue
         for name, value in record.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                series.setdefault(name, []).append((step, value))
+            if isinstance(value, int | float) and -LARGEST < value < LARGEST:
+                series.setdefault(plain(name), []).append((step, value))
     found = {}
     for name, points in series.items():
         if all(step == 0 for step, _ in points):  # a final figure, not a curve

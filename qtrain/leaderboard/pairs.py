@@ -1,14 +1,14 @@
 """Two models scored on the same examples: how far apart they are, and whether that is more than chance."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtrain.leaderboard.runs import Run
 from qtrain.leaderboard.statistics import mcnemar, paired_bootstrap
+from qtrain.report import LARGEST, verify
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +47,8 @@ def to_float(runs: Sequence[Run]) -> tuple[list[Difference | None], list[str]]:
 def to_baselines(pairs: Sequence[tuple[Run, Run | None]]) -> tuple[list[Difference | None], list[str]]:
     """Returns each run's difference to its baseline (None where that is missing or itself), and warnings."""
     found: list[Difference | None] = [None] * len(pairs)
-    warnings, losses = [], []
+    losses = []
+    warnings = _unverified(run for pair in pairs if pair[1] is not None for run in pair)
     for i, (run, base) in enumerate(pairs):
         if base is None or base is run:
             continue
@@ -77,7 +78,7 @@ def _test_losses(pairs: Sequence[tuple[Run, str, Run, str]]) -> tuple[list[Diffe
     import numpy as np
 
     found: list[Difference] = []
-    warnings: list[str] = []
+    warnings = _unverified(run for pair in pairs for run in (pair[0], pair[2]))
     waiting: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
 
     def flush(length: int) -> None:
@@ -106,7 +107,7 @@ def _test_losses(pairs: Sequence[tuple[Run, str, Run, str]]) -> tuple[list[Diffe
 
 def _gain(run: Run, kind: str, base: Run, base_kind: str) -> "np.ndarray":
     """Returns the scores' differences (N,), in double precision."""
-    ours, theirs = _scores(run.folder)[kind], _scores(base.folder)[base_kind]
+    ours, theirs = _scores(run)[kind], _scores(base)[base_kind]
     if ours.shape != theirs.shape or len(ours) < 2:
         raise ValueError(
             f"{run.folder}: its {len(ours)} examples cannot be paired with the {len(theirs)} of {base.folder}; "
@@ -116,13 +117,24 @@ def _gain(run: Run, kind: str, base: Run, base_kind: str) -> "np.ndarray":
 
 
 @lru_cache(maxsize=32)  # baselines come again and again, one a seed
-def _scores(folder: Path) -> "dict[str, np.ndarray]":
+def _scores(run: Run) -> "dict[str, np.ndarray]":
     from qtrain.leaderboard.tensors import read_tensors  # most comparisons do without the examples, and so numpy
 
+    path = run.folder / FILE_NAME
     try:
-        scores = read_tensors(folder / FILE_NAME)
+        if run.report["sha256"]:
+            verify(run.folder, run.report, FILE_NAME)
+        scores = read_tensors(path)
     except ValueError as err:
         raise ValueError(f"{err}; significance is not tested") from err
     if missing := {"float", "quantized"} - set(scores):
-        raise ValueError(f"{folder / FILE_NAME}: holds no scores named {missing.pop()}; significance is not tested")
+        raise ValueError(f"{path}: holds no scores named {missing.pop()}; significance is not tested")
+    if not all(abs(values.astype("float64").sum()) < LARGEST for values in scores.values()):
+        raise ValueError(f"{path}: holds scores that are no numbers; significance is not tested")
     return scores
+
+
+def _unverified(runs: Iterable[Run | None]) -> list[str]:
+    """Returns a warning if the examples of a run cannot be verified."""
+    count = sum(run is not None and not run.report["sha256"] for run in runs)
+    return [f"not verified: {FILE_NAME}, where a run's report notes no SHA-256, as older versions'"] if count else []

@@ -67,10 +67,11 @@ def _panel(axes: Any, section: Section) -> None:
         axes.invert_yaxis()  # better is up
     missing = len(section.rows) - len(rows)
     note = f"\n({missing} simulated, without a size, not shown)" if missing else ""
-    axes.set_title(f"{section.title}{note}", fontsize=10)
+    axes.set_title(f"{section.title}{note}", fontsize=10, parse_math=False)  # a $ in a name is no formula
     axes.set_xlabel("file size, KB")
     axes.set_ylabel(f"{quality.name}{', ' + quality.unit if quality.unit else ''}")
     axes.grid(color="0.9", zorder=0)
     axes.ticklabel_format(axis="y", useOffset=False)
     if rows:
-        axes.legend(fontsize=8)
+        for text in axes.legend(fontsize=8).get_texts():
+            text.set_parse_math(False)

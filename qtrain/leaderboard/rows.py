@@ -9,6 +9,7 @@ from typing import Any
 from qtrain.leaderboard import keys, pairs, pareto
 from qtrain.leaderboard.runs import Quality, Run
 from qtrain.leaderboard.statistics import mean_and_sd, over_seeds
+from qtrain.plain import plain
 
 # What decides which test examples a text data set has, beside its name and its content.
 DATA_KEYS = ("data.path", "data.tokenizer", "data.context", "data.stride", "data.test_fraction")
@@ -99,7 +100,7 @@ def section_of_runs(model: str, data: str, runs: Sequence[Run], bases: Sequence[
     labels = varied_overrides(runs)
     for row in rows:
         row.cells |= {key: keys.label(row.runs[0], key) for key in labels}
-        row.cells["folder"] = str(row.runs[0].folder)
+        row.cells["folder"] = plain(str(row.runs[0].folder))
     section = Section(model, data, runs[0].quality, rows, labels, warnings=list(dict.fromkeys(warnings)))
     mark_front(section)
     return section
@@ -113,7 +114,7 @@ def baseline_of(run: Run, bases: Sequence[Run]) -> Run | None:
     """
     fitting = [base for base in bases if base.facts["seed"] == run.facts["seed"]]
     if len(fitting) > 1:
-        names = ", ".join(str(base.folder) for base in fitting[:4]) + (", ..." if len(fitting) > 4 else "")
+        names = ", ".join(plain(str(base.folder)) for base in fitting[:4]) + (", ..." if len(fitting) > 4 else "")
         raise ValueError(
             f"--baseline: {len(fitting)} runs with seed {run.facts['seed']} of {run.facts['model']} on "
             f"{run.facts['data']} fit ({names}); add filters until one is left, or name its folder"

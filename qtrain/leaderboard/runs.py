@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qtrain.files import read_text
+from qtrain.plain import plain, plain_lines
 from qtrain.report import FILE_NAME, QUIET, load_report
 
 
@@ -83,17 +85,19 @@ def find(folders: Sequence[Path]) -> Found:
         try:
             report = load_report(folder / FILE_NAME)
         except ValueError as err:
-            found.unreadable.append(str(err))
+            found.unreadable.append(plain_lines(str(err)).replace("\n", " "))
             continue
+        error = (str(report.get("error")).strip().splitlines() or ["unknown error"])[0]
+        report = plain(report)
         try:
             if report["status"] == "ok":
                 found.runs.append(_run(folder, report))
             else:
-                error = (str(report["error"]).strip().splitlines() or ["unknown error"])[0]
-                overrides, facts = [str(text) for text in report["overrides"]], _identity(report)
-                found.failures.append(Failure(folder, error, overrides, facts, _settings(report)))
+                facts, settings = _identity(report), _settings(report)
+                found.failures.append(Failure(folder, plain(error), report["overrides"], facts, settings))
         except (KeyError, TypeError, ValueError, AttributeError) as err:
-            found.unreadable.append(f"{folder / FILE_NAME}: not a whole report ({type(err).__name__}: {err})")
+            reason = f"not a whole report ({type(err).__name__}: {err})"
+            found.unreadable.append(f"{plain(str(folder / FILE_NAME))}: {reason}")
     if not (found.runs or found.failures or found.unreadable):
         names = ", ".join(map(str, folders))
         raise ValueError(f"{names}: no runs there; name run folders (they hold a {FILE_NAME}) or folders of them")
@@ -117,10 +121,10 @@ def _natural(name: str) -> list[Any]:
 
 def _hydra_overrides(folder: Path) -> list[str]:
     try:
-        lines = (folder / ".hydra" / "overrides.yaml").read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_text(folder / ".hydra" / "overrides.yaml").splitlines()
+    except (OSError, ValueError):
         return []
-    return [line[2:] for line in lines if line.startswith("- ")]
+    return [plain(line[2:]) for line in lines if line.startswith("- ")]
 
 
 def _settings(report: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +146,7 @@ def _flatten(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _identity(report: dict[str, Any]) -> dict[str, Any]:
     """Returns what a run is, as opposed to what came out of it."""
-    quant, config = report["quant"], report["config"].get("quant", {})
+    quant, config = report["quant"], report["config"].get("quant") or {}
     weight = quant.get("weight") or config.get("weight") or {}
     activation = quant.get("activation") or config.get("activation") or {}
     bits = [spec.get("bits") for spec in (weight, activation)]
@@ -193,7 +197,7 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         kind: {k: v for k, v in (found or {}).items() if isinstance(v, int | float)} for kind, found in metrics.items()
     }
     slim["difference"] = {key: int(_number(difference[key])) for key in ("gained", "lost")}
-    slim["batch"] = batch
+    slim |= {"batch": batch, "sha256": report.get("sha256")}
     overrides = [text.lstrip("+~").partition("=")[0] for text in report["overrides"]]
     return Run(folder, quality, facts, _settings(report), overrides, slim)
 

@@ -7,6 +7,7 @@ from typing import Any
 from qtrain.leaderboard.rows import Row, Section
 from qtrain.leaderboard.runs import Failure
 from qtrain.leaderboard.statistics import ALPHA
+from qtrain.plain import plain
 
 NONE = "-"
 UNSURE, FRONT, CONTENDED = "~", "*", "!"
@@ -38,7 +39,7 @@ def columns(section: Section) -> list[Column]:
         if own_name and _differs(rows, lambda row: row.cells["name"]):
             labels.insert(0, _label("name"))
         if len({tuple(label.text(row) for label in labels) for row in rows}) < len(rows):
-            labels.insert(0, Column("folder", "run", lambda row: row.runs[0].folder.name))
+            labels.insert(0, Column("folder", "run", lambda row: plain(row.runs[0].folder.name)))
     labels = [label for label in labels if any(label.text(row) != NONE for row in rows)]
 
     quantized = "int8" if all(_is_int8(row) for row in rows) else "quantized"
@@ -154,7 +155,8 @@ def _has_baseline(sections: Sequence[Section]) -> bool:
 def failure_lines(failures: Sequence[Failure]) -> list[str]:
     """Returns a line for each run without a result: its folder, its error, its overrides."""
     return [
-        f"{run.folder}: {run.error}" + (f" [{' '.join(run.overrides)}]" if run.overrides else "") for run in failures
+        f"{plain(str(run.folder))}: {run.error}" + (f" [{' '.join(run.overrides)}]" if run.overrides else "")
+        for run in failures
     ]
 
 
@@ -202,6 +204,6 @@ def _count(section: Section) -> str:
 
 
 def _escape(text: str) -> str:
-    for special in "\\|<*_~[":
+    for special in "\\`|<*_~[":
         text = text.replace(special, f"\\{special}")
     return text
