@@ -20,6 +20,7 @@ from qtrain.data.loaders import Loader
 from qtrain.loggers import Logger
 from qtrain.resume import Checkpoint, generator_states, set_generator_states
 from qtrain.task.base import Task
+from qtrain.validate import MANY, number, refuse, whole
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +55,15 @@ class Trainer:
     devices: int
 
     def __post_init__(self) -> None:
-        least = {"epochs": 0, "max_steps": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "devices": 1}
-        optional = ("max_steps", "save_every")
-        problems = [
-            f"{name}={value}: must be a whole number of at least {low}"
-            for name, low in least.items()
-            if not (type(value := getattr(self, name)) is int and value >= low or name in optional and value is None)
-        ]
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            problems.append(f"clip_norm={self.clip_norm}: must be above 0, or null")
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(
+            whole("epochs", self.epochs, 0, MANY)
+            + whole("max_steps", self.max_steps, 1, 1000 * MANY, null=True)
+            + whole("accumulate", self.accumulate, 1, MANY)
+            + number("clip_norm", self.clip_norm, above=0, null=True)
+            + whole("log_every", self.log_every, 1, MANY)
+            + whole("save_every", self.save_every, 1, MANY, null=True)
+            + whole("devices", self.devices, 1, 1024)
+        )
 
     def num_steps(self, loader: Loader) -> int:
         """Returns the optimizer steps of one fit."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qtrain import eager
 from qtrain.functional.error import sqnr_db
+from qtrain.validate import MANY, choice, number, refuse, whole
 
 NOT_OBSERVED = "its observer saw no data, so it would be converted with scale 1.0; let calibration run it"
 MAX_DB = 200.0  # stands for identical tensors, since JSON has no infinity
@@ -42,17 +43,12 @@ class TruthGate:
     max_range_ratio: float
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.on_failure not in ("error", "warn"):
-            problems.append(f"on_failure={self.on_failure}: allowed are error and warn")
-        if type(self.samples) is not int or self.samples < 1:
-            problems.append(f"samples={self.samples}: must be a whole number of at least 1")
-        if not self.max_steps > 0:
-            problems.append(f"max_steps={self.max_steps}: must be above 0")
-        if not self.max_range_ratio >= 1:
-            problems.append(f"max_range_ratio={self.max_range_ratio}: must be at least 1")
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(
+            choice("on_failure", self.on_failure, ("error", "warn"))
+            + whole("samples", self.samples, 1, MANY)
+            + number("max_steps", self.max_steps, above=0)
+            + number("max_range_ratio", self.max_range_ratio, least=1)
+        )
 
     def unobserved(self, prepared: nn.Module) -> list[str]:
         """Returns a failure for each layer with weights whose observer saw nothing during calibration.
