@@ -1,43 +1,27 @@
 """From YAML to objects: where the config lies, how it is composed, checked and built."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from qtrain.command_line import config_dir, hydra_arguments
 from qtrain.data.loaders import DataLoaders
 from qtrain.quant.base import Quantizer
-from qtrain.settings import ConfigError, check_settings, find_device, objectives
+from qtrain.settings import ConfigError, check_settings, check_targets, find_device, objectives, refuse_config
 from qtrain.task.base import Task
 from qtrain.trainer import OptimizerFactory, SchedulerFactory, Trainer
 from qtrain.truth import TruthGate
 from qtrain.validate import SEEDS, choice, shown, whole
-
-
-def config_dir() -> str:
-    """Returns the folder of the YAML files: inside the installed package, or else in the checkout."""
-    installed = Path(__file__).parent / "conf"
-    return str(installed if installed.is_dir() else Path(__file__).parents[1] / "conf")
-
-
-def hydra_arguments(arguments: list[str]) -> list[str]:
-    """Returns a command line of ours in the words that Hydra 1.3 takes.
-
-    It refuses null for a group that the defaults list holds as null, new keys in a mapping without a plus, and the
-    quotes around such a key that YAML needs, as in {"*.mlp": float}.
-    """
-    kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
-    return ["++" + re.sub(r"(['\"])(.*?)\1(?=\s*:)", r"\2", a) if a.startswith("quant.layers") else a for a in kept]
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -54,24 +38,21 @@ def resolve(config: DictConfig) -> DictConfig:
     A device or an observer that is not there becomes a line of `config.mistakes`, for `build` to raise with all others.
 
     Raises:
-        ConfigError: an interpolation leads nowhere.
+        ConfigError: an interpolation leads nowhere, or a value is missing.
     """
     config = config.copy()
     OmegaConf.set_readonly(config, False)
     OmegaConf.set_struct(config, False)
     config.pop("hydra", None)
+    refuse_config(_broken_interpolations(config))
+    refuse_config(f"{key}=???: must be given a value" for key in sorted(OmegaConf.missing_keys(config)))
     mistakes = []
     try:
-        if missing := sorted(OmegaConf.missing_keys(config)):
-            raise ConfigError("\n".join(f"{key}=???: must be given a value" for key in missing))
-        try:
-            config.device = find_device(config.device)
-        except ConfigError as err:
-            mistakes.append(str(err))
-            config.device = "cpu"  # to find out what else is wrong
-        OmegaConf.resolve(config)
-    except OmegaConfBaseException as err:
-        raise ConfigError(explain_interpolation(err)) from err
+        config.device = find_device(config.device)
+    except ConfigError as err:
+        mistakes.append(str(err))
+        config.device = "cpu"  # to find out what else is wrong
+    OmegaConf.resolve(config)
     for role in ("weight", "activation"):
         spec = OmegaConf.select(config, "quant").get(role)
         if OmegaConf.is_dict(spec) and isinstance(spec.get("observer"), str):
@@ -86,10 +67,39 @@ def resolve(config: DictConfig) -> DictConfig:
     return config
 
 
-def explain_interpolation(err: OmegaConfBaseException) -> str:
-    """Returns what is wrong with an interpolation, in one line that begins with the key that holds it."""
-    reason = str(err).partition("\n")[0]
-    return reason if err.full_key is None else f"{err.full_key}: {reason}; name a key of this config, or give a value"
+def overridden_labels(config: DictConfig) -> list[str]:
+    """Returns what is wrong where a composed config names its own choices; they label the run, and must be true."""
+    if not OmegaConf.is_dict(config.choices):
+        return [f"choices={shown(config.choices)}: names the files that were chosen, and cannot be set"]
+    return [
+        f"choices.{key}={shown(config.choices[key])}: names the file that was chosen, and cannot be set; set {key}="
+        for key in config.choices
+        if not OmegaConf.is_interpolation(config.choices, key)
+    ]
+
+
+def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
+    """Returns what is wrong where the command line sets how to calibrate, and the method does not."""
+    try:
+        calibrates = getattr(get_object(config.quant._target_), "calibrates", True)
+    except Exception:  # whatever is wrong with the name, `build` tells
+        return []
+    given = [override.lstrip("+") for override in overrides if re.match(r"\+*calib_(batches|split)=", override)]
+    return [] if calibrates else [f"{o}: quant={config.choices.quant} does not calibrate; leave it out" for o in given]
+
+
+def _broken_interpolations(node: Any, path: str = "") -> Iterator[str]:
+    """Yields a line for each interpolation below `node` that leads nowhere."""
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        where = f"{path}{key!s}"
+        try:
+            child = node[key]
+        except OmegaConfBaseException as err:
+            raw = OmegaConf.to_container(node, resolve=False)
+            yield f"{where}={raw[key]}: {str(err).splitlines()[0]}; name a key of this config, or give a value"  # type: ignore[index]
+            continue
+        if OmegaConf.is_config(child) and not OmegaConf.is_interpolation(node, key):
+            yield from _broken_interpolations(child, f"{where}.")
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,7 @@ def build(config: DictConfig) -> Parts:
     Raises:
         ConfigError: all mistakes at once, each with its key, its value and what is allowed.
     """
+    refuse_config(check_targets(config))
     problems = list(check_settings(config))
     made: dict[str, Any] = {}
     for key in ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "transform", "model"):
@@ -121,7 +132,7 @@ def build(config: DictConfig) -> Parts:
             torch.manual_seed(0 if whole("seed", config.seed, 0, SEEDS) else config.seed)
         if key == "quant":  # its two specs first: the first to fail would hide the other
             problems += [line for role in ("weight", "activation") for line in _try_spec(config.quant, role)]
-            if any(re.match(r"quant\.(weight|activation)\.", problem) for problem in problems):
+            if any(re.match(r"quant\.(weight|activation)[.=]", problem) for problem in problems):
                 continue
         try:
             made[key] = instantiate(config[key], _convert_="all")
@@ -143,6 +154,15 @@ def build(config: DictConfig) -> Parts:
         ]
     if task is not None and "model" in made:
         problems += task.mistakes(made["model"])
+    for split in ("train", "test") if data is not None else ():
+        if not len(getattr(data, split)):
+            problems.append(f"data: there are no {split} data; each of train and test needs a sample at least")
+    labels = getattr(data and data.train, "labels", None)
+    if "num_classes" in config.model and labels is not None and not problems:
+        if (needed := int(labels.max()) + 1) > config.model.num_classes:
+            problems.append(
+                f"model.num_classes={config.model.num_classes}: the labels need at least {needed}; set that"
+            )
     if data is not None and data.val is None and config.calib_split == "val":
         problems.append(
             "calib_split=val: there are no validation data; set data.val_size above 0, or use train or test"
@@ -159,8 +179,7 @@ def build(config: DictConfig) -> Parts:
                 f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
                 "there is none; set data.val_size above 0, or quant.convert_every=0"
             )
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    refuse_config(dict.fromkeys(problems))
     made["quantizer"] = made.pop("quant")
     return Parts(**made, generator_state=generator_state)
 
@@ -199,9 +218,9 @@ def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:
             lines.append(f"{where}.{line}")
         elif line.startswith(" ") and lines:
             lines[-1] += f"\n{line}"  # a list that goes with the line before
-        elif line.strip():
+        elif line.strip() and not line.startswith("full_key: "):
             # A library's constructor names no key: show what it was given.
             values = own.items() if OmegaConf.is_dict(own) else ()
-            given = [f"{where}.{k!s}={shown(v)}" for k, v in values if k != "_target_" and not OmegaConf.is_config(v)]
+            given = [f"{where}.{k!s}={shown(v)}" for k, v in values if not OmegaConf.is_config(v)]
             lines.append(f"{where}: {line}" + (f" (given {', '.join(given)})" if given else ""))
     return lines or [f"{where}: {type(cause).__name__}"]

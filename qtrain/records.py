@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 
 def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Returns the fields of a report that are known before the run."""
+    content: Any = OmegaConf.to_container(config)
     return {
-        "name": config.name,
-        "seed": config.seed,
-        "config": OmegaConf.to_container(config),
+        "name": content["name"],
+        "seed": content["seed"],
+        "config": content,
         "overrides": overrides,
         "model": config.choices.model,
         "data": config.choices.data,

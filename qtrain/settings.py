@@ -1,6 +1,6 @@
 """The settings that no constructor takes: what they may be."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,18 @@ from omegaconf import DictConfig, OmegaConf
 from qtrain.eager import find_engine
 from qtrain.validate import MANY, SEEDS, WIDE, boolean, choice, number, shown, text, whole
 
+SECTIONS = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "logger", "truth", "measure")
 MOST_THREADS = 1024  # of more, OpenMP dies without a word
 
 
 class ConfigError(ValueError):
     """Everything that is wrong with a config, one line a mistake."""
+
+
+def refuse_config(problems: Iterable[str]) -> None:
+    """Raises ConfigError with all problems, one a line, where there are any."""
+    if lines := list(problems):
+        raise ConfigError("\n".join(lines))
 
 
 def find_device(name: Any, key: str = "device") -> str:
@@ -45,6 +52,19 @@ def objectives(config: DictConfig) -> list[str]:
     if isinstance(found, str):
         return [found]
     return [str(path) for path in found] if OmegaConf.is_list(found) else []
+
+
+def check_targets(node: Any, path: str = "") -> Iterator[str]:
+    """Yields what is wrong with the keys by which Hydra makes objects, a line each."""
+    for key, value in node.items():
+        if key == "_target_":
+            yield from text(f"{path}{key}", value)
+        elif key == "_partial_":
+            yield from boolean(f"{path}{key}", value)
+        elif not path and key in SECTIONS and not OmegaConf.is_dict(value):
+            yield f"{key}={shown(value)}: must be a mapping, as in the files of conf"
+        elif OmegaConf.is_dict(value):
+            yield from check_targets(value, f"{path}{key!s}.")
 
 
 def check_settings(config: DictConfig) -> Iterator[str]:
@@ -82,9 +102,11 @@ def check_settings(config: DictConfig) -> Iterator[str]:
 
 def _check_measure(measure: Any) -> Iterator[str]:
     known = ("batch_sizes", "warmup", "repeats")
-    if not OmegaConf.is_dict(measure) or set(measure) != set(known):
-        yield f"measure={shown(measure)}: must be a mapping of {', '.join(known)}, and of nothing else"
+    if not set(measure) >= set(known):
+        yield f"measure={shown(measure)}: must be a mapping of {', '.join(known)}"
         return
+    for key in set(measure) - set(known):
+        yield f"measure.{key}={shown(measure[key])}: there is no such key; allowed are {', '.join(known)}"
     sizes = measure.batch_sizes
     if not OmegaConf.is_list(sizes) or not sizes or any(whole("", size, 1, WIDE) for size in sizes):
         yield (f"measure.batch_sizes={shown(sizes)}: must be a list of whole numbers from 1 to {WIDE}, such as [1, 64]")
@@ -102,7 +124,7 @@ def _check_optimizer(key: str, settings: Any) -> Iterator[str]:
     for name, value in settings.items():
         where = f"{key}.{name}"
         if name == "lr":
-            yield from number(where, value, above=0, most=1e6)
+            yield from number(where, value, above=0)
         elif name in ("momentum", "dampening"):
             yield from number(where, value, least=0, most=1)
         elif name in ("weight_decay", "eps"):
