@@ -169,6 +169,8 @@ def explain(err: BaseException) -> str:
             given = [argument for argument in sys.argv[1:] if "${" in argument]
             return f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; name a key of this config"
         cause = cause.__cause__ or cause.__context__
+    if "Error merging override" in str(err) and err.__cause__ is not None:
+        return f"{err}: {str(err.__cause__).splitlines()[0]}"
     is_hydras = isinstance(err, HydraException) or "Config group override" in str(err)
     if is_hydras and not any(re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]):
         return f"{err} (given {' '.join(sys.argv[1:])})"

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 
 from qtrain.command_line import config_dir, hydra_arguments
@@ -44,8 +44,7 @@ def resolve(config: DictConfig) -> DictConfig:
     OmegaConf.set_readonly(config, False)
     OmegaConf.set_struct(config, False)
     config.pop("hydra", None)
-    refuse_config(_broken_interpolations(config))
-    refuse_config(f"{key}=???: must be given a value" for key in sorted(OmegaConf.missing_keys(config)))
+    refuse_config(_unresolved(config))
     mistakes = []
     try:
         config.device = find_device(config.device)
@@ -88,18 +87,21 @@ def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
     return [] if calibrates else [f"{o}: quant={config.choices.quant} does not calibrate; leave it out" for o in given]
 
 
-def _broken_interpolations(node: Any, path: str = "") -> Iterator[str]:
-    """Yields a line for each interpolation below `node` that leads nowhere."""
+def _unresolved(node: Any, path: str = "") -> Iterator[str]:
+    """Yields a line for each value below `node` that is missing, or an interpolation that leads nowhere."""
     for key in node if OmegaConf.is_dict(node) else range(len(node)):
         where = f"{path}{key!s}"
         try:
             child = node[key]
+        except MissingMandatoryValue:
+            yield f"{where}=???: must be given a value"
+            continue
         except OmegaConfBaseException as err:
             raw = OmegaConf.to_container(node, resolve=False)
             yield f"{where}={raw[key]}: {str(err).splitlines()[0]}; name a key of this config, or give a value"  # type: ignore[index]
             continue
         if OmegaConf.is_config(child) and not OmegaConf.is_interpolation(node, key):
-            yield from _broken_interpolations(child, f"{where}.")
+            yield from _unresolved(child, f"{where}.")
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ MODELS = (
     f"{TINY_TEXT} data=text data.path=TEXT optimizer=adamw",
 )
 METHODS = sorted(path.stem for path in Path(config_dir(), "quant").glob("*.yaml"))
+METHODS.remove("weight_only_int4")  # whose groups of 32 fit none of these models
 
 
 class Hang(BaseException):
@@ -138,6 +139,7 @@ def fuzz(cases: int, seed: int, limit: float) -> tuple[Counter[str], list[str]]:
             counts[kind] += 1
             if kind not in ("ok", "refused"):
                 found.append(f"{kind}: qtrain {' '.join(arguments)}\n{text}")
+                print(found[-1], flush=True)
     for handler in set(logger.handlers) - set(handlers):
         handler.close()
     logger.handlers[:], logger.level = handlers, level
@@ -153,7 +155,6 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.monotonic()
     counts, found = fuzz(arguments.cases, arguments.seed, arguments.limit)
-    print("\n".join(found))
     kinds = {kind: counts[kind] for kind in ("ok", "refused", "unnamed", "traceback", "hang")}
     print(json.dumps({"cases": arguments.cases, "seed": arguments.seed, **kinds, "s": round(time.monotonic() - began)}))
     sys.exit(1 if found else 0)
