@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from qtrain.command_line import config_dir, hydra_arguments
+from qtrain.command_line import config_dir, hydra_arguments, refuse_lists
 from qtrain.files import alone
 
 DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
@@ -140,6 +140,7 @@ def main() -> None:
         if any(argument.startswith("resume=") for argument in sys.argv[1:]):
             continue_run(sys.argv[1:])
         else:
+            refuse_lists(sys.argv[1:])
             job()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as err:
         sys.exit(f"qtrain: error: {explain(err)}")

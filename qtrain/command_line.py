@@ -18,3 +18,12 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
     return ["++" + re.sub(r"(['\"])(.*?)\1(?=\s*:)", r"\2", a) if a.startswith("quant.layers") else a for a in kept]
+
+
+def refuse_lists(arguments: list[str]) -> None:
+    """Raises ValueError where a group is given a list, which Hydra would take for several files, and die of numbers."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if value.startswith("[") and (Path(config_dir()) / group).is_dir():
+            known = ", ".join(sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml")))
+            raise ValueError(f"{argument}: must be one of {known}")

@@ -27,11 +27,12 @@ log = logging.getLogger(__name__)
 
 def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Returns the fields of a report that are known before the run."""
-    content: Any = OmegaConf.to_container(config)
+    # Of a list or a mapping, which will be refused, only a plain one can be written down.
+    name, seed = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.name, config.seed))
     return {
-        "name": content["name"],
-        "seed": content["seed"],
-        "config": content,
+        "name": name,
+        "seed": seed,
+        "config": OmegaConf.to_container(config),
         "overrides": overrides,
         "model": config.choices.model,
         "data": config.choices.data,

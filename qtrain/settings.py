@@ -63,6 +63,8 @@ def check_targets(node: Any, path: str = "") -> Iterator[str]:
             yield from boolean(f"{path}{key}", value)
         elif not path and key in SECTIONS and not OmegaConf.is_dict(value):
             yield f"{key}={shown(value)}: must be a mapping, as in the files of conf"
+        elif not path and key == "transform" and not (value is None or OmegaConf.is_dict(value)):
+            yield f"{key}={shown(value)}: must be a mapping with _target_ and _partial_, or null"
         elif OmegaConf.is_dict(value):
             yield from check_targets(value, f"{path}{key!s}.")
 
@@ -124,7 +126,7 @@ def _check_optimizer(key: str, settings: Any) -> Iterator[str]:
     for name, value in settings.items():
         where = f"{key}.{name}"
         if name == "lr":
-            yield from number(where, value, above=0)
+            yield from number(where, value, above=0, most=1e6)
         elif name in ("momentum", "dampening"):
             yield from number(where, value, least=0, most=1)
         elif name in ("weight_decay", "eps"):

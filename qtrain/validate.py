@@ -66,7 +66,7 @@ def number(
     holds = holds and (above is None or value > above) and (least is None or value >= least)
     holds = holds and (below is None or value < below) and (most is None or value <= most)
     if least is not None and most is not None:
-        limits = [f"from {least} to {most}"]
+        limits = [f"from {least:g} to {most:g}"]
     else:
         words = (("above", above), ("of at least", least), ("below", below), ("at most", most))
         limits = [f"{word} {limit:g}" for word, limit in words if limit is not None]

@@ -429,7 +429,7 @@ def test_mistakes_end_the_process_soon_and_with_code_1(tmp_path):
     ended = start("-m", "qtrain.cli", "quant.weight.bits=9", "optimizer.lr=-1", cwd=tmp_path)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-2:] == [
-        "qtrain: error: optimizer.lr=-1: must be a number above 0",
+        "qtrain: error: optimizer.lr=-1: must be a number above 0 and at most 1e+06",
         "quant.weight.bits=9: must be a whole number from 2 to 8",
     ]
     assert time.monotonic() - began < 30  # 4 seconds on a machine at rest

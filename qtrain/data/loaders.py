@@ -128,8 +128,8 @@ def image_loaders(
         + whole("eval_batch_size", eval_batch_size, 1, MANY)
         + whole("val_size", val_size, 0, num_train - 1)
         + choice("channels", channels, (1, 3))
-        + number("mean", mean)
-        + number("std", std, above=0)
+        + number("mean", mean, least=-1e6, most=1e6)
+        + number("std", std, least=1e-6, most=1e6)
         + whole("size", size, 8, 512, null=True)
     )
     if train[0].min() == train[0].max():

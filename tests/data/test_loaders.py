@@ -155,8 +155,8 @@ def test_fingerprint_is_of_the_content():
         ({"val_size": 30}, "val_size=30: must be a whole number from 0 to 29"),
         ({"val_size": -1}, "val_size=-1: must be a whole number from 0 to 29"),
         ({"channels": 2}, "channels=2: allowed are 1 and 3"),
-        ({"std": 0}, "std=0: must be a number above 0"),
-        ({"std": float("nan")}, "std=nan: must be a number above 0"),
+        ({"std": 0}, "std=0: must be a number from 1e-06 to 1e+06"),
+        ({"std": float("nan")}, "std=nan: must be a number from 1e-06 to 1e+06"),
     ],
     ids=str,
 )
