@@ -63,7 +63,9 @@ def check_targets(node: Any, path: str = "") -> Iterator[str]:
             yield from boolean(f"{path}{key}", value)
         elif not path and key in SECTIONS and not OmegaConf.is_dict(value):
             yield f"{key}={shown(value)}: must be a mapping, as in the files of conf"
-        elif not path and key == "transform" and not (value is None or OmegaConf.is_dict(value)):
+        elif (
+            not path and key == "transform" and not (value is None or OmegaConf.is_dict(value) and "_target_" in value)
+        ):
             yield f"{key}={shown(value)}: must be a mapping with _target_ and _partial_, or null"
         elif OmegaConf.is_dict(value):
             yield from check_targets(value, f"{path}{key!s}.")
