@@ -67,8 +67,8 @@ class FloatCache:
             if (self.folder / "meta.json").exists() and not os.access(self.folder, os.W_OK):
                 return  # a cache to read only, in which nobody writes
             self.folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as err:
-            raise ValueError(f"float_cache={root}: {err}; name a folder that can be written, or null") from err
+        except OSError as err:
+            raise OSError(f"float_cache={root}: {err}; name a folder that can be written, or null") from err
         # The operating system frees the lock of a process that dies.
         self.lock = FileLock(self.folder / "lock")
 
