@@ -4,7 +4,9 @@ import copy
 import hashlib
 import json
 import logging
+import os
 import pickle
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,14 @@ class FloatCache:
     """
 
     def __init__(self, root: Path, key: str) -> None:
-        self.folder = root / key
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.root, self.folder = root, root / key
+        self.lock: AbstractContextManager[Any] = nullcontext()
+        try:
+            if (self.folder / "meta.json").exists() and not os.access(self.folder, os.W_OK):
+                return  # a cache to read only, in which nobody writes
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise OSError(f"float_cache={root}: {err}; name a folder that can be written, or null") from err
         # The operating system frees the lock of a process that dies.
         self.lock = FileLock(self.folder / "lock")
 
@@ -91,7 +99,10 @@ class FloatCache:
 
     def save(self, model: nn.Module, training: dict[str, Any]) -> None:
         """Publishes a trained model; meta.json, written last, makes the entry valid. The lock is held."""
-        remove_leftovers(self.folder)
-        save_weights(self.folder / "weights.pt", model)
-        sha256 = hashlib.sha256((self.folder / "weights.pt").read_bytes()).hexdigest()
-        write_json(self.folder / "meta.json", {"sha256": sha256, "training": training})
+        try:
+            remove_leftovers(self.folder)
+            save_weights(self.folder / "weights.pt", model)
+            sha256 = hashlib.sha256((self.folder / "weights.pt").read_bytes()).hexdigest()
+            write_json(self.folder / "meta.json", {"sha256": sha256, "training": training})
+        except OSError as err:
+            raise OSError(f"float_cache={self.root}: {err}; name a folder that can be written, or null") from err

@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,10 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from qtrain import sweep
-from qtrain.config import ConfigError, config_dir, hydra_arguments, objectives
+from qtrain.command_line import config_dir, hydra_arguments, refuse_lists
 from qtrain.files import alone
 from qtrain.plain import plain_lines
 
@@ -31,13 +31,21 @@ log = logging.getLogger(__name__)
 @hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")
 def job(config: DictConfig) -> Any:
     """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
-    from qtrain import distributed, pipeline
+    from qtrain import distributed, pipeline, sweep
+    from qtrain.config import overridden_labels, unused_settings
+    from qtrain.settings import objectives, refuse_config
 
     settings = HydraConfig.get()
     if settings.mode != RunMode.RUN and config.threads is None:
         config.threads = sweep.THREADS
     run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
     try:
+        refuse_config(overridden_labels(config))
+        unused = unused_settings(config, overrides)
+        if settings.mode == RunMode.RUN:
+            refuse_config(unused)
+        for line in unused:  # other jobs of the sweep may heed them
+            log.warning(line)
         if settings.mode == RunMode.RUN:
             with alone(run_dir):
                 report = pipeline.execute(config, run_dir, overrides)
@@ -59,6 +67,8 @@ def job(config: DictConfig) -> Any:
 
 def _select(report: Any, objective: str) -> float:
     """Returns the number that an objective names; size and latency are those of the converted model."""
+    from qtrain.settings import ConfigError
+
     found: Any = report.metrics
     path = objective.split(".")
     if objective == "size_bytes":
@@ -98,8 +108,26 @@ def _terminate(signum: int, frame: object) -> None:
     raise Terminated("terminated")
 
 
+def _quit(signum: int, frame: object) -> None:
+    os.write(2, b"qtrain: interrupted\n")
+    os._exit(128 + signum)
+
+
+def _import_all() -> None:
+    """Imports torch and all that needs it; Ctrl-C ends the process at once meanwhile.
+
+    Imports take seconds, there is nothing to clean up, and out of an import an interrupt may come as another error.
+    """
+    before = signal.signal(signal.SIGINT, _quit)
+    try:
+        import qtrain.pipeline  # noqa: F401
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def main() -> None:
     """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
+    _import_all()
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
     sys.argv = hydra_arguments(sys.argv)
@@ -113,8 +141,9 @@ def main() -> None:
         if any(argument.startswith("resume=") for argument in sys.argv[1:]):
             continue_run(sys.argv[1:])
         else:
+            refuse_lists(sys.argv[1:])
             job()
-    except (HydraException, OmegaConfBaseException, ConfigError, ValueError, OSError) as err:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain: error: {explain(err)}"))
     except KeyboardInterrupt as err:
         print(f"qtrain: {str(err) or 'interrupted'}", file=sys.stderr)
@@ -125,6 +154,8 @@ def main() -> None:
 
 def explain(err: BaseException) -> str:
     """Returns an error's text; for an unknown key, with the keys that there are."""
+    from qtrain import sweep
+
     if isinstance(err, OSError) and err.filename is not None:
         return f"{err.filename}: {err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders"
     missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
@@ -136,7 +167,15 @@ def explain(err: BaseException) -> str:
         if node is not None and getattr(cause, "full_key", None) and "not in struct" in str(cause):
             known = ", ".join(sorted(str(key) for key in node))
             return f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
+        if isinstance(cause, InterpolationResolutionError):
+            given = [argument for argument in sys.argv[1:] if "${" in argument]
+            return f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; name a key of this config"
         cause = cause.__cause__ or cause.__context__
+    if "Error merging override" in str(err) and err.__cause__ is not None:
+        return f"{err}: {str(err.__cause__).splitlines()[0]}"
+    is_hydras = isinstance(err, HydraException) or "Config group override" in str(err)
+    if is_hydras and not any(re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]):
+        return f"{err} (given {' '.join(sys.argv[1:])})"
     return str(err)
 
 

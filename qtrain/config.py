@@ -3,45 +3,25 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 
+from qtrain.command_line import config_dir, hydra_arguments
 from qtrain.data.loaders import DataLoaders
-from qtrain.eager import find_engine
 from qtrain.quant.base import Quantizer
+from qtrain.settings import ConfigError, check_settings, check_targets, find_device, objectives, refuse_config
 from qtrain.task.base import Task
 from qtrain.trainer import OptimizerFactory, SchedulerFactory, Trainer
 from qtrain.truth import TruthGate
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a config, one line a mistake."""
-
-
-def config_dir() -> str:
-    """Returns the folder of the YAML files: inside the installed package, or else in the checkout."""
-    installed = Path(__file__).parent / "conf"
-    return str(installed if installed.is_dir() else Path(__file__).parents[1] / "conf")
-
-
-def hydra_arguments(arguments: list[str]) -> list[str]:
-    """Returns a command line of ours in the words that Hydra 1.3 takes.
-
-    It refuses null for a group that the defaults list holds as null, new keys in a mapping without a plus, and the
-    quotes around such a key that YAML needs, as in {"*.mlp": float}.
-    """
-    kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
-    return ["++" + re.sub(r"(['\"])(.*?)\1(?=\s*:)", r"\2", a) if a.startswith("quant.layers") else a for a in kept]
+from qtrain.validate import SEEDS, choice, shown, whole
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -58,53 +38,70 @@ def resolve(config: DictConfig) -> DictConfig:
     A device or an observer that is not there becomes a line of `config.mistakes`, for `build` to raise with all others.
 
     Raises:
-        ConfigError: an interpolation leads nowhere.
+        ConfigError: an interpolation leads nowhere, or a value is missing.
     """
     config = config.copy()
     OmegaConf.set_readonly(config, False)
     OmegaConf.set_struct(config, False)
     config.pop("hydra", None)
+    refuse_config(_unresolved(config))
     mistakes = []
     try:
         config.device = find_device(config.device)
     except ConfigError as err:
         mistakes.append(str(err))
         config.device = "cpu"  # to find out what else is wrong
+    OmegaConf.resolve(config)
     for role in ("weight", "activation"):
-        spec = OmegaConf.select(config, f"quant.{role}")
-        if spec is not None and isinstance(spec.get("observer"), str):
-            try:
+        spec = OmegaConf.select(config, "quant").get(role)
+        if OmegaConf.is_dict(spec) and isinstance(spec.get("observer"), str):
+            known = GlobalHydra.instance().config_loader().get_group_options("observer")
+            if spec.observer in known:
                 spec.observer = hydra.compose(f"observer/{spec.observer}").observer
-            except MissingConfigException:
-                known = ", ".join(GlobalHydra.instance().config_loader().get_group_options("observer"))
-                mistakes.append(f"quant.{role}.observer={spec.observer}: allowed are {known}")
+            else:
+                mistakes += choice(f"quant.{role}.observer", spec.observer, known)
                 spec.observer = None
     if mistakes:
         config.mistakes = mistakes
-    try:
-        OmegaConf.resolve(config)
-    except OmegaConfBaseException as err:
-        raise ConfigError(str(err)) from err
     return config
 
 
-def find_device(name: str) -> str:
-    """Returns the device of that name; "auto" is the first there is of cuda, mps, cpu.
+def overridden_labels(config: DictConfig) -> list[str]:
+    """Returns what is wrong where a composed config names its own choices; they label the run, and must be true."""
+    if not OmegaConf.is_dict(config.choices):
+        return [f"choices={shown(config.choices)}: names the files that were chosen, and cannot be set"]
+    return [
+        f"choices.{key}={shown(config.choices[key])}: names the file that was chosen, and cannot be set; set {key}="
+        for key in config.choices
+        if not OmegaConf.is_interpolation(config.choices, key)
+    ]
 
-    Raises:
-        ConfigError: the device is not there.
-    """
-    there = [d for d, ok in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if ok]
-    there.append("cpu")
-    if name == "auto":
-        return there[0]
+
+def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
+    """Returns what is wrong where the command line sets how to calibrate, and the method does not."""
     try:
-        kind = torch.device(name).type
-    except (RuntimeError, TypeError):
-        kind = None
-    if kind not in there:
-        raise ConfigError(f"device={name}: not usable here; allowed are auto, {', '.join(there)}")
-    return name
+        calibrates = getattr(get_object(config.quant._target_), "calibrates", True)
+    except Exception:  # whatever is wrong with the name, `build` tells
+        return []
+    given = [override.lstrip("+") for override in overrides if re.match(r"\+*calib_(batches|split)=", override)]
+    return [] if calibrates else [f"{o}: quant={config.choices.quant} does not calibrate; leave it out" for o in given]
+
+
+def _unresolved(node: Any, path: str = "") -> Iterator[str]:
+    """Yields a line for each value below `node` that is missing, or an interpolation that leads nowhere."""
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        where = f"{path}{key!s}"
+        try:
+            child = node[key]
+        except MissingMandatoryValue:
+            yield f"{where}=???: must be given a value"
+            continue
+        except OmegaConfBaseException as err:
+            raw = OmegaConf.to_container(node, resolve=False)
+            yield f"{where}={raw[key]}: {str(err).splitlines()[0]}; name a key of this config, or give a value"  # type: ignore[index]
+            continue
+        if OmegaConf.is_config(child) and not OmegaConf.is_interpolation(node, key):
+            yield from _unresolved(child, f"{where}.")
 
 
 @dataclass(frozen=True)
@@ -129,14 +126,15 @@ def build(config: DictConfig) -> Parts:
     Raises:
         ConfigError: all mistakes at once, each with its key, its value and what is allowed.
     """
-    problems = list(_check_values(config))
+    refuse_config(check_targets(config))
+    problems = list(check_settings(config))
     made: dict[str, Any] = {}
     for key in ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "transform", "model"):
         if key == "model":
-            torch.manual_seed(config.seed if _is_whole(config.seed) else 0)
+            torch.manual_seed(0 if whole("seed", config.seed, 0, SEEDS) else config.seed)
         if key == "quant":  # its two specs first: the first to fail would hide the other
             problems += [line for role in ("weight", "activation") for line in _try_spec(config.quant, role)]
-            if any(re.match(r"quant\.(weight|activation)\.", problem) for problem in problems):
+            if any(re.match(r"quant\.(weight|activation)[.=]", problem) for problem in problems):
                 continue
         try:
             made[key] = instantiate(config[key], _convert_="all")
@@ -158,6 +156,15 @@ def build(config: DictConfig) -> Parts:
         ]
     if task is not None and "model" in made:
         problems += task.mistakes(made["model"])
+    for split in ("train", "test") if data is not None else ():
+        if not len(getattr(data, split)):
+            problems.append(f"data: there are no {split} data; each of train and test needs a sample at least")
+    labels = getattr(data and data.train, "labels", None)
+    if "num_classes" in config.model and labels is not None and not problems:
+        if (needed := int(labels.max()) + 1) > config.model.num_classes:
+            problems.append(
+                f"model.num_classes={config.model.num_classes}: the labels need at least {needed}; set that"
+            )
     if data is not None and data.val is None and config.calib_split == "val":
         problems.append(
             "calib_split=val: there are no validation data; set data.val_size above 0, or use train or test"
@@ -174,57 +181,19 @@ def build(config: DictConfig) -> Parts:
                 f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
                 "there is none; set data.val_size above 0, or quant.convert_every=0"
             )
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    refuse_config(dict.fromkeys(problems))
     made["quantizer"] = made.pop("quant")
     return Parts(**made, generator_state=generator_state)
 
 
-def objectives(config: DictConfig) -> list[str]:
-    """Returns the metrics that a sweeper shall optimize, such as quantized.accuracy; none: the task's own."""
-    found = config.objective
-    return [found] if isinstance(found, str) else list(found or [])
-
-
 def _try_spec(quant: DictConfig, role: str) -> list[str]:
+    if role in quant and not OmegaConf.is_dict(quant[role]):
+        return [f"quant.{role}={shown(quant[role])}: must be a mapping, such as {{bits: 8}}"]
     try:
         instantiate(quant.get(role), _convert_="all")
     except Exception as err:
         return _explain(f"quant.{role}", quant[role], err)
     return []
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _check_values(config: DictConfig) -> Iterator[str]:
-    yield from config.get("mistakes", ())
-    if not _is_whole(config.seed):
-        yield f"seed={config.seed}: must be a whole number of at least 0"
-    for key in ("calib_batches", "threads"):
-        if config[key] is not None and not (_is_whole(config[key]) and config[key]):
-            yield f"{key}={config[key]}: must be a whole number of at least 1, or null"
-    if config.calib_split not in ("train", "val", "test"):
-        yield f"calib_split={config.calib_split}: allowed are train, val and test"
-    if config.checkpoint is not None and not (isinstance(config.checkpoint, str) and Path(config.checkpoint).is_file()):
-        yield f"checkpoint={config.checkpoint}: there is no such file; allowed is a state dict, as float.pt of a run"
-    sizes = config.measure.batch_sizes
-    if not OmegaConf.is_list(sizes) or not all(_is_whole(size) and size for size in sizes):
-        yield f"measure.batch_sizes={sizes}: must be a list of whole numbers of at least 1, such as [1, 64]"
-    for key, least in (("repeats", 1), ("warmup", 0)):
-        if not (_is_whole(config.measure[key]) and config.measure[key] >= least):
-            yield f"measure.{key}={config.measure[key]}: must be a whole number of at least {least}"
-    engine = OmegaConf.select(config, "quant.engine")
-    if engine is not None:
-        try:
-            find_engine(engine)
-        except ValueError as err:
-            yield f"quant.{err}"
-    for key in ("optimizer.lr", "quant.optimizer.lr"):
-        rate = OmegaConf.select(config, key)
-        if rate is not None and not (isinstance(rate, int | float) and rate > 0):
-            yield f"{key}={rate}: must be a number above 0"
 
 
 def _try_out(key: str, made: dict[str, Any], problems: list[str], prefix: str = "") -> None:
@@ -241,17 +210,19 @@ def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:
     found = re.search(r"full_key: ([\w.]+)", str(err))
     where = found[1] if found else key
     cause = err.__cause__ or err
+    reason = str(cause)
     if not isinstance(cause, ValueError | TypeError | ImportError):
-        raise err
+        reason = f"{type(cause).__name__}: {reason}"  # a library's own, as an index or memory that it lacks
+    own = section if where == key else OmegaConf.select(section, where.removeprefix(f"{key}."))
     lines = []
-    for line in str(cause).splitlines():
+    for line in reason.splitlines():
         if re.match(r"[\w.*]+=", line):  # our own constructors begin with `parameter=value: `
             lines.append(f"{where}.{line}")
         elif line.startswith(" ") and lines:
             lines[-1] += f"\n{line}"  # a list that goes with the line before
-        elif line.strip():
+        elif line.strip() and not line.startswith("full_key: "):
             # A library's constructor names no key: show what it was given.
-            values = {k: v for k, v in section.items() if not str(k).startswith("_") and not OmegaConf.is_config(v)}
-            given = ", ".join(f"{where}.{k!s}={v}" for k, v in values.items())
-            lines.append(f"{where}: {line} (given {given})")
+            values = own.items() if OmegaConf.is_dict(own) else ()
+            given = [f"{where}.{k!s}={shown(v)}" for k, v in values if not OmegaConf.is_config(v)]
+            lines.append(f"{where}: {line}" + (f" (given {', '.join(given)})" if given else ""))
     return lines or [f"{where}: {type(cause).__name__}"]

@@ -296,7 +296,7 @@ def describe(
     gain = real.examples.double() - exact.examples.double()
     report.difference = {
         parts.task.quality: real.metrics[parts.task.quality] - exact.metrics[parts.task.quality],
-        "standard_error": float(gain.std(correction=1) / len(gain) ** 0.5),
+        "standard_error": float(gain.std(correction=1) / len(gain) ** 0.5) if len(gain) > 1 else None,
         "gained": int((gain > 0).sum()),
         "lost": int((gain < 0).sum()),
     }

@@ -27,9 +27,11 @@ log = logging.getLogger(__name__)
 
 def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Returns the fields of a report that are known before the run."""
+    # Of a list or a mapping, which will be refused, only a plain one can be written down.
+    name, seed = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.name, config.seed))
     return {
-        "name": config.name,
-        "seed": config.seed,
+        "name": name,
+        "seed": seed,
         "config": OmegaConf.to_container(config),
         "overrides": overrides,
         "model": config.choices.model,

@@ -5,6 +5,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from qtrain.validate import number, refuse
+
 
 def constant(optimizer: Optimizer, num_steps: int) -> LRScheduler | None:
     """Returns None: the rate stays as it is, at no cost per step."""
@@ -22,9 +24,7 @@ def cosine(optimizer: Optimizer, num_steps: int, *, warmup: float, final: float)
     Raises:
         ValueError: a share is out of range.
     """
-    for name, value in (("warmup", warmup), ("final", final)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value}: must be from 0 to 1")
+    refuse(number("warmup", warmup, least=0, most=1) + number("final", final, least=0, most=1))
     num_warmup = round(warmup * num_steps)
 
     def factor(step: int) -> float:

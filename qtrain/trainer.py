@@ -3,23 +3,25 @@
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from qtrain import distributed
-from qtrain.data.loaders import Loader
+from qtrain.data.loaders import Batch, Loader
 from qtrain.loggers import Logger
 from qtrain.resume import Checkpoint, generator_states, restoring, set_generator_states
 from qtrain.task.base import Task, training_loss
+from qtrain.validate import MANY, number, refuse, whole
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +56,15 @@ class Trainer:
     devices: int
 
     def __post_init__(self) -> None:
-        least = {"epochs": 0, "max_steps": 1, "accumulate": 1, "log_every": 1, "save_every": 1, "devices": 1}
-        optional = ("max_steps", "save_every")
-        problems = [
-            f"{name}={value}: must be a whole number of at least {low}"
-            for name, low in least.items()
-            if not (type(value := getattr(self, name)) is int and value >= low or name in optional and value is None)
-        ]
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            problems.append(f"clip_norm={self.clip_norm}: must be above 0, or null")
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(
+            whole("epochs", self.epochs, 0, MANY)
+            + whole("max_steps", self.max_steps, 1, 1000 * MANY, null=True)
+            + whole("accumulate", self.accumulate, 1, MANY)
+            + number("clip_norm", self.clip_norm, above=0, null=True)
+            + whole("log_every", self.log_every, 1, MANY)
+            + whole("save_every", self.save_every, 1, MANY, null=True)
+            + whole("devices", self.devices, 1, 1024)
+        )
 
     def num_steps(self, loader: Loader) -> int:
         """Returns the optimizer steps of one fit."""
@@ -100,6 +100,7 @@ class Trainer:
             Interrupted: the checkpoint asked for an end; the state has been saved.
         """
         model.to(device)
+        loader = without_single(loader, model)
         opt = optimizer(model.parameters())
         total_steps = self.num_steps(loader)
         schedule = scheduler(opt, total_steps)
@@ -193,6 +194,35 @@ class Trainer:
                 save(epoch + 1, 0)
                 if distributed.decide(checkpoint.must_stop, device):
                     return
+
+
+class _WithoutLast:
+    """All batches of a loader but the last."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader) - 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(self.loader, len(self))
+
+
+def without_single(loader: Loader, model: nn.Module) -> Loader:
+    """Returns the loader without a last batch of a single sample where `model` has batch-norms.
+
+    One sample has no variance: torch's batch-norm refuses it where a channel is one number.
+    """
+    labels, size = getattr(loader, "labels", ()), getattr(loader, "batch_size", 0)
+    is_single = size > 1 and len(labels) > 1 and len(labels) % size == 1
+    if not is_single or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return loader
+    log.warning(
+        f"data.batch_size={size}: the last batch of {len(labels)} samples would be a single one, which batch-norm "
+        "cannot train on; each epoch leaves one sample out"
+    )
+    return _WithoutLast(loader)
 
 
 class _RunningMean:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qtrain import eager
 from qtrain.functional.error import sqnr_db
 from qtrain.layerwise import divergence, layer_outputs, present, relative_error, run
+from qtrain.validate import MANY, choice, number, refuse, whole
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +50,13 @@ class TruthGate:
     max_loss_gap: float = 0.02
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.on_failure not in ("error", "warn"):
-            problems.append(f"on_failure={self.on_failure}: allowed are error and warn")
-        if type(self.samples) is not int or self.samples < 1:
-            problems.append(f"samples={self.samples}: must be a whole number of at least 1")
-        if not self.max_steps > 0:
-            problems.append(f"max_steps={self.max_steps}: must be above 0")
-        if not self.max_range_ratio >= 1:
-            problems.append(f"max_range_ratio={self.max_range_ratio}: must be at least 1")
-        if not 0 < self.max_loss_gap <= 1:
-            problems.append(f"max_loss_gap={self.max_loss_gap}: must be above 0 and at most 1")
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(
+            choice("on_failure", self.on_failure, ("error", "warn"))
+            + whole("samples", self.samples, 1, MANY)
+            + number("max_steps", self.max_steps, above=0)
+            + number("max_range_ratio", self.max_range_ratio, least=1)
+            + number("max_loss_gap", self.max_loss_gap, above=0, most=1)
+        )
 
     def enforce(self, failures: list[str]) -> None:
         """Raises TruthError for failures, or warns, as `on_failure` says."""

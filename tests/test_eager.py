@@ -148,7 +148,7 @@ def test_all_refusals_come_at_once():
 
 def test_an_observers_own_mistake_is_told_with_its_key():
     weight = QuantSpec(observer=partial(eager.moving_average, averaging_constant=0))
-    with pytest.raises(ValueError, match=r"^weight\.observer\.averaging_constant=0: must be above 0"):
+    with pytest.raises(ValueError, match=r"^weight\.observer\.averaging_constant=0: must be a number above 0"):
         eager.ENGINES["fbgemm"].settle(weight, SPEC)
 
 
@@ -275,7 +275,7 @@ def test_moving_average_is_a_weighted_sum(constant, granularity):
 
 @pytest.mark.parametrize("constant", [0, -0.1, 1.1, float("nan")])
 def test_moving_average_refuses_a_constant_that_does_not_average(constant):
-    with pytest.raises(ValueError, match=f"averaging_constant={constant}: must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match=f"averaging_constant={constant}: must be a number above 0 and at most 1"):
         eager.moving_average(averaging_constant=constant, qscheme=torch.per_tensor_affine)
 
 

@@ -699,7 +699,7 @@ def test_truth_gate(tmp_path, monkeypatch, caplog, setting, words):
 
 def test_wrong_settings_leave_a_report(tmp_path):
     report, message = refused(tmp_path, "quant.weight.bits=9", error=config.ConfigError)
-    assert message == "quant.weight.bits=9: allowed are the whole numbers 2..8"
+    assert message == "quant.weight.bits=9: must be a whole number from 2 to 8"
     assert report["metrics"] == {}
 
 

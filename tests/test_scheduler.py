@@ -71,5 +71,5 @@ def test_no_steps_at_all():
 @pytest.mark.parametrize("wrong", [{"warmup": -0.1}, {"warmup": 1.1}, {"final": -1}, {"final": 2}], ids=str)
 def test_shares_out_of_range(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f"^{name}={value}: must be from 0 to 1$"):
+    with pytest.raises(ValueError, match=f"^{name}={value}: must be a number from 0 to 1$"):
         cosine(sgd(), 10, **{"warmup": 0.1, "final": 0.1} | wrong)

@@ -78,13 +78,13 @@ class TwoInputs(nn.Module):
     "setting, reason",
     [
         ({"on_failure": "ignore"}, "on_failure=ignore: allowed are error and warn"),
-        ({"samples": 0}, "samples=0: must be a whole number of at least 1"),
+        ({"samples": 0}, "samples=0: must be a whole number from 1 to"),
         ({"samples": 1.5}, "samples=1.5: must be a whole number"),
         ({"samples": True}, "samples=True: must be a whole number"),
-        ({"max_steps": 0}, "max_steps=0: must be above 0"),
-        ({"max_steps": math.nan}, "max_steps=nan: must be above 0"),
-        ({"max_range_ratio": 0.9}, "max_range_ratio=0.9: must be at least 1"),
-        ({"max_range_ratio": math.nan}, "max_range_ratio=nan: must be at least 1"),
+        ({"max_steps": 0}, "max_steps=0: must be a number above 0"),
+        ({"max_steps": math.nan}, "max_steps=nan: must be a number above 0"),
+        ({"max_range_ratio": 0.9}, "max_range_ratio=0.9: must be a number of at least 1"),
+        ({"max_range_ratio": math.nan}, "max_range_ratio=nan: must be a number of at least 1"),
     ],
     ids=str,
 )

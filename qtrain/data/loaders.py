@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from qtrain.validate import MANY, choice, number, refuse, whole
 
 Batch = tuple[Tensor, Tensor]
 CHUNK = 8192  # samples normalised at once: big enough to hide the cost of an op, small enough to stay in cache
@@ -88,6 +91,14 @@ class ImageLoader:
             yield from zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True)
 
 
+def _resize(images: Tensor, size: int) -> Tensor:
+    """Returns uint8 images (N, size, size)."""
+    parts = [
+        F.interpolate(x[:, None], (size, size), mode="bilinear", antialias=True)[:, 0] for x in images.split(CHUNK)
+    ]
+    return torch.cat(parts)
+
+
 def image_loaders(
     train: Batch,
     test: Batch,
@@ -98,31 +109,33 @@ def image_loaders(
     mean: float,
     std: float,
     channels: int,
+    size: int | None = None,
     device: str,
 ) -> DataLoaders:
     """Returns the loaders of an image data set, given as (uint8 images (N, H, W), labels (N,)) a split.
 
-    The last val_size training samples are held out for validation.
+    The last val_size training samples are held out for validation. With a size, images are resized to that many pixels
+    a side.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
     """
     num_train = len(train[1])
-    problems = [
-        f"{name}={value}: must be a whole number of at least 1"
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size))
-        if type(value) is not int or value < 1
-    ]
-    if type(val_size) is not int or not 0 <= val_size < num_train:
-        problems.append(f"val_size={val_size}: must be a whole number from 0 to {num_train - 1}")
-    if channels not in (1, 3):
-        problems.append(f"channels={channels}: allowed are 1 and 3")
-    if not isinstance(mean, int | float):
-        problems.append(f"mean={mean}: must be a number")
-    if not (isinstance(std, int | float) and std > 0):
-        problems.append(f"std={std}: must be a number above 0")
-    if problems:
-        raise ValueError("\n".join(problems))
+    if not num_train or not len(test[1]):
+        raise ValueError(f"the data hold {num_train} training and {len(test[1])} test images; each needs at least one")
+    refuse(
+        whole("batch_size", batch_size, 1, MANY)
+        + whole("eval_batch_size", eval_batch_size, 1, MANY)
+        + whole("val_size", val_size, 0, num_train - 1)
+        + choice("channels", channels, (1, 3))
+        + number("mean", mean, least=-1e6, most=1e6)
+        + number("std", std, least=1e-6, most=1e6)
+        + whole("size", size, 8, 512, null=True)
+    )
+    if train[0].min() == train[0].max():
+        raise ValueError("the training images are all alike, every pixel of one value: there is nothing to learn")
+    if size is not None:
+        train, test = [(_resize(images, size), labels) for images, labels in (train, test)]
 
     digest = hashlib.sha256()
     for part in (*train, *test):

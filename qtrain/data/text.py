@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtrain import validate
 from qtrain.data.loaders import Batch, DataLoaders, shuffled_indices
 from qtrain.data.tokenizer import load_tokenizer
+from qtrain.validate import MANY, number, refuse, whole
 
 IGNORE = -100  # torch's cross_entropy leaves these targets out
 
@@ -134,24 +136,23 @@ def text(
     Raises:
         ValueError: names the parameter, its value and what is allowed.
     """
-    problems = [
-        f"{name}={value}: must be a whole number of at least 1"
-        for name, value in (("context", context), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size))
-        if type(value) is not int or value < 1
-    ]
-    if type(stride) is not int or stride < 1 or (type(context) is int and stride > context):
-        problems.append(f"stride={stride}: must be a whole number from 1 to context={context}")
-    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0 < value < 1:
-            problems.append(f"{name}={value}: must be above 0 and below 1")
+    lengths = whole("context", context, 1, MANY) + whole("stride", stride, 1, MANY)
+    if not lengths and stride > context:
+        lengths.append(f"stride={stride}: must be a whole number from 1 to context={context}")
+    problems = (
+        validate.text("path", path)
+        + whole("batch_size", batch_size, 1, MANY)
+        + whole("eval_batch_size", eval_batch_size, 1, MANY)
+        + lengths
+        + number("val_fraction", val_fraction, above=0, below=1)
+        + number("test_fraction", test_fraction, above=0, below=1)
+    )
     if not problems and val_fraction + test_fraction >= 1:
         problems.append(
             f"val_fraction={val_fraction}: with test_fraction={test_fraction} nothing is left to train on; "
             "their sum must be below 1"
         )
-    if problems:
-        raise ValueError("\n".join(problems))
-
+    refuse(problems)
     encoder = load_tokenizer(tokenizer)
     content = read_text(path)
     ends = [round(len(content) * (1 - share)) for share in (val_fraction + test_fraction, test_fraction)]

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qtrain.validate import refuse, text
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -84,6 +86,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     Raises:
         ValueError: the folder holds no tokenizer, the hub has none of that name, or the extra is not installed.
     """
+    refuse(text("tokenizer", name))
     if name == "bytes":
         return ByteTokenizer()
     folder = Path(name).expanduser()

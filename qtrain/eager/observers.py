@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 
 from qtrain.functional.fake_quantize import float32, float32s
 from qtrain.functional.spec import AUTO, QuantSpec
+from qtrain.validate import MOST_BINS, number, refuse, whole
 
 
 def minmax(**qargs: Any) -> nn.Module:
@@ -19,8 +20,7 @@ def minmax(**qargs: Any) -> nn.Module:
 
 def moving_average(*, averaging_constant: float, **qargs: Any) -> nn.Module:
     """Returns torch's observer of the exponentially averaged minimum and maximum: old + c * (new - old)."""
-    if not 0 < averaging_constant <= 1:
-        raise ValueError(f"averaging_constant={averaging_constant}: must be above 0 and at most 1")
+    refuse(number("averaging_constant", averaging_constant, above=0, most=1))
     per_channel = _per_channel(qargs["qscheme"])
     cls = tq.MovingAveragePerChannelMinMaxObserver if per_channel else tq.MovingAverageMinMaxObserver
     return cls(averaging_constant=averaging_constant, **qargs)
@@ -28,6 +28,7 @@ def moving_average(*, averaging_constant: float, **qargs: Any) -> nn.Module:
 
 def histogram(*, bins: int, **qargs: Any) -> nn.Module:
     """Returns torch's observer that searches the clipping range of least squared error on a histogram, made faster."""
+    refuse(whole("bins", bins, 2, MOST_BINS))
     refuse_per_channel("histogram", qargs["qscheme"])
     return HistogramObserver(bins=bins, **qargs)
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qtrain.validate import MANY, boolean, choice, refuse, whole
+
 AUTO = "auto"
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
@@ -49,25 +51,19 @@ class QuantSpec:
     narrow_range: bool | str = AUTO
 
     def __post_init__(self) -> None:
-        problems = []
-        if type(self.bits) is not int or not 2 <= self.bits <= 8:
-            problems.append(f"bits={self.bits}: allowed are the whole numbers 2..8")
-        if self.symmetric not in (True, False, AUTO):
-            problems.append(f"symmetric={self.symmetric}: allowed are true, false and auto")
-        if self.reduce_range not in (True, False, AUTO):
-            problems.append(f"reduce_range={self.reduce_range}: allowed are true, false and auto")
-        if self.narrow_range not in (True, False, AUTO):
-            problems.append(f"narrow_range={self.narrow_range}: allowed are true, false and auto")
-        if self.granularity not in (*GRANULARITIES, AUTO):
-            problems.append(f"granularity={self.granularity}: allowed are {', '.join(GRANULARITIES)} and auto")
-        if (self.granularity == "per_group") != (self.group_size is not None):
+        problems = (
+            whole("bits", self.bits, 2, 8)
+            + boolean("symmetric", self.symmetric, AUTO)
+            + boolean("reduce_range", self.reduce_range, AUTO)
+            + boolean("narrow_range", self.narrow_range, AUTO)
+            + choice("granularity", self.granularity, (*GRANULARITIES, AUTO))
+            + whole("group_size", self.group_size, 1, MANY, null=True)
+        )
+        if not problems and (self.granularity == "per_group") != (self.group_size is not None):
             problems.append(f"group_size={self.group_size}: goes with granularity=per_group, and only with it")
-        elif self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
-            problems.append(f"group_size={self.group_size}: must be a whole number of at least 1")
         if self.observer is not None and not callable(self.observer):
             problems.append(f"observer={self.observer}: must be a callable that makes an observer")
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(problems)
 
     def quant_range(self, signed: bool) -> tuple[int, int]:
         """Returns (quant_min, quant_max) of this spec; reduce_range leaves 7 bits of 8.

@@ -171,6 +171,7 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
     # The mean loss is the perplexity's logarithm: an error of the one is that much of the other, relatively.
     scale = quality.scale if quality.higher_is_better else quantized
     is_float = identity["method"] == "none"
+    error = difference["standard_error"]  # of a single example there is none
     sizes, latency = report["size_bytes"], report["latency_ms"]
     size = sizes.get("float_file" if is_float else "quantized_file")
     batch = next(iter(latency.get("float") or {}), None)
@@ -181,7 +182,7 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         "fake": fake,
         "quantized": quantized,
         "difference": None if is_float else quantized - exact,
-        "difference_se": None if is_float else scale * _number(difference["standard_error"]),
+        "difference_se": None if is_float or error is None else scale * _number(error),
         "size_kb": None if size is None else _positive(size) / 1000,
         "size_ratio": None if is_float or size is None else size / _positive(sizes["float_file"]),
         "latency_ms": fast,

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from qtrain.eager import DeQuantStub, QuantStub, fuse
+from qtrain.validate import WIDE, refuse, whole
 
 
 class ConvNet(nn.Module):
@@ -18,9 +19,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, *, width: int, hidden: int) -> None:
         super().__init__()
-        for name, value in (("width", width), ("hidden", hidden)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value}: must be a whole number of at least 1")
+        refuse(whole("width", width, 1, WIDE // 4) + whole("hidden", hidden, 1, WIDE))
         self.quant = QuantStub()
         self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from qtrain.eager import DeQuantStub, QuantStub, resolve
 from qtrain.model.pretrained import load_gpt2
+from qtrain.validate import MANY, WIDE, number, refuse, text, whole
 
 logger = logging.getLogger(__name__)
 
@@ -153,14 +154,15 @@ class GPT2(nn.Module):
     ) -> None:
         super().__init__()
         sizes = dict(vocab_size=vocab_size, n_positions=n_positions, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        refuse(text("pretrained", pretrained, null=True))
         if pretrained is not None:
             found, weights = load_gpt2(pretrained)
             if sizes != found:
                 logger.warning("pretrained=%s: sizes %s, where the model's config says %s", pretrained, found, sizes)
             sizes = found
-        rules = {f"{k}={v}: must be a whole number of at least 1": type(v) is int and v > 0 for k, v in sizes.items()}
-        rules[f"dropout={dropout}: must be at least 0 and below 1"] = 0 <= dropout < 1
-        _refuse(rules)
+        most = {"vocab_size": MANY, "n_positions": MANY, "n_layer": 1024, "n_head": 1024, "n_embd": WIDE}
+        problems = [line for name, value in sizes.items() for line in whole(name, value, 1, most[name])]
+        refuse(problems + number("dropout", dropout, least=0, below=1))
         self.vocab_size, self.n_positions, self.n_layer, self.n_head, self.n_embd = sizes.values()
         _refuse({f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}": self.n_embd % self.n_head == 0})
         self.wte = nn.Embedding(self.vocab_size, self.n_embd)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from qtrain.eager import DeQuantStub, QuantStub, fuse
+from qtrain.validate import WIDE, boolean, refuse, whole
 
 
 class MLP(nn.Module):
@@ -19,8 +20,9 @@ class MLP(nn.Module):
 
     def __init__(self, *, hidden: int, hidden_relu: bool, output_relu: bool) -> None:
         super().__init__()
-        if type(hidden) is not int or hidden < 1:
-            raise ValueError(f"hidden={hidden}: must be a whole number of at least 1")
+        refuse(
+            whole("hidden", hidden, 1, WIDE) + boolean("hidden_relu", hidden_relu) + boolean("output_relu", output_relu)
+        )
         self.quant = QuantStub()
         self.linear1 = nn.Linear(28 * 28, hidden)
         self.relu1 = nn.ReLU() if hidden_relu else None

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from qtrain.model.gpt2 import GPT2
+from qtrain.validate import number, refuse, whole
 
 
 @torch.no_grad()
@@ -23,10 +24,10 @@ def plant_outliers(model: GPT2, *, num_channels: int, factor: float) -> None:
     """
     if not isinstance(model, GPT2):
         raise ValueError(f"transform: plants outliers in a GPT2, but the model is a {type(model).__name__}")
-    if type(num_channels) is not int or not 1 <= num_channels <= model.n_embd:
-        raise ValueError(f"transform.num_channels={num_channels}: must be a whole number from 1 to {model.n_embd}")
-    if not factor > 0:
-        raise ValueError(f"transform.factor={factor}: must be above 0")
+    refuse(
+        whole("transform.num_channels", num_channels, 1, model.n_embd)
+        + number("transform.factor", factor, above=0, most=1e6)
+    )
     channels = torch.arange(num_channels) * model.n_embd // num_channels
     block: Any
     for block in model.h:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from qtrain.eager import UniformQuantizationObserverBase, refuse_per_channel
+from qtrain.validate import MOST_BINS, number, refuse, whole
 
 
 class PercentileObserver(UniformQuantizationObserverBase):
@@ -16,7 +17,7 @@ class PercentileObserver(UniformQuantizationObserverBase):
     Args:
         percentile: share of values in percent, above 50 and at most 100, that lies below the upper end; as many lie
             above the lower end. 100 is the plain minimum and maximum.
-        bins: a multiple of 4.
+        bins: a multiple of 4, up to MOST_BINS.
         qargs: dtype, qscheme, quant_min, quant_max, as for torch's observers.
 
     Raises:
@@ -29,10 +30,10 @@ class PercentileObserver(UniformQuantizationObserverBase):
     limit: torch.Tensor
 
     def __init__(self, *, percentile: float, bins: int, **qargs: Any) -> None:
-        if not 50 < percentile <= 100:
-            raise ValueError(f"percentile={percentile}: must be above 50 and at most 100")
-        if bins < 4 or bins % 4:
-            raise ValueError(f"bins={bins}: must be a multiple of 4")
+        problems = number("percentile", percentile, above=50, most=100) + whole("bins", bins, 4, MOST_BINS)
+        if not problems and bins % 4:
+            problems.append(f"bins={bins}: must be a multiple of 4")
+        refuse(problems)
         refuse_per_channel("percentile", qargs["qscheme"])
         super().__init__(**qargs)
         self.percentile, self.bins = percentile, bins

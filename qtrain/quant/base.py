@@ -16,6 +16,7 @@ class Quantizer:
     model it is given, except that calibration fills the prepared model's observers.
 
     Attributes:
+        calibrates: whether `calibrate` heeds its batches.
         trains: whether the prepared model is fine-tuned before it is converted.
         from_scratch: whether that training starts from the untrained model.
         engine: torch's quantized engine of the converted model, or None.
@@ -23,6 +24,7 @@ class Quantizer:
         simulated: whether no kernel can do what is asked, so that `fake` is the result.
     """
 
+    calibrates = False
     trains = False
     from_scratch = False
     simulated = False

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from qtrain import eager
 from qtrain.quant.base import Quantizer
+from qtrain.quant.layer_format import only_float
+from qtrain.validate import choice, refuse
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 WITH_MATRIX = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -33,12 +35,7 @@ class Cast(Quantizer):
     """
 
     def __init__(self, *, dtype: str, layers: dict[str, str]) -> None:
-        problems = [] if dtype in DTYPES else [f"dtype={dtype}: allowed are {', '.join(DTYPES)}"]
-        problems += [
-            f"layers.{p}={s}: must be float; all others have {dtype}" for p, s in layers.items() if s != "float"
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(choice("dtype", dtype, DTYPES) + only_float(layers, f"all others have {dtype}"))
         self.dtype, self.layers = DTYPES[dtype], layers
         self.weight = self.activation = HalfFormat()  # type: ignore[assignment]
 

@@ -12,6 +12,7 @@ from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.layer.compact import CompactLinear
 from qtrain.layer.llm_int8 import LLMInt8Linear
 from qtrain.layer.weight import HalfWeight, IntegerWeight, is_narrow
+from qtrain.validate import mapping, number, refuse, shown
 
 Make = Callable[[nn.Linear], nn.Module]
 
@@ -34,15 +35,13 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> Make | None:
     """
     fields = dict(setting) if isinstance(setting, dict) else {"method": setting}
     method = fields.pop("method", "weight_only")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
-            f"layers.{pattern}={setting}: must be {', '.join(METHODS)}, or a mapping such as {{bits: 4}} or "
+            f"layers.{pattern}={shown(setting)}: must be {', '.join(METHODS)}, or a mapping such as {{bits: 4}} or "
             "{method: llm_int8, threshold: 5.0}"
         )
     allowed = {"weight_only": set(vars(weight)), "llm_int8": {"threshold"}}.get(method, set())
-    if unknown := sorted(set(fields) - allowed):
-        shown = ", ".join(sorted(allowed)) or "no others"
-        raise ValueError(f"layers.{pattern}.{unknown[0]}={fields[unknown[0]]}: {method} has {shown}")
+    _refuse_unknown(pattern, fields, allowed, method)
     if method == "float":
         return None
     if method == "fp16":
@@ -71,10 +70,16 @@ def spec_or_format(pattern: str, setting: Any, settle_fields: Callable[[dict[str
     """
     if not isinstance(setting, dict) or "method" in setting:
         return layer_format(pattern, setting, QuantSpec())
+    _refuse_unknown(pattern, setting, set(vars(QuantSpec())), "a mapping without a method")
     try:
         return settle_fields(setting)
-    except (TypeError, ValueError) as err:
-        raise ValueError(f"layers.{pattern}.{err}") from err
+    except ValueError as err:
+        raise ValueError("\n".join(f"layers.{pattern}.{line}" for line in str(err).splitlines())) from err
+
+
+def _refuse_unknown(pattern: str, fields: dict[str, Any], allowed: set[str], owner: str) -> None:
+    has = ", ".join(sorted(allowed)) or "no others"
+    refuse(f"layers.{pattern}.{k}={shown(v)}: {owner} has {has}" for k, v in fields.items() if k not in allowed)
 
 
 def read_settings(layers: dict[str, Any], read: Callable[[str, Any], Any]) -> dict[str, Any]:
@@ -83,21 +88,27 @@ def read_settings(layers: dict[str, Any], read: Callable[[str, Any], Any]) -> di
     Raises:
         ValueError: what `read` refuses, all patterns' lines together.
     """
+    refuse(mapping("layers", layers))
     found, problems = {}, []
     for pattern, setting in layers.items():
         try:
             found[pattern] = read(pattern, setting)
         except ValueError as err:
             problems.append(str(err))
-    if problems:
-        raise ValueError("\n".join(problems))
+    refuse(problems)
     return found
+
+
+def only_float(layers: Any, reason: str) -> list[str]:
+    """Checks settings of which "float" is the only one; the reason says why."""
+    if problems := mapping("layers", layers):
+        return problems
+    return [f"layers.{p}={shown(s)}: must be float; {reason}" for p, s in layers.items() if s != "float"]
 
 
 def check_threshold(threshold: Any, prefix: str = "") -> None:
     """Raises ValueError where a threshold is neither above 0 nor None."""
-    if threshold is not None and not (isinstance(threshold, int | float) and threshold > 0):
-        raise ValueError(f"{prefix}threshold={threshold}: must be above 0, or null for no outliers")
+    refuse(number(f"{prefix}threshold", threshold, above=0, null=True))
 
 
 def settings_of(model: nn.Module, layers: dict[str, Any], other_specs: bool = False) -> dict[str, Any]:

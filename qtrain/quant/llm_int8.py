@@ -9,6 +9,7 @@ from qtrain.layer.llm_int8 import LLMInt8Linear
 from qtrain.layer.weight import IntegerWeight
 from qtrain.quant.layer_format import LLM_INT8, check_threshold
 from qtrain.quant.weight_only import WeightOnly
+from qtrain.validate import refuse
 
 
 class LLMInt8(WeightOnly):
@@ -33,8 +34,7 @@ class LLMInt8(WeightOnly):
                 check()
             except ValueError as err:
                 problems += str(err).splitlines()
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(problems)
         self.threshold = threshold
         self.activation = QuantSpec(bits=8, symmetric=True, granularity="per_channel", reduce_range=False)
 

@@ -17,6 +17,7 @@ from qtrain.fake_quantize import KERNELS, FakeQuantize
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
+from qtrain.validate import choice, refuse
 
 FORMAT = "layer_format"  # attribute of a float layer: what makes the layer that replaces it in the end
 
@@ -54,6 +55,7 @@ class PTQ(Quantizer):
             of these.
     """
 
+    calibrates = True
     engine: str
     weight: QuantSpec
     activation: QuantSpec
@@ -67,8 +69,7 @@ class PTQ(Quantizer):
         fake_quantize: str,
         layers: dict[str, Any],
     ) -> None:
-        if fake_quantize not in KERNELS:
-            raise ValueError(f"fake_quantize={fake_quantize}: allowed are {', '.join(KERNELS)}")
+        refuse(choice("fake_quantize", fake_quantize, KERNELS))
         self.engine = eager.find_engine(engine).name
         self.weight, self.activation = self._settle(weight, activation)
         self.fake_quantize = fake_quantize

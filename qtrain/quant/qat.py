@@ -11,6 +11,7 @@ from torch import nn
 from qtrain import eager
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.quant.ptq import PTQ, set_modes
+from qtrain.validate import MANY, boolean, choice, refuse, whole
 
 
 class QAT(PTQ):
@@ -26,7 +27,8 @@ class QAT(PTQ):
         conv_bn: how convolutions with batch-norm train: "folded", with one convolution, which normalises by the
             statistics of the quantized weights; "exact", with two, by those of the float weights; "torch", torch's
             own code for the latter, the slow reference. See `qtrain.eager.conv_bn`.
-        convert_every: convert and score the int8 model every so many epochs, and keep the best; 0: keep the last.
+        convert_every: convert and score the int8 model every so many epochs, at most `epochs`, and keep the best;
+            0: keep the last.
         ptq: engine, weight, activation, fake_quantize and layers, as for PTQ.
 
     Raises:
@@ -49,21 +51,18 @@ class QAT(PTQ):
         convert_every: int,
         **ptq: Any,
     ) -> None:
-        problems = []
-        if epochs < 1:
-            problems.append(f"epochs={epochs}: must be at least 1")
-        if convert_every < 0:
-            problems.append(f"convert_every={convert_every}: must be 0 (never) or a number of epochs")
-        if conv_bn not in eager.CONV_BN:
-            problems.append(f"conv_bn={conv_bn}: allowed are {', '.join(sorted(eager.CONV_BN))}")
-        stages = {
-            "start_epoch": start_epoch,
-            "freeze_observers_epoch": freeze_observers_epoch,
-            "freeze_batch_norm_epoch": freeze_batch_norm_epoch,
-        }
-        for name, epoch in stages.items():
-            if epoch is not None and not 0 <= epoch < epochs:
-                problems.append(f"{name}={epoch}: must be one of the epochs 0..{epochs - 1}, or null for never")
+        problems = (
+            whole("epochs", epochs, 1, MANY)
+            + boolean("from_scratch", from_scratch)
+            + choice("conv_bn", conv_bn, sorted(eager.CONV_BN))
+        )
+        last = MANY if problems else epochs - 1  # of a wrong number of epochs, nothing follows for the others
+        problems += (
+            whole("start_epoch", start_epoch, 0, last, null=True)
+            + whole("freeze_observers_epoch", freeze_observers_epoch, 0, last, null=True)
+            + whole("freeze_batch_norm_epoch", freeze_batch_norm_epoch, 0, last, null=True)
+            + whole("convert_every", convert_every, 0, last + 1)
+        )
         try:
             super().__init__(**ptq)
         except ValueError as err:
@@ -74,8 +73,7 @@ class QAT(PTQ):
                     "activation.observer=histogram: searches its range anew for each batch of the training; "
                     "use moving_average or minmax"
                 )
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(problems)
         self.epochs, self.optimizer, self.scheduler = epochs, optimizer, scheduler
         self.from_scratch, self.conv_bn, self.convert_every = from_scratch, conv_bn, convert_every
         self.start_epoch = start_epoch

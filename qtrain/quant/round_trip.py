@@ -12,6 +12,8 @@ from qtrain.functional.affine import Quantized
 from qtrain.functional.spec import QuantSpec
 from qtrain.layer.weight import RestoredWeight
 from qtrain.quant.base import Quantizer
+from qtrain.quant.layer_format import only_float
+from qtrain.validate import choice, refuse, whole
 
 SCOPES = ("all", "linear")
 
@@ -28,12 +30,7 @@ class RoundTrip(Quantizer):
     """
 
     def __init__(self, *, scope: str, layers: dict[str, str]) -> None:
-        problems = [] if scope in SCOPES else [f"scope={scope}: allowed are {', '.join(SCOPES)}"]
-        problems += [
-            f"layers.{p}={s}: must be float; each tensor has one format" for p, s in layers.items() if s != "float"
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(choice("scope", scope, SCOPES) + only_float(layers, "each tensor has one format"))
         self.scope, self.layers = scope, layers
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -71,8 +68,7 @@ class Absmax(RoundTrip):
     weight = QuantSpec(bits=8, symmetric=True, granularity="per_tensor", reduce_range=False)
 
     def __init__(self, *, quant_max: int, scope: str, layers: dict[str, str]) -> None:
-        if type(quant_max) is not int or not 1 <= quant_max <= 127:
-            raise ValueError(f"quant_max={quant_max}: must be a whole number from 1 to 127")
+        refuse(whole("quant_max", quant_max, 1, 127))
         super().__init__(scope=scope, layers=layers)
         self.quant_max = quant_max
 
@@ -91,8 +87,7 @@ class Zeropoint(RoundTrip):
     weight = QuantSpec(bits=8, symmetric=False, granularity="per_tensor", reduce_range=False)
 
     def __init__(self, *, num_steps: int, scope: str, layers: dict[str, str]) -> None:
-        if type(num_steps) is not int or not 1 <= num_steps <= 255:
-            raise ValueError(f"num_steps={num_steps}: must be a whole number from 1 to 255")
+        refuse(whole("num_steps", num_steps, 1, 255))
         super().__init__(scope=scope, layers=layers)
         self.num_steps = num_steps
 

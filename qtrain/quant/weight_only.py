@@ -10,6 +10,7 @@ from qtrain.layer.compact import CompactEmbedding, CompactLinear
 from qtrain.layer.weight import HalfWeight, IntegerWeight
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import layer_format, read_settings, settings_of, settle
+from qtrain.validate import choice, refuse
 
 EMBEDDINGS = ("float", "fp16", "int8", "int4")
 HEADS = ("shared", "separate", "float")
@@ -33,11 +34,7 @@ class WeightOnly(Quantizer):
     weight: QuantSpec
 
     def __init__(self, *, weight: QuantSpec, embedding: str, head: str, layers: dict[str, Any]) -> None:
-        problems = []
-        if embedding not in EMBEDDINGS:
-            problems.append(f"embedding={embedding}: allowed are {', '.join(EMBEDDINGS)}")
-        if head not in HEADS:
-            problems.append(f"head={head}: allowed are {', '.join(HEADS)}")
+        problems = choice("embedding", embedding, EMBEDDINGS) + choice("head", head, HEADS)
         try:
             self.weight = settle(weight)
         except ValueError as err:
@@ -47,8 +44,7 @@ class WeightOnly(Quantizer):
                 self.layers = read_settings(layers, lambda pattern, value: layer_format(pattern, value, weight))
             except ValueError as err:
                 problems.append(str(err))
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse(problems)
         self.embedding, self.head = embedding, head
 
     def make_linear(self, layer: nn.Linear) -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qtrain.data.loaders import Batch, Loader
 from qtrain.data.tokenizer import load_tokenizer
+from qtrain.validate import MANY, SEEDS, refuse, text, whole
 
 IGNORE = -100  # targets that another window scores
 
@@ -33,20 +34,28 @@ class LanguageModeling:
 
     def __init__(self, *, tokenizer: str, prompt: str, max_new_tokens: int, top_k: int | None, seed: int) -> None:
         self.tokenizer = load_tokenizer(tokenizer)
+        refuse(
+            text("prompt", prompt)
+            + whole("max_new_tokens", max_new_tokens, 1, MANY)
+            + whole("top_k", top_k, 1, self.tokenizer.vocab_size, null=True)
+            + whole("seed", seed, 0, SEEDS)
+        )
         self.prompt = self.tokenizer.encode(prompt)[None]  # (1, T)
-        if not self.prompt.numel():
-            raise ValueError(f"prompt={prompt}: must be a text of at least one token")
-        if top_k is not None and not 1 <= top_k <= self.tokenizer.vocab_size:
-            raise ValueError(f"top_k={top_k}: must be from 1 to {self.tokenizer.vocab_size}, or null for all tokens")
         self.max_new_tokens, self.top_k, self.seed = max_new_tokens, top_k, seed
 
     def mistakes(self, model: Any) -> list[str]:
         needed, there = self.tokenizer.vocab_size, getattr(model, "vocab_size", None)
-        if there is None or there >= needed:
-            return []
-        return [
-            f"model.vocab_size={there}: must be at least {needed}, the tokens of data.tokenizer; set it to {needed}"
-        ]
+        problems = []
+        if there is not None and there < needed:
+            problems.append(
+                f"model.vocab_size={there}: must be at least {needed}, the tokens of data.tokenizer; set it to {needed}"
+            )
+        length, room = self.prompt.shape[1], getattr(model, "n_positions", None)
+        if room is not None and length >= room:
+            problems.append(
+                f"task.prompt has {length} tokens, and model.n_positions={room} leaves none to add; shorten the prompt"
+            )
+        return problems
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         return (batch[0],)

@@ -148,15 +148,15 @@ def test_fingerprint_is_of_the_content():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"batch_size": 0}, "batch_size=0: must be a whole number of at least 1"),
-        ({"batch_size": 2.0}, "batch_size=2.0: must be a whole number of at least 1"),
-        ({"batch_size": True}, "batch_size=True: must be a whole number of at least 1"),
-        ({"eval_batch_size": -1}, "eval_batch_size=-1: must be a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size=0: must be a whole number from 1 to 1000000"),
+        ({"batch_size": 2.0}, "batch_size=2.0: must be a whole number from 1 to 1000000"),
+        ({"batch_size": True}, "batch_size=True: must be a whole number from 1 to 1000000"),
+        ({"eval_batch_size": -1}, "eval_batch_size=-1: must be a whole number from 1 to 1000000"),
         ({"val_size": 30}, "val_size=30: must be a whole number from 0 to 29"),
         ({"val_size": -1}, "val_size=-1: must be a whole number from 0 to 29"),
         ({"channels": 2}, "channels=2: allowed are 1 and 3"),
-        ({"std": 0}, "std=0: must be a number above 0"),
-        ({"std": float("nan")}, "std=nan: must be a number above 0"),
+        ({"std": 0}, "std=0: must be a number from 1e-06 to 1e+06"),
+        ({"std": float("nan")}, "std=nan: must be a number from 1e-06 to 1e+06"),
     ],
     ids=str,
 )

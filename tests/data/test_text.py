@@ -174,13 +174,13 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 0}, "context=0: must be a whole number of at least 1"),
+        ({"context": 0}, "context=0: must be a whole number from 1 to"),
         ({"batch_size": 1.5}, "batch_size=1.5: must be a whole number"),
         ({"eval_batch_size": -1}, "eval_batch_size=-1: must be"),
         ({"stride": 9}, "stride=9: must be a whole number from 1 to context=8"),
         ({"stride": 0}, "stride=0: must be"),
-        ({"val_fraction": 0}, "val_fraction=0: must be above 0 and below 1"),
-        ({"test_fraction": 1.0}, "test_fraction=1.0: must be above 0 and below 1"),
+        ({"val_fraction": 0}, "val_fraction=0: must be a number above 0 and below 1"),
+        ({"test_fraction": 1.0}, "test_fraction=1.0: must be a number above 0 and below 1"),
         ({"val_fraction": 0.6, "test_fraction": 0.4}, "val_fraction=0.6: with test_fraction=0.4 nothing is left"),
     ],
 )

@@ -306,9 +306,9 @@ def test_gelu(dtype: torch.dtype) -> None:
     ("settings", "message"),
     [
         ({"n_embd": 30, "n_head": 4}, "n_embd=30: must be a multiple of n_head=4"),
-        ({"n_layer": 0}, "n_layer=0: must be a whole number of at least 1"),
+        ({"n_layer": 0}, "n_layer=0: must be a whole number from 1 to"),
         ({"vocab_size": 2.5}, "vocab_size=2.5: must be a whole number"),
-        ({"dropout": 1.0}, "dropout=1.0: must be at least 0 and below 1"),
+        ({"dropout": 1.0}, "dropout=1.0: must be a number of at least 0 and below 1"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -34,7 +34,7 @@ def test_the_function_stays_and_the_features_stand_out(gpt2):
     "options, message",
     [
         ({"num_channels": 0, "factor": 2.0}, r"transform\.num_channels=0: must be a whole number from 1 to 16"),
-        ({"num_channels": 1, "factor": 0.0}, r"transform\.factor=0.0: must be above 0"),
+        ({"num_channels": 1, "factor": 0.0}, r"transform\.factor=0.0: must be a number above 0"),
     ],
 )
 def test_refused_settings(options, message, gpt2):

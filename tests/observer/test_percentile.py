@@ -184,12 +184,12 @@ def test_a_state_dict_carries_the_histogram():
 @pytest.mark.parametrize(
     "setting, reason",
     [
-        ({"percentile": 50}, "percentile=50: must be above 50 and at most 100"),
-        ({"percentile": 100.1}, "percentile=100.1: must be above 50"),
-        ({"percentile": float("nan")}, "percentile=nan: must be above 50"),
-        ({"bins": 0}, "bins=0: must be a multiple of 4"),
+        ({"percentile": 50}, "percentile=50: must be a number above 50 and at most 100"),
+        ({"percentile": 100.1}, "percentile=100.1: must be a number above 50"),
+        ({"percentile": float("nan")}, "percentile=nan: must be a number above 50"),
+        ({"bins": 0}, "bins=0: must be a whole number from 4"),
         ({"bins": 6}, "bins=6: must be a multiple of 4"),
-        ({"bins": -4}, "bins=-4: must be a multiple of 4"),
+        ({"bins": -4}, "bins=-4: must be a whole number from 4"),
         ({"qscheme": torch.per_channel_affine}, "observer=percentile: .*granularity=per_tensor"),
         ({"qscheme": torch.per_channel_symmetric}, "observer=percentile: .*granularity=per_tensor"),
     ],

@@ -31,7 +31,7 @@ def test_generation(dtype):
 
 
 def test_an_unknown_format():
-    with pytest.raises(ValueError, match="dtype=float8: allowed are float16, bfloat16"):
+    with pytest.raises(ValueError, match="dtype=float8: allowed are float16 and bfloat16"):
         make("float8")
 
 

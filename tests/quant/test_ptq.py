@@ -270,8 +270,8 @@ def test_activations_of_n_bits_have_2_to_the_n_values_and_are_a_simulation(bits,
     [
         ("int4", r"layers\.conv\*=int4: must be float, fp16, weight_only, llm_int8, or a mapping such as {bits: 4}"),
         (None, r"layers\.conv\*=None: must be float"),
-        ({"bits": 9}, r"layers\.conv\*\.bits=9: allowed are the whole numbers 2\.\.8"),
-        ({"bit": 4}, r"layers\.conv\*.*'bit'"),
+        ({"bits": 9}, r"layers\.conv\*\.bits=9: must be a whole number from 2 to 8"),
+        ({"bit": 4}, r"layers\.conv\*\.bit=4: .* bits, granularity"),
         ({"symmetric": False}, r"layers\.conv\*\.weight\.symmetric=false: engine onednn"),
         ({"reduce_range": True}, r"layers\.conv\*\.weight\.reduce_range=true"),
     ],
@@ -374,5 +374,5 @@ def test_the_kernel_of_fake_quantization_can_be_chosen(convnet, images, make_ptq
         for kernel in ("qtrain", "torch"):
             prepared = make(fake_quantize=kernel).prepare(convnet)
             assert {point.kernel for point in points(prepared).values()} == {kernel}
-        with pytest.raises(ValueError, match="fake_quantize=cuda: allowed are qtrain, torch"):
+        with pytest.raises(ValueError, match="fake_quantize=cuda: allowed are qtrain and torch"):
             make(fake_quantize="cuda")

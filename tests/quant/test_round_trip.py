@@ -94,7 +94,7 @@ def test_a_tied_weight_that_one_layer_keeps_in_float_stays_float(make, formula):
     [
         ("absmax", {"quant_max": 128}, "quant_max=128: must be a whole number from 1 to 127"),
         ("zeropoint", {"num_steps": 0}, "num_steps=0: must be a whole number from 1 to 255"),
-        ("absmax", {"scope": "conv"}, "scope=conv: allowed are all, linear"),
+        ("absmax", {"scope": "conv"}, "scope=conv: allowed are all and linear"),
         ("zeropoint", {"layers": {"x": {"bits": 4}}}, r"layers\.x=.*: must be float"),
     ],
 )

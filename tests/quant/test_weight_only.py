@@ -192,15 +192,18 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
     "settings, message",
     [
         ({"bits": 3}, r"weight\.bits=3: packed are 2, 4 and 8"),
-        ({"embedding": "int2"}, "embedding=int2: allowed are float, fp16, int8, int4"),
-        ({"head": "tied"}, "head=tied: allowed are shared, separate, float"),
+        ({"embedding": "int2"}, "embedding=int2: allowed are float, fp16, int8 and int4"),
+        ({"head": "tied"}, "head=tied: allowed are shared, separate and float"),
         ({"observer": eager.minmax}, r"weight\.observer=minmax: .* leave it at null"),
         ({"reduce_range": True}, r"weight\.reduce_range=true: is for activations"),
         ({"narrow_range": True, "symmetric": False}, r"weight\.narrow_range=true: goes with symmetric=true"),
         ({"layers": {"h.*": "int8"}}, r"layers\.h\.\*=int8: must be float, fp16, weight_only, llm_int8, or a mapping"),
         ({"layers": {"h.*": {"bit": 5}}}, r"layers\.h\.\*\.bit=5: weight_only has bits, "),
         ({"layers": {"h.*": {"method": "fp16", "bits": 4}}}, r"layers\.h\.\*\.bits=4: fp16 has no others"),
-        ({"layers": {"h.*": {"method": "llm_int8", "threshold": 0}}}, r"layers\.h\.\*\.threshold=0: must be above 0"),
+        (
+            {"layers": {"h.*": {"method": "llm_int8", "threshold": 0}}},
+            r"layers\.h\.\*\.threshold=0: must be a number above 0",
+        ),
         ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 4 and 8"),
     ],
 )
@@ -222,7 +225,7 @@ def test_all_layers_mistakes_come_at_once(method):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"threshold": 0}, "threshold=0: must be above 0, or null"),
+        ({"threshold": 0}, "threshold=0: must be a number above 0, or null"),
         ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 4 and 8"),
         ({"embedding": "int2", "threshold": -1}, r"(?s)threshold=-1.*embedding=int2"),
     ],
