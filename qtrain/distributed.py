@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qtrain.eager import observed_points
 from qtrain.quant.base import Quantizer
+from qtrain.validate import MOST_DEVICES
 
 SYNCHRONISED = ("minmax", "moving_average")  # observers for which a batch's extremes stand for the batch
 
@@ -86,8 +87,8 @@ def group(config: DictConfig, run_dir: Path, resume: bool) -> Iterator[Path]:
         ValueError: there are fewer devices, or torchrun has started another number of processes.
     """
     devices = config.trainer.devices
-    if not (isinstance(devices, int) and devices > 1 or _from_torchrun()):
-        yield run_dir  # what is no number of at least 1, Trainer refuses
+    if not (type(devices) is int and 1 < devices <= MOST_DEVICES or _from_torchrun()):
+        yield run_dir  # what is no number of devices, Trainer refuses
         return
     _check_devices(devices, config.device)
     if _from_torchrun():

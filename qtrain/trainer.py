@@ -21,7 +21,7 @@ from qtrain.data.loaders import Batch, Loader
 from qtrain.loggers import Logger
 from qtrain.resume import Checkpoint, generator_states, restoring, set_generator_states
 from qtrain.task.base import Task, training_loss
-from qtrain.validate import MANY, number, refuse, whole
+from qtrain.validate import MANY, MOST_DEVICES, number, refuse, whole
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Trainer:
             + number("clip_norm", self.clip_norm, above=0, null=True)
             + whole("log_every", self.log_every, 1, MANY)
             + whole("save_every", self.save_every, 1, MANY, null=True)
-            + whole("devices", self.devices, 1, 1024)
+            + whole("devices", self.devices, 1, MOST_DEVICES)
         )
 
     def num_steps(self, loader: Loader) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 SEEDS = 2**32 - 1  # torch's generator takes no more of a seed on every device
 MANY = 1_000_000  # of epochs, steps, samples, tokens
 WIDE = 16_384  # of layers, channels, samples at once
+MOST_DEVICES = 64  # processes, each of which imports torch
 MOST_BINS = 65_536  # of histograms: as many as 16 bits tell apart
 
 

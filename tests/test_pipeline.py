@@ -244,6 +244,7 @@ ELSEWHERE = {  # settings with tests of their own, below unless named otherwise
     "data.device": "test_config",
     "data.root": "data/test_mnist",
     "data.channels": "test_data_settings_that_change_no_weight",
+    "data.size": "test_data_settings_that_change_no_weight",
     "data.eval_batch_size": "test_data_settings_that_change_no_weight",
     "checkpoint": "test_starts_from_a_checkpoint",
     "float_cache": "test_cache_spares_the_training",
@@ -313,6 +314,8 @@ def test_data_settings_that_change_no_weight():
     assert [len(labels) for _, labels in config.build(settings).data.test] == [30, 18]
     settings = OmegaConf.merge(settings, {"data": {"channels": 3}})
     assert next(iter(config.build(settings).data.train))[0].shape == (8, 3, 28, 28)
+    settings = OmegaConf.merge(settings, {"data": {"size": 32}})
+    assert next(iter(config.build(settings).data.train))[0].shape == (8, 3, 32, 32)
 
 
 def test_settings_of_samples_leave_the_cached_float_model_as_it_is(tmp_path):

@@ -45,6 +45,7 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
         (["seed=[1]"], "seed=[1]: must be a whole number"),
         (["transform=[1]"], "transform=[1]: must be a mapping"),
         (["+transform={a: 1}"], "transform={'a': 1}: must be a mapping with _target_"),
+        (["trainer.devices=1000000"], "trainer.devices=1000000: must be a whole number from 1 to 64"),
         (["choices=auto"], "choices=auto: names the files that were chosen"),
         (["trainer=[0.5,2]"], "trainer=[0.5,2]: must be one of default, smoke"),
         (["data=3"], "Config group override must be a string or a list. Got int (given"),
