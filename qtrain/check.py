@@ -113,7 +113,7 @@ def rehearse(model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoade
     """Runs on a few samples, and copies, what training, evaluation and the report will do with the outputs.
 
     Returns:
-        the layers that run in train mode alone, as auxiliary classifiers do.
+        the layers that run in train mode alone, where there are auxiliary outputs.
 
     Raises:
         ValueError: an output, a batch of any split, or a metric is not what the task needs; says where and why.
@@ -127,13 +127,14 @@ def rehearse(model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoade
             _check_output(output, "in eval mode")
         _check_splits(task, data, output)
         with _running(untrained) as in_training:
-            _rehearse_training(untrained, task, first)
+            output = _rehearse_training(untrained, task, first)
         if quantizer.trains:
             prepared = quantizer.prepare(untrained)
+            quantizer.calibrate(prepared, [cloned(task.inputs(first))])
             quantizer.on_epoch(prepared.train(), 0)
             _rehearse_training(prepared, task, first)
         _rehearse_scores(untrained.eval(), task, data)
-    return frozenset(in_training - in_eval)
+    return frozenset(in_training - in_eval) if isinstance(output, tuple) else frozenset()
 
 
 @contextmanager
@@ -170,13 +171,13 @@ def _explained(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {_reason(err, '')}") from err
 
 
-def _rehearse_training(model: nn.Module, task: Task, batch: Batch) -> None:
+def _rehearse_training(model: nn.Module, task: Task, batch: Batch) -> Any:
     with torch.enable_grad(), _explained("model: one step of training fails"):
         output = model.train()(*cloned(task.inputs(batch)))
         if not isinstance(output, tuple):
             _check_output(output, "in train mode")
-        loss = training_loss(task, output, batch)
-        loss.backward()
+        training_loss(task, output, batch).backward()
+    return output
 
 
 def _check_splits(task: Task, data: DataLoaders, output: Tensor) -> None:

@@ -266,5 +266,5 @@ def test_linear_layers_train_as_if_they_were_not_fused(conv_bn, between, make_qa
 
 
 def test_another_way_is_refused(make_qat):
-    with pytest.raises(ValueError, match="conv_bn=quick: allowed are exact, folded, torch"):
+    with pytest.raises(ValueError, match="conv_bn=quick: allowed are exact, folded and torch"):
         make_qat(conv_bn="quick")
