@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import pickle
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def save_weights(path: Path, model: nn.Module) -> int:
     return path.stat().st_size
 
 
+@contextmanager
+def kept_engine() -> Iterator[None]:
+    """Puts torch's quantized engine back afterwards: a state dict that does not fit leaves it switched."""
+    before = torch.backends.quantized.engine
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads a state dict into `model`, in place.
 
@@ -40,7 +51,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict")
     try:
-        model.load_state_dict(state)
+        with kept_engine():
+            model.load_state_dict(state)
     except Exception as err:  # torch takes the keys' being strings for granted
         raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?") from err
 

@@ -538,7 +538,6 @@ def test_a_setting_without_effect_is_refused(layer, setting, convnet, make_ptq):
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
 @pytest.mark.parametrize("setting", ["float", {"bits": 4}], ids=["float", "bits"])
-@pytest.mark.xfail(strict=True, reason="bits are dropped in silence, a float island breaks the fused layer")
 def test_a_setting_for_a_part_of_a_fused_layer_is_refused(setting, is_qat, convnet, make_ptq, make_qat):
     with pytest.raises(ValueError, match=r"quant\.layers\.conv1\.0"):
         (make_qat if is_qat else make_ptq)(layers={"conv1.0": setting}).prepare(convnet)

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.ao.nn.intrinsic as nni
 import torch.ao.nn.qat as nnqat
 import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
@@ -169,6 +170,13 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     """
     stubs = {name for name, m in model.named_modules() if isinstance(m, QuantStub | DeQuantStub)}
     names = [name for name, _ in model.named_modules() if name and name not in stubs]
+    fused = {  # {part: the fused layer that it lies in}
+        f"{name}.{part}": name
+        for name, module in model.named_modules()
+        if isinstance(module, nni._FusedModule)
+        for part, _ in module.named_modules()
+        if part
+    }
     found: dict[str, Any] = {}
     for pattern, setting in layers.items():
         if pattern in stubs:
@@ -180,6 +188,10 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
             if len(known) > 20:  # the likeliest to be meant
                 shown = get_close_matches(pattern, known, 10, 0.0) + [f"{len(known) - 10} more"]
             raise ValueError(f"quant.layers.{pattern}: matches no layer; the model has {', '.join(shown)}")
+        inner = [name for name in matches if name in fused]
+        if inner == matches:
+            raise ValueError(f"quant.layers.{pattern}: is a part of the fused layer {fused[inner[0]]}; name that one")
+        matches = [name for name in matches if name not in fused]
         parts = [part for name in matches for part in model.get_submodule(name).modules()]
         if all(isinstance(part, nn.Identity) for part in parts):
             raise ValueError(f"quant.layers.{pattern}: was fused into the layer before it; name that one")

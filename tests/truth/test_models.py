@@ -156,6 +156,21 @@ def test_data_that_do_not_fit_are_refused_before_training(job, target, words):
     assert refused(job("mlp", f"data._target_={target}"), "data", *words)
 
 
+def test_a_part_of_a_fused_layer_is_refused_by_name(job):
+    for quant in ("ptq", "qat"):
+        run = job("convnet", f"quant={quant}", "quant.layers={conv1.0: {bits: 2}}")
+        assert refused(run, "quant.layers.conv1.0", "fused layer conv1")
+
+
+def test_a_failed_load_leaves_torchs_engine_as_it_was(job):
+    run, other = job("mlp", "quant.engine=qnnpack"), job("mlp", "model.hidden=8")
+    before = torch.backends.quantized.engine
+    (run.run_dir / "quantized.pt").write_bytes((other.run_dir / "quantized.pt").read_bytes())
+    with pytest.raises(ValueError, match="quantized.pt"):
+        qtrain.load(run.run_dir)
+    assert torch.backends.quantized.engine == before
+
+
 def test_a_loaded_model_predicts_as_the_run_did(job):
     """Of layers that qtrain puts in the place of torch's too."""
     run = job("nets.Normed")
