@@ -223,19 +223,6 @@ class Progress:
                 path.unlink()
 
 
-def generator_states() -> dict[str, Any]:
-    """Returns the states of torch's global generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_generator_states(states: dict[str, Any]) -> None:
-    """Puts torch's global generators back to what `generator_states` returned."""
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
 @contextmanager
 def restoring(stage: str) -> Iterator[None]:
     """Turns whatever a state that does not fit raises where it is restored into one error."""
