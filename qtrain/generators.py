@@ -1,7 +1,11 @@
 """The states of the random generators that a training draws from."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from qtrain.data.loaders import Loader
@@ -20,6 +24,21 @@ def set_generator_states(states: dict[str, Any], loader: Loader) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
     for own, state in zip(_own_generators(loader), states["own"], strict=True):
         own.set_state(state)
+
+
+@contextmanager
+def undisturbed(loader: Loader) -> Iterator[None]:
+    """Lets the block draw what follows seed 0, and puts the generators back, Python's and NumPy's among them."""
+    states, python, numpy = generator_states(loader), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would reach generators of which no state is kept
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        set_generator_states(states, loader)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _own_generators(loader: Loader) -> list[torch.Generator]:

@@ -205,8 +205,8 @@ class Progress:
             raise ValueError(f"resume={self.run_dir}: {path} is damaged ({unreadable(err)}); {again}") from None
         if not is_ours:
             raise ValueError(
-                f"resume={self.run_dir}: {path} was written by a run with another config, other data or another torch; "
-                f"put {self.run_dir / 'config.yaml'} back as it was, or {again}"
+                f"resume={self.run_dir}: {path} was written by a run with another config, other data, other code or "
+                f"another torch; put {self.run_dir / 'config.yaml'} and the code back as they were, or {again}"
             )
         return state
 
