@@ -9,7 +9,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import resolve_name
@@ -64,8 +64,9 @@ def with_fingerprint(config: DictConfig, data: DataLoaders) -> DataLoaders:
     """
     if _is_own(config):
         return data
-    loaders = (data.calib, data.val, data.test)
-    return replace(data, fingerprint=digest([loader and one_epoch(loader) for loader in loaders]))
+    train, val, test, calib = data.train, data.val, data.test, data.calib
+    found = [None if loader is None else one_epoch(loader) for loader in (calib, val, test)]
+    return DataLoaders(train=train, val=val, test=test, calib=calib, fingerprint=digest(found))
 
 
 def _is_own(config: DictConfig) -> bool:
@@ -73,9 +74,13 @@ def _is_own(config: DictConfig) -> bool:
 
 
 def one_epoch(loader: Loader) -> str:
-    """Returns a digest of the epoch that follows seed 0, whatever the batch size is where no order is drawn."""
+    """Returns a digest of the epoch that follows seed 0, whatever the batch size is where no order is drawn.
+
+    What is no pair of tensors is passed over: the checks before a training say what is wrong with it.
+    """
     with undisturbed(loader):
-        return tensors(part for batch in loader for part in enumerate(batch))
+        pairs = (batch for batch in loader if isinstance(batch, tuple | list))
+        return tensors(part for batch in pairs for part in enumerate(batch))
 
 
 def tensors(named: Iterable[tuple[Any, Any]]) -> str:
@@ -83,7 +88,7 @@ def tensors(named: Iterable[tuple[Any, Any]]) -> str:
     hashes: dict[Any, Any] = {}
     kinds = set()
     for name, tensor in named:
-        if isinstance(tensor, Tensor):  # the dry run says what else must not be there
+        if isinstance(tensor, Tensor):
             kinds.add(f"{name} {tensor.dtype} {list(tensor.shape[1:])}")
             flat = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
             hashes.setdefault(name, hashlib.sha256()).update(flat.numpy())
@@ -151,12 +156,17 @@ def _source(spec: ModuleSpec) -> tuple[str, list[str]]:
 
 
 def _imports(content: bytes, package: str | None) -> Iterator[str]:
-    for node in ast.walk(ast.parse(content)):
+    try:
+        tree = ast.parse(content)
+    except (SyntaxError, ValueError):  # named in a function that is not called: a module that cannot be imported
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = resolve_name("." * node.level + (node.module or ""), package)
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            with suppress(ImportError):  # outside a package; the module expects it, or fails itself
+                base = resolve_name("." * node.level + (node.module or ""), package)
+                yield from [f"{base}.{alias.name}" for alias in node.names]
 
 
 def _version(package: str) -> str | None:
