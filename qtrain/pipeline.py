@@ -32,6 +32,7 @@ from qtrain.measure import (
 )
 from qtrain.report import DIGESTED, Report, versions
 from qtrain.resume import Interrupted, Progress, Signals, said_how
+from qtrain.sources import code, float_key, with_fingerprint
 from qtrain.truth import finite_outputs, require_finite_weights
 
 log = logging.getLogger(__name__)
@@ -81,9 +82,11 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     keep_freed_memory()
     reset_peak_memory()
     parts = build(config)
+    parts = replace(parts, data=with_fingerprint(config, parts.data))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    key = digest([OmegaConf.to_container(config), parts.data.fingerprint, torch.__version__])
+    settings = OmegaConf.to_container(config)
+    key = digest([settings, code(settings), parts.data.fingerprint, torch.__version__])
     progress = Progress(run_dir, key, resume=resume, signals=signals, writes=is_first)
     distributed.decide(True, config.device)  # the others read no state that the first is about to remove
     distributed.check_quantizer(parts.quantizer)
@@ -163,15 +166,7 @@ def obtain_float(
         train_float(config, parts, clock, logger, progress)
         report.float_from = "training"
     else:
-        # The checkpoint, quantizer and measurements have no say in the float model; everything else does.
-        keys = ("model", "data", "task", "trainer", "optimizer", "scheduler", "seed", "device")
-        content: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(keys)))
-        content["data"].pop("root", None)  # the same data elsewhere are the same data
-        content["trainer"].pop("save_every")
-        for setting in parts.task.sample_settings:
-            content["task"].pop(setting)
-        key = digest([content, parts.data.fingerprint, torch.__version__, torch.get_num_threads()])
-        cache = FloatCache(Path(config.float_cache), key)
+        cache = FloatCache(Path(config.float_cache), float_key(config, parts))
         with cache.lock if distributed.is_first() else nullcontext():
             # What this run has begun, it ends.
             training = cache.load(model) if distributed.is_first() and not progress.has("float") else None

@@ -205,8 +205,8 @@ class Progress:
             raise ValueError(f"resume={self.run_dir}: {path} is damaged ({unreadable(err)}); {again}") from None
         if not is_ours:
             raise ValueError(
-                f"resume={self.run_dir}: {path} was written by a run with another config, other data or another torch; "
-                f"put {self.run_dir / 'config.yaml'} back as it was, or {again}"
+                f"resume={self.run_dir}: {path} was written by a run with another config, other data, other code or "
+                f"another torch; put {self.run_dir / 'config.yaml'} and the code back as they were, or {again}"
             )
         return state
 
@@ -221,19 +221,6 @@ class Progress:
                 os.truncate(path, lengths[path.name])
             else:
                 path.unlink()
-
-
-def generator_states() -> dict[str, Any]:
-    """Returns the states of torch's global generators."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_generator_states(states: dict[str, Any]) -> None:
-    """Puts torch's global generators back to what `generator_states` returned."""
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 @contextmanager

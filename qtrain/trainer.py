@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from qtrain import distributed
 from qtrain.data.loaders import Batch, Loader
+from qtrain.generators import generator_states, set_generator_states
 from qtrain.loggers import Logger
-from qtrain.resume import Checkpoint, generator_states, restoring, set_generator_states
+from qtrain.resume import Checkpoint, restoring
 from qtrain.task.base import Task, training_loss
 from qtrain.validate import MANY, MOST_DEVICES, number, refuse, whole
 
@@ -116,14 +117,14 @@ class Trainer:
                     first_epoch, done, step = (int(resumed["place"][key]) for key in ("epoch", "batches", "step"))
                     for name, part in parts.items():
                         part.load_state_dict(resumed[name])
-                    set_generator_states(resumed["generators"])
+                    set_generator_states(resumed["generators"], loader)
                 log.info(f"{stage}: resumed after step {step} of {total_steps}")
 
             def save(epoch: int, batches: int, **rest: Any) -> None:
                 logger.flush()
                 state = {name: part.state_dict() for name, part in parts.items()}
                 place = {"epoch": epoch, "batches": batches, "step": step}
-                checkpoint.save(state | {"place": place, "generators": generator_states(), **rest})
+                checkpoint.save(state | {"place": place, "generators": generator_states(loader), **rest})
 
             for epoch in range(first_epoch, self.epochs):
                 if step == total_steps:
@@ -132,16 +133,17 @@ class Trainer:
                 on_epoch_start(epoch)
                 mean = _RunningMean(device, stage, epoch)
                 distributed.spread_generator(device)
-                at_start = generator_states()
-                batches = iter(loader)
-                if done:  # draw this epoch's order again, and pass over the batches that were trained on
-                    assert resumed is not None
+                at_start = generator_states(loader)
+                inside = resumed if done else None  # of this epoch
+                if inside is not None:  # draw its order again, and pass over the batches that were trained on
                     with restoring(stage):
-                        at_start = resumed["at_start"]
-                        set_generator_states(at_start)
-                        mean.load(resumed["mean"])
+                        at_start = inside["at_start"]
+                        set_generator_states(at_start, loader)
+                        mean.load(inside["mean"])
+                batches = iter(loader)  # here already a DataLoader draws
+                if inside is not None:
                     next(islice(batches, done - 1, None))
-                    set_generator_states(resumed["generators"])
+                    set_generator_states(inside["generators"], loader)
                 bar = tqdm(
                     batches,
                     f"{stage} epoch {epoch + 1}/{self.epochs}",

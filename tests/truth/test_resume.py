@@ -1,0 +1,22 @@
+"""A run that was killed and resumed ends with the bits of one that was not, whatever loads its data."""
+
+import pytest
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+@pytest.mark.parametrize("stage, dies_at", [("float", 1000), ("qat", 2500)])  # training takes 3 * 512 samples a stage
+def test_a_dataloader_with_augmentation(job, command, monkeypatch, own_generator, stage, dies_at):
+    options = ["data._target_=augmented.noisy_digits", f"++data.own_generator={own_generator}", "quant=qat"]
+    options += ["trainer.max_steps=null", "trainer.epochs=3", "quant.epochs=3", "trainer.save_every=2"]
+    options += ["model.hidden=16", "truth.on_failure=warn"]
+    whole = job("mlp", *options)
+    assert whole.code == 0, whole.text
+    with monkeypatch.context() as patch:
+        patch.setenv("DIES_AT", str(dies_at))
+        killed = job("mlp", *options)
+    assert killed.code == 1 and killed.report["error"] == "SystemExit: killed"
+    monkeypatch.setenv("QTRAIN_TRUST", "augmented")
+    code, text = command(f"resume={killed.run_dir}")
+    assert code == 0 and f"{stage}: resumed after step" in text, text
+    for key in ("sha256", "metrics"):
+        assert killed.report[key] == whole.report[key]
