@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 MOST_BYTES = 64 * 2**20  # of a report, which has a few kilobytes
+OVERRIDES = "overrides.json"  # what stood on a run's command line; a refused second start rewrites Hydra's own record
 LOCK = ".lock"  # in the folder of a run, held by the process that is at work there
 
 

@@ -18,7 +18,7 @@ from qtrain.checkpoint import FloatCache, digest, load_weights, save_weights
 from qtrain.config import Parts, build, resolve
 from qtrain.data.loaders import Loader
 from qtrain.evaluate import Scores, evaluate
-from qtrain.files import sha256, write_atomically
+from qtrain.files import OVERRIDES, sha256, write_atomically, write_json
 from qtrain.loggers import JsonLines, Logger, Loggers
 from qtrain.measure import (
     OtherLoad,
@@ -60,6 +60,7 @@ def execute(config: DictConfig, run_dir: Path, overrides: list[str], *, resume: 
         report.config = OmegaConf.to_container(config)  # type: ignore[assignment]
         if distributed.is_first():
             write_atomically(run_dir / "config.yaml", lambda new: OmegaConf.save(config, new))
+            write_json(run_dir / OVERRIDES, overrides)
         with said_how(run_dir), Signals() as signals, distributed.group(config, run_dir, resume) as run_dir:
             run(config, run_dir, report, resume, signals)
     except BaseException as err:

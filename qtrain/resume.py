@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.checkpoint import unreadable
 from qtrain.config_file import read_config, read_yaml
-from qtrain.files import remove_leftovers, write_atomically
+from qtrain.files import OVERRIDES, remove_leftovers, write_atomically
 from qtrain.report import FILE_NAME, load_report
 
 FOLDER = "resume"
@@ -264,7 +264,9 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
             raise ValueError(f"resume={run_dir}: {err}; delete that file to go on with the run") from err
         if report["status"] == "ok":
             raise ValueError(f"resume={run_dir}: this run is finished; see its {FILE_NAME}")
-    record = run_dir / ".hydra" / "overrides.yaml"
+    record = run_dir / OVERRIDES
+    if not record.is_file():  # a run of 0.1.0
+        record = run_dir / ".hydra" / "overrides.yaml"
     try:
         config = OmegaConf.create(read_config(run_dir / "config.yaml"))
         overrides = [str(text) for text in read_yaml(record)] if record.is_file() else []

@@ -653,7 +653,7 @@ def test_scores_of_each_example(base):
 
 def test_files(base):
     run = base("quant=ptq")
-    names = {"report.json", "metrics.jsonl", "float.pt", "quantized.pt", "examples.pt", "config.yaml"}
+    names = {"report.json", "metrics.jsonl", "float.pt", "quantized.pt", "examples.pt", "config.yaml", "overrides.json"}
     assert {path.name for path in run.folder.iterdir()} == names
     assert OmegaConf.load(run.folder / "config.yaml") == compose("quant=ptq")
 
