@@ -81,6 +81,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         "params_quantized": int8_params / max(int8_params + float_params, 1),
         "macs_quantized": 1 - float_macs / sum(macs.values()) if any(macs.values()) else 0.0,
         "float_layers": float_layers,
+        "largest_float": max(quantized.named_parameters(), key=lambda p: p[1].nbytes, default=(None,))[0],
     }
 
 

@@ -240,6 +240,13 @@ def summary(report: Report, quality: str) -> list[str]:
             f"quantized: {100 * cover['params_quantized']:.1f} % of parameters, "
             f"{100 * cover['macs_quantized']:.1f} % of multiply-accumulates"
         )
+        before, after = (report.size_bytes.get(f"{kind}_file") for kind in ("float", "quantized"))
+        if before and after and after > before:
+            largest = cover.get("largest_float")
+            lines.append(
+                f"note: the quantized file is LARGER than the float one, {after / 1000:.1f} against "
+                f"{before / 1000:.1f} KB" + (f"; the largest tensor that stays float is {largest}" if largest else "")
+            )
         for reason in dict.fromkeys(cover["float_layers"].values()):
             names = [name for name, why in cover["float_layers"].items() if why == reason]
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""

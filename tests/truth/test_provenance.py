@@ -6,6 +6,15 @@ SMALL = ["data._target_=augmented.noisy_digits", "model.hidden=16", "truth.on_fa
 LONG = ["trainer.max_steps=null", "trainer.epochs=3", "trainer.save_every=2"]
 
 
+def test_a_quantized_file_that_is_larger_says_so_and_names_what_stays_float(job):
+    run = job("mlp", "model.hidden=2", "quant=dynamic", "quant.layers={linear1: float}")
+    sizes = run.report["size_bytes"]
+    assert run.code == 0 and sizes["quantized_file"] > sizes["float_file"], run.text
+    assert "the quantized file is LARGER than the float one" in run.text
+    assert "the largest tensor that stays float is linear1.weight" in run.text
+    assert "LARGER" not in job("mlp").text
+
+
 def test_a_refused_second_start_leaves_the_first_ones_records(job, command, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("DIES_AT", "1000")
