@@ -81,8 +81,13 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         "params_quantized": int8_params / max(int8_params + float_params, 1),
         "macs_quantized": 1 - float_macs / sum(macs.values()) if any(macs.values()) else 0.0,
         "float_layers": float_layers,
-        "largest_float": max(quantized.named_parameters(), key=lambda p: p[1].nbytes, default=(None,))[0],
     }
+
+
+def largest_float(quantized: nn.Module) -> str | None:
+    """Returns the name of the largest tensor that stays float, or None."""
+    parameters = quantized.named_parameters()
+    return max(parameters, key=lambda named: named[1].nbytes, default=(None, None))[0]
 
 
 def _island(name: str, model: nn.Module) -> str | None:

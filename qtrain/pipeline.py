@@ -16,6 +16,7 @@ from qtrain import distributed, eager, records
 from qtrain.check import blame, cloned, dry_run, rehearse
 from qtrain.checkpoint import FloatCache, digest, load_weights, save_weights
 from qtrain.config import Parts, build, resolve
+from qtrain.coverage import largest_float
 from qtrain.data.loaders import Loader
 from qtrain.evaluate import Scores, evaluate
 from qtrain.files import OVERRIDES, sha256, write_atomically, write_json
@@ -283,6 +284,7 @@ def describe(
         report.latency_ms["quantized"] = report.size_bytes["quantized"] = None  # type: ignore[assignment]
     report.metrics = {name: score and score.metrics for name, score in scores.items()}
     report.quant |= records.quantizer_facts(parts.quantizer)
+    report.coverage["largest_float"] = largest_float(quantized)
     report.qparams = records.activation_qparams(quantized)
     report.threads, report.device = torch.get_num_threads(), config.device
     report.peak_memory_bytes = peak_memory_bytes(config.device)
