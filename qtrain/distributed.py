@@ -53,8 +53,10 @@ def is_first() -> bool:
 
 def check_quantizer(quantizer: Quantizer) -> None:
     """Raises ValueError where several ranks cannot agree on what the quantizer's training observes."""
-    observer = quantizer.activation.describe()["observer"] if quantizer.activation is not None else None
-    if num_ranks() > 1 and quantizer.trains and observer not in SYNCHRONISED:
+    if num_ranks() == 1 or not quantizer.trains or quantizer.activation is None:
+        return
+    observer = quantizer.activation.describe()["observer"]
+    if observer not in SYNCHRONISED:
         raise ValueError(
             f"trainer.devices={num_ranks()}: quant.activation.observer {observer} cannot be synchronised; "
             f"use {' or '.join(SYNCHRONISED)}, or trainer.devices=1"

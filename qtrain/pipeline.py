@@ -211,8 +211,9 @@ def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logg
         return prepared
     # Not where the float training ended: that would depend on whether it came out of the cache.
     torch.set_rng_state(parts.generator_state)
-    checkpoint = progress.stage("qat")
+    checkpoint = progress.stage(quantizer.stage)
     checkpoint.load()
+    kind = "" if quantizer.weight is None else "int8_"
     best = checkpoint.extra  # nothing, or the quality, epoch and weights of the best epoch so far
 
     def score(epoch: int) -> dict[str, float]:
@@ -224,7 +225,7 @@ def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logg
         quality = metrics[f"val_{parts.task.quality}"] * (1 if parts.task.higher_is_better else -1)
         if not best or quality >= best["quality"]:  # of equals the later, trained longer
             best.update(quality=quality, epoch=epoch, model=copy.deepcopy(prepared.state_dict()))
-        return {f"int8_{name}": value for name, value in metrics.items()}
+        return {f"{kind}{name}": value for name, value in metrics.items()}
 
     replace(parts.trainer, epochs=quantizer.epochs).fit(
         prepared,
@@ -234,7 +235,7 @@ def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logg
         scheduler=quantizer.scheduler,
         device=config.device,
         logger=logger,
-        stage="qat",
+        stage=quantizer.stage,
         checkpoint=checkpoint,
         on_epoch_start=lambda epoch: quantizer.on_epoch(prepared, epoch),
         on_epoch_end=score,

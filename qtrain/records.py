@@ -211,9 +211,11 @@ def _seconds(stages: dict[str, float]) -> str:
 def summary(report: Report, quality: str) -> list[str]:
     """Returns the lines that a person reads at the end of a run."""
     lines = []
+    is_float = report.quant["weight"] is None  # the float model itself, or the same trained on
     for kind, metrics in report.metrics.items():
         if metrics is None or (kind == "quantized" and report.quant["method"] == "none"):
             continue
+        label = "trained on" if kind == "quantized" and is_float else kind
         simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
         size = report.size_bytes.get(f"{kind}_file")
         value = f"{100 * metrics[quality]:.2f} %" if quality == "accuracy" else f"{metrics[quality]:.3f}"
@@ -221,13 +223,13 @@ def summary(report: Report, quality: str) -> list[str]:
         facts += [f"{size / 1000:.1f} KB"] if size is not None else []
         facts += [f"{t['median']:.3f} ms at batch {n}" for n, t in (report.latency_ms.get(kind) or {}).items()]
         facts += [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
-        lines.append(f"{kind + simulated:>21}: " + ", ".join(facts))
+        lines.append(f"{label + simulated:>21}: " + ", ".join(facts))
         if "wrong_per_class" in metrics:
             lines.append(f"{'':>23}wrong by class: " + " ".join(str(n) for n in metrics["wrong_per_class"]))
     exact, real = report.latency_ms["float"], report.latency_ms["quantized"] if not report.quant["simulated"] else {}
     for size, times in (real or {}).items():
         ratio = times["median"] / exact[size]["median"]
-        if ratio > 1 and report.quant["method"] != "none":
+        if ratio > 1 and not is_float:
             lines.append(
                 f"note: the quantized model is SLOWER than float at batch {size}: {ratio:.2f} times its latency"
             )
@@ -235,7 +237,7 @@ def summary(report: Report, quality: str) -> list[str]:
     threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
     lines.append(f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s))
     cover = report.coverage
-    if report.quant["method"] != "none":
+    if not is_float:
         lines.append(
             f"quantized: {100 * cover['params_quantized']:.1f} % of parameters, "
             f"{100 * cover['macs_quantized']:.1f} % of multiply-accumulates"

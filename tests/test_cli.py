@@ -104,17 +104,17 @@ def test_the_default_experiment_is_a_sweep_that_compares(command, tmp_path):
     code, text = command(*sweep)
     assert code == 0
     found = reports(tmp_path)
-    assert [report["quant"]["method"] for report in found] == ["none", "ptq", "qat"]
-    assert [report["float_from"] for report in found] == ["training", "cache", "cache"]
+    assert [report["quant"]["method"] for report in found] == ["none", "float_finetuned", "ptq", "qat"]
+    assert [report["float_from"] for report in found] == ["training", "cache", "cache", "cache"]
     assert len({json.dumps(report["metrics"]["float"]) for report in found}) == 1
-    table = text[text.index("mlp on mnist_sample: 3 runs") :]
-    assert all(f"\n{method} " in table for method in ("float", "ptq", "qat"))
+    table = text[text.index("mlp on mnist_sample: 4 runs") :]
+    assert all(f"\n{method} " in table for method in ("float", "float_finetuned", "ptq", "qat"))
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert {"comparison.csv", "comparison.png"} <= {path.name for path in folder.iterdir()}
 
     assert command(*sweep, "quant=qat", f"hydra.sweep.dir={tmp_path}/outputs/again")[0] == 0  # narrowed to one method
     (again,) = reports(tmp_path)[:1]
-    assert again["float_from"] == "cache" and again["metrics"] == found[2]["metrics"]
+    assert again["float_from"] == "cache" and again["metrics"] == found[3]["metrics"]
 
 
 def test_one_bad_job_does_not_end_a_sweep(command, tmp_path):

@@ -354,7 +354,7 @@ def test_calibration_data(split, size):
 
 # ---- the same again --------------------------------------------------------------------------------------------------
 
-METHODS = ["none", "ptq", "qat", "dynamic"]
+METHODS = ["none", "float_finetuned", "ptq", "qat", "dynamic"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -586,18 +586,19 @@ def test_report(base, method):
     assert report["config"] == OmegaConf.to_container(compose(f"quant={method}"))
     quant = report["quant"]
     assert quant["method"] == method
-    assert (quant["engine"] in torch.backends.quantized.supported_engines) == (method != "none")
-    assert (quant["weight"] is not None) == (method != "none")
+    is_float = method in ("none", "float_finetuned")
+    assert (quant["engine"] in torch.backends.quantized.supported_engines) != is_float
+    assert (quant["weight"] is None) == is_float
     assert (quant["activation"] is not None) == (method in ("ptq", "qat"))
     assert quant["simulated"] is False
     assert report["metrics"].keys() == {"float", "fake", "quantized"}
-    assert (report["metrics"]["fake"] is None) == (method in ("none", "dynamic"))
+    assert (report["metrics"]["fake"] is None) == (is_float or method == "dynamic")
     for metrics in filter(None, report["metrics"].values()):
         assert 0 <= metrics["accuracy"] <= 1 and metrics["loss"] > 0 and metrics["count"] == 48
         assert sum(metrics["wrong_per_class"]) == round(48 * (1 - metrics["accuracy"]))
         assert sum(map(sum, metrics["confusion"])) == 48
     assert list(report["time_s"]) == list(pipeline.STAGES) and report["time_s"]["records"] > 0
-    assert (report["time_s"]["finetuning"] > 0.01) == (method == "qat")
+    assert (report["time_s"]["finetuning"] > 0.01) == (method in ("qat", "float_finetuned"))
     assert (report["threads"], report["device"]) == (1, "cpu")
     assert report["peak_memory_bytes"] > 10**7
     assert report["versions"].keys() >= {"torch", "torchvision"}

@@ -102,7 +102,8 @@ def _quantized(row: Row, digits: int) -> str:
         return NONE
     sd = row.cells.get("quantized_sd")
     spread = f" ± {sd:.{digits}f}" if sd is not None else ""
-    return f"{row.cells['quantized']:.{digits}f}{spread}" + (" (sim)" if row.cells["simulated"] else "")
+    mark = " (sim)" if row.cells["simulated"] else " (float)" if row.runs[0].facts["bits"] is None else ""
+    return f"{row.cells['quantized']:.{digits}f}{spread}{mark}"
 
 
 def _difference(key: str, header: str, digits: int) -> Column:
@@ -142,6 +143,8 @@ def legend(sections: Sequence[Section]) -> list[str]:
         lines.append("?: significance not tested")
     if any("(sim)" in text for text in texts):
         lines.append("(sim): simulated in float; there is no integer model, so neither size nor latency")
+    if any("(float)" in text for text in texts):
+        lines.append("(float): not quantized, but the float model trained on")
     if any(text.endswith(CONTENDED) for text in texts):
         lines.append(f"{CONTENDED}: measured while other programs used the CPU; qtrain-bench RUN... measures again")
     lines.append(f"{FRONT}: on the Pareto front of {names}, size and latency of its table")

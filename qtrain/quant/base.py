@@ -18,6 +18,7 @@ class Quantizer:
     Attributes:
         calibrates: whether `calibrate` heeds its batches.
         trains: whether the prepared model is fine-tuned before it is converted.
+        stage: the name that the figures of this training carry.
         from_scratch: whether that training starts from the untrained model.
         engine: torch's quantized engine of the converted model, or None.
         weight, activation: the settled specs, or None.
@@ -26,6 +27,7 @@ class Quantizer:
 
     calibrates = False
     trains = False
+    stage = ""
     from_scratch = False
     simulated = False
     engine: str | None = None

@@ -36,6 +36,7 @@ class QAT(PTQ):
     """
 
     trains = True
+    stage = "qat"
 
     def __init__(
         self,

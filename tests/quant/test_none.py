@@ -1,8 +1,10 @@
 import copy
 
+import pytest
 import torch
 
-from qtrain.quant.none import NoQuantizer
+from qtrain.config import compose
+from qtrain.quant.none import FloatFinetuned, NoQuantizer
 
 
 def test_every_stage_passes_the_model_through(model, images):
@@ -30,3 +32,24 @@ def test_it_claims_nothing():
     quantizer = NoQuantizer()
     assert (quantizer.trains, quantizer.from_scratch, quantizer.simulated) == (False, False, False)
     assert (quantizer.engine, quantizer.weight, quantizer.activation) == (None, None, None)
+
+
+def test_float_finetuned_trains_as_qat_does():
+    found, qat = (compose(f"quant={method}").quant for method in ("float_finetuned", "qat"))
+    assert found.pop("_target_") == "qtrain.quant.none.FloatFinetuned"
+    assert set(found) == {"epochs", "optimizer", "scheduler", "convert_every"}
+    assert all(found[key] == qat[key] for key in found)
+
+
+def test_float_finetuned_is_float():
+    quantizer = FloatFinetuned(epochs=2, optimizer=None, scheduler=None, convert_every=2)
+    assert quantizer.trains and not quantizer.from_scratch
+    assert (quantizer.engine, quantizer.weight, quantizer.activation) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [({"epochs": 0}, "epochs=0"), ({"convert_every": 3}, "convert_every=3: .* 0 .* 2")]
+)
+def test_float_finetuned_refuses_epochs_out_of_range(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        FloatFinetuned(**{"epochs": 2, "optimizer": None, "scheduler": None, "convert_every": 1} | wrong)

@@ -1,9 +1,15 @@
 """What a run reports of itself is what it was made from."""
 
+import json
+
 from filelock import FileLock
 
 SMALL = ["data._target_=augmented.noisy_digits", "model.hidden=16", "truth.on_failure=warn"]
 LONG = ["trainer.max_steps=null", "trainer.epochs=3", "trainer.save_every=2"]
+
+
+def lines(run):
+    return map(json.loads, (run.run_dir / "metrics.jsonl").read_text().splitlines())
 
 
 def test_a_quantized_file_that_is_larger_says_so_and_names_what_stays_float(job):
@@ -30,3 +36,18 @@ def test_a_refused_second_start_leaves_the_first_ones_records(job, command, monk
     for key in ("name", "seed", "model", "overrides", "config"):
         assert killed.report[key] == before[key]
     assert killed.report["quant"]["method"] == "ptq" and "seed=3" in killed.report["overrides"]
+
+
+def test_a_float_model_trained_as_long_as_qat_stands_beside_it(job):
+    """Both start from the same weights and take the same steps, so that their difference is quantization's."""
+    runs = [job("mlp", "trainer.epochs=2", f"quant={method}") for method in ("float_finetuned", "qat")]
+    assert [run.code for run in runs] == [0, 0], runs[0].text
+    exact, qat = (run.report for run in runs)
+    assert exact["metrics"]["float"] == qat["metrics"]["float"]
+    assert exact["metrics"]["quantized"]["loss"] < exact["metrics"]["float"]["loss"]
+    assert exact["quant"]["weight"] is exact["metrics"]["fake"] is None
+    rates = [
+        [(line["step"], line[f"{stage}/lr"]) for line in lines(run) if f"{stage}/lr" in line]
+        for run, stage in zip(runs, ("finetuning", "qat"), strict=True)
+    ]
+    assert rates[0] == rates[1] != []
