@@ -26,7 +26,7 @@ from qtrain.files import OVERRIDES, remove_leftovers, write_atomically
 from qtrain.report import FILE_NAME, load_report
 
 FOLDER = "resume"
-STAGES = ("float", "qat")  # in the order of a run
+STAGES = ("float", "finetuning", "qat")  # in the order of a run
 LOGS = ("metrics.jsonl", "events.out.tfevents*")  # files that a run appends to
 DIGEST_BYTES = hashlib.sha256().digest_size
 

@@ -27,7 +27,7 @@ class Quantizer:
 
     calibrates = False
     trains = False
-    stage = ""
+    stage = "finetuning"
     from_scratch = False
     simulated = False
     engine: str | None = None

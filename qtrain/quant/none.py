@@ -24,7 +24,6 @@ class FloatFinetuned(Quantizer):
     """
 
     trains = True
-    stage = "finetuning"
 
     def __init__(self, *, epochs: int, optimizer: Any, scheduler: Any, convert_every: int) -> None:
         problems = whole("epochs", epochs, 1, MANY)

@@ -4,9 +4,13 @@ import pytest
 
 
 @pytest.mark.parametrize("own_generator", [False, True])
-@pytest.mark.parametrize("stage, dies_at", [("float", 1000), ("qat", 2500)])  # training takes 3 * 512 samples a stage
-def test_a_dataloader_with_augmentation(job, command, monkeypatch, own_generator, stage, dies_at):
-    options = ["data._target_=augmented.noisy_digits", f"++data.own_generator={own_generator}", "quant=qat"]
+# Each stage of a training takes 3 * 512 samples.
+@pytest.mark.parametrize(
+    "method, stage, dies_at",
+    [("qat", "float", 1000), ("qat", "qat", 2500), ("float_finetuned", "finetuning", 2500)],
+)
+def test_a_dataloader_with_augmentation(job, command, monkeypatch, own_generator, method, stage, dies_at):
+    options = ["data._target_=augmented.noisy_digits", f"++data.own_generator={own_generator}", f"quant={method}"]
     options += ["trainer.max_steps=null", "trainer.epochs=3", "quant.epochs=3", "trainer.save_every=2"]
     options += ["model.hidden=16", "truth.on_failure=warn"]
     whole = job("mlp", *options)
