@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def load(run_dir: str | Path, trust: Sequence[str] = ()) -> "nn.Module":
-    """Returns the converted model of a finished run, on the CPU, in eval mode; see `qtrain.saved.load`."""
-    from qtrain.saved import load
+    """Returns the converted model of a finished run, on the CPU, in eval mode; see `qtrain.run.artifact.load`."""
+    from qtrain.run.artifact import load
 
     return load(Path(run_dir), trust)

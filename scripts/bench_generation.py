@@ -21,8 +21,8 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from qtrain.config import compose
-from qtrain.measure import keep_freed_memory, weight_bytes
+from qtrain.analyze.measure import keep_freed_memory, weight_bytes
+from qtrain.config.build import compose
 from qtrain.model.gpt2 import GPT2, KVCache
 
 ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"]

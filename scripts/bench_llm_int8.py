@@ -17,9 +17,9 @@ import bitsandbytes
 import torch
 from torch import Tensor, nn
 
-from qtrain.functional.spec import QuantSpec
-from qtrain.layer.llm_int8 import LLMInt8Linear
-from qtrain.layer.weight import IntegerWeight
+from qtrain.backend.packed.llm_int8 import LLMInt8Linear
+from qtrain.backend.packed.weight import IntegerWeight
+from qtrain.simulate.spec import QuantSpec
 
 SHAPES = {"c_attn": (768, 2304), "attn.c_proj": (768, 768), "c_fc": (768, 3072), "mlp.c_proj": (3072, 768)}
 SPEC = QuantSpec(bits=8, symmetric=True, granularity="per_channel")

@@ -25,8 +25,8 @@ import torch.ao.quantization as tq
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from qtrain.config import Parts, build, compose
-from qtrain.measure import keep_freed_memory, turns
+from qtrain.analyze.measure import keep_freed_memory, turns
+from qtrain.config.build import Parts, build, compose
 
 IMAGES = {"mlp, batch 10": 10, "mlp, batch 128": 128, "convnet, batch 64": 64, "resnet18, batch 64": 64}
 CASES = {name: [f"model={name.partition(',')[0]}", f"data.batch_size={size}"] for name, size in IMAGES.items()}

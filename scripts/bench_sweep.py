@@ -23,7 +23,7 @@ def sweep(folder: Path, jobs: int, overrides: list[str]) -> list[float]:
     """Runs the sweep; returns the process's memory in MB as each job's report appeared."""
     # Jobs that share their float model, yet are not the same.
     grid = f"truth.max_range_ratio={','.join(f'{1.25 + number / 1000:.3f}' for number in range(jobs))}"
-    command = [sys.executable, "-m", "qtrain.cli", "-m", "quant=ptq", grid, f"hydra.sweep.dir={folder}"]
+    command = [sys.executable, "-m", "qtrain.cli.run", "-m", "quant=ptq", grid, f"hydra.sweep.dir={folder}"]
     command += [f"float_cache={folder}_cache", *overrides]
     memory: list[float] = []
     with Path(f"{folder}.log").open("w") as output:

@@ -23,11 +23,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from qtrain.config import Parts, build, compose
+from qtrain.analyze.measure import keep_freed_memory
+from qtrain.config.build import Parts, build, compose
 from qtrain.data.loaders import ImageLoader
-from qtrain.loggers import Logger
-from qtrain.measure import keep_freed_memory
-from qtrain.trainer import OptimizerFactory
+from qtrain.logger.loggers import Logger
+from qtrain.train.trainer import OptimizerFactory
 
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-import qtrain.eager  # noqa: F401, which silences what torch says of quantized tensors
+import qtrain.backend.torch_ao  # noqa: F401, which silences what torch says of quantized tensors
 
 SETTINGS = ["quant=qat", "trainer.epochs=2", "trainer.save_every=20", "model.width=8", "logger=none", "threads=1"]
 SETTINGS += ["measure.repeats=3", "truth.on_failure=warn"]
@@ -28,7 +28,7 @@ SETTINGS += ["measure.repeats=3", "truth.on_failure=warn"]
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
     """Starts `qtrain` in a process group of its own."""
-    command = [sys.executable, "-m", "qtrain.cli", *arguments]
+    command = [sys.executable, "-m", "qtrain.cli.run", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 

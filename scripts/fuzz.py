@@ -29,8 +29,8 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from qtrain import cli
-from qtrain.command_line import config_dir, hydra_arguments
+from qtrain.cli import run
+from qtrain.config.command_line import config_dir, hydra_arguments
 from qtrain.data.loaders import DataLoaders, image_loaders
 
 VALUES = """-1 0 1 3 0.5 -0.5 1000000000 1000000000000000000000000000000 1e-300 1e308 true false null nan inf -inf ???
@@ -112,7 +112,7 @@ def outcome(arguments: list[str], key: str, limit: float) -> tuple[str, str]:
             redirect_stdout(said),
             redirect_stderr(said),
         ):
-            cli.main()
+            run.main()
     except SystemExit as stop:
         text = str(stop.code)
         return ("refused" if key in text else "unnamed"), text

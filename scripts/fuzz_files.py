@@ -27,9 +27,11 @@ import torch
 from omegaconf import OmegaConf
 
 import qtrain
-from qtrain import cli, compare, config, pipeline, saved
-from qtrain.files import sha256
-from qtrain.resume import DIGEST_BYTES, Interrupted
+from qtrain.cli import compare, run
+from qtrain.common.files import sha256
+from qtrain.config import build
+from qtrain.run import artifact, pipeline
+from qtrain.run.resume import DIGEST_BYTES, Interrupted
 
 TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null measure.repeats=1".split()
 TINY += ["measure.warmup=0", "data.val_size=100", "truth.on_failure=warn"]
@@ -55,12 +57,12 @@ def make_runs(folder: Path) -> None:
     """Makes a finished run, `done`, and one that was interrupted after its float training, `open`."""
     for name in ("done", "open"):
         (folder / name).mkdir(parents=True)
-    pipeline.execute(config.compose(*TINY), folder / "done", TINY)
+    pipeline.execute(build.compose(*TINY), folder / "done", TINY)
     inputs = pipeline.calibration_inputs
     pipeline.calibration_inputs = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     try:
         with contextlib.suppress(Interrupted):
-            pipeline.execute(config.compose(*TINY), folder / "open", TINY)
+            pipeline.execute(build.compose(*TINY), folder / "open", TINY)
     finally:
         pipeline.calibration_inputs = inputs
 
@@ -150,7 +152,7 @@ def read_report(folder: Path, name: str) -> str:
     lost = {"good0", "good1"} - {Path(row["folder"]).name for row in rows}
     if lost:
         raise AssertionError(f"{', '.join(sorted(lost))} lost from the comparison")
-    for read in (qtrain.load, saved.load_float, saved.sample_inputs):
+    for read in (qtrain.load, artifact.load_float, artifact.sample_inputs):
         try:
             read(folder / name)
         except ValueError as err:
@@ -160,7 +162,7 @@ def read_report(folder: Path, name: str) -> str:
 
 def read_open_run(folder: Path, name: str) -> str:
     """Goes on with the run of that name."""
-    return call(cli.main, f"resume={folder / name}")
+    return call(run.main, f"resume={folder / name}")
 
 
 def check(printed: str) -> None:
@@ -200,7 +202,7 @@ def outputs(folder: Path, file: str) -> Any:
         ValueError: it is refused.
     """
     if file == str(STATE):
-        printed = call(cli.main, f"resume={folder}")
+        printed = call(run.main, f"resume={folder}")
         if not (folder / "float.pt").is_file():
             raise ValueError(printed)
         return sha256(folder / "float.pt")
@@ -210,7 +212,7 @@ def outputs(folder: Path, file: str) -> Any:
 
         scores = _scores(find([folder]).runs[0])
         return {name: values.tolist() for name, values in scores.items()}
-    load = {"float.pt": saved.load_float, "quantized.pt": saved.load}[file]
+    load = {"float.pt": artifact.load_float, "quantized.pt": artifact.load}[file]
     with torch.inference_mode():
         return load(folder)(torch.linspace(-1, 1, 20 * 784).view(20, 1, 28, 28)).tolist()
 

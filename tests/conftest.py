@@ -5,13 +5,13 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-from qtrain import eager
-from qtrain.functional.spec import QuantSpec
+from qtrain.backend import torch_ao
 from qtrain.model.convnet import ConvNet
 from qtrain.model.mlp import MLP
 from qtrain.quant.dynamic import Dynamic
 from qtrain.quant.ptq import PTQ
 from qtrain.quant.qat import QAT
+from qtrain.simulate.spec import QuantSpec
 
 torch.set_num_threads(1)
 settings.register_profile("qtrain", derandomize=True, deadline=None)
@@ -31,7 +31,7 @@ def _isolation():
 @pytest.fixture(
     params=[
         pytest.param(name, marks=[] if name in torch.backends.quantized.supported_engines else pytest.mark.skip)
-        for name in eager.ENGINES
+        for name in torch_ao.ENGINES
     ]
 )
 def engine(request):
@@ -49,7 +49,7 @@ def full_range_bits():
 
 
 def _spec(fields):
-    return QuantSpec(**{"observer": eager.minmax, **(fields or {})})
+    return QuantSpec(**{"observer": torch_ao.minmax, **(fields or {})})
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ class Between(nn.Module):
 
     def __init__(self, *layers, fuse=()):
         super().__init__()
-        self.quant, self.dequant = eager.QuantStub(), eager.DeQuantStub()
+        self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
         self.body = nn.Sequential(*layers)
         self.runs = [[f"body.{i}" for i in run] for run in fuse]
 
@@ -105,7 +105,7 @@ class Between(nn.Module):
 
     def fuse_model(self, is_qat=False):
         if self.runs:
-            eager.fuse(self, self.runs, is_qat=is_qat)
+            torch_ao.fuse(self, self.runs, is_qat=is_qat)
 
 
 @pytest.fixture

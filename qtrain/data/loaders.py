@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtrain.validate import MANY, choice, number, refuse, whole
+from qtrain.common.validate import MANY, choice, number, refuse, whole
 
 Batch = tuple[Tensor, Tensor]
 CHUNK = 8192  # samples normalised at once: big enough to hide the cost of an op, small enough to stay in cache

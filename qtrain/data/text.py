@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain import validate
+from qtrain.common import validate
+from qtrain.common.validate import MANY, number, refuse, whole
 from qtrain.data.loaders import Batch, DataLoaders, shuffled_indices
 from qtrain.data.tokenizer import load_tokenizer
-from qtrain.validate import MANY, number, refuse, whole
 
 IGNORE = -100  # torch's cross_entropy leaves these targets out
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qtrain.validate import refuse, text
+from qtrain.common.validate import refuse, text
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from qtrain.common.plain import plain
 from qtrain.leaderboard.rows import Section
 from qtrain.leaderboard.runs import Found
-from qtrain.plain import plain
 
 
 def as_records(sections: Sequence[Section]) -> list[dict[str, Any]]:

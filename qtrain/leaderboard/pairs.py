@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qtrain.leaderboard.runs import Run
 from qtrain.leaderboard.statistics import mcnemar, paired_bootstrap
-from qtrain.report import LARGEST, verify
+from qtrain.run.report import LARGEST, verify
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qtrain.common.plain import plain
 from qtrain.leaderboard import keys, pairs, pareto
 from qtrain.leaderboard.runs import Quality, Run
 from qtrain.leaderboard.statistics import mean_and_sd, over_seeds
-from qtrain.plain import plain
 
 # What decides which test examples a text data set has, beside its name and its content.
 DATA_KEYS = ("data.path", "data.tokenizer", "data.context", "data.stride", "data.test_fraction")

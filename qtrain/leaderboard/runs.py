@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtrain.files import read_text
-from qtrain.plain import plain, plain_lines
-from qtrain.report import FILE_NAME, QUIET, load_report
+from qtrain.common.files import read_text
+from qtrain.common.plain import plain, plain_lines
+from qtrain.run.report import FILE_NAME, QUIET, load_report
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qtrain.common.plain import plain
 from qtrain.leaderboard.rows import Row, Section
 from qtrain.leaderboard.runs import Failure
 from qtrain.leaderboard.statistics import ALPHA
-from qtrain.plain import plain
 
 NONE = "-"
 UNSURE, FRONT, CONTENDED = "~", "*", "!"

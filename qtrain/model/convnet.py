@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from qtrain.eager import DeQuantStub, QuantStub, fuse
-from qtrain.validate import WIDE, refuse, whole
+from qtrain.backend.torch_ao import DeQuantStub, QuantStub, fuse
+from qtrain.common.validate import WIDE, refuse, whole
 
 
 class ConvNet(nn.Module):

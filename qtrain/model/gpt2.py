@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtrain.eager import DeQuantStub, QuantStub, resolve
+from qtrain.backend.torch_ao import DeQuantStub, QuantStub, resolve
+from qtrain.common.validate import MANY, WIDE, number, refuse, text, whole
 from qtrain.model.pretrained import load_gpt2
-from qtrain.validate import MANY, WIDE, number, refuse, text, whole
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from qtrain.common.validate import number, refuse, whole
 from qtrain.model.gpt2 import GPT2
-from qtrain.validate import number, refuse, whole
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from qtrain.eager import UniformQuantizationObserverBase, refuse_per_channel
-from qtrain.validate import MOST_BINS, number, refuse, whole
+from qtrain.backend.torch_ao import UniformQuantizationObserverBase, refuse_per_channel
+from qtrain.common.validate import MOST_BINS, number, refuse, whole
 
 
 class PercentileObserver(UniformQuantizationObserverBase):

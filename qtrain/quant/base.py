@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from qtrain import eager
-from qtrain.functional.spec import QuantSpec
+from qtrain.backend import torch_ao
+from qtrain.simulate.spec import QuantSpec
 
 
 class Quantizer:
@@ -36,7 +36,7 @@ class Quantizer:
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Returns a copy of the float `model`, ready to be calibrated."""
-        return eager.copy_model(model).eval()
+        return torch_ao.copy_model(model).eval()
 
     def calibrate(self, prepared: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
         """Runs the batches (each the arguments of one forward pass) through the observers of `prepared`, in place."""
@@ -54,4 +54,4 @@ class Quantizer:
 
     def convert(self, prepared: nn.Module) -> nn.Module:
         """Returns the quantized model, in eval mode, on the CPU."""
-        return eager.copy_model(prepared).cpu().eval()
+        return torch_ao.copy_model(prepared).cpu().eval()

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain import eager
+from qtrain.backend import torch_ao
+from qtrain.common.validate import choice, refuse
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import only_float
-from qtrain.validate import choice, refuse
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 WITH_MATRIX = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -40,9 +40,9 @@ class Cast(Quantizer):
         self.weight = self.activation = HalfFormat()  # type: ignore[assignment]
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = eager.copy_model(prepared).cpu().eval()
+        model = torch_ao.copy_model(prepared).cpu().eval()
         floats: dict[str, nn.Module] = {}
-        for matched in eager.match_layers(model, dict.fromkeys(self.layers)):
+        for matched in torch_ao.match_layers(model, dict.fromkeys(self.layers)):
             # Layers with a matrix each by itself: what lies between them, as attention, stays in one format.
             inside = {f"{matched}.{n}" if n else matched: m for n, m in model.get_submodule(matched).named_modules()}
             found = {n: copy.deepcopy(m) for n, m in inside.items() if isinstance(m, WITH_MATRIX)}

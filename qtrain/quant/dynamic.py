@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from qtrain import eager
-from qtrain.functional.spec import QuantSpec
+from qtrain.backend import torch_ao
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
+from qtrain.simulate.spec import QuantSpec
 
 
 class Dynamic(Quantizer):
@@ -32,18 +32,18 @@ class Dynamic(Quantizer):
     weight: QuantSpec
 
     def __init__(self, *, engine: str, weight: QuantSpec, layers: dict[str, Any]) -> None:
-        self.engine = eager.find_engine(engine).name
+        self.engine = torch_ao.find_engine(engine).name
         self.weight = self._settle(weight)
         self.layers = read_settings(layers, self._setting)
 
     def _settle(self, weight: QuantSpec) -> QuantSpec:
-        return eager.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]
+        return torch_ao.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]
 
     def _setting(self, pattern: str, setting: Any) -> QuantSpec | Make | None:
         return spec_or_format(pattern, setting, lambda fields: self._settle(replace(self.weight, **fields)))
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = eager.copy_model(prepared).cpu().eval()
+        model = torch_ao.copy_model(prepared).cpu().eval()
         own = settings_of(model, self.layers)
         chosen = {}
         first: dict[int, str] = {}
@@ -55,9 +55,9 @@ class Dynamic(Quantizer):
                 )
             setting = own.get(name, self.weight) if type(layer) is nn.Linear else None
             if isinstance(setting, QuantSpec):
-                weight = partial(eager.make_observer, setting, signed=True)
-                chosen[name] = eager.QConfig(activation=eager.dynamic_activation, weight=weight)
+                weight = partial(torch_ao.make_observer, setting, signed=True)
+                chosen[name] = torch_ao.QConfig(activation=torch_ao.dynamic_activation, weight=weight)
             elif setting is not None:
                 model.set_submodule(name, setting(layer))
-        with eager.use_engine(self.engine):
-            return eager.bind_engine(eager.quantize_dynamic(model, chosen), self.engine)
+        with torch_ao.use_engine(self.engine):
+            return torch_ao.bind_engine(torch_ao.quantize_dynamic(model, chosen), self.engine)

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from qtrain import eager
-from qtrain.functional.spec import AUTO, QuantSpec
-from qtrain.layer.compact import CompactLinear
-from qtrain.layer.llm_int8 import LLMInt8Linear
-from qtrain.layer.weight import HalfWeight, IntegerWeight, is_narrow
-from qtrain.validate import mapping, number, refuse, shown
+from qtrain.backend import torch_ao
+from qtrain.backend.packed.compact import CompactLinear
+from qtrain.backend.packed.llm_int8 import LLMInt8Linear
+from qtrain.backend.packed.weight import HalfWeight, IntegerWeight, is_narrow
+from qtrain.common.validate import mapping, number, refuse, shown
+from qtrain.simulate.spec import AUTO, QuantSpec
 
 Make = Callable[[nn.Linear], nn.Module]
 
@@ -122,7 +122,7 @@ def settings_of(model: nn.Module, layers: dict[str, Any], other_specs: bool = Fa
     Raises:
         ValueError: a pattern matches nothing, or nothing on which its setting has an effect.
     """
-    own = eager.match_layers(model, layers)
+    own = torch_ao.match_layers(model, layers)
     linears = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
     for pattern, setting in layers.items():
         if setting is None or other_specs and isinstance(setting, QuantSpec):

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from qtrain.common.validate import MANY, refuse, whole
 from qtrain.quant.base import Quantizer
-from qtrain.validate import MANY, refuse, whole
 
 
 class NoQuantizer(Quantizer):

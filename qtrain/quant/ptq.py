@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtrain import eager
-from qtrain.fake_quantize import KERNELS, FakeQuantize
-from qtrain.functional.spec import QuantSpec
+from qtrain.backend import torch_ao
+from qtrain.common.validate import choice, refuse
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
-from qtrain.validate import choice, refuse
+from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
+from qtrain.simulate.spec import QuantSpec
 
 FORMAT = "layer_format"  # attribute of a float layer: what makes the layer that replaces it in the end
 
@@ -33,7 +33,7 @@ def make_fake_quantize(
         quantizing: whether it fake-quantizes from the start.
         factory_kwargs: torch's QAT layers name their device in it.
     """
-    observer = eager.make_observer(spec, signed=is_weight)
+    observer = torch_ao.make_observer(spec, signed=is_weight)
     module = FakeQuantize(observer, kernel=kernel, memoryless=is_weight, observing=is_weight, quantizing=quantizing)
     return module.to((factory_kwargs or {}).get("device"))
 
@@ -70,7 +70,7 @@ class PTQ(Quantizer):
         layers: dict[str, Any],
     ) -> None:
         refuse(choice("fake_quantize", fake_quantize, KERNELS))
-        self.engine = eager.find_engine(engine).name
+        self.engine = torch_ao.find_engine(engine).name
         self.weight, self.activation = self._settle(weight, activation)
         self.fake_quantize = fake_quantize
 
@@ -83,31 +83,31 @@ class PTQ(Quantizer):
         self.simulated = self.activation.bits < 8
 
     def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
-        return eager.ENGINES[self.engine].settle(weight, activation)
+        return torch_ao.ENGINES[self.engine].settle(weight, activation)
 
     def _qconfig(self, weight: QuantSpec) -> Any:
         make = partial(make_fake_quantize, kernel=self.fake_quantize)
-        return eager.QConfig(
+        return torch_ao.QConfig(
             activation=partial(make, self.activation, is_weight=False, quantizing=False),
             weight=partial(make, weight, is_weight=True, quantizing=True),
         )
 
     def _prepare(self, model: nn.Module, **how: Any) -> nn.Module:
         if any(callable(setting) for setting in self.layers.values()):
-            model = eager.copy_model(model)
+            model = torch_ao.copy_model(model)
             for name, setting in settings_of(model, self.layers, other_specs=True).items():
                 layer = model.get_submodule(name)
                 if type(layer) is nn.Linear and callable(setting):
                     layer.__dict__[FORMAT] = setting  # goes with the layer wherever fusing moves it
         layers = {p: self._qconfig(s) if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
-        return eager.prepare(model, self._qconfig(self.weight), engine=self.engine, layers=layers, **how)
+        return torch_ao.prepare(model, self._qconfig(self.weight), engine=self.engine, layers=layers, **how)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return self._prepare(model, is_qat=False)
 
     def calibrate(self, prepared: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
         prepared.eval()
-        points = eager.observed_points(prepared).values()
+        points = torch_ao.observed_points(prepared).values()
         with torch.no_grad():
             set_modes(points, observing=True, quantizing=False)
             for inputs in batches:
@@ -115,16 +115,16 @@ class PTQ(Quantizer):
         set_modes(points, observing=False, quantizing=False)
 
     def fake(self, prepared: nn.Module) -> nn.Module | None:
-        model = eager.copy_model(prepared).eval()
+        model = torch_ao.copy_model(prepared).eval()
         with torch.no_grad():
-            for _, layer, make_weight_quantizer in eager.weighted_layers(model):
+            for _, layer, make_weight_quantizer in torch_ao.weighted_layers(model):
                 weight = make_weight_quantizer().to(layer.weight.device)(layer.weight)
                 layer.weight = nn.Parameter(weight)  # a new one: an embedding may share the old one, and stays float
         return self._simulate(model)
 
     def _simulate(self, model: nn.Module) -> nn.Module:
         """Switches a copy of the prepared model to what the converted one will do; returns it, changed."""
-        points = eager.observed_points(model).values()
+        points = torch_ao.observed_points(model).values()
         set_modes(points, observing=False, quantizing=True)
         if not self.simulated:
             for point in points:
@@ -133,14 +133,14 @@ class PTQ(Quantizer):
         return format_layers(model)
 
     def reference(self, prepared: nn.Module) -> nn.Module | None:
-        model = eager.copy_model(prepared).eval()
-        for points in (eager.observed_points(model), eager.weight_points(model)):
+        model = torch_ao.copy_model(prepared).eval()
+        for points in (torch_ao.observed_points(model), torch_ao.weight_points(model)):
             set_modes(points.values(), observing=False, quantizing=False)
         return model
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        with eager.use_engine(self.engine):
-            return eager.bind_engine(format_layers(eager.convert(prepared)), self.engine)
+        with torch_ao.use_engine(self.engine):
+            return torch_ao.bind_engine(format_layers(torch_ao.convert(prepared)), self.engine)
 
 
 def format_layers(model: nn.Module) -> nn.Module:

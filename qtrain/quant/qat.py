@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from qtrain import eager
-from qtrain.functional.spec import AUTO, QuantSpec
+from qtrain.backend import torch_ao
+from qtrain.common.validate import MANY, boolean, choice, refuse, whole
 from qtrain.quant.ptq import PTQ, set_modes
-from qtrain.validate import MANY, boolean, choice, refuse, whole
+from qtrain.simulate.spec import AUTO, QuantSpec
 
 
 class QAT(PTQ):
@@ -26,7 +26,7 @@ class QAT(PTQ):
         freeze_batch_norm_epoch: first epoch in which batch-norm statistics stand still; null: never.
         conv_bn: how convolutions with batch-norm train: "folded", with one convolution, which normalises by the
             statistics of the quantized weights; "exact", with two, by those of the float weights; "torch", torch's
-            own code for the latter, the slow reference. See `qtrain.eager.conv_bn`.
+            own code for the latter, the slow reference. See `qtrain.backend.torch_ao.conv_bn`.
         convert_every: convert and score the int8 model every so many epochs, at most `epochs`, and keep the best;
             0: keep the last.
         ptq: engine, weight, activation, fake_quantize and layers, as for PTQ.
@@ -55,7 +55,7 @@ class QAT(PTQ):
         problems = (
             whole("epochs", epochs, 1, MANY)
             + boolean("from_scratch", from_scratch)
-            + choice("conv_bn", conv_bn, sorted(eager.CONV_BN))
+            + choice("conv_bn", conv_bn, sorted(torch_ao.CONV_BN))
         )
         last = MANY if problems else epochs - 1  # of a wrong number of epochs, nothing follows for the others
         problems += (
@@ -94,14 +94,14 @@ class QAT(PTQ):
 
         quantizing = reached(self.start_epoch)
         set_modes(
-            eager.observed_points(prepared).values(),
+            torch_ao.observed_points(prepared).values(),
             observing=not reached(self.freeze_observers_epoch),
             quantizing=quantizing,
         )
-        set_modes(eager.weight_points(prepared).values(), observing=True, quantizing=quantizing)
-        eager.freeze_batch_norm(prepared, reached(self.freeze_batch_norm_epoch))
+        set_modes(torch_ao.weight_points(prepared).values(), observing=True, quantizing=quantizing)
+        torch_ao.freeze_batch_norm(prepared, reached(self.freeze_batch_norm_epoch))
 
     def fake(self, prepared: nn.Module) -> nn.Module | None:
-        model = eager.copy_model(prepared).eval()
-        set_modes(eager.weight_points(model).values(), observing=True, quantizing=True)
+        model = torch_ao.copy_model(prepared).eval()
+        set_modes(torch_ao.weight_points(model).values(), observing=True, quantizing=True)
         return self._simulate(model)

@@ -6,14 +6,14 @@ Any layer can be treated so, for it computes in float as before; what is gained 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qtrain import eager
+from qtrain.backend import torch_ao
+from qtrain.backend.packed.weight import RestoredWeight
+from qtrain.common.validate import choice, refuse, whole
 from qtrain.functional import affine
 from qtrain.functional.affine import Quantized
-from qtrain.functional.spec import QuantSpec
-from qtrain.layer.weight import RestoredWeight
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import only_float
-from qtrain.validate import choice, refuse, whole
+from qtrain.simulate.spec import QuantSpec
 
 SCOPES = ("all", "linear")
 
@@ -38,8 +38,8 @@ class RoundTrip(Quantizer):
         raise NotImplementedError
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = eager.copy_model(prepared).cpu().eval().requires_grad_(False)
-        floats = eager.match_layers(model, dict.fromkeys(self.layers))
+        model = torch_ao.copy_model(prepared).cpu().eval().requires_grad_(False)
+        floats = torch_ao.match_layers(model, dict.fromkeys(self.layers))
         chosen, kept = [], set()
         for layer_name, layer in model.named_modules():
             is_float = any(layer_name == f or layer_name.startswith(f"{f}.") for f in floats)

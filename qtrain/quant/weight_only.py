@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import nn
 
-from qtrain import eager
-from qtrain.functional.spec import QuantSpec
-from qtrain.layer.compact import CompactEmbedding, CompactLinear
-from qtrain.layer.weight import HalfWeight, IntegerWeight
+from qtrain.backend import torch_ao
+from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
+from qtrain.common.validate import choice, refuse
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import layer_format, read_settings, settings_of, settle
-from qtrain.validate import choice, refuse
+from qtrain.simulate.spec import QuantSpec
 
 EMBEDDINGS = ("float", "fp16", "int8", "int4")
 HEADS = ("shared", "separate", "float")
@@ -52,7 +52,7 @@ class WeightOnly(Quantizer):
         return CompactLinear(IntegerWeight(layer.weight, self.weight), layer.bias)
 
     def convert(self, prepared: nn.Module) -> nn.Module:
-        model = eager.copy_model(prepared).cpu().eval()
+        model = torch_ao.copy_model(prepared).cpu().eval()
         own = settings_of(model, self.layers)
         compact: dict[int, IntegerWeight | HalfWeight] = {}
         tied = set()
@@ -87,7 +87,7 @@ class WeightOnly(Quantizer):
         return IntegerWeight(weight, QuantSpec(bits=bits, symmetric=True, granularity="per_channel"))
 
     def fake(self, prepared: nn.Module) -> nn.Module | None:
-        model = eager.copy_model(prepared).cpu().eval()
+        model = torch_ao.copy_model(prepared).cpu().eval()
         for name, layer in self.convert(prepared).named_modules():
             weight = getattr(layer, "weight", None)
             if isinstance(weight, IntegerWeight | HalfWeight):
@@ -95,4 +95,4 @@ class WeightOnly(Quantizer):
         return model
 
     def reference(self, prepared: nn.Module) -> nn.Module | None:
-        return eager.copy_model(prepared).cpu().eval()
+        return torch_ao.copy_model(prepared).cpu().eval()

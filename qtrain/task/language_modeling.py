@@ -6,9 +6,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtrain.common.validate import MANY, SEEDS, refuse, text, whole
 from qtrain.data.loaders import Batch, Loader
 from qtrain.data.tokenizer import load_tokenizer
-from qtrain.validate import MANY, SEEDS, refuse, text, whole
 
 IGNORE = -100  # targets that another window scores
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qtrain.functional.qparams import arithmetic_dtype, choose_qparams, value_range
-from qtrain.functional.spec import int_range
+from qtrain.simulate.spec import int_range
 
 X = torch.tensor([[-1.0, 3.0, 2.0, -5.0], [4.0, 0.5, -0.25, 8.0]])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qtrain.compare import compare, write
+from qtrain.cli.compare import compare, write
 
 webdriver = pytest.importorskip("selenium.webdriver")
 chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qtrain.compare import compare
+from qtrain.cli.compare import compare
 from qtrain.leaderboard import export
 
 

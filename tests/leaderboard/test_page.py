@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from qtrain.compare import compare, write
+from qtrain.cli.compare import compare, write
 from qtrain.leaderboard import page
 
 EVIL = "</script><script>alert(1)</script>{{js}}<img src=x onerror=alert(1)>&'\""

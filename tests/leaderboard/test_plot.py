@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from qtrain.compare import compare, write
+from qtrain.cli.compare import compare, write
 from qtrain.leaderboard.plot import scatter
 
 

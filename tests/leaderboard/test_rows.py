@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from qtrain.compare import compare
+from qtrain.cli.compare import compare
 from qtrain.leaderboard.statistics import mcnemar, over_seeds
 
 

@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 
-from qtrain.compare import compare, write
+from qtrain.cli.compare import compare, write
 from qtrain.leaderboard.runs import find
 
 

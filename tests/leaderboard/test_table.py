@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from qtrain.compare import compare
+from qtrain.cli.compare import compare
 from qtrain.leaderboard import table
 
 

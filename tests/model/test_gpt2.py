@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtrain import eager
-from qtrain.config import _explain
+from qtrain.backend import torch_ao
+from qtrain.config.build import _explain
 from qtrain.data.text import EvalWindows
-from qtrain.functional.spec import QuantSpec
 from qtrain.model.gpt2 import GPT2, KVCache, _gelu
 from qtrain.quant.ptq import PTQ
+from qtrain.simulate.spec import QuantSpec
 
 NANO = dict(vocab_size=256, n_positions=64, n_layer=4, n_head=4, n_embd=128)
 TINY = dict(vocab_size=61, n_positions=64, n_layer=2, n_head=2, n_embd=16)
@@ -332,7 +332,7 @@ def test_too_long_a_context_is_refused(model: GPT2) -> None:
 
 
 def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2) -> None:
-    spec = QuantSpec(observer=eager.minmax)
+    spec = QuantSpec(observer=torch_ao.minmax)
     ptq = PTQ(engine="auto", weight=spec, activation=spec, layers={}, fake_quantize="qtrain")
     idx = prompt(model, 8, 64)
     prepared = ptq.prepare(model)
@@ -340,7 +340,7 @@ def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2
     converted = ptq.convert(prepared)
 
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    packed = {name for name, module in converted.named_modules() if eager.quantized_weight(module) is not None}
+    packed = {name for name, module in converted.named_modules() if torch_ao.quantized_weight(module) is not None}
     assert packed == linears and len(linears) == 2 * 4 + 1
     assert converted.wte.weight.equal(model.wte.weight)  # in float, although the head that shares it is packed
     expected = model(idx).detach()

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qtrain.check import dry_run
-from qtrain.measure import weight_bytes
+from qtrain.analyze.dry_run import dry_run
+from qtrain.analyze.measure import weight_bytes
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.cast import Cast
 

@@ -5,9 +5,9 @@ import torch
 import torch.ao.quantization as tq
 from torch import nn
 
-from qtrain import eager
-from qtrain.layer.llm_int8 import LLMInt8Linear
-from qtrain.layer.weight import HalfWeight
+from qtrain.backend import torch_ao
+from qtrain.backend.packed.llm_int8 import LLMInt8Linear
+from qtrain.backend.packed.weight import HalfWeight
 
 
 def decibels(exact, approximation):
@@ -15,7 +15,7 @@ def decibels(exact, approximation):
 
 
 def weights(model):
-    found = {name: eager.quantized_weight(module) for name, module in model.named_modules()}
+    found = {name: torch_ao.quantized_weight(module) for name, module in model.named_modules()}
     return {name: weight for name, weight in found.items() if weight is not None}
 
 
@@ -25,7 +25,7 @@ def test_weights_and_outputs_are_those_of_torchs_quantize_dynamic(granularity, e
     quantizer = make_dynamic(engine, weight={"granularity": granularity})
     ours = quantizer.convert(quantizer.prepare(mlp))
     qconfig = tq.default_dynamic_qconfig if granularity == "per_tensor" else tq.per_channel_dynamic_qconfig
-    with eager.use_engine(engine):
+    with torch_ao.use_engine(engine):
         theirs = tq.quantize_dynamic(copy.deepcopy(mlp), {nn.Linear: qconfig})
         expected = theirs(images)
     assert set(weights(ours)) == {"linear1", "linear2", "linear3"} == set(weights(theirs))
@@ -101,7 +101,7 @@ def test_single_layers_in_fewer_bits_or_by_another_method(mlp, images, make_dyna
 
 
 def test_the_engines_rules_hold(engine, make_dynamic):
-    assert make_dynamic(engine).weight.granularity == eager.ENGINES[engine].granularity
+    assert make_dynamic(engine).weight.granularity == torch_ao.ENGINES[engine].granularity
     if engine == "onednn":
         with pytest.raises(ValueError, match="weight.symmetric=false: engine onednn"):
             make_dynamic(engine, weight={"symmetric": False})

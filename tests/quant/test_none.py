@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from qtrain.config import compose
+from qtrain.config.build import compose
 from qtrain.quant.none import FloatFinetuned, NoQuantizer
 
 

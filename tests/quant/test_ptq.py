@@ -8,9 +8,9 @@ import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
 from torch import nn
 
-from qtrain import eager
-from qtrain.layer.compact import CompactLinear
-from qtrain.layer.llm_int8 import LLMInt8Linear
+from qtrain.backend import torch_ao
+from qtrain.backend.packed.compact import CompactLinear
+from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.observer.percentile import PercentileObserver
 
 # What a script by hand prints; qtrain's own code must be silent, and warnings elsewhere are errors.
@@ -31,7 +31,7 @@ def calibrated(quantizer, model, *batches):
 
 
 def quantized_layers(model):
-    return {n: m for n, m in model.named_modules() if eager.quantized_weight(m) is not None}
+    return {n: m for n, m in model.named_modules() if torch_ao.quantized_weight(m) is not None}
 
 
 # ---- against a plain script ------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def quantized_layers(model):
 def by_hand(model, qconfig, batches, engine):
     """Prepares, calibrates and converts as torch's tutorial does."""
     model = copy.deepcopy(model).eval()
-    with eager.use_engine(engine):
+    with torch_ao.use_engine(engine):
         if hasattr(model, "conv1"):
             runs = [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"], ["linear1", "relu3"]]
         else:
@@ -67,7 +67,7 @@ def assert_identical(ours, theirs, images, engine):
         assert (module.scale, module.zero_point) == (other.scale, other.zero_point)
     assert torch.equal(ours.quant.scale, theirs.quant.scale)
     assert torch.equal(ours.quant.zero_point, theirs.quant.zero_point)
-    with eager.use_engine(engine):
+    with torch_ao.use_engine(engine):
         expected = theirs(images)
     assert torch.equal(ours(images), expected)
 
@@ -76,7 +76,7 @@ def assert_identical(ours, theirs, images, engine):
 def test_defaults_give_what_torchs_default_qconfig_gives(engine, model, images, make_ptq):
     if engine == "onednn" and not torch.cpu._is_vnni_supported():
         pytest.skip("qtrain leaves out the bit that would saturate here")
-    quantizer = make_ptq(engine, activation={"observer": partial(eager.histogram, bins=2048)})
+    quantizer = make_ptq(engine, activation={"observer": partial(torch_ao.histogram, bins=2048)})
     batches = images.split(8)
     ours = quantizer.convert(calibrated(quantizer, model, *batches))
     theirs = by_hand(model, tq.get_default_qconfig(engine), batches, engine)
@@ -84,13 +84,13 @@ def test_defaults_give_what_torchs_default_qconfig_gives(engine, model, images, 
 
 
 TORCHS_OBSERVERS = {
-    "minmax": (eager.minmax, tq.MinMaxObserver, {}),
+    "minmax": (torch_ao.minmax, tq.MinMaxObserver, {}),
     "moving_average": (
-        partial(eager.moving_average, averaging_constant=0.3),
+        partial(torch_ao.moving_average, averaging_constant=0.3),
         tq.MovingAverageMinMaxObserver,
         {"averaging_constant": 0.3},
     ),
-    "histogram": (partial(eager.histogram, bins=128), tq.HistogramObserver, {"bins": 128}),
+    "histogram": (partial(torch_ao.histogram, bins=128), tq.HistogramObserver, {"bins": 128}),
 }
 
 
@@ -117,7 +117,7 @@ def test_settings_give_what_torchs_own_observers_give(observer, granularity, eng
 
 def test_percentile_equals_minmax_at_100_percent(convnet, images, make_ptq):
     outputs = []
-    for observer in (eager.minmax, partial(PercentileObserver, percentile=100, bins=64)):
+    for observer in (torch_ao.minmax, partial(PercentileObserver, percentile=100, bins=64)):
         quantizer = make_ptq(activation={"observer": observer})
         outputs.append(quantizer.convert(calibrated(quantizer, convnet, *images.split(8)))(images))
     assert torch.equal(*outputs)
@@ -127,7 +127,7 @@ def test_an_outlier_costs_minmax_more_than_percentile(mlp, images, make_ptq):
     spoilt = images.clone()
     spoilt[0, 0, 0, 0] = 100
     ratios = []
-    for observer in (eager.minmax, partial(PercentileObserver, percentile=99.9, bins=8192)):
+    for observer in (torch_ao.minmax, partial(PercentileObserver, percentile=99.9, bins=8192)):
         quantizer = make_ptq(activation={"observer": observer})
         quantized = quantizer.convert(calibrated(quantizer, mlp, spoilt))
         ratios.append(decibels(mlp(images), quantized(images)))
@@ -143,7 +143,7 @@ def test_calibration_sees_every_batch_and_nothing_else(convnet, images, make_ptq
     prepared(images * 50)  # not calibration: nothing observes
     quantizer.calibrate(prepared.train(), ((batch,) for batch in images.split(5)))
     prepared(images * 50)
-    points = eager.observed_points(prepared)
+    points = torch_ao.observed_points(prepared)
     assert points["quant"].observed_range() == (images.min().item(), images.max().item())
     logits = convnet(images)
     torch.testing.assert_close(
@@ -208,7 +208,7 @@ def test_each_layers_simulation_rounds_as_its_kernel_does(bits, ties, engine, mo
     source = quantized.quant  # what put out the integers that a layer gets
     for name, layer in quantized_layers(quantized).items():
         x, expected = seen[name]
-        with eager.use_engine(engine):
+        with torch_ao.use_engine(engine):
             output = layer(torch.quantize_per_tensor(x, float(source.scale), int(source.zero_point), torch.quint8))
         top = (quantizer.activation.quant_range(signed=False)[1] - layer.zero_point) * layer.scale
         steps = (output.dequantize().clamp(max=top) - expected) / layer.scale  # kernels clip at 255, reduced or not
@@ -230,7 +230,7 @@ def test_simulated_weights_are_the_converted_ones(symmetric, fused, granularity,
         prepared = calibrated(quantizer, model, torch.randn(4, 3, 4, 4))
         fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
         for name, layer in quantized_layers(quantized).items():
-            torch.testing.assert_close(eager.float_weight(fake.get_submodule(name)), layer.weight().dequantize())
+            torch.testing.assert_close(torch_ao.float_weight(fake.get_submodule(name)), layer.weight().dequantize())
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -258,7 +258,7 @@ def test_activations_of_n_bits_have_2_to_the_n_values_and_are_a_simulation(bits,
         layer = quantizer.fake(prepared).get_submodule(name)
         layer.register_forward_hook(lambda _m, _i, output, name=name: values.update({name: output.unique()}))
         layer(ramp)
-    levels = 2 ** (bits - (bits == 8 and eager.ENGINES[engine].reduce_range))
+    levels = 2 ** (bits - (bits == 8 and torch_ao.ENGINES[engine].reduce_range))
     assert len(values["quant"]) == levels and len(values["conv1"]) <= levels
 
 
@@ -338,7 +338,7 @@ def test_observers_of_one_range_serve_weights_where_they_can_forget(convnet, ima
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     assert decibels(convnet(images), quantized(images)) > 20
     with pytest.raises(ValueError, match="weight.observer=histogram: cannot forget .*use minmax"):
-        make_ptq(weight={"granularity": "per_tensor", "observer": partial(eager.histogram, bins=64)})
+        make_ptq(weight={"granularity": "per_tensor", "observer": partial(torch_ao.histogram, bins=64)})
 
 
 def test_a_state_dict_fills_an_uncalibrated_conversion_exactly(engine, model, images, make_ptq):
@@ -363,14 +363,14 @@ def test_a_calibrated_model_converts_the_same_after_saving_and_loading(model, im
 
 def test_settled_specs_are_those_of_the_engine(engine, make_ptq):
     quantizer = make_ptq(engine)
-    rules = eager.ENGINES[engine]
+    rules = torch_ao.ENGINES[engine]
     assert (quantizer.engine, quantizer.simulated, quantizer.trains) == (engine, False, False)
     assert (quantizer.weight, quantizer.activation) == rules.settle(quantizer.weight, quantizer.activation)
     assert quantizer.activation.reduce_range is rules.reduce_range
 
 
 def test_the_kernel_of_fake_quantization_can_be_chosen(convnet, images, make_ptq, make_qat):
-    for make, points in ((make_ptq, eager.observed_points), (make_qat, eager.weight_points)):
+    for make, points in ((make_ptq, torch_ao.observed_points), (make_qat, torch_ao.weight_points)):
         for kernel in ("qtrain", "torch"):
             prepared = make(fake_quantize=kernel).prepare(convnet)
             assert {point.kernel for point in points(prepared).values()} == {kernel}

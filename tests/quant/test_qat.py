@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain import eager
-from qtrain.config import build, compose
+from qtrain.backend import torch_ao
+from qtrain.config.build import build, compose
 
 QUANTIZED = ["conv1", "conv2", "linear1", "linear2"]
 
@@ -42,7 +42,10 @@ def modes(points):
         ({"freeze_observers_epoch": 9}, "freeze_observers_epoch=9: must be a whole number from 0 to 3"),
         ({"freeze_batch_norm_epoch": 4}, "freeze_batch_norm_epoch=4: must be a whole number from 0 to 3"),
         ({"engine": "gemm"}, "engine=gemm: allowed are"),
-        ({"activation": {"observer": partial(eager.histogram, bins=64)}}, "activation.observer=histogram: .*use mov"),
+        (
+            {"activation": {"observer": partial(torch_ao.histogram, bins=64)}},
+            "activation.observer=histogram: .*use mov",
+        ),
     ],
     ids=str,
 )
@@ -74,13 +77,13 @@ def test_fake_quantization_and_freezing_start_at_their_epochs(convnet, images, m
         prepared.train()
         quantizer.on_epoch(prepared, epoch)
         quantizing = epoch >= 1
-        assert modes(eager.observed_points(prepared)) == {(epoch < 2, quantizing)}
+        assert modes(torch_ao.observed_points(prepared)) == {(epoch < 2, quantizing)}
         # Weights are seen whole at every step: their range is never frozen.
-        assert modes(eager.weight_points(prepared)) == {(True, quantizing)}
+        assert modes(torch_ao.weight_points(prepared)) == {(True, quantizing)}
         assert prepared.conv1.bn.training is (epoch < 3)
-        before = prepared.conv1.bn.running_mean.clone(), eager.observed_points(prepared)["conv1"].observed_range()
+        before = prepared.conv1.bn.running_mean.clone(), torch_ao.observed_points(prepared)["conv1"].observed_range()
         prepared(images * (epoch + 2))
-        after = prepared.conv1.bn.running_mean, eager.observed_points(prepared)["conv1"].observed_range()
+        after = prepared.conv1.bn.running_mean, torch_ao.observed_points(prepared)["conv1"].observed_range()
         assert torch.equal(before[0], after[0]) is (epoch >= 3)
         assert (before[1] == after[1]) is (epoch >= 2)
 
@@ -91,8 +94,8 @@ def test_null_means_never(convnet, images, make_qat):
     for epoch in (0, 3):
         prepared.train()
         quantizer.on_epoch(prepared, epoch)
-        assert modes(eager.observed_points(prepared)) == {(True, False)}
-        assert modes(eager.weight_points(prepared)) == {(True, False)}
+        assert modes(torch_ao.observed_points(prepared)) == {(True, False)}
+        assert modes(torch_ao.weight_points(prepared)) == {(True, False)}
         assert prepared.conv1.bn.training
 
 
@@ -122,7 +125,7 @@ def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, mak
     quantizer = make_qat(weight={"bits": 3}, activation={"reduce_range": False})
     prepared = calibrated(quantizer, mlp, images).train()
     quantizer.on_epoch(prepared, 0)
-    for point in eager.observed_points(prepared).values():
+    for point in torch_ao.observed_points(prepared).values():
         point.enable_fake_quant(False)
     prepared(images).square().sum().backward()
     replaced = copy.deepcopy(mlp)
@@ -183,7 +186,7 @@ def test_weight_ranges_are_those_of_the_weights_now(convnet, images, make_qat, t
 
 
 def test_an_averaging_observer_does_not_lag_behind_weights(mlp, images, make_qat):
-    lagging = {"observer": partial(eager.moving_average, averaging_constant=0.01)}
+    lagging = {"observer": partial(torch_ao.moving_average, averaging_constant=0.01)}
     quantizer = make_qat("fbgemm", weight=lagging)
     prepared = calibrated(quantizer, mlp, images)
     with torch.no_grad():
@@ -221,7 +224,7 @@ def test_convolutions_of_any_dimension_train(dims, between, make_qat, train, ful
     x = torch.randn(8, 2, *[5] * dims)
     quantizer = make_qat(weight={"bits": full_range_bits()}, activation={"reduce_range": False})
     prepared = train(quantizer, calibrated(quantizer, model, x), x)
-    assert list(eager.weight_points(prepared)) == ["body.0"]
+    assert list(torch_ao.weight_points(prepared)) == ["body.0"]
     assert decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 20
 
 
@@ -264,7 +267,7 @@ def test_folded_weights_are_rounded_alike_in_simulation_and_conversion(bits, bet
         quantizer = make_qat("fbgemm", weight={"bits": bits})
         prepared = calibrated(quantizer, model, torch.randn(8, 3, 8, 8))
         layer = quantizer.fake(prepared).body[0]
-        simulated = layer.weight_fake_quant(eager.float_weight(layer))
+        simulated = layer.weight_fake_quant(torch_ao.float_weight(layer))
         converted = quantizer.convert(prepared).body[0].weight().dequantize()
         assert torch.equal(simulated, converted)  # the largest weights on ties among them
 
@@ -275,9 +278,11 @@ def test_simulation_leaves_the_prepared_model_in_its_modes(convnet, images, make
     quantizer.on_epoch(prepared, 1)
     fake, reference = quantizer.fake(prepared), quantizer.reference(prepared)
     assert prepared.training and not fake.training and not reference.training
-    assert modes(eager.observed_points(prepared)) == {(False, False)}
-    assert modes(eager.weight_points(prepared)) == {(True, False)}
-    assert modes(eager.observed_points(fake)) == {(False, True)} and modes(eager.weight_points(fake)) == {(True, True)}
+    assert modes(torch_ao.observed_points(prepared)) == {(False, False)}
+    assert modes(torch_ao.weight_points(prepared)) == {(True, False)}
+    assert modes(torch_ao.observed_points(fake)) == {(False, True)} and modes(torch_ao.weight_points(fake)) == {
+        (True, True)
+    }
     torch.testing.assert_close(reference(images), convnet(images), atol=1e-4, rtol=1e-4)
 
 
@@ -291,7 +296,7 @@ def test_few_bits_of_activation_are_a_simulation(convnet, images, make_qat):
 def test_weights_train_at_their_layers_bits(convnet, images, make_qat, train):
     quantizer = make_qat("fbgemm", weight={"bits": 4}, layers={"conv1": "float", "linear2": {"bits": 8}})
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
-    points = {name: point.quant_max for name, point in eager.weight_points(prepared).items()}
+    points = {name: point.quant_max for name, point in torch_ao.weight_points(prepared).items()}
     assert points == {"conv2": 7, "linear1": 7, "linear2": 127}
     quantized = quantizer.convert(prepared)
     assert type(quantized.conv1.layer[0]) is nn.Conv2d
@@ -328,8 +333,8 @@ def test_a_whole_epoch_ends_with_the_integers_of_torchs_own_modules(model):
             optimizer.step()
             optimizer.zero_grad()
         converted = quantizer.convert(prepared)
-        layers = {n: m for n, m in converted.named_modules() if eager.quantized_weight(m) is not None}
-        return {n: (eager.quantized_weight(m).int_repr(), m.scale, m.zero_point) for n, m in layers.items()}
+        layers = {n: m for n, m in converted.named_modules() if torch_ao.quantized_weight(m) is not None}
+        return {n: (torch_ao.quantized_weight(m).int_repr(), m.scale, m.zero_point) for n, m in layers.items()}
 
     found, expected = epoch("qtrain"), epoch("torch")
     assert len(found) >= 3 and found.keys() == expected.keys()

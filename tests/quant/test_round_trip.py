@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.check import coverage
-from qtrain.measure import weight_bytes
+from qtrain.analyze.dry_run import coverage
+from qtrain.analyze.measure import weight_bytes
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.round_trip import Absmax, Zeropoint
 

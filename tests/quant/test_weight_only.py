@@ -4,18 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain import eager
-from qtrain.check import dry_run
-from qtrain.checkpoint import save_weights
-from qtrain.functional.spec import QuantSpec
-from qtrain.layer.compact import CompactEmbedding, CompactLinear
-from qtrain.layer.llm_int8 import LLMInt8Linear
-from qtrain.layer.weight import HalfWeight
-from qtrain.measure import weight_bytes
+from qtrain.analyze.dry_run import dry_run
+from qtrain.analyze.measure import weight_bytes
+from qtrain.analyze.truth import TruthGate
+from qtrain.backend import torch_ao
+from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.llm_int8 import LLMInt8Linear
+from qtrain.backend.packed.weight import HalfWeight
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.llm_int8 import LLMInt8
 from qtrain.quant.weight_only import WeightOnly
-from qtrain.truth import TruthGate
+from qtrain.run.checkpoint import save_weights
+from qtrain.simulate.spec import QuantSpec
 
 GATE = TruthGate(on_failure="error", samples=8, max_steps=4.0, max_range_ratio=1.25)
 V, C, T = 40, 16, 8
@@ -98,7 +98,7 @@ def test_a_state_dict_fills_another_model_and_keeps_what_is_shared(gpt2, idx):
 def test_settings_by_layer(gpt2, idx):
     layers = {"h.0.*": "float", "h.1.mlp.c_fc": {"bits": 2}, "wpe": "float"}
     quantized = make(bits=8, embedding="int8", layers=layers).convert(gpt2)
-    weights = {n: eager.quantized_weight(m) for n, m in quantized.named_modules()}
+    weights = {n: torch_ao.quantized_weight(m) for n, m in quantized.named_modules()}
     bits = {name: weight.bits for name, weight in weights.items() if weight is not None}
     assert bits == {"wte": 8, "lm_head": 8, "h.1.mlp.c_fc": 2} | dict.fromkeys(
         ("h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.c_proj"), 8
@@ -194,7 +194,7 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
         ({"bits": 3}, r"weight\.bits=3: packed are 2, 4 and 8"),
         ({"embedding": "int2"}, "embedding=int2: allowed are float, fp16, int8 and int4"),
         ({"head": "tied"}, "head=tied: allowed are shared, separate and float"),
-        ({"observer": eager.minmax}, r"weight\.observer=minmax: .* leave it at null"),
+        ({"observer": torch_ao.minmax}, r"weight\.observer=minmax: .* leave it at null"),
         ({"reduce_range": True}, r"weight\.reduce_range=true: is for activations"),
         ({"narrow_range": True, "symmetric": False}, r"weight\.narrow_range=true: goes with symmetric=true"),
         ({"layers": {"h.*": "int8"}}, r"layers\.h\.\*=int8: must be float, fp16, weight_only, llm_int8, or a mapping"),
@@ -214,7 +214,7 @@ def test_refused_settings(settings, message):
 
 @pytest.mark.parametrize("method", [make, make_llm])
 def test_all_layers_mistakes_come_at_once(method):
-    layers = {"a": "int8", "b": {"bits": 3, "observer": eager.minmax}, "c": "float", "d": {"method": "gptq"}}
+    layers = {"a": "int8", "b": {"bits": 3, "observer": torch_ao.minmax}, "c": "float", "d": {"method": "gptq"}}
     with pytest.raises(ValueError) as err:
         method(layers=layers)
     starts = ["layers.a=int8:", "layers.b.bits=3:", "layers.b.observer=minmax:", "layers.d={'method': 'gptq'}:"]

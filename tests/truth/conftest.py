@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from qtrain import cli
-
 MEASURE = ["measure.repeats=2", "measure.batch_sizes=[1]"]
 QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", *MEASURE]
 
@@ -48,7 +46,7 @@ def command(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["qtrain", *arguments])
         code: Any = 0
         try:
-            cli.main()
+            run.main()
         except SystemExit as stop:
             code = stop.code or 0
         printed = capsys.readouterr()

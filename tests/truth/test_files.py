@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import qtrain
-from qtrain import bench, compare
+from qtrain.cli import bench, compare
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fuzz_files.py"
 

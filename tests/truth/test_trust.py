@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import qtrain
-from qtrain import bench, generate
+from qtrain.cli import bench, generate
 
 
 class Touch:
@@ -65,8 +65,8 @@ GADGETS = {  # each leaves its trace when hydra.utils.instantiate makes it
     "torch.optim.optimizer.torch.utils.collect_env.run": SHELL,
     "torchvision.models.quantization.resnet.torch.utils.collect_env.run": SHELL,
     "torchvision.transforms.functional.np.load": {"file": "FOLDER/evil.npy", "allow_pickle": True},
-    "qtrain.files.os.mkdir": ["TRACE"],
-    "qtrain.files.shutil.copy": ["FOLDER/evil.npy", "TRACE"],
+    "qtrain.common.files.os.mkdir": ["TRACE"],
+    "qtrain.common.files.shutil.copy": ["FOLDER/evil.npy", "TRACE"],
 }
 
 

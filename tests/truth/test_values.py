@@ -147,7 +147,7 @@ def test_a_float_cache_that_cannot_be_made_is_named(job, tmp_path):
 
 def test_ctrl_c_in_the_first_seconds(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-X", "importtime", "-m", "qtrain.cli"]
+    command = [sys.executable, "-X", "importtime", "-m", "qtrain.cli.run"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")

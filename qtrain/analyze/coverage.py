@@ -1,0 +1,113 @@
+"""What of a converted model is quantized, and what is not, and why."""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from qtrain.backend import torch_ao
+from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.weight import HalfWeight
+
+Inputs = tuple[Tensor, ...]
+
+
+def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> dict[str, Any]:
+    """Returns the shares of parameters and multiply-accumulates that are quantized, and the layers that are not.
+
+    Biases, which stay float, count among the parameters that are not quantized.
+
+    Args:
+        quantized: a converted model; it is run once.
+        inputs: arguments of forward.
+        layers: the quantizer's settings by layer, as a reason for a layer to be float.
+    """
+    macs: dict[str, int] = {}
+    handles = []
+
+    def count(name: str) -> Any:
+        def hook(module: Any, _inputs: Any, output: Tensor) -> None:
+            weight = torch_ao.quantized_weight(module)
+            if weight is None:
+                weight = getattr(module.weight, "data", module.weight)  # of a float16 weight, its tensor
+            # Each output element is a dot product with one row of the weight; transposed, each input element is
+            # multiplied with one.
+            elements = _inputs[0] if getattr(module, "transposed", False) else output
+            macs[name] = macs.get(name, 0) + elements[0].numel() * weight.shape[1:].numel()
+
+        return hook
+
+    int8_params = float_params = 0
+    float_layers = {}
+    counted: set[int | None] = set()  # a tied weight counts once
+    for name, module in quantized.named_modules():
+        weight = torch_ao.quantized_weight(module)
+        own = {id(p): p.numel() for p in module.parameters(recurse=False)}
+        if weight is not None:
+            int8_params += weight.numel() if id(weight) not in counted else 0
+            counted.add(id(weight) if isinstance(weight, nn.Module) else None)  # ours may be shared; torch makes a view
+            bias = getattr(module, "bias", None)
+            bias = bias() if callable(bias) else bias
+            num_biases = 0 if bias is None else bias.numel()
+            if parametrize.is_parametrized(module, "bias"):
+                int8_params += num_biases
+            else:
+                float_params += num_biases
+        else:
+            float_params += sum(number for key, number in own.items() if key not in counted)
+            counted.update(own)
+        if isinstance(getattr(module, "weight", None), HalfWeight):
+            float_layers[name] = "kept in float16"
+        elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
+            island = _island(name, quantized)
+            if island is not None:
+                float_layers[island] = "set by quant.layers"
+            elif not torch_ao.is_quantized(module):
+                float_layers[name] = _why_float(name, module, quantized, layers)
+        if isinstance(module, CompactEmbedding | nn.Embedding) or weight is not None and len(weight.shape) == 1:
+            continue  # an embedding looks up, a norm scales: neither has dot products
+        if weight is not None or isinstance(module, nn.Linear | _ConvNd | CompactLinear):
+            handles.append(module.register_forward_hook(count(name)))
+    try:
+        quantized(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    float_macs = sum(n for name, n in macs.items() if torch_ao.quantized_weight(quantized.get_submodule(name)) is None)
+    return {
+        "params_quantized": int8_params / max(int8_params + float_params, 1),
+        "macs_quantized": 1 - float_macs / sum(macs.values()) if any(macs.values()) else 0.0,
+        "float_layers": float_layers,
+    }
+
+
+def largest_float(quantized: nn.Module) -> str | None:
+    """Returns the name of the largest tensor that stays float, or None."""
+    parameters = quantized.named_parameters()
+    return max(parameters, key=lambda named: named[1].nbytes, default=(None, None))[0]
+
+
+def _island(name: str, model: nn.Module) -> str | None:
+    """Returns the name of the FloatIsland that layer `name` lies in, or None."""
+    parents = (name[:i] for i, c in enumerate(name) if c == ".")
+    return next((p for p in parents if type(model.get_submodule(p)) is torch_ao.FloatIsland), None)
+
+
+def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:
+    kind = type(module).__name__
+    dtype = next(module.parameters(recurse=False)).dtype
+    if dtype != torch.float32:
+        return f"kept in {str(dtype).removeprefix('torch.')}"
+    if any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in layers):
+        return "set by quant.layers"
+    if not any(torch_ao.is_quantized(m) for m in quantized.modules()):
+        return "nothing is quantized"
+    for other, layer in quantized.named_modules():
+        if isinstance(layer, nn.Embedding) and layer is not module and layer.weight is getattr(module, "weight", None):
+            return f"shares the weight of {other}"
+    if type(module) in torch_ao.CONVERT_MAPPING:
+        return f"{kind} is not quantized by this method"
+    return f"torch has no int8 {kind}"

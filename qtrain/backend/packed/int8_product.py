@@ -1,0 +1,115 @@
+"""Products with an int8 matrix, exact in their sums on every machine.
+
+oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on GPUs. Other x86 CPUs add products of 8 bits in
+pairs and saturate such a sum at 16 bits in silence. There fbgemm's kernel is given unsigned digits of at most 128,
+whose pairs cannot saturate: 2 * 128 * 127 < 2^15. It takes two rows for one, so that many rows are faster in float32,
+as they are on CPUs with neither.
+
+Shapes: x is (M, K), the matrix (N, K), a product (M, N).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls back to plain loops.
+HAS_ONEDNN = torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
+HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in float32
+
+
+class Int8Product:
+    """x @ (integers * scale).T for one matrix, held ready for this machine's kernels.
+
+    Args:
+        integers: int8 (N, K), within -127..127.
+        scale: float32 (N,) or of one element.
+    """
+
+    def __init__(self, integers: Tensor, scale: Tensor) -> None:
+        self.integers, self.scale = integers if integers.device.type == "cpu" else integers.contiguous(), scale
+        self.onednn = self.fbgemm = None
+        if integers.device.type == "cpu" and HAS_ONEDNN:
+            zeros = torch.zeros(len(integers), dtype=torch.int32)
+            scales = scale.flatten().float().expand(len(integers)).contiguous()
+            self.onednn = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None), scales, zeros
+        elif integers.device.type == "cpu" and HAS_FBGEMM:
+            self.fbgemm = _pack(integers, scale)
+
+    def whole(self, x: Tensor, largest: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns the product with x in 8 bits a row, `round(127 x / largest)`, plus `bias`.
+
+        Args:
+            x: float32 (M, K).
+            largest: the largest magnitude of each row, (M, 1), as of `row_magnitudes`.
+            bias: float32, of a shape that broadcasts to (M, N).
+        """
+        step = largest / 127
+        product = self._times(x / step)
+        return product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
+
+    def precise(self, x: Tensor) -> Tensor:
+        """Returns the product with x in two digits, rounded by less than 2^-13.9 of each row's largest magnitude.
+
+        A digit has 7 bits with fbgemm, and nearly 8 with the kernels of 8 bits by 8, which round by less than 2^-15.9.
+        What is multiplied in float32 is not rounded.
+
+        Args:
+            x: float32 (M, K).
+        """
+        if self.fbgemm is not None and len(x) <= FEW_ROWS:
+            step = row_magnitudes(x).div_(64)
+            steps = x / step
+            high = steps.round()
+            parts = _unsigned(torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.fbgemm)
+            return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(step)
+        if self.onednn is None and not _has_gpu_kernel(x, self.integers):
+            return (x @ self.integers.float().T).mul_(self.scale)
+        step = row_magnitudes(x).div_(127)
+        high = (x / step).round_()
+        low = torch.addcmul(x, high, step, value=-1).div_(step / 254)  # within -127..127
+        parts = self._times(torch.cat([high, low]))
+        return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 254).mul_(step)
+
+    def _times(self, x: Tensor) -> Tensor:
+        """Returns round(x) @ (integers * scale).T for x within -127..127; overwrites x."""
+        if self.onednn is not None:
+            matrix, scales, zeros = self.onednn
+            digits = x.round_().add_(128).to(torch.uint8)
+            return torch.ops.onednn.qlinear_pointwise.default(
+                digits, 1.0, 128, matrix, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+        if self.fbgemm is not None and len(x) <= FEW_ROWS:
+            # The kernel cuts off below 0: what it multiplies is the positive part of x and its negative part.
+            parts = _unsigned(torch.cat([x, -x]), 0, self.fbgemm)
+            return parts[: len(x)] - parts[len(x) :]
+        if _has_gpu_kernel(x, self.integers):
+            return torch._int_mm(x.round_().to(torch.int8), self.integers.T).mul(self.scale)
+        return (x.round_() @ self.integers.float().T).mul_(self.scale)
+
+
+def row_magnitudes(x: Tensor) -> Tensor:
+    """Returns the largest magnitude of each row (M, 1), raised to where a fraction of it is still a normal number."""
+    return x.abs().amax(1, keepdim=True).clamp_(min=256 * torch.finfo(x.dtype).tiny)
+
+
+def _has_gpu_kernel(a: Tensor, b: Tensor) -> bool:
+    # There is none for a few rows.
+    return a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+
+
+def _pack(integers: Tensor, scale: Tensor) -> Any:
+    from qtrain.backend import torch_ao
+
+    num_rows = len(integers)
+    zeros = torch.zeros(num_rows, dtype=torch.long)
+    scales = scale.flatten().double().expand(num_rows).contiguous()
+    with torch_ao.use_engine("fbgemm"):
+        weight = torch._make_per_channel_quantized_tensor(integers.contiguous(), scales, zeros, 0)
+        return torch.ops.quantized.linear_prepack(weight, None)
+
+
+def _unsigned(x: Tensor, zero_point: int, packed: Any) -> Tensor:
+    """Returns the product with round(x), cut off where x + zero_point is below 0; float32."""
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, zero_point, packed)

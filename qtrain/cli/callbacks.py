@@ -1,0 +1,62 @@
+"""Hydra callbacks."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+
+def show_in_tensorboard(name: str, picture: Path) -> None:
+    """Writes a PNG file into an event file beside it."""
+    from qtrain.logger.loggers import TensorBoard
+
+    logger = TensorBoard(picture.parent)
+    logger.image(name, picture.read_bytes(), 0)
+    logger.close()
+
+
+class Comparison(Callback):
+    """Compares the jobs of a sweep at its end, and makes its exit code say whether all of them succeeded."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Warns of jobs that would fight for the cores."""
+        from qtrain.run.sweep import crowding
+
+        # sweep=optuna asks for it; Hydra builds the sampler after this.
+        warnings.filterwarnings("ignore", message="``multivariate`` option is an experimental feature")
+        warning = crowding(config)
+        if warning is not None:
+            print(f"warning: {warning}", flush=True)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints the comparison; writes comparison.csv, .png and .html beside the jobs, the plot to TensorBoard too.
+
+        Raises:
+            SystemExit: 1, if a job failed or the comparison cannot be made. Hydra turns other exceptions of callbacks
+                into warnings.
+        """
+        # Imported here, for Hydra imports this module at the start of every run.
+        from qtrain.cli.compare import compare, write
+
+        folder = Path(config.hydra.sweep.dir)
+        files = {
+            "csv": folder / "comparison.csv",
+            "plot": folder / "comparison.png",
+            "html": folder / "comparison.html",
+        }
+        try:
+            comparison = compare([folder])
+            print(f"\n{comparison.text()}")
+            write(comparison, **files)
+            if OmegaConf.select(config, "logger.tensorboard"):
+                show_in_tensorboard("comparison", files["plot"])
+        except (ValueError, OSError) as err:
+            print(f"qtrain: error: no comparison of this sweep: {err}")
+            raise SystemExit(1) from err
+        for line in comparison.warnings():
+            print(f"warning: {line}")
+        print("\n".join(f"{kind}: {path}" for kind, path in files.items()), flush=True)
+        if comparison.found.failures or comparison.found.unreadable:
+            raise SystemExit(1)

@@ -1,0 +1,185 @@
+"""The command `qtrain`."""
+
+import atexit
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from qtrain.common.files import alone
+from qtrain.common.plain import plain_lines
+from qtrain.config.command_line import config_dir, hydra_arguments, refuse_lists
+
+DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")
+def job(config: DictConfig) -> Any:
+    """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
+    from qtrain.config.build import overridden_labels, unused_settings
+    from qtrain.config.settings import objectives, refuse_config
+    from qtrain.run import pipeline, sweep
+    from qtrain.train import ranks
+
+    settings = HydraConfig.get()
+    if settings.mode != RunMode.RUN and config.threads is None:
+        config.threads = sweep.THREADS
+    run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
+    try:
+        refuse_config(overridden_labels(config))
+        unused = unused_settings(config, overrides)
+        if settings.mode == RunMode.RUN:
+            refuse_config(unused)
+        for line in unused:  # other jobs of the sweep may heed them
+            log.warning(line)
+        if settings.mode == RunMode.RUN:
+            with alone(run_dir):
+                report = pipeline.execute(config, run_dir, overrides)
+        else:
+            report = sweep.carry_out(config, run_dir, overrides)
+        if not ranks.is_first():  # it has no scores
+            return None
+        values = [_select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]]
+    except sweep.Occupied:  # no report can say so
+        raise
+    except Exception as err:
+        if settings.mode == RunMode.RUN:
+            raise
+        # One bad job must not end a sweep; its report says what happened, and the sweep's end lists it.
+        log.error(f"job {settings.job.num} failed: {err}")
+        return None  # which Optuna takes for a failed trial; of a number that is NaN it dies
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _select(report: Any, objective: str) -> float:
+    """Returns the number that an objective names; size and latency are those of the converted model."""
+    from qtrain.config.settings import ConfigError
+
+    found: Any = report.metrics
+    path = objective.split(".")
+    if objective == "size_bytes":
+        found, path = report.size_bytes, ["quantized_file"]
+    elif objective == "latency_ms":
+        found, path = report.latency_ms, ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"]
+    for part in path:
+        found = (found or {}).get(part)
+    if found is None:
+        raise ConfigError(f"objective={objective}: this run has no such metric")
+    return float(found)
+
+
+def continue_run(arguments: list[str]) -> None:
+    """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
+    from qtrain.run import pipeline
+    from qtrain.run.resume import open_run
+    from qtrain.train import ranks
+
+    named = [argument for argument in arguments if argument.startswith("resume=")]
+    run_dir = Path(named[-1].partition("=")[2])
+    config, overrides = open_run(run_dir, [argument for argument in arguments if argument not in named])
+    # Of torchrun's processes, all of which come here, the first holds the folder for all.
+    with alone(run_dir) if ranks.is_first() else nullcontext():
+        console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "qtrain.log")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
+        pipeline.execute(config, run_dir, overrides, resume=True)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where no run listens to it, as where a launcher waits for its workers, which it ends for Ctrl-C."""
+
+    signum = signal.SIGTERM
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated("terminated")
+
+
+def _quit(signum: int, frame: object) -> None:
+    os.write(2, b"qtrain: interrupted\n")
+    os._exit(128 + signum)
+
+
+def _import_all() -> None:
+    """Imports torch and all that needs it; Ctrl-C ends the process at once meanwhile.
+
+    Imports take seconds, there is nothing to clean up, and out of an import an interrupt may come as another error.
+    """
+    before = signal.signal(signal.SIGINT, _quit)
+    try:
+        import qtrain.run.pipeline  # noqa: F401
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def main() -> None:
+    """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
+    _import_all()
+    if len(sys.argv) == 1:
+        sys.argv.append(DEFAULT_JOB)
+    sys.argv = hydra_arguments(sys.argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":  # the first rank's folder is the run's
+        nowhere = tempfile.mkdtemp(prefix="qtrain_rank")
+        atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
+        sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if any(argument.startswith("resume=") for argument in sys.argv[1:]):
+            continue_run(sys.argv[1:])
+        else:
+            refuse_lists(sys.argv[1:])
+            job()
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as err:
+        sys.exit(plain_lines(f"qtrain: error: {explain(err)}"))
+    except KeyboardInterrupt as err:
+        print(f"qtrain: {str(err) or 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + getattr(err, "signum", signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def explain(err: BaseException) -> str:
+    """Returns an error's text; for an unknown key, with the keys that there are."""
+    from qtrain.run import sweep
+
+    if isinstance(err, OSError) and err.filename is not None:
+        return f"{err.filename}: {err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders"
+    missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
+    if missing is not None:
+        return missing
+    cause: BaseException | None = err
+    while cause is not None:
+        node = getattr(cause, "parent_node", None)
+        if node is not None and getattr(cause, "full_key", None) and "not in struct" in str(cause):
+            known = ", ".join(sorted(str(key) for key in node))
+            return f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
+        if isinstance(cause, InterpolationResolutionError):
+            given = [argument for argument in sys.argv[1:] if "${" in argument]
+            return f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; name a key of this config"
+        cause = cause.__cause__ or cause.__context__
+    if "Error merging override" in str(err) and err.__cause__ is not None:
+        return f"{err}: {str(err.__cause__).splitlines()[0]}"
+    is_hydras = isinstance(err, HydraException) or "Config group override" in str(err)
+    if is_hydras and not any(re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]):
+        return f"{err} (given {' '.join(sys.argv[1:])})"
+    return str(err)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""From YAML to objects: where the config lies, how it is composed, checked and built."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from torch import nn
+
+from qtrain.analyze.truth import TruthGate
+from qtrain.common.validate import SEEDS, choice, shown, whole
+from qtrain.config.command_line import config_dir, hydra_arguments
+from qtrain.config.settings import ConfigError, check_settings, check_targets, find_device, objectives, refuse_config
+from qtrain.data.loaders import DataLoaders
+from qtrain.quant.base import Quantizer
+from qtrain.task.base import Task
+from qtrain.train.trainer import OptimizerFactory, SchedulerFactory, Trainer
+
+
+def compose(*overrides: str) -> DictConfig:
+    """Returns the config that the command line `qtrain *overrides` would run; for tests and notebooks."""
+    with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        config = hydra.compose("config", hydra_arguments(list(overrides)), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)  # for ${hydra:runtime.choices...}
+        return resolve(config)
+
+
+def resolve(config: DictConfig) -> DictConfig:
+    """Returns a copy without Hydra's own section, interpolations and observers' names replaced by what they stand for.
+
+    A device or an observer that is not there becomes a line of `config.mistakes`, for `build` to raise with all others.
+
+    Raises:
+        ConfigError: an interpolation leads nowhere, or a value is missing.
+    """
+    config = config.copy()
+    OmegaConf.set_readonly(config, False)
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra", None)
+    refuse_config(_unresolved(config))
+    mistakes = []
+    try:
+        config.device = find_device(config.device)
+    except ConfigError as err:
+        mistakes.append(str(err))
+        config.device = "cpu"  # to find out what else is wrong
+    OmegaConf.resolve(config)
+    for role in ("weight", "activation"):
+        spec = OmegaConf.select(config, "quant").get(role)
+        if OmegaConf.is_dict(spec) and isinstance(spec.get("observer"), str):
+            known = GlobalHydra.instance().config_loader().get_group_options("observer")
+            if spec.observer in known:
+                spec.observer = hydra.compose(f"observer/{spec.observer}").observer
+            else:
+                mistakes += choice(f"quant.{role}.observer", spec.observer, known)
+                spec.observer = None
+    if mistakes:
+        config.mistakes = mistakes
+    return config
+
+
+def overridden_labels(config: DictConfig) -> list[str]:
+    """Returns what is wrong where a composed config names its own choices; they label the run, and must be true."""
+    if not OmegaConf.is_dict(config.choices):
+        return [f"choices={shown(config.choices)}: names the files that were chosen, and cannot be set"]
+    return [
+        f"choices.{key}={shown(config.choices[key])}: names the file that was chosen, and cannot be set; set {key}="
+        for key in config.choices
+        if not OmegaConf.is_interpolation(config.choices, key)
+    ]
+
+
+def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
+    """Returns what is wrong where the command line sets how to calibrate, and the method does not."""
+    try:
+        calibrates = getattr(get_object(config.quant._target_), "calibrates", True)
+    except Exception:  # whatever is wrong with the name, `build` tells
+        return []
+    given = [override.lstrip("+") for override in overrides if re.match(r"\+*calib_(batches|split)=", override)]
+    return [] if calibrates else [f"{o}: quant={config.choices.quant} does not calibrate; leave it out" for o in given]
+
+
+def _unresolved(node: Any, path: str = "") -> Iterator[str]:
+    """Yields a line for each value below `node` that is missing, or an interpolation that leads nowhere."""
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        where = f"{path}{key!s}"
+        try:
+            child = node[key]
+        except MissingMandatoryValue:
+            yield f"{where}=???: must be given a value"
+            continue
+        except OmegaConfBaseException as err:
+            raw = OmegaConf.to_container(node, resolve=False)
+            yield f"{where}={raw[key]}: {str(err).splitlines()[0]}; name a key of this config, or give a value"  # type: ignore[index]
+            continue
+        if OmegaConf.is_config(child) and not OmegaConf.is_interpolation(node, key):
+            yield from _unresolved(child, f"{where}.")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is built from. The generators' state is the one that making the model left behind."""
+
+    data: DataLoaders
+    model: nn.Module
+    task: Task
+    quantizer: Quantizer
+    trainer: Trainer
+    optimizer: OptimizerFactory
+    scheduler: SchedulerFactory
+    truth: TruthGate
+    transform: Callable[[nn.Module], None] | None
+    generator_state: torch.Tensor
+
+
+def build(config: DictConfig) -> Parts:
+    """Returns the parts of a run; the only place where `_target_` becomes an object.
+
+    Raises:
+        ConfigError: all mistakes at once, each with its key, its value and what is allowed.
+    """
+    refuse_config(check_targets(config))
+    problems = list(check_settings(config))
+    made: dict[str, Any] = {}
+    for key in ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "transform", "model"):
+        if key == "model":
+            torch.manual_seed(0 if whole("seed", config.seed, 0, SEEDS) else config.seed)
+        if key == "quant":  # its two specs first: the first to fail would hide the other
+            problems += [line for role in ("weight", "activation") for line in _try_spec(config.quant, role)]
+            if any(re.match(r"quant\.(weight|activation)[.=]", problem) for problem in problems):
+                continue
+        try:
+            made[key] = instantiate(config[key], _convert_="all")
+            _try_out(key, made, problems)
+        except Exception as err:
+            problems += _explain(key, config[key], err)
+    generator_state = torch.get_rng_state()
+    task, data = made.get("task"), made.get("data")
+    if task is not None:
+        problems += [
+            f"objective={path}: allowed are size_bytes, latency_ms, or float, fake or quantized, a dot, and one of "
+            f"{', '.join(task.numbers)}"
+            for path in objectives(config)
+            if path not in ("size_bytes", "latency_ms")
+            and (
+                path.partition(".")[0] not in ("float", "fake", "quantized")
+                or path.partition(".")[2] not in task.numbers
+            )
+        ]
+    if task is not None and "model" in made:
+        problems += task.mistakes(made["model"])
+    for split in ("train", "test") if data is not None else ():
+        if not len(getattr(data, split)):
+            problems.append(f"data: there are no {split} data; each of train and test needs a sample at least")
+    labels = getattr(data and data.train, "labels", None)
+    if "num_classes" in config.model and labels is not None and not problems:
+        if (needed := int(labels.max()) + 1) > config.model.num_classes:
+            problems.append(
+                f"model.num_classes={config.model.num_classes}: the labels need at least {needed}; set that"
+            )
+    if data is not None and data.val is None and config.calib_split == "val":
+        problems.append(
+            "calib_split=val: there are no validation data; set data.val_size above 0, or use train or test"
+        )
+    quantizer = made.get("quant")
+    if quantizer is not None and quantizer.trains:
+        for key in ("optimizer", "scheduler"):
+            try:
+                _try_out(key, vars(quantizer), problems, prefix="quant.")
+            except Exception as err:
+                problems += _explain(f"quant.{key}", config.quant[key], err)
+        if quantizer.convert_every and data is not None and data.val is None:
+            problems.append(
+                f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
+                "there is none; set data.val_size above 0, or quant.convert_every=0"
+            )
+    refuse_config(dict.fromkeys(problems))
+    made["quantizer"] = made.pop("quant")
+    return Parts(**made, generator_state=generator_state)
+
+
+def _try_spec(quant: DictConfig, role: str) -> list[str]:
+    if role in quant and not OmegaConf.is_dict(quant[role]):
+        return [f"quant.{role}={shown(quant[role])}: must be a mapping, such as {{bits: 8}}"]
+    try:
+        instantiate(quant.get(role), _convert_="all")
+    except Exception as err:
+        return _explain(f"quant.{role}", quant[role], err)
+    return []
+
+
+def _try_out(key: str, made: dict[str, Any], problems: list[str], prefix: str = "") -> None:
+    """Calls an optimizer's or scheduler's factory once, so that what it refuses is known before any training."""
+    already_known = any(problem.startswith(f"{prefix}optimizer") for problem in problems)
+    if key in ("optimizer", "scheduler") and "optimizer" in made and not already_known:
+        optimizer = made["optimizer"]([nn.Parameter(torch.zeros(1))])
+        if key == "scheduler":
+            made["scheduler"](optimizer, 10)
+
+
+def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:
+    """Returns lines `key=value: reason` for what a constructor raised."""
+    found = re.search(r"full_key: ([\w.]+)", str(err))
+    where = found[1] if found else key
+    cause = err.__cause__ or err
+    reason = str(cause)
+    if not isinstance(cause, ValueError | TypeError | ImportError):
+        reason = f"{type(cause).__name__}: {reason}"  # a library's own, as an index or memory that it lacks
+    own = section if where == key else OmegaConf.select(section, where.removeprefix(f"{key}."))
+    lines = []
+    for line in reason.splitlines():
+        if re.match(r"[\w.*]+=", line):  # our own constructors begin with `parameter=value: `
+            lines.append(f"{where}.{line}")
+        elif line.startswith(" ") and lines:
+            lines[-1] += f"\n{line}"  # a list that goes with the line before
+        elif line.strip() and not line.startswith("full_key: "):
+            # A library's constructor names no key: show what it was given.
+            values = own.items() if OmegaConf.is_dict(own) else ()
+            given = [f"{where}.{k!s}={shown(v)}" for k, v in values if not OmegaConf.is_config(v)]
+            lines.append(f"{where}: {line}" + (f" (given {', '.join(given)})" if given else ""))
+    return lines or [f"{where}: {type(cause).__name__}"]

@@ -1,0 +1,92 @@
+"""A finished run's model, back in a fresh process."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from qtrain.common.plain import plain
+from qtrain.config.trust import require
+from qtrain.run.checkpoint import load_weights
+from qtrain.run.report import FILE_NAME, load_report, verify
+
+
+def load_float(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
+    """Returns the float model of the run in `run_dir`, in eval mode; see `load`."""
+    report = _report(run_dir, trust)
+    with _rebuilding(run_dir, "model"):
+        model: nn.Module = _make(report, "model")
+    _fill(model, run_dir, report, "float.pt")
+    return model.eval()
+
+
+def sample_inputs(run_dir: Path, trust: Sequence[str] = ()) -> tuple[Tensor, ...]:
+    """Returns forward's arguments for the first test batch of the run in `run_dir`, on the CPU.
+
+    Raises:
+        ValueError: the folder holds no finished run, or names code that is not trusted, or its data are not there.
+    """
+    report = _report(run_dir, trust)
+    with _rebuilding(run_dir, "data"):
+        data, task = _make(report, "data", device="cpu"), _make(report, "task")
+        inputs: tuple[Tensor, ...] = task.inputs(next(iter(data.test)))
+    return inputs
+
+
+def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
+    """Returns the converted model of the run in `run_dir`, with predictions bit-identical to the run's.
+
+    Its modules are made by the same prepare and convert, uncalibrated, and filled from quantized.pt, which is loaded
+    with `weights_only=True`. The model's own class, named in the run's config, must be importable.
+
+    Args:
+        trust: packages of yours whose code the run may name; torch's and torchvision's modules and what qtrain's own
+            config names are harmless, and all else is refused.
+
+    Raises:
+        ValueError: the folder holds no finished run, names code that is not trusted, or its weights are damaged.
+    """
+    report = _report(run_dir, trust)
+    engine = report["quant"].get("engine")  # what "auto" was where the run was made
+    with _rebuilding(run_dir, "model"):
+        model = _make(report, "model")
+        quantizer = _make(report, "quant", **({} if engine is None else {"engine": engine}))
+        prepared = quantizer.prepare(model)
+        fake = quantizer.fake(prepared) if quantizer.simulated else None
+        quantized: nn.Module = quantizer.convert(prepared) if fake is None else fake
+    _fill(quantized, run_dir, report, "quantized.pt")
+    return quantized
+
+
+def _report(run_dir: Path, trust: Sequence[str]) -> dict[str, Any]:
+    report = load_report(run_dir / FILE_NAME)
+    if report["status"] != "ok":
+        raise ValueError(
+            f"{run_dir}: this run failed ({plain(str(report.get('error')))}), so there is no model to load"
+        )
+    require(report["config"], trust, str(run_dir / FILE_NAME))
+    return report
+
+
+def _make(report: dict[str, Any], key: str, **changes: Any) -> Any:
+    return instantiate(report["config"][key] | changes, _convert_="all")
+
+
+@contextmanager
+def _rebuilding(run_dir: Path, what: str) -> Iterator[None]:
+    """Draws no random number, and turns whatever a constructor makes of wrong arguments into one error."""
+    try:
+        with torch.random.fork_rng():
+            yield
+    except Exception as err:
+        reason = plain(" ".join(f"{type(err).__name__}: {err}".split()))
+        raise ValueError(f"{run_dir}: the {what} of its {FILE_NAME} cannot be made here ({reason})") from err
+
+
+def _fill(model: nn.Module, run_dir: Path, report: dict[str, Any], name: str) -> None:
+    load_weights(model, run_dir / name)  # first, for it knows better what is wrong with a file that is cut or no model
+    verify(run_dir, report, name)

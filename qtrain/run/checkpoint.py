@@ -1,0 +1,113 @@
+"""Saved weights, and the cache of trained float models."""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+
+from qtrain.common.files import remove_leftovers, write_atomically, write_json
+from qtrain.train.state import unreadable
+
+log = logging.getLogger(__name__)
+
+
+def save_weights(path: Path, model: nn.Module) -> int:
+    """Writes the model's state dict, atomically; returns the file's bytes."""
+    write_atomically(path, lambda new: torch.save(model.state_dict(), new))
+    return path.stat().st_size
+
+
+@contextmanager
+def kept_engine() -> Iterator[None]:
+    """Puts torch's quantized engine back afterwards: a state dict that does not fit leaves it switched."""
+    before = torch.backends.quantized.engine
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state dict into `model`, in place.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or it belongs to another model.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as err:
+        raise ValueError(f"checkpoint={path}: there is no such file") from err
+    except Exception as err:  # bytes that are no pickle can raise anything
+        raise ValueError(f"checkpoint={path}: not a readable state dict ({unreadable(err)})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict")
+    try:
+        with kept_engine():
+            model.load_state_dict(state)
+    except Exception as err:  # torch takes the keys' being strings for granted
+        raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?") from err
+
+
+def digest(content: Any) -> str:
+    """Returns a short hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class FloatCache:
+    """Trained float models by the digest of everything that determines them.
+
+    An entry is a folder: weights.pt, and meta.json with the weights' SHA-256 and what training had to report.
+
+    Args:
+        root: the folder of entries.
+        key: see `digest`.
+    """
+
+    def __init__(self, root: Path, key: str) -> None:
+        self.root, self.folder = root, root / key
+        self.lock: AbstractContextManager[Any] = nullcontext()
+        try:
+            if (self.folder / "meta.json").exists() and not os.access(self.folder, os.W_OK):
+                return  # a cache to read only, in which nobody writes
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise OSError(f"float_cache={root}: {err}; name a folder that can be written, or null") from err
+        # The operating system frees the lock of a process that dies.
+        self.lock = FileLock(self.folder / "lock")
+
+    def load(self, model: nn.Module) -> dict[str, Any] | None:
+        """Fills `model` in place; returns what training had to report, or None where there is no sound entry."""
+        weights, meta = self.folder / "weights.pt", self.folder / "meta.json"
+        if not meta.exists():
+            return None
+        try:
+            found = json.loads(meta.read_text())
+            if hashlib.sha256(weights.read_bytes()).hexdigest() != found["sha256"]:
+                raise ValueError("its weights are not those that were saved")
+            training = dict(found["training"])
+            untouched = copy.deepcopy(model)  # weights that do not fit may have filled some layers
+            load_weights(untouched, weights)
+            model.load_state_dict(untouched.state_dict())
+        except (OSError, ValueError, LookupError, TypeError) as err:
+            log.warning(f"float cache: entry {self.folder} is damaged ({err}) and will be trained again")
+            return None
+        return training
+
+    def save(self, model: nn.Module, training: dict[str, Any]) -> None:
+        """Publishes a trained model; meta.json, written last, makes the entry valid. The lock is held."""
+        try:
+            remove_leftovers(self.folder)
+            save_weights(self.folder / "weights.pt", model)
+            sha256 = hashlib.sha256((self.folder / "weights.pt").read_bytes()).hexdigest()
+            write_json(self.folder / "meta.json", {"sha256": sha256, "training": training})
+        except OSError as err:
+            raise OSError(f"float_cache={self.root}: {err}; name a folder that can be written, or null") from err

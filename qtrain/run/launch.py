@@ -1,0 +1,108 @@
+"""Several processes, one run: each trains on its part of every batch; the first alone scores, converts and writes."""
+
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from omegaconf import DictConfig
+
+from qtrain.common.validate import MOST_DEVICES
+from qtrain.quant.base import Quantizer
+from qtrain.train.ranks import from_torchrun, num_ranks
+
+SYNCHRONISED = ("minmax", "moving_average")  # observers for which a batch's extremes stand for the batch
+
+
+def check_quantizer(quantizer: Quantizer) -> None:
+    """Raises ValueError where several ranks cannot agree on what the quantizer's training observes."""
+    if num_ranks() == 1 or not quantizer.trains or quantizer.activation is None:
+        return
+    observer = quantizer.activation.describe()["observer"]
+    if observer not in SYNCHRONISED:
+        raise ValueError(
+            f"trainer.devices={num_ranks()}: quant.activation.observer {observer} cannot be synchronised; "
+            f"use {' or '.join(SYNCHRONISED)}, or trainer.devices=1"
+        )
+
+
+def _check_devices(devices: int, device: str) -> None:
+    there = {"cuda": torch.cuda.device_count(), "cpu": devices}.get(device, 1)
+    if there < devices:
+        raise ValueError(f"trainer.devices={devices}: device={device} is {there}; use fewer, or device=cpu")
+    if from_torchrun() and int(os.environ["WORLD_SIZE"]) != devices:
+        started = os.environ["WORLD_SIZE"]
+        raise ValueError(f"trainer.devices={devices}: torchrun started {started} processes; the two must agree")
+
+
+def _join(ranks: int, number: int, local: int, address: str, device: str) -> None:
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=address, rank=number, world_size=ranks)
+
+
+@contextmanager
+def group(
+    config: DictConfig, run_dir: Path, resume: bool, follow: Callable[[DictConfig, Path, bool], None]
+) -> Iterator[Path]:
+    """While entered, `trainer.devices` processes carry out the run; yields the first one's `run_dir`.
+
+    The others are started here, unless torchrun has started them.
+
+    Args:
+        follow: what they do, called with `config`, `run_dir` and `resume`; a function of a module.
+
+    Raises:
+        ValueError: there are fewer devices, or torchrun has started another number of processes.
+    """
+    devices = config.trainer.devices
+    if not (type(devices) is int and 1 < devices <= MOST_DEVICES or from_torchrun()):
+        yield run_dir  # what is no number of devices, Trainer refuses
+        return
+    _check_devices(devices, config.device)
+    if from_torchrun():
+        _join(devices, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "env://", config.device)
+        named = [str(run_dir)]
+        dist.broadcast_object_list(named)
+        try:
+            yield Path(named[0])
+        finally:
+            dist.destroy_process_group()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"file://{folder}/rendezvous"
+        arguments = (devices, address, torch.get_num_threads(), follow, config, run_dir, resume)
+        start = mp.get_context("spawn").Process
+        workers = [start(target=_work, args=(number, *arguments), daemon=True) for number in range(1, devices)]
+        for worker in workers:
+            worker.start()
+        try:
+            _join(devices, 0, 0, address, config.device)
+            yield run_dir
+            for worker in workers:
+                worker.join()
+        finally:
+            for worker in workers:
+                worker.kill()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _work(
+    number: int, ranks: int, address: str, threads: int, follow: Callable[..., None], config: DictConfig, *rest: Any
+) -> None:
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank decides, and tells the others
+        signal.signal(ignored, signal.SIG_IGN)
+    logging.disable()
+    torch.set_num_threads(threads)
+    _join(ranks, number, number, address, config.device)
+    follow(config, *rest)
+    dist.destroy_process_group()

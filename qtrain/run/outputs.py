@@ -1,0 +1,257 @@
+"""What a run leaves behind for people: facts for the report, TensorBoard, the lines at its end."""
+
+import logging
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from qtrain.analyze.layerwise import layer_outputs
+from qtrain.backend import torch_ao
+from qtrain.backend.packed.weight import IntegerWeight
+from qtrain.common.files import write_atomically
+from qtrain.functional.error import mse, sqnr_db
+from qtrain.logger import plots
+from qtrain.logger.loggers import Logger, Pictures, TensorBoard
+from qtrain.quant.base import Quantizer
+from qtrain.run.report import Report
+from qtrain.task.base import Task
+from qtrain.train.evaluate import Scores
+
+log = logging.getLogger(__name__)
+
+
+def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    """Returns the fields of a report that are known before the run."""
+    # Of a list or a mapping, which will be refused, only a plain one can be written down.
+    name, seed = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.name, config.seed))
+    return {
+        "name": name,
+        "seed": seed,
+        "config": OmegaConf.to_container(config),
+        "overrides": overrides,
+        "model": config.choices.model,
+        "data": config.choices.data,
+        "quant": {"method": config.choices.quant},
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Returns the commit of the checkout that this package lies in, if it lies in one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def extra_loggers(config: DictConfig, run_dir: Path) -> list[Logger]:
+    """Returns the loggers beside metrics.jsonl that the config asks for."""
+    loggers: list[Logger] = [TensorBoard(run_dir)] if config.logger.tensorboard else []
+    return [*loggers, Pictures(run_dir)] if config.logger.pictures else loggers
+
+
+def quantizer_facts(quantizer: Quantizer) -> dict[str, Any]:
+    """Returns the settled engine and specs."""
+    return {
+        "engine": quantizer.engine,
+        "weight": quantizer.weight and quantizer.weight.describe(),
+        "activation": quantizer.activation and quantizer.activation.describe(),
+        "simulated": quantizer.simulated,
+    }
+
+
+def activation_qparams(quantized: nn.Module) -> dict[str, dict[str, float]]:
+    """Returns {module: {"scale", "zero_point"}} of every module that puts out a quantized tensor."""
+    found = {}
+    for name, module in quantized.named_modules():
+        scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
+        is_weights = name.endswith(".weight_fake_quant") or isinstance(module, IntegerWeight)
+        if scale is not None and zero_point is not None and not is_weights:
+            owner = name.removesuffix(".activation_post_process")  # of a simulation
+            found[owner] = {"scale": float(scale), "zero_point": int(zero_point)}
+    return found
+
+
+def write(
+    report: Report,
+    run_dir: Path,
+    logger: Logger,
+    task: Task,
+    scores: dict[str, Scores | None],
+    reference: nn.Module | None,
+    float_model: nn.Module,
+    quantized: nn.Module,
+    sample: tuple[Tensor, ...],
+) -> None:
+    """Writes examples.pt, what the loggers show of the finished run, and the lines at its end."""
+    examples = {name: score.examples for name, score in scores.items() if score is not None}
+    write_atomically(run_dir / "examples.pt", lambda new: torch.save(examples, new))
+
+    scalars = final_scalars(report, task.quality)
+    logger.log(scalars, 0)
+    names = [name for name, module in quantized.named_modules() if torch_ao.quantized_weight(module) is not None]
+    before = reference if reference is not None else float_model
+    pairs = {}
+    for name in names:
+        exact, integers = (
+            torch_ao.float_weight(before.get_submodule(name)),
+            torch_ao.quantized_weight(quantized.get_submodule(name)),
+        )
+        assert exact is not None and integers is not None
+        pairs[name] = exact, integers
+        logger.histogram(f"weights_float/{name}", exact, 0)
+        logger.histogram(f"weights_quantized/{name}", integers.dequantize(), 0)
+    if reference is not None:
+        points = list(torch_ao.observed_points(reference))
+        for kind, model in (("float", reference), ("quantized", quantized)):
+            for name, values in layer_outputs(model, points, sample).items():
+                logger.histogram(f"activations_{kind}/{name}", values, 0)
+    if pairs:
+        logger.text("weights", weight_table(pairs), 0)
+    if logger.shows_images:
+        for name, figure in figures(report, pairs, scores):
+            logger.image(name, plots.png(figure), 0)
+    if report.samples:
+        logger.text("samples", "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()), 0)
+    if report.qparams:
+        logger.text("qparams", qparams_table(report), 0)
+    batch = report.config["measure"]["batch_sizes"][0]
+    columns = [f"{task.quality}/{kind}" for kind in ("quantized", "fake", "float")]
+    columns += ["size_kb/quantized_file", f"latency_ms/quantized_batch_{batch}"]
+    logger.hparams(hparams(report), {name: scalars[name] for name in columns if name in scalars})
+    for line in summary(report, task.quality):
+        log.info(line)
+
+
+def figures(report: Report, pairs: plots.Pairs, scores: dict[str, Scores | None]) -> Iterator[tuple[str, Figure]]:
+    """Yields (name, figure) of the finished run."""
+    if pairs:
+        yield "weights", plots.weights(pairs)
+        yield "weight_distribution", plots.distribution(pairs, report.quant["method"])
+        kinds = {"weights": {n: float(sqnr_db(w, q.dequantize().to(w.dtype))) for n, (w, q) in pairs.items()}}
+        activations = {name: value for name, value in report.truth["sqnr_db"].items() if value is not None}
+        yield "quantization_noise", plots.noise(kinds | ({"activations": activations} if activations else {}))
+    for kind, score in scores.items():
+        is_new = kind != "quantized" or report.quant["method"] != "none"
+        if is_new and score is not None and "confusion" in score.metrics:
+            yield f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind)
+
+
+def final_scalars(report: Report, quality: str) -> dict[str, float]:
+    """Returns the figures of the finished run, by TensorBoard's names."""
+    scalars: dict[str, float] = {}
+    for kind, metrics in report.metrics.items():
+        if metrics is not None:
+            scalars |= {f"{name}/{kind}": metrics[name] for name in (quality, "loss")}
+    scalars |= {f"size_kb/{kind}": size / 1000 for kind, size in report.size_bytes.items() if size is not None}
+    scalars |= {f"tokens_per_s/{kind}": rate for kind, rate in report.tokens_per_s.items()}
+    for kind, sizes in report.latency_ms.items():
+        scalars |= {f"latency_ms/{kind}_batch_{size}": t["median"] for size, t in (sizes or {}).items()}
+    return scalars
+
+
+def hparams(report: Report) -> dict[str, Any]:
+    """Returns the settings that comparisons are made over; "-" where the method has no such thing.
+
+    TensorBoard sorts them by name and shows five unasked: hence the names.
+    """
+    activation, rates = report.quant["activation"] or {}, {"rate": report.config, "rate of QAT": report.config["quant"]}
+    bits = [str(spec["bits"]) for spec in (report.quant["weight"], activation) if spec]
+    return {
+        "bits": "/".join(bits) or "-",
+        "engine": report.quant["engine"] or "-",
+        "method": report.quant["method"],
+        "network": report.model,
+        "observer": activation.get("observer") or "-",
+        "seed": report.seed,
+        "trained on": report.data,
+        **{name: part["optimizer"]["lr"] for name, part in rates.items() if "lr" in part.get("optimizer", ())},
+    }
+
+
+def qparams_table(report: Report) -> str:
+    """Returns the activations' scales and zero points as a Markdown table."""
+    lines = ["| module | scale | zero point | SQNR, dB |", "|---|---|---|---|"]
+    noise = report.truth["sqnr_db"]
+    for name, q in report.qparams.items():
+        decibels = f"{noise[name]:.1f}" if name in noise else ""
+        lines.append(f"| {name} | {q['scale']:.8g} | {q['zero_point']} | {decibels} |")
+    return "\n".join(lines)
+
+
+def weight_table(pairs: plots.Pairs, count: int = 3) -> str:
+    """Returns the first weights of each layer as a Markdown table, with scale, zero point and error."""
+    lines = [
+        "| layer | float | integers | scale | zero point | dequantized | MSE | SQNR, dB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (exact, quantized) in pairs.items():
+        restored = quantized.dequantize().to(exact.dtype)
+        columns = [
+            ", ".join(f"{value:.4g}" for value in tensor.flatten()[:count].tolist())
+            for tensor in (exact, quantized.int_repr(), restored)
+        ]
+        scale, zero_point = torch_ao.weight_qparams(quantized)
+        columns[2:2] = [f"{scale:.4g}", f"{zero_point}"]
+        columns += [f"{float(mse(exact, restored)):.1e}", f"{float(sqnr_db(exact, restored)):.1f}"]
+        lines.append(f"| {name} | " + " | ".join(columns) + " |")
+    return "\n".join(lines)
+
+
+def _seconds(stages: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in stages.items())
+
+
+def summary(report: Report, quality: str) -> list[str]:
+    """Returns the lines that a person reads at the end of a run."""
+    lines = []
+    is_float = report.quant["weight"] is None  # the float model itself, or the same trained on
+    for kind, metrics in report.metrics.items():
+        if metrics is None or (kind == "quantized" and report.quant["method"] == "none"):
+            continue
+        label = "trained on" if kind == "quantized" and is_float else kind
+        simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
+        size = report.size_bytes.get(f"{kind}_file")
+        value = f"{100 * metrics[quality]:.2f} %" if quality == "accuracy" else f"{metrics[quality]:.3f}"
+        facts = [f"{quality} {value}", f"loss {metrics['loss']:.4f}"]
+        facts += [f"{size / 1000:.1f} KB"] if size is not None else []
+        facts += [f"{t['median']:.3f} ms at batch {n}" for n, t in (report.latency_ms.get(kind) or {}).items()]
+        facts += [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
+        lines.append(f"{label + simulated:>21}: " + ", ".join(facts))
+        if "wrong_per_class" in metrics:
+            lines.append(f"{'':>23}wrong by class: " + " ".join(str(n) for n in metrics["wrong_per_class"]))
+    exact, real = report.latency_ms["float"], report.latency_ms["quantized"] if not report.quant["simulated"] else {}
+    for size, times in (real or {}).items():
+        ratio = times["median"] / exact[size]["median"]
+        if ratio > 1 and not is_float:
+            lines.append(
+                f"note: the quantized model is SLOWER than float at batch {size}: {ratio:.2f} times its latency"
+            )
+    lines += [f"{kind:>21}: {text!r}" for kind, text in report.samples.items()]
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    lines.append(f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s))
+    cover = report.coverage
+    if not is_float:
+        lines.append(
+            f"quantized: {100 * cover['params_quantized']:.1f} % of parameters, "
+            f"{100 * cover['macs_quantized']:.1f} % of multiply-accumulates"
+        )
+        before, after = (report.size_bytes.get(f"{kind}_file") for kind in ("float", "quantized"))
+        if before and after and after > before:
+            largest = cover.get("largest_float")
+            lines.append(
+                f"note: the quantized file is LARGER than the float one, {after / 1000:.1f} against "
+                f"{before / 1000:.1f} KB" + (f"; the largest tensor that stays float is {largest}" if largest else "")
+            )
+        for reason in dict.fromkeys(cover["float_layers"].values()):
+            names = [name for name, why in cover["float_layers"].items() if why == reason]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            lines.append(f"  stays float: {', '.join(names[:8])}{more} ({reason})")
+    return lines

@@ -1,0 +1,164 @@
+"""report.json: all that a comparison reads of a run."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qtrain.common.files import read_text, sha256, write_json
+from qtrain.common.plain import plain
+
+SCHEMA = 1
+FILE_NAME = "report.json"
+QUIET = 0.25  # CPU cores that other programs may use while a latency is measured
+DIGESTED = ("float.pt", "quantized.pt", "examples.pt")
+MOST_LEVELS, LARGEST = 50, 1e100
+NUMBER = int | float
+SPEC = {"bits": int, "observer": str}
+# What readers rely on, where it is there: a class, [content of a list] or {key of a dict: content}; "*" stands for all
+# other keys. Within a section null may stand for anything.
+SHAPE: dict[str, Any] = {
+    "name": str | int,
+    "seed": str | int,
+    "config": {},
+    "overrides": [str],
+    "model": str | int,
+    "data": str | int,
+    "status": str,
+    "quant": {"method": str | int, "engine": str, "weight": SPEC, "activation": SPEC},
+    "metrics": {"*": {"accuracy": NUMBER, "perplexity": NUMBER, "loss": NUMBER}},
+    "difference": {"*": NUMBER},
+    "truth": {"min_sqnr_db": NUMBER},
+    "size_bytes": {"*": NUMBER},
+    "latency_ms": {"*": {"*": {"median": NUMBER}}},
+    "tokens_per_s": {"*": NUMBER},
+    "time_s": {"*": NUMBER},
+    "sha256": {"*": str},
+}
+REQUIRED = SHAPE.keys() - {"tokens_per_s", "sha256"}  # which came later
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """One run's results; see the README for the fields. Everything in it is plain JSON."""
+
+    name: str
+    seed: int
+    config: dict[str, Any]
+    overrides: list[str]
+    model: str
+    data: str
+    schema: int = SCHEMA
+    status: str = "ok"  # or "failed", or "interrupted": by a signal, and to be resumed
+    error: str | None = None
+    data_fingerprint: str | None = None  # a digest of the data's content
+    quality: str | None = None
+    quant: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    difference: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, str] = field(default_factory=dict)
+    truth: dict[str, Any] = field(default_factory=dict)
+    qparams: dict[str, Any] = field(default_factory=dict)
+    coverage: dict[str, Any] = field(default_factory=dict)
+    size_bytes: dict[str, Any] = field(default_factory=dict)
+    latency_ms: dict[str, Any] = field(default_factory=dict)
+    other_load: float | None = None  # CPU cores that other programs used while latency was measured
+    tokens_per_s: dict[str, float] = field(default_factory=dict)
+    threads: int | None = None
+    device: str | None = None
+    float_from: str | None = None
+    time_s: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    git: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)  # of the files beside it
+
+    def save(self, run_dir: Path) -> None:
+        """Writes report.json into `run_dir`, atomically; null stands for what is no finite number."""
+        write_json(run_dir / FILE_NAME, _finite(asdict(self)))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def load_report(path: Path) -> dict[str, Any]:
+    """Returns the content of a report.json, in which what `SHAPE` knows has the shape that it says.
+
+    Raises:
+        ValueError: the file is not a report of this schema.
+    """
+    try:
+        content = json.loads(read_text(path), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as err:
+        raise ValueError(f"{path}: not readable as JSON ({err})") from err
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "status" not in content:
+        raise ValueError(f"{path}: not a report of schema {SCHEMA}")
+    for problem in _problems(content):
+        raise ValueError(f"{path}: not a whole report ({plain(problem)})")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
+def _problems(report: dict[str, Any]) -> Iterator[str]:
+    yield from (f"there is no {key}" for key in SHAPE if key in REQUIRED and key not in report)
+    yield from (f"{key} is too deep, or holds a number beyond {LARGEST}" for key in report if _is_extreme(report[key]))
+    for key, shape in SHAPE.items():
+        if key in report:
+            yield from [f"{key} is null"] if report[key] is None else misfits(report[key], shape, key)
+
+
+def _is_extreme(content: Any, levels: int = MOST_LEVELS) -> bool:
+    if isinstance(content, (dict, list)):
+        values = content.values() if isinstance(content, dict) else content
+        return not levels or any(_is_extreme(value, levels - 1) for value in values)
+    return isinstance(content, (int, float)) and not -LARGEST < content < LARGEST
+
+
+def misfits(found: Any, shape: Any, path: str) -> Iterator[str]:
+    """Yields what of `found` has not the given shape."""
+    if found is None:
+        return
+    kind = shape if not isinstance(shape, dict | list) else type(shape)
+    if not isinstance(found, kind):
+        yield f"{path} is {str(found)[:80]!r}"
+    elif isinstance(shape, list):
+        for index, value in enumerate(found):
+            yield from [f"{path}.{index} is null"] if value is None else misfits(value, shape[0], f"{path}.{index}")
+    elif isinstance(found, dict) and isinstance(shape, dict):
+        for key, value in found.items():
+            if key in shape or "*" in shape:
+                yield from misfits(value, shape.get(key, shape.get("*")), f"{path}.{key}")
+
+
+def verify(run_dir: Path, report: dict[str, Any], name: str) -> None:
+    """Makes sure that a file of a run is the one that its report was written with.
+
+    Raises:
+        ValueError: it is another one, or damaged.
+    """
+    path, digests = run_dir / name, report.get("sha256")
+    if not digests:
+        log.warning(f"{path}: not checked, for {FILE_NAME} is of an older version, which noted no SHA-256 of its files")
+    elif sha256(path) != digests.get(name):
+        raise ValueError(
+            f"{path}: damaged, or of another run: its SHA-256 is not that of {FILE_NAME}; copy it from the run again"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide a run's numbers."""
+    return {name: version(name) for name in ("torch", "torchvision", "hydra-core")}

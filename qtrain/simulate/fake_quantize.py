@@ -1,0 +1,303 @@
+"""FakeQuantize: observe a tensor, then replace it by what its integers would mean.
+
+One module serves PTQ and QAT, weights and activations, so that calibration, simulation and conversion read the same
+scale and zero point.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.compiler import is_compiling
+
+from qtrain.backend.torch_ao import (
+    FakeQuantizeBase,
+    is_min_max,
+    observe_magnitude,
+    observe_min_max,
+    observe_numbers,
+    observe_scaled,
+)
+from qtrain.simulate.kernels import (
+    fake_quantize,
+    fake_quantize_by_numbers,
+    fake_quantize_unclipped,
+    range_numbers,
+    range_qparams,
+    replace,
+    within_reach,
+)
+
+KERNELS = ("qtrain", "torch")
+
+
+class FakeQuantize(FakeQuantizeBase):
+    """Observes where `observing`, and returns dequantize(quantize(x)) where `quantizing`, else x itself.
+
+    x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale, rounding half to even;
+    the gradient is passed straight through inside the clipping range and is 0 outside.
+
+    Args:
+        observer: an observer of torch's interface: forward(x) records, calculate_qparams() -> (scale, zero_point).
+        kernel: "qtrain", or "torch": torch's kernels and observers, many times slower, as the reference.
+        memoryless: forget the range before each observation. For weights, which are seen whole every time.
+        observing: whether forward records the tensor's range.
+        quantizing: whether forward fake-quantizes.
+
+    Attributes:
+        rectifies: whether forward works on relu(x) in place of x.
+        scale_free: whether the largest magnitude of each channel becomes the last integer, on either side: then nothing
+            is clipped, and a channel's integers stay whatever it is multiplied by, but for their sign.
+
+    Raises:
+        ValueError: there is no such kernel.
+
+    Shapes: x is any tensor; scale and zero_point are [1] per tensor, [C] per channel.
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+    observer: Any
+
+    def __init__(
+        self, observer: Any, *, kernel: str = "qtrain", memoryless: bool = False, observing: bool, quantizing: bool
+    ) -> None:
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel={kernel}: allowed are {', '.join(KERNELS)}")
+        nn.Module.__init__(self)  # not the base's: it keeps its switches in tensors, and reads them in every forward
+        self.observer, self.kernel, self.memoryless = observer, kernel, memoryless
+        self.observing, self.quantizing = observing, quantizing
+        self.dtype, self.qscheme = observer.dtype, observer.qscheme
+        self.quant_min, self.quant_max = int(observer.quant_min), int(observer.quant_max)
+        self.is_per_channel = self.qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
+        self.is_symmetric = self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+        self.ch_axis = int(getattr(observer, "ch_axis", -1))
+        self._axis = self.ch_axis if self.is_per_channel else None
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.rectifies = False
+        self._limits: dict[str, Any] = {"quant_min": self.quant_min, "quant_max": self.quant_max}
+        # A min-max observer's work is done here, on the observer's own buffers, which stay the truth.
+        self._folded = kernel == "qtrain" and is_min_max(observer)
+        self._rule = {**self._limits, "symmetric": self.is_symmetric}
+        if self._folded:
+            self._rule["eps"] = observer.eps.item()
+        is_narrow = self.is_symmetric and self.quant_min == -self.quant_max
+        self.scale_free = is_narrow and self._folded and memoryless and self.is_per_channel and self.ch_axis == 0
+        self._last = torch.tensor(float(self.quant_max), device="cpu")
+        self._known = _Known()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.memoryless and self.quantizing and x.is_leaf and x.grad is not None:
+            known = self._known_output(x)
+            if known is not None:
+                return known
+        output = None
+        if self.kernel == "qtrain" and x.dtype == torch.float32 and not is_compiling():
+            if self.scale_free:
+                output = self._unclipped(x) if self.observing else None
+            # Numbers, where to read one costs nothing.
+            elif not self.is_per_channel and x.is_cpu and (self._folded or not self.observing) and x.numel():
+                output = self._by_numbers(x)
+        if output is None:
+            if self.rectifies:
+                x = F.relu(x)
+            if self.observing:
+                self._observe(x.detach())
+            if not self.quantizing:
+                return x
+            output = self._by_tensors(x)
+        if self._known.reuses and self.quantizing and x.is_leaf:
+            self._known.remember(x, output, *self._qparams(), axis=self._axis)
+        return output
+
+    def _known_output(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns the output for weights that come again between two steps of the optimizer, with a new way back.
+
+        That is under gradient accumulation, which shows by gradients that are there already; a write into `x.data`
+        between the two would go unnoticed.
+        """
+        known = self._known
+        known.reuses = self.kernel == "qtrain"
+        if known.output is None or known.of != (x.data_ptr(), x._version):
+            return None
+        if self.scale_free:
+            return replace(x, known.output)
+        return fake_quantize(x, known.scale, known.zero_point, **self._limits, axis=known.axis, known=known.output)
+
+    def _unclipped(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns what forward does for scale-free weights, in the fewest operations."""
+        scale = observe_magnitude(self.observer, x.detach(), self._last, self._rule["eps"])
+        known = self._known
+        known.observed, known.qparams, known.numbers = True, (scale, None), None
+        if not self.quantizing:
+            return x
+        return fake_quantize_unclipped(x, scale.view(-1, *[1] * (x.ndim - 1)))
+
+    def _by_numbers(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns what forward does; None, having changed nothing, where numbers do not do."""
+        known, ends = self._known, None
+        if self.observing:
+            first = self.memoryless or not known.observed and _is_untouched(self.observer)
+            found = observe_numbers(self.observer, x.detach(), first=first, rectified=self.rectifies)
+            if found is None:
+                return None
+            ends, observed = found
+            known.observed, known.qparams, known.numbers = True, None, range_numbers(*observed, **self._rule)
+        if not self.quantizing:
+            return F.relu(x) if self.rectifies else x
+        if known.numbers is None:
+            scale, zero_point = self._qparams()
+            known.numbers = scale.item(), 0 if zero_point is None else int(zero_point.item())
+        if not within_reach(known.numbers[0]):
+            return None
+        return fake_quantize_by_numbers(x, *known.numbers, **self._limits, rectify=self.rectifies, ends=ends)
+
+    def _by_tensors(self, x: torch.Tensor) -> torch.Tensor:
+        scale, zero_point = self._qparams()
+        axis = self._axis
+        if self.kernel == "qtrain":
+            return fake_quantize(x, scale, zero_point, **self._limits, axis=axis)
+        limits = self.quant_min, self.quant_max
+        if axis is None:
+            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)  # type: ignore[arg-type]
+        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)  # type: ignore[arg-type]
+
+    def _observe(self, x: torch.Tensor) -> None:
+        known = self._known
+        known.qparams = known.numbers = None
+        if self._folded:
+            first = self.memoryless or not known.observed and _is_untouched(self.observer)
+            observe_min_max(self.observer, x, first=first)
+        else:
+            if self.memoryless:
+                self.observer.reset_min_max_vals()
+            self.observer(x)
+
+    def quantize_scaled(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """Returns `forward(x * factor) / factor`, but for the products' rounding, without working them out.
+
+        Args:
+            x: a layer's weight (C, ...).
+            factor: (C,), not 0; gets no gradient. Under gradient accumulation the first one stays, until `x` changes.
+        """
+        if not (self.observing or self.quantizing):
+            return x
+        if not (self._folded and self.memoryless and self.observing):
+            factor = factor.reshape(-1, *[1] * (x.ndim - 1))
+            return self(x * factor) / factor
+        known = self._known
+        if self.quantizing and x.grad is not None:
+            output = self._known_output(x)
+            if output is not None:
+                return output
+        known.qparams = known.numbers = None
+        observe_scaled(self.observer, x.detach(), factor)
+        if not self.quantizing:
+            return x
+        scale, zero_point = self._qparams()
+        scale, zero_point = scale / factor, None if zero_point is None else zero_point.expand(len(factor))
+        output = fake_quantize(x, scale, zero_point, **self._limits, axis=0)
+        if known.reuses:
+            known.remember(x, output, scale, zero_point, axis=0)
+        return output
+
+    def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns (scale, zero_point or None for 0) of what was observed; worked out once an observation.
+
+        Raises:
+            ValueError: nothing was observed.
+        """
+        known = self._known
+        if known.qparams is None:
+            if not self.has_observed():
+                raise ValueError("it runs now, but did not during calibration, so its scale is unknown")
+            if self._folded:
+                seen = self.observer._buffers  # past nn.Module's attributes, which are slow
+                known.qparams = range_qparams(seen["min_val"], seen["max_val"], **self._rule)
+            else:
+                scale, zero_point = self.observer.calculate_qparams()
+                device = self.scale.device
+                known.qparams = (
+                    scale.to(device, torch.float32).reshape(-1),
+                    zero_point.to(device, torch.int32).reshape(-1),
+                )
+        return known.qparams
+
+    def calculate_qparams(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (scale, zero_point) of what was observed; of nothing, (1, 0)."""
+        if self.has_observed():
+            scale, zero_point = self._qparams()
+            self.scale = scale
+            self.zero_point = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
+        return self.scale, self.zero_point
+
+    def has_observed(self) -> bool:
+        """Tells whether the observer has seen any tensor (torch's hold an infinite range until then)."""
+        if not self._known.observed:
+            low = self.observer.min_val
+            self._known.observed = low.numel() > 0 and bool((low <= self.observer.max_val).all())
+        return self._known.observed
+
+    def observed_range(self) -> tuple[float, float]:
+        """Returns the smallest and the largest value observed."""
+        return float(self.observer.min_val.min()), float(self.observer.max_val.max())
+
+    def clip_as_kernels(self) -> None:
+        """Clips, in place, where int8 kernels do: at the ends of uint8, though the scale be made for 0..127."""
+        self.quant_min, self.quant_max = 0, 255
+        self._limits = {"quant_min": self.quant_min, "quant_max": self.quant_max}
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        self.quantizing = enabled
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        self.observing = enabled
+
+    def extra_repr(self) -> str:
+        low, high = self.quant_min, self.quant_max
+        return f"{self.qscheme}, {low}..{high}, observing={self.observing}, quantizing={self.quantizing}"
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FakeQuantize":
+        self._known = _Known()  # tensors among it may be on another device now
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.calculate_qparams()  # may not have been asked for yet
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A fresh module has one scale; the saved one may have one a channel.
+        for name in ("scale", "zero_point"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None:
+                setattr(self, name, torch.empty_like(saved, device=self.scale.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._known = _Known()  # the observer's state, loaded next, says all
+
+
+@dataclass(slots=True)
+class _Known:
+    """What a FakeQuantize has worked out of its observer's state; apart from the module, whose attributes are slow."""
+
+    numbers: tuple[float, int] | None = None  # scale and zero point
+    qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    observed: bool = False  # asking the observer again would wait for the device in every step
+    reuses: bool = False  # whether weights have come again before they changed
+    of: tuple[int, int] = (0, 0)  # the address and the version of the weights that `output` belongs to
+    output: torch.Tensor | None = None
+    scale: Any = None
+    zero_point: torch.Tensor | None = None
+    axis: int | None = None
+
+    def remember(
+        self, x: torch.Tensor, output: torch.Tensor, scale: Any, zero_point: torch.Tensor | None, *, axis: int | None
+    ) -> None:
+        self.of, self.output = (x.data_ptr(), x._version), output.detach()
+        self.scale, self.zero_point, self.axis = scale, zero_point, axis
+
+
+def _is_untouched(observer: Any) -> bool:
+    return observer.min_val.numel() == 0 or bool(observer.min_val.isinf().all())

@@ -1,0 +1,377 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from qtrain.analyze.dry_run import blame
+from qtrain.analyze.truth import (
+    TruthError,
+    TruthGate,
+    divergence,
+    finite_outputs,
+    layer_outputs,
+    require_finite_weights,
+)
+from qtrain.backend import torch_ao
+from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.spec import QuantSpec
+
+GATE = {"on_failure": "error", "samples": 32, "max_steps": 1.0, "max_range_ratio": 1.25}
+
+
+def calibrated(quantizer, model, *inputs):
+    prepared = quantizer.prepare(model)
+    quantizer.calibrate(prepared, [inputs])
+    return prepared
+
+
+def compare(quantizer, prepared, *inputs, **settings):
+    models = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+    return TruthGate(**{**GATE, **settings}).compare(*models, inputs)
+
+
+class Branches(nn.Module):
+    """Inputs with a positive mean take layer a, the others layer b; a spare FloatFunctional is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.spare = torch_ao.FloatFunctional()
+
+    def forward(self, x):
+        positive = x.mean() > 0
+        x = self.quant(x)
+        return self.dequant(self.a(x) if positive else self.b(x))
+
+
+class Residual(nn.Module):
+    """linear(x), and unless x is all positive x + linear(x), the sum by a FloatFunctional."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
+        self.linear, self.sum = nn.Linear(4, 4), torch_ao.FloatFunctional()
+
+    def forward(self, x):
+        simple = (x > 0).all()
+        x = self.quant(x)
+        return self.dequant(self.linear(x) if simple else self.sum.add(x, self.linear(x)))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.dequant = torch_ao.QuantStub(), torch_ao.QuantStub(), torch_ao.DeQuantStub()
+        self.linear, self.sum = nn.Linear(8, 8), torch_ao.FloatFunctional()
+
+    def forward(self, x, y):
+        return self.dequant(self.sum.add(self.linear(self.first(x)), self.second(y)))
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "setting, reason",
+    [
+        ({"on_failure": "ignore"}, "on_failure=ignore: allowed are error and warn"),
+        ({"samples": 0}, "samples=0: must be a whole number from 1 to"),
+        ({"samples": 1.5}, "samples=1.5: must be a whole number"),
+        ({"samples": True}, "samples=True: must be a whole number"),
+        ({"max_steps": 0}, "max_steps=0: must be a number above 0"),
+        ({"max_steps": math.nan}, "max_steps=nan: must be a number above 0"),
+        ({"max_range_ratio": 0.9}, "max_range_ratio=0.9: must be a number of at least 1"),
+        ({"max_range_ratio": math.nan}, "max_range_ratio=nan: must be a number of at least 1"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_refused_with_what_is_allowed(setting, reason):
+    with pytest.raises(ValueError, match=reason):
+        TruthGate(**{**GATE, **setting})
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ValueError) as err:
+        TruthGate(on_failure="", samples=-1, max_steps=-1, max_range_ratio=0)
+    keys = [line.split("=")[0] for line in str(err.value).splitlines()]
+    assert keys == ["on_failure", "samples", "max_steps", "max_range_ratio"]
+
+
+# ---- layers that calibration did not reach ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
+def test_a_layer_that_calibration_never_took_fails_by_name(is_qat, make_ptq, make_qat):
+    quantizer = (make_qat if is_qat else make_ptq)()
+    prepared = calibrated(quantizer, Branches().eval(), torch.rand(8, 4))
+    (failure,) = TruthGate(**GATE).unobserved(prepared)
+    assert failure.startswith("layer b: its observer saw no data") and "quant.layers={b: float}" in failure
+    quantizer.calibrate(prepared, [(torch.rand(8, 4),), (-torch.rand(8, 4),)])
+    assert TruthGate(**GATE).unobserved(prepared) == []
+
+
+def test_without_calibration_every_layer_fails(convnet, make_ptq):
+    failures = TruthGate(**GATE).unobserved(make_ptq().prepare(convnet))
+    assert [failure.split(":")[0].split()[1] for failure in failures] == ["conv1", "conv2", "linear1", "linear2"]
+
+
+def test_torch_converts_what_was_never_observed_with_scale_1(make_ptq):
+    """What the gate is for: nothing in conversion itself objects."""
+    quantizer = make_ptq()
+    quantized = quantizer.convert(calibrated(quantizer, Branches().eval(), torch.rand(8, 4)))
+    assert (quantized.b.scale, quantized.b.zero_point) == (1.0, 0)
+
+
+def test_a_spare_float_functional_is_no_failure(make_ptq):
+    quantizer = make_ptq()
+    batches = torch.rand(8, 4), -torch.rand(8, 4)
+    prepared = quantizer.prepare(Branches().eval())
+    quantizer.calibrate(prepared, [(batch,) for batch in batches])
+    assert "spare" in torch_ao.observed_points(prepared)
+    assert TruthGate(**GATE).unobserved(prepared) == []
+    section, failures = compare(quantizer, prepared, batches[0])
+    assert failures == [] and "spare" not in section["sqnr_db"]
+
+
+def test_a_float_functional_used_without_calibration_fails_by_name(make_ptq):
+    quantizer = make_ptq()
+    prepared = calibrated(quantizer, Residual().eval(), torch.rand(8, 4))
+    assert TruthGate(**GATE).unobserved(prepared) == []
+    fake = quantizer.fake(prepared)
+    with pytest.raises(ValueError, match=r"layer sum \(FloatFunctional\) .* did not during calibration"):
+        with blame(fake, "fake-quantized"):
+            fake(torch.randn(8, 4))
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_sqnr_of_each_layer_is_that_of_the_formula(engine, convnet, images, make_ptq):
+    quantizer = make_ptq(engine)
+    prepared = calibrated(quantizer, convnet, images)
+    section, failures = compare(quantizer, prepared, images)
+    assert failures == []
+    reference, fake, quantized = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+    order = ["quant", "conv1", "conv2", "linear1", "linear2"]
+    for key, left in (("sqnr_db", reference), ("fake", fake)):
+        found = section["sqnr_db"] if key == "sqnr_db" else section["fake_vs_quantized"]["sqnr_db"]
+        assert list(found) == order
+        outputs = {}
+
+        def keep(side, name, outputs=outputs):
+            def hook(_m, _i, output):
+                outputs[side, name] = (output.dequantize() if output.is_quantized else output).detach().double()
+
+            return hook
+
+        for side, model in (("left", left), ("right", quantized)):
+            handles = [getattr(model, name).register_forward_hook(keep(side, name)) for name in order]
+            model(images)
+            for handle in handles:
+                handle.remove()
+        for name in order:
+            exact, error = outputs["left", name], outputs["left", name] - outputs["right", name]
+            expected = 20 * math.log10(float(exact.norm() / error.norm())) if error.any() else 200
+            assert found[name] == pytest.approx(expected, abs=1e-3)
+    assert section["min_sqnr_db"] == min(section["sqnr_db"].values())
+    assert section["fake_vs_quantized"]["min_sqnr_db"] == min(section["fake_vs_quantized"]["sqnr_db"].values())
+    steps = section["fake_vs_quantized"]["steps"]
+    assert [name for name in steps if name in order] == order
+    assert section["fake_vs_quantized"]["max_steps"] == max(steps.values())
+
+
+def test_planted_noise_is_measured_in_decibels():
+    """Layers whose outputs are known: an amplitude of 1 and an error of 0.1 are 20 dB apart."""
+
+    class Known(nn.Module):
+        def __init__(self, factor):
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+            self.layer.weight = nn.Parameter(torch.eye(4) * factor)
+            spec = QuantSpec(observer=torch_ao.minmax, symmetric=False, granularity="per_tensor")
+            observer = torch_ao.make_observer(spec, signed=False)
+            observer(torch.tensor([-1.0, 1.0]))
+            self.layer.activation_post_process = FakeQuantize(observer, observing=False, quantizing=False)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    models = Known(1.0), Known(1.1), Known(0.9)
+    section, failures = TruthGate(**GATE).compare(*models, (torch.eye(4),))
+    assert failures == []
+    assert section["sqnr_db"] == {"layer": pytest.approx(20, abs=1e-4)}
+    assert section["fake_vs_quantized"]["sqnr_db"] == {"layer": pytest.approx(20 * math.log10(1.1 / 0.2), abs=1e-4)}
+    same, _ = TruthGate(**GATE).compare(models[0], models[0], models[0], (torch.eye(4),))
+    assert same["min_sqnr_db"] == 200  # JSON has no infinity
+
+
+def test_a_method_without_simulation_has_no_numbers(mlp, images):
+    section, failures = TruthGate(**GATE).compare(None, None, mlp, (images,))
+    assert failures == [] and section["min_sqnr_db"] is None and section["sqnr_db"] == {}
+
+
+def test_outputs_come_in_the_order_of_execution_of_float_functionals_too(make_ptq):
+    quantizer = make_ptq()
+    x = torch.randn(8, 4)
+    model = Residual().eval()
+    quantized = quantizer.convert(calibrated(quantizer, model, x))
+    outputs = layer_outputs(quantized, ["sum", "quant", "linear"], (x,))
+    assert list(outputs) == ["quant", "linear", "sum"]
+    assert not any(output.is_quantized for output in outputs.values())
+    torch.testing.assert_close(outputs["sum"], quantized(x))
+    assert not quantized.linear._forward_hooks
+
+
+# ---- simulation against conversion -----------------------------------------------------------------------------------
+
+
+def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, make_ptq):
+    quantizer = make_ptq("qnnpack")
+    prepared = calibrated(quantizer, mlp, images)
+    fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
+    names = ["quant", "linear1", "linear2", "linear3"]
+    clean = divergence(fake, quantized, names, (images,))
+    shift = 3 * quantized.linear2.scale
+    with torch.no_grad():
+        fake.linear2[0].bias.add_(shift)  # behind it comes a ReLU, which hides some of it
+    planted = divergence(fake, quantized, names, (images,))
+    assert planted["linear2"] > clean["linear2"] + 1
+    for name in ("quant", "linear1", "linear3"):  # errors of earlier layers do not add up
+        assert planted[name] == pytest.approx(clean[name], abs=0.35)
+    with torch.no_grad():
+        fake.linear3.bias.add_(quantized.linear3.scale * 2)
+    assert divergence(fake, quantized, names, (images,))["linear3"] == pytest.approx(2, abs=0.3)
+
+
+def test_a_planted_divergence_fails_by_name(mlp, images, make_ptq):
+    quantizer = make_ptq("qnnpack")
+    prepared = calibrated(quantizer, mlp, images)
+    reference, fake, quantized = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+    with torch.no_grad():
+        fake.linear3.bias.add_(quantized.linear3.scale * 2)
+    _, (failure,) = TruthGate(**GATE).compare(reference, fake, quantized, (images,))
+    assert failure.startswith("layer linear3: converted, it differs from its simulation") and "max_steps=1" in failure
+    _, failures = TruthGate(**{**GATE, "max_steps": 3.0}).compare(reference, fake, quantized, (images,))
+    assert failures == []
+
+
+@pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
+def test_sound_models_pass_on_every_engine(is_qat, engine, model, images, make_ptq, make_qat):
+    quantizer = (make_qat if is_qat else make_ptq)(engine)
+    section, failures = compare(quantizer, calibrated(quantizer, model, images), images)
+    assert failures == [] and section["min_sqnr_db"] > 20
+
+
+# ---- inputs unlike those of calibration ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
+def test_inputs_at_one_and_a_half_times_the_calibrated_range_fail_by_name(
+    is_qat, engine, model, images, make_ptq, make_qat
+):
+    quantizer = (make_qat if is_qat else make_ptq)(engine)
+    prepared = calibrated(quantizer, model, images)
+    _, failures = compare(quantizer, prepared, 1.5 * images)
+    assert failures[0].startswith("layer quant: evaluation inputs span [") and "1.50 times the range" in failures[0]
+    low, high = 1.5 * images.min().item(), 1.5 * images.max().item()
+    assert f"[{low:.3g}, {high:.3g}]" in failures[0] and "max_range_ratio=1.25" in failures[0]
+    _, failures = compare(quantizer, prepared, 1.5 * images, max_range_ratio=1.6)
+    assert not any(failure.startswith("layer quant: evaluation inputs") for failure in failures)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["above", "below"])
+def test_a_shift_beyond_the_calibrated_range_fails_too(sign, mlp, images, make_ptq):
+    quantizer = make_ptq("qnnpack")
+    width = (images.max() - images.min()).item()
+    prepared = calibrated(quantizer, mlp, images)
+    _, failures = compare(quantizer, prepared, images + sign * 0.3 * width)
+    assert failures[0].startswith("layer quant: evaluation inputs span") and "1.30 times" in failures[0]
+    assert compare(quantizer, prepared, images + sign * 0.2 * width)[1] == []
+    assert compare(quantizer, prepared, images * 0.1)[1] == []
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "second"])
+def test_every_input_of_the_model_is_looked_at(which, engine, make_ptq, request):
+    if which == 1:
+        reason = "only the layer that runs first is looked at"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    inputs = torch.randn(64, 8), torch.randn(64, 8)
+    quantizer = make_ptq(engine)
+    prepared = calibrated(quantizer, TwoInputs().eval(), *inputs)
+    assert compare(quantizer, prepared, *inputs)[1] == []
+    inputs = [x * (3 if i == which else 1) for i, x in enumerate(inputs)]
+    _, failures = compare(quantizer, prepared, *inputs)
+    assert any(failure.startswith(f"layer {('first', 'second')[which]}: evaluation inputs") for failure in failures)
+
+
+# ---- NaN and infinity ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("name", ["conv1.weight", "bn2.running_var", "linear2.bias"])
+def test_a_weight_that_is_not_finite_is_named(name, value, convnet):
+    require_finite_weights(convnet)
+    convnet.state_dict()[name].view(-1)[1] = value
+    size = convnet.state_dict()[name].numel()
+    with pytest.raises(TruthError, match=rf"layer {name}: 1 of {size} weights are NaN or infinite"):
+        require_finite_weights(convnet)
+
+
+def test_prepared_models_are_checked_past_their_empty_observers(convnet, images, make_ptq, make_qat):
+    for quantizer in (make_ptq(), make_qat()):
+        require_finite_weights(quantizer.prepare(convnet))
+        prepared = calibrated(quantizer, convnet, images)
+        require_finite_weights(prepared)
+        require_finite_weights(quantizer.convert(prepared))
+    prepared.linear2.weight.data[0, 0] = math.nan
+    with pytest.raises(TruthError, match="layer linear2.weight: 1 of"):
+        require_finite_weights(prepared)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("method", ["ptq", "ptq_histogram", "qat"])
+def test_a_calibration_batch_that_is_not_finite_is_named_with_its_layer(
+    method, value, convnet, images, make_ptq, make_qat
+):
+    if method == "ptq_histogram":  # torch's observer, which would raise an error of its own for NaN
+        quantizer = make_ptq(activation={"observer": partial(torch_ao.histogram, bins=64)})
+    else:
+        quantizer = (make_qat if method == "qat" else make_ptq)()
+    prepared = quantizer.prepare(convnet)
+    batches = [(batch.clone(),) for batch in images.split(8)]
+    with finite_outputs(prepared, "calibration"):
+        quantizer.calibrate(prepared, batches)
+    batches[2][0][3, 0, 5, 5] = value
+    with pytest.raises(TruthError, match="layer quant: its output is not finite in calibration, batch 2"):
+        with finite_outputs(prepared, "calibration"):
+            quantizer.calibrate(prepared, batches)
+
+
+def test_the_layer_where_nan_arises_is_the_one_that_is_named(convnet, images, make_ptq):
+    quantizer = make_ptq()
+    prepared = quantizer.prepare(convnet)
+    prepared.conv2[0].weight.data[0, 0, 0, 0] = math.nan
+    with pytest.raises(TruthError, match=r"layer conv2\.0: its output is not finite in calibration, batch 0"):
+        with finite_outputs(prepared, "calibration"):
+            quantizer.calibrate(prepared, [(images,)])
+
+
+def test_a_float_functional_where_infinity_arises_is_named(make_ptq):
+    quantizer = make_ptq()
+    prepared = quantizer.prepare(Residual().eval())
+    huge = torch.full((2, 4), -3e38)
+    prepared.linear.weight.data.copy_(torch.eye(4))
+    with pytest.raises(TruthError, match="layer sum: its output is not finite in calibration, batch 0"):
+        with finite_outputs(prepared, "calibration"):
+            quantizer.calibrate(prepared, [(huge,)])
+
+
+def test_the_watch_ends_with_the_block(convnet, images, make_ptq):
+    prepared = make_ptq().prepare(convnet)
+    with pytest.raises(TruthError, match="layer quant: .*in evaluation, batch 7"):
+        with finite_outputs(prepared, "evaluation", first_batch=7):
+            prepared(images * math.nan)
+    assert prepared(images * math.nan).isnan().any()
