@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.weight import HalfWeight
 
@@ -30,7 +30,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
 
     def count(name: str) -> Any:
         def hook(module: Any, _inputs: Any, output: Tensor) -> None:
-            weight = torch_ao.quantized_weight(module)
+            weight = integers.quantized_weight(module)
             if weight is None:
                 weight = getattr(module.weight, "data", module.weight)  # of a float16 weight, its tensor
             # Each output element is a dot product with one row of the weight; transposed, each input element is
@@ -44,7 +44,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
     float_layers = {}
     counted: set[int | None] = set()  # a tied weight counts once
     for name, module in quantized.named_modules():
-        weight = torch_ao.quantized_weight(module)
+        weight = integers.quantized_weight(module)
         own = {id(p): p.numel() for p in module.parameters(recurse=False)}
         if weight is not None:
             int8_params += weight.numel() if id(weight) not in counted else 0
@@ -65,7 +65,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
             island = _island(name, quantized)
             if island is not None:
                 float_layers[island] = "set by quant.layers"
-            elif not torch_ao.is_quantized(module):
+            elif not integers.is_quantized(module):
                 float_layers[name] = _why_float(name, module, quantized, layers)
         if isinstance(module, CompactEmbedding | nn.Embedding) or weight is not None and len(weight.shape) == 1:
             continue  # an embedding looks up, a norm scales: neither has dot products
@@ -76,7 +76,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
     finally:
         for handle in handles:
             handle.remove()
-    float_macs = sum(n for name, n in macs.items() if torch_ao.quantized_weight(quantized.get_submodule(name)) is None)
+    float_macs = sum(n for name, n in macs.items() if integers.quantized_weight(quantized.get_submodule(name)) is None)
     return {
         "params_quantized": int8_params / max(int8_params + float_params, 1),
         "macs_quantized": 1 - float_macs / sum(macs.values()) if any(macs.values()) else 0.0,
@@ -103,7 +103,7 @@ def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[
         return f"kept in {str(dtype).removeprefix('torch.')}"
     if any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in layers):
         return "set by quant.layers"
-    if not any(torch_ao.is_quantized(m) for m in quantized.modules()):
+    if not any(integers.is_quantized(m) for m in quantized.modules()):
         return "nothing is quantized"
     for other, layer in quantized.named_modules():
         if isinstance(layer, nn.Embedding) and layer is not module and layer.weight is getattr(module, "weight", None):

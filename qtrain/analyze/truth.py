@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qtrain.analyze.layerwise import divergence, layer_outputs, present, relative_error, run
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.common.validate import MANY, choice, number, refuse, whole
 from qtrain.functional.error import sqnr_db
 
@@ -145,7 +145,7 @@ class TruthGate:
             return {"sqnr_db": {}, "min_sqnr_db": None, "fake_vs_quantized": {}}, []
         points = torch_ao.observed_points(reference)
         # Where nothing is observed, as in weight-only quantization: the layers that hold integers.
-        names = list(points) or [n for n, m in quantized.named_modules() if torch_ao.quantized_weight(m) is not None]
+        names = list(points) or [n for n, m in quantized.named_modules() if integers.quantized_weight(m) is not None]
         plain = [
             name
             for name, module in quantized.named_modules()

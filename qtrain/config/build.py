@@ -17,6 +17,7 @@ from torch import nn
 from qtrain.analyze.truth import TruthGate
 from qtrain.common.validate import SEEDS, choice, shown, whole
 from qtrain.config.command_line import config_dir, hydra_arguments
+from qtrain.config.old_names import up_to_date
 from qtrain.config.settings import ConfigError, check_settings, check_targets, find_device, objectives, refuse_config
 from qtrain.data.loaders import DataLoaders
 from qtrain.quant.base import Quantizer
@@ -51,7 +52,7 @@ def resolve(config: DictConfig) -> DictConfig:
     except ConfigError as err:
         mistakes.append(str(err))
         config.device = "cpu"  # to find out what else is wrong
-    OmegaConf.resolve(config)
+    config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
     for role in ("weight", "activation"):
         spec = OmegaConf.select(config, "quant").get(role)
         if OmegaConf.is_dict(spec) and isinstance(spec.get("observer"), str):

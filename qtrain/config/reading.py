@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.common.files import read_text
 from qtrain.common.plain import plain
+from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
 from qtrain.run.report import MOST_LEVELS, misfits
 
@@ -37,6 +38,7 @@ def read_config(path: Path) -> dict[str, Any]:
     problem = next(_damages(content), None) if isinstance(content, dict) else "it holds no mapping"
     if problem is not None:
         raise ValueError(f"{path} is damaged ({plain(problem)}); start the run again")
+    content = up_to_date(content)
     require(content, (), str(path))
     return content
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from qtrain.common.files import read_text
 from qtrain.common.plain import plain, plain_lines
+from qtrain.config.old_names import up_to_date
 from qtrain.run.report import FILE_NAME, QUIET, load_report
 
 
@@ -128,7 +129,7 @@ def _hydra_overrides(folder: Path) -> list[str]:
 
 
 def _settings(report: dict[str, Any]) -> dict[str, Any]:
-    settings = dict(_flatten(report["config"], ""))
+    settings = dict(_flatten(up_to_date(report["config"]), ""))
     for override in report["overrides"]:  # the config holds a group's content, not its name
         key, _, value = override.lstrip("+~").partition("=")
         settings.setdefault(key, value)

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from qtrain.common.plain import plain
+from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
 from qtrain.run.checkpoint import load_weights
 from qtrain.run.report import FILE_NAME, load_report, verify
@@ -68,6 +69,7 @@ def _report(run_dir: Path, trust: Sequence[str]) -> dict[str, Any]:
         raise ValueError(
             f"{run_dir}: this run failed ({plain(str(report.get('error')))}), so there is no model to load"
         )
+    report["config"] = up_to_date(report["config"])
     require(report["config"], trust, str(run_dir / FILE_NAME))
     return report
 

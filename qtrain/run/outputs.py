@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qtrain.analyze.layerwise import layer_outputs
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.common.files import write_atomically
 from qtrain.functional.error import mse, sqnr_db
@@ -96,18 +96,16 @@ def write(
 
     scalars = final_scalars(report, task.quality)
     logger.log(scalars, 0)
-    names = [name for name, module in quantized.named_modules() if torch_ao.quantized_weight(module) is not None]
+    names = [name for name, module in quantized.named_modules() if integers.quantized_weight(module) is not None]
     before = reference if reference is not None else float_model
     pairs = {}
     for name in names:
-        exact, integers = (
-            torch_ao.float_weight(before.get_submodule(name)),
-            torch_ao.quantized_weight(quantized.get_submodule(name)),
-        )
-        assert exact is not None and integers is not None
-        pairs[name] = exact, integers
+        exact = torch_ao.float_weight(before.get_submodule(name))
+        stored = integers.quantized_weight(quantized.get_submodule(name))
+        assert exact is not None and stored is not None
+        pairs[name] = exact, stored
         logger.histogram(f"weights_float/{name}", exact, 0)
-        logger.histogram(f"weights_quantized/{name}", integers.dequantize(), 0)
+        logger.histogram(f"weights_quantized/{name}", stored.dequantize(), 0)
     if reference is not None:
         points = list(torch_ao.observed_points(reference))
         for kind, model in (("float", reference), ("quantized", quantized)):
@@ -198,7 +196,7 @@ def weight_table(pairs: plots.Pairs, count: int = 3) -> str:
             ", ".join(f"{value:.4g}" for value in tensor.flatten()[:count].tolist())
             for tensor in (exact, quantized.int_repr(), restored)
         ]
-        scale, zero_point = torch_ao.weight_qparams(quantized)
+        scale, zero_point = integers.weight_qparams(quantized)
         columns[2:2] = [f"{scale:.4g}", f"{zero_point}"]
         columns += [f"{float(mse(exact, restored)):.1e}", f"{float(sqnr_db(exact, restored)):.1f}"]
         lines.append(f"| {name} | " + " | ".join(columns) + " |")

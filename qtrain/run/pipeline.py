@@ -62,8 +62,8 @@ def execute(config: DictConfig, run_dir: Path, overrides: list[str], *, resume: 
         config = resolve(config)
         report.config = OmegaConf.to_container(config)  # type: ignore[assignment]
         if ranks.is_first():
-            write_atomically(run_dir / "config.yaml", lambda new: OmegaConf.save(config, new))
             write_json(run_dir / OVERRIDES, overrides)
+            write_atomically(run_dir / "config.yaml", lambda new: OmegaConf.save(config, new))
         with said_how(run_dir), Signals() as signals, launch.group(config, run_dir, resume, follow) as run_dir:
             run(config, run_dir, report, resume, signals)
     except BaseException as err:

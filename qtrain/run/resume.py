@@ -7,6 +7,7 @@ ends with the same bits. What comes between and after the stages is done again, 
 import hashlib
 import io
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -203,6 +204,18 @@ def said_how(run_dir: Path) -> Iterator[None]:
         raise
 
 
+def command_line(run_dir: Path) -> list[str]:
+    """Returns the overrides that the run in `run_dir` was started with; [] where nothing tells.
+
+    Raises:
+        ValueError: the file that tells is damaged.
+    """
+    for path in (run_dir / OVERRIDES, run_dir / ".hydra" / "overrides.yaml"):  # the latter in 0.1.0
+        if path.is_file():
+            return [str(text) for text in read_yaml(path)]
+    return []
+
+
 def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
     """Returns the config and the overrides of a run that can be continued.
 
@@ -224,14 +237,16 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
             raise ValueError(f"resume={run_dir}: {err}; delete that file to go on with the run") from err
         if report["status"] == "ok":
             raise ValueError(f"resume={run_dir}: this run is finished; see its {FILE_NAME}")
-    record = run_dir / OVERRIDES
-    if not record.is_file():  # a run of 0.1.0
-        record = run_dir / ".hydra" / "overrides.yaml"
     try:
         config = OmegaConf.create(read_config(run_dir / "config.yaml"))
-        overrides = [str(text) for text in read_yaml(record)] if record.is_file() else []
+        overrides = command_line(run_dir)
     except (OSError, ValueError, TypeError) as err:
         raise ValueError(f"resume={run_dir}: {err}") from err
+    if not (run_dir / OVERRIDES).is_file():
+        raise ValueError(
+            f"resume={run_dir}: begun by qtrain 0.1.0, whose training this version cannot go on with to the same bits; "
+            f"start it again: qtrain {shlex.join(overrides)}"
+        )
     for override in extra:
         key, _, value = override.partition("=")
         try:

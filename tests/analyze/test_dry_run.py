@@ -105,7 +105,7 @@ def test_a_raw_plus_is_shown_with_its_place_and_remedy(engine, make_ptq, make_qa
         text = str(err.value)
         assert "layer block (Block) cannot run in the int8 model: torch has no int8 kernel for aten::add" in text
         assert "FloatFunctional per call site" in text
-        assert "test_check.py:" in text and "return x + y" in text
+        assert "test_dry_run.py:" in text and "return x + y" in text
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_other_raw_operators_are_shown_too(operator, make_ptq):
         def forward(self, x):
             return self.dequant(operator(self.quant(x)))
 
-    with pytest.raises(ValueError, match=r"forward of Raw cannot run in the int8 model: .*test_check\.py"):
+    with pytest.raises(ValueError, match=r"forward of Raw cannot run in the int8 model: .*test_dry_run\.py"):
         dry_run(Raw(), make_ptq(), (X,))
 
 

@@ -531,7 +531,7 @@ def faulty(command, tmp_path, monkeypatch):
         ("model.fault=unobserved", "layer auxiliary: its observer saw no data"),
         ("model.fault=not a number", "layer linear.weight: 1 of 15680 weights are NaN or infinite"),
         ("data=louder", "layer quant: evaluation inputs span"),
-        ("model.fault=plus", "use one qtrain.backend.torch_ao.FloatFunctional per call site"),
+        ("model.fault=plus", "use one qtrain.FloatFunctional per call site"),
         ("model.fault=padding", "layer conv (Conv2d) cannot be converted to int8: padding='same' has no int8 kernel"),
     ],
     ids=["uncalibrated", "nan", "input at 1.5 times the range", "raw plus", "padding same"],

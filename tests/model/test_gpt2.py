@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.config.build import _explain
 from qtrain.data.text import EvalWindows
 from qtrain.model.gpt2 import GPT2, KVCache, _gelu
@@ -340,7 +340,7 @@ def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2
     converted = ptq.convert(prepared)
 
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    packed = {name for name, module in converted.named_modules() if torch_ao.quantized_weight(module) is not None}
+    packed = {name for name, module in converted.named_modules() if integers.quantized_weight(module) is not None}
     assert packed == linears and len(linears) == 2 * 4 + 1
     assert converted.wte.weight.equal(model.wte.weight)  # in float, although the head that shares it is packed
     expected = model(idx).detach()

@@ -5,7 +5,7 @@ import torch
 import torch.ao.quantization as tq
 from torch import nn
 
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import HalfWeight
 
@@ -15,7 +15,7 @@ def decibels(exact, approximation):
 
 
 def weights(model):
-    found = {name: torch_ao.quantized_weight(module) for name, module in model.named_modules()}
+    found = {name: integers.quantized_weight(module) for name, module in model.named_modules()}
     return {name: weight for name, weight in found.items() if weight is not None}
 
 

@@ -8,7 +8,7 @@ import torch.ao.nn.quantized as nnq
 import torch.ao.quantization as tq
 from torch import nn
 
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.compact import CompactLinear
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.observer.percentile import PercentileObserver
@@ -31,7 +31,7 @@ def calibrated(quantizer, model, *batches):
 
 
 def quantized_layers(model):
-    return {n: m for n, m in model.named_modules() if torch_ao.quantized_weight(m) is not None}
+    return {n: m for n, m in model.named_modules() if integers.quantized_weight(m) is not None}
 
 
 # ---- against a plain script ------------------------------------------------------------------------------------------

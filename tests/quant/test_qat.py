@@ -333,8 +333,8 @@ def test_a_whole_epoch_ends_with_the_integers_of_torchs_own_modules(model):
             optimizer.step()
             optimizer.zero_grad()
         converted = quantizer.convert(prepared)
-        layers = {n: m for n, m in converted.named_modules() if torch_ao.quantized_weight(m) is not None}
-        return {n: (torch_ao.quantized_weight(m).int_repr(), m.scale, m.zero_point) for n, m in layers.items()}
+        layers = {n: m for n, m in converted.named_modules() if integers.quantized_weight(m) is not None}
+        return {n: (integers.quantized_weight(m).int_repr(), m.scale, m.zero_point) for n, m in layers.items()}
 
     found, expected = epoch("qtrain"), epoch("torch")
     assert len(found) >= 3 and found.keys() == expected.keys()

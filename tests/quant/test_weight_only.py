@@ -7,7 +7,7 @@ from torch import nn
 from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.measure import weight_bytes
 from qtrain.analyze.truth import TruthGate
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import HalfWeight
@@ -98,7 +98,7 @@ def test_a_state_dict_fills_another_model_and_keeps_what_is_shared(gpt2, idx):
 def test_settings_by_layer(gpt2, idx):
     layers = {"h.0.*": "float", "h.1.mlp.c_fc": {"bits": 2}, "wpe": "float"}
     quantized = make(bits=8, embedding="int8", layers=layers).convert(gpt2)
-    weights = {n: torch_ao.quantized_weight(m) for n, m in quantized.named_modules()}
+    weights = {n: integers.quantized_weight(m) for n, m in quantized.named_modules()}
     bits = {name: weight.bits for name, weight in weights.items() if weight is not None}
     assert bits == {"wte": 8, "lm_head": 8, "h.1.mlp.c_fc": 2} | dict.fromkeys(
         ("h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.c_proj"), 8

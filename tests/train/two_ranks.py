@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.data.loaders import ImageLoader
 from qtrain.logger.loggers import Logger
 from qtrain.model.convnet import ConvNet
@@ -100,7 +100,7 @@ def everything():
             "losses": losses,
             "qparams": activation_qparams(quantized),
             "integers": {
-                n: w.int_repr() for n, m in quantized.named_modules() if (w := torch_ao.quantized_weight(m)) is not None
+                n: w.int_repr() for n, m in quantized.named_modules() if (w := integers.quantized_weight(m)) is not None
             },
         }
     return found

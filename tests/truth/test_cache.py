@@ -11,7 +11,7 @@ SOURCES = {
     "own/net.py": """
 from pathlib import Path
 from torch import nn
-from qtrain.backend.torch_ao import DeQuantStub, QuantStub
+from qtrain import DeQuantStub, QuantStub
 from .parts import scale
 from sibling import HIDDEN
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtrain.backend.torch_ao.engines import use_engine
+
 # Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls back to plain loops.
 HAS_ONEDNN = torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
@@ -100,12 +102,11 @@ def _has_gpu_kernel(a: Tensor, b: Tensor) -> bool:
 
 
 def _pack(integers: Tensor, scale: Tensor) -> Any:
-    from qtrain.backend import torch_ao
 
     num_rows = len(integers)
     zeros = torch.zeros(num_rows, dtype=torch.long)
     scales = scale.flatten().double().expand(num_rows).contiguous()
-    with torch_ao.use_engine("fbgemm"):
+    with use_engine("fbgemm"):
         weight = torch._make_per_channel_quantized_tensor(integers.contiguous(), scales, zeros, 0)
         return torch.ops.quantized.linear_prepack(weight, None)
 

@@ -31,11 +31,8 @@ from qtrain.backend.torch_ao.fusion import fuse, unfused_pairs
 from qtrain.backend.torch_ao.inspect import (
     float_weight,
     freeze_batch_norm,
-    is_quantized,
     observed_points,
-    quantized_weight,
     weight_points,
-    weight_qparams,
     weighted_layers,
 )
 from qtrain.backend.torch_ao.observers import (
@@ -76,7 +73,6 @@ __all__ = [
     "fuse",
     "histogram",
     "is_min_max",
-    "is_quantized",
     "make_observer",
     "match_layers",
     "minmax",
@@ -88,13 +84,11 @@ __all__ = [
     "observed_points",
     "prepare",
     "quantize_dynamic",
-    "quantized_weight",
     "refuse_per_channel",
     "resolve",
     "unfused_pairs",
     "use_engine",
     "weight_points",
-    "weight_qparams",
     "weighted_layers",
 ]
 

@@ -11,7 +11,7 @@ from torch.ao.quantization.fuser_method_mappings import get_fuser_method
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-ADVICE = "In fuse_model(self, is_qat) call qtrain.backend.torch_ao.fuse(self, [[...]], is_qat=is_qat)"
+ADVICE = "In fuse_model(self, is_qat) call qtrain.fuse(self, [[...]], is_qat=is_qat)"
 
 
 def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:

@@ -9,8 +9,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from qtrain.backend.packed.compact import integer_weight
-from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.backend.torch_ao.conv_bn import running_factor
 from qtrain.backend.torch_ao.convert import CONVERT_MAPPING, weight_holder
 
@@ -52,36 +50,6 @@ def float_weight(layer: nn.Module) -> torch.Tensor | None:
     if bn is not None:
         weight = weight * running_factor(bn).reshape(-1, *[1] * (weight.dim() - 1))
     return weight.detach()
-
-
-def quantized_weight(module: nn.Module) -> torch.Tensor | IntegerWeight | None:
-    """Returns the quantized weight of one converted layer, torch's or ours, or None; both know shape, numel(),
-    int_repr() and dequantize().
-    """
-    if (compact := integer_weight(module)) is not None:
-        return compact
-    weight = getattr(module, "weight", None)
-    if not callable(weight) or isinstance(weight, torch.Tensor | nn.Module):
-        return None
-    weight = weight()
-    return weight if isinstance(weight, torch.Tensor) and weight.is_quantized else None
-
-
-def weight_qparams(weight: torch.Tensor | IntegerWeight) -> tuple[float, int]:
-    """Returns the scale and the zero point of a quantized weight's first element."""
-    if isinstance(weight, IntegerWeight):
-        zero_points = weight.zero_point
-        return float(weight.scale.flatten()[0]), 0 if zero_points is None else int(zero_points.flatten()[0])
-    if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        return weight.q_scale(), weight.q_zero_point()
-    return float(weight.q_per_channel_scales()[0]), int(weight.q_per_channel_zero_points()[0])
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Tells whether a module is one of torch's int8 modules, static or dynamic, or one of ours."""
-    return integer_weight(module) is not None or (
-        ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn.")
-    )
 
 
 def freeze_batch_norm(model: nn.Module, frozen: bool = True) -> None:

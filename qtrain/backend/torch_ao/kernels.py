@@ -55,7 +55,7 @@ class KernelProbe(TorchDispatchMode):
             self._note(
                 self.wrong,
                 f"{name} of int8 tensors with different scales gives them all one of these scales, in silence; join "
-                f"them by the cat of a qtrain.backend.torch_ao.FloatFunctional of its own{_source()}",
+                f"them by the cat of a qtrain.FloatFunctional of its own{_source()}",
             )
         return output
 
@@ -132,16 +132,12 @@ def _reason(func: Any, args: Any, text: str, layer: str) -> str:
     )
     if floats and len(floats) < len(tensors):
         what = f"{short} of an int8 tensor and a float one, such as an nn.Parameter"
-        remedy = "Give the float one a QuantStub of its own, and use a qtrain.backend.torch_ao.FloatFunctional"
+        remedy = "Give the float one a QuantStub of its own, and use a qtrain.FloatFunctional"
     elif op.startswith("quantized::") and floats:
         what = f"{op} gets a float input"
-        remedy = (
-            f"Call a qtrain.backend.torch_ao.QuantStub on it before. {remedy}"
-            if layer
-            else "Call a QuantStub on it before"
-        )
+        remedy = f"Call a qtrain.QuantStub on it before. {remedy}" if layer else "Call a QuantStub on it before"
     elif short in JOINS:
-        what += "; use one qtrain.backend.torch_ao.FloatFunctional per call site in place of the operator"
+        what += "; use one qtrain.FloatFunctional per call site in place of the operator"
         remedy = remedy if layer else ""
     return f"{what}{_source()}{f'. {remedy}' if remedy else ''}"
 

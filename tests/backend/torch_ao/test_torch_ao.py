@@ -13,7 +13,7 @@ import torch.ao.quantization as tq
 from torch import nn
 
 import qtrain
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.observer.percentile import PercentileObserver
 from qtrain.simulate.spec import QuantSpec
 
@@ -354,7 +354,7 @@ def test_a_model_without_fuse_model_is_prepared_as_it_is(make_ptq):
     x = torch.randn(8, 4)
     quantizer = make_ptq()
     quantized = quantizer.convert(calibrated(quantizer, model, x))
-    assert torch_ao.is_quantized(quantized[1]) and not torch_ao.is_quantized(quantized[2])
+    assert integers.is_quantized(quantized[1]) and not integers.is_quantized(quantized[2])
     assert decibels(model(x), quantized(x)) > 25
 
 
@@ -387,13 +387,13 @@ def test_float_weight_folds_batch_norm(is_qat, convnet, make_ptq, make_qat):
 
 def test_quantized_weights_and_modules_are_told_from_float_ones(convnet, images, make_ptq, make_qat):
     for prepared in (make_ptq().prepare(convnet), make_qat().prepare(convnet)):
-        assert not any(torch_ao.is_quantized(module) for module in prepared.modules())
+        assert not any(integers.is_quantized(module) for module in prepared.modules())
     quantizer = make_ptq(layers={"linear2": "float"})
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
-    found = {name: torch_ao.quantized_weight(module) for name, module in quantized.named_modules()}
+    found = {name: integers.quantized_weight(module) for name, module in quantized.named_modules()}
     assert {name for name, weight in found.items() if weight is not None} == {"conv1", "conv2", "linear1"}
     assert all(weight.dtype == torch.qint8 for weight in found.values() if weight is not None)
-    quantized_modules = {name for name, module in quantized.named_modules() if torch_ao.is_quantized(module)}
+    quantized_modules = {name for name, module in quantized.named_modules() if integers.is_quantized(module)}
     assert {"quant", "conv1", "linear1", "linear2.quant"} < quantized_modules
     assert not {"", "pool", "linear2", "linear2.layer"} & quantized_modules
 
@@ -425,15 +425,15 @@ def test_a_float_island_keeps_its_layer_exact(is_qat, engine, convnet, images, m
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     island = quantized.linear1.layer[0]
     assert type(island) is nn.Linear and torch.equal(island.weight, convnet.linear1.weight)
-    assert torch_ao.quantized_weight(quantized.conv2) is not None
-    assert torch_ao.quantized_weight(quantized.linear2) is not None
+    assert integers.quantized_weight(quantized.conv2) is not None
+    assert integers.quantized_weight(quantized.linear2) is not None
     assert decibels(convnet(images), quantized(images)) > 22
 
 
 def test_all_layers_float_is_float_but_for_the_stubs(mlp, images, make_ptq):
     quantizer = make_ptq(layers={"linear*": "float"})
     quantized = quantizer.convert(calibrated(quantizer, mlp, images))
-    assert all(torch_ao.quantized_weight(module) is None for module in quantized.modules())
+    assert all(integers.quantized_weight(module) is None for module in quantized.modules())
     assert decibels(mlp(images), quantized(images)) > 30
 
 

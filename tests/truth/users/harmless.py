@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qtrain.backend.torch_ao import DeQuantStub, QuantStub
+from qtrain import DeQuantStub, QuantStub
 
 if "QTRAIN_TEST_TRACE" in os.environ:
     Path(os.environ["QTRAIN_TEST_TRACE"]).touch()

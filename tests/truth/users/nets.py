@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub, fuse
+from qtrain import DeQuantStub, FloatFunctional, QuantStub, fuse
 
 
 class Base(nn.Module):

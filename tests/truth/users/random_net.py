@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub, fuse
+from qtrain import DeQuantStub, FloatFunctional, QuantStub, fuse
 
 
 class RandomNet(nn.Module):

@@ -1,0 +1,28 @@
+"""Names that older versions wrote into configs and runs, and where their objects are defined now."""
+
+from typing import Any
+
+MOVED = {
+    "qtrain.callbacks.": "qtrain.cli.callbacks.",
+    "qtrain.eager.histogram": "qtrain.backend.torch_ao.observers.histogram",
+    "qtrain.eager.minmax": "qtrain.backend.torch_ao.observers.minmax",
+    "qtrain.eager.moving_average": "qtrain.backend.torch_ao.observers.moving_average",
+    "qtrain.functional.spec.": "qtrain.simulate.spec.",
+    "qtrain.scheduler.": "qtrain.train.scheduler.",
+    "qtrain.trainer.": "qtrain.train.trainer.",
+    "qtrain.truth.": "qtrain.analyze.truth.",
+}
+
+
+def up_to_date(content: Any) -> Any:
+    """Returns plain dicts, lists and values with each `_target_` by the name that it has now."""
+    if isinstance(content, list):
+        return [up_to_date(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    found = {key: up_to_date(value) for key, value in content.items()}
+    target = found.get("_target_")
+    for old, new in MOVED.items():
+        if isinstance(target, str) and target.startswith(old):
+            found["_target_"] = new + target.removeprefix(old)
+    return found
