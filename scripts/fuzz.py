@@ -29,7 +29,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from qtrain.cli import run
+from qtrain.cli import run as cli
 from qtrain.config.command_line import config_dir, hydra_arguments
 from qtrain.data.loaders import DataLoaders, image_loaders
 
@@ -112,7 +112,7 @@ def outcome(arguments: list[str], key: str, limit: float) -> tuple[str, str]:
             redirect_stdout(said),
             redirect_stderr(said),
         ):
-            run.main()
+            cli.main()
     except SystemExit as stop:
         text = str(stop.code)
         return ("refused" if key in text else "unnamed"), text

@@ -27,7 +27,8 @@ import torch
 from omegaconf import OmegaConf
 
 import qtrain
-from qtrain.cli import compare, run
+from qtrain.cli import compare
+from qtrain.cli import run as cli
 from qtrain.common.files import sha256
 from qtrain.config import build
 from qtrain.run import artifact, pipeline
@@ -162,7 +163,7 @@ def read_report(folder: Path, name: str) -> str:
 
 def read_open_run(folder: Path, name: str) -> str:
     """Goes on with the run of that name."""
-    return call(run.main, f"resume={folder / name}")
+    return call(cli.main, f"resume={folder / name}")
 
 
 def check(printed: str) -> None:
@@ -202,7 +203,7 @@ def outputs(folder: Path, file: str) -> Any:
         ValueError: it is refused.
     """
     if file == str(STATE):
-        printed = call(run.main, f"resume={folder}")
+        printed = call(cli.main, f"resume={folder}")
         if not (folder / "float.pt").is_file():
             raise ValueError(printed)
         return sha256(folder / "float.pt")

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from torch import nn
 
 import qtrain
-from qtrain.cli import run
+from qtrain.cli import run as cli
 from qtrain.common.files import alone
 from qtrain.config.build import config_dir
 from qtrain.data.loaders import image_loaders
@@ -47,7 +47,7 @@ def command(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["qtrain", *arguments])
         code = 0
         try:
-            run.main()
+            cli.main()
         except SystemExit as stop:
             code = stop.code
         printed = capsys.readouterr()
@@ -81,8 +81,8 @@ def test_the_default_job_is_for_no_argument_at_all(monkeypatch, arguments, expec
     seen = []
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(sys, "argv", ["qtrain", *arguments])
-    monkeypatch.setattr(run, "job", lambda: seen.extend(sys.argv[1:]))
-    run.main()
+    monkeypatch.setattr(cli, "job", lambda: seen.extend(sys.argv[1:]))
+    cli.main()
     assert seen == expected
 
 
@@ -189,7 +189,7 @@ def job(monkeypatch, tmp_path):
         with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
             settings = hydra.compose("config", [*overrides, *place], return_hydra_config=True)
             HydraConfig.instance().set_config(settings)
-            return run.job.__wrapped__(settings)
+            return cli.job.__wrapped__(settings)
 
     return call
 
@@ -393,7 +393,7 @@ def test_a_float_cache_that_cannot_be_made(mistakes, tmp_path):
     ids=repr,
 )
 def test_explain(err, text):
-    assert run.explain(err).startswith(text)
+    assert cli.explain(err).startswith(text)
 
 
 def test_interrupted(command, monkeypatch):
@@ -408,7 +408,7 @@ def test_interrupted(command, monkeypatch):
 def test_a_sweep_is_terminated_as_it_is_interrupted(command, monkeypatch):
     """A launcher that waits for its workers ends them for an exception; the signal's default would leave them."""
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(run, "job", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(cli, "job", lambda: os.kill(os.getpid(), signal.SIGTERM))
     code, text = command("-m", *TINY)
     assert code == 143 and text.endswith("qtrain: terminated\n")
     assert signal.getsignal(signal.SIGTERM) is before

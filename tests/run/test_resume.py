@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.cli import run
+from qtrain.cli import run as cli
 from qtrain.common.files import LOCK, alone
 from qtrain.config import build
 from qtrain.data.loaders import ImageLoader, image_loaders
@@ -141,7 +141,7 @@ def test_a_signal_saves_at_the_next_step(tmp_path, monkeypatch, capsys, number, 
     monkeypatch.setattr(pipeline, "execute", lambda *_, **__: (_ for _ in ()).throw(caught.value))
     monkeypatch.setattr(sys, "argv", ["qtrain", f"resume={folder}"])
     with pytest.raises(SystemExit) as stop, root_logger_restored():
-        run.main()
+        cli.main()
     assert stop.value.code == code and f"go on with: qtrain resume={folder}" in capsys.readouterr().err
 
 
@@ -174,11 +174,11 @@ def test_resume_on_the_command_line(tmp_path, monkeypatch, capsys, whole):
         execute(folder, "float")
     monkeypatch.setattr(sys, "argv", ["qtrain", f"resume={folder}", "seed=0"])
     with root_logger_restored():
-        run.main()
+        cli.main()
     assert "float: resumed after step 6 of 12" in capsys.readouterr().out
     assert result(folder) == result(whole("float"))
     with pytest.raises(SystemExit, match=r"resume=.*killed: this run is finished"), root_logger_restored():
-        run.main()
+        cli.main()
 
 
 # ---- the trainer alone -----------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_run_that_is_still_at_work(killed, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["qtrain", f"resume={killed}"])
     before = sorted(killed.iterdir())
     with alone(killed), pytest.raises(SystemExit, match="killed: another process is at work there"):
-        run.main()
+        cli.main()
     assert [path for path in sorted(killed.iterdir()) if path.name != LOCK] == before
 
 

@@ -45,7 +45,9 @@ def test_bench_compare_and_generate_take_them(runs, capsys):
 
 def test_an_unfinished_one_is_refused_by_name(runs):
     (runs / "qat" / "report.json").unlink()
-    with pytest.raises(ValueError, match=r"resume=.*qat: begun by qtrain 0\.1\.0, .*; start it again: qtrain quant=qat model=convnet"):
+    with pytest.raises(
+        ValueError, match=r"resume=.*qat: begun by qtrain 0\.1\.0, .*; start it again: qtrain quant=qat"
+    ):
         open_run(runs / "qat", [])
 
 

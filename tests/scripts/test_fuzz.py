@@ -19,7 +19,7 @@ def _outside(monkeypatch, tmp_path):
 
 
 def test_nonsense_ends_well_or_is_refused_by_its_key():
-    counts, found = script.fuzz(cases=14, seed=5, limit=30)
+    counts, found = script.fuzz(cases=14, seed=7, limit=30)
     assert not found, "\n".join(found)
     assert counts.total() == 14 and counts["ok"] and counts["refused"]
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from qtrain.cli import run as cli
+
 MEASURE = ["measure.repeats=2", "measure.batch_sizes=[1]"]
 QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", *MEASURE]
 
@@ -46,7 +48,7 @@ def command(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["qtrain", *arguments])
         code: Any = 0
         try:
-            run.main()
+            cli.main()
         except SystemExit as stop:
             code = stop.code or 0
         printed = capsys.readouterr()

@@ -760,3 +760,10 @@ def test_convert_leaves_the_prepared_model_alone(is_qat, convnet, images, make_p
         if not name.endswith((".scale", ".zero_point")):  # worked out when first asked for
             assert torch.equal(before[name], value), name
     assert torch.equal(quantizer.convert(prepared)(images), first)
+
+
+def test_the_old_name_of_the_package_still_works_and_says_so():
+    sys.modules.pop("qtrain.eager", None)
+    with pytest.warns(FutureWarning, match="import QuantStub, DeQuantStub, FloatFunctional and fuse from qtrain"):
+        import qtrain.eager
+    assert qtrain.eager.QuantStub is qtrain.QuantStub and qtrain.eager.fuse is qtrain.fuse
