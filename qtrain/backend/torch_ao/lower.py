@@ -1,0 +1,202 @@
+"""From a simulation to torch's int8 modules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.ao.nn.intrinsic.quantized as nniq
+import torch.ao.nn.quantized as nnq
+from torch import Tensor, nn
+
+from qtrain.backend.torch_ao.copying import copy_model
+from qtrain.backend.torch_ao.engines import bind_engine, use_engine
+from qtrain.backend.torch_ao.int8_layers import CONTIGUOUS
+from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.simulation import Simulation, integers
+from qtrain.simulate.sites import (
+    QuantFunctional,
+    QuantInput,
+    QuantModule,
+    QuantOutput,
+    QuantWeighted,
+    Site,
+)
+
+Kernel = Callable[[Any, float, int], nn.Module]  # of a float module, and its output's scale and zero point
+
+
+class FloatIsland(nn.Module):
+    """Runs a layer in float between quantized neighbours.
+
+    Args:
+        layer: the float layer.
+        scale, zero_point: of its output; of several outputs, of the first.
+    """
+
+    def __init__(self, layer: nn.Module, scale: float, zero_point: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.quant = nnq.Quantize(scale, zero_point, torch.quint8)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*map(_plain, args), **kwargs)
+        if isinstance(output, tuple):
+            return self.quant(output[0]), *output[1:]
+        return self.quant(output)
+
+
+def _plain(x: Any) -> Any:
+    return x.dequantize() if isinstance(x, Tensor) and x.is_quantized else x
+
+
+@torch.no_grad()
+def lower(simulation: Simulation, engine: str) -> nn.Module:
+    """Returns the int8 model, on the CPU, in eval mode; the simulation is left alone.
+
+    Weights' integers are the simulation's, all of them.
+
+    Args:
+        engine: the name of the engine whose kernels are to run.
+    """
+    model = copy_model(simulation.model).cpu().eval()
+    sites = [(n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)]
+    with use_engine(engine):
+        for name, site in sites:
+            model.set_submodule(name, _lowered(site))
+        return bind_engine(model, engine)
+
+
+def _lowered(site: nn.Module) -> nn.Module:
+    if isinstance(site, QuantOutput):
+        return nnq.DeQuantize()
+    if isinstance(site, QuantInput):
+        return nnq.Quantize(*_output(site), torch.quint8)
+    if isinstance(site, QuantFunctional):
+        return _functional(site)
+    if isinstance(site, QuantWeighted):
+        return _weighted(site)
+    assert isinstance(site, QuantModule), site
+    kernel = KERNELS.get(type(site.layer))
+    if kernel is None:
+        return FloatIsland(site.layer, *_output(site))
+    return kernel(site.layer, *_output(site))
+
+
+def _output(site: Site) -> tuple[float, int]:
+    point = site.output_q
+    assert point is not None, site
+    scale, zero_point = point.calculate_qparams()
+    return float(scale), int(zero_point)
+
+
+def _functional(site: QuantFunctional) -> nn.Module:
+    new = nnq.QFunctional()
+    if site.output_q is not None and site.op is not None:
+        new.scale, new.zero_point = _output(site)
+    return new
+
+
+def _weighted(site: QuantWeighted) -> nn.Module:
+    weight, bias = site.folded()
+    if site.weight_q is None:
+        return FloatIsland(site, *_output(site))
+    new: Any = _empty(site)
+    new.set_weight_bias(quantized(site.weight_q, weight), None if bias is None else bias.float())
+    new.scale, new.zero_point = _output(site)
+    return new
+
+
+def quantized(point: FakeQuantize, weight: Tensor) -> Tensor:
+    """Returns torch's quantized tensor of a weight, with the integers that the simulation means."""
+    found = integers(point, weight).to(torch.int8)
+    scale, zero_point = point.calculate_qparams()
+    if point.is_per_channel:
+        return torch._make_per_channel_quantized_tensor(
+            found, scale.double(), zero_point.long(), point.ch_axis
+        )
+    return torch._make_per_tensor_quantized_tensor(found, float(scale), int(zero_point))
+
+
+def _empty(site: QuantWeighted) -> nn.Module:
+    layer: Any = site.layer
+    if isinstance(layer, nn.Linear):
+        cls = nniq.LinearReLU if site.relu else nnq.Linear
+        return cls(layer.in_features, layer.out_features)
+    name = type(layer).__name__
+    cls = getattr(nniq, name.replace("Conv", "ConvReLU")) if site.relu else getattr(nnq, name)
+    settings = {"output_padding": layer.output_padding} if layer.transposed else {}
+    new: nn.Module = cls(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        padding_mode=layer.padding_mode,
+        **settings,
+    )
+    return new
+
+
+def _as_it_is(layer: nn.Module, scale: float, zero_point: int) -> nn.Module:
+    return layer  # torch's kernel of the float module dictates the scale
+
+
+def _batch_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
+    cls = nnq.BatchNorm2d if isinstance(layer, nn.BatchNorm2d) else nnq.BatchNorm3d
+    new: Any = cls(layer.num_features, layer.eps)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        setattr(new, name, getattr(layer, name))
+    new.scale = torch.tensor(scale)
+    new.zero_point = torch.tensor(zero_point)
+    return new
+
+
+def _group_norm(layer: Any, *output: Any) -> nn.Module:
+    new: nn.Module = CONTIGUOUS[nn.GroupNorm](
+        layer.num_groups, layer.num_channels, layer.weight, layer.bias, *output, layer.eps, layer.affine
+    )
+    return new
+
+
+def _instance_norm(layer: Any, *output: Any) -> nn.Module:
+    new: nn.Module = CONTIGUOUS[type(layer)](
+        layer.num_features, layer.weight, layer.bias, *output, layer.eps, layer.affine
+    )
+    return new
+
+
+def _layer_norm(layer: Any, *output: Any) -> nn.Module:
+    return nnq.LayerNorm(
+        layer.normalized_shape, layer.weight, layer.bias, *output, layer.eps, layer.elementwise_affine
+    )
+
+
+def _prelu(layer: Any, *output: Any) -> nn.Module:
+    new = nnq.PReLU(*output, num_parameters=layer.num_parameters)
+    weight = layer.weight.detach().float()
+    low, high = weight.aminmax()
+    scale = max(float(high.clamp(min=0) - low.clamp(max=0)) / 255, torch.finfo(torch.float32).eps)
+    zero_point = int(round(-float(low.clamp(max=0)) / scale))
+    new.set_weight(torch.quantize_per_tensor(weight, scale, zero_point, torch.quint8))
+    return new
+
+
+KERNELS: dict[type[nn.Module], Kernel] = {
+    nn.BatchNorm2d: _batch_norm,
+    nn.BatchNorm3d: _batch_norm,
+    nn.ELU: lambda layer, *output: nnq.ELU(*output, layer.alpha),
+    nn.GroupNorm: _group_norm,
+    nn.Hardsigmoid: _as_it_is,
+    nn.Hardswish: lambda layer, *output: nnq.Hardswish(*output),
+    nn.InstanceNorm1d: _instance_norm,
+    nn.InstanceNorm2d: _instance_norm,
+    nn.InstanceNorm3d: _instance_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.LeakyReLU: lambda layer, *output: nnq.LeakyReLU(*output, layer.negative_slope),
+    nn.PReLU: _prelu,
+    nn.Sigmoid: _as_it_is,
+    nn.Softmax: _as_it_is,
+    nn.Tanh: _as_it_is,
+}

@@ -1,0 +1,222 @@
+"""From a float model and a plan to a simulation: layers are found, planned, and replaced by sites."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.plan import FixedSpec, LayerPlan, Plan
+from qtrain.simulate.simulation import Simulation
+from qtrain.simulate.sites import (
+    QuantFunctional,
+    QuantInput,
+    QuantModule,
+    QuantOutput,
+    QuantWeighted,
+    Site,
+)
+from qtrain.simulate.spec import QuantSpec
+
+# Modules whose output has a range that their input's does not tell. All others hand their input's integers on.
+SCALED = (
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.ELU,
+    nn.GroupNorm,
+    nn.Hardswish,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+    nn.LeakyReLU,
+    nn.PReLU,
+)
+# Modules whose kernels dictate the scale, by the range that they can put out.
+FIXED: dict[type[nn.Module], FixedSpec] = {
+    nn.Hardsigmoid: FixedSpec(1 / 256, 0),
+    nn.Sigmoid: FixedSpec(1 / 256, 0),
+    nn.Softmax: FixedSpec(1 / 256, 0),
+    nn.Tanh: FixedSpec(2 / 256, 128),
+}
+
+MakeFakeQuantize = Callable[[QuantSpec | FixedSpec, bool], FakeQuantize]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A layer of the float model, or a run of layers that was fused.
+
+    Attributes:
+        parts: the layer itself, then batch-norm and ReLU where they were fused.
+        is_float: whether it is to stay float.
+    """
+
+    parts: tuple[nn.Module, ...]
+    is_float: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "+".join(type(part).__name__ for part in self.parts)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.parts[0]
+
+    @property
+    def is_weighted(self) -> bool:
+        return isinstance(self.head, nn.Linear | _ConvNd) and not self.is_float
+
+
+def find_groups(model: nn.Module, floats: set[str]) -> dict[str, Group]:
+    """Returns {name: group} of all that becomes a site, and of the stubs where tensors become float again.
+
+    Args:
+        model: the float model, fused.
+        floats: names of layers that stay float, whatever lies in them.
+    """
+    found: dict[str, Group] = {}
+    closed: list[str] = []  # what lies below belongs to it
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in closed):
+            continue
+        if name in floats:
+            closed.append(name)
+            if not _is_float_already(module):
+                found[name] = Group((module,), is_float=True)
+        elif _is_marked_float(module):
+            closed.append(name)
+        elif _is_fused(module):
+            closed.append(name)
+            found[name] = Group(tuple(module.children()))
+        elif _is_site(module):
+            closed.append(name)
+            found[name] = Group((module,))
+    return found
+
+
+def make_plan(
+    groups: dict[str, Group],
+    weight: QuantSpec,
+    activation: QuantSpec,
+    layers: dict[str, QuantSpec],
+) -> Plan:
+    """Returns what each group becomes.
+
+    Args:
+        weight: the format of weights; settled.
+        activation: the format of outputs; settled.
+        layers: {name: another format of its weight}; also of what lies around a group.
+    """
+    owners: dict[int, str] = {}
+    plan: Plan = {}
+    for name, group in groups.items():
+        if is_stub(group.head, "DeQuantStub"):
+            continue
+        own = [outer for outer in layers if name == outer or name.startswith(f"{outer}.")]
+        spec = layers[max(own, key=len)] if own else weight
+        fixed = FIXED.get(type(group.head)) if not group.is_float else None
+        tied = None
+        if group.is_weighted:
+            tied = owners.setdefault(id(group.head.weight), name)
+        plan[name] = LayerPlan(
+            group.kind,
+            weight=spec if group.is_weighted else None,
+            output=fixed or activation,
+            weight_of=tied if tied != name else None,
+        )
+    return plan
+
+
+def build(
+    model: nn.Module,
+    groups: dict[str, Group],
+    plan: Plan,
+    make: MakeFakeQuantize,
+    *,
+    conv_bn: str = "folded",
+) -> Simulation:
+    """Returns the simulation of `model`, which is changed in place.
+
+    Args:
+        make: called with a spec and whether it is a weight's; returns its fake quantization.
+        conv_bn: how batch-norm behind a product trains.
+    """
+    for name, group in groups.items():
+        layer = plan.get(name)
+        new = QuantOutput() if layer is None else _site(group, layer, make, conv_bn)
+        new.train(group.head.training)
+        model.set_submodule(name, new)
+    return Simulation(model, plan)
+
+
+def _site(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) -> Site:
+    output_q = None if layer.output is None else make(layer.output, False)
+    head = group.head
+    if is_stub(head, "QuantStub"):
+        return QuantInput(output_q=output_q)
+    if is_functional(head):
+        return QuantFunctional(output_q=output_q)
+    if not group.is_weighted:
+        whole = head if len(group.parts) == 1 else nn.Sequential(*group.parts)
+        return QuantModule(whole, output_q=output_q)
+    return QuantWeighted(
+        head,
+        bn=next((part for part in group.parts if isinstance(part, _BatchNorm)), None),
+        relu=any(isinstance(part, nn.ReLU) for part in group.parts),
+        conv_bn=conv_bn,
+        weight_q=None if layer.weight is None else make(layer.weight, True),
+        output_q=output_q,
+    )
+
+
+def is_stub(module: nn.Module, name: str) -> bool:
+    """Returns whether a module is a QuantStub or DeQuantStub, ours or torch.ao's."""
+    return type(module).__name__ == name and _is_torch_ao(module)
+
+
+def is_functional(module: nn.Module) -> bool:
+    """Returns whether a module is a FloatFunctional."""
+    return type(module).__name__ == "FloatFunctional" and _is_torch_ao(module)
+
+
+def _is_torch_ao(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.ao.")  # by name: torch.ao need not be imported
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.ao.nn.intrinsic")
+
+
+def _is_site(module: nn.Module) -> bool:
+    return (
+        is_stub(module, "QuantStub")
+        or is_stub(module, "DeQuantStub")
+        or is_functional(module)
+        or type(module) in (*SCALED, *FIXED)
+        or isinstance(module, nn.Linear | _ConvNd)
+    )
+
+
+def _is_marked_float(module: nn.Module) -> bool:
+    return vars(module).get("qconfig", ...) is None  # eager mode's mark
+
+
+def _is_float_already(module: nn.Module) -> bool:
+    """Returns whether a layer gets float inputs: it has stubs of its own, or takes indices."""
+    return any(
+        is_stub(inner, "QuantStub") or isinstance(inner, nn.Embedding | nn.EmbeddingBag)
+        for inner in module.modules()
+    )
+
+
+def tied_weights(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields (name, parameter) of each name of a parameter but its first."""
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            yield name, parameter
+        seen.add(id(parameter))

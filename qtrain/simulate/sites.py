@@ -1,0 +1,251 @@
+"""Layers of a simulation: each computes in float what a layer on integers will mean.
+
+A site owns the parameters of the layer that it stands for, under the same names, and up to two fake quantizations:
+`weight_q` of its weight, `output_q` of its output. The same class serves PTQ, in eval mode, and QAT, in train mode.
+
+Whether a kernel runs it, or float between two conversions, is a backend's affair: both compute this.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from qtrain.simulate import batch_norm
+from qtrain.simulate.fake_quantize import FakeQuantize
+
+
+class Site(nn.Module):
+    """A place of the model where something is quantized.
+
+    Args:
+        weight_q: the fake quantization of its weight; None: it has none, or it stays float.
+        output_q: the fake quantization of its output; None: it stays float.
+    """
+
+    weight_q: FakeQuantize | None
+    output_q: FakeQuantize | None
+
+    def __init__(
+        self, *, weight_q: FakeQuantize | None = None, output_q: FakeQuantize | None = None
+    ) -> None:
+        super().__init__()
+        self.register_module("weight_q", weight_q)
+        self.register_module("output_q", output_q)
+
+    def quantized_output(self, x: Tensor) -> Tensor:
+        """Returns `x` as its integers will mean it."""
+        output_q = self._modules["output_q"]  # past nn.Module's attributes, which are slow
+        return x if output_q is None else output_q(x)
+
+    def quantized_weight(self, weight: Tensor) -> Tensor:
+        """Returns `weight` as its integers will mean it."""
+        weight_q = self._modules["weight_q"]
+        return weight if weight_q is None else weight_q(weight)
+
+
+class QuantInput(Site):
+    """Where a tensor becomes quantized: what stands for a QuantStub."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.quantized_output(x)
+
+
+class QuantOutput(nn.Module):
+    """Where it becomes float again: what stands for a DeQuantStub. No site, for nothing is quantized here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class QuantModule(Site):
+    """Any module without a weight that could be quantized, with an output of its own.
+
+    Args:
+        layer: the float module; of several outputs, as of attention, the first goes on quantized.
+    """
+
+    def __init__(self, layer: nn.Module, *, output_q: FakeQuantize | None) -> None:
+        super().__init__(output_q=output_q)
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        if isinstance(output, tuple):
+            return self.quantized_output(output[0]), *output[1:]
+        return self.quantized_output(output)
+
+
+class QuantFunctional(Site):
+    """What stands for a FloatFunctional, under its name and with its methods, so that the user's forward stays.
+
+    Which method it serves is known once it has been called; it refuses a second, for they would share a scale.
+
+    Attributes:
+        op: that method's name, or None.
+
+    Raises:
+        ValueError: two methods are called.
+    """
+
+    def __init__(self, *, output_q: FakeQuantize | None) -> None:
+        super().__init__(output_q=output_q)
+        self.op: str | None = None
+
+    def forward(self, *_: Any) -> Tensor:
+        raise RuntimeError("call a method of it, such as add")
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._output("add", torch.add(x, y))
+
+    def add_relu(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._output("add_relu", F.relu(torch.add(x, y)))
+
+    def mul(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._output("mul", torch.mul(x, y))
+
+    def matmul(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._output("matmul", torch.matmul(x, y))
+
+    def cat(self, tensors: list[Tensor], dim: int = 0) -> Tensor:
+        return self._output("cat", torch.cat(tensors, dim))
+
+    def add_scalar(self, x: Tensor, y: float) -> Tensor:
+        return torch.add(x, y)  # its kernel works the scale out of that of x
+
+    def mul_scalar(self, x: Tensor, y: float) -> Tensor:
+        return torch.mul(x, y)
+
+    def _output(self, op: str, value: Tensor) -> Tensor:
+        if self.op not in (None, op):
+            raise ValueError(
+                f"one FloatFunctional serves {self.op} and {op}, which would share a scale: make one for each call"
+            )
+        self.op = op
+        return self.quantized_output(value)
+
+
+class QuantEmbedding(Site):
+    """Rows of a table, which may be quantized.
+
+    Args:
+        layer: the float embedding; its weight becomes this site's.
+
+    Shapes: indices, int64 (...) -> (..., embedding_dim).
+    """
+
+    def __init__(
+        self, layer: nn.Embedding, *, weight_q: FakeQuantize | None, output_q: FakeQuantize | None
+    ) -> None:
+        super().__init__(weight_q=weight_q, output_q=output_q)
+        self.weight = layer.weight
+        self.padding_idx = layer.padding_idx
+
+    def forward(self, indices: Tensor) -> Tensor:
+        rows = F.embedding(indices, self.quantized_weight(self.weight), self.padding_idx)
+        return self.quantized_output(rows)
+
+
+class QuantWeighted(Site):
+    """A Linear layer, convolution or transposed convolution; behind it maybe batch-norm, and ReLU.
+
+    In train mode batch-norm trains by `batch_norm.TRAINING[conv_bn]`; in eval mode, and where it is frozen, it is folded
+    into weight and bias, as inference has it.
+
+    Args:
+        layer: the float layer; its weight and bias become this site's.
+        bn: the batch-norm behind it.
+        relu: whether a ReLU follows.
+        conv_bn: "folded" or "exact".
+
+    Attributes:
+        frozen: whether batch-norm's statistics stand still in train mode too.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        layer: Any,
+        *,
+        bn: nn.Module | None = None,
+        relu: bool = False,
+        conv_bn: str = "folded",
+        weight_q: FakeQuantize | None,
+        output_q: FakeQuantize | None,
+    ) -> None:
+        super().__init__(weight_q=weight_q, output_q=output_q)
+        self.weight = layer._parameters.pop("weight")
+        self.register_parameter("bias", layer._parameters.pop("bias"))
+        self.layer = layer  # without parameters: it says what is done with them
+        self.register_module("bn", bn)
+        self.relu = relu
+        self.conv_bn = conv_bn
+        self.frozen = False
+        self.fuses_relu = relu and output_q is not None
+        if self.fuses_relu:
+            output_q.rectifies = True  # one clamp, and one mask for the gradient, do the work of two
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self._modules["bn"]
+        if bn is not None and bn.training:
+            output = batch_norm.TRAINING[self.conv_bn](self, x)
+        else:
+            weight, bias = self.folded()
+            output = self.product(x, self.quantized_weight(weight), bias)
+        if self.relu and not self.fuses_relu:
+            output = F.relu(output)
+        return self.quantized_output(output)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns what the layer puts out with this weight and bias, before batch-norm and ReLU."""
+        return product(self.layer, x, weight, bias)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Returns weight and bias as inference computes with them: batch-norm in them, nothing quantized."""
+        bn: Any = self.bn
+        if bn is None:
+            return self.weight, self.bias
+        factor = batch_norm.running_factor(bn)
+        mean = bn.running_mean if self.bias is None else bn.running_mean - self.bias
+        return self.weight * batch_norm.along(factor, self.weight, 0), bn.bias - factor * mean
+
+    def set_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Replaces the weight, and the bias where one is given, in place of writing to it: it may be tied."""
+        self.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone())
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Lets batch-norm's statistics stand still, in place, until told otherwise; `train()` does not undo it."""
+        self.frozen = frozen
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "QuantWeighted":
+        super().train(mode)
+        if self.frozen and self.bn is not None:
+            self.bn.eval()
+        return self
+
+
+TRANSPOSED: dict[int, Any] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns what `layer`, a Linear or a convolution, puts out with another weight and bias."""
+    output: Tensor
+    if isinstance(layer, nn.Linear):
+        output = F.linear(x, weight, bias)
+    elif isinstance(layer, _ConvTransposeNd):
+        settings = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        output = TRANSPOSED[len(layer.kernel_size)](x, weight, bias, *settings)
+    else:
+        output = layer._conv_forward(x, weight, bias)
+    return output
