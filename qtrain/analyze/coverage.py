@@ -108,6 +108,6 @@ def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[
     for other, layer in quantized.named_modules():
         if isinstance(layer, nn.Embedding) and layer is not module and layer.weight is getattr(module, "weight", None):
             return f"shares the weight of {other}"
-    if type(module) in torch_ao.CONVERT_MAPPING:
+    if type(module) in torch_ao.CONVERTIBLE:
         return f"{kind} is not quantized by this method"
     return f"torch has no int8 {kind}"

@@ -21,6 +21,8 @@ from qtrain.backend import torch_ao
 from qtrain.backend.torch_ao.kernels import KernelProbe
 from qtrain.data.loaders import Batch, DataLoaders
 from qtrain.quant.base import Quantizer
+from qtrain.simulate.simulation import output_points
+from qtrain.simulate.sites import QuantFunctional
 from qtrain.task.base import Task, training_loss
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,10 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: Truth
         with blame(float_model, "float"):
             float_model(*cloned(inputs))
         prepared = quantizer.prepare(float_model)
-        note_unfused(prepared)
+        note_unfused(prepared.model)
         reference = quantizer.reference(prepared)
         failures = [] if reference is None or truth is None else truth.same_function(float_model, reference, inputs)
-        with blame(prepared, "prepared"), _warn_of_shared_observers(prepared):
+        with blame(prepared.model, "prepared"), _warn_of_shared_observers(prepared.model):
             quantizer.calibrate(prepared, [cloned(inputs)])
         quantized = quantizer.convert(prepared)
         with blame(quantized, "int8") as where, KernelProbe(quantized, where) as probe, warnings.catch_warnings():
@@ -89,7 +91,7 @@ def note_unfused(prepared: nn.Module) -> None:
     """Logs the convolutions whose batch-norm stays a layer of its own."""
     pairs = torch_ao.unfused_pairs(prepared)
     more = f" and {len(pairs) - 8} more" if len(pairs) > 8 else ""
-    if pairs and torch_ao.observed_points(prepared):
+    if pairs and output_points(prepared):
         log.info(f"note: fuse_model leaves batch-norms apart from their convolutions: {', '.join(pairs[:8])}{more}")
 
 
@@ -223,11 +225,10 @@ def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
     """Warns of layers that run several times in one forward pass: all of their outputs get one scale."""
     calls: Counter[str] = Counter()
     handles = []
-    for name, point in torch_ao.observed_points(prepared).items():
+    for name, point in output_points(prepared).items():
         layer = prepared.get_submodule(name)
-        # A FloatFunctional runs as its observer; the observer of a fused layer runs twice, for torch keeps it both as a
-        # hook and as the last of the sequence.
-        counted = point if isinstance(layer, torch_ao.FloatFunctional) else layer
+        # Of a FloatFunctional not forward is called, but one of its methods.
+        counted = point if isinstance(layer, QuantFunctional) else layer
         handles.append(counted.register_forward_hook(lambda *_, name=name: calls.update([name])))
     yield
     for handle in handles:

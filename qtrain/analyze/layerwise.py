@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Modules that are never called themselves, but by their methods: what these call in the end.
+CALLED_INSTEAD = {"QuantFunctional": "output_q", "QFunctional": "activation_post_process"}
+
 
 @torch.no_grad()
 def layer_outputs(model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -13,8 +16,9 @@ def layer_outputs(model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]
     handles = []
     for name in names:
         module = model.get_submodule(name)
-        if type(module).__name__ in ("FloatFunctional", "QFunctional"):  # never called itself, but its observer is
-            module = module.get_submodule("activation_post_process")
+        called = CALLED_INSTEAD.get(type(module).__name__)
+        if called is not None:
+            module = module.get_submodule(called)
 
         def keep(_m: nn.Module, _i: Any, output: Tensor, name: str = name) -> None:
             if isinstance(output, Tensor):  # some layers have several outputs

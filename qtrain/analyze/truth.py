@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from qtrain.analyze.layerwise import divergence, layer_outputs, present, relative_error, run
-from qtrain.backend import integers, torch_ao
+from qtrain.backend import integers
 from qtrain.common.validate import MANY, choice, number, refuse, whole
 from qtrain.functional.error import sqnr_db
+from qtrain.simulate.simulation import output_points
+from qtrain.simulate.sites import QuantInput
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +82,8 @@ class TruthGate:
             return []
         names = [n for n, m in model.named_modules() if n and not any(True for _ in m.children())]
         before, after = (layer_outputs(m, present(m, names), inputs) for m in (model, reference))
-        first = next((n for n in before if n in after and _differs(n, before, after, reference)), None)
-        at = "" if first is None else f", from layer {first.removesuffix('.activation_post_process')} on"
+        first = _first_difference(before, after, reference)
+        at = "" if first is None else f", from layer {first} on"
         return [
             f"model: fuse_model changes what the model computes{at}: with fake quantization off, its output differs by "
             f"{100 * error:.3g} % of the float model's. Fuse only layers that follow each other directly, and whose "
@@ -121,7 +123,7 @@ class TruthGate:
         """
         return [
             f"layer {name}: {NOT_OBSERVED}, or keep it float: quant.layers={{{name}: float}}"
-            for name, point in torch_ao.observed_points(prepared).items()
+            for name, point in output_points(prepared).items()
             if name not in auxiliary
             and any(True for _ in prepared.get_submodule(name).parameters())
             and not getattr(point, "has_observed", lambda: True)()
@@ -143,7 +145,7 @@ class TruthGate:
         """
         if reference is None or fake is None:
             return {"sqnr_db": {}, "min_sqnr_db": None, "fake_vs_quantized": {}}, []
-        points = torch_ao.observed_points(reference)
+        points = output_points(reference)
         # Where nothing is observed, as in weight-only quantization: the layers that hold integers.
         names = list(points) or [n for n, m in quantized.named_modules() if integers.quantized_weight(m) is not None]
         plain = [
@@ -187,9 +189,7 @@ class TruthGate:
     def _out_of_range(self, model: nn.Module, points: dict[str, Any], exact: dict[str, Tensor]) -> list[str]:
         failures = []
         for name, values in exact.items():
-            if not isinstance(model.get_submodule(name), torch_ao.QuantStub) or not hasattr(
-                points[name], "observed_range"
-            ):
+            if not isinstance(model.get_submodule(name), QuantInput) or not hasattr(points[name], "observed_range"):
                 break  # what runs before any layer is the model's input
             low, high = points[name].observed_range()
             seen_low, seen_high = float(values.min()), float(values.max())
@@ -221,11 +221,23 @@ def require_finite_weights(model: nn.Module) -> None:
             raise TruthError(f"layer {name}: {bad} of {value.numel()} weights are NaN or infinite")
 
 
-def _differs(name: str, before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module) -> bool:
-    layer = fused.get_submodule(name)
-    if isinstance(layer, nn.Identity) or type(layer).__module__.startswith("torch.ao"):  # it does less now, or more
-        return False
-    return before[name].shape != after[name].shape or relative_error(before[name], after[name]) > SAME_FUNCTION
+def _first_difference(before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module) -> str | None:
+    """Returns the first layer, in the order of execution, after which the fused model computes something else.
+
+    A layer that others were fused into is compared with the last of these.
+    """
+    names = [name for name in before if name in after]
+    is_gone = [isinstance(fused.get_submodule(name), nn.Identity) for name in names]
+    for index, name in enumerate(names):
+        if is_gone[index]:
+            continue
+        last = index
+        while last + 1 < len(names) and is_gone[last + 1]:
+            last += 1
+        exact = before[names[last]]
+        if exact.shape != after[name].shape or relative_error(exact, after[name]) > SAME_FUNCTION:
+            return name
+    return None
 
 
 @contextmanager
@@ -248,9 +260,8 @@ def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Ite
     handles.append(model.register_forward_pre_hook(count))
     for name, module in model.named_modules():
         if name and ".observer" not in name:
-            # Before an observer's hook, which would pass NaN on in silence.
-            layer = name.removesuffix(".activation_post_process")  # a FloatFunctional runs as its observer
-            handles.append(module.register_forward_hook(check(layer), prepend=True))
+            layer = name.removesuffix(".output_q")  # a FloatFunctional runs as its observer
+            handles.append(module.register_forward_hook(check(layer)))
     try:
         yield
     finally:

@@ -4,9 +4,9 @@ from typing import Any
 
 MOVED = {
     "qtrain.callbacks.": "qtrain.cli.callbacks.",
-    "qtrain.eager.histogram": "qtrain.backend.torch_ao.observers.histogram",
-    "qtrain.eager.minmax": "qtrain.backend.torch_ao.observers.minmax",
-    "qtrain.eager.moving_average": "qtrain.backend.torch_ao.observers.moving_average",
+    "qtrain.eager.histogram": "qtrain.observer.histogram.HistogramObserver",
+    "qtrain.eager.minmax": "qtrain.observer.minmax.MinMaxObserver",
+    "qtrain.eager.moving_average": "qtrain.observer.moving_average.MovingAverageObserver",
     "qtrain.functional.spec.": "qtrain.simulate.spec.",
     "qtrain.scheduler.": "qtrain.train.scheduler.",
     "qtrain.trainer.": "qtrain.train.trainer.",

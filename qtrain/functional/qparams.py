@@ -4,6 +4,8 @@ The convention is torch's: `x_q = round(x / scale + zero_point)`, `x_dq = (x_q -
 half to even everywhere.
 """
 
+import struct
+
 import torch
 from torch import Tensor
 
@@ -109,3 +111,66 @@ def choose_qparams(
     else:
         zero_point = quant_min + torch.round(-low / scale).to(torch.int64)
     return scale, zero_point
+
+
+_FLOAT, _FLOATS = struct.Struct("f"), struct.Struct("2f")
+
+
+def float32(x: float) -> float:
+    """Returns x rounded to float32: after +, -, * or / of two float32 numbers, what float32 arithmetic gives."""
+    rounded: float = _FLOAT.unpack(_FLOAT.pack(x))[0]
+    return rounded
+
+
+def float32s(x: float, y: float) -> tuple[float, float]:
+    """Returns both numbers rounded to float32, in the time of one."""
+    return _FLOATS.unpack(_FLOATS.pack(x, y))
+
+
+def range_qparams(
+    low: Tensor, high: Tensor, *, quant_min: int, quant_max: int, symmetric: bool, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the (scale, zero_point) that torch's observers give to an observed range, without reading a value back.
+
+    The range is widened to include 0. asymmetric: `scale = (high - low) / (quant_max - quant_min)`,
+    `zero_point = quant_min - round(low / scale)`; symmetric: `scale = max(-low, high) / ((quant_max - quant_min) / 2)`,
+    zero_point the middle, rounded down for unsigned integers and 0 for signed ones. `choose_qparams` differs in its
+    smallest scale, and in keeping a range that excludes 0.
+
+    Args:
+        low, high: smallest and largest values, [] or [C], float32.
+        eps: smallest scale.
+
+    Returns:
+        scale (float32) and zero_point (int32), both [1] or [C]; None for a zero_point that is always 0.
+
+    >>> range_qparams(torch.tensor(-1.0), torch.tensor(2.0), quant_min=0, quant_max=3, symmetric=False,
+    ...     eps=1e-7)
+    (tensor([1.]), tensor([1], dtype=torch.int32))
+    """
+    if low.ndim == 0:
+        low, high = low.reshape(1), high.reshape(1)
+    if symmetric:  # one of -low and high is not below 0
+        scale = torch.maximum(-low, high).div_((quant_max - quant_min) / 2).clamp_(min=eps)
+        middle = (quant_min + quant_max) // 2
+        return scale, None if quant_min < 0 else torch.full_like(scale, middle, dtype=torch.int32)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low).div_(quant_max - quant_min).clamp_(min=eps)
+    zero_point = torch.round(low / scale).neg_().add_(quant_min).clamp_(quant_min, quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
+def range_numbers(
+    low: float, high: float, *, quant_min: int, quant_max: int, symmetric: bool, eps: float
+) -> tuple[float, int]:
+    """Returns what `range_qparams` does for one range, in numbers: float32 ones, of less than 1e30.
+
+    >>> range_numbers(-1.0, 2.0, quant_min=0, quant_max=3, symmetric=False, eps=1e-7)
+    (1.0, 1)
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    if symmetric:
+        scale = max(float32(max(-low, high) / ((quant_max - quant_min) / 2)), eps)
+        return scale, 0 if quant_min < 0 else (quant_min + quant_max) // 2
+    scale = max(float32(float32(high - low) / (quant_max - quant_min)), eps)
+    return scale, min(max(quant_min - round(float32(low / scale)), quant_min), quant_max)

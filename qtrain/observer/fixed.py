@@ -13,6 +13,8 @@ class FixedObserver(nn.Module):
         bits: of the unsigned integer.
     """
 
+    scale: Tensor
+    zero_point: Tensor
     min_val: Tensor
     max_val: Tensor
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from qtrain.backend.torch_ao import UniformQuantizationObserverBase, refuse_per_channel
 from qtrain.common.validate import MOST_BINS, number, refuse, whole
+from qtrain.observer.base import Observer, refuse_per_channel
 
 
-class PercentileObserver(UniformQuantizationObserverBase):
+class PercentileObserver(Observer):
     """Observes a histogram of everything seen, and clips it at a percentile on each side.
 
     The histogram spans [-limit, limit]; when a larger value comes, limit doubles and neighbouring bins are merged, so
@@ -18,14 +18,12 @@ class PercentileObserver(UniformQuantizationObserverBase):
         percentile: share of values in percent, above 50 and at most 100, that lies below the upper end; as many lie
             above the lower end. 100 is the plain minimum and maximum.
         bins: a multiple of 4, up to MOST_BINS.
-        qargs: dtype, qscheme, quant_min, quant_max, as for torch's observers.
+        qargs: as for `Observer`; per tensor.
 
     Raises:
         ValueError: percentile or bins out of range; a per-channel scheme.
     """
 
-    min_val: torch.Tensor
-    max_val: torch.Tensor
     counts: torch.Tensor
     limit: torch.Tensor
 
@@ -37,8 +35,6 @@ class PercentileObserver(UniformQuantizationObserverBase):
         refuse_per_channel("percentile", qargs["qscheme"])
         super().__init__(**qargs)
         self.percentile, self.bins = percentile, bins
-        self.register_buffer("min_val", torch.tensor(torch.inf))
-        self.register_buffer("max_val", torch.tensor(-torch.inf))
         self.register_buffer("counts", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("limit", torch.tensor(0.0))
 
@@ -64,7 +60,7 @@ class PercentileObserver(UniformQuantizationObserverBase):
         self.counts = torch.nn.functional.pad(merged, (quarter, quarter))
         self.limit = self.limit * 2
 
-    def clipping_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (low, high), inside the observed minimum and maximum."""
         tail = self.counts.sum() * (1 - self.percentile / 100)
         edges = torch.linspace(-1, 1, self.bins + 1, dtype=torch.float64, device=self.counts.device) * self.limit
@@ -73,10 +69,6 @@ class PercentileObserver(UniformQuantizationObserverBase):
         above = self.counts.flip(0).cumsum(0)
         high = edges.flip(0)[torch.searchsorted(above, tail, right=True).clamp(max=self.bins - 1)]
         return torch.maximum(low.float(), self.min_val), torch.minimum(high.float(), self.max_val)
-
-    def calculate_qparams(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (scale, zero_point) of the clipping range."""
-        return self._calculate_qparams(*self.clipping_range())
 
     def reset_min_max_vals(self) -> None:
         self.min_val, self.max_val = self.min_val.new_tensor(torch.inf), self.max_val.new_tensor(-torch.inf)

@@ -1,11 +1,9 @@
 """Quantizer: the three verbs that every method is made of."""
 
-from collections.abc import Iterable
-from typing import Any
-
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.simulate.spec import QuantSpec
 
 
@@ -13,7 +11,7 @@ class Quantizer:
     """Leaves the model as it is; a method overrides what it changes.
 
     The pipeline calls `prepare`, `calibrate`, then trains where `trains`, then `convert`. None of them changes the
-    model it is given, except that calibration fills the prepared model's observers.
+    model it is given, except that calibration fills the simulation's observers.
 
     Attributes:
         calibrates: whether `calibrate` heeds its batches.
@@ -34,24 +32,24 @@ class Quantizer:
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Returns a copy of the float `model`, ready to be calibrated."""
-        return torch_ao.copy_model(model).eval()
+    def prepare(self, model: nn.Module) -> Simulation:
+        """Returns the simulation of a copy of the float `model`, ready to be calibrated; without sites if need be."""
+        return Simulation(torch_ao.copy_model(model)).eval()
 
-    def calibrate(self, prepared: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
-        """Runs the batches (each the arguments of one forward pass) through the observers of `prepared`, in place."""
+    def calibrate(self, simulation: Simulation, batches: Batches) -> None:
+        """Lets the batches (each the arguments of one forward pass) be observed, in place."""
 
-    def on_epoch(self, prepared: nn.Module, epoch: int) -> None:
-        """Sets `prepared` (in train mode) up for the epoch, counted from 0, that is about to start."""
+    def on_epoch(self, simulation: Simulation, epoch: int) -> None:
+        """Sets `simulation` (in train mode) up for the epoch, counted from 0, that is about to start."""
 
-    def fake(self, prepared: nn.Module) -> nn.Module | None:
+    def fake(self, simulation: Simulation) -> nn.Module | None:
         """Returns a model that simulates the integers in float, in eval mode, or None where the method has none."""
         return None
 
-    def reference(self, prepared: nn.Module) -> nn.Module | None:
+    def reference(self, simulation: Simulation) -> nn.Module | None:
         """Returns the float model that `fake` approximates, with the same layer names, or None."""
         return None
 
-    def convert(self, prepared: nn.Module) -> nn.Module:
+    def convert(self, simulation: Simulation) -> nn.Module:
         """Returns the quantized model, in eval mode, on the CPU."""
-        return torch_ao.copy_model(prepared).cpu().eval()
+        return torch_ao.copy_model(simulation.model).cpu().eval()

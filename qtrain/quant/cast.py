@@ -10,6 +10,7 @@ from qtrain.backend import torch_ao
 from qtrain.common.validate import choice, refuse
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import only_float
+from qtrain.simulate.simulation import Simulation
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 WITH_MATRIX = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -39,8 +40,8 @@ class Cast(Quantizer):
         self.dtype, self.layers = DTYPES[dtype], layers
         self.weight = self.activation = HalfFormat()  # type: ignore[assignment]
 
-    def convert(self, prepared: nn.Module) -> nn.Module:
-        model = torch_ao.copy_model(prepared).cpu().eval()
+    def convert(self, simulation: Simulation) -> nn.Module:
+        model = torch_ao.copy_model(simulation.model).cpu().eval()
         floats: dict[str, nn.Module] = {}
         for matched in torch_ao.match_layers(model, dict.fromkeys(self.layers)):
             # Layers with a matrix each by itself: what lies between them, as attention, stays in one format.

@@ -4,7 +4,6 @@ The range of each input is measured when it comes, so there is nothing to simula
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
+from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.spec import QuantSpec
 
 
@@ -42,8 +42,8 @@ class Dynamic(Quantizer):
     def _setting(self, pattern: str, setting: Any) -> QuantSpec | Make | None:
         return spec_or_format(pattern, setting, lambda fields: self._settle(replace(self.weight, **fields)))
 
-    def convert(self, prepared: nn.Module) -> nn.Module:
-        model = torch_ao.copy_model(prepared).cpu().eval()
+    def convert(self, simulation: Simulation) -> nn.Module:
+        model = torch_ao.copy_model(simulation.model).cpu().eval()
         own = settings_of(model, self.layers)
         chosen = {}
         first: dict[int, str] = {}
@@ -55,9 +55,7 @@ class Dynamic(Quantizer):
                 )
             setting = own.get(name, self.weight) if type(layer) is nn.Linear else None
             if isinstance(setting, QuantSpec):
-                weight = partial(torch_ao.make_observer, setting, signed=True)
-                chosen[name] = torch_ao.QConfig(activation=torch_ao.dynamic_activation, weight=weight)
+                chosen[name] = setting
             elif setting is not None:
                 model.set_submodule(name, setting(layer))
-        with torch_ao.use_engine(self.engine):
-            return torch_ao.bind_engine(torch_ao.quantize_dynamic(model, chosen), self.engine)
+        return torch_ao.quantize_dynamic(model, chosen, self.engine)

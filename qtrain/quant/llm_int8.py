@@ -9,6 +9,7 @@ from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.common.validate import refuse
 from qtrain.quant.layer_format import LLM_INT8, check_threshold
 from qtrain.quant.weight_only import WeightOnly
+from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.spec import QuantSpec
 
 
@@ -41,8 +42,8 @@ class LLMInt8(WeightOnly):
     def make_linear(self, layer: nn.Linear) -> nn.Module:
         return LLMInt8Linear(IntegerWeight(layer.weight, self.weight), layer.bias, self.threshold)
 
-    def fake(self, prepared: nn.Module) -> nn.Module | None:
+    def fake(self, simulation: Simulation) -> nn.Module | None:
         return None  # the scales of its inputs are measured when they come, as for `Dynamic`
 
-    def reference(self, prepared: nn.Module) -> Any:
+    def reference(self, simulation: Simulation) -> Any:
         return None

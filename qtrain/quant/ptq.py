@@ -4,9 +4,7 @@ B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Int
 arXiv:1712.05877, section 2; R. Krishnamoorthi, arXiv:1806.08342, section 3.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,28 +12,16 @@ from torch import nn
 
 from qtrain.backend import torch_ao
 from qtrain.common.validate import choice, refuse
+from qtrain.observer.base import make_observer
+from qtrain.observer.fixed import FixedObserver
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
+from qtrain.simulate.build import build, find_groups, make_plan
 from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
+from qtrain.simulate.plan import FixedSpec
+from qtrain.simulate.simulation import Batches, Simulation, output_points, sites
+from qtrain.simulate.sites import QuantModule, QuantWeighted
 from qtrain.simulate.spec import QuantSpec
-
-FORMAT = "layer_format"  # attribute of a float layer: what makes the layer that replaces it in the end
-
-
-def make_fake_quantize(
-    spec: QuantSpec, *, kernel: str, is_weight: bool, quantizing: bool, factory_kwargs: dict[str, Any] | None = None
-) -> FakeQuantize:
-    """Returns the module that observes and fake-quantizes by `spec`.
-
-    Args:
-        kernel: as for `FakeQuantize`.
-        is_weight: signed integers, and the range of each tensor by itself; it observes from the start.
-        quantizing: whether it fake-quantizes from the start.
-        factory_kwargs: torch's QAT layers name their device in it.
-    """
-    observer = torch_ao.make_observer(spec, signed=is_weight)
-    module = FakeQuantize(observer, kernel=kernel, memoryless=is_weight, observing=is_weight, quantizing=quantizing)
-    return module.to((factory_kwargs or {}).get("device"))
 
 
 class PTQ(Quantizer):
@@ -85,74 +71,82 @@ class PTQ(Quantizer):
     def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
         return torch_ao.ENGINES[self.engine].settle(weight, activation)
 
-    def _qconfig(self, weight: QuantSpec) -> Any:
-        make = partial(make_fake_quantize, kernel=self.fake_quantize)
-        return torch_ao.QConfig(
-            activation=partial(make, self.activation, is_weight=False, quantizing=False),
-            weight=partial(make, weight, is_weight=True, quantizing=True),
+    def prepare(self, model: nn.Module) -> Simulation:
+        return self._simulate(model, is_qat=False)
+
+    def _simulate(self, model: nn.Module, *, is_qat: bool, conv_bn: str = "folded") -> Simulation:
+        """Returns the simulation of a copy of `model`."""
+        own = settings_of(model, self.layers, other_specs=True)
+        model = torch_ao.ready(model, is_qat=is_qat)
+        chosen = torch_ao.match_layers(
+            model, {p: s if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
+        )
+        groups = find_groups(model, {name for name, spec in chosen.items() if spec is None})
+        specs = {name: spec for name, spec in chosen.items() if spec is not None}
+        plan = make_plan(groups, self.weight, self.activation, specs)
+        torch_ao.refuse_silent_errors(model, plan, groups, torch_ao.ENGINES[self.engine])
+        others = {name: make for name, make in own.items() if callable(make)}
+        simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
+        simulation.others = {place(simulation.model, name): make for name, make in others.items()}
+        if not is_qat:
+            observe_weights(simulation.model)
+            simulation.set_mode(observing=False, quantizing=False)
+        return simulation
+
+    def _fake_quantize(self, spec: QuantSpec | FixedSpec, is_weight: bool) -> FakeQuantize:
+        if isinstance(spec, FixedSpec):
+            observer: Any = FixedObserver(spec.scale, spec.zero_point, spec.bits)
+        else:
+            observer = make_observer(spec, signed=is_weight)
+        return FakeQuantize(
+            observer,
+            kernel=self.fake_quantize,
+            memoryless=is_weight,
+            observing=is_weight,
+            quantizing=is_weight,
         )
 
-    def _prepare(self, model: nn.Module, **how: Any) -> nn.Module:
-        if any(callable(setting) for setting in self.layers.values()):
-            model = torch_ao.copy_model(model)
-            for name, setting in settings_of(model, self.layers, other_specs=True).items():
-                layer = model.get_submodule(name)
-                if type(layer) is nn.Linear and callable(setting):
-                    layer.__dict__[FORMAT] = setting  # goes with the layer wherever fusing moves it
-        layers = {p: self._qconfig(s) if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
-        return torch_ao.prepare(model, self._qconfig(self.weight), engine=self.engine, layers=layers, **how)
+    def calibrate(self, simulation: Simulation, batches: Batches) -> None:
+        simulation.observe(batches)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return self._prepare(model, is_qat=False)
-
-    def calibrate(self, prepared: nn.Module, batches: Iterable[tuple[Any, ...]]) -> None:
-        prepared.eval()
-        points = torch_ao.observed_points(prepared).values()
-        with torch.no_grad():
-            set_modes(points, observing=True, quantizing=False)
-            for inputs in batches:
-                prepared(*inputs)
-        set_modes(points, observing=False, quantizing=False)
-
-    def fake(self, prepared: nn.Module) -> nn.Module | None:
-        model = torch_ao.copy_model(prepared).eval()
-        with torch.no_grad():
-            for _, layer, make_weight_quantizer in torch_ao.weighted_layers(model):
-                weight = make_weight_quantizer().to(layer.weight.device)(layer.weight)
-                layer.weight = nn.Parameter(weight)  # a new one: an embedding may share the old one, and stays float
-        return self._simulate(model)
-
-    def _simulate(self, model: nn.Module) -> nn.Module:
-        """Switches a copy of the prepared model to what the converted one will do; returns it, changed."""
-        points = torch_ao.observed_points(model).values()
-        set_modes(points, observing=False, quantizing=True)
+    def fake(self, simulation: Simulation) -> nn.Module | None:
+        copied = torch_ao.copy_model(simulation).eval()
+        copied.set_mode(observing=False, quantizing=True)
         if not self.simulated:
-            for point in points:
-                if isinstance(point, FakeQuantize):  # torch's own, of a sigmoid, has the kernel's scale already
-                    point.clip_as_kernels()
-        return format_layers(model)
+            for point in output_points(copied.model).values():
+                point.clip_as_kernels()
+        return put_others(copied).model
 
-    def reference(self, prepared: nn.Module) -> nn.Module | None:
-        model = torch_ao.copy_model(prepared).eval()
-        for points in (torch_ao.observed_points(model), torch_ao.weight_points(model)):
-            set_modes(points.values(), observing=False, quantizing=False)
-        return model
+    def reference(self, simulation: Simulation) -> nn.Module | None:
+        copied = torch_ao.copy_model(simulation).eval()
+        copied.set_mode(observing=False, quantizing=False)
+        return copied.model
 
-    def convert(self, prepared: nn.Module) -> nn.Module:
-        with torch_ao.use_engine(self.engine):
-            return torch_ao.bind_engine(format_layers(torch_ao.convert(prepared)), self.engine)
+    def convert(self, simulation: Simulation) -> nn.Module:
+        return torch_ao.lower(put_others(torch_ao.copy_model(simulation)), self.engine)
 
 
-def format_layers(model: nn.Module) -> nn.Module:
-    """Puts what `quant.layers` asked for in the place of float layers; returns `model`, changed."""
-    for name, layer in list(model.named_modules()):
-        if FORMAT in vars(layer):
-            model.set_submodule(name, vars(layer)[FORMAT](layer))
-    return model
+def observe_weights(model: nn.Module) -> None:
+    """Works out the scales of all weights, in place; from now on they stay."""
+    with torch.no_grad():
+        for site in sites(model).values():
+            if isinstance(site, QuantWeighted) and site.weight_q is not None:
+                weight, _ = site.folded()
+                site.weight_q(weight)
+                site.weight_q.stay()
 
 
-def set_modes(points: Iterable[Any], *, observing: bool, quantizing: bool) -> None:
-    """Switches observation and fake quantization at each point, in place."""
-    for point in points:
-        point.enable_observer(observing)
-        point.enable_fake_quant(quantizing)
+def place(model: nn.Module, name: str) -> str:
+    """Returns the name that layer `name` of the float model has now, inside a site or not."""
+    for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]:
+        if isinstance(model.get_submodule(name[:end]), QuantModule):
+            return f"{name[:end]}.layer{name[end:]}"
+    return name
+
+
+def put_others(simulation: Simulation) -> Simulation:
+    """Puts the layers that other methods make in the place of float ones; returns `simulation`, changed."""
+    for name, make in simulation.others.items():
+        layer: Any = simulation.model.get_submodule(name)
+        simulation.model.set_submodule(name, make(layer))
+    return simulation

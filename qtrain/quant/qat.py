@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from qtrain.backend import torch_ao
 from qtrain.common.validate import MANY, boolean, choice, refuse, whole
-from qtrain.quant.ptq import PTQ, set_modes
+from qtrain.quant.ptq import PTQ
+from qtrain.simulate.batch_norm import TRAINING
+from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.spec import AUTO, QuantSpec
 
 
@@ -25,8 +26,8 @@ class QAT(PTQ):
         freeze_observers_epoch: first epoch in which the ranges of activations stand still; null: never.
         freeze_batch_norm_epoch: first epoch in which batch-norm statistics stand still; null: never.
         conv_bn: how convolutions with batch-norm train: "folded", with one convolution, which normalises by the
-            statistics of the quantized weights; "exact", with two, by those of the float weights; "torch", torch's
-            own code for the latter, the slow reference. See `qtrain.backend.torch_ao.conv_bn`.
+            statistics of the quantized weights; "exact", with two, by those of the float weights. See
+            `qtrain.simulate.batch_norm`.
         convert_every: convert and score the int8 model every so many epochs, at most `epochs`, and keep the best;
             0: keep the last.
         ptq: engine, weight, activation, fake_quantize and layers, as for PTQ.
@@ -55,7 +56,7 @@ class QAT(PTQ):
         problems = (
             whole("epochs", epochs, 1, MANY)
             + boolean("from_scratch", from_scratch)
-            + choice("conv_bn", conv_bn, sorted(torch_ao.CONV_BN))
+            + choice("conv_bn", conv_bn, sorted(TRAINING))
         )
         last = MANY if problems else epochs - 1  # of a wrong number of epochs, nothing follows for the others
         problems += (
@@ -85,23 +86,13 @@ class QAT(PTQ):
             weight = replace(weight, narrow_range=weight.bits == 8 and weight.symmetric is not False)
         return super()._settle(weight, activation)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return self._prepare(model, is_qat=True, conv_bn=self.conv_bn)
+    def prepare(self, model: nn.Module) -> Simulation:
+        return self._simulate(model, is_qat=True, conv_bn=self.conv_bn)
 
-    def on_epoch(self, prepared: nn.Module, epoch: int) -> None:
+    def on_epoch(self, simulation: Simulation, epoch: int) -> None:
         def reached(start: int | None) -> bool:
             return start is not None and epoch >= start
 
-        quantizing = reached(self.start_epoch)
-        set_modes(
-            torch_ao.observed_points(prepared).values(),
-            observing=not reached(self.freeze_observers_epoch),
-            quantizing=quantizing,
-        )
-        set_modes(torch_ao.weight_points(prepared).values(), observing=True, quantizing=quantizing)
-        torch_ao.freeze_batch_norm(prepared, reached(self.freeze_batch_norm_epoch))
-
-    def fake(self, prepared: nn.Module) -> nn.Module | None:
-        model = torch_ao.copy_model(prepared).eval()
-        set_modes(torch_ao.weight_points(model).values(), observing=True, quantizing=True)
-        return self._simulate(model)
+        observing = not reached(self.freeze_observers_epoch)
+        simulation.set_mode(observing=observing, quantizing=reached(self.start_epoch))
+        simulation.freeze_batch_norm(reached(self.freeze_batch_norm_epoch))

@@ -13,6 +13,7 @@ from qtrain.functional import affine
 from qtrain.functional.affine import Quantized
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import only_float
+from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.spec import QuantSpec
 
 SCOPES = ("all", "linear")
@@ -37,8 +38,8 @@ class RoundTrip(Quantizer):
         """Returns the quantized tensor."""
         raise NotImplementedError
 
-    def convert(self, prepared: nn.Module) -> nn.Module:
-        model = torch_ao.copy_model(prepared).cpu().eval().requires_grad_(False)
+    def convert(self, simulation: Simulation) -> nn.Module:
+        model = torch_ao.copy_model(simulation.model).cpu().eval().requires_grad_(False)
         floats = torch_ao.match_layers(model, dict.fromkeys(self.layers))
         chosen, kept = [], set()
         for layer_name, layer in model.named_modules():

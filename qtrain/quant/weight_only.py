@@ -10,6 +10,7 @@ from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
 from qtrain.common.validate import choice, refuse
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import layer_format, read_settings, settings_of, settle
+from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.spec import QuantSpec
 
 EMBEDDINGS = ("float", "fp16", "int8", "int4")
@@ -51,8 +52,8 @@ class WeightOnly(Quantizer):
         """Returns what takes the place of a float layer that has no setting of its own."""
         return CompactLinear(IntegerWeight(layer.weight, self.weight), layer.bias)
 
-    def convert(self, prepared: nn.Module) -> nn.Module:
-        model = torch_ao.copy_model(prepared).cpu().eval()
+    def convert(self, simulation: Simulation) -> nn.Module:
+        model = torch_ao.copy_model(simulation.model).cpu().eval()
         own = settings_of(model, self.layers)
         compact: dict[int, IntegerWeight | HalfWeight] = {}
         tied = set()
@@ -86,13 +87,13 @@ class WeightOnly(Quantizer):
         bits = int(self.embedding.removeprefix("int"))
         return IntegerWeight(weight, QuantSpec(bits=bits, symmetric=True, granularity="per_channel"))
 
-    def fake(self, prepared: nn.Module) -> nn.Module | None:
-        model = torch_ao.copy_model(prepared).cpu().eval()
-        for name, layer in self.convert(prepared).named_modules():
+    def fake(self, simulation: Simulation) -> nn.Module | None:
+        model = torch_ao.copy_model(simulation.model).cpu().eval()
+        for name, layer in self.convert(simulation).named_modules():
             weight = getattr(layer, "weight", None)
             if isinstance(weight, IntegerWeight | HalfWeight):
                 model.get_submodule(name).weight = nn.Parameter(weight.dequantize(), requires_grad=False)
         return model
 
-    def reference(self, prepared: nn.Module) -> nn.Module | None:
-        return torch_ao.copy_model(prepared).cpu().eval()
+    def reference(self, simulation: Simulation) -> nn.Module | None:
+        return torch_ao.copy_model(simulation.model).cpu().eval()

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from qtrain.analyze.layerwise import layer_outputs
-from qtrain.backend import integers, torch_ao
+from qtrain.backend import integers
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.common.files import write_atomically
 from qtrain.functional.error import mse, sqnr_db
@@ -20,6 +20,9 @@ from qtrain.logger import plots
 from qtrain.logger.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
 from qtrain.run.report import Report
+from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.simulation import output_points
+from qtrain.simulate.sites import QuantWeighted
 from qtrain.task.base import Task
 from qtrain.train.evaluate import Scores
 
@@ -69,14 +72,14 @@ def quantizer_facts(quantizer: Quantizer) -> dict[str, Any]:
 
 def activation_qparams(quantized: nn.Module) -> dict[str, dict[str, float]]:
     """Returns {module: {"scale", "zero_point"}} of every module that puts out a quantized tensor."""
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, point in output_points(quantized).items():  # of a simulation
+        found[name] = point.calculate_qparams()
     for name, module in quantized.named_modules():
         scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
-        is_weights = name.endswith(".weight_fake_quant") or isinstance(module, IntegerWeight)
-        if scale is not None and zero_point is not None and not is_weights:
-            owner = name.removesuffix(".activation_post_process")  # of a simulation
-            found[owner] = {"scale": float(scale), "zero_point": int(zero_point)}
-    return found
+        if scale is not None and zero_point is not None and not isinstance(module, IntegerWeight | FakeQuantize):
+            found[name] = scale, zero_point
+    return {name: {"scale": float(scale), "zero_point": int(zero)} for name, (scale, zero) in found.items()}
 
 
 def write(
@@ -100,14 +103,14 @@ def write(
     before = reference if reference is not None else float_model
     pairs = {}
     for name in names:
-        exact = torch_ao.float_weight(before.get_submodule(name))
+        exact = _float_weight(before.get_submodule(name))
         stored = integers.quantized_weight(quantized.get_submodule(name))
         assert exact is not None and stored is not None
         pairs[name] = exact, stored
         logger.histogram(f"weights_float/{name}", exact, 0)
         logger.histogram(f"weights_quantized/{name}", stored.dequantize(), 0)
     if reference is not None:
-        points = list(torch_ao.observed_points(reference))
+        points = list(output_points(reference))
         for kind, model in (("float", reference), ("quantized", quantized)):
             for name, values in layer_outputs(model, points, sample).items():
                 logger.histogram(f"activations_{kind}/{name}", values, 0)
@@ -140,6 +143,14 @@ def figures(report: Report, pairs: plots.Pairs, scores: dict[str, Scores | None]
         is_new = kind != "quantized" or report.quant["method"] != "none"
         if is_new and score is not None and "confusion" in score.metrics:
             yield f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind)
+
+
+def _float_weight(layer: nn.Module) -> Tensor | None:
+    """Returns the float weight that a layer computes with, batch-norm folded in."""
+    if isinstance(layer, QuantWeighted):
+        return layer.folded()[0].detach()
+    weight = getattr(layer, "weight", None)
+    return weight.detach() if isinstance(weight, Tensor) else None
 
 
 def final_scalars(report: Report, quality: str) -> dict[str, float]:

@@ -35,6 +35,7 @@ from qtrain.run.checkpoint import FloatCache, digest, load_weights, save_weights
 from qtrain.run.report import DIGESTED, Report, versions
 from qtrain.run.resume import Interrupted, Progress, Signals, said_how
 from qtrain.run.sources import code, float_key, with_fingerprint
+from qtrain.simulate.simulation import Simulation
 from qtrain.train import ranks
 from qtrain.train.evaluate import Scores, evaluate
 
@@ -120,15 +121,15 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
         failures = (
             [] if fused is None else parts.truth.same_function(torch_ao.copy_model(base).cpu(), fused.cpu(), sample)
         )
-        with clock("calibration"), finite_outputs(prepared, "calibration"):
+        with clock("calibration"), finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, calibration_inputs(config, parts))
-        failures += parts.truth.unobserved(prepared, auxiliary)
+        failures += parts.truth.unobserved(prepared.model, auxiliary)
         parts.truth.enforce(failures)
         with clock("finetuning"):
             prepared = finetune(config, parts, prepared, logger, progress).cpu()
         if not is_first:
             return
-        require_finite_weights(prepared)
+        require_finite_weights(prepared.model)
         with clock("conversion"):
             fake, reference = quantizer.fake(prepared), quantizer.reference(prepared)
             quantized = fake if quantizer.simulated and fake is not None else quantizer.convert(prepared)
@@ -213,7 +214,7 @@ def train_float(config: DictConfig, parts: Parts, clock: Stopwatch, logger: Logg
         )
 
 
-def finetune(config: DictConfig, parts: Parts, prepared: nn.Module, logger: Logger, progress: Progress) -> nn.Module:
+def finetune(config: DictConfig, parts: Parts, prepared: Simulation, logger: Logger, progress: Progress) -> Simulation:
     """Returns the prepared model after the quantizer's own training: of the best converted epoch, or the last."""
     quantizer: Any = parts.quantizer
     if not quantizer.trains:

@@ -1,8 +1,8 @@
 """Products with batch-norm behind them, in training, without dividing an activation by the batch-norm scale.
 
-torch's own layers offer two ways. The quick one divides the convolution's output by gamma / std, a whole activation, and
-NaN where gamma is 0; it normalises by the statistics of the quantized convolution. The slow one normalises by those of
-the float convolution, for which it runs a second one. Here:
+torch's own layers offer two ways. The quick one divides the convolution's output by gamma / std, a whole activation,
+and NaN where gamma is 0; it normalises by the statistics of the quantized convolution. The slow one normalises by those
+of the float convolution, for which it runs a second one. Here:
 
 - folded: one convolution, with the quantized weights in the convolution's own scale, and an ordinary batch-norm
   behind it. The statistics are those of the quantized convolution, so they fit what inference will normalise.
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
 
 def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
     """Returns (C,) in the shape that broadcasts along one axis of `like`."""

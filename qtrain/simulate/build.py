@@ -1,8 +1,7 @@
 """From a float model and a plan to a simulation: layers are found, planned, and replaced by sites."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -71,7 +70,10 @@ class Group:
         return isinstance(self.head, nn.Linear | _ConvNd) and not self.is_float
 
 
-def find_groups(model: nn.Module, floats: set[str]) -> dict[str, Group]:
+Groups = dict[str, Group]
+
+
+def find_groups(model: nn.Module, floats: set[str]) -> Groups:
     """Returns {name: group} of all that becomes a site, and of the stubs where tensors become float again.
 
     Args:
@@ -87,7 +89,7 @@ def find_groups(model: nn.Module, floats: set[str]) -> dict[str, Group]:
             closed.append(name)
             if not _is_float_already(module):
                 found[name] = Group((module,), is_float=True)
-        elif _is_marked_float(module):
+        elif _has_mark(module):
             closed.append(name)
         elif _is_fused(module):
             closed.append(name)
@@ -99,7 +101,7 @@ def find_groups(model: nn.Module, floats: set[str]) -> dict[str, Group]:
 
 
 def make_plan(
-    groups: dict[str, Group],
+    groups: Groups,
     weight: QuantSpec,
     activation: QuantSpec,
     layers: dict[str, QuantSpec],
@@ -133,7 +135,7 @@ def make_plan(
 
 def build(
     model: nn.Module,
-    groups: dict[str, Group],
+    groups: Groups,
     plan: Plan,
     make: MakeFakeQuantize,
     *,
@@ -201,22 +203,18 @@ def _is_site(module: nn.Module) -> bool:
     )
 
 
-def _is_marked_float(module: nn.Module) -> bool:
-    return vars(module).get("qconfig", ...) is None  # eager mode's mark
+def is_marked_float(model: nn.Module, name: str) -> bool:
+    """Returns whether the author of `model` marked a layer, or one around it, by `qconfig = None`."""
+    ends = [0, *(i for i, c in enumerate(name) if c == "."), len(name)]
+    return any(_has_mark(model.get_submodule(name[:end])) for end in ends)
+
+
+def _has_mark(module: nn.Module) -> bool:
+    return vars(module).get("qconfig", ...) is None
 
 
 def _is_float_already(module: nn.Module) -> bool:
     """Returns whether a layer gets float inputs: it has stubs of its own, or takes indices."""
     return any(
-        is_stub(inner, "QuantStub") or isinstance(inner, nn.Embedding | nn.EmbeddingBag)
-        for inner in module.modules()
+        is_stub(inner, "QuantStub") or isinstance(inner, nn.Embedding | nn.EmbeddingBag) for inner in module.modules()
     )
-
-
-def tied_weights(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yields (name, parameter) of each name of a parameter but its first."""
-    seen: set[int] = set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in seen:
-            yield name, parameter
-        seen.add(id(parameter))

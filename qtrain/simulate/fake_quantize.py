@@ -12,28 +12,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.compiler import is_compiling
 
-from qtrain.backend.torch_ao import (
-    FakeQuantizeBase,
-    is_min_max,
-    observe_magnitude,
-    observe_min_max,
-    observe_numbers,
-    observe_scaled,
-)
+from qtrain.functional.qparams import range_numbers, range_qparams
+from qtrain.observer.minmax import MinMaxObserver
+from qtrain.observer.moving_average import MovingAverageObserver
 from qtrain.simulate.kernels import (
     fake_quantize,
     fake_quantize_by_numbers,
     fake_quantize_unclipped,
-    range_numbers,
-    range_qparams,
-    replace,
     within_reach,
 )
 
 KERNELS = ("qtrain", "torch")
 
 
-class FakeQuantize(FakeQuantizeBase):
+class FakeQuantize(nn.Module):
     """Observes where `observing`, and returns dequantize(quantize(x)) where `quantizing`, else x itself.
 
     x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale, rounding half to even;
@@ -47,6 +39,8 @@ class FakeQuantize(FakeQuantizeBase):
         quantizing: whether forward fake-quantizes.
 
     Attributes:
+        stays: whether scale and zero point are kept (PTQ's weights, an algorithm's choice); else they follow what is
+            observed.
         rectifies: whether forward works on relu(x) in place of x.
         scale_free: whether the largest magnitude of each channel becomes the last integer, on either side: then nothing
             is clipped, and a channel's integers stay whatever it is multiplied by, but for their sign.
@@ -66,7 +60,7 @@ class FakeQuantize(FakeQuantizeBase):
     ) -> None:
         if kernel not in KERNELS:
             raise ValueError(f"kernel={kernel}: allowed are {', '.join(KERNELS)}")
-        nn.Module.__init__(self)  # not the base's: it keeps its switches in tensors, and reads them in every forward
+        super().__init__()
         self.observer, self.kernel, self.memoryless = observer, kernel, memoryless
         self.observing, self.quantizing = observing, quantizing
         self.dtype, self.qscheme = observer.dtype, observer.qscheme
@@ -78,22 +72,19 @@ class FakeQuantize(FakeQuantizeBase):
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.rectifies = False
+        self.stays = False
         self._limits: dict[str, Any] = {"quant_min": self.quant_min, "quant_max": self.quant_max}
         # A min-max observer's work is done here, on the observer's own buffers, which stay the truth.
-        self._folded = kernel == "qtrain" and is_min_max(observer)
+        self._folded = kernel == "qtrain" and type(observer) in (MinMaxObserver, MovingAverageObserver)
         self._rule = {**self._limits, "symmetric": self.is_symmetric}
         if self._folded:
-            self._rule["eps"] = observer.eps.item()
+            self._rule["eps"] = observer.eps
         is_narrow = self.is_symmetric and self.quant_min == -self.quant_max
         self.scale_free = is_narrow and self._folded and memoryless and self.is_per_channel and self.ch_axis == 0
         self._last = torch.tensor(float(self.quant_max), device="cpu")
         self._known = _Known()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.memoryless and self.quantizing and x.is_leaf and x.grad is not None:
-            known = self._known_output(x)
-            if known is not None:
-                return known
         output = None
         if self.kernel == "qtrain" and x.dtype == torch.float32 and not is_compiling():
             if self.scale_free:
@@ -101,35 +92,17 @@ class FakeQuantize(FakeQuantizeBase):
             # Numbers, where to read one costs nothing.
             elif not self.is_per_channel and x.is_cpu and (self._folded or not self.observing) and x.numel():
                 output = self._by_numbers(x)
-        if output is None:
-            if self.rectifies:
-                x = F.relu(x)
-            if self.observing:
-                self._observe(x.detach())
-            if not self.quantizing:
-                return x
-            output = self._by_tensors(x)
-        if self._known.reuses and self.quantizing and x.is_leaf:
-            self._known.remember(x, output, *self._qparams(), axis=self._axis)
-        return output
-
-    def _known_output(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Returns the output for weights that come again between two steps of the optimizer, with a new way back.
-
-        That is under gradient accumulation, which shows by gradients that are there already; a write into `x.data`
-        between the two would go unnoticed.
-        """
-        known = self._known
-        known.reuses = self.kernel == "qtrain"
-        if known.output is None or known.of != (x.data_ptr(), x._version):
-            return None
-        if self.scale_free:
-            return replace(x, known.output)
-        return fake_quantize(x, known.scale, known.zero_point, **self._limits, axis=known.axis, known=known.output)
+        if output is not None:
+            return output
+        if self.rectifies:
+            x = F.relu(x)
+        if self.observing:
+            self._observe(x.detach())
+        return self._by_tensors(x) if self.quantizing else x
 
     def _unclipped(self, x: torch.Tensor) -> torch.Tensor:
         """Returns what forward does for scale-free weights, in the fewest operations."""
-        scale = observe_magnitude(self.observer, x.detach(), self._last, self._rule["eps"])
+        scale = self.observer.observe_magnitude(x.detach(), self._last)
         known = self._known
         known.observed, known.qparams, known.numbers = True, (scale, None), None
         if not self.quantizing:
@@ -140,8 +113,8 @@ class FakeQuantize(FakeQuantizeBase):
         """Returns what forward does; None, having changed nothing, where numbers do not do."""
         known, ends = self._known, None
         if self.observing:
-            first = self.memoryless or not known.observed and _is_untouched(self.observer)
-            found = observe_numbers(self.observer, x.detach(), first=first, rectified=self.rectifies)
+            first = self.memoryless or not known.observed and self.observer.is_untouched()
+            found = self.observer.observe_numbers(x.detach(), first=first, rectified=self.rectifies)
             if found is None:
                 return None
             ends, observed = found
@@ -169,8 +142,8 @@ class FakeQuantize(FakeQuantizeBase):
         known = self._known
         known.qparams = known.numbers = None
         if self._folded:
-            first = self.memoryless or not known.observed and _is_untouched(self.observer)
-            observe_min_max(self.observer, x, first=first)
+            first = self.memoryless or not known.observed and self.observer.is_untouched()
+            self.observer.observe(x, first=first)
         else:
             if self.memoryless:
                 self.observer.reset_min_max_vals()
@@ -181,7 +154,7 @@ class FakeQuantize(FakeQuantizeBase):
 
         Args:
             x: a layer's weight (C, ...).
-            factor: (C,), not 0; gets no gradient. Under gradient accumulation the first one stays, until `x` changes.
+            factor: (C,), not 0; gets no gradient.
         """
         if not (self.observing or self.quantizing):
             return x
@@ -189,20 +162,13 @@ class FakeQuantize(FakeQuantizeBase):
             factor = factor.reshape(-1, *[1] * (x.ndim - 1))
             return self(x * factor) / factor
         known = self._known
-        if self.quantizing and x.grad is not None:
-            output = self._known_output(x)
-            if output is not None:
-                return output
         known.qparams = known.numbers = None
-        observe_scaled(self.observer, x.detach(), factor)
+        self.observer.observe_scaled(x.detach(), factor)
         if not self.quantizing:
             return x
         scale, zero_point = self._qparams()
         scale, zero_point = scale / factor, None if zero_point is None else zero_point.expand(len(factor))
-        output = fake_quantize(x, scale, zero_point, **self._limits, axis=0)
-        if known.reuses:
-            known.remember(x, output, scale, zero_point, axis=0)
-        return output
+        return fake_quantize(x, scale, zero_point, **self._limits, axis=0)
 
     def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns (scale, zero_point or None for 0) of what was observed; worked out once an observation.
@@ -212,6 +178,9 @@ class FakeQuantize(FakeQuantizeBase):
         """
         known = self._known
         if known.qparams is None:
+            if self.stays:
+                known.qparams = self.scale, self.zero_point
+                return known.qparams
             if not self.has_observed():
                 raise ValueError("it runs now, but did not during calibration, so its scale is unknown")
             if self._folded:
@@ -234,8 +203,25 @@ class FakeQuantize(FakeQuantizeBase):
             self.zero_point = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
         return self.scale, self.zero_point
 
+    def stay(self, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None) -> None:
+        """Keeps scale and zero point from now on, in place, whatever becomes of the tensor.
+
+        Args:
+            scale: float32, [1] or [C]; by default that of what was observed.
+            zero_point: int32, likewise.
+        """
+        self.calculate_qparams()
+        if scale is not None:
+            self.scale = scale
+        if zero_point is not None:
+            self.zero_point = zero_point
+        self.stays, self.observing = True, False
+        self._known = _Known()
+
     def has_observed(self) -> bool:
-        """Tells whether the observer has seen any tensor (torch's hold an infinite range until then)."""
+        """Returns whether its scale is known: the observer has seen a tensor, or it stays."""
+        if self.stays:
+            return True
         if not self._known.observed:
             low = self.observer.min_val
             self._known.observed = low.numel() > 0 and bool((low <= self.observer.max_val).all())
@@ -249,12 +235,6 @@ class FakeQuantize(FakeQuantizeBase):
         """Clips, in place, where int8 kernels do: at the ends of uint8, though the scale be made for 0..127."""
         self.quant_min, self.quant_max = 0, 255
         self._limits = {"quant_min": self.quant_min, "quant_max": self.quant_max}
-
-    def enable_fake_quant(self, enabled: bool = True) -> None:
-        self.quantizing = enabled
-
-    def enable_observer(self, enabled: bool = True) -> None:
-        self.observing = enabled
 
     def extra_repr(self) -> str:
         low, high = self.quant_min, self.quant_max
@@ -285,19 +265,3 @@ class _Known:
     numbers: tuple[float, int] | None = None  # scale and zero point
     qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None
     observed: bool = False  # asking the observer again would wait for the device in every step
-    reuses: bool = False  # whether weights have come again before they changed
-    of: tuple[int, int] = (0, 0)  # the address and the version of the weights that `output` belongs to
-    output: torch.Tensor | None = None
-    scale: Any = None
-    zero_point: torch.Tensor | None = None
-    axis: int | None = None
-
-    def remember(
-        self, x: torch.Tensor, output: torch.Tensor, scale: Any, zero_point: torch.Tensor | None, *, axis: int | None
-    ) -> None:
-        self.of, self.output = (x.data_ptr(), x._version), output.detach()
-        self.scale, self.zero_point, self.axis = scale, zero_point, axis
-
-
-def _is_untouched(observer: Any) -> bool:
-    return observer.min_val.numel() == 0 or bool(observer.min_val.isinf().all())

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtrain.functional.qparams import float32, float32s
+
 HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward  # grad strictly between two limits, and 0 elsewhere
 MANY = 1 << 17  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # other conversions may round differently
@@ -25,7 +27,6 @@ def fake_quantize(
     quant_min: int,
     quant_max: int,
     axis: int | None = None,
-    known: Tensor | None = None,
 ) -> Tensor:
     """Returns `(clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max) - zero_point) * scale`.
 
@@ -41,7 +42,6 @@ def fake_quantize(
         quant_min: smallest integer.
         quant_max: largest integer.
         axis: of the channels; None: per tensor.
-        known: what it returned for the same arguments before: then only the way back for gradients is new.
 
     >>> fake_quantize(torch.tensor([-1.0, 0.25, 0.75, 9.0]), torch.tensor([0.5]), torch.tensor([2]), quant_min=0,
     ...     quant_max=15)
@@ -55,7 +55,7 @@ def fake_quantize(
         scale = scale.reshape(shape)
         zero_point = None if zero_point is None else zero_point.reshape(shape)
     zero = None if zero_point is None else zero_point.to(scale.dtype)
-    result: Tensor = _FakeQuantize.apply(x, scale, zero, quant_min, quant_max, known)
+    result: Tensor = _FakeQuantize.apply(x, scale, zero, quant_min, quant_max)
     return result
 
 
@@ -64,19 +64,15 @@ class _FakeQuantize(torch.autograd.Function):
     # would be one more tensor to write and to hold.
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, known: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
         inverse = scale.reciprocal()
         ctx.save_for_backward(x, inverse, zero_point)
         ctx.limits = low, high
-        if known is not None:
-            return known
         steps = _steps(x, inverse, zero_point).clamp_(low, high)
         return (steps if zero_point is None else steps.sub_(zero_point)).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, inverse, zero_point = ctx.saved_tensors
         low, high = ctx.limits
         if zero_point is not None or x.dtype != torch.float32 or torch.compiler.is_compiling():
@@ -84,7 +80,7 @@ class _FakeQuantize(torch.autograd.Function):
         else:
             steps = x * inverse  # its memory takes the result
             x_grad = HARDTANH_BACKWARD.grad_input(grad, steps, *_rounding_limits(low, high), grad_input=steps)
-        return x_grad, None, None, None, None, None
+        return x_grad, None, None, None, None
 
 
 @lru_cache
@@ -223,20 +219,6 @@ def within_reach(scale: float) -> bool:
     return 1e-30 < scale < 1e30  # False for NaN
 
 
-_FLOAT, _FLOATS = struct.Struct("f"), struct.Struct("2f")
-
-
-def float32(x: float) -> float:
-    """Returns x rounded to float32: after +, -, * or / of two float32 numbers, what float32 arithmetic gives."""
-    rounded: float = _FLOAT.unpack(_FLOAT.pack(x))[0]
-    return rounded
-
-
-def float32s(x: float, y: float) -> tuple[float, float]:
-    """Returns both numbers rounded to float32, in the time of one."""
-    return _FLOATS.unpack(_FLOATS.pack(x, y))
-
-
 @lru_cache(4096)  # frozen scales come again in every step
 def _clipping_bounds(scale: float, low: int, high: int) -> tuple[float, float, float]:
     """Returns 1 / scale, and the float32 next to all x for which round(x / scale) is in low..high, on either side."""
@@ -263,56 +245,7 @@ def _first_product(integer: int) -> tuple[float, bool]:
     And whether it is itself such a product, as it is if `integer` is odd.
     """
     edge = integer + 0.5
-    (bits,) = struct.unpack("i", _FLOAT.pack(edge))
+    (bits,) = struct.unpack("i", struct.pack("f", edge))
     odd = integer % 2 == 1
-    (beside,) = _FLOAT.unpack(struct.pack("i", bits - 1 if odd else bits + 1))
+    (beside,) = struct.unpack("f", struct.pack("i", bits - 1 if odd else bits + 1))
     return (edge + beside) / 2, odd  # halfway, rounding to float32 goes to the edge
-
-
-def range_qparams(
-    low: Tensor, high: Tensor, *, quant_min: int, quant_max: int, symmetric: bool, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    """Returns the (scale, zero_point) that torch's observers give to an observed range, without reading a value back.
-
-    The range is widened to include 0. asymmetric: `scale = (high - low) / (quant_max - quant_min)`,
-    `zero_point = quant_min - round(low / scale)`; symmetric: `scale = max(-low, high) / ((quant_max - quant_min) / 2)`,
-    zero_point the middle, rounded down for unsigned integers and 0 for signed ones. `choose_qparams` differs in its
-    smallest scale, and in keeping a range that excludes 0.
-
-    Args:
-        low, high: smallest and largest values, [] or [C], float32.
-        eps: smallest scale.
-
-    Returns:
-        scale (float32) and zero_point (int32), both [1] or [C]; None for a zero_point that is always 0.
-
-    >>> range_qparams(torch.tensor(-1.0), torch.tensor(2.0), quant_min=0, quant_max=3, symmetric=False,
-    ...     eps=1e-7)
-    (tensor([1.]), tensor([1], dtype=torch.int32))
-    """
-    if low.ndim == 0:
-        low, high = low.reshape(1), high.reshape(1)
-    if symmetric:  # one of -low and high is not below 0
-        scale = torch.maximum(-low, high).div_((quant_max - quant_min) / 2).clamp_(min=eps)
-        middle = (quant_min + quant_max) // 2
-        return scale, None if quant_min < 0 else torch.full_like(scale, middle, dtype=torch.int32)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = (high - low).div_(quant_max - quant_min).clamp_(min=eps)
-    zero_point = torch.round(low / scale).neg_().add_(quant_min).clamp_(quant_min, quant_max)
-    return scale, zero_point.to(torch.int32)
-
-
-def range_numbers(
-    low: float, high: float, *, quant_min: int, quant_max: int, symmetric: bool, eps: float
-) -> tuple[float, int]:
-    """Returns what `range_qparams` does for one range, in numbers: float32 ones, of less than 1e30.
-
-    >>> range_numbers(-1.0, 2.0, quant_min=0, quant_max=3, symmetric=False, eps=1e-7)
-    (1.0, 1)
-    """
-    low, high = min(low, 0.0), max(high, 0.0)
-    if symmetric:
-        scale = max(float32(max(-low, high) / ((quant_max - quant_min) / 2)), eps)
-        return scale, 0 if quant_min < 0 else (quant_min + quant_max) // 2
-    scale = max(float32(float32(high - low) / (quant_max - quant_min)), eps)
-    return scale, min(max(quant_min - round(float32(low / scale)), quant_min), quant_max)

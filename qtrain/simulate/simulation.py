@@ -1,8 +1,7 @@
-"""The simulation: a float model that behaves as its integers will, and the same model in plain float beside it."""
+"""The simulation: a float model whose layers behave as their integers will."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,73 +12,80 @@ from qtrain.simulate.plan import Plan
 from qtrain.simulate.sites import QuantWeighted, Site
 
 Batches = Iterable[tuple[Any, ...]]  # the arguments of one forward pass each
+MakeLayer = Callable[[nn.Linear], nn.Module]
 
 
-@dataclass
-class Simulation:
-    """A model of sites, and the plan that they follow.
+class Simulation(nn.Module):
+    """A model of sites, the plan that they follow, and the switches of their fake quantization.
 
-    Attributes:
-        model: changed in place by calibration, training and transforms.
-        plan: of each site, by its name in `model`.
+    It is called as the model is, in eval mode for PTQ and in train mode for QAT.
+
+    Args:
+        model: with sites, or without any: then it stands for itself.
+        plan: {name of a site in `model`: what it becomes}.
+        others: {name of a float Linear layer in `model`: what makes the layer that takes its place
+            in the end}.
     """
 
-    model: nn.Module
-    plan: Plan = field(default_factory=dict)
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan | None = None,
+        others: dict[str, MakeLayer] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.plan = plan or {}
+        self.others = others or {}
 
-    def sites(self) -> dict[str, Site]:
-        """Returns {name: site}, in the order of registration."""
-        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, Site)}
-
-    def weight_points(self) -> dict[str, FakeQuantize]:
-        """Returns {name of a site: the fake quantization of its weight}."""
-        return {n: site.weight_q for n, site in self.sites().items() if site.weight_q is not None}
-
-    def output_points(self) -> dict[str, FakeQuantize]:
-        """Returns {name of a site: the fake quantization of its output}."""
-        return {n: site.output_q for n, site in self.sites().items() if site.output_q is not None}
-
-    def points(self) -> Iterator[tuple[str, FakeQuantize]]:
-        """Yields (name of a site, fake quantization) of all weights, then all outputs."""
-        yield from self.weight_points().items()
-        yield from self.output_points().items()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
     def set_mode(self, *, observing: bool, quantizing: bool, only: str | None = None) -> None:
         """Switches all fake quantizations, in place.
 
         Args:
-            observing: whether outputs are observed; weights are, wherever their scale follows them.
-            quantizing: whether they quantize.
-            only: the one site that does.
+            observing: whether the ranges of outputs are observed.
+            quantizing: whether they and the weights are quantized.
+            only: the one site that is.
         """
-        for name, point in self.points():
-            point.quantizing = quantizing and only in (None, name)
-        for point in self.output_points().values():
+        for name, site in sites(self.model).items():
+            for point in (site.weight_q, site.output_q):
+                if point is not None:
+                    point.quantizing = quantizing and only in (None, name)
+        for point in output_points(self.model).values():
             point.observing = observing
 
     @contextmanager
     def mode(self, **how: Any) -> Iterator[nn.Module]:
         """Yields the model, switched as by `set_mode` until the block is left."""
-        before = [(point, point.observing, point.quantizing) for _, point in self.points()]
+        points = [*weight_points(self.model).values(), *output_points(self.model).values()]
+        before = [(point, point.observing, point.quantizing) for point in points]
         self.set_mode(**how)
         try:
             yield self.model
         finally:
             for point, observing, quantizing in before:
-                point.observing, point.quantizing = observing, quantizing
+                point.observing = observing
+                point.quantizing = quantizing
 
     @torch.no_grad()
     def observe(self, batches: Batches) -> None:
-        """Runs the batches in float, and lets the outputs' ranges be observed, in place."""
-        self.model.eval()
-        with self.mode(observing=True, quantizing=False):
-            for inputs in batches:
-                self.model(*inputs)
+        """Runs the batches, outputs in float, and lets their ranges be observed, in place."""
+        self.eval()
+        points = output_points(self.model).values()
+        for point in points:
+            point.observing, point.quantizing = True, False
+        for inputs in batches:
+            self.model(*inputs)
+        for point in points:
+            point.observing = False
 
     def inputs(self, name: str, batches: Batches) -> Iterator[tuple[Any, ...]]:
         """Yields what the site of that name is called with, once a batch."""
         found: list[tuple[Any, ...]] = []
-        hook = self.sites()[name].register_forward_pre_hook(lambda _, args: found.append(args))
+        site = self.model.get_submodule(name)
+        hook = site.register_forward_pre_hook(lambda _, args: found.append(args))
         try:
             for inputs in batches:
                 self.model(*inputs)
@@ -89,15 +95,34 @@ class Simulation:
 
     def freeze_batch_norm(self, frozen: bool = True) -> None:
         """Lets the statistics of all batch-norms stand still, in place, or move again."""
-        for site in self.sites().values():
-            if isinstance(site, QuantWeighted):
-                site.freeze(frozen)
+        for module in self.model.modules():
+            if isinstance(module, QuantWeighted):
+                module.freeze(frozen)
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(self.training and not frozen)
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """Returns {name: site} of a simulation's model, in the order of registration; {} of any other."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Site)}
+
+
+def output_points(model: nn.Module) -> dict[str, FakeQuantize]:
+    """Returns {name of a site: the fake quantization of its output}."""
+    found = sites(model).items()
+    return {name: site.output_q for name, site in found if site.output_q is not None}
+
+
+def weight_points(model: nn.Module) -> dict[str, FakeQuantize]:
+    """Returns {name of a site: the fake quantization of its weight}."""
+    found = sites(model).items()
+    return {name: site.weight_q for name, site in found if site.weight_q is not None}
 
 
 def integers(point: FakeQuantize, x: Tensor) -> Tensor:
-    """Returns the integers that stand for `x`: the one rounding, of the simulation and of every backend.
+    """Returns the integers that stand for `x`: the one rounding, of the simulation and of backends.
 
-    round(x * (1 / scale)) + zero_point, clamped, as kernels do it: x / scale would round ties otherwise.
+    clamp(round(x * (1 / scale)) + zero_point), as kernels do it: x / scale would round ties otherwise.
 
     Returns:
         int32, of x's shape.

@@ -28,9 +28,7 @@ class Site(nn.Module):
     weight_q: FakeQuantize | None
     output_q: FakeQuantize | None
 
-    def __init__(
-        self, *, weight_q: FakeQuantize | None = None, output_q: FakeQuantize | None = None
-    ) -> None:
+    def __init__(self, *, weight_q: FakeQuantize | None = None, output_q: FakeQuantize | None = None) -> None:
         super().__init__()
         self.register_module("weight_q", weight_q)
         self.register_module("output_q", output_q)
@@ -136,9 +134,7 @@ class QuantEmbedding(Site):
     Shapes: indices, int64 (...) -> (..., embedding_dim).
     """
 
-    def __init__(
-        self, layer: nn.Embedding, *, weight_q: FakeQuantize | None, output_q: FakeQuantize | None
-    ) -> None:
+    def __init__(self, layer: nn.Embedding, *, weight_q: FakeQuantize | None, output_q: FakeQuantize | None) -> None:
         super().__init__(weight_q=weight_q, output_q=output_q)
         self.weight = layer.weight
         self.padding_idx = layer.padding_idx
@@ -151,8 +147,8 @@ class QuantEmbedding(Site):
 class QuantWeighted(Site):
     """A Linear layer, convolution or transposed convolution; behind it maybe batch-norm, and ReLU.
 
-    In train mode batch-norm trains by `batch_norm.TRAINING[conv_bn]`; in eval mode, and where it is frozen, it is folded
-    into weight and bias, as inference has it.
+    In train mode batch-norm trains by `batch_norm.TRAINING[conv_bn]`; in eval mode, and where it is
+    frozen, it is folded into weight and bias, as inference has it.
 
     Args:
         layer: the float layer; its weight and bias become this site's.
@@ -186,7 +182,7 @@ class QuantWeighted(Site):
         self.conv_bn = conv_bn
         self.frozen = False
         self.fuses_relu = relu and output_q is not None
-        if self.fuses_relu:
+        if output_q is not None and relu:
             output_q.rectifies = True  # one clamp, and one mask for the gradient, do the work of two
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,9 +205,11 @@ class QuantWeighted(Site):
         bn: Any = self.bn
         if bn is None:
             return self.weight, self.bias
+        rsqrt = torch.rsqrt(bn.running_var + bn.eps)
+        mean = -bn.running_mean if self.bias is None else self.bias - bn.running_mean
+        bias = mean * rsqrt * bn.weight + bn.bias  # in torch's order of operations, to the digit
         factor = batch_norm.running_factor(bn)
-        mean = bn.running_mean if self.bias is None else bn.running_mean - self.bias
-        return self.weight * batch_norm.along(factor, self.weight, 0), bn.bias - factor * mean
+        return self.weight * batch_norm.along(factor, self.weight, 0), bias
 
     def set_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Replaces the weight, and the bias where one is given, in place of writing to it: it may be tied."""
@@ -226,8 +224,9 @@ class QuantWeighted(Site):
 
     def train(self, mode: bool = True) -> "QuantWeighted":
         super().train(mode)
-        if self.frozen and self.bn is not None:
-            self.bn.eval()
+        bn = self._modules["bn"]
+        if self.frozen and bn is not None:
+            bn.eval()
         return self
 
 

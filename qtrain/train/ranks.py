@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from qtrain.backend.torch_ao import observed_points
+from qtrain.simulate.simulation import output_points
 
 
 def num_ranks() -> int:
@@ -123,7 +123,7 @@ def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
         if observing and observing[-1] is point:
             observing.pop().observing = True
 
-    for point in observed_points(model).values():
+    for point in output_points(model).values():
         hooks += [point.register_forward_pre_hook(observe), point.register_forward_hook(restore)]
     try:
         # Its own way with buffers is to take the first rank's, and to keep those that it met at first.

@@ -334,7 +334,7 @@ def test_settings_of_samples_leave_the_cached_float_model_as_it_is(tmp_path):
 def test_measurements_are_made_as_asked(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(pipeline, "latency", lambda models, inputs, **options: asked.append(options) or {})
-    monkeypatch.setattr(pipeline.records, "summary", lambda *_: [])
+    monkeypatch.setattr(pipeline.outputs, "summary", lambda *_: [])
     pipeline.execute(compose("measure.repeats=7", "measure.warmup=5", "measure.batch_sizes=[1,2]"), tmp_path, [])
     assert asked == [{"repeats": 7, "warmup": 5, "batch_sizes": [1, 2]}]
 

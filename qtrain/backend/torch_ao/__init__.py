@@ -1,4 +1,4 @@
-"""The only package that imports torch.ao.quantization: engines, observers, prepare and convert, inspection.
+"""torch's eager mode: engines, observers, fusion, and int8 modules. The only package that imports torch.ao.
 
 torch marks its eager mode as deprecated, yet ships it in every release that pyproject.toml admits. Its deprecation
 warnings are silenced here, exactly, and nowhere else: a user of qtrain can do nothing about them.
@@ -9,87 +9,45 @@ import warnings
 
 import torch
 from torch.ao.nn.quantized import FloatFunctional
-from torch.ao.quantization import DeQuantStub, QConfig, QuantStub
-from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qtrain.backend.torch_ao.calls import resolve
-from qtrain.backend.torch_ao.classes import CONV_BN
-from qtrain.backend.torch_ao.convert import (
-    CONVERT_MAPPING,
-    DEPRECATED,
-    FloatIsland,
-    convert,
-    dynamic_activation,
-    match_layers,
-    prepare,
-    quantize_dynamic,
-)
 from qtrain.backend.torch_ao.copying import copy_model
+from qtrain.backend.torch_ao.dynamic import CONVERTIBLE, DEPRECATED, quantize_dynamic
 from qtrain.backend.torch_ao.engines import ENGINES, Engine, bind_engine, find_engine, use_engine
 from qtrain.backend.torch_ao.fusion import fuse, unfused_pairs
-from qtrain.backend.torch_ao.inspect import (
-    float_weight,
-    freeze_batch_norm,
-    observed_points,
-    weight_points,
-    weighted_layers,
-)
-from qtrain.backend.torch_ao.observers import (
-    histogram,
-    is_min_max,
-    make_observer,
-    minmax,
-    moving_average,
-    observe_magnitude,
-    observe_min_max,
-    observe_numbers,
-    observe_scaled,
-    refuse_per_channel,
-)
-from qtrain.backend.torch_ao.refusals import refuse_old_norms
+from qtrain.backend.torch_ao.lower import FloatIsland, lower
+from qtrain.backend.torch_ao.observers import histogram, minmax, moving_average
+from qtrain.backend.torch_ao.prepare import match_layers, ready
+from qtrain.backend.torch_ao.refusals import refuse_old_norms, refuse_silent_errors
 
 __all__ = [
-    "copy_model",
-    "refuse_old_norms",
-    "CONV_BN",
-    "CONVERT_MAPPING",
+    "CONVERTIBLE",
     "DEPRECATED",
     "ENGINES",
     "DeQuantStub",
     "Engine",
-    "FakeQuantizeBase",
     "FloatFunctional",
     "FloatIsland",
-    "QConfig",
     "QuantStub",
     "UniformQuantizationObserverBase",
     "bind_engine",
-    "convert",
-    "dynamic_activation",
+    "copy_model",
     "find_engine",
-    "float_weight",
-    "freeze_batch_norm",
     "fuse",
     "histogram",
-    "is_min_max",
-    "make_observer",
+    "lower",
     "match_layers",
     "minmax",
     "moving_average",
-    "observe_magnitude",
-    "observe_min_max",
-    "observe_numbers",
-    "observe_scaled",
-    "observed_points",
-    "prepare",
     "quantize_dynamic",
-    "refuse_per_channel",
+    "ready",
+    "refuse_old_norms",
+    "refuse_silent_errors",
     "resolve",
     "unfused_pairs",
     "use_engine",
-    "weight_points",
-    "weighted_layers",
 ]
 
 # torch warns once a process, wherever the first quantized tensor is made or loaded. Make one here, so that no user's

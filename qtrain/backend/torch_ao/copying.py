@@ -2,13 +2,15 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def copy_model(model: nn.Module) -> nn.Module:
+
+def copy_model(model: Model) -> Model:
     """Returns a deep copy of `model` that shares nothing with it.
 
     A model may keep an activation of its last forward pass as an attribute: the copy keeps its values, without the way

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtrain.backend.torch_ao.observers import make_observer
+from qtrain.observer.base import make_observer
 from qtrain.simulate.spec import AUTO, QuantSpec
 
 

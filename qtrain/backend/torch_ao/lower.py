@@ -100,6 +100,8 @@ def _weighted(site: QuantWeighted) -> nn.Module:
     weight, bias = site.folded()
     if site.weight_q is None:
         return FloatIsland(site, *_output(site))
+    if not site.weight_q.stays:
+        site.weight_q(weight)  # its scale is that of the last forward, and the weight may have moved
     new: Any = _empty(site)
     new.set_weight_bias(quantized(site.weight_q, weight), None if bias is None else bias.float())
     new.scale, new.zero_point = _output(site)
@@ -111,9 +113,7 @@ def quantized(point: FakeQuantize, weight: Tensor) -> Tensor:
     found = integers(point, weight).to(torch.int8)
     scale, zero_point = point.calculate_qparams()
     if point.is_per_channel:
-        return torch._make_per_channel_quantized_tensor(
-            found, scale.double(), zero_point.long(), point.ch_axis
-        )
+        return torch._make_per_channel_quantized_tensor(found, scale.double(), zero_point.long(), point.ch_axis)
     return torch._make_per_tensor_quantized_tensor(found, float(scale), int(zero_point))
 
 
@@ -167,14 +167,13 @@ def _instance_norm(layer: Any, *output: Any) -> nn.Module:
     return new
 
 
-def _layer_norm(layer: Any, *output: Any) -> nn.Module:
-    return nnq.LayerNorm(
-        layer.normalized_shape, layer.weight, layer.bias, *output, layer.eps, layer.elementwise_affine
-    )
+def _layer_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
+    settings = (layer.normalized_shape, layer.weight, layer.bias)
+    return nnq.LayerNorm(*settings, scale, zero_point, layer.eps, layer.elementwise_affine)
 
 
-def _prelu(layer: Any, *output: Any) -> nn.Module:
-    new = nnq.PReLU(*output, num_parameters=layer.num_parameters)
+def _prelu(layer: Any, scale: float, zero_point: int) -> nn.Module:
+    new = nnq.PReLU(scale, zero_point, layer.num_parameters)
     weight = layer.weight.detach().float()
     low, high = weight.aminmax()
     scale = max(float(high.clamp(min=0) - low.clamp(max=0)) / 255, torch.finfo(torch.float32).eps)
@@ -183,18 +182,30 @@ def _prelu(layer: Any, *output: Any) -> nn.Module:
     return new
 
 
+def _elu(layer: Any, scale: float, zero_point: int) -> nn.Module:
+    return nnq.ELU(scale, zero_point, layer.alpha)
+
+
+def _hardswish(layer: Any, scale: float, zero_point: int) -> nn.Module:
+    return nnq.Hardswish(scale, zero_point)
+
+
+def _leaky_relu(layer: Any, scale: float, zero_point: int) -> nn.Module:
+    return nnq.LeakyReLU(scale, zero_point, layer.negative_slope)
+
+
 KERNELS: dict[type[nn.Module], Kernel] = {
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
-    nn.ELU: lambda layer, *output: nnq.ELU(*output, layer.alpha),
+    nn.ELU: _elu,
     nn.GroupNorm: _group_norm,
     nn.Hardsigmoid: _as_it_is,
-    nn.Hardswish: lambda layer, *output: nnq.Hardswish(*output),
+    nn.Hardswish: _hardswish,
     nn.InstanceNorm1d: _instance_norm,
     nn.InstanceNorm2d: _instance_norm,
     nn.InstanceNorm3d: _instance_norm,
     nn.LayerNorm: _layer_norm,
-    nn.LeakyReLU: lambda layer, *output: nnq.LeakyReLU(*output, layer.negative_slope),
+    nn.LeakyReLU: _leaky_relu,
     nn.PReLU: _prelu,
     nn.Sigmoid: _as_it_is,
     nn.Softmax: _as_it_is,

@@ -1,9 +1,7 @@
 """What torch would quantize wrongly in silence, or not at all: put right where that can be, or else refused by name."""
 
-from typing import Any
-
-import torch.ao.nn.intrinsic as nni
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -11,7 +9,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from qtrain.backend.torch_ao.copying import copy_model
 from qtrain.backend.torch_ao.engines import Engine
-from qtrain.simulate.spec import AUTO
+from qtrain.simulate.build import Groups, is_marked_float
+from qtrain.simulate.plan import LayerPlan, Plan
 
 OLD_NORMS = {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}
 RECURRENT = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
@@ -74,64 +73,66 @@ def separate_shared(model: nn.Module) -> None:
 
 
 CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NOT_TRAINABLE = (*CONV_TRANSPOSE, nn.Embedding, nn.EmbeddingBag, nni.ConvReLU1d)
 
 
-def _settled_qconfig(model: nn.Module, name: str) -> Any:
-    """Returns the QConfig that layer `name` will have: None if it or one around it is float, else the nearest."""
-    ends = [0, *(i for i, c in enumerate(name) if c == "."), len(name)]
-    own = [vars(model.get_submodule(name[:end])).get("qconfig", AUTO) for end in ends]
-    return None if None in own else next(q for q in reversed(own) if q != AUTO)
+def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: Engine) -> None:
+    """Raises ValueError for a layer that the engine's kernels would compute wrongly, or not at all.
 
-
-def refuse_silent_errors(model: nn.Module, is_qat: bool, engine: Engine) -> None:
+    Args:
+        model: the float model, fused.
+        plan, groups: what its layers are to become; those that stay float are right whatever they are.
+    """
+    floats = [name for name, group in groups.items() if group.is_float]
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        qconfig = _settled_qconfig(model, name)
-        if isinstance(module, nn.Identity) or qconfig is None:
+        is_float = any(name == outer or name.startswith(f"{outer}.") for outer in floats)
+        if is_float or isinstance(module, nn.Identity) or is_marked_float(model, name):
             continue
-        kind, float_instead = type(module).__name__, f"keep it float: quant.layers={{{name}: float}}"
         if id(module) in first:
             raise ValueError(
                 f"model: layer {name} is layer {first[id(module)]} under a second name, and only the first would be "
                 "converted; register it once"
             )
         first[id(module)] = name
-        if isinstance(module, nn.MultiheadAttention):
+        reason = _reason(module, plan.get(name), engine)
+        if reason is not None:
             raise ValueError(
-                f"model: layer {name} is nn.MultiheadAttention, whose quantizable version computes wrong results "
-                f"(pytorch#67651); write attention with nn.Linear layers, or {float_instead}"
+                f"model: layer {name} ({type(module).__name__}) {reason}, or keep it float: "
+                f"quant.layers={{{name}: float}}"
             )
-        if isinstance(module, RECURRENT):
-            raise ValueError(
-                f"model: layer {name} ({kind}) cannot run in the int8 model: torch has no kernel for it; "
-                f"{float_instead}"
-            )
-        if isinstance(module, _InstanceNorm) and module.track_running_stats:
-            raise ValueError(
-                f"model: layer {name} ({kind}) keeps running statistics, which torch's int8 kernel ignores; "
-                f"set track_running_stats=False, or {float_instead}"
-            )
-        if engine.name == "qnnpack" and isinstance(module, nn.AvgPool2d | nn.AvgPool3d):
-            ignored = [*(["count_include_pad=False"] if module.padding and not module.count_include_pad else [])]
-            ignored += ["divisor_override"] if module.divisor_override else []
-            if ignored:
-                raise ValueError(
-                    f"model: layer {name} ({kind}) has {' and '.join(ignored)}, which the kernel of engine qnnpack "
-                    f"ignores; use another engine, or {float_instead}"
-                )
-        if is_qat and isinstance(module, NOT_TRAINABLE):
-            raise ValueError(
-                f"model: layer {name} ({kind}) has no QAT version in torch and would train with float weights; "
-                f"use quant=ptq, or {float_instead}"
-            )
-        if isinstance(module, CONV_TRANSPOSE) and qconfig.weight().is_per_channel:
-            raise ValueError(
-                f"model: layer {name} ({kind}) has no per-channel kernel; use quant.weight.granularity=per_tensor "
-                f"with engine fbgemm or qnnpack, or {float_instead}"
-            )
-        if isinstance(module, CONV_TRANSPOSE) and not engine.conv_transpose:
-            raise ValueError(
-                f"model: layer {name} ({kind}) comes out wrong with engine {engine.name}; use fbgemm or qnnpack, or "
-                f"{float_instead}"
-            )
+
+
+def _reason(module: nn.Module, layer: LayerPlan | None, engine: Engine) -> str | None:
+    """Returns what is wrong with an int8 version of a layer, and what to do; None where all is well."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "is attention, whose quantizable version computes wrong results (pytorch#67651); write it with nn.Linear "
+            "layers"
+        )
+    if isinstance(module, RECURRENT):
+        return "cannot run in the int8 model: torch has no kernel for it; use another layer"
+    if isinstance(module, _InstanceNorm) and module.track_running_stats:
+        return "keeps running statistics, which torch's int8 kernel ignores; set track_running_stats=False"
+    if engine.name == "qnnpack" and isinstance(module, nn.AvgPool2d | nn.AvgPool3d):
+        ignored = _ignored_by_qnnpack(module)
+        if ignored:
+            return f"has {' and '.join(ignored)}, which the kernel of engine qnnpack ignores; use another engine"
+    if isinstance(getattr(module, "padding", None), str) and isinstance(module, _ConvNd):
+        return f"has padding={module.padding!r}, which has no int8 kernel; give the padding as numbers"
+    if not isinstance(module, CONV_TRANSPOSE):
+        return None
+    weight = layer and layer.weight
+    if weight and weight.granularity == "per_channel":
+        return "has no per-channel kernel; use quant.weight.granularity=per_tensor with engine fbgemm or qnnpack"
+    if not engine.conv_transpose:
+        return f"comes out wrong with engine {engine.name}; use fbgemm or qnnpack"
+    return None
+
+
+def _ignored_by_qnnpack(pool: nn.AvgPool2d | nn.AvgPool3d) -> list[str]:
+    found = []
+    if pool.padding and not pool.count_include_pad:
+        found.append("count_include_pad=False")
+    if pool.divisor_override:
+        found.append("divisor_override")
+    return found

@@ -1,0 +1,32 @@
+"""torch's dynamic quantization, its deprecation warnings silenced."""
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch.ao.quantization as tq
+from torch import nn
+
+from qtrain.backend.torch_ao.copying import copy_model
+from qtrain.backend.torch_ao.engines import bind_engine, use_engine
+from qtrain.observer.base import make_observer
+from qtrain.simulate.spec import QuantSpec
+
+DEPRECATED = r"torch\.ao\.quantization is deprecated"
+# What torch has int8 classes for; for messages about what stays float.
+CONVERTIBLE = frozenset(tq.get_default_static_quant_module_mappings())
+
+
+def quantize_dynamic(model: nn.Module, specs: dict[str, QuantSpec], engine: str) -> nn.Module:
+    """Returns a copy on the CPU whose named layers hold int8 weights and quantize their inputs as they come."""
+    qconfigs: dict[str, Any] = {
+        name: tq.QConfig(
+            activation=tq.default_dynamic_quant_observer,
+            weight=partial(make_observer, spec, signed=True),
+        )
+        for name, spec in specs.items()
+    }
+    copied = copy_model(model).cpu().eval()
+    with warnings.catch_warnings(), use_engine(engine):
+        warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)
+        return bind_engine(tq.quantize_dynamic(copied, qconfigs, inplace=True), engine)

@@ -1,0 +1,80 @@
+"""A float model made ready to be simulated: copied, put right, fused; and the layers that patterns name."""
+
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch.ao.nn.intrinsic as nni
+from torch import nn
+from torch.ao.quantization import DeQuantStub, QuantStub
+from torch.nn.modules.conv import _ConvNd
+
+from qtrain.backend.torch_ao.copying import copy_model
+from qtrain.backend.torch_ao.fusion import fuse_by_itself
+from qtrain.backend.torch_ao.refusals import (
+    bake_parametrizations,
+    refuse_own_qconfigs,
+    separate_shared,
+)
+
+
+def ready(model: nn.Module, *, is_qat: bool) -> nn.Module:
+    """Returns a fused copy of the float `model`, in train mode for QAT, where batch-norm stays apart.
+
+    Args:
+        model: with QuantStub and DeQuantStub; its `fuse_model` is called where it has one.
+
+    Raises:
+        ValueError: the model holds what would be lost in silence; names the layer.
+    """
+    model = copy_model(model).train(is_qat)
+    refuse_own_qconfigs(model)
+    bake_parametrizations(model, is_qat)
+    separate_shared(model)
+    fuse_by_itself(model, is_qat=is_qat)
+    return model
+
+
+def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
+    """Returns {layer name: setting} for {pattern: setting, or None for float}; later patterns hold, and go inwards.
+
+    Raises:
+        ValueError: a pattern matches no layer, or none on which its setting has an effect.
+    """
+    stubs = {name for name, m in model.named_modules() if isinstance(m, QuantStub | DeQuantStub)}
+    names = [name for name, _ in model.named_modules() if name and name not in stubs]
+    fused = {  # {part: the fused layer that it lies in}
+        f"{name}.{part}": name
+        for name, module in model.named_modules()
+        if isinstance(module, nni._FusedModule)
+        for part, _ in module.named_modules()
+        if part
+    }
+    found: dict[str, Any] = {}
+    for pattern, setting in layers.items():
+        if pattern in stubs:
+            raise ValueError(f"quant.layers.{pattern}: is a stub, which is no layer; name the layers behind it")
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            known = [name for name in names if not name.rpartition(".")[2].isdigit()]  # not the parts of fused layers
+            shown = known
+            if len(known) > 20:  # the likeliest to be meant
+                shown = get_close_matches(pattern, known, 10, 0.0) + [f"{len(known) - 10} more"]
+            raise ValueError(f"quant.layers.{pattern}: matches no layer; the model has {', '.join(shown)}")
+        inner = [name for name in matches if name in fused]
+        if inner == matches:
+            raise ValueError(f"quant.layers.{pattern}: is a part of the fused layer {fused[inner[0]]}; name that one")
+        matches = [name for name in matches if name not in fused]
+        parts = [part for name in matches for part in model.get_submodule(name).modules()]
+        if all(isinstance(part, nn.Identity) for part in parts):
+            raise ValueError(f"quant.layers.{pattern}: was fused into the layer before it; name that one")
+        if setting is not None and not any(isinstance(part, nn.Linear | _ConvNd) for part in parts):
+            raise ValueError(f"quant.layers.{pattern}: has no weights, so only float has an effect on it")
+        for name in matches:
+            found = {n: s for n, s in found.items() if not n.startswith(f"{name}.")} | {name: setting}
+    floats = [name for name, setting in found.items() if setting is None]
+    for name, setting in found.items():
+        outer = next((f for f in floats if name.startswith(f"{f}.")), None)
+        if outer is not None and setting is not None:
+            raise ValueError(f"quant.layers: {name} lies inside {outer}, which is float")
+    return {n: s for n, s in found.items() if not any(n.startswith(f"{f}.") for f in floats)}
