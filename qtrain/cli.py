@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from qtrain.command_line import config_dir, hydra_arguments, refuse_lists
+from qtrain.command_line import config_dir, hydra_arguments, refuse_choices
 from qtrain.files import alone
 from qtrain.plain import plain_lines
 
@@ -141,7 +141,7 @@ def main() -> None:
         if any(argument.startswith("resume=") for argument in sys.argv[1:]):
             continue_run(sys.argv[1:])
         else:
-            refuse_lists(sys.argv[1:])
+            refuse_choices(sys.argv[1:])
             job()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain: error: {explain(err)}"))
@@ -167,14 +167,15 @@ def explain(err: BaseException) -> str:
         if node is not None and getattr(cause, "full_key", None) and "not in struct" in str(cause):
             known = ", ".join(sorted(str(key) for key in node))
             return f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
+        if str(cause).startswith("Missing key "):
+            return f"{cause.full_key}: is missing, and has no default"  # type: ignore[attr-defined]
         if isinstance(cause, InterpolationResolutionError):
             given = [argument for argument in sys.argv[1:] if "${" in argument]
             return f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; name a key of this config"
         cause = cause.__cause__ or cause.__context__
     if "Error merging override" in str(err) and err.__cause__ is not None:
         return f"{err}: {str(err.__cause__).splitlines()[0]}"
-    is_hydras = isinstance(err, HydraException) or "Config group override" in str(err)
-    if is_hydras and not any(re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]):
+    if isinstance(err, HydraException) and not any(re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]):
         return f"{err} (given {' '.join(sys.argv[1:])})"
     return str(err)
 
