@@ -1,38 +1,36 @@
-"""The command `qtrain`."""
+"""The command `qtrain`.
 
-import atexit
+What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the command quietly from the start.
+"""
+
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from qtrain.command_line import config_dir, hydra_arguments, refuse_choices
-from qtrain.files import alone
 from qtrain.plain import plain_lines
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")
-def job(config: DictConfig) -> Any:
+def job(config: "DictConfig") -> Any:
     """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
     from qtrain import distributed, pipeline, sweep
     from qtrain.config import overridden_labels, unused_settings
+    from qtrain.files import alone
     from qtrain.settings import objectives, refuse_config
 
     settings = HydraConfig.get()
@@ -85,6 +83,8 @@ def _select(report: Any, objective: str) -> float:
 def continue_run(arguments: list[str]) -> None:
     """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
     from qtrain import distributed, pipeline
+    from qtrain.files import alone
+    from qtrain.loggers import RunLog
     from qtrain.resume import open_run
 
     named = [argument for argument in arguments if argument.startswith("resume=")]
@@ -92,7 +92,7 @@ def continue_run(arguments: list[str]) -> None:
     config, overrides = open_run(run_dir, [argument for argument in arguments if argument not in named])
     # Of torchrun's processes, all of which come here, the first holds the folder for all.
     with alone(run_dir) if distributed.is_first() else nullcontext():
-        console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "qtrain.log")
+        console, file = logging.StreamHandler(sys.stdout), RunLog(run_dir / "qtrain.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
         pipeline.execute(config, run_dir, overrides, resume=True)
@@ -128,10 +128,18 @@ def _import_all() -> None:
 def main() -> None:
     """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
     _import_all()
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
     sys.argv = hydra_arguments(sys.argv)
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":  # the first rank's folder is the run's
+        import atexit
+        import shutil
+        import tempfile
+
         nowhere = tempfile.mkdtemp(prefix="qtrain_rank")
         atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
         sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
@@ -142,7 +150,7 @@ def main() -> None:
             continue_run(sys.argv[1:])
         else:
             refuse_choices(sys.argv[1:])
-            job()
+            hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain: error: {explain(err)}"))
     except KeyboardInterrupt as err:
@@ -154,10 +162,20 @@ def main() -> None:
 
 def explain(err: BaseException) -> str:
     """Returns an error's text; for an unknown key, with the keys that there are."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationResolutionError
+
     from qtrain import sweep
 
-    if isinstance(err, OSError) and err.filename is not None:
-        return f"{err.filename}: {err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders"
+    if isinstance(err, FileNotFoundError) and err.filename is not None:
+        return (
+            f"{os.fsdecode(err.filename)}: there is no such file or folder; was it deleted while the run was at work?"
+        )
+    if isinstance(err, OSError) and err.errno is not None:
+        where = "" if err.filename is None else f"{os.fsdecode(err.filename)}: "
+        return (
+            f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, on disks with room"
+        )
     missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
     if missing is not None:
         return missing

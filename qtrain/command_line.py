@@ -3,9 +3,6 @@
 import re
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
-
 
 def config_dir() -> str:
     """Returns the folder of the YAML files: inside the installed package, or else in the checkout."""
@@ -28,12 +25,15 @@ def refuse_choices(arguments: list[str]) -> None:
 
     A key that every run has cannot be deleted either.
     """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import QuotedString
+
     for argument in arguments:
         key = argument.partition("=")[0]
         if re.fullmatch(r"~\w+", key):
             raise ValueError(f"{argument}: every run needs this key; give it another value instead of deleting it")
         group = Path(config_dir()) / key
-        if not group.is_dir():
+        if "=" not in argument or not re.fullmatch(r"\w[\w/]*", key) or not group.is_dir():
             continue
         override = OverridesParser.create().parse_override(argument)
         value = override.value()

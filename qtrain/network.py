@@ -44,7 +44,7 @@ def _answers(url: str) -> bool:
 
 
 def hub_answers() -> bool:
-    """Tells whether the Hugging Face hub answers; if not, its libraries are told to look no further than their cache."""
+    """Tells whether the Hugging Face hub answers; if not, its libraries look no further than their cache."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
