@@ -35,7 +35,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(job, command, tmp_path, monkey
     """No file can grow beyond 64 bytes, as on a full disk, until there is room again."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        full = job("vandal.Vandal", f"logger={logger}", "trainer.save_every=2", what="fill", path="a")
+        full = job("vandal.Vandal", f"logger={logger}", "trainer.save_every=2", what="fill", path=str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert full.code == 1 and f"qtrain: error: {full.run_dir}" in full.text and "Traceback" not in full.text
@@ -43,7 +43,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(job, command, tmp_path, monkey
     monkeypatch.setenv("QTRAIN_TRUST", "vandal")
     code, text = command(f"resume={full.run_dir}")
     assert code == 0, text
-    assert full.loss("float") == job("vandal.Vandal", what="fill", path="a").loss("float")
+    assert full.loss("float") == job("vandal.Vandal", what="fill", path=str(tmp_path)).loss("float")
 
 
 @pytest.fixture
