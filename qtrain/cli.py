@@ -23,7 +23,14 @@ DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
 log = logging.getLogger(__name__)
 
 
-def job(config: "DictConfig") -> Any:
+def job() -> None:
+    """Has Hydra read the command line, and run what it asks for: one job, or the jobs of a sweep."""
+    import hydra
+
+    hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(one_job)()
+
+
+def one_job(config: "DictConfig") -> Any:
     """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -128,7 +135,6 @@ def _import_all() -> None:
 def main() -> None:
     """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
     _import_all()
-    import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -150,7 +156,7 @@ def main() -> None:
             continue_run(sys.argv[1:])
         else:
             refuse_choices(sys.argv[1:])
-            hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(job)()
+            job()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain: error: {explain(err)}"))
     except KeyboardInterrupt as err:
