@@ -41,6 +41,7 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
         (["quant.layers={linear1:{bit:4}}"], "quant.layers.linear1.bit=4: a mapping without a method has bits, gran"),
         (["quant.layers=[linear1]"], "Error merging override ++quant.layers=[linear1]: Cannot merge DictConfig with"),
         (["quant.activation.observer.bins=100000000"], "quant.activation.observer.bins=100000000: must be a whole"),
+        (["model=resnet18", "data.batch_size=1"], "data.batch_size: batch-norm cannot train on a batch of one sample"),
         (["data.size=4"], "data.size=4: must be a whole number from 8 to 512, or null"),
         (["seed=[1]"], "seed=[1]: must be a whole number"),
         (["transform=[1]"], "transform=[1]: must be a mapping"),
