@@ -192,8 +192,10 @@ def build(config: DictConfig) -> Parts:
 def _try_spec(quant: DictConfig, role: str) -> list[str]:
     if role in quant and not OmegaConf.is_dict(quant[role]):
         return [f"quant.{role}={shown(quant[role])}: must be a mapping, such as {{bits: 8}}"]
-    if role in quant and "_target_" not in quant[role]:
-        return [f"quant.{role}._target_: is missing; it names the class of the settings below quant.{role}"]
+    for path in (role, f"{role}.observer"):
+        node = OmegaConf.select(quant, path)
+        if OmegaConf.is_dict(node) and "_target_" not in node:
+            return [f"quant.{path}._target_: is missing; it names what is made of the settings below quant.{path}"]
     try:
         instantiate(quant.get(role), _convert_="all")
     except Exception as err:

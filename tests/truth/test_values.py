@@ -59,6 +59,7 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
         (["~logger.pictures"], "logger.pictures: is missing, and has no default"),
         (["~optimizer._target_"], "optimizer._target_: is missing"),
         (["~quant.weight._target_"], "quant.weight._target_: is missing"),
+        (["~quant.activation.observer._target_"], "quant.activation.observer._target_: is missing"),
         ([f"checkpoint={'x' * 300}"], f"checkpoint={'x' * 300}: there is no such file"),
         (["quant.weight=8"], "quant.weight=8: must be a mapping"),
     ],
