@@ -126,7 +126,7 @@ def rehearse(model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoade
                 output = untrained.eval()(*cloned(task.inputs(first)))
             _check_output(output, "in eval mode")
         _check_splits(task, data, output)
-        with _running(untrained) as in_training:
+        with _running(untrained) as in_training, _single_samples():
             output = _rehearse_training(untrained, task, first)
         if quantizer.trains:
             prepared = quantizer.prepare(untrained)
@@ -135,6 +135,19 @@ def rehearse(model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoade
             _rehearse_training(prepared, task, first)
         _rehearse_scores(untrained.eval(), task, data)
     return frozenset(in_training - in_eval) if isinstance(output, tuple) else frozenset()
+
+
+@contextmanager
+def _single_samples() -> Iterator[None]:
+    """Lets torch's refusal to normalize a batch of one number a channel say which setting makes such batches."""
+    try:
+        yield
+    except ValueError as err:
+        if "more than 1 value per channel" not in str(err):
+            raise
+        raise ValueError(
+            f"data.batch_size: batch-norm cannot train on a batch of one sample; let each have more ({err})"
+        ) from err
 
 
 @contextmanager
