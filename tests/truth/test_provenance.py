@@ -1,5 +1,6 @@
 """What a run reports of itself is what it was made from."""
 
+import pytest
 from filelock import FileLock
 
 SMALL = ["data._target_=augmented.noisy_digits", "model.hidden=16", "truth.on_failure=warn"]
@@ -30,3 +31,11 @@ def test_a_refused_second_start_leaves_the_first_ones_records(job, command, monk
     for key in ("name", "seed", "model", "overrides", "config"):
         assert killed.report[key] == before[key]
     assert killed.report["quant"]["method"] == "ptq" and "seed=3" in killed.report["overrides"]
+
+
+@pytest.mark.parametrize("dtype, largest", [("float32", "table"), ("float64", "table"), ("int64", "quant.scale")])
+def test_the_largest_float_tensor_may_be_a_buffer_and_is_floating_point(job, dtype, largest):
+    """Neither whole numbers nor what the file leaves out."""
+    run = job("nets.Table", dtype=dtype)
+    assert run.code == 0, run.text
+    assert run.report["coverage"]["largest_float"] == largest
