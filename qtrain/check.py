@@ -102,9 +102,10 @@ def _require_savable(quantized: nn.Module, engine: str | None) -> None:
             try:
                 None if any(True for _ in module.children()) else module.state_dict()
             except Exception:
+                layer, why = eager.users_name(quantized, name), reason.rstrip(".")
                 raise ValueError(
-                    f"model: layer {name} ({type(module).__name__}) cannot be saved with engine {engine} ({reason}); "
-                    f"use another quant.engine, or keep it float: quant.layers={{{name}: float}}"
+                    f"model: layer {layer} ({type(module).__name__}) cannot be saved with engine {engine} ({why}); "
+                    f"use another quant.engine, or keep it float: quant.layers={{{layer}: float}}"
                 ) from err
         raise ValueError(f"model: the converted model cannot be saved ({reason})") from err
 
@@ -247,6 +248,7 @@ def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
         handle.remove()
     for name, count in calls.items():
         if count > 1:
+            name = eager.users_name(prepared, name)
             log.warning(f"layer {name} runs {count} times in one forward pass, and all its outputs share one scale")
 
 
@@ -267,7 +269,7 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
         running.pop()
 
     def current() -> str:
-        return running[-1].removesuffix(".activation_post_process") if running else ""
+        return eager.users_name(model, running[-1]) if model is not None and running else ""
 
     for name, module in model.named_modules() if model is not None else ():
         handles.append(module.register_forward_pre_hook(push(name), prepend=True))

@@ -26,7 +26,6 @@ from qtrain.functional.fake_quantize import (
     fake_quantize_unclipped,
     range_numbers,
     range_qparams,
-    replace,
     within_reach,
 )
 
@@ -90,10 +89,6 @@ class FakeQuantize(FakeQuantizeBase):
         self._known = _Known()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.memoryless and self.quantizing and x.is_leaf and x.grad is not None:
-            known = self._known_output(x)
-            if known is not None:
-                return known
         output = None
         if self.kernel == "qtrain" and x.dtype == torch.float32 and not is_compiling():
             if self.scale_free:
@@ -101,31 +96,13 @@ class FakeQuantize(FakeQuantizeBase):
             # Numbers, where to read one costs nothing.
             elif not self.is_per_channel and x.is_cpu and (self._folded or not self.observing) and x.numel():
                 output = self._by_numbers(x)
-        if output is None:
-            if self.rectifies:
-                x = F.relu(x)
-            if self.observing:
-                self._observe(x.detach())
-            if not self.quantizing:
-                return x
-            output = self._by_tensors(x)
-        if self._known.reuses and self.quantizing and x.is_leaf:
-            self._known.remember(x, output, *self._qparams(), axis=self._axis)
-        return output
-
-    def _known_output(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Returns the output for weights that come again between two steps of the optimizer, with a new way back.
-
-        That is under gradient accumulation, which shows by gradients that are there already; a write into `x.data`
-        between the two would go unnoticed.
-        """
-        known = self._known
-        known.reuses = self.kernel == "qtrain"
-        if known.output is None or known.of != (x.data_ptr(), x._version):
-            return None
-        if self.scale_free:
-            return replace(x, known.output)
-        return fake_quantize(x, known.scale, known.zero_point, **self._limits, axis=known.axis, known=known.output)
+        if output is not None:
+            return output
+        if self.rectifies:
+            x = F.relu(x)
+        if self.observing:
+            self._observe(x.detach())
+        return self._by_tensors(x) if self.quantizing else x
 
     def _unclipped(self, x: torch.Tensor) -> torch.Tensor:
         """Returns what forward does for scale-free weights, in the fewest operations."""
@@ -181,7 +158,7 @@ class FakeQuantize(FakeQuantizeBase):
 
         Args:
             x: a layer's weight (C, ...).
-            factor: (C,), not 0; gets no gradient. Under gradient accumulation the first one stays, until `x` changes.
+            factor: (C,), not 0; gets no gradient.
         """
         if not (self.observing or self.quantizing):
             return x
@@ -189,20 +166,13 @@ class FakeQuantize(FakeQuantizeBase):
             factor = factor.reshape(-1, *[1] * (x.ndim - 1))
             return self(x * factor) / factor
         known = self._known
-        if self.quantizing and x.grad is not None:
-            output = self._known_output(x)
-            if output is not None:
-                return output
         known.qparams = known.numbers = None
         observe_scaled(self.observer, x.detach(), factor)
         if not self.quantizing:
             return x
         scale, zero_point = self._qparams()
         scale, zero_point = scale / factor, None if zero_point is None else zero_point.expand(len(factor))
-        output = fake_quantize(x, scale, zero_point, **self._limits, axis=0)
-        if known.reuses:
-            known.remember(x, output, scale, zero_point, axis=0)
-        return output
+        return fake_quantize(x, scale, zero_point, **self._limits, axis=0)
 
     def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns (scale, zero_point or None for 0) of what was observed; worked out once an observation.
@@ -285,18 +255,6 @@ class _Known:
     numbers: tuple[float, int] | None = None  # scale and zero point
     qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None
     observed: bool = False  # asking the observer again would wait for the device in every step
-    reuses: bool = False  # whether weights have come again before they changed
-    of: tuple[int, int] = (0, 0)  # the address and the version of the weights that `output` belongs to
-    output: torch.Tensor | None = None
-    scale: Any = None
-    zero_point: torch.Tensor | None = None
-    axis: int | None = None
-
-    def remember(
-        self, x: torch.Tensor, output: torch.Tensor, scale: Any, zero_point: torch.Tensor | None, *, axis: int | None
-    ) -> None:
-        self.of, self.output = (x.data_ptr(), x._version), output.detach()
-        self.scale, self.zero_point, self.axis = scale, zero_point, axis
 
 
 def _is_untouched(observer: Any) -> bool:

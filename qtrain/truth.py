@@ -164,7 +164,7 @@ class TruthGate:
             f"layer {name}: converted, it differs from its simulation on the same input by {value:.1f} quantization "
             f"steps (root mean square), above truth.max_steps={self.max_steps:g}; the accuracy of neither model "
             f"describes the other. {self._remedy(name, points)}"
-            for name, value in steps.items()
+            for name, value in ((eager.users_name(fake, n), v) for n, v in steps.items())
             if value > self.max_steps
         ]
         section = {
@@ -218,7 +218,9 @@ def require_finite_weights(model: nn.Module) -> None:
     for name, value in (*model.named_parameters(), *statistics):
         if not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
-            raise TruthError(f"layer {name}: {bad} of {value.numel()} weights are NaN or infinite")
+            layer, kind = eager.users_name(model, name), name.rpartition(".")[2]
+            layer = layer if layer == name else f"{layer}.{kind}"
+            raise TruthError(f"layer {layer}: {bad} of {value.numel()} weights are NaN or infinite")
 
 
 def _differs(name: str, before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module) -> bool:
@@ -249,8 +251,7 @@ def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Ite
     for name, module in model.named_modules():
         if name and ".observer" not in name:
             # Before an observer's hook, which would pass NaN on in silence.
-            layer = name.removesuffix(".activation_post_process")  # a FloatFunctional runs as its observer
-            handles.append(module.register_forward_hook(check(layer), prepend=True))
+            handles.append(module.register_forward_hook(check(eager.users_name(model, name)), prepend=True))
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain.eager.conv_bn import running_factor
-from qtrain.eager.convert import CONVERT_MAPPING, weight_holder
+from qtrain.eager.convert import CONVERT_MAPPING, FloatIsland, weight_holder
 from qtrain.layer.compact import integer_weight
 from qtrain.layer.weight import IntegerWeight
 
@@ -23,6 +23,17 @@ def observed_points(prepared: nn.Module) -> dict[str, Any]:
         for name, module in prepared.named_modules()
         if name.endswith(suffix) and name.count("activation_post_process") == 1 and not isinstance(module, nn.Identity)
     }
+
+
+def users_name(model: nn.Module, name: str) -> str:
+    """Returns the name that the user knows for layer, parameter or buffer `name` of a prepared or converted model.
+
+    What fusing, observing or keeping float has put inside a layer goes by the layer's own name.
+    """
+    own, _, _ = name.partition(".activation_post_process")
+    ends = [i for i, c in enumerate(own) if c == "."]
+    outer = (own[:i] for i in ends if isinstance(model.get_submodule(own[:i]), nni._FusedModule | FloatIsland))
+    return next(outer, own)
 
 
 def weight_points(prepared: nn.Module) -> dict[str, Any]:

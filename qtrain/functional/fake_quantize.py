@@ -25,7 +25,6 @@ def fake_quantize(
     quant_min: int,
     quant_max: int,
     axis: int | None = None,
-    known: Tensor | None = None,
 ) -> Tensor:
     """Returns `(clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max) - zero_point) * scale`.
 
@@ -41,7 +40,6 @@ def fake_quantize(
         quant_min: smallest integer.
         quant_max: largest integer.
         axis: of the channels; None: per tensor.
-        known: what it returned for the same arguments before: then only the way back for gradients is new.
 
     >>> fake_quantize(torch.tensor([-1.0, 0.25, 0.75, 9.0]), torch.tensor([0.5]), torch.tensor([2]), quant_min=0,
     ...     quant_max=15)
@@ -55,7 +53,7 @@ def fake_quantize(
         scale = scale.reshape(shape)
         zero_point = None if zero_point is None else zero_point.reshape(shape)
     zero = None if zero_point is None else zero_point.to(scale.dtype)
-    result: Tensor = _FakeQuantize.apply(x, scale, zero, quant_min, quant_max, known)
+    result: Tensor = _FakeQuantize.apply(x, scale, zero, quant_min, quant_max)
     return result
 
 
@@ -64,19 +62,15 @@ class _FakeQuantize(torch.autograd.Function):
     # would be one more tensor to write and to hold.
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int, known: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
         inverse = scale.reciprocal()
         ctx.save_for_backward(x, inverse, zero_point)
         ctx.limits = low, high
-        if known is not None:
-            return known
         steps = _steps(x, inverse, zero_point).clamp_(low, high)
         return (steps if zero_point is None else steps.sub_(zero_point)).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, inverse, zero_point = ctx.saved_tensors
         low, high = ctx.limits
         if zero_point is not None or x.dtype != torch.float32 or torch.compiler.is_compiling():
@@ -84,7 +78,7 @@ class _FakeQuantize(torch.autograd.Function):
         else:
             steps = x * inverse  # its memory takes the result
             x_grad = HARDTANH_BACKWARD.grad_input(grad, steps, *_rounding_limits(low, high), grad_input=steps)
-        return x_grad, None, None, None, None, None
+        return x_grad, None, None, None, None
 
 
 @lru_cache
