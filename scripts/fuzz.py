@@ -19,7 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def fuzz(cases: int, seed: int, limit: float) -> tuple[Counter[str], list[str]]:
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
     digits = mock.patch.multiple("qtrain.data.mnist", mnist=tiny_digits, mnist_sample=tiny_digits)
-    with digits, tempfile.TemporaryDirectory() as name:
+    with digits, tempfile.TemporaryDirectory() as name, chdir(name):  # a float cache may get any name
         folder = Path(name)
         (folder / "text.txt").write_text("All the world's a stage, and all the men and women merely players. " * 60)
         for number in range(cases):
