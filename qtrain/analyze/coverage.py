@@ -85,9 +85,13 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
 
 
 def largest_float(quantized: nn.Module) -> str | None:
-    """Returns the name of the largest tensor that stays float, or None."""
-    parameters = quantized.named_parameters()
-    return max(parameters, key=lambda named: named[1].nbytes, default=(None, None))[0]
+    """Returns the name of the largest floating-point tensor that the model's file holds, or None.
+
+    What torch packs, the weight with its bias, is no such tensor.
+    """
+    held = quantized.state_dict().items()
+    sizes = {name: x.nbytes for name, x in held if isinstance(x, Tensor) and x.is_floating_point()}
+    return max(sizes, key=sizes.__getitem__, default=None)
 
 
 def _island(name: str, model: nn.Module) -> str | None:

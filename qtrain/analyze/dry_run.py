@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtrain.analyze.coverage import coverage
 from qtrain.analyze.truth import TruthError, TruthGate
-from qtrain.backend import torch_ao
+from qtrain.backend import integers, torch_ao
 from qtrain.backend.torch_ao.kernels import KernelProbe
 from qtrain.data.loaders import Batch, DataLoaders
 from qtrain.quant.base import Quantizer
@@ -104,9 +104,10 @@ def _require_savable(quantized: nn.Module, engine: str | None) -> None:
             try:
                 None if any(True for _ in module.children()) else module.state_dict()
             except Exception:
+                layer, why = integers.users_name(quantized, name), reason.rstrip(".")
                 raise ValueError(
-                    f"model: layer {name} ({type(module).__name__}) cannot be saved with engine {engine} ({reason}); "
-                    f"use another quant.engine, or keep it float: quant.layers={{{name}: float}}"
+                    f"model: layer {layer} ({type(module).__name__}) cannot be saved with engine {engine} ({why}); "
+                    f"use another quant.engine, or keep it float: quant.layers={{{layer}: float}}"
                 ) from err
         raise ValueError(f"model: the converted model cannot be saved ({reason})") from err
 
@@ -128,7 +129,7 @@ def rehearse(model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoade
                 output = untrained.eval()(*cloned(task.inputs(first)))
             _check_output(output, "in eval mode")
         _check_splits(task, data, output)
-        with _running(untrained) as in_training:
+        with _running(untrained) as in_training, _single_samples():
             output = _rehearse_training(untrained, task, first)
         if quantizer.trains:
             prepared = quantizer.prepare(untrained)
@@ -137,6 +138,19 @@ def rehearse(model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoade
             _rehearse_training(prepared, task, first)
         _rehearse_scores(untrained.eval(), task, data)
     return frozenset(in_training - in_eval) if isinstance(output, tuple) else frozenset()
+
+
+@contextmanager
+def _single_samples() -> Iterator[None]:
+    """Lets torch's refusal to normalize a batch of one number a channel say which setting makes such batches."""
+    try:
+        yield
+    except ValueError as err:
+        if "more than 1 value per channel" not in str(err):
+            raise
+        raise ValueError(
+            f"data.batch_size: batch-norm cannot train on a batch of one sample; let each have more ({err})"
+        ) from err
 
 
 @contextmanager
@@ -235,6 +249,7 @@ def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
         handle.remove()
     for name, count in calls.items():
         if count > 1:
+            name = integers.users_name(prepared, name)
             log.warning(f"layer {name} runs {count} times in one forward pass, and all its outputs share one scale")
 
 
@@ -255,7 +270,7 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
         running.pop()
 
     def current() -> str:
-        return running[-1].removesuffix(".activation_post_process") if running else ""
+        return integers.users_name(model, running[-1]) if model is not None and running else ""
 
     for name, module in model.named_modules() if model is not None else ():
         handles.append(module.register_forward_pre_hook(push(name), prepend=True))

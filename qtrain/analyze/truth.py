@@ -166,7 +166,7 @@ class TruthGate:
             f"layer {name}: converted, it differs from its simulation on the same input by {value:.1f} quantization "
             f"steps (root mean square), above truth.max_steps={self.max_steps:g}; the accuracy of neither model "
             f"describes the other. {self._remedy(name, points)}"
-            for name, value in steps.items()
+            for name, value in ((integers.users_name(fake, n), v) for n, v in steps.items())
             if value > self.max_steps
         ]
         section = {
@@ -218,7 +218,9 @@ def require_finite_weights(model: nn.Module) -> None:
     for name, value in (*model.named_parameters(), *statistics):
         if not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
-            raise TruthError(f"layer {name}: {bad} of {value.numel()} weights are NaN or infinite")
+            layer, kind = integers.users_name(model, name), name.rpartition(".")[2]
+            layer = layer if layer == name else f"{layer}.{kind}"
+            raise TruthError(f"layer {layer}: {bad} of {value.numel()} weights are NaN or infinite")
 
 
 def _first_difference(before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module) -> str | None:
@@ -260,8 +262,7 @@ def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Ite
     handles.append(model.register_forward_pre_hook(count))
     for name, module in model.named_modules():
         if name and ".observer" not in name:
-            layer = name.removesuffix(".output_q")  # a FloatFunctional runs as its observer
-            handles.append(module.register_forward_hook(check(layer)))
+            handles.append(module.register_forward_hook(check(integers.users_name(model, name))))
     try:
         yield
     finally:

@@ -5,6 +5,8 @@ from torch import nn
 
 from qtrain.backend.packed.compact import integer_weight
 from qtrain.backend.packed.weight import IntegerWeight
+from qtrain.backend.torch_ao.lower import FloatIsland
+from qtrain.simulate.sites import Site
 
 
 def quantized_weight(module: nn.Module) -> torch.Tensor | IntegerWeight | None:
@@ -35,3 +37,13 @@ def is_quantized(module: nn.Module) -> bool:
     return integer_weight(module) is not None or (
         ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn.")
     )
+
+
+def users_name(model: nn.Module, name: str) -> str:
+    """Returns the name that the user knows for layer, parameter or buffer `name` of a simulation or converted model.
+
+    What simulating or keeping float has put inside a layer goes by the layer's own name.
+    """
+    ends = [i for i, c in enumerate(name) if c == "."]
+    outer = (name[:i] for i in ends if isinstance(model.get_submodule(name[:i]), Site | FloatIsland))
+    return next(outer, name)

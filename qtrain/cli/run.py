@@ -1,36 +1,41 @@
-"""The command `qtrain`."""
+"""The command `qtrain`.
 
-import atexit
+What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the command quietly from the start.
+"""
+
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-
-from qtrain.common.files import alone
 from qtrain.common.plain import plain_lines
-from qtrain.config.command_line import config_dir, hydra_arguments, refuse_lists
+from qtrain.config.command_line import config_dir, hydra_arguments, refuse_choices
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 DEFAULT_JOB = "experiment=mnist_ptq_vs_qat"
 
 log = logging.getLogger(__name__)
 
 
-@hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")
-def job(config: DictConfig) -> Any:
+def job() -> None:
+    """Has Hydra read the command line, and run what it asks for: one job, or the jobs of a sweep."""
+    import hydra
+
+    hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(one_job)()
+
+
+def one_job(config: "DictConfig") -> Any:
     """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from qtrain.common.files import alone
     from qtrain.config.build import overridden_labels, unused_settings
     from qtrain.config.settings import objectives, refuse_config
     from qtrain.run import pipeline, sweep
@@ -85,6 +90,8 @@ def _select(report: Any, objective: str) -> float:
 
 def continue_run(arguments: list[str]) -> None:
     """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
+    from qtrain.common.files import alone
+    from qtrain.logger.loggers import RunLog
     from qtrain.run import pipeline
     from qtrain.run.resume import open_run
     from qtrain.train import ranks
@@ -94,7 +101,7 @@ def continue_run(arguments: list[str]) -> None:
     config, overrides = open_run(run_dir, [argument for argument in arguments if argument not in named])
     # Of torchrun's processes, all of which come here, the first holds the folder for all.
     with alone(run_dir) if ranks.is_first() else nullcontext():
-        console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(run_dir / "qtrain.log")
+        console, file = logging.StreamHandler(sys.stdout), RunLog(run_dir / "qtrain.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
         pipeline.execute(config, run_dir, overrides, resume=True)
@@ -130,10 +137,17 @@ def _import_all() -> None:
 def main() -> None:
     """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
     _import_all()
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
     sys.argv = hydra_arguments(sys.argv)
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":  # the first rank's folder is the run's
+        import atexit
+        import shutil
+        import tempfile
+
         nowhere = tempfile.mkdtemp(prefix="qtrain_rank")
         atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
         sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
@@ -143,7 +157,7 @@ def main() -> None:
         if any(argument.startswith("resume=") for argument in sys.argv[1:]):
             continue_run(sys.argv[1:])
         else:
-            refuse_lists(sys.argv[1:])
+            refuse_choices(sys.argv[1:])
             job()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain: error: {explain(err)}"))
@@ -156,10 +170,20 @@ def main() -> None:
 
 def explain(err: BaseException) -> str:
     """Returns an error's text; for an unknown key, with the keys that there are."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationResolutionError
+
     from qtrain.run import sweep
 
-    if isinstance(err, OSError) and err.filename is not None:
-        return f"{err.filename}: {err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders"
+    if isinstance(err, FileNotFoundError) and err.filename is not None:
+        return (
+            f"{os.fsdecode(err.filename)}: there is no such file or folder; was it deleted while the run was at work?"
+        )
+    if isinstance(err, OSError) and err.errno is not None:
+        where = "" if err.filename is None else f"{os.fsdecode(err.filename)}: "
+        return (
+            f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, on disks with room"
+        )
     missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
     if missing is not None:
         return missing
@@ -169,14 +193,15 @@ def explain(err: BaseException) -> str:
         if node is not None and getattr(cause, "full_key", None) and "not in struct" in str(cause):
             known = ", ".join(sorted(str(key) for key in node))
             return f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
+        if str(cause).startswith("Missing key "):
+            return f"{cause.full_key}: is missing, and has no default"  # type: ignore[attr-defined]
         if isinstance(cause, InterpolationResolutionError):
             given = [argument for argument in sys.argv[1:] if "${" in argument]
             return f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; name a key of this config"
         cause = cause.__cause__ or cause.__context__
     if "Error merging override" in str(err) and err.__cause__ is not None:
         return f"{err}: {str(err.__cause__).splitlines()[0]}"
-    is_hydras = isinstance(err, HydraException) or "Config group override" in str(err)
-    if is_hydras and not any(re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]):
+    if isinstance(err, HydraException) and not any(re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]):
         return f"{err} (given {' '.join(sys.argv[1:])})"
     return str(err)
 

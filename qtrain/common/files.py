@@ -35,7 +35,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
                 os.fsync(file.fileno())
             os.replace(new, path)
     except (OSError, RuntimeError) as err:  # torch's zip writer turns a failed write into a RuntimeError
-        raise OSError(f"{path}: could not be written ({err}); files already there are unchanged") from err
+        reason = err if isinstance(err, OSError) else f"is the disk full? {err}"
+        raise OSError(f"{path}: could not be written ({reason}); files already there are unchanged") from err
 
 
 def remove_leftovers(folder: Path) -> None:

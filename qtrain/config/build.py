@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.error import URLError
 
 import hydra
 import torch
@@ -15,6 +16,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
 
 from qtrain.analyze.truth import TruthGate
+from qtrain.common.network import impatient
 from qtrain.common.validate import SEEDS, choice, shown, whole
 from qtrain.config.command_line import config_dir, hydra_arguments
 from qtrain.config.old_names import up_to_date
@@ -138,7 +140,8 @@ def build(config: DictConfig) -> Parts:
             if any(re.match(r"quant\.(weight|activation)[.=]", problem) for problem in problems):
                 continue
         try:
-            made[key] = instantiate(config[key], _convert_="all")
+            with impatient():
+                made[key] = instantiate(config[key], _convert_="all")
             _try_out(key, made, problems)
         except Exception as err:
             problems += _explain(key, config[key], err)
@@ -190,6 +193,10 @@ def build(config: DictConfig) -> Parts:
 def _try_spec(quant: DictConfig, role: str) -> list[str]:
     if role in quant and not OmegaConf.is_dict(quant[role]):
         return [f"quant.{role}={shown(quant[role])}: must be a mapping, such as {{bits: 8}}"]
+    for path in (role, f"{role}.observer"):
+        node = OmegaConf.select(quant, path)
+        if OmegaConf.is_dict(node) and "_target_" not in node:
+            return [f"quant.{path}._target_: is missing; it names what is made of the settings below quant.{path}"]
     try:
         instantiate(quant.get(role), _convert_="all")
     except Exception as err:
@@ -212,9 +219,15 @@ def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:
     where = found[1] if found else key
     cause = err.__cause__ or err
     reason = str(cause)
+    if isinstance(cause, TypeError) and "required keyword-only argument" in reason:
+        return [f"{where}.{name}: is missing, and has no default" for name in re.findall(r"'(\w+)'", reason)]
+    if isinstance(cause, TypeError) and "required positional argument" in reason:
+        reason += f"; what is called later with more arguments needs {where}._partial_=true"
     if not isinstance(cause, ValueError | TypeError | ImportError):
         reason = f"{type(cause).__name__}: {reason}"  # a library's own, as an index or memory that it lacks
     own = section if where == key else OmegaConf.select(section, where.removeprefix(f"{key}."))
+    if isinstance(cause, URLError | TimeoutError):
+        reason += "; what it downloads is out of reach: go online, or put the files where they would be kept"
     lines = []
     for line in reason.splitlines():
         if re.match(r"[\w.*]+=", line):  # our own constructors begin with `parameter=value: `

@@ -21,10 +21,23 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     return ["++" + re.sub(r"(['\"])(.*?)\1(?=\s*:)", r"\2", a) if a.startswith("quant.layers") else a for a in kept]
 
 
-def refuse_lists(arguments: list[str]) -> None:
-    """Raises ValueError where a group is given a list, which Hydra would take for several files, and die of numbers."""
+def refuse_choices(arguments: list[str]) -> None:
+    """Raises ValueError where a group is given what names no file, for which Hydra's own message would name no key.
+
+    A key that every run has cannot be deleted either.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import QuotedString
+
     for argument in arguments:
-        group, _, value = argument.partition("=")
-        if value.startswith("[") and (Path(config_dir()) / group).is_dir():
-            known = ", ".join(sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml")))
+        key = argument.partition("=")[0]
+        if re.fullmatch(r"~\w+", key):
+            raise ValueError(f"{argument}: every run needs this key; give it another value instead of deleting it")
+        group = Path(config_dir()) / key
+        if "=" not in argument or not re.fullmatch(r"\w[\w/]*", key) or not group.is_dir():
+            continue
+        override = OverridesParser.create().parse_override(argument)
+        value = override.value()
+        if not (override.is_sweep_override() or isinstance(value, str | dict | QuotedString)) or "${" in str(value):
+            known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
             raise ValueError(f"{argument}: must be one of {known}")

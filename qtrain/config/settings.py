@@ -1,7 +1,7 @@
 """The settings that no constructor takes: what they may be."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from os.path import isfile
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from qtrain.backend.torch_ao import find_engine
 from qtrain.common.validate import MANY, SEEDS, WIDE, boolean, choice, number, shown, text, whole
 
-SECTIONS = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "logger", "truth", "measure")
+MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")  # by their _target_
+SECTIONS = (*MADE, "logger", "measure")
 MOST_THREADS = 1024  # of more, OpenMP dies without a word
 
 
@@ -63,6 +64,8 @@ def check_targets(node: Any, path: str = "") -> Iterator[str]:
             yield from boolean(f"{path}{key}", value)
         elif not path and key in SECTIONS and not OmegaConf.is_dict(value):
             yield f"{key}={shown(value)}: must be a mapping, as in the files of conf"
+        elif not path and key in MADE and "_target_" not in value:
+            yield f"{key}._target_: is missing; it names the class or function that makes the {key}"
         elif (
             not path and key == "transform" and not (value is None or OmegaConf.is_dict(value) and "_target_" in value)
         ):
@@ -80,7 +83,7 @@ def check_settings(config: DictConfig) -> Iterator[str]:
     yield from text("float_cache", config.float_cache, null=True)
     yield from whole("calib_batches", config.calib_batches, 1, MANY, null=True)
     yield from choice("calib_split", config.calib_split, ("train", "val", "test"))
-    if config.checkpoint is not None and not (isinstance(config.checkpoint, str) and Path(config.checkpoint).is_file()):
+    if config.checkpoint is not None and not (isinstance(config.checkpoint, str) and isfile(config.checkpoint)):
         yield f"checkpoint={config.checkpoint}: there is no such file; allowed is a state dict, as float.pt of a run"
     if not (config.objective is None or objectives(config)):
         yield f"objective={config.objective}: must be the path of a metric, a list of such, or null"
@@ -106,8 +109,8 @@ def check_settings(config: DictConfig) -> Iterator[str]:
 
 def _check_measure(measure: Any) -> Iterator[str]:
     known = ("batch_sizes", "warmup", "repeats")
-    if not set(measure) >= set(known):
-        yield f"measure={shown(measure)}: must be a mapping of {', '.join(known)}"
+    if missing := [key for key in known if key not in measure]:
+        yield from (f"measure.{key}: is missing, and has no default" for key in missing)
         return
     for key in set(measure) - set(known):
         yield f"measure.{key}={shown(measure[key])}: there is no such key; allowed are {', '.join(known)}"

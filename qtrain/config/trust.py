@@ -74,11 +74,19 @@ def _problem(target: Any, packages: list[str]) -> str | None:
     module, name = found.__module__, found.__qualname__
     if not (any(_is_in(module, package) for package in packages) or _is_known(found, module)):
         return f"is defined in {module}, and " + _refusal(module.partition(".")[0], packages)
-    return None if _function(_find(f"{module}.{name}")) is _function(found) else f"is not what {module}.{name} is"
+    return None if _function(_member(module, name)) is _function(found) else f"is not what {module}.{name} is"
 
 
 def _is_in(name: str, package: str) -> bool:
     return f"{name}.".startswith(f"{package}.")
+
+
+def _member(module: str, name: str) -> Any:
+    """Returns what a module calls so; not by its package, which may call a function as the module."""
+    found = _import(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _function(found: Any) -> Any:

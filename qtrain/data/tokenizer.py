@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qtrain.common.network import hub_answers
 from qtrain.common.validate import refuse, text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -102,6 +103,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise ValueError(
             f'tokenizer={name}: needs the extra hf (pip install "qtrain[hf]"); tokenizer=bytes does not'
         ) from err
+    online = folder.is_dir() or hub_answers()
     try:
         if (folder / "tokenizer.json").is_file():
             return BPETokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
@@ -109,8 +111,9 @@ def load_tokenizer(name: str) -> Tokenizer:
             return BPETokenizer(tokenizers.Tokenizer.from_pretrained(name))
         backend = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as err:  # the library raises bare Exceptions
+        reason = err if online else "the hub does not answer, and it was not downloaded before"
         raise ValueError(
-            f"tokenizer={name}: could not be loaded ({err}); allowed are bytes, a folder with vocab.json and "
+            f"tokenizer={name}: could not be loaded ({reason}); allowed are bytes, a folder with vocab.json and "
             "merges.txt, and a model on the Hugging Face hub such as gpt2"
         ) from err
     if backend.token_to_id(END_OF_TEXT) is not None:

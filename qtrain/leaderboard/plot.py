@@ -73,5 +73,5 @@ def _panel(axes: Any, section: Section) -> None:
     axes.grid(color="0.9", zorder=0)
     axes.ticklabel_format(axis="y", useOffset=False)
     if rows:
-        for text in axes.legend(fontsize=8).get_texts():
+        for text in axes.legend(loc="lower right", fontsize=8).get_texts():
             text.set_parse_math(False)

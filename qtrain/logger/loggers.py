@@ -1,13 +1,25 @@
 """Where a run's numbers and pictures go: metrics.jsonl always, TensorBoard and PNG files by choice."""
 
 import json
+import logging
 import struct
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from qtrain.common.files import write_atomically
+
+
+class RunLog(logging.FileHandler):
+    """A run's log file; a full disk ends the run, where Python's own handler would print a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exception(), OSError):
+            raise
+        super().handleError(record)
 
 
 class Logger:
@@ -62,6 +74,12 @@ class Pictures(Logger):
         write_atomically(self.folder / name.replace("/", "_"), lambda new: new.write_bytes(content))
 
 
+def _leave_to_caller(args: threading.ExceptHookArgs) -> None:
+    """Keeps quiet of a file's error in a thread: TensorBoard's writer raises it again where it is next used."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
+
+
 class TensorBoard(Logger):
     """Writes event files into `run_dir`."""
 
@@ -71,6 +89,7 @@ class TensorBoard(Logger):
         # Imported here: what does not log need not wait for it.
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _leave_to_caller
         self.writer = SummaryWriter(str(run_dir))
 
     def log(self, metrics: dict[str, float], step: int) -> None:

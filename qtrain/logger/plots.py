@@ -43,7 +43,7 @@ def distribution(pairs: Pairs, method: str) -> Figure:
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    axes.legend()
+    axes.legend(loc="upper right")
     return figure
 
 
@@ -97,7 +97,7 @@ def weights(pairs: Pairs) -> Figure:
         for axes in (left, right):
             axes.set_ylabel("count", fontsize=8)
             axes.tick_params(labelsize=8)
-    rows[0][0].legend(fontsize=8)
+    rows[0][0].legend(loc="upper right", fontsize=8)
     return figure
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from qtrain.common.network import hub_answers
+
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 # What qtrain.model.gpt2 computes: a checkpoint that was trained for anything else would load and be wrong.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -47,6 +49,7 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
         from transformers.pytorch_utils import Conv1D
     except ImportError as err:
         raise ValueError(f'pretrained={name}: needs the extra hf (pip install "qtrain[hf]")') from err
+    online = folder.is_dir() or hub_answers()
     try:
         config = AutoConfig.from_pretrained(name)
         _refuse_other_architectures(name, config)
@@ -54,6 +57,11 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as err:  # OSError, ValueError and the file formats' own
+        if not online:
+            raise ValueError(
+                f"pretrained={name}: the hub does not answer, and the model was not downloaded before; go online, or "
+                "name a folder written by save_pretrained"
+            ) from err
         reason = " ".join(str(err).split())  # theirs have lines, of which ours would make mistakes of their own
         raise ValueError(f"pretrained={name}: could not be loaded as GPT-2: {reason}") from err
     _refuse_wrong_keys(name, info, tied=model.lm_head.weight.equal(model.transformer.wte.weight))

@@ -196,12 +196,20 @@ class Progress:
 
 @contextmanager
 def said_how(run_dir: Path) -> Iterator[None]:
-    """Lets an Interrupted say how the run in `run_dir` goes on."""
+    """Lets a signal, a full disk, or the loss of the folder `run_dir`, say how its run goes on."""
+    again = f"go on with: qtrain resume={run_dir}"
     try:
         yield
     except Interrupted as err:
-        err.args = (f"{err}; go on with: qtrain resume={run_dir}",)
+        err.args = (f"{err}; {again}",)
         raise
+    except OSError as err:
+        if not run_dir.is_dir():
+            raise OSError(f"{run_dir}: this folder was deleted while the run was at work; start it again") from err
+        if err.errno is None or err.filename is not None:  # it names its path
+            raise
+        saved = "files already there are unchanged"
+        raise OSError(f"{run_dir}: could not be written ({err}); {saved}; make room, then {again}") from err
 
 
 def command_line(run_dir: Path) -> list[str]:

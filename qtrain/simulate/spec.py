@@ -25,7 +25,7 @@ def int_range(bits: int, signed: bool, *, restricted: bool = False) -> tuple[int
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How one kind of tensor is quantized. "auto" is settled by the engine's rules (`eager.Engine.settle`).
+    """How one kind of tensor is quantized. "auto" is settled by the engine's rules (`backend.torch_ao.Engine.settle`).
 
     Args:
         bits: width of the integers, 2..8. They are stored as 8-bit integers by torch's kernels.

@@ -154,7 +154,8 @@ class Trainer:
                 )
                 for index, batch in enumerate(bar, done):
                     batch, weight = ranks.share((batch[0].to(device), batch[1].to(device)))
-                    loss = training_loss(task, forward(*task.inputs(batch)), batch)
+                    inputs = (x.clone() for x in task.inputs(batch))  # a forward may change them, and data come again
+                    loss = training_loss(task, forward(*inputs), batch)
                     if weight != 1:
                         loss = loss * weight
                     if self.accumulate > 1:  # the last group of an epoch may be smaller

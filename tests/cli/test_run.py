@@ -189,7 +189,7 @@ def job(monkeypatch, tmp_path):
         with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
             settings = hydra.compose("config", [*overrides, *place], return_hydra_config=True)
             HydraConfig.instance().set_config(settings)
-            return cli.job.__wrapped__(settings)
+            return cli.one_job(settings)
 
     return call
 

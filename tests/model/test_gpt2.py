@@ -209,12 +209,22 @@ def test_damaged_file_is_refused(hf: ModuleType, tmp_path: Path) -> None:
         GPT2(pretrained=str(tmp_path))
 
 
-def test_an_unreachable_hub_is_told_in_one_line(hf: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "online, said",
+    [
+        (True, ".* We couldn't connect. Check your internet connection."),
+        (False, "the hub does not answer, and the model was not downloaded before; go online, or name a folder .*"),
+    ],
+)
+def test_an_unreachable_hub_is_told_in_one_line(
+    hf: ModuleType, monkeypatch: pytest.MonkeyPatch, online: bool, said: str
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("We couldn't connect.\nCheck your internet connection.")
 
     monkeypatch.setattr(hf.AutoConfig, "from_pretrained", fail)
-    with pytest.raises(ValueError, match="^pretrained=gpt2: .* We couldn't connect. Check your internet connection.$"):
+    monkeypatch.setattr("qtrain.model.pretrained.hub_answers", lambda: online)
+    with pytest.raises(ValueError, match=f"^pretrained=gpt2: {said}$"):
         GPT2(pretrained="gpt2")
 
 

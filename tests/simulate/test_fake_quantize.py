@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import qtrain.simulate.fake_quantize as fake_quantize_module
 from qtrain.backend import torch_ao
 from qtrain.backend.torch_ao import observers
 from qtrain.observer.percentile import PercentileObserver
@@ -371,54 +370,26 @@ def test_a_relu_inside_is_a_relu_before(symmetric, name, dtype):
         assert torch.equal(inside(x), x.relu())
 
 
-@pytest.fixture
-def quantizations(monkeypatch):
-    """The tensors that were observed, as a list that grows."""
-    seen = []
-    for name in ("observe_magnitude", "observe_min_max", "observe_scaled"):
-        function = getattr(fake_quantize_module, name)
-
-        def counting(observer, x, *args, function=function, **kwargs):
-            seen.append(x)
-            return function(observer, x, *args, **kwargs)
-
-        monkeypatch.setattr(fake_quantize_module, function.__name__, counting)
-    return seen
-
-
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "conv_bn"])
 @pytest.mark.parametrize("kind", [{}, {"symmetric": False}, {"narrow": False}], ids=["narrow", "asymmetric", "full"])
-def test_weights_are_quantized_once_between_two_steps(kind, scaled, quantizations):
+def test_gradients_of_several_batches_add_up_and_weights_are_quantized_anew(kind, scaled):
     module = make(**WEIGHTS | kind)
     factor = torch.tensor([0.5, -2.0, 3.0])
     weight = nn.Parameter(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
-    optimizer = torch.optim.SGD([weight], 0.1)
 
     def run(module, weight):
         output = module.quantize_scaled(weight, factor) if scaled else module(weight)
         output.sin().sum().backward()
         return output.detach()
 
-    for step in range(4):
-        optimizer.zero_grad()
+    for _ in range(4):
         outputs = [run(module, weight) for _ in range(3)]
         reference = weight.detach().clone().requires_grad_()
         expected = run(make(**WEIGHTS | kind), reference)
         assert all(torch.equal(output, expected) for output in outputs)
         torch.testing.assert_close(weight.grad, 3 * reference.grad)
-        # That weights come again is known from the second time on.
-        assert len([x for x in quantizations if x.data_ptr() == weight.data_ptr()]) == step + 2
-        optimizer.step()
-
-
-def test_weights_that_were_written_to_are_quantized_anew():
-    module = make(granularity="per_channel", signed=True, memoryless=True)
-    weight = nn.Parameter(torch.randn(3, 8))
-    for _ in range(3):
-        module(weight).sum().backward()
-    with torch.no_grad():
-        weight.mul_(3)
-    assert (module(weight) - weight).abs().max() < 0.51 * module.calculate_qparams()[0].max()
+        weight.data.add_(weight.grad, alpha=-0.1)  # past autograd, which does not count it as a change
+        weight.grad.zero_()
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,12 @@ def agrees(run):
 
 
 def refused(run, *words):
-    assert run.code == 1 and "Traceback" not in run.text, run.text
     assert "epoch 1/" not in run.text, "refused after training"
+    return refused_late(run, *words)
+
+
+def refused_late(run, *words):
+    assert run.code == 1 and "Traceback" not in run.text, run.text
     assert [word for word in words if word not in run.text] == [], run.text
     return True
 
@@ -123,6 +127,22 @@ def test_embeddings_are_kept_float(job, bag):
 
 def test_recurrent_cells_are_refused_and_their_remedy_is_named(job):
     assert refused(job("nets.Recurrent"), "layer cell (GRU)", "{cell: float}")
+
+
+def test_layers_go_by_the_users_names(job):
+    """Not by those of the parts that fusing makes, whose advice quant.layers would not take."""
+    run = job("nets.Fused", "data._target_=datasets.huge_calibration", groups=[["conv", "relu"]], kind="straight")
+    assert refused_late(run, "layer conv: its output is not finite in calibration, batch 1")
+    run = job("nets.Volume", "+quant.layers.nope=float")
+    assert refused(run, "quant.layers.nope: matches no layer", "layers.0", "layers.2")
+
+
+@pytest.mark.parametrize("kind, reason", [("Conv3d", "cannot be saved"), ("MaxPool3d", "cannot run")])
+def test_layers_that_an_engine_cannot_run_or_save_are_refused_and_their_remedy_works(job, kind, reason):
+    run = job("nets.Volume", "quant.engine=qnnpack", kind=kind)
+    assert refused(run, f"layer layers.0 ({kind}) {reason}", "{layers.0: float}", "qnnpack")
+    assert agrees(job("nets.Volume", "quant.engine=qnnpack", "quant.layers={layers.0: float}", kind=kind))
+    assert agrees(job("nets.Volume", "quant.engine=fbgemm", kind=kind))
 
 
 def test_a_wildcard_does_not_match_stubs(job):

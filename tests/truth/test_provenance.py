@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from filelock import FileLock
 
 SMALL = ["data._target_=augmented.noisy_digits", "model.hidden=16", "truth.on_failure=warn"]
@@ -51,3 +52,11 @@ def test_a_float_model_trained_as_long_as_qat_stands_beside_it(job):
         for run, stage in zip(runs, ("finetuning", "qat"), strict=True)
     ]
     assert rates[0] == rates[1] != []
+
+
+@pytest.mark.parametrize("dtype, largest", [("float32", "table"), ("float64", "table"), ("int64", "quant.scale")])
+def test_the_largest_float_tensor_may_be_a_buffer_and_is_floating_point(job, dtype, largest):
+    """Neither whole numbers nor what the file leaves out."""
+    run = job("nets.Table", dtype=dtype)
+    assert run.code == 0, run.text
+    assert run.report["coverage"]["largest_float"] == largest

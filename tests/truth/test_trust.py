@@ -172,6 +172,7 @@ def test_interpolations_are_refused_by_name(run_dir, command, monkeypatch, value
         {"_target_": "torch.nn.Linear", "in_features": 4, "out_features": 2},
         {"_target_": "torch.nn.modules.container.Sequential"},
         {"_target_": "torchvision.models.quantization.mobilenet_v2", "num_classes": 3},
+        {"_target_": "torchvision.models.quantization.googlenet", "num_classes": 3},
         {"_target_": "torchvision.models.resnet18", "num_classes": 3},
     ],
     ids=lambda model: model["_target_"],

@@ -56,7 +56,7 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"quant.layers.{pattern}: is a stub, which is no layer; name the layers behind it")
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            known = [name for name in names if not name.rpartition(".")[2].isdigit()]  # not the parts of fused layers
+            known = [n for n in names if n not in fused and not isinstance(model.get_submodule(n), nn.Identity)]
             shown = known
             if len(known) > 20:  # the likeliest to be meant
                 shown = get_close_matches(pattern, known, 10, 0.0) + [f"{len(known) - 10} more"]

@@ -69,7 +69,8 @@ class Fused(Base):
         self.head = nn.Linear(4 * 169, 10)
 
     def forward(self, x):
-        y = self.bn(self.conv(self.quant(x)))
+        y = self.conv(self.quant(x))
+        y = y if self.kind == "straight" else self.bn(y)
         y = self.add.add(self.conv2(self.relu(y)), y) if self.kind == "skip" else self.relu(y)
         return self.dequant(self.head(y.flatten(1)))
 
@@ -253,3 +254,28 @@ class Recurrent(Base):
 
     def forward(self, x):
         return self.dequant(self.head(self.cell(self.quant(x).squeeze(1))[0][:, -1]))
+
+
+class Table(Base):
+    """A layer, and a table of numbers that no optimizer trains; of `dtype`."""
+
+    def __init__(self, dtype="float32"):
+        super().__init__()
+        self.head = nn.Linear(784, 10)
+        self.register_buffer("table", torch.zeros(4000, dtype=getattr(torch, dtype)))
+        self.register_buffer("scratch", torch.zeros(9000), persistent=False)
+
+    def forward(self, x):
+        return self.dequant(self.head(self.quant(x).flatten(1)))
+
+
+class Volume(Base):
+    """A layer that sees digits as a volume, one deep."""
+
+    def __init__(self, kind="Conv3d"):
+        super().__init__()
+        first = nn.Conv3d(1, 4, (1, 3, 3), stride=(1, 3, 3)) if kind == "Conv3d" else nn.MaxPool3d((1, 3, 3))
+        self.layers = nn.Sequential(first, nn.Flatten(), nn.Linear(324 if kind == "Conv3d" else 81, 10))
+
+    def forward(self, x):
+        return self.dequant(self.layers(self.quant(x).unsqueeze(2)))
