@@ -137,11 +137,12 @@ def observe_weights(model: nn.Module) -> None:
 
 
 def place(model: nn.Module, name: str) -> str:
-    """Returns the name that layer `name` of the float model has now, inside a site or not."""
+    """Returns the name that Linear layer `name` of the float model has now: inside a site, or a fused run of layers."""
     for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]:
         if isinstance(model.get_submodule(name[:end]), QuantModule):
-            return f"{name[:end]}.layer{name[end:]}"
-    return name
+            name = f"{name[:end]}.layer{name[end:]}"
+            break
+    return name if isinstance(model.get_submodule(name), nn.Linear) else f"{name}.0"
 
 
 def put_others(simulation: Simulation) -> Simulation:

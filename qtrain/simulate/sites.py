@@ -205,11 +205,9 @@ class QuantWeighted(Site):
         bn: Any = self.bn
         if bn is None:
             return self.weight, self.bias
-        rsqrt = torch.rsqrt(bn.running_var + bn.eps)
-        mean = -bn.running_mean if self.bias is None else self.bias - bn.running_mean
-        bias = mean * rsqrt * bn.weight + bn.bias  # in torch's order of operations, to the digit
         factor = batch_norm.running_factor(bn)
-        return self.weight * batch_norm.along(factor, self.weight, 0), bias
+        mean = bn.running_mean if self.bias is None else bn.running_mean - self.bias
+        return self.weight * batch_norm.along(factor, self.weight, 0), bn.bias - factor * mean
 
     def set_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Replaces the weight, and the bias where one is given, in place of writing to it: it may be tied."""

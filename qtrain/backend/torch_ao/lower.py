@@ -97,15 +97,25 @@ def _functional(site: QuantFunctional) -> nn.Module:
 
 
 def _weighted(site: QuantWeighted) -> nn.Module:
-    weight, bias = site.folded()
     if site.weight_q is None:
         return FloatIsland(site, *_output(site))
+    weight, bias = site.folded()[0], _bias(site)
     if not site.weight_q.stays:
         site.weight_q(weight)  # its scale is that of the last forward, and the weight may have moved
     new: Any = _empty(site)
     new.set_weight_bias(quantized(site.weight_q, weight), None if bias is None else bias.float())
     new.scale, new.zero_point = _output(site)
     return new
+
+
+def _bias(site: QuantWeighted) -> Tensor | None:
+    """Returns the bias, batch-norm folded into it in torch's order of operations, to the digit."""
+    bn: Any = site.bn
+    if bn is None:
+        return site.bias
+    mean = -bn.running_mean if site.bias is None else site.bias - bn.running_mean
+    folded: Tensor = mean * torch.rsqrt(bn.running_var + bn.eps) * bn.weight + bn.bias
+    return folded
 
 
 def quantized(point: FakeQuantize, weight: Tensor) -> Tensor:
