@@ -282,7 +282,7 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
             raise
         name = current()
         layer = model.get_submodule(name)
-        where = f"layer {name} ({type(layer).__name__})" if name else f"forward of {type(layer).__name__}"
+        where = f"layer {name} ({integers.users_kind(layer)})" if name else f"forward of {type(layer).__name__}"
         raise ValueError(f"model: {where} cannot run in the {kind} model: {_reason(err, name)}") from err
     finally:
         for handle in handles:
@@ -292,7 +292,8 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
 def _reason(err: Exception, layer: str) -> str:
     text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
     # Python's own frames show the line of the model's source at fault.
-    frames = [f for f in traceback.extract_tb(err.__traceback__) if "torch/" not in f.filename]
+    others = ("torch/", "qtrain/simulate/")
+    frames = [f for f in traceback.extract_tb(err.__traceback__) if not any(o in f.filename for o in others)]
     source = next((f for f in reversed(frames) if f.name == "forward" and f.line), None)
     text = text[:400]
     if source is not None and not (source.line or "").startswith("raise "):

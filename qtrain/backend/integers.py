@@ -39,6 +39,11 @@ def is_quantized(module: nn.Module) -> bool:
     )
 
 
+def users_kind(layer: nn.Module) -> str:
+    """Returns the class of a layer as the user wrote it."""
+    return layer.kind if isinstance(layer, Site) else type(layer).__name__
+
+
 def users_name(model: nn.Module, name: str) -> str:
     """Returns the name that the user knows for layer, parameter or buffer `name` of a simulation or converted model.
 

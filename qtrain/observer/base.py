@@ -26,6 +26,7 @@ class Observer(nn.Module):
         min_val, max_val: the smallest and the largest value seen, [] or [C]; infinite before that.
     """
 
+    short_name: str  # by which reports and messages call it
     min_val: Tensor
     max_val: Tensor
 

@@ -32,6 +32,8 @@ class HistogramObserver(Observer):
         ValueError: bins out of range; a per-channel scheme.
     """
 
+    short_name = "histogram"
+
     histogram: Tensor
 
     def __init__(self, *, bins: int, **qargs: Any) -> None:

@@ -13,6 +13,8 @@ LARGEST = 1e30  # a range below it has a scale for which nothing overflows
 class MinMaxObserver(Observer):
     """Observes the smallest and the largest value of all that was seen, of each channel or of the tensor."""
 
+    short_name = "minmax"
+
     def forward(self, x: Tensor) -> Tensor:
         if x.numel():
             self.observe(x.detach(), first=self.is_untouched())

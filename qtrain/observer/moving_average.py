@@ -21,6 +21,8 @@ class MovingAverageObserver(MinMaxObserver):
         ValueError: the constant is out of range.
     """
 
+    short_name = "moving_average"
+
     def __init__(self, *, averaging_constant: float, **qargs: Any) -> None:
         refuse(number("averaging_constant", averaging_constant, above=0, most=1))
         super().__init__(**qargs)

@@ -24,6 +24,8 @@ class PercentileObserver(Observer):
         ValueError: percentile or bins out of range; a per-channel scheme.
     """
 
+    short_name = "percentile"
+
     counts: torch.Tensor
     limit: torch.Tensor
 

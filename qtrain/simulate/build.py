@@ -156,6 +156,12 @@ def build(
 
 
 def _site(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) -> Site:
+    site = _made(group, layer, make, conv_bn)
+    site.kind = type(group.head).__name__
+    return site
+
+
+def _made(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) -> Site:
     output_q = None if layer.output is None else make(layer.output, False)
     head = group.head
     if is_stub(head, "QuantStub"):

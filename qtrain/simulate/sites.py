@@ -27,6 +27,7 @@ class Site(nn.Module):
 
     weight_q: FakeQuantize | None
     output_q: FakeQuantize | None
+    kind = ""  # what it stands for, as users know it: "Conv2d"
 
     def __init__(self, *, weight_q: FakeQuantize | None = None, output_q: FakeQuantize | None = None) -> None:
         super().__init__()
@@ -54,6 +55,8 @@ class QuantInput(Site):
 class QuantOutput(nn.Module):
     """Where it becomes float again: what stands for a DeQuantStub. No site, for nothing is quantized here."""
 
+    kind = "DeQuantStub"
+
     def forward(self, x: Tensor) -> Tensor:
         return x
 
@@ -79,18 +82,15 @@ class QuantModule(Site):
 class QuantFunctional(Site):
     """What stands for a FloatFunctional, under its name and with its methods, so that the user's forward stays.
 
-    Which method it serves is known once it has been called; it refuses a second, for they would share a scale.
+    Which of them it serves is known once it has been called.
 
     Attributes:
-        op: that method's name, or None.
-
-    Raises:
-        ValueError: two methods are called.
+        ops: the names of the methods that were called; one scale serves them all.
     """
 
     def __init__(self, *, output_q: FakeQuantize | None) -> None:
         super().__init__(output_q=output_q)
-        self.op: str | None = None
+        self.ops: set[str] = set()
 
     def forward(self, *_: Any) -> Tensor:
         raise RuntimeError("call a method of it, such as add")
@@ -117,11 +117,7 @@ class QuantFunctional(Site):
         return torch.mul(x, y)
 
     def _output(self, op: str, value: Tensor) -> Tensor:
-        if self.op not in (None, op):
-            raise ValueError(
-                f"one FloatFunctional serves {self.op} and {op}, which would share a scale: make one for each call"
-            )
-        self.op = op
+        self.ops.add(op)
         return self.quantized_output(value)
 
 

@@ -84,5 +84,5 @@ class QuantSpec:
             "group_size": self.group_size,
             "reduce_range": self.reduce_range,
             "narrow_range": self.narrow_range,
-            "observer": getattr(factory, "__name__", None),
+            "observer": getattr(factory, "short_name", getattr(factory, "__name__", None)),
         }

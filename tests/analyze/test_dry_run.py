@@ -10,6 +10,7 @@ from qtrain.analyze.dry_run import blame, coverage, dry_run
 from qtrain.analyze.truth import TruthError
 from qtrain.backend import torch_ao
 from qtrain.quant.none import NoQuantizer
+from qtrain.simulate.simulation import Simulation
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
@@ -70,12 +71,11 @@ def test_a_layer_that_cannot_be_converted_is_named(case, between, make_ptq, make
             dry_run(between(*UNCONVERTIBLE[case]), quantizer, (X,))
 
 
-def test_an_embedding_is_named(make_ptq):
+def test_an_embedding_stays_float_and_coverage_says_why(make_ptq):
     model = nn.Sequential(nn.Embedding(9, 4), torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub())
-    with pytest.raises(ValueError, match=r"layer 0 \(Embedding\) .*quant\.layers={0: float}"):
-        dry_run(model, make_ptq(), (torch.arange(9).reshape(1, 9),))
-    found = dry_run(model, make_ptq(layers={"0": "float"}), (torch.arange(9).reshape(1, 9),))
-    assert found["float_layers"] == {"0": "set by quant.layers"}
+    for layers, reason in ({}, "Embedding is not quantized by this method"), ({"0": "float"}, "set by quant.layers"):
+        found = dry_run(model, make_ptq(layers=layers), (torch.arange(9).reshape(1, 9),))
+        assert found["float_layers"] == {"0": reason}
 
 
 class Plus(nn.Module):
@@ -390,7 +390,7 @@ def test_multiply_accumulates_are_counted_as_by_hand(case, make_dynamic):
         def forward(self, x):
             return self.layer(x).sum() + self.linear(torch.ones(1, 10)).sum()
 
-    model = make_dynamic(layers={"layer": "float"} if case == "linear" else {}).convert(Beside())
+    model = make_dynamic(layers={"layer": "float"} if case == "linear" else {}).convert(Simulation(Beside()))
     model.linear.register_forward_hook(lambda *_: None)
     found = coverage(model, (torch.randn(shape),), {})
     assert found["macs_quantized"] == pytest.approx(100 / (100 + macs))
@@ -405,5 +405,5 @@ def test_a_layer_that_runs_twice_counts_twice(make_dynamic):
         def forward(self, x):
             return self.b(self.a(self.a(x)))
 
-    quantized = make_dynamic(layers={"b": "float"}).convert(Twice())
+    quantized = make_dynamic(layers={"b": "float"}).convert(Simulation(Twice()))
     assert coverage(quantized, (torch.randn(2, 4),), {"b": "float"})["macs_quantized"] == pytest.approx(2 / 3)

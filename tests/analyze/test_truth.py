@@ -15,7 +15,11 @@ from qtrain.analyze.truth import (
     require_finite_weights,
 )
 from qtrain.backend import torch_ao
+from qtrain.observer.base import make_observer
+from qtrain.observer.histogram import HistogramObserver
+from qtrain.observer.minmax import MinMaxObserver
 from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.simulation import output_points
 from qtrain.simulate.spec import QuantSpec
 
 GATE = {"on_failure": "error", "samples": 32, "max_steps": 1.0, "max_range_ratio": 1.25}
@@ -107,14 +111,14 @@ def test_all_mistakes_are_told_at_once():
 def test_a_layer_that_calibration_never_took_fails_by_name(is_qat, make_ptq, make_qat):
     quantizer = (make_qat if is_qat else make_ptq)()
     prepared = calibrated(quantizer, Branches().eval(), torch.rand(8, 4))
-    (failure,) = TruthGate(**GATE).unobserved(prepared)
+    (failure,) = TruthGate(**GATE).unobserved(prepared.model)
     assert failure.startswith("layer b: its observer saw no data") and "quant.layers={b: float}" in failure
     quantizer.calibrate(prepared, [(torch.rand(8, 4),), (-torch.rand(8, 4),)])
-    assert TruthGate(**GATE).unobserved(prepared) == []
+    assert TruthGate(**GATE).unobserved(prepared.model) == []
 
 
 def test_without_calibration_every_layer_fails(convnet, make_ptq):
-    failures = TruthGate(**GATE).unobserved(make_ptq().prepare(convnet))
+    failures = TruthGate(**GATE).unobserved(make_ptq().prepare(convnet).model)
     assert [failure.split(":")[0].split()[1] for failure in failures] == ["conv1", "conv2", "linear1", "linear2"]
 
 
@@ -130,8 +134,8 @@ def test_a_spare_float_functional_is_no_failure(make_ptq):
     batches = torch.rand(8, 4), -torch.rand(8, 4)
     prepared = quantizer.prepare(Branches().eval())
     quantizer.calibrate(prepared, [(batch,) for batch in batches])
-    assert "spare" in torch_ao.observed_points(prepared)
-    assert TruthGate(**GATE).unobserved(prepared) == []
+    assert "spare" in output_points(prepared.model)
+    assert TruthGate(**GATE).unobserved(prepared.model) == []
     section, failures = compare(quantizer, prepared, batches[0])
     assert failures == [] and "spare" not in section["sqnr_db"]
 
@@ -139,7 +143,7 @@ def test_a_spare_float_functional_is_no_failure(make_ptq):
 def test_a_float_functional_used_without_calibration_fails_by_name(make_ptq):
     quantizer = make_ptq()
     prepared = calibrated(quantizer, Residual().eval(), torch.rand(8, 4))
-    assert TruthGate(**GATE).unobserved(prepared) == []
+    assert TruthGate(**GATE).unobserved(prepared.model) == []
     fake = quantizer.fake(prepared)
     with pytest.raises(ValueError, match=r"layer sum \(FloatFunctional\) .* did not during calibration"):
         with blame(fake, "fake-quantized"):
@@ -191,8 +195,8 @@ def test_planted_noise_is_measured_in_decibels():
             super().__init__()
             self.layer = nn.Linear(4, 4, bias=False)
             self.layer.weight = nn.Parameter(torch.eye(4) * factor)
-            spec = QuantSpec(observer=torch_ao.minmax, symmetric=False, granularity="per_tensor")
-            observer = torch_ao.make_observer(spec, signed=False)
+            spec = QuantSpec(observer=MinMaxObserver, symmetric=False, granularity="per_tensor")
+            observer = make_observer(spec, signed=False)
             observer(torch.tensor([-1.0, 1.0]))
             self.layer.activation_post_process = FakeQuantize(observer, observing=False, quantizing=False)
 
@@ -322,13 +326,13 @@ def test_a_weight_that_is_not_finite_is_named(name, value, convnet):
 
 def test_prepared_models_are_checked_past_their_empty_observers(convnet, images, make_ptq, make_qat):
     for quantizer in (make_ptq(), make_qat()):
-        require_finite_weights(quantizer.prepare(convnet))
+        require_finite_weights(quantizer.prepare(convnet).model)
         prepared = calibrated(quantizer, convnet, images)
-        require_finite_weights(prepared)
+        require_finite_weights(prepared.model)
         require_finite_weights(quantizer.convert(prepared))
-    prepared.linear2.weight.data[0, 0] = math.nan
+    prepared.model.linear2.weight.data[0, 0] = math.nan
     with pytest.raises(TruthError, match="layer linear2.weight: 1 of"):
-        require_finite_weights(prepared)
+        require_finite_weights(prepared.model)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
@@ -337,25 +341,25 @@ def test_a_calibration_batch_that_is_not_finite_is_named_with_its_layer(
     method, value, convnet, images, make_ptq, make_qat
 ):
     if method == "ptq_histogram":  # torch's observer, which would raise an error of its own for NaN
-        quantizer = make_ptq(activation={"observer": partial(torch_ao.histogram, bins=64)})
+        quantizer = make_ptq(activation={"observer": partial(HistogramObserver, bins=64)})
     else:
         quantizer = (make_qat if method == "qat" else make_ptq)()
     prepared = quantizer.prepare(convnet)
     batches = [(batch.clone(),) for batch in images.split(8)]
-    with finite_outputs(prepared, "calibration"):
+    with finite_outputs(prepared.model, "calibration"):
         quantizer.calibrate(prepared, batches)
     batches[2][0][3, 0, 5, 5] = value
     with pytest.raises(TruthError, match="layer quant: its output is not finite in calibration, batch 2"):
-        with finite_outputs(prepared, "calibration"):
+        with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, batches)
 
 
 def test_the_layer_where_nan_arises_is_the_one_that_is_named(convnet, images, make_ptq):
     quantizer = make_ptq()
     prepared = quantizer.prepare(convnet)
-    prepared.conv2[0].weight.data[0, 0, 0, 0] = math.nan
+    prepared.model.conv2.weight.data[0, 0, 0, 0] = math.nan
     with pytest.raises(TruthError, match="layer conv2: its output is not finite in calibration, batch 0"):
-        with finite_outputs(prepared, "calibration"):
+        with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(images,)])
 
 
@@ -365,13 +369,13 @@ def test_a_float_functional_where_infinity_arises_is_named(make_ptq):
     huge = torch.full((2, 4), -3e38)
     prepared.linear.weight.data.copy_(torch.eye(4))
     with pytest.raises(TruthError, match="layer sum: its output is not finite in calibration, batch 0"):
-        with finite_outputs(prepared, "calibration"):
+        with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(huge,)])
 
 
 def test_the_watch_ends_with_the_block(convnet, images, make_ptq):
     prepared = make_ptq().prepare(convnet)
     with pytest.raises(TruthError, match="layer quant: .*in evaluation, batch 7"):
-        with finite_outputs(prepared, "evaluation", first_batch=7):
+        with finite_outputs(prepared.model, "evaluation", first_batch=7):
             prepared(images * math.nan)
     assert prepared(images * math.nan).isnan().any()

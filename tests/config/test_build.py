@@ -181,7 +181,7 @@ def test_an_observer_by_its_name():
 def test_unknown_observer(role, name):
     with pytest.raises(ConfigError, match=rf"^quant\.{role}\.observer=") as caught:
         build(compose(f"quant.{role}.observer={name}"))
-    assert "allowed are histogram, minmax, moving_average and percentile" in str(caught.value)
+    assert "allowed are histogram, minmax, moving_average, percentile, torch_ao_histogram" in str(caught.value)
 
 
 def test_an_interpolation_that_leads_nowhere():

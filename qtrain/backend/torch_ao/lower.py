@@ -62,7 +62,14 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
     sites = [(n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)]
     with use_engine(engine):
         for name, site in sites:
-            model.set_submodule(name, _lowered(site))
+            try:
+                model.set_submodule(name, _lowered(site))
+            except Exception as err:  # torch names neither the layer nor, often, the reason
+                reason = (str(err) or type(err).__name__).splitlines()[0]
+                raise ValueError(
+                    f"model: layer {name} ({site.kind}) cannot be converted to int8: {reason}. To keep it float: "
+                    f"quant.layers={{{name}: float}}"
+                ) from err
         return bind_engine(model, engine)
 
 
@@ -91,7 +98,7 @@ def _output(site: Site) -> tuple[float, int]:
 
 def _functional(site: QuantFunctional) -> nn.Module:
     new = nnq.QFunctional()
-    if site.output_q is not None and site.op is not None:
+    if site.output_q is not None and site.ops:
         new.scale, new.zero_point = _output(site)
     return new
 
@@ -183,6 +190,8 @@ def _layer_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
 
 
 def _prelu(layer: Any, scale: float, zero_point: int) -> nn.Module:
+    if layer.num_parameters > 1:
+        raise ValueError("torch has no kernel for one slope a channel")
     new = nnq.PReLU(scale, zero_point, layer.num_parameters)
     weight = layer.weight.detach().float()
     low, high = weight.aminmax()
