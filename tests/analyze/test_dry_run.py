@@ -59,7 +59,7 @@ def test_rms_norm_is_named(between, quantizer):
 UNCONVERTIBLE = {
     "padding_same": [nn.ReLU(), nn.Conv2d(3, 4, 3, padding="same")],
     "padding_circular": [nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")],
-    "prelu_per_channel": [nn.Conv2d(3, 4, 3), nn.PReLU()],
+    "prelu_per_channel": [nn.Conv2d(3, 4, 3), nn.PReLU(4)],
 }
 
 

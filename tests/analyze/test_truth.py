@@ -20,6 +20,7 @@ from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import output_points
+from qtrain.simulate.sites import QuantModule
 from qtrain.simulate.spec import QuantSpec
 
 GATE = {"on_failure": "error", "samples": 32, "max_steps": 1.0, "max_range_ratio": 1.25}
@@ -193,12 +194,12 @@ def test_planted_noise_is_measured_in_decibels():
     class Known(nn.Module):
         def __init__(self, factor):
             super().__init__()
-            self.layer = nn.Linear(4, 4, bias=False)
-            self.layer.weight = nn.Parameter(torch.eye(4) * factor)
+            linear = nn.Linear(4, 4, bias=False)
+            linear.weight = nn.Parameter(torch.eye(4) * factor)
             spec = QuantSpec(observer=MinMaxObserver, symmetric=False, granularity="per_tensor")
             observer = make_observer(spec, signed=False)
             observer(torch.tensor([-1.0, 1.0]))
-            self.layer.activation_post_process = FakeQuantize(observer, observing=False, quantizing=False)
+            self.layer = QuantModule(linear, output_q=FakeQuantize(observer, observing=False, quantizing=False))
 
         def forward(self, x):
             return self.layer(x)
@@ -240,7 +241,7 @@ def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, mak
     clean = divergence(fake, quantized, names, (images,))
     shift = 3 * quantized.linear2.scale
     with torch.no_grad():
-        fake.linear2[0].bias.add_(shift)  # behind it comes a ReLU, which hides some of it
+        fake.linear2.bias.add_(shift)  # behind it comes a ReLU, which hides some of it
     planted = divergence(fake, quantized, names, (images,))
     assert planted["linear2"] > clean["linear2"] + 1
     for name in ("quant", "linear1", "linear3"):  # errors of earlier layers do not add up
@@ -367,7 +368,7 @@ def test_a_float_functional_where_infinity_arises_is_named(make_ptq):
     quantizer = make_ptq()
     prepared = quantizer.prepare(Residual().eval())
     huge = torch.full((2, 4), -3e38)
-    prepared.linear.weight.data.copy_(torch.eye(4))
+    prepared.model.linear.weight.data.copy_(torch.eye(4))
     with pytest.raises(TruthError, match="layer sum: its output is not finite in calibration, batch 0"):
         with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(huge,)])
