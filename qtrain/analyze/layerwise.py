@@ -6,7 +6,11 @@ import torch
 from torch import Tensor, nn
 
 # Modules that are never called themselves, but by their methods: what these call in the end.
-CALLED_INSTEAD = {"QuantFunctional": "output_q", "QFunctional": "activation_post_process"}
+CALLED_INSTEAD = {
+    "FloatFunctional": "activation_post_process",
+    "QuantFunctional": "output_q",
+    "QFunctional": "activation_post_process",
+}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qtrain.analyze.layerwise import divergence, layer_outputs, present, relative_error, run
+from qtrain.analyze.layerwise import CALLED_INSTEAD, divergence, layer_outputs, present, relative_error, run
 from qtrain.backend import integers
 from qtrain.common.validate import MANY, choice, number, refuse, whole
 from qtrain.functional.error import sqnr_db
@@ -80,7 +80,7 @@ class TruthGate:
         error = relative_error(exact, fused)
         if error <= SAME_FUNCTION:
             return []
-        names = [n for n, m in model.named_modules() if n and not any(True for _ in m.children())]
+        names = [n for n, m in model.named_modules() if _is_layer(n, m)]
         before, after = (layer_outputs(m, present(m, names), inputs) for m in (model, reference))
         first = _first_difference(before, after, reference)
         at = "" if first is None else f", from layer {first} on"
@@ -221,6 +221,13 @@ def require_finite_weights(model: nn.Module) -> None:
             layer, kind = integers.users_name(model, name), name.rpartition(".")[2]
             layer = layer if layer == name else f"{layer}.{kind}"
             raise TruthError(f"layer {layer}: {bad} of {value.numel()} weights are NaN or infinite")
+
+
+def _is_layer(name: str, module: nn.Module) -> bool:
+    if type(module).__name__ in CALLED_INSTEAD:
+        return True
+    is_inner = name.endswith(".activation_post_process")
+    return bool(name) and not is_inner and not any(True for _ in module.children())
 
 
 def _first_difference(before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module) -> str | None:

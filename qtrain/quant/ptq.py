@@ -76,7 +76,10 @@ class PTQ(Quantizer):
 
     def _simulate(self, model: nn.Module, *, is_qat: bool, conv_bn: str = "folded") -> Simulation:
         """Returns the simulation of a copy of `model`."""
-        own = settings_of(model, self.layers, other_specs=True)
+        others: dict[str, Make] = {}
+        if any(callable(setting) for setting in self.layers.values()):
+            own = settings_of(model, self.layers, other_specs=True)
+            others = {name: make for name, make in own.items() if callable(make)}
         model = torch_ao.ready(model, is_qat=is_qat)
         chosen = torch_ao.match_layers(
             model, {p: s if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
@@ -85,7 +88,6 @@ class PTQ(Quantizer):
         specs = {name: spec for name, spec in chosen.items() if spec is not None}
         plan = make_plan(groups, self.weight, self.activation, specs)
         torch_ao.refuse_silent_errors(model, plan, groups, torch_ao.ENGINES[self.engine])
-        others = {name: make for name, make in own.items() if callable(make)}
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
         simulation.others = {place(simulation.model, name): make for name, make in others.items()}
         if not is_qat:

@@ -129,6 +129,7 @@ def make_plan(
             weight=spec if group.is_weighted else None,
             output=fixed or activation,
             weight_of=tied if tied != name else None,
+            backend="float" if group.is_float else None,
         )
     return plan
 

@@ -34,12 +34,14 @@ class LayerPlan:
         weight: the format of its weight; None: float, or it has none.
         output: the format of its output; None: float.
         weight_of: of a tied weight the parameter's first name, such as "wte.weight".
+        backend: another than that of the run; "float": it runs in float between quantized neighbours.
     """
 
     kind: str
     weight: QuantSpec | None = None
     output: QuantSpec | FixedSpec | None = None
     weight_of: str | None = None
+    backend: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """Returns the plan of this layer as a report shows it."""
@@ -48,6 +50,7 @@ class LayerPlan:
             "weight": self.weight and self.weight.describe(),
             "output": self.output and self.output.describe(),
             "weight_of": self.weight_of,
+            "backend": self.backend,
         }
 
 

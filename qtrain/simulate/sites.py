@@ -170,8 +170,8 @@ class QuantWeighted(Site):
         output_q: FakeQuantize | None,
     ) -> None:
         super().__init__(weight_q=weight_q, output_q=output_q)
-        self.weight = layer._parameters.pop("weight")
-        self.register_parameter("bias", layer._parameters.pop("bias"))
+        self.register_parameter("weight", _taken(layer, "weight"))
+        self.register_parameter("bias", _taken(layer, "bias"))
         self.layer = layer  # without parameters: it says what is done with them
         self.register_module("bn", bn)
         self.relu = relu
@@ -222,6 +222,14 @@ class QuantWeighted(Site):
         if self.frozen and bn is not None:
             bn.eval()
         return self
+
+
+def _taken(layer: nn.Module, name: str) -> nn.Parameter | None:
+    """Returns a parameter of `layer`, which loses it; a parametrization may have left a plain tensor."""
+    value = getattr(layer, name)
+    delattr(layer, name)
+    is_parameter = value is None or isinstance(value, nn.Parameter)
+    return value if is_parameter else nn.Parameter(value.detach())
 
 
 TRANSPOSED: dict[int, Any] = {

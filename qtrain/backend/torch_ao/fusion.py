@@ -1,15 +1,17 @@
 """Fusing runs of layers (Conv-BN-ReLU ...), by the model's own `fuse_model`."""
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.ao.nn.intrinsic as nni
 import torch.ao.quantization as tq
 from torch import nn
 from torch.ao.quantization.fuser_method_mappings import get_fuser_method
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+
+from qtrain.simulate.sites import QuantModule, QuantWeighted
 
 ADVICE = "In fuse_model(self, is_qat) call qtrain.fuse(self, [[...]], is_qat=is_qat)"
 
@@ -83,14 +85,16 @@ def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
 
 
 def unfused_pairs(model: nn.Module) -> list[str]:
-    """Returns "conv + bn" for each convolution that a batch-norm is registered right behind."""
+    """Returns "conv + bn" for each convolution of a simulation that a batch-norm is registered right behind."""
     pairs = []
     for prefix, parent in model.named_modules():
-        if isinstance(parent, nni._FusedModule):
-            continue
-        children = list(parent.named_children())
-        for (name, layer), (after, norm) in zip(children, children[1:], strict=False):
+        children = [(name, _float_layer(child)) for name, child in parent.named_children()]
+        for (name, layer), (after, norm) in pairwise(children):
             if isinstance(layer, _ConvNd) and isinstance(norm, _BatchNorm) and layer.out_channels == norm.num_features:
                 dot = f"{prefix}." if prefix else ""
                 pairs.append(f"{dot}{name} + {dot}{after}")
     return pairs
+
+
+def _float_layer(layer: nn.Module) -> nn.Module:
+    return layer.layer if isinstance(layer, QuantWeighted | QuantModule) else layer

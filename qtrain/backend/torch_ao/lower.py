@@ -59,11 +59,13 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
         engine: the name of the engine whose kernels are to run.
     """
     model = copy_model(simulation.model).cpu().eval()
+    plan = simulation.plan
     sites = [(n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)]
     with use_engine(engine):
         for name, site in sites:
             try:
-                model.set_submodule(name, _lowered(site))
+                is_float = name in plan and plan[name].backend == "float"
+                model.set_submodule(name, _lowered(site, is_float))
             except Exception as err:  # torch names neither the layer nor, often, the reason
                 reason = (str(err) or type(err).__name__).splitlines()[0]
                 raise ValueError(
@@ -73,7 +75,7 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
         return bind_engine(model, engine)
 
 
-def _lowered(site: nn.Module) -> nn.Module:
+def _lowered(site: nn.Module, is_float: bool) -> nn.Module:
     if isinstance(site, QuantOutput):
         return nnq.DeQuantize()
     if isinstance(site, QuantInput):
@@ -84,7 +86,7 @@ def _lowered(site: nn.Module) -> nn.Module:
         return _weighted(site)
     assert isinstance(site, QuantModule), site
     kernel = KERNELS.get(type(site.layer))
-    if kernel is None:
+    if kernel is None or is_float:
         return FloatIsland(site.layer, *_output(site))
     return kernel(site.layer, *_output(site))
 

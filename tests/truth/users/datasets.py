@@ -63,4 +63,4 @@ def fresh_batches(**options):
 def huge_calibration(**options):
     data = mnist_sample(**options)
     first, second = islice(data.calib, 2)
-    return replace(data, calib=Kept([first, (second[0] * 1e38, second[1])]))
+    return replace(data, calib=Kept([first, (second[0] * -1e38, second[1])]))
