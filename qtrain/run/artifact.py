@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from qtrain.common.plain import plain
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
 from qtrain.run.checkpoint import load_weights
+from qtrain.run.old_states import up_to_date_state
 from qtrain.run.report import FILE_NAME, load_report, verify
+from qtrain.simulate.simulation import sites
 
 
 def load_float(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
@@ -59,7 +62,9 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
         prepared = quantizer.prepare(model)
         fake = quantizer.fake(prepared) if quantizer.simulated else None
         quantized: nn.Module = quantizer.convert(prepared) if fake is None else fake
-    _fill(quantized, run_dir, report, "quantized.pt")
+    is_simulation = bool(sites(quantized))
+    rename = partial(up_to_date_state, model=quantized) if is_simulation else None
+    _fill(quantized, run_dir, report, "quantized.pt", rename)
     return quantized
 
 
@@ -89,6 +94,8 @@ def _rebuilding(run_dir: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{run_dir}: the {what} of its {FILE_NAME} cannot be made here ({reason})") from err
 
 
-def _fill(model: nn.Module, run_dir: Path, report: dict[str, Any], name: str) -> None:
-    load_weights(model, run_dir / name)  # first, for it knows better what is wrong with a file that is cut or no model
+def _fill(model: nn.Module, run_dir: Path, report: dict[str, Any], name: str, rename: Any = None) -> None:
+    load_weights(
+        model, run_dir / name, rename
+    )  # first, for it knows better what is wrong with a file that is cut or no model
     verify(run_dir, report, name)

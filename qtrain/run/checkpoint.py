@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,11 @@ def kept_engine() -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, rename: Callable[[Any], Any] | None = None) -> None:
     """Loads a state dict into `model`, in place.
+
+    Args:
+        rename: applied to the state dict before.
 
     Raises:
         ValueError: there is no such file, it is damaged, or it belongs to another model.
@@ -52,7 +55,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict")
     try:
         with kept_engine():
-            model.load_state_dict(state)
+            model.load_state_dict(state if rename is None else rename(state))
     except Exception as err:  # torch takes the keys' being strings for granted
         raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?") from err
 

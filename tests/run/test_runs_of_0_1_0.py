@@ -1,4 +1,7 @@
-"""Runs that version 0.1.0 made, of a convnet by QAT and of a GPT-2 by PTQ, still serve every command."""
+"""Runs that version 0.1.0 made still serve every command.
+
+A convnet by QAT, a GPT-2 by PTQ, and simulations of 4 bits.
+"""
 
 import shutil
 from pathlib import Path
@@ -20,7 +23,7 @@ def runs(tmp_path):
     return Path(shutil.copytree(RUNS, tmp_path / "runs"))
 
 
-@pytest.mark.parametrize("name", ["qat", "gpt2"])
+@pytest.mark.parametrize("name", ["qat", "gpt2", "sim_ptq", "sim_qat"])
 @pytest.mark.parametrize("kind, load", [("float", artifact.load_float), ("quantized", qtrain.load)])
 def test_models_score_each_example_as_they_did(runs, name, kind, load):
     run = runs / name
@@ -39,7 +42,7 @@ def test_bench_compare_and_generate_take_them(runs, capsys):
     compare.main([str(runs)])
     generate.main([str(runs / "gpt2"), "--prompt", "To be", "--max-new-tokens", "3"])
     text = capsys.readouterr().out
-    assert "convnet on mnist_sample: 1 run" in text and "gpt2_nano on shakespeare: 1 run" in text
+    assert "convnet on mnist_sample: 3 runs" in text and "gpt2_nano on shakespeare: 1 run" in text
     assert "To be" in text
 
 
