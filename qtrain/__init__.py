@@ -1,32 +1,49 @@
-"""qtrain: eager-mode quantization experiments in PyTorch, from float to PTQ and QAT to real int8."""
+"""qtrain: eager-mode quantization in PyTorch, from float to PTQ and QAT to real int8.
 
-from collections.abc import Sequence
+result = qtrain.quantize(model, batches)     # an int8 model, and what it is worth
+simulation = qtrain.prepare(model)           # for a training loop of one's own
+model = qtrain.convert(simulation)
+report = qtrain.run("quant=ptq")             # what the command qtrain does
+model = qtrain.load("outputs/runs/...")
+"""
+
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from qtrain.api.quantize import Quantized, quantize
+    from qtrain.api.runs import compare, load, load_float, run, sample_inputs
+    from qtrain.api.training import convert, prepare
     from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub, fuse
 
-__all__ = ["DeQuantStub", "FloatFunctional", "QuantStub", "fuse", "load"]
+__all__ = [
+    "DeQuantStub",
+    "FloatFunctional",
+    "QuantStub",
+    "Quantized",
+    "compare",
+    "convert",
+    "fuse",
+    "load",
+    "load_float",
+    "prepare",
+    "quantize",
+    "run",
+    "sample_inputs",
+]
 __version__ = version("qtrain")
-
-
-def load(run_dir: str | Path, trust: Sequence[str] = ()) -> "nn.Module":
-    """Returns the converted model of a finished run, on the CPU, in eval mode.
-
-    See `qtrain.run.artifact.load`.
-    """
-    from qtrain.run.artifact import load
-
-    return load(Path(run_dir), trust)
+_HOMES = {
+    "qtrain.api.quantize": ("Quantized", "quantize"),
+    "qtrain.api.runs": ("compare", "load", "load_float", "run", "sample_inputs"),
+    "qtrain.api.training": ("convert", "prepare"),
+    "qtrain.backend.torch_ao": ("DeQuantStub", "FloatFunctional", "QuantStub", "fuse"),
+}
 
 
 def __getattr__(name: str) -> Any:
     # Only what is used is imported: torch takes seconds, and qtrain-compare does without it.
-    if name in __all__:
-        return getattr(import_module("qtrain.backend.torch_ao"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

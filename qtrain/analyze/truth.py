@@ -45,10 +45,10 @@ class TruthGate:
         ValueError: names the parameter, its value and what is allowed.
     """
 
-    on_failure: str
-    samples: int
-    max_steps: float
-    max_range_ratio: float
+    on_failure: str = "error"
+    samples: int = 256
+    max_steps: float = 4.0
+    max_range_ratio: float = 1.25
     max_loss_gap: float = 0.02
 
     def __post_init__(self) -> None:

@@ -11,8 +11,9 @@ from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
+from qtrain.quant.ptq import WEIGHT
 from qtrain.simulate.simulation import Simulation
-from qtrain.simulate.spec import QuantSpec
+from qtrain.simulate.spec import AUTO, QuantSpec
 
 
 class Dynamic(Quantizer):
@@ -31,10 +32,16 @@ class Dynamic(Quantizer):
     engine: str
     weight: QuantSpec
 
-    def __init__(self, *, engine: str, weight: QuantSpec, layers: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        engine: str = AUTO,
+        weight: QuantSpec = WEIGHT,
+        layers: dict[str, Any] | None = None,
+    ) -> None:
         self.engine = torch_ao.find_engine(engine).name
         self.weight = self._settle(weight)
-        self.layers = read_settings(layers, self._setting)
+        self.layers = read_settings(layers if layers is not None else {}, self._setting)
 
     def _settle(self, weight: QuantSpec) -> QuantSpec:
         return torch_ao.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]

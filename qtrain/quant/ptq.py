@@ -5,6 +5,7 @@ arXiv:1712.05877, section 2; R. Krishnamoorthi, arXiv:1806.08342, section 3.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from qtrain.backend import torch_ao
 from qtrain.common.validate import choice, refuse
 from qtrain.observer.base import make_observer
 from qtrain.observer.fixed import FixedObserver
+from qtrain.observer.histogram import HistogramObserver
+from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
 from qtrain.simulate.build import build, find_groups, make_plan
@@ -21,7 +24,10 @@ from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
 from qtrain.simulate.plan import FixedSpec
 from qtrain.simulate.simulation import Batches, Simulation, output_points, sites
 from qtrain.simulate.sites import QuantModule, QuantWeighted
-from qtrain.simulate.spec import QuantSpec
+from qtrain.simulate.spec import AUTO, QuantSpec
+
+WEIGHT = QuantSpec(observer=MinMaxObserver)
+ACTIVATION = QuantSpec(observer=partial(HistogramObserver, bins=2048))
 
 
 class PTQ(Quantizer):
@@ -49,11 +55,11 @@ class PTQ(Quantizer):
     def __init__(
         self,
         *,
-        engine: str,
-        weight: QuantSpec,
-        activation: QuantSpec,
-        fake_quantize: str,
-        layers: dict[str, Any],
+        engine: str = AUTO,
+        weight: QuantSpec = WEIGHT,
+        activation: QuantSpec = ACTIVATION,
+        fake_quantize: str = "qtrain",
+        layers: dict[str, Any] | None = None,
     ) -> None:
         refuse(choice("fake_quantize", fake_quantize, KERNELS))
         self.engine = torch_ao.find_engine(engine).name
@@ -65,7 +71,7 @@ class PTQ(Quantizer):
                 pattern, setting, lambda fields: self._settle(replace(weight, **fields), activation)[0]
             )
 
-        self.layers = read_settings(layers, setting_of)
+        self.layers = read_settings(layers if layers is not None else {}, setting_of)
         self.simulated = self.activation.bits < 8
 
     def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
@@ -89,6 +95,7 @@ class PTQ(Quantizer):
         plan = make_plan(groups, self.weight, self.activation, specs)
         torch_ao.refuse_silent_errors(model, plan, groups, torch_ao.ENGINES[self.engine])
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
+        simulation.engine = self.engine
         simulation.others = {place(simulation.model, name): make for name, make in others.items()}
         if not is_qat:
             observe_weights(simulation.model)
@@ -125,7 +132,13 @@ class PTQ(Quantizer):
         return copied.model
 
     def convert(self, simulation: Simulation) -> nn.Module:
-        return torch_ao.lower(put_others(torch_ao.copy_model(simulation)), self.engine)
+        return lowered(simulation)
+
+
+def lowered(simulation: Simulation) -> nn.Module:
+    """Returns the int8 model of a simulation, on the CPU, in eval mode; the simulation is left alone."""
+    assert simulation.engine is not None
+    return torch_ao.lower(put_others(torch_ao.copy_model(simulation)), simulation.engine)
 
 
 def observe_weights(model: nn.Module) -> None:

@@ -4,15 +4,19 @@ B. Jacob et al., arXiv:1712.05877, section 3; R. Krishnamoorthi, arXiv:1806.0834
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from qtrain.common.validate import MANY, boolean, choice, refuse, whole
+from qtrain.observer.moving_average import MovingAverageObserver
 from qtrain.quant.ptq import PTQ
 from qtrain.simulate.batch_norm import TRAINING
 from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.spec import AUTO, QuantSpec
+
+ACTIVATION = QuantSpec(observer=partial(MovingAverageObserver, averaging_constant=0.1))
 
 
 class QAT(PTQ):
@@ -42,15 +46,16 @@ class QAT(PTQ):
     def __init__(
         self,
         *,
-        epochs: int,
-        optimizer: Any,
-        scheduler: Any,
-        from_scratch: bool,
-        start_epoch: int | None,
-        freeze_observers_epoch: int | None,
-        freeze_batch_norm_epoch: int | None,
-        conv_bn: str,
-        convert_every: int,
+        epochs: int = 2,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        from_scratch: bool = False,
+        start_epoch: int | None = 0,
+        freeze_observers_epoch: int | None = None,
+        freeze_batch_norm_epoch: int | None = None,
+        conv_bn: str = "folded",
+        convert_every: int = 1,
+        activation: QuantSpec = ACTIVATION,
         **ptq: Any,
     ) -> None:
         problems = (
@@ -66,7 +71,7 @@ class QAT(PTQ):
             + whole("convert_every", convert_every, 0, last + 1)
         )
         try:
-            super().__init__(**ptq)
+            super().__init__(activation=activation, **ptq)
         except ValueError as err:
             problems.append(str(err))
         else:

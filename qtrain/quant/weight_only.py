@@ -16,6 +16,8 @@ from qtrain.simulate.spec import QuantSpec
 EMBEDDINGS = ("float", "fp16", "int8", "int4")
 HEADS = ("shared", "separate", "float")
 
+WEIGHT = QuantSpec()
+
 
 class WeightOnly(Quantizer):
     """Stores the weights of Linear and, if asked, Embedding layers in fewer bits.
@@ -34,7 +36,14 @@ class WeightOnly(Quantizer):
 
     weight: QuantSpec
 
-    def __init__(self, *, weight: QuantSpec, embedding: str, head: str, layers: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *,
+        weight: QuantSpec = WEIGHT,
+        embedding: str = "float",
+        head: str = "shared",
+        layers: dict[str, Any] | None = None,
+    ) -> None:
         problems = choice("embedding", embedding, EMBEDDINGS) + choice("head", head, HEADS)
         try:
             self.weight = settle(weight)
@@ -42,7 +51,10 @@ class WeightOnly(Quantizer):
             problems += [f"weight.{line}" for line in str(err).splitlines()]
         else:
             try:
-                self.layers = read_settings(layers, lambda pattern, value: layer_format(pattern, value, weight))
+                self.layers = read_settings(
+                    layers if layers is not None else {},
+                    lambda pattern, value: layer_format(pattern, value, weight),
+                )
             except ValueError as err:
                 problems.append(str(err))
         refuse(problems)

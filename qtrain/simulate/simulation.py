@@ -25,6 +25,9 @@ class Simulation(nn.Module):
         plan: {name of a site in `model`: what it becomes}.
         others: {name of a float Linear layer in `model`: what makes the layer that takes its place
             in the end}.
+
+    Attributes:
+        engine: the engine that the plan was settled for, or None.
     """
 
     def __init__(
@@ -37,6 +40,15 @@ class Simulation(nn.Module):
         self.model = model
         self.plan = plan or {}
         self.others = others or {}
+        self.engine: str | None = None
+        self._observes = False
+
+    def train(self, mode: bool = True) -> "Simulation":
+        """Sets the mode; in eval mode no range of an output moves, for validation data must not move it."""
+        super().train(mode)
+        for point in output_points(self.model).values():
+            point.observing = self._observes and mode
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -55,6 +67,7 @@ class Simulation(nn.Module):
                     point.quantizing = quantizing and only in (None, name)
         for point in output_points(self.model).values():
             point.observing = observing
+        self._observes = observing
 
     @contextmanager
     def mode(self, **how: Any) -> Iterator[nn.Module]:
@@ -62,9 +75,11 @@ class Simulation(nn.Module):
         points = [*weight_points(self.model).values(), *output_points(self.model).values()]
         before = [(point, point.observing, point.quantizing) for point in points]
         self.set_mode(**how)
+        observes = self._observes
         try:
             yield self.model
         finally:
+            self._observes = observes
             for point, observing, quantizing in before:
                 point.observing = observing
                 point.quantizing = quantizing

@@ -1,0 +1,60 @@
+"""Runs from Python: start one, bring its models back, compare many."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qtrain.config.build import compose
+from qtrain.leaderboard.export import as_records
+from qtrain.leaderboard.rows import section_of_runs, split
+from qtrain.leaderboard.runs import find
+from qtrain.run import artifact, pipeline
+from qtrain.run.report import Report
+
+
+def run(*overrides: str, run_dir: str | Path | None = None) -> Report:
+    """Carries out what `qtrain *overrides` would, and returns its report.
+
+    Args:
+        overrides: as on the command line: "quant=ptq", "model=mlp", ...
+        run_dir: an empty or new folder; by default one below outputs/runs.
+
+    Raises:
+        ValueError: the config, the model or a number is wrong; says which and what to do.
+    """
+    if run_dir is None:
+        run_dir = Path("outputs/runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return pipeline.execute(compose(*overrides), folder, list(overrides))
+
+
+def load(run_dir: str | Path, trust: Sequence[str] = ()) -> nn.Module:
+    """Returns the converted model of a finished run, on the CPU, in eval mode.
+
+    See `qtrain.run.artifact.load`.
+    """
+    return artifact.load(Path(run_dir), trust)
+
+
+def load_float(run_dir: str | Path, trust: Sequence[str] = ()) -> nn.Module:
+    """Returns the float model of a finished run, on the CPU, in eval mode; see `load`."""
+    return artifact.load_float(Path(run_dir), trust)
+
+
+def sample_inputs(run_dir: str | Path, trust: Sequence[str] = ()) -> tuple[Tensor, ...]:
+    """Returns forward's arguments for the first test batch of a finished run, on the CPU."""
+    return artifact.sample_inputs(Path(run_dir), trust)
+
+
+def compare(*folders: str | Path) -> list[dict[str, Any]]:
+    """Returns a record for each finished run at or under the folders, such as pandas.DataFrame takes.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    found = find([Path(folder) for folder in folders])
+    return as_records([section_of_runs(*members, None) for members in split(found.runs)])

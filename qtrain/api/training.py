@@ -1,0 +1,50 @@
+"""Quantization-aware training in a loop of one's own: `prepare`, train, `convert`."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from qtrain.api.quantize import moved
+from qtrain.common.validate import refuse, whole
+from qtrain.quant.ptq import WEIGHT, lowered
+from qtrain.quant.qat import QAT
+from qtrain.simulate.simulation import Simulation
+from qtrain.simulate.spec import AUTO
+
+
+def prepare(
+    model: nn.Module,
+    batches: Iterable[Any] = (),
+    *,
+    engine: str = AUTO,
+    weight_bits: int = 8,
+    conv_bn: str = "folded",
+    layers: dict[str, Any] | None = None,
+) -> Simulation:
+    """Returns a simulation of `model` to be trained like any module, on the model's device; `model` stays as it is.
+
+    Args:
+        model: a float model with QuantStub, DeQuantStub, and a `fuse_model(is_qat)` where it can fuse.
+        batches: to calibrate on before training begins, as for `quantize`.
+        engine, weight_bits, layers: as for `quantize`.
+        conv_bn: how convolutions with batch-norm train: "folded" or "exact".
+
+    Raises:
+        ValueError: names the argument, its value and what is allowed; or the layer that cannot be quantized.
+    """
+    refuse(whole("weight_bits", weight_bits, 2, 8))
+    weight = replace(WEIGHT, bits=weight_bits)
+    quantizer = QAT(engine=engine, weight=weight, conv_bn=conv_bn, layers=layers)
+    simulation = quantizer.prepare(model)
+    device = next(model.parameters()).device
+    quantizer.calibrate(simulation, moved(batches, model, device))
+    simulation.train()
+    quantizer.on_epoch(simulation, 0)
+    return simulation
+
+
+def convert(simulation: Simulation) -> nn.Module:
+    """Returns the int8 model of a trained simulation, on the CPU, in eval mode; the simulation can train on."""
+    return lowered(simulation)
