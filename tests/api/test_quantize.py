@@ -102,7 +102,7 @@ def test_bits_are_those_asked_for(net, method, bits):
 def test_a_training_loop_of_ones_own(net):
     """Learns by heart what the float model cannot know, and int8 keeps it."""
     targets = torch.arange(16) % 5
-    simulation = qtrain.prepare(net, [X])
+    simulation = qtrain.prepare(net, [X], engine="qnnpack")
     optimizer = torch.optim.Adam(simulation.parameters(), lr=0.01)
     for _ in range(60):
         optimizer.zero_grad()
