@@ -42,7 +42,7 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
             for run in found.failures
         ],
         "unreadable": found.unreadable,
-        "aliases": keys.ALIASES,
+        "aliases": keys.ALIASES | {section.quality.name: "quantized" for section in sections},
     }
     names = ("page.html", "page.css", "page_plots.js", "page.js")
     template, css, plots, js = (files("qtrain.leaderboard").joinpath(name).read_text("utf-8") for name in names)

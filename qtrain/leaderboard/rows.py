@@ -9,8 +9,9 @@ from typing import Any
 
 from qtrain.common.plain import plain
 from qtrain.leaderboard import keys, pairs, pareto
-from qtrain.leaderboard.runs import Quality, Run
+from qtrain.leaderboard.runs import Run
 from qtrain.leaderboard.statistics import mean_and_sd, over_seeds
+from qtrain.run.quality import KNOWN, Quality
 
 # What decides which test examples a text data set has, beside its name and its content.
 DATA_KEYS = ("data.path", "data.tokenizer", "data.context", "data.stride", "data.test_fraction")
@@ -60,7 +61,7 @@ class Section:
 
     @property
     def title(self) -> str:
-        return f"{self.model} on {self.data}"
+        return f"{self.model} on {self.data}" + ("" if self.quality in KNOWN.values() else f" by {self.quality.name}")
 
 
 def split(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
@@ -68,7 +69,7 @@ def split(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     found: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
         data = tuple(run.settings.get(key) for key in DATA_KEYS) + (str(run.report["data_fingerprint"]),)
-        found[run.facts["model"], run.facts["data"], run.quality.name, data].append(run)
+        found[run.facts["model"], run.facts["data"], run.quality, data].append(run)
     sections = []
     for (model, name, _, data), members in found.items():
         namesakes = [key[3] for key in found if key[1] == name]
@@ -239,7 +240,7 @@ def sort(section: Section, key: str | None) -> None:
 
     Without a key: the float model, then by quality.
     """
-    name = keys.ALIASES.get(key, key) if key is not None else "quantized"
+    name = keys.fact(key, section.quality) if key is not None else "quantized"
     descending = name in keys.QUALITY_KEYS and section.quality.higher_is_better
 
     def place(row: Row) -> tuple[Any, ...]:

@@ -11,25 +11,8 @@ from typing import Any
 from qtrain.common.files import read_text
 from qtrain.common.plain import plain, plain_lines
 from qtrain.config.old_names import up_to_date
+from qtrain.run.quality import LOG, Quality, of_report
 from qtrain.run.report import FILE_NAME, QUIET, load_report
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The metric that runs are compared by: how it is shown, and which way is up."""
-
-    name: str
-    higher_is_better: bool
-    scale: float  # from the report's number to the shown one
-    unit: str
-    step: str  # the unit of a difference
-
-    def gain(self, value: float) -> float:
-        """Returns a number that is larger where `value` is better."""
-        return value if self.higher_is_better else -value
-
-
-QUALITIES = (Quality("accuracy", True, 100.0, "%", "points"), Quality("perplexity", False, 1.0, "", "perplexity"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +20,7 @@ class Run:
     """One finished run.
 
     Attributes:
+        examples: how their scores make up the quality, as `qtrain.run.quality` names it; None: not known.
         facts: what tables show, by the names that filters, sorting and grouping use.
         settings: the config, flattened to {"optimizer.lr": 0.001}, and the options of groups: {"trainer": "smoke"}.
         overrides: the keys that its command line set.
@@ -45,6 +29,7 @@ class Run:
 
     folder: Path
     quality: Quality
+    examples: str | None
     facts: dict[str, Any]
     settings: dict[str, Any]
     overrides: list[str]
@@ -162,17 +147,14 @@ def _identity(report: dict[str, Any]) -> dict[str, Any]:
 
 def _run(folder: Path, report: dict[str, Any]) -> Run:
     metrics, difference = report["metrics"], report["difference"]
-    quality = next((quality for quality in QUALITIES if quality.name == report["quality"]), None)
-    if quality is None:
-        raise ValueError(f"quality is {report['quality']!r}; known are {', '.join(q.name for q in QUALITIES)}")
-
+    quality, examples = of_report(report)
     identity = _identity(report)
     exact, quantized = (quality.scale * _number(metrics[kind][quality.name]) for kind in ("float", "quantized"))
     fake = None if metrics["fake"] is None else quality.scale * _number(metrics["fake"][quality.name])
     # The mean loss is the perplexity's logarithm: an error of the one is that much of the other, relatively.
-    scale = quality.scale if quality.higher_is_better else quantized
+    scale = quantized if examples == LOG else quality.scale
     is_float = identity["method"] == "none"
-    error = difference["standard_error"]  # of a single example there is none
+    error = difference["standard_error"] if examples else None  # of a single example there is none
     sizes, latency = report["size_bytes"], report["latency_ms"]
     size = sizes.get("float_file" if is_float else "quantized_file")
     batch = next(iter(latency.get("float") or {}), None)
@@ -203,7 +185,7 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
     slim["difference"] = {key: int(_number(difference[key])) for key in ("gained", "lost")}
     slim |= {"batch": batch, "sha256": report.get("sha256")}
     overrides = [text.lstrip("+~").partition("=")[0] for text in report["overrides"]]
-    return Run(folder, quality, facts, _settings(report), overrides, slim)
+    return Run(folder, quality, examples, facts, _settings(report), overrides, slim)
 
 
 def _number(value: Any) -> float:

@@ -8,6 +8,7 @@ from qtrain.common.plain import plain
 from qtrain.leaderboard.rows import LATENCY_TOLERANCE, Row, Section, is_disturbed
 from qtrain.leaderboard.runs import Failure
 from qtrain.leaderboard.statistics import ALPHA
+from qtrain.run.quality import KNOWN, RIGHT_OR_WRONG
 
 NONE = "-"
 UNSURE, FRONT, CONTENDED = "~", "*", "!"
@@ -26,7 +27,8 @@ class Column:
 def columns(section: Section) -> list[Column]:
     """Returns the columns that say something about this section's rows."""
     rows, unit = section.rows, section.quality.unit
-    digits = 2 if section.quality.higher_is_better else 3
+    qualities = [row.cells[kind] for row in rows for kind in ("float", "quantized")]
+    digits = section.quality.digits([value for value in qualities if value is not None])
     batch = next((row.runs[0].report["batch"] for row in rows if row.runs[0].report["batch"]), "1")
     space = " " if unit else ""
     labels = [_label(key) for key in section.labels]
@@ -136,7 +138,8 @@ def legend(sections: Sequence[Section]) -> list[str]:
         " or ".join(dict.fromkeys(found))
         for found in zip(*((s.quality.step, s.quality.name) for s in sections), strict=True)
     )
-    tests = {"exact McNemar test" if s.quality.higher_is_better else "paired bootstrap" for s in sections}
+    runs = [run for section in sections for row in section.rows for run in row.runs]
+    tests = {"exact McNemar test" if run.examples == RIGHT_OR_WRONG else "paired bootstrap" for run in runs}
     if grouped:
         tests.add("over several seeds a t-test with the errors of seeds and of examples added")
     texts = [column.text(row) for section in sections for column in columns(section) for row in section.rows]
@@ -144,11 +147,14 @@ def legend(sections: Sequence[Section]) -> list[str]:
         f"±: {'standard deviation over seeds' if grouped else 'standard error of the difference'}; "
         f"differences in {steps}, quantized minus float" + (" or baseline" if _has_baseline(sections) else "")
     ]
+    for quality in dict.fromkeys(section.quality for section in sections):
+        if quality not in KNOWN.values():
+            lines.append(f"{quality.name}: {'higher' if quality.higher_is_better else 'lower'} is better")
     if any(text.endswith(UNSURE) for text in texts):
         names_of_tests = "; ".join(sorted(tests))
         lines.append(f"{UNSURE}: no significant difference (p >= {ALPHA}, {names_of_tests}; row by row, uncorrected)")
     if any(text.endswith("?") for text in texts):
-        lines.append("?: significance not tested")
+        lines.append("?: significance not tested: no scores of examples whose mean is the quality can be compared")
     if any("(sim)" in text for text in texts):
         lines.append("(sim): simulated in float; there is no integer model, so neither size nor latency")
     if any("(float)" in text for text in texts):
