@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtrain.common.files import read_text
 from qtrain.common.plain import plain, plain_lines
 from qtrain.config.old_names import up_to_date
 from qtrain.run.quality import LOG, Quality, of_report
@@ -66,7 +65,7 @@ def find(folders: Sequence[Path]) -> Found:
     for folder in dict.fromkeys(path for root in folders for path in _run_folders(root)):
         if not (folder / FILE_NAME).is_file():
             error = "no report: killed, or stopped before it began"
-            found.failures.append(Failure(folder, error, _hydra_overrides(folder), {}, {}))
+            found.failures.append(Failure(folder, error, _overrides(folder), {}, {}))
             continue
         try:
             report = load_report(folder / FILE_NAME)
@@ -105,12 +104,14 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
-def _hydra_overrides(folder: Path) -> list[str]:
+def _overrides(folder: Path) -> list[str]:
+    """Returns what stood on the command line of a run that has no report, as far as its folder tells."""
+    from qtrain.config.reading import command_line  # most comparisons do without, and so without OmegaConf
+
     try:
-        lines = read_text(folder / ".hydra" / "overrides.yaml").splitlines()
-    except (OSError, ValueError):
+        return [plain(text) for text in command_line(folder)]
+    except ValueError:
         return []
-    return [plain(line[2:]) for line in lines if line.startswith("- ")]
 
 
 def _settings(report: dict[str, Any]) -> dict[str, Any]:
