@@ -32,6 +32,8 @@ AVERAGED = (
     "seconds",
 )
 RATIOS = (("size_ratio", "size_kb", "float_size_kb"), ("latency_ratio", "latency_ms", "float_latency_ms"))
+# Relative. Medians of 200 forwards of three small models, and of their float models, differed by 2 to 11 % between two
+# runs of qtrain-bench in a row, half of them by less than 6 %, beside programs that took 1.4 of 2 cores.
 LATENCY_TOLERANCE = 0.05
 
 

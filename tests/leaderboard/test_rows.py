@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -202,6 +203,17 @@ def test_the_fastest_is_on_the_front_by_however_little(runs):
     runs.write("best", lost=1, latency_ms=(0.4, 0.2))
     runs.write("neither", lost=5, latency_ms=(0.4, 0.1995))
     assert front(compare([runs.folder]).sections[0]) == {"fastest", "best"}
+
+
+def test_reports_that_state_their_quality_and_older_ones_share_a_table(runs):
+    runs.write("old")
+    path = runs.write("new", method="qat") / "report.json"
+    report = json.loads(path.read_text())
+    stated = {"higher_is_better": True, "unit": "%", "scale": 100.0, "examples": "right or wrong"}
+    path.write_text(json.dumps(report | {"scoring": stated}))
+    (section,) = compare([runs.folder], baseline=["method=ptq"]).sections
+    assert section.title == "convnet on mnist"
+    assert cells(section, "quantized", "baseline_difference_p") == {"old": (99.0, None), "new": (99.0, 1.0)}
 
 
 def test_sorts_by_any_key_qualities_best_first(runs):
