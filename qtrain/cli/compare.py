@@ -102,7 +102,7 @@ def compare(
 def check_sort(key: str, sections: Sequence[Section], found: Found) -> None:
     """Raises ValueError, which lists the known keys, unless the rows can be sorted by `key`."""
     cells = {cell for section in sections for row in section.rows for cell in row.cells}
-    if keys.ALIASES.get(key, key) in cells:
+    if any(keys.fact(key, section.quality) in cells for section in sections):
         return
     if any(section.grouped for section in sections):
         raise ValueError(f"--sort {key}: there is no such key; known in groups are {', '.join(sorted(cells))}")

@@ -8,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qtrain.common.files import read_text
+from qtrain.common.files import OVERRIDES, read_text
 from qtrain.common.plain import plain
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
@@ -52,6 +52,21 @@ def _damages(config: dict[str, Any]) -> Iterator[str]:
         spec = config["quant"].get(role)
         if isinstance(spec, dict) and isinstance(spec.get("observer"), str):
             yield f"quant.{role}.observer is a name, for which a run writes what it stands for"
+
+
+def command_line(run_dir: Path) -> list[str]:
+    """Returns the overrides that the run in `run_dir` was started with; [] where nothing tells.
+
+    Raises:
+        ValueError: the file that tells is damaged.
+    """
+    for path in (run_dir / OVERRIDES, run_dir / ".hydra" / "overrides.yaml"):  # the latter in 0.1.0
+        if path.is_file():
+            found = read_yaml(path)
+            if not isinstance(found, list):
+                raise ValueError(f"{path} is damaged (it holds no list); start the run again")
+            return [str(text) for text in found]
+    return []
 
 
 def read_yaml(path: Path) -> Any:

@@ -18,7 +18,8 @@ def as_records(sections: Sequence[Section]) -> list[dict[str, Any]]:
         for row in section.rows:
             where = {"model": section.model, "data": section.data, "quality": section.quality.name}
             folders = {"folders": [plain(str(run.folder)) for run in row.runs]} if section.grouped else {}
-            records.append(where | row.cells | folders)
+            shown = {"unit": section.quality.unit, "higher_is_better": section.quality.higher_is_better}
+            records.append(where | row.cells | folders | shown)
     return records
 
 

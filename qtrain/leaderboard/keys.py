@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qtrain.leaderboard.runs import Failure, Run
+from qtrain.run.quality import KNOWN, Quality
 
 ALIASES = {
-    "accuracy": "quantized",
-    "perplexity": "quantized",
     "int8": "quantized",
     "size": "size_kb",
     "latency": "latency_ms",
@@ -17,13 +16,20 @@ ALIASES = {
 QUALITY_KEYS = ("float", "fake", "quantized", "difference", "baseline_difference")
 
 
+def fact(key: str, quality: Quality | None) -> str:
+    """Returns the fact that `key` is another name of, such as a quality's own, or `key` itself."""
+    if key in KNOWN or (quality is not None and key == quality.name):
+        return "quantized"
+    return ALIASES.get(key, key)
+
+
 def lookup(run: Run | Failure, key: str) -> Any:
     """Returns the value of `key`, or None where this run has none.
 
     Raises:
         KeyError: this run does not know the key.
     """
-    key = ALIASES.get(key, key)
+    key = fact(key, run.quality if isinstance(run, Run) else None)
     if key in run.facts:
         return run.facts[key]
     if key in run.settings:
@@ -60,7 +66,8 @@ def check(key: str, runs: Sequence[Run | Failure], option: str) -> None:
             return
         except KeyError:
             pass
-    facts = sorted({name for run in runs for name in run.facts} | set(ALIASES))
+    qualities = {run.quality.name for run in runs if isinstance(run, Run)}
+    facts = sorted({name for run in runs for name in run.facts} | set(ALIASES) | qualities)
     settings = sorted({name for run in runs for name in run.settings if not name.endswith(("._target_", "._partial_"))})
     raise ValueError(
         f"{option} {key}: there is no such key; known are\n  {', '.join(facts)};\n"

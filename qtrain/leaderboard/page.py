@@ -42,7 +42,7 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
             for run in found.failures
         ],
         "unreadable": found.unreadable,
-        "aliases": keys.ALIASES,
+        "aliases": keys.ALIASES | {section.quality.name: "quantized" for section in sections},
     }
     names = ("page.html", "page.css", "page_plots.js", "page.js")
     template, css, plots, js = (files("qtrain.leaderboard").joinpath(name).read_text("utf-8") for name in names)
@@ -76,6 +76,7 @@ def _section(section: Section, folder: Path, num_points: int) -> dict[str, Any]:
                 # Axes of the plot, whether or not the table has such a column.
                 "at": {key: row.cells[key] for key in ("size_kb", "latency_ms", "seconds", "quantized", "difference")},
                 "front": row.cells["front"],
+                "disturbed": row.cells["contended"],
                 "name": plain(row.runs[0].folder.name),
                 "link": _link(row.runs[0].folder, folder),
                 "curves": _curves(row.runs[0].folder / "metrics.jsonl", num_points, names),

@@ -64,9 +64,10 @@ function showScatter() {
   const colours = palette(column);
   state.points = rows.map(row => ({ row, x: x(row.data.at[xKey]), y: y(row.data.at[yKey]) }));
 
-  // Up is better, and left is: the front rises from the left.
+  // Up is better, and left is: the front rises from the left. A disturbed latency takes no part in it.
+  const disturbed = xKey === "latency_ms" && rows.some(row => row.data.disturbed);
   let best = Infinity, path = "";
-  for (const point of [...state.points].sort((a, b) => a.x - b.x || a.y - b.y)) {
+  for (const point of disturbed ? [] : [...state.points].sort((a, b) => a.x - b.x || a.y - b.y)) {
     if (point.y >= best) continue;
     path += path ? `H${point.x}V${point.y}` : `M${point.x} ${point.y}`;
     best = point.y;
@@ -82,7 +83,7 @@ function showScatter() {
   const missing = state.visible.length - rows.length;
   const entries = [...colours].slice(0, COLOURS.length + 1).map(([kind, colour]) =>
     make("span", {}, swatch(colour), kind));
-  $("plot-legend").replaceChildren(...entries, make("span", {}, "- - front of these points"), ...(missing ? [make("span", {}, `${missing} without these figures not shown`)] : []));
+  $("plot-legend").replaceChildren(...entries, make("span", {}, disturbed ? "no front: a latency is marked !" : "- - front of these points"), ...(missing ? [make("span", {}, `${missing} without these figures not shown`)] : []));
 }
 
 function swatch(colour) {

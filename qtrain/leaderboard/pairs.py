@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qtrain.leaderboard.runs import Run
 from qtrain.leaderboard.statistics import mcnemar, paired_bootstrap
+from qtrain.run.quality import LOG, MEAN, RIGHT_OR_WRONG
 from qtrain.run.report import LARGEST, verify
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ AT_ONCE = 4_000_000  # scores held for the bootstrap
 
 @dataclass(frozen=True)
 class Difference:
-    """In the quality's shown unit; without the examples there is neither error nor p."""
+    """In the quality's shown unit; where no examples make it up there is neither error nor p."""
 
     value: float
     standard_error: float | None = None
@@ -29,16 +30,16 @@ class Difference:
 def to_float(runs: Sequence[Run]) -> tuple[list[Difference | None], list[str]]:
     """Returns each run's difference to its own float model (None for the float model itself), and warnings.
 
-    For right-or-wrong examples the report has all that the test needs; losses are read.
+    For right-or-wrong examples the report has all that the test needs; other scores are read.
     """
     found: list[Difference | None] = []
     for run in runs:
         value, counts, p = run.facts["difference"], run.report["difference"], None
-        if run.quality.higher_is_better and value is not None:
+        if run.examples == RIGHT_OR_WRONG and value is not None:
             p = mcnemar(counts["gained"], counts["lost"])
         found.append(None if value is None else Difference(value, run.facts["difference_se"], p))
-    tested = [i for i, run in enumerate(runs) if found[i] is not None and not run.quality.higher_is_better]
-    differences, warnings = _test_losses([(runs[i], "quantized", runs[i], "float") for i in tested])
+    tested = [i for i, run in enumerate(runs) if found[i] is not None and run.examples in (MEAN, LOG)]
+    differences, warnings = _test_means([(runs[i], "quantized", runs[i], "float") for i in tested])
     for i, difference in zip(tested, differences, strict=True):
         found[i] = difference
     return found, warnings
@@ -47,15 +48,16 @@ def to_float(runs: Sequence[Run]) -> tuple[list[Difference | None], list[str]]:
 def to_baselines(pairs: Sequence[tuple[Run, Run | None]]) -> tuple[list[Difference | None], list[str]]:
     """Returns each run's difference to its baseline (None where that is missing or itself), and warnings."""
     found: list[Difference | None] = [None] * len(pairs)
-    losses = []
+    means = []
     warnings = _unverified(run for pair in pairs if pair[1] is not None for run in pair)
     for i, (run, base) in enumerate(pairs):
         if base is None or base is run:
             continue
-        if not run.quality.higher_is_better:
-            losses.append(i)
-            continue
         found[i] = Difference(run.facts["quantized"] - base.facts["quantized"])
+        if run.examples in (MEAN, LOG):
+            means.append(i)
+        if run.examples != RIGHT_OR_WRONG:
+            continue
         try:
             gain = _gain(run, "quantized", base, "quantized")
         except ValueError as err:
@@ -64,15 +66,15 @@ def to_baselines(pairs: Sequence[tuple[Run, Run | None]]) -> tuple[list[Differen
         error = run.quality.scale * float(gain.std(ddof=1)) / len(gain) ** 0.5
         p = mcnemar(int((gain > 0).sum()), int((gain < 0).sum()))
         found[i] = Difference(run.quality.scale * float(gain.mean()), error, p)
-    quadruples = [(run, "quantized", base, "quantized") for run, base in (pairs[i] for i in losses) if base]
-    differences, more = _test_losses(quadruples)
-    for i, difference in zip(losses, differences, strict=True):
+    quadruples = [(run, "quantized", base, "quantized") for run, base in (pairs[i] for i in means) if base]
+    differences, more = _test_means(quadruples)
+    for i, difference in zip(means, differences, strict=True):
         found[i] = difference
     return found, warnings + more
 
 
-def _test_losses(pairs: Sequence[tuple[Run, str, Run, str]]) -> tuple[list[Difference], list[str]]:
-    """Returns the differences in perplexity, tested by the paired bootstrap on the losses of the examples."""
+def _test_means(pairs: Sequence[tuple[Run, str, Run, str]]) -> tuple[list[Difference], list[str]]:
+    """Returns the differences in quality, tested by the paired bootstrap on the scores of the examples."""
     if not pairs:
         return [], []
     import numpy as np
@@ -91,7 +93,8 @@ def _test_losses(pairs: Sequence[tuple[Run, str, Run, str]]) -> tuple[list[Diffe
         try:
             gain = _gain(run, kind, base, base_kind)
             # d exp(mean loss) = exp(mean loss) d(mean loss)
-            error = run.facts[kind] * float(gain.std(ddof=1)) / len(gain) ** 0.5
+            scale = run.facts[kind] if run.examples == LOG else run.quality.scale
+            error = scale * float(gain.std(ddof=1)) / len(gain) ** 0.5
             difference = Difference(difference.value, error)
             waiting[len(gain)].append((i, gain))
         except ValueError as err:

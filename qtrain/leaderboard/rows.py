@@ -1,5 +1,6 @@
 """Rows of a comparison: runs, or groups of runs, with their differences, in sections of like with like."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +9,9 @@ from typing import Any
 
 from qtrain.common.plain import plain
 from qtrain.leaderboard import keys, pairs, pareto
-from qtrain.leaderboard.runs import Quality, Run
+from qtrain.leaderboard.runs import Run
 from qtrain.leaderboard.statistics import mean_and_sd, over_seeds
+from qtrain.run.quality import KNOWN, Quality
 
 # What decides which test examples a text data set has, beside its name and its content.
 DATA_KEYS = ("data.path", "data.tokenizer", "data.context", "data.stride", "data.test_fraction")
@@ -22,13 +24,17 @@ AVERAGED = (
     "float",
     "fake",
     "quantized",
+    "float_size_kb",
     "size_kb",
-    "size_ratio",
+    "float_latency_ms",
     "latency_ms",
-    "latency_ratio",
     "tokens_per_s",
     "seconds",
 )
+RATIOS = (("size_ratio", "size_kb", "float_size_kb"), ("latency_ratio", "latency_ms", "float_latency_ms"))
+# Relative. Medians of 200 forwards of three small models, and of their float models, differed by 2 to 11 % between two
+# runs of qtrain-bench in a row, half of them by less than 6 %, beside programs that took 1.4 of 2 cores.
+LATENCY_TOLERANCE = 0.05
 
 
 @dataclass(eq=False)
@@ -57,7 +63,7 @@ class Section:
 
     @property
     def title(self) -> str:
-        return f"{self.model} on {self.data}"
+        return f"{self.model} on {self.data}" + ("" if self.quality in KNOWN.values() else f" by {self.quality.name}")
 
 
 def split(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
@@ -65,7 +71,7 @@ def split(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     found: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
         data = tuple(run.settings.get(key) for key in DATA_KEYS) + (str(run.report["data_fingerprint"]),)
-        found[run.facts["model"], run.facts["data"], run.quality.name, data].append(run)
+        found[run.facts["model"], run.facts["data"], run.quality, data].append(run)
     sections = []
     for (model, name, _, data), members in found.items():
         namesakes = [key[3] for key in found if key[1] == name]
@@ -166,6 +172,10 @@ def group(section: Section, names: Sequence[str]) -> Section:
             cells[fact] = any(row.cells[fact] for row in quantized)
         for key in AVERAGED:
             cells[key], cells[f"{key}_sd"] = _mean_and_sd(quantized, key)
+        for ratio, part, whole in RATIOS:  # of the means, which stand beside it
+            known = cells[part] is not None and cells[whole] is not None
+            is_float = quantized[0].cells["method"] == "none"
+            cells[ratio] = cells[part] / cells[whole] if known and not is_float else None
         for key in ("difference", "baseline_difference"):
             cells |= _mean_difference(quantized, key)
         rows.append(Row(cells, [row.runs[0] for row in quantized]))
@@ -203,13 +213,28 @@ def _mean_difference(rows: Sequence[Row], key: str) -> dict[str, float | None]:
 
 
 def mark_front(section: Section) -> None:
-    """Sets the cell "front" of each row, in place: on the Pareto front of quality, size and latency."""
-    points = []
+    """Sets the cell "front" of each row, in place: on the Pareto front of quality, size and latency.
+
+    Where other programs disturbed one latency of the table, it is the front of quality and size alone.
+
+    Quality and size are exact: the same examples are scored and the same bytes are counted, to the same bits each time.
+    """
+    points: list[pareto.Point | None] = []
     for row in section.rows:
-        cost, size, latency = (row.cells[key] for key in ("quantized", "size_kb", "latency_ms"))
-        points.append(None if None in (size, latency) else (-section.quality.gain(cost), size, latency))
-    for row, on_front in zip(section.rows, pareto.front(points), strict=True):
+        quality, size, latency = (row.cells[key] for key in ("quantized", "size_kb", "latency_ms"))
+        if size is None or latency is None:
+            points.append(None)
+        else:
+            point = -section.quality.gain(quality), size
+            points.append(point if is_disturbed(section) else (*point, math.log(latency)))
+    tolerances = (0.0, 0.0) if is_disturbed(section) else (0.0, 0.0, math.log1p(LATENCY_TOLERANCE))
+    for row, on_front in zip(section.rows, pareto.front(points, tolerances), strict=True):
         row.cells["front"] = on_front
+
+
+def is_disturbed(section: Section) -> bool:
+    """Returns whether other programs used the CPU while a latency of the table was measured."""
+    return any(row.cells["contended"] and row.cells["latency_ms"] is not None for row in section.rows)
 
 
 def sort(section: Section, key: str | None) -> None:
@@ -217,7 +242,7 @@ def sort(section: Section, key: str | None) -> None:
 
     Without a key: the float model, then by quality.
     """
-    name = keys.ALIASES.get(key, key) if key is not None else "quantized"
+    name = keys.fact(key, section.quality) if key is not None else "quantized"
     descending = name in keys.QUALITY_KEYS and section.quality.higher_is_better
 
     def place(row: Row) -> tuple[Any, ...]:

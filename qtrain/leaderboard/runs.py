@@ -8,28 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtrain.common.files import read_text
 from qtrain.common.plain import plain, plain_lines
 from qtrain.config.old_names import up_to_date
+from qtrain.run.quality import LOG, Quality, of_report
 from qtrain.run.report import FILE_NAME, QUIET, load_report
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The metric that runs are compared by: how it is shown, and which way is up."""
-
-    name: str
-    higher_is_better: bool
-    scale: float  # from the report's number to the shown one
-    unit: str
-    step: str  # the unit of a difference
-
-    def gain(self, value: float) -> float:
-        """Returns a number that is larger where `value` is better."""
-        return value if self.higher_is_better else -value
-
-
-QUALITIES = (Quality("accuracy", True, 100.0, "%", "points"), Quality("perplexity", False, 1.0, "", "perplexity"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +19,7 @@ class Run:
     """One finished run.
 
     Attributes:
+        examples: how their scores make up the quality, as `qtrain.run.quality` names it; None: not known.
         facts: what tables show, by the names that filters, sorting and grouping use.
         settings: the config, flattened to {"optimizer.lr": 0.001}, and the options of groups: {"trainer": "smoke"}.
         overrides: the keys that its command line set.
@@ -45,6 +28,7 @@ class Run:
 
     folder: Path
     quality: Quality
+    examples: str | None
     facts: dict[str, Any]
     settings: dict[str, Any]
     overrides: list[str]
@@ -81,7 +65,7 @@ def find(folders: Sequence[Path]) -> Found:
     for folder in dict.fromkeys(path for root in folders for path in _run_folders(root)):
         if not (folder / FILE_NAME).is_file():
             error = "no report: killed, or stopped before it began"
-            found.failures.append(Failure(folder, error, _hydra_overrides(folder), {}, {}))
+            found.failures.append(Failure(folder, error, _overrides(folder), {}, {}))
             continue
         try:
             report = load_report(folder / FILE_NAME)
@@ -120,12 +104,14 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
-def _hydra_overrides(folder: Path) -> list[str]:
+def _overrides(folder: Path) -> list[str]:
+    """Returns what stood on the command line of a run that has no report, as far as its folder tells."""
+    from qtrain.config.reading import command_line  # most comparisons do without, and so without OmegaConf
+
     try:
-        lines = read_text(folder / ".hydra" / "overrides.yaml").splitlines()
-    except (OSError, ValueError):
+        return [plain(text) for text in command_line(folder)]
+    except ValueError:
         return []
-    return [plain(line[2:]) for line in lines if line.startswith("- ")]
 
 
 def _settings(report: dict[str, Any]) -> dict[str, Any]:
@@ -162,17 +148,14 @@ def _identity(report: dict[str, Any]) -> dict[str, Any]:
 
 def _run(folder: Path, report: dict[str, Any]) -> Run:
     metrics, difference = report["metrics"], report["difference"]
-    quality = next((quality for quality in QUALITIES if quality.name == report["quality"]), None)
-    if quality is None:
-        raise ValueError(f"quality is {report['quality']!r}; known are {', '.join(q.name for q in QUALITIES)}")
-
+    quality, examples = of_report(report)
     identity = _identity(report)
     exact, quantized = (quality.scale * _number(metrics[kind][quality.name]) for kind in ("float", "quantized"))
     fake = None if metrics["fake"] is None else quality.scale * _number(metrics["fake"][quality.name])
     # The mean loss is the perplexity's logarithm: an error of the one is that much of the other, relatively.
-    scale = quality.scale if quality.higher_is_better else quantized
+    scale = quantized if examples == LOG else quality.scale
     is_float = identity["method"] == "none"
-    error = difference["standard_error"]  # of a single example there is none
+    error = difference["standard_error"] if examples else None  # of a single example there is none
     sizes, latency = report["size_bytes"], report["latency_ms"]
     size = sizes.get("float_file" if is_float else "quantized_file")
     batch = next(iter(latency.get("float") or {}), None)
@@ -184,8 +167,10 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         "quantized": quantized,
         "difference": None if is_float else quantized - exact,
         "difference_se": None if is_float or error is None else scale * _number(error),
+        "float_size_kb": None if size is None else _positive(sizes["float_file"]) / 1000,
         "size_kb": None if size is None else _positive(size) / 1000,
         "size_ratio": None if is_float or size is None else size / _positive(sizes["float_file"]),
+        "float_latency_ms": None if fast is None else slow,
         "latency_ms": fast,
         "latency_ratio": None if is_float or fast is None or slow is None else fast / slow,
         "contended": (report.get("other_load") or 0) > QUIET,
@@ -201,7 +186,7 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
     slim["difference"] = {key: int(_number(difference[key])) for key in ("gained", "lost")}
     slim |= {"batch": batch, "sha256": report.get("sha256")}
     overrides = [text.lstrip("+~").partition("=")[0] for text in report["overrides"]]
-    return Run(folder, quality, facts, _settings(report), overrides, slim)
+    return Run(folder, quality, examples, facts, _settings(report), overrides, slim)
 
 
 def _number(value: Any) -> float:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtrain.common.plain import plain
-from qtrain.leaderboard.rows import Row, Section
+from qtrain.leaderboard.rows import LATENCY_TOLERANCE, Row, Section, is_disturbed
 from qtrain.leaderboard.runs import Failure
 from qtrain.leaderboard.statistics import ALPHA
+from qtrain.run.quality import KNOWN, RIGHT_OR_WRONG
 
 NONE = "-"
 UNSURE, FRONT, CONTENDED = "~", "*", "!"
@@ -26,7 +27,8 @@ class Column:
 def columns(section: Section) -> list[Column]:
     """Returns the columns that say something about this section's rows."""
     rows, unit = section.rows, section.quality.unit
-    digits = 2 if section.quality.higher_is_better else 3
+    qualities = [row.cells[kind] for row in rows for kind in ("float", "quantized")]
+    digits = section.quality.digits([value for value in qualities if value is not None])
     batch = next((row.runs[0].report["batch"] for row in rows if row.runs[0].report["batch"]), "1")
     space = " " if unit else ""
     labels = [_label(key) for key in section.labels]
@@ -55,8 +57,10 @@ def columns(section: Section) -> list[Column]:
         ),
         _difference("difference", f"to float {spread}", digits),
         _difference("baseline_difference", f"to baseline {spread}", digits),
+        *([] if _float_row_has_size(rows) else [_number("float_size_kb", "float KB", 1, hide_float=True)]),
         _number("size_kb", "file KB", 1),
         _number("size_ratio", "size ratio", 2, suffix="x"),
+        _number("float_latency_ms", "float ms", 3, hide_float=True),
         _number("latency_ms", f"ms, batch {batch}", 3),
         _number("latency_ratio", "latency ratio", 2, suffix="x"),
         _number("tokens_per_s", "tokens/s", 0),
@@ -80,6 +84,12 @@ def _differs(rows: Sequence[Row], fact: Callable[[Row], Any], first: Any = None)
     return len({fact(row) for row in rows} | ({first} if first is not None else set())) > 1
 
 
+def _float_row_has_size(rows: Sequence[Row]) -> bool:
+    """Returns whether all size ratios are to the file of a float model that is a row of its own."""
+    sizes = {row.cells["float_size_kb"] for row in rows} - {None}
+    return len(sizes) < 2 and any(row.runs[0].facts["method"] == "none" for row in rows)
+
+
 def _is_int8(row: Row) -> bool:
     bits = str(row.cells.get("bits") or row.runs[0].facts["bits"] or "8/8")
     return set(bits.split("/")) <= {"8", NONE}
@@ -91,7 +101,7 @@ def _number(key: str, header: str, digits: int, suffix: str = "", hide_float: bo
         if found is None or (hide_float and row.cells.get("method") == "none"):
             return NONE
         spread = f" ± {sd:.{digits}f}" if sd is not None and key in ("float", "fake") else ""
-        mark = CONTENDED if key == "latency_ms" and row.cells["contended"] else ""
+        mark = CONTENDED if key.endswith("latency_ms") and row.cells["contended"] else ""
         return f"{found:.{digits}f}{suffix}{spread}{mark}"
 
     return Column(key, header, text, lambda row: row.cells.get(key))
@@ -128,7 +138,8 @@ def legend(sections: Sequence[Section]) -> list[str]:
         " or ".join(dict.fromkeys(found))
         for found in zip(*((s.quality.step, s.quality.name) for s in sections), strict=True)
     )
-    tests = {"exact McNemar test" if s.quality.higher_is_better else "paired bootstrap" for s in sections}
+    runs = [run for section in sections for row in section.rows for run in row.runs]
+    tests = {"exact McNemar test" if run.examples == RIGHT_OR_WRONG else "paired bootstrap" for run in runs}
     if grouped:
         tests.add("over several seeds a t-test with the errors of seeds and of examples added")
     texts = [column.text(row) for section in sections for column in columns(section) for row in section.rows]
@@ -136,18 +147,35 @@ def legend(sections: Sequence[Section]) -> list[str]:
         f"±: {'standard deviation over seeds' if grouped else 'standard error of the difference'}; "
         f"differences in {steps}, quantized minus float" + (" or baseline" if _has_baseline(sections) else "")
     ]
+    for quality in dict.fromkeys(section.quality for section in sections):
+        if quality not in KNOWN.values():
+            lines.append(f"{quality.name}: {'higher' if quality.higher_is_better else 'lower'} is better")
     if any(text.endswith(UNSURE) for text in texts):
         names_of_tests = "; ".join(sorted(tests))
         lines.append(f"{UNSURE}: no significant difference (p >= {ALPHA}, {names_of_tests}; row by row, uncorrected)")
     if any(text.endswith("?") for text in texts):
-        lines.append("?: significance not tested")
+        lines.append("?: significance not tested: no scores of examples whose mean is the quality can be compared")
     if any("(sim)" in text for text in texts):
         lines.append("(sim): simulated in float; there is no integer model, so neither size nor latency")
     if any("(float)" in text for text in texts):
         lines.append("(float): not quantized, but the float model trained on")
     if any(text.endswith(CONTENDED) for text in texts):
         lines.append(f"{CONTENDED}: measured while other programs used the CPU; qtrain-bench RUN... measures again")
-    lines.append(f"{FRONT}: on the Pareto front of {names}, size and latency of its table")
+    if any(row.cells.get("latency_ratio") is not None for section in sections for row in section.rows):
+        lines.append("float ms: of the float model in the same run, measured in turns with the row's own")
+    return lines + _front_lines(sections, names)
+
+
+def _front_lines(sections: Sequence[Section], names: str) -> list[str]:
+    """Returns what fronts are of: a disturbed latency takes no part in one."""
+    found = {is_disturbed(section) for section in sections}
+    lines = []
+    if False in found:
+        tolerance = f"latencies within {LATENCY_TOLERANCE:.0%} count as equal"
+        lines.append(f"{FRONT}: on the Pareto front of {names}, size and latency of its table; {tolerance}")
+    if True in found:
+        where = f"in a table where a latency is marked {CONTENDED}"
+        lines.append(f"{FRONT}: on the Pareto front of {names} and size alone {where}")
     return lines
 
 

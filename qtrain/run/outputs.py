@@ -2,7 +2,7 @@
 
 import logging
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qtrain.functional.error import mse, sqnr_db
 from qtrain.logger import plots
 from qtrain.logger.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
+from qtrain.run.quality import Quality, made_of, of_task
 from qtrain.run.report import Report
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import output_points
@@ -68,6 +69,14 @@ def quantizer_facts(quantizer: Quantizer) -> dict[str, Any]:
         "activation": quantizer.activation and quantizer.activation.describe(),
         "simulated": quantizer.simulated,
     }
+
+
+def scoring(task: Task, scores: Sequence[Scores]) -> dict[str, Any]:
+    """Returns what a comparison needs to know of a task's quality."""
+    quality = of_task(task)
+    found = [(score.metrics[quality.name], score.examples.tolist()) for score in scores]
+    shown = {"higher_is_better": quality.higher_is_better, "unit": quality.unit, "scale": quality.scale}
+    return shown | {"examples": made_of(quality, found)}
 
 
 def activation_qparams(quantized: nn.Module) -> dict[str, dict[str, float]]:
@@ -127,7 +136,7 @@ def write(
     columns = [f"{task.quality}/{kind}" for kind in ("quantized", "fake", "float")]
     columns += ["size_kb/quantized_file", f"latency_ms/quantized_batch_{batch}"]
     logger.hparams(hparams(report), {name: scalars[name] for name in columns if name in scalars})
-    for line in summary(report, task.quality):
+    for line in summary(report, of_task(task)):
         log.info(line)
 
 
@@ -218,7 +227,7 @@ def _seconds(stages: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in stages.items())
 
 
-def summary(report: Report, quality: str) -> list[str]:
+def summary(report: Report, quality: Quality) -> list[str]:
     """Returns the lines that a person reads at the end of a run."""
     lines = []
     is_float = report.quant["weight"] is None  # the float model itself, or the same trained on
@@ -228,8 +237,7 @@ def summary(report: Report, quality: str) -> list[str]:
         label = "trained on" if kind == "quantized" and is_float else kind
         simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
         size = report.size_bytes.get(f"{kind}_file")
-        value = f"{100 * metrics[quality]:.2f} %" if quality == "accuracy" else f"{metrics[quality]:.3f}"
-        facts = [f"{quality} {value}", f"loss {metrics['loss']:.4f}"]
+        facts = [f"{quality.name} {quality.text(metrics[quality.name])}", f"loss {metrics['loss']:.4f}"]
         facts += [f"{size / 1000:.1f} KB"] if size is not None else []
         facts += [f"{t['median']:.3f} ms at batch {n}" for n, t in (report.latency_ms.get(kind) or {}).items()]
         facts += [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []

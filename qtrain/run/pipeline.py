@@ -32,6 +32,7 @@ from qtrain.data.loaders import Loader
 from qtrain.logger.loggers import JsonLines, Logger, Loggers
 from qtrain.run import launch, outputs
 from qtrain.run.checkpoint import FloatCache, digest, load_weights, save_weights
+from qtrain.run.quality import of_task
 from qtrain.run.report import DIGESTED, Report, versions
 from qtrain.run.resume import Interrupted, Progress, Signals, said_how
 from qtrain.run.sources import code, float_key, with_fingerprint
@@ -101,7 +102,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     ranks.decide(True, config.device)  # the others read no state that the first is about to remove
     launch.check_quantizer(parts.quantizer)
     require_finite_weights(parts.model)
-    report.quality, report.data_fingerprint = parts.task.quality, parts.data.fingerprint
+    report.quality, report.data_fingerprint = of_task(parts.task).name, parts.data.fingerprint
     sample = parts.task.inputs(next(iter(parts.data.test)))
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
     report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample), parts.truth)
@@ -302,6 +303,7 @@ def describe(
     report.versions = versions()
     assert scores["float"] is not None and scores["quantized"] is not None
     exact, real = scores["float"], scores["quantized"]
+    report.scoring = outputs.scoring(parts.task, [exact, real])
     gain = real.examples.double() - exact.examples.double()
     report.difference = {
         parts.task.quality: real.metrics[parts.task.quality] - exact.metrics[parts.task.quality],

@@ -30,7 +30,8 @@ SHAPE: dict[str, Any] = {
     "data": str | int,
     "status": str,
     "quant": {"method": str | int, "engine": str, "weight": SPEC, "activation": SPEC},
-    "metrics": {"*": {"accuracy": NUMBER, "perplexity": NUMBER, "loss": NUMBER}},
+    "scoring": {"higher_is_better": bool, "unit": str, "scale": NUMBER, "examples": str},
+    "metrics": {"*": {}},
     "difference": {"*": NUMBER},
     "truth": {"min_sqnr_db": NUMBER},
     "size_bytes": {"*": NUMBER},
@@ -39,7 +40,7 @@ SHAPE: dict[str, Any] = {
     "time_s": {"*": NUMBER},
     "sha256": {"*": str},
 }
-REQUIRED = SHAPE.keys() - {"tokens_per_s", "sha256"}  # which came later
+REQUIRED = SHAPE.keys() - {"tokens_per_s", "sha256", "scoring"}  # which came later
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Report:
     error: str | None = None
     data_fingerprint: str | None = None  # a digest of the data's content
     quality: str | None = None
+    scoring: dict[str, Any] = field(default_factory=dict)  # which way the quality goes, and how it is shown and tested
     quant: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.common.files import OVERRIDES, remove_leftovers, write_atomically
-from qtrain.config.reading import read_config, read_yaml
+from qtrain.config.reading import command_line, read_config
 from qtrain.run.report import FILE_NAME, load_report
 from qtrain.train.state import FOLDER, Checkpoint, unreadable
 
@@ -210,18 +210,6 @@ def said_how(run_dir: Path) -> Iterator[None]:
             raise
         saved = "files already there are unchanged"
         raise OSError(f"{run_dir}: could not be written ({err}); {saved}; make room, then {again}") from err
-
-
-def command_line(run_dir: Path) -> list[str]:
-    """Returns the overrides that the run in `run_dir` was started with; [] where nothing tells.
-
-    Raises:
-        ValueError: the file that tells is damaged.
-    """
-    for path in (run_dir / OVERRIDES, run_dir / ".hydra" / "overrides.yaml"):  # the latter in 0.1.0
-        if path.is_file():
-            return [str(text) for text in read_yaml(path)]
-    return []
 
 
 def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:

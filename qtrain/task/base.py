@@ -25,6 +25,8 @@ class Task(Protocol):
 
     quality: str  # the metric that comparisons are made by
     higher_is_better: bool
+    unit: str  # of the shown quality, such as "dB"; may be missing
+    scale: float  # from the quality to the shown one, such as 100 for a share in %; may be missing
     numbers: tuple[str, ...]  # the metrics that are single numbers
     sample_settings: tuple[str, ...]  # of its config, those that only `sample` heeds
 
@@ -41,7 +43,10 @@ class Task(Protocol):
         """Returns sums and counts, to be added over batches."""
 
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
-        """Returns one score an example (B,), to be compared in pairs between models."""
+        """Returns one score an example (B,), to be compared in pairs between models.
+
+        Differences are tested where the quality is the scores' mean (or is a perplexity, and they are log losses).
+        """
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns the loss of each example (B,), for the truth gate; may be missing: then it goes by batches."""

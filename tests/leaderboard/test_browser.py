@@ -177,6 +177,19 @@ def test_what_differs_and_how_it_trained(browser, runs, tmp_path):
     print(tmp_path)
 
 
+def test_a_disturbed_latency_takes_no_part_in_a_front(browser, runs, tmp_path):
+    runs.write("a")
+    runs.write("b", lost=5, latency_ms=(0.4, 0.1), other_load=1.0)
+    write(compare([runs.folder]), html=tmp_path / "x.html")
+    browser.get((tmp_path / "x.html").as_uri())
+    assert find(browser, "#front") and "front of these points" in find(browser, "#plot-legend")[0].text
+    next(option for option in find(browser, "#x option") if option.text == "latency, ms").click()
+    assert not find(browser, "#front") and "no front: a latency is marked !" in find(browser, "#plot-legend")[0].text
+    find(browser, "#filter")[0].send_keys("accuracy>98.9")
+    browser.execute_async_script(PAINTED)
+    assert column(browser, "folder") == ["a"] and find(browser, "#front")
+
+
 def test_models_have_tables_of_their_own(browser, runs, tmp_path):
     runs.write("a")
     runs.write("b", model="mlp", lr=0.1)

@@ -71,6 +71,7 @@ def test_no_field_of_a_report_can_end_the_comparison(runs, tmp_path, junk):
     runs.write("z")
     report["config"] = {"trainer": {"epochs": 3}, "seed": 0}  # one of each kind is enough
     report["qparams"] = {}
+    report["scoring"] = {"higher_is_better": True, "unit": "%", "scale": 100.0, "examples": "mean"}
     for path in paths(report):
         content = json.loads(json.dumps(report))
         parent = content
@@ -88,3 +89,10 @@ def test_no_field_of_a_report_can_end_the_comparison(runs, tmp_path, junk):
             write(comparison, csv=tmp_path / "x.csv", json=tmp_path / "x.json", html=tmp_path / "x.html")
         seen = len(comparison.found.runs) + len(comparison.found.unreadable) + len(comparison.found.failures)
         assert seen == 2, path
+
+
+def test_an_unknown_quality_without_its_direction_is_named(runs):
+    path = runs.write("a") / "report.json"
+    path.write_text(path.read_text().replace('"quality": "accuracy"', '"quality": "psnr"'))
+    (line,) = find([runs.folder]).unreadable
+    assert "a/report.json" in line and "quality is 'psnr', and there is no scoring, which says which way is up" in line

@@ -26,13 +26,14 @@ def test_the_table_of_the_default_job(runs):
     unknown = dict.fromkeys(["engine", "bits", "observer", "fake %", "int8 %", "to float ± se", "size ratio"], "-")
     assert exact == unknown | {
         **{"method": "float", "float %": "99.00", "file KB": "833.5", "ms, batch 1": "0.400", "latency ratio": "-"},
-        **{"seconds": "20.0", "front": "*"},
+        **{"float ms": "-", "seconds": "20.0", "front": "*"},
     }
     assert ptq == {
         **{"method": "ptq", "engine": "x86", "bits": "8/8", "observer": "histogram", "float %": "99.00"},
         # (1 - 9) of 1,000; p = 22/1024
         **{"fake %": "98.20", "int8 %": "98.20", "to float ± se": "-0.80 ± 0.32", "file KB": "218.7"},
-        **{"size ratio": "0.26x", "ms, batch 1": "0.500", "latency ratio": "1.25x", "seconds": "5.0", "front": ""},
+        **{"size ratio": "0.26x", "float ms": "0.400", "ms, batch 1": "0.500", "latency ratio": "1.25x"},
+        **{"seconds": "5.0", "front": ""},
     }
     assert (qat["observer"], qat["to float ± se"]) == ("minmax", "-0.10 ± 0.22 ~")
     assert "~: no significant difference (p >= 0.05, exact McNemar test" in text
@@ -118,6 +119,48 @@ def test_a_latency_beside_other_programs_is_marked(runs):
     runs.write("quiet", other_load=0.1, latency_ms=(0.4, 0.123))
     runs.write("busy", other_load=1.5, latency_ms=(0.4, 0.234), seed=1)
     text = compare([runs.folder]).text()
-    assert "0.234!" in text and "0.123!" not in text and "!: measured while other programs used the CPU" in text
+    assert (
+        "0.400!" in text
+        and "0.234!" in text
+        and "0.123!" not in text
+        and "!: measured while other programs used the CPU" in text
+    )
     assert "!: measured" not in compare([runs.folder / "quiet"]).text()
     assert "!" in compare([runs.folder], group_by=["method"]).text()
+
+
+RATIOS = {"size ratio": ("file KB", "float KB"), "latency ratio": ("ms, batch 1", "float ms")}
+
+
+@pytest.mark.parametrize("group_by", [(), ("method",)], ids=["runs", "groups"])
+def test_every_ratio_follows_from_its_own_row(runs, group_by):
+    """As the float row's milliseconds do not, which were measured in another run."""
+    runs.none("float", size_kb=(1000.0, 1000.0), latency_ms=(0.196, 0.196))
+    runs.write("ptq", latency_ms=(0.234, 0.271), size_kb=(900.0, 300.0))
+    runs.write("ptq1", latency_ms=(0.4, 0.1), size_kb=(700.0, 100.0), seed=1)
+    exact, *rows = read(compare([runs.folder], group_by=group_by).text())
+    assert [exact[ratio] for ratio in RATIOS] == ["-", "-"] and len(rows) == (1 if group_by else 2)
+    for row in rows:
+        for ratio, (part, whole) in RATIOS.items():
+            assert float(row[ratio][:-1]) == pytest.approx(float(row[part]) / float(row[whole]), abs=0.007)
+    if not group_by:
+        assert {row["latency ratio"] for row in rows} == {"1.16x", "0.25x"}
+
+
+def test_float_sizes_have_a_column_where_the_float_row_does_not_show_them(runs):
+    runs.write("a", size_kb=(800.0, 200.0))
+    assert read(compare([runs.folder]).text())[0]["float KB"] == "800.0"
+    runs.none("f", size_kb=(800.0, 800.0))
+    assert "float KB" not in compare([runs.folder]).text()
+
+
+def test_the_legend_says_what_each_front_is_of(runs):
+    exact = "*: on the Pareto front of accuracy, size and latency of its table; latencies within 5% count as equal"
+    disturbed = "*: on the Pareto front of accuracy and size alone in a table where a latency is marked !"
+    runs.write("quiet")
+    text = compare([runs.folder]).text()
+    assert exact in text and disturbed not in text
+    runs.write("busy", model="mlp", other_load=1.0)
+    text = compare([runs.folder]).text()
+    assert exact in text and disturbed in text
+    assert exact not in compare([runs.folder / "busy"]).text()

@@ -5,6 +5,8 @@ import json
 import pytest
 from filelock import FileLock
 
+from qtrain.cli import compare
+
 SMALL = ["data._target_=augmented.noisy_digits", "model.hidden=16", "truth.on_failure=warn"]
 LONG = ["trainer.max_steps=null", "trainer.epochs=3", "trainer.save_every=2"]
 
@@ -37,6 +39,21 @@ def test_a_refused_second_start_leaves_the_first_ones_records(job, command, monk
     for key in ("name", "seed", "model", "overrides", "config"):
         assert killed.report[key] == before[key]
     assert killed.report["quant"]["method"] == "ptq" and "seed=3" in killed.report["overrides"]
+
+
+def test_a_comparison_shows_how_a_killed_run_was_started(job, command, monkeypatch, capsys):
+    """And not the refused second start, which has rewritten Hydra's own record."""
+    monkeypatch.setenv("DIES_AT", "1000")
+    killed = job("mlp", *SMALL, *LONG, "seed=3")
+    (killed.run_dir / "report.json").unlink()  # as SIGKILL leaves a run
+    with FileLock(killed.run_dir / ".lock"):
+        assert command("model=convnet", "quant=qat", "seed=4", f"hydra.run.dir={killed.run_dir}")[0] == 1
+    assert "seed=4" in (killed.run_dir / ".hydra" / "overrides.yaml").read_text()
+    monkeypatch.setattr("sys.argv", ["qtrain-compare", str(killed.run_dir)])
+    with pytest.raises(SystemExit, match="1"):
+        compare.main()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "no report" in line]
+    assert "seed=3" in line and "trainer.epochs=3" in line and "seed=4" not in line and "convnet" not in line
 
 
 def test_a_float_model_trained_as_long_as_qat_stands_beside_it(job):
