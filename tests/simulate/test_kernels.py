@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import qtrain.simulate.kernels as module
 from qtrain.backend import torch_ao
+from qtrain.observer.base import make_observer
 from qtrain.simulate.kernels import (
     fake_quantize,
     fake_quantize_by_numbers,
@@ -202,7 +203,7 @@ def test_input_stays_as_it_is():
 @given(st.integers(2, 8), st.lists(st.tuples(st.floats(-99, 99, width=32), st.floats(0, 99, width=32)), min_size=1))
 def test_scale_and_zero_point_are_those_of_torchs_observers(granularity, symmetric, signed, bits, ranges):
     spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=torch_ao.minmax)
-    observer = torch_ao.make_observer(spec, signed=signed)
+    observer = make_observer(spec, signed=signed)
     x = torch.tensor([[low, low + width] for low, width in ranges])
     observer(x)
     scale, zero_point = range_qparams(

@@ -8,6 +8,7 @@ from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.backend.torch_ao import conv_bn
 from qtrain.quant.ptq import set_modes
+from qtrain.simulate.simulation import Simulation, output_points, weight_points
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -38,14 +39,14 @@ def make(make_qat):
         prepared = quantizer.prepare(model)
         quantizer.on_epoch(prepared.train(), 0)
         if not activations:  # rounding would make whole steps of the last digits
-            set_modes(torch_ao.observed_points(prepared).values(), observing=False, quantizing=False)
+            set_modes(output_points(prepared.model).values(), observing=False, quantizing=False)
         return prepared
 
     return make
 
 
 def quantize_weights(model, enabled):
-    set_modes(torch_ao.weight_points(model).values(), observing=True, quantizing=enabled)
+    set_modes(weight_points(model.model).values(), observing=True, quantizing=enabled)
 
 
 def step(model, x, weights):
@@ -203,7 +204,7 @@ def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularit
     factor = (layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()).detach().reshape(-1, 1, 1, 1)
     bn, own = copy.deepcopy(layer.bn), layer.weight.detach().clone().requires_grad_()
     spec = {"kernel": "torch", "memoryless": True, "observing": True, "quantizing": True}
-    rounded = type(layer.weight_fake_quant)(copy.deepcopy(layer.weight_fake_quant.observer), **spec)
+    rounded = type(layer.weight_q)(copy.deepcopy(layer.weight_q.observer), **spec)
     expected = bn(F.conv2d(x, rounded(own * factor) / factor))
     output = layer(x)
     torch.testing.assert_close(output, expected)
@@ -213,7 +214,7 @@ def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularit
     torch.testing.assert_close(layer.weight.grad, own.grad, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(layer.bn.weight.grad, bn.weight.grad)
     # what conversion will round by
-    for found, wanted in zip(layer.weight_fake_quant.calculate_qparams(), rounded.calculate_qparams(), strict=True):
+    for found, wanted in zip(layer.weight_q.calculate_qparams(), rounded.calculate_qparams(), strict=True):
         torch.testing.assert_close(found, wanted)
 
 
@@ -240,7 +241,9 @@ def test_every_way_converts_to_the_same_integers(conv_bn, make, make_qat):
     prepared(torch.randn(5, 4, 6, 6))
     reference = make("torch", activations=True)
     reference.load_state_dict(prepared.state_dict())
-    models = [make_qat(conv_bn=way).convert(model) for way, model in ((conv_bn, prepared), ("torch", reference))]
+    models = [
+        make_qat(conv_bn=way).convert(Simulation(model)) for way, model in ((conv_bn, prepared), ("torch", reference))
+    ]
     weights = [model.layers[0].weight().int_repr() for model in models]
     assert torch.equal(*weights) and weights[0].unique().numel() > 50
 
@@ -254,7 +257,7 @@ def test_linear_layers_train_as_if_they_were_not_fused(conv_bn, between, make_qa
     prepared = quantizer.prepare(between(*layers, fuse=[(0, 1)]))
     reference = nn.Sequential(*layers).train()
     quantizer.on_epoch(prepared.train(), 0)
-    for points in (torch_ao.observed_points(prepared), torch_ao.weight_points(prepared)):
+    for points in (output_points(prepared.model), weight_points(prepared.model)):
         set_modes(points.values(), observing=True, quantizing=False)
     for _ in range(3):
         found, expected = prepared(x), reference(x)

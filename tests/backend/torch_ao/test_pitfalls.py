@@ -42,6 +42,7 @@ from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.simulate.spec import QuantSpec
 from qtrain.quant.ptq import PTQ
+from qtrain.simulate.simulation import output_points, weight_points
 from qtrain.analyze.truth import TruthGate
 
 torch.manual_seed(0)
@@ -103,7 +104,7 @@ def test_no_scale_comes_of_what_is_not_finite(value, mlp, images, make_qat):
     prepared = calibrated(quantizer, mlp, images)
     quantizer.on_epoch(prepared.train(), 0)
     with pytest.raises(ValueError):
-        torch_ao.observed_points(prepared)["linear2"](torch.tensor([value]))
+        output_points(prepared.model)["linear2"](torch.tensor([value]))
         require_finite_weights(prepared)
 
 
@@ -225,6 +226,6 @@ def test_fake_quantization_stays_exact_under_bfloat16_autocast(convnet, images, 
         output = prepared(images)
     output.float().square().mean().backward()
     assert output.isfinite().all()
-    for point in (*torch_ao.observed_points(prepared).values(), *torch_ao.weight_points(prepared).values()):
+    for point in (*output_points(prepared.model).values(), *weight_points(prepared.model).values()):
         assert point.scale.dtype == torch.float32 and point.scale.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in prepared.parameters())

@@ -14,7 +14,9 @@ from torch import nn
 
 import qtrain
 from qtrain.backend import integers, torch_ao
+from qtrain.observer.base import make_observer
 from qtrain.observer.percentile import PercentileObserver
+from qtrain.simulate.simulation import Simulation, output_points, weight_points
 from qtrain.simulate.spec import QuantSpec
 
 SPEC = QuantSpec(observer=torch_ao.minmax)
@@ -247,7 +249,7 @@ def test_make_observer_follows_the_spec(bits, granularity, symmetric):
     spec = QuantSpec(
         observer=torch_ao.minmax, bits=bits, granularity=granularity, symmetric=symmetric, reduce_range=False
     )
-    weight, activation = torch_ao.make_observer(spec, signed=True), torch_ao.make_observer(spec, signed=False)
+    weight, activation = make_observer(spec, signed=True), make_observer(spec, signed=False)
     assert (weight.dtype, activation.dtype) == (torch.qint8, torch.quint8)
     assert (weight.quant_min, weight.quant_max) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     assert (activation.quant_min, activation.quant_max) == (0, 2**bits - 1)
@@ -266,9 +268,7 @@ def test_make_observer_follows_the_spec(bits, granularity, symmetric):
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_moving_average_is_a_weighted_sum(constant, granularity):
     factory = partial(torch_ao.moving_average, averaging_constant=constant)
-    observer = torch_ao.make_observer(
-        QuantSpec(observer=factory, granularity=granularity, symmetric=False), signed=True
-    )
+    observer = make_observer(QuantSpec(observer=factory, granularity=granularity, symmetric=False), signed=True)
     batches = torch.randn(5, 3, 7)
     for batch in batches:
         observer(batch)
@@ -331,8 +331,8 @@ def test_a_histogram_takes_constants_and_empty_tensors_and_ignores_infinity():
 def test_fused_layers_show_their_observers_each_batch_once(convnet, images, make_ptq):
     quantizer = make_ptq(activation={"observer": torch_ao.minmax})
     prepared = quantizer.prepare(convnet)
-    seen = {name: [] for name in torch_ao.observed_points(prepared)}
-    for name, point in torch_ao.observed_points(prepared).items():
+    seen = {name: [] for name in output_points(prepared.model)}
+    for name, point in output_points(prepared.model).items():
         point.register_forward_pre_hook(lambda *_, name=name: seen[name].append(1))
     quantizer.calibrate(prepared, [(images,), (images,)])
     assert set(map(len, seen.values())) == {2} and len(seen) == 5
@@ -362,10 +362,10 @@ def test_points_and_weights_are_found_by_layer_name(convnet, make_ptq, make_qat)
     points = ["quant", "conv1", "conv2", "linear1", "linear2"]
     for quantizer in (make_ptq(), make_qat()):
         prepared = quantizer.prepare(convnet)
-        assert list(torch_ao.observed_points(prepared)) == points
-    assert list(torch_ao.weight_points(prepared)) == points[1:]
+        assert list(output_points(prepared.model)) == points
+    assert list(weight_points(prepared.model)) == points[1:]
     assert list(torch_ao.weight_points(make_ptq().prepare(convnet))) == []
-    assert all(point.is_per_channel is False for point in torch_ao.observed_points(prepared).values())
+    assert all(point.is_per_channel is False for point in output_points(prepared.model).values())
 
 
 def test_a_fused_layer_counts_once(convnet, make_ptq):
@@ -380,9 +380,9 @@ def test_float_weight_folds_batch_norm(is_qat, convnet, make_ptq, make_qat):
     prepared = (make_qat() if is_qat else make_ptq()).prepare(convnet)
     std = (bn.running_var + bn.eps).sqrt()
     folded = torch.einsum("oihw,o->oihw", convnet.conv1.weight, bn.weight / std)
-    torch.testing.assert_close(torch_ao.float_weight(prepared.conv1), folded.detach())
-    torch.testing.assert_close(torch_ao.float_weight(prepared.linear1), convnet.linear1.weight.detach())
-    assert torch_ao.float_weight(prepared.pool) is None
+    torch.testing.assert_close(prepared.model.conv1.folded()[0], folded.detach())
+    torch.testing.assert_close(prepared.model.linear1.folded()[0], convnet.linear1.weight.detach())
+    assert prepared.model.pool.folded()[0] is None
 
 
 def test_quantized_weights_and_modules_are_told_from_float_ones(convnet, images, make_ptq, make_qat):
@@ -457,10 +457,10 @@ def test_each_tensor_is_observed_once_a_batch(own_forward, is_qat, mlp, images, 
         mlp.quant.forward = mlp.quant.forward  # as of a program that wraps it
     prepared = (make_qat if is_qat else make_ptq)().prepare(mlp)
     seen = []
-    for name, point in torch_ao.observed_points(prepared).items():
+    for name, point in output_points(prepared.model).items():
         point.register_forward_hook(lambda *_, name=name: seen.append(name))
     prepared(images)
-    assert seen == list(torch_ao.observed_points(prepared)) and len(seen) == 4
+    assert seen == list(output_points(prepared.model)) and len(seen) == 4
 
 
 def test_granularity_by_layer(convnet, images, make_ptq):
@@ -527,7 +527,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_layers_there_are(con
         with pytest.raises(ValueError, match=r"quant\.layers\.cnv\*: matches no layer; .* conv1, .* linear2"):
             quantizer.prepare(convnet)
     with pytest.raises(ValueError, match=r"quant\.layers\.cnv\*: matches no layer"):
-        make_dynamic(layers={"cnv*": "float"}).convert(convnet)
+        make_dynamic(layers={"cnv*": "float"}).convert(Simulation(convnet))
 
 
 @pytest.mark.parametrize(
@@ -587,7 +587,7 @@ def test_two_layers_may_share_a_weight(nested, make_ptq, make_qat):
     x = torch.randn(16, 4)
     for quantizer in (make_ptq(), make_qat()):
         prepared = calibrated(quantizer, nested, x)
-        assert prepared.a.weight is prepared.b[1].weight
+        assert prepared.model.a.weight is prepared.model.b[1].weight
         quantized = quantizer.convert(prepared)
         assert torch.equal(quantized.a.weight().int_repr(), quantized.b[1].weight().int_repr())
 
@@ -660,7 +660,7 @@ def test_conv1d_trains_with_quantized_weights(layers, fuse, between, make_qat, t
     # The full range, so that simulation and kernel clip alike what batch-norm puts out of range in eval mode.
     quantizer = make_qat(weight={"bits": full_range_bits()}, activation={"reduce_range": False})
     prepared = train(quantizer, calibrated(quantizer, model, x), x, epochs=2)
-    assert list(torch_ao.weight_points(prepared)) == ["body.0"]
+    assert list(weight_points(prepared.model)) == ["body.0"]
     quantized = quantizer.convert(prepared)
     difference = (quantizer.fake(prepared)(x) - quantized(x)).abs() / quantized.body[0].scale
     assert difference.max() < 1.01
@@ -702,9 +702,9 @@ def conv_bn(between):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_stable_path_is_convolution_then_batch_norm(training, conv_bn, make_qat):
     prepared = make_qat().prepare(conv_bn)
-    for point in (*torch_ao.observed_points(prepared).values(), *torch_ao.weight_points(prepared).values()):
-        point.enable_observer(False)
-        point.enable_fake_quant(False)
+    for point in (*output_points(prepared.model).values(), *weight_points(prepared.model).values()):
+        point.observing = False
+        point.quantizing = False
     expected, got = (m.train(training)(FEATURES) for m in (copy.deepcopy(conv_bn), prepared))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
@@ -723,12 +723,12 @@ def test_without_the_stable_path_a_factor_of_zero_gives_nan(conv_bn, make_qat):
 def test_frozen_batch_norm_uses_and_keeps_its_statistics(fused, between, make_qat):
     model = between(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), fuse=[(0, 1)] if fused else [])
     prepared = make_qat().prepare(model).train()
-    bn = prepared.body[0].bn if fused else prepared.body[1]
+    bn = prepared.model.body[0].bn if fused else prepared.model.body[1]
 
     def moved():
         before = bn.running_mean.clone(), bn.running_var.clone()
         prepared.train()
-        torch_ao.freeze_batch_norm(prepared, frozen)
+        prepared.freeze_batch_norm(frozen)
         prepared(FEATURES)
         return not torch.equal(before[0], bn.running_mean) or not torch.equal(before[1], bn.running_var)
 
@@ -740,8 +740,8 @@ def test_frozen_batch_norm_uses_and_keeps_its_statistics(fused, between, make_qa
     if fused:  # whoever calls train() in the middle of an epoch
         assert not prepared.train().body[0].bn.training
     # In training, one sample's output depends on its batch; with frozen statistics it does not.
-    for point in (*torch_ao.observed_points(prepared).values(), *torch_ao.weight_points(prepared).values()):
-        point.enable_observer(False)
+    for point in (*output_points(prepared.model).values(), *weight_points(prepared.model).values()):
+        point.observing = False
     torch.testing.assert_close(prepared(FEATURES[:1]), prepared(FEATURES)[:1])
 
 
