@@ -7,7 +7,7 @@ from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.model.gpt2 import GPT2, MLP, Attention, Block, KVCache
-from qtrain.simulate.simulation import Simulation, output_points
+from qtrain.simulate.simulation import Simulation
 
 SIZES = dict(vocab_size=31, n_positions=8, n_layer=1, n_head=2, n_embd=16)
 OPENED = (Block, Attention, MLP)
