@@ -8,6 +8,7 @@ from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.model.convnet import ConvNet
 from qtrain.model.mlp import MLP
+from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.dynamic import Dynamic
 from qtrain.quant.ptq import PTQ
 from qtrain.quant.qat import QAT
@@ -49,7 +50,7 @@ def full_range_bits():
 
 
 def _spec(fields):
-    return QuantSpec(**{"observer": torch_ao.minmax, **(fields or {})})
+    return QuantSpec(**{"observer": MinMaxObserver, **(fields or {})})
 
 
 @pytest.fixture

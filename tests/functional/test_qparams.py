@@ -1,8 +1,20 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qtrain.functional.qparams import arithmetic_dtype, choose_qparams, value_range
-from qtrain.simulate.spec import int_range
+from qtrain.backend import torch_ao
+from qtrain.functional.qparams import (
+    arithmetic_dtype,
+    choose_qparams,
+    float32,
+    float32s,
+    range_numbers,
+    range_qparams,
+    value_range,
+)
+from qtrain.observer.base import make_observer
+from qtrain.simulate.spec import QuantSpec, int_range
 
 X = torch.tensor([[-1.0, 3.0, 2.0, -5.0], [4.0, 0.5, -0.25, 8.0]])
 
@@ -119,3 +131,40 @@ def test_arithmetic_is_double_where_single_would_lose_bits():
     assert arithmetic_dtype(0, 255, torch.float16) == torch.float32
     assert arithmetic_dtype(0, 256, torch.float16) == torch.float64
     assert arithmetic_dtype(0, 3, torch.float32, torch.float64) == torch.float64
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@given(st.integers(2, 8), st.lists(st.tuples(st.floats(-99, 99, width=32), st.floats(0, 99, width=32)), min_size=1))
+def test_scale_and_zero_point_are_those_of_torchs_observers(granularity, symmetric, signed, bits, ranges):
+    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=torch_ao.minmax)
+    observer = make_observer(spec, signed=signed)
+    x = torch.tensor([[low, low + width] for low, width in ranges])
+    observer(x)
+    scale, zero_point = range_qparams(
+        observer.min_val,
+        observer.max_val,
+        quant_min=observer.quant_min,
+        quant_max=observer.quant_max,
+        symmetric=symmetric,
+        eps=observer.eps.item(),
+    )
+    expected = observer.calculate_qparams()
+    assert torch.equal(scale, expected[0])
+    assert expected[1].eq(0).all() if zero_point is None else torch.equal(zero_point, expected[1].to(torch.int32))
+    if granularity == "per_tensor":
+        low, high = observer.min_val.item(), observer.max_val.item()
+        limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
+        numbers = range_numbers(low, high, symmetric=symmetric, eps=observer.eps.item(), **limits)
+        assert numbers == (expected[0].item(), expected[1].item())
+
+
+@given(st.floats(-1e30, 1e30))
+def test_float32_rounds_as_torch_does(x):
+    assert float32(x) == torch.tensor(x, dtype=torch.float64).float().item()
+
+
+@given(st.floats(-1e30, 1e30), st.floats(-1e30, 1e30))
+def test_two_numbers_are_rounded_as_each_is(x, y):
+    assert float32s(x, y) == (float32(x), float32(y))

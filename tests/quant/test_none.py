@@ -24,7 +24,7 @@ def test_every_stage_returns_a_copy(mlp):
     quantizer = NoQuantizer()
     prepared = quantizer.prepare(mlp)
     quantized = quantizer.convert(prepared)
-    weights = {model.linear1.weight.data_ptr() for model in (mlp, prepared, quantized)}
+    weights = {model.linear1.weight.data_ptr() for model in (mlp, prepared.model, quantized)}
     assert len(weights) == 3
 
 

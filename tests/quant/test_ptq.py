@@ -12,6 +12,7 @@ from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.compact import CompactLinear
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.observer.percentile import PercentileObserver
+from qtrain.simulate.simulation import output_points, weight_points
 
 # What a script by hand prints; qtrain's own code must be silent, and warnings elsewhere are errors.
 OLD_TORCH_STYLE = pytest.mark.filterwarnings(
@@ -143,7 +144,7 @@ def test_calibration_sees_every_batch_and_nothing_else(convnet, images, make_ptq
     prepared(images * 50)  # not calibration: nothing observes
     quantizer.calibrate(prepared.train(), ((batch,) for batch in images.split(5)))
     prepared(images * 50)
-    points = torch_ao.observed_points(prepared)
+    points = output_points(prepared.model)
     assert points["quant"].observed_range() == (images.min().item(), images.max().item())
     logits = convnet(images)
     torch.testing.assert_close(
@@ -230,7 +231,8 @@ def test_simulated_weights_are_the_converted_ones(symmetric, fused, granularity,
         prepared = calibrated(quantizer, model, torch.randn(4, 3, 4, 4))
         fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
         for name, layer in quantized_layers(quantized).items():
-            torch.testing.assert_close(torch_ao.float_weight(fake.get_submodule(name)), layer.weight().dequantize())
+            site = fake.get_submodule(name)
+            assert torch.equal(site.weight_q(site.folded()[0]), layer.weight().dequantize())
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -369,10 +371,11 @@ def test_settled_specs_are_those_of_the_engine(engine, make_ptq):
     assert quantizer.activation.reduce_range is rules.reduce_range
 
 
-def test_the_kernel_of_fake_quantization_can_be_chosen(convnet, images, make_ptq, make_qat):
-    for make, points in ((make_ptq, torch_ao.observed_points), (make_qat, torch_ao.weight_points)):
+def test_the_kernel_of_fake_quantization_can_be_chosen(convnet, make_ptq, make_qat):
+    for make in (make_ptq, make_qat):
         for kernel in ("qtrain", "torch"):
-            prepared = make(fake_quantize=kernel).prepare(convnet)
-            assert {point.kernel for point in points(prepared).values()} == {kernel}
+            model = make(fake_quantize=kernel).prepare(convnet).model
+            points = [*weight_points(model).values(), *output_points(model).values()]
+            assert len(points) == 9 and {point.kernel for point in points} == {kernel}
         with pytest.raises(ValueError, match="fake_quantize=cuda: allowed are qtrain and torch"):
             make(fake_quantize="cuda")

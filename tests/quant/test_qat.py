@@ -8,6 +8,7 @@ from torch import nn
 
 from qtrain.backend import torch_ao
 from qtrain.config.build import build, compose
+from qtrain.simulate.simulation import output_points, weight_points
 
 QUANTIZED = ["conv1", "conv2", "linear1", "linear2"]
 
@@ -77,13 +78,13 @@ def test_fake_quantization_and_freezing_start_at_their_epochs(convnet, images, m
         prepared.train()
         quantizer.on_epoch(prepared, epoch)
         quantizing = epoch >= 1
-        assert modes(torch_ao.observed_points(prepared)) == {(epoch < 2, quantizing)}
+        assert modes(output_points(prepared.model)) == {(epoch < 2, quantizing)}
         # Weights are seen whole at every step: their range is never frozen.
-        assert modes(torch_ao.weight_points(prepared)) == {(True, quantizing)}
-        assert prepared.conv1.bn.training is (epoch < 3)
-        before = prepared.conv1.bn.running_mean.clone(), torch_ao.observed_points(prepared)["conv1"].observed_range()
+        assert modes(weight_points(prepared.model)) == {(True, quantizing)}
+        assert prepared.model.conv1.bn.training is (epoch < 3)
+        before = prepared.model.conv1.bn.running_mean.clone(), output_points(prepared.model)["conv1"].observed_range()
         prepared(images * (epoch + 2))
-        after = prepared.conv1.bn.running_mean, torch_ao.observed_points(prepared)["conv1"].observed_range()
+        after = prepared.model.conv1.bn.running_mean, output_points(prepared.model)["conv1"].observed_range()
         assert torch.equal(before[0], after[0]) is (epoch >= 3)
         assert (before[1] == after[1]) is (epoch >= 2)
 
@@ -94,9 +95,9 @@ def test_null_means_never(convnet, images, make_qat):
     for epoch in (0, 3):
         prepared.train()
         quantizer.on_epoch(prepared, epoch)
-        assert modes(torch_ao.observed_points(prepared)) == {(True, False)}
-        assert modes(torch_ao.weight_points(prepared)) == {(True, False)}
-        assert prepared.conv1.bn.training
+        assert modes(output_points(prepared.model)) == {(True, False)}
+        assert modes(weight_points(prepared.model)) == {(True, False)}
+        assert prepared.model.conv1.bn.training
 
 
 def test_before_the_start_it_trains_the_float_model(mlp, images, make_qat):
@@ -125,22 +126,22 @@ def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, mak
     quantizer = make_qat(weight={"bits": 3}, activation={"reduce_range": False})
     prepared = calibrated(quantizer, mlp, images).train()
     quantizer.on_epoch(prepared, 0)
-    for point in torch_ao.observed_points(prepared).values():
-        point.enable_fake_quant(False)
+    for point in output_points(prepared.model).values():
+        point.quantizing = False
     prepared(images).square().sum().backward()
     replaced = copy.deepcopy(mlp)
     with torch.no_grad():
         for name in ("linear1", "linear2", "linear3"):
-            layer, point = replaced.get_submodule(name), prepared.get_submodule(name).weight_fake_quant
+            layer, point = replaced.get_submodule(name), prepared.model.get_submodule(name).weight_q
             layer.weight.copy_(point(layer.weight))
     replaced(images).square().sum().backward()
     for name in ("linear1", "linear2", "linear3"):
-        point, weight = prepared.get_submodule(name).weight_fake_quant, mlp.get_submodule(name).weight.detach()
+        point, weight = prepared.model.get_submodule(name).weight_q, mlp.get_submodule(name).weight.detach()
         scale = point.calculate_qparams()[0].reshape(-1, 1)
         inside = (weight / scale).round().clamp(-4, 3) == (weight / scale).round()
         tie = ((weight / scale) % 1 - 0.5).abs() < 1e-3  # may be rounded either way, into or out of the range
         expected = replaced.get_submodule(name).weight.grad * inside
-        torch.testing.assert_close(prepared.get_submodule(name).weight.grad[~tie], expected[~tie])
+        torch.testing.assert_close(prepared.model.get_submodule(name).weight.grad[~tie], expected[~tie])
 
 
 @pytest.mark.parametrize("narrow", [True, False])
@@ -152,7 +153,7 @@ def test_in_a_narrow_range_the_largest_weights_have_a_gradient(narrow, mlp, imag
     prepared = calibrated(quantizer, mlp, images).train()
     quantizer.on_epoch(prepared, 0)
     prepared(images + 1).sum().backward()
-    grad = prepared.linear1.weight.grad
+    grad = prepared.model.linear1.weight.grad
     reached = grad[:, 1:].ne(0).any(1)  # where any ReLU was open
     assert reached.any() and grad[reached, 0].ne(0).all().item() is narrow
     assert narrow or grad[:, 0].eq(0).all()
@@ -176,10 +177,10 @@ def test_weight_ranges_are_those_of_the_weights_now(convnet, images, make_qat, t
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images, lr=0.2)
     for factor in (10.0, 0.01):
         with torch.no_grad():
-            prepared.linear2.weight.mul_(factor)
+            prepared.model.linear2.weight.mul_(factor)
         prepared(images)
-        expected = prepared.linear2.weight.abs().amax(1) / 127
-        torch.testing.assert_close(prepared.linear2.weight_fake_quant.calculate_qparams()[0], expected.detach())
+        expected = prepared.model.linear2.weight.abs().amax(1) / 127
+        torch.testing.assert_close(prepared.model.linear2.weight_q.calculate_qparams()[0], expected.detach())
         torch.testing.assert_close(
             quantizer.convert(prepared).linear2.weight().q_per_channel_scales().float(), expected.detach()
         )
@@ -190,10 +191,10 @@ def test_an_averaging_observer_does_not_lag_behind_weights(mlp, images, make_qat
     quantizer = make_qat("fbgemm", weight=lagging)
     prepared = calibrated(quantizer, mlp, images)
     with torch.no_grad():
-        prepared.linear1.weight.mul_(5)
+        prepared.model.linear1.weight.mul_(5)
     prepared(images)
-    scale, _ = prepared.linear1.weight_fake_quant.calculate_qparams()
-    torch.testing.assert_close(scale, 2 * prepared.linear1.weight.detach().abs().amax(1) / 255)
+    scale, _ = prepared.model.linear1.weight_q.calculate_qparams()
+    torch.testing.assert_close(scale, 2 * prepared.model.linear1.weight.detach().abs().amax(1) / 255)
 
 
 def test_a_batch_norm_factor_of_zero_trains_without_nan(convnet, images, make_qat, train):
@@ -224,7 +225,7 @@ def test_convolutions_of_any_dimension_train(dims, between, make_qat, train, ful
     x = torch.randn(8, 2, *[5] * dims)
     quantizer = make_qat(weight={"bits": full_range_bits()}, activation={"reduce_range": False})
     prepared = train(quantizer, calibrated(quantizer, model, x), x)
-    assert list(torch_ao.weight_points(prepared)) == ["body.0"]
+    assert list(weight_points(prepared.model)) == ["body.0"]
     assert decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 20
 
 
@@ -247,7 +248,7 @@ def test_converted_weights_are_the_trained_ones_with_batch_norm_folded_in(convne
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
     quantized = quantizer.convert(prepared)
     for name in QUANTIZED:
-        layer, integers = prepared.get_submodule(name), quantized.get_submodule(name).weight()
+        layer, integers = prepared.model.get_submodule(name), quantized.get_submodule(name).weight()
         weight = layer.weight.detach()
         if name.startswith("conv"):
             factor = layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()
@@ -267,7 +268,7 @@ def test_folded_weights_are_rounded_alike_in_simulation_and_conversion(bits, bet
         quantizer = make_qat("fbgemm", weight={"bits": bits})
         prepared = calibrated(quantizer, model, torch.randn(8, 3, 8, 8))
         layer = quantizer.fake(prepared).body[0]
-        simulated = layer.weight_fake_quant(torch_ao.float_weight(layer))
+        simulated = layer.weight_q(layer.folded()[0])
         converted = quantizer.convert(prepared).body[0].weight().dequantize()
         assert torch.equal(simulated, converted)  # the largest weights on ties among them
 
@@ -278,11 +279,9 @@ def test_simulation_leaves_the_prepared_model_in_its_modes(convnet, images, make
     quantizer.on_epoch(prepared, 1)
     fake, reference = quantizer.fake(prepared), quantizer.reference(prepared)
     assert prepared.training and not fake.training and not reference.training
-    assert modes(torch_ao.observed_points(prepared)) == {(False, False)}
-    assert modes(torch_ao.weight_points(prepared)) == {(True, False)}
-    assert modes(torch_ao.observed_points(fake)) == {(False, True)} and modes(torch_ao.weight_points(fake)) == {
-        (True, True)
-    }
+    assert modes(output_points(prepared.model)) == {(False, False)}
+    assert modes(weight_points(prepared.model)) == {(True, False)}
+    assert modes(output_points(fake)) == {(False, True)} and modes(weight_points(fake)) == {(True, True)}
     torch.testing.assert_close(reference(images), convnet(images), atol=1e-4, rtol=1e-4)
 
 
@@ -296,7 +295,7 @@ def test_few_bits_of_activation_are_a_simulation(convnet, images, make_qat):
 def test_weights_train_at_their_layers_bits(convnet, images, make_qat, train):
     quantizer = make_qat("fbgemm", weight={"bits": 4}, layers={"conv1": "float", "linear2": {"bits": 8}})
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
-    points = {name: point.quant_max for name, point in torch_ao.weight_points(prepared).items()}
+    points = {name: point.quant_max for name, point in weight_points(prepared.model).items()}
     assert points == {"conv2": 7, "linear1": 7, "linear2": 127}
     quantized = quantizer.convert(prepared)
     assert type(quantized.conv1.layer[0]) is nn.Conv2d
@@ -306,7 +305,7 @@ def test_weights_train_at_their_layers_bits(convnet, images, make_qat, train):
 def test_batch_norm_in_a_float_island_is_frozen_too(convnet, images, make_qat):
     quantizer = make_qat(layers={"conv1": "float"}, freeze_batch_norm_epoch=1)
     prepared = calibrated(quantizer, convnet, images)
-    bn = next(m for m in prepared.conv1.modules() if isinstance(m, nn.BatchNorm2d))
+    bn = next(m for m in prepared.model.conv1.modules() if isinstance(m, nn.BatchNorm2d))
     for epoch in range(3):
         prepared.train()
         quantizer.on_epoch(prepared, epoch)

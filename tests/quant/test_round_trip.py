@@ -8,6 +8,7 @@ from qtrain.analyze.dry_run import coverage
 from qtrain.analyze.measure import weight_bytes
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.round_trip import Absmax, Zeropoint
+from qtrain.simulate.simulation import Simulation
 
 
 def value(model, name):
@@ -37,7 +38,7 @@ METHODS = {
 @pytest.mark.parametrize("make, formula", METHODS.values(), ids=METHODS)
 def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
     before = copy.deepcopy(convnet.state_dict())
-    quantized = make().convert(convnet)
+    quantized = make().convert(Simulation(convnet))
     for name, exact in convnet.named_parameters():
         torch.testing.assert_close(value(quantized, name), formula(exact.data), rtol=1e-5, atol=1e-6, msg=name)
         assert not torch.equal(value(quantized, name), exact)
@@ -48,7 +49,7 @@ def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
 @pytest.mark.parametrize("make, formula", METHODS.values(), ids=METHODS)
 def test_linear_layers_alone_or_without_some(make, formula, convnet):
     def changed(**options):
-        quantized = make(**options).convert(convnet)
+        quantized = make(**options).convert(Simulation(convnet))
         return {name for name, exact in convnet.named_parameters() if not torch.equal(exact, value(quantized, name))}
 
     assert changed(scope="linear") == {"linear1.weight", "linear2.weight"}
@@ -57,9 +58,9 @@ def test_linear_layers_alone_or_without_some(make, formula, convnet):
 
 
 def test_other_ranges(convnet):
-    coarse = METHODS["absmax"][0](quant_max=3).convert(convnet)
+    coarse = METHODS["absmax"][0](quant_max=3).convert(Simulation(convnet))
     assert len(coarse.conv1.weight.unique()) <= 7
-    coarse = METHODS["zeropoint"][0](num_steps=5).convert(convnet)
+    coarse = METHODS["zeropoint"][0](num_steps=5).convert(Simulation(convnet))
     assert len(coarse.conv1.weight.unique()) <= 6
 
 
@@ -68,12 +69,12 @@ def test_a_quarter_of_the_size_and_a_tied_weight_once(make, formula):
     torch.manual_seed(0)
     model = GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32).eval()
     idx = torch.arange(12).view(2, 6)
-    quantized = make().convert(model)
+    quantized = make().convert(Simulation(model))
     parameters = list(model.parameters())  # the tied weight once
     assert weight_bytes(quantized) == sum(p.numel() for p in parameters) + 8 * len(parameters)  # a scale, a zero point
     torch.testing.assert_close(quantized(idx), model(idx), rtol=0, atol=0.1)
     assert coverage(quantized, (idx,), {}) == {"params_quantized": 1.0, "macs_quantized": 1.0, "float_layers": {}}
-    fresh = make().convert(GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32))
+    fresh = make().convert(Simulation(GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32)))
     fresh.load_state_dict(quantized.state_dict())
     assert torch.equal(fresh(idx), quantized(idx))
 
@@ -82,7 +83,7 @@ def test_a_quarter_of_the_size_and_a_tied_weight_once(make, formula):
 def test_a_tied_weight_that_one_layer_keeps_in_float_stays_float(make, formula):
     model = GPT2(vocab_size=64, n_positions=16, n_layer=1, n_head=2, n_embd=32).eval()
     for options in ({"scope": "linear"}, {"layers": {"wte": "float"}}):
-        quantized = make(**options).convert(model)
+        quantized = make(**options).convert(Simulation(model))
         assert quantized.lm_head.weight is quantized.wte.weight and type(quantized.wte) is nn.Embedding
         assert torch.equal(quantized.wte.weight, model.wte.weight)
         float_layers = coverage(quantized, (torch.arange(6)[None],), options.get("layers", {}))["float_layers"]

@@ -7,7 +7,7 @@ from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.model.gpt2 import GPT2, MLP, Attention, Block, KVCache
-from qtrain.quant.qat import set_modes
+from qtrain.simulate.simulation import Simulation
 
 SIZES = dict(vocab_size=31, n_positions=8, n_layer=1, n_head=2, n_embd=16)
 OPENED = (Block, Attention, MLP)
@@ -34,20 +34,20 @@ def same(block, *inputs):
 def test_blocks_compute_what_their_modules_do(gpt2, layers, make_dynamic, make_ptq):
     x, mask = torch.randn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool).tril()
     same(gpt2.h[0], x, None, mask)
-    resolved = same(make_dynamic(layers=layers).convert(gpt2).h[0], x, None, None)
+    resolved = same(make_dynamic(layers=layers).convert(Simulation(gpt2)).h[0], x, None, None)
     assert not isinstance(resolved.__self__.mlp.__self__.c_fc, nn.Module)
     ptq = make_ptq()
     prepared = ptq.prepare(gpt2)
     ptq.calibrate(prepared, [(torch.randint(31, (2, 8)),)])
-    set_modes(torch_ao.observed_points(prepared).values(), observing=False, quantizing=True)
-    same(prepared.h[0], x, None, mask)
+    prepared.set_mode(observing=False, quantizing=True)
+    same(prepared.model.h[0], x, None, mask)
     with torch_ao.use_engine(ptq.engine):
         same(ptq.convert(prepared).h[0], x, None, mask)
 
 
 @torch.no_grad()
 def test_a_model_with_a_cache_skips_the_modules_of_its_blocks(gpt2, make_dynamic, monkeypatch):
-    quantized, idx = make_dynamic().convert(gpt2), torch.randint(31, (1, 6))
+    quantized, idx = make_dynamic().convert(Simulation(gpt2)), torch.randint(31, (1, 6))
     cache, modules = KVCache(quantized), KVCache(quantized)
     modules.blocks = list(quantized.h)
     for part in (idx[:, :5], idx[:, 5:]):
@@ -80,7 +80,7 @@ def test_layers_of_other_kinds_are_their_own_forward():
 
 
 def test_packed_weights_are_asked_for_torch_function_without_an_exception(mlp, make_dynamic):
-    packed = make_dynamic().convert(mlp).linear1._packed_params._packed_params
+    packed = make_dynamic().convert(Simulation(mlp)).linear1._packed_params._packed_params
     assert packed.__torch_function__ is torch._C._disabled_torch_function_impl
     assert not torch.overrides.has_torch_function((packed,))
     with pytest.raises(AttributeError):

@@ -15,6 +15,7 @@ from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.measure import weight_bytes
 from qtrain.analyze.truth import TruthError, TruthGate, finite_outputs, require_finite_weights
 from qtrain.backend import torch_ao
+from qtrain.simulate.simulation import output_points, weight_points
 
 GATE = TruthGate(on_failure="error", samples=32, max_steps=1.0, max_range_ratio=1.25)
 
@@ -40,8 +41,10 @@ SATURATE = """
 import torch
 from torch import nn
 from qtrain.backend import torch_ao
+from qtrain.simulate.simulation import output_points, weight_points
 from qtrain.simulate.spec import QuantSpec
 from qtrain.quant.ptq import PTQ
+from qtrain.simulate.simulation import output_points, weight_points
 from qtrain.analyze.truth import TruthGate
 
 torch.manual_seed(0)
@@ -103,8 +106,8 @@ def test_no_scale_comes_of_what_is_not_finite(value, mlp, images, make_qat):
     prepared = calibrated(quantizer, mlp, images)
     quantizer.on_epoch(prepared.train(), 0)
     with pytest.raises(ValueError):
-        torch_ao.observed_points(prepared)["linear2"](torch.tensor([value]))
-        require_finite_weights(prepared)
+        output_points(prepared.model)["linear2"](torch.tensor([value]))
+        require_finite_weights(prepared.model)
 
 
 def test_all_zeros_in_calibration_are_seen(mlp, images, make_ptq):
@@ -129,7 +132,7 @@ def test_masking_with_minus_infinity_before_dequantization_is_seen(images, make_
     quantizer = make_ptq()
     prepared = quantizer.prepare(Masked().eval())
     with pytest.raises(TruthError, match="layer dequant: its output is not finite in calibration, batch 0"):
-        with finite_outputs(prepared, "calibration"):
+        with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(torch.randn(2, 6, 6),)])
 
 
@@ -179,7 +182,7 @@ def test_a_tied_head_is_quantized_beside_a_float_embedding(is_qat, make_ptq, mak
     prepared = calibrated(quantizer, model, tokens)
     if is_qat:
         train(quantizer, prepared, tokens)
-        assert prepared.head.weight is prepared.embed.weight  # still one parameter
+        assert prepared.model.head.weight is prepared.model.embed.weight  # still one parameter
     reference, fake, quantized = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
     inside = {}
     for kind, each in (("reference", reference), ("fake", fake), ("quantized", quantized)):
@@ -225,6 +228,6 @@ def test_fake_quantization_stays_exact_under_bfloat16_autocast(convnet, images, 
         output = prepared(images)
     output.float().square().mean().backward()
     assert output.isfinite().all()
-    for point in (*torch_ao.observed_points(prepared).values(), *torch_ao.weight_points(prepared).values()):
+    for point in (*output_points(prepared.model).values(), *weight_points(prepared.model).values()):
         assert point.scale.dtype == torch.float32 and point.scale.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in prepared.parameters())

@@ -1,71 +1,100 @@
+"""Batch-norm in training, against torch's own Conv-BN layers and against formulas."""
+
 import copy
 
 import pytest
 import torch
+import torch.ao.nn.intrinsic.qat as nniqat
+import torch.ao.nn.quantized as nnq
+import torch.ao.quantization as tq
 import torch.nn.functional as F
 from torch import nn
 
 from qtrain.backend import torch_ao
-from qtrain.backend.torch_ao import conv_bn
-from qtrain.quant.ptq import set_modes
+from qtrain.observer.base import make_observer
+from qtrain.simulate import batch_norm as module
+from qtrain.simulate.batch_norm import TRAINING
+from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.simulation import output_points
+from qtrain.simulate.spec import QuantSpec
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-class Block(nn.Module):
-    def __init__(self, dims, relu, bias, momentum):
-        super().__init__()
-        self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
+@pytest.fixture
+def make(make_qat, between):
+    """make(conv_bn): the simulation of a convolution with batch-norm, its outputs float unless told."""
+
+    def make(conv_bn, dims=2, relu=False, bias=False, momentum=0.1, activations=False, **settings):
+        torch.manual_seed(0)
         norm = NORMS[dims](6, momentum=momentum)
         nn.init.normal_(norm.weight)  # some below 0
         nn.init.normal_(norm.bias)
-        self.layers = nn.Sequential(CONVS[dims](4, 6, 3, bias=bias), norm, *[nn.ReLU()] * relu)
-
-    def forward(self, x):
-        return self.dequant(self.layers(self.quant(x)))
-
-    def fuse_model(self, is_qat):
-        torch_ao.fuse(self, [[f"layers.{i}" for i in range(len(self.layers))]], is_qat=is_qat)
-
-
-@pytest.fixture
-def make(make_qat):
-    def make(conv_bn, dims=2, relu=False, bias=False, momentum=0.1, activations=False, **settings):
-        torch.manual_seed(0)
-        model = Block(dims, relu, bias, momentum)
+        layers = [CONVS[dims](4, 6, 3, bias=bias), norm, *[nn.ReLU()] * relu]
         quantizer = make_qat(conv_bn=conv_bn, **settings)
-        prepared = quantizer.prepare(model)
-        quantizer.on_epoch(prepared.train(), 0)
+        prepared = quantizer.prepare(between(*layers, fuse=[range(len(layers))])).train()
+        quantizer.on_epoch(prepared, 0)
         if not activations:  # rounding would make whole steps of the last digits
-            set_modes(torch_ao.observed_points(prepared).values(), observing=False, quantizing=False)
+            for point in output_points(prepared.model).values():
+                point.observing = point.quantizing = False
         return prepared
 
     return make
 
 
-def quantize_weights(model, enabled):
-    set_modes(torch_ao.weight_points(model).values(), observing=True, quantizing=enabled)
+def torchs(site, *, frozen=False):
+    """torch's own layer, on its slow path, with fake quantization as of a site."""
+    conv = site.layer
+    point = site.weight_q
+    spec = QuantSpec(
+        granularity="per_channel" if point.is_per_channel else "per_tensor",
+        symmetric=point.is_symmetric,
+        narrow_range=point.quant_min == -point.quant_max,
+        observer=torch_ao.minmax,
+    )
+
+    def own(**_):
+        how = {"kernel": "torch", "memoryless": True, "observing": True, "quantizing": point.quantizing}
+        return FakeQuantize(make_observer(spec, signed=True), **how)
+
+    cls = getattr(nniqat, f"ConvBn{'ReLU' * site.relu}{len(conv.kernel_size)}d")
+    qconfig = tq.QConfig(activation=nn.Identity, weight=own)
+    layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, bias=site.bias is not None, qconfig=qconfig)
+    layer._enable_slow_path_for_better_numerical_stability = True
+    layer.bn.momentum = site.bn.momentum
+    layer.train()
+    if frozen:
+        layer.freeze_bn_stats()
+    return layer
 
 
-def step(model, x, weights):
+def take_state(layer, site):
+    """Gives a layer of torch's the parameters and statistics of a site."""
+    state = {name: value for name, value in site.state_dict().items() if "_q." not in name}
+    missing, unexpected = layer.load_state_dict(state, strict=False)
+    assert not unexpected and all("fake_quant" in name for name in missing)
+
+
+def step(layer, x, weights):
     """Output, gradients (of x and of the parameters) and statistics of one forward and backward pass."""
     x = x.clone().requires_grad_()
-    model.zero_grad()
-    output = model(x)
+    layer.zero_grad()
+    output = layer(x)
     (output * weights).sum().backward()
-    statistics = {name: value for name, value in model.named_buffers() if ".bn." in name}
-    return {"output": output.detach(), "x": x.grad, **{n: p.grad for n, p in model.named_parameters()}, **statistics}
+    statistics = {name: value for name, value in layer.named_buffers() if name.startswith("bn.")}
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {"output": output.detach(), "x": x.grad, **gradients, **statistics}
 
 
-def distances(model, reference, x, weights):
-    """{what: relative distance} of one step of `model` from that of `reference`, both in `model`'s state before."""
-    reference.load_state_dict(model.state_dict())
-    found, expected = step(model, x, weights), step(reference, x, weights)
+def distances(site, reference, x, weights):
+    """{what: relative distance} of one step of `site` from that of `reference`, both in the state before."""
+    take_state(reference, site)
+    found, expected = step(site, x, weights), step(reference, x, weights)
     assert found.keys() == expected.keys() and len(found) > 6
     sizes = {name: value.norm() for name, value in expected.items() if value.is_floating_point()}
-    if "layers.0.bias" in sizes:  # its gradient is 0 but for rounding, for batch-norm takes any bias away
-        sizes["layers.0.bias"] = sizes["layers.0.weight"]
+    if "bias" in sizes:  # its gradient is 0 but for rounding, for batch-norm takes any bias away
+        sizes["bias"] = sizes["weight"]
     return {
         name: float((found[name] - value).norm() / sizes[name].clamp(min=1))
         for name, value in expected.items()
@@ -73,14 +102,16 @@ def distances(model, reference, x, weights):
     } | {name: float(found[name] - value) for name, value in expected.items() if not value.is_floating_point()}
 
 
-def train(model, reference, dims, steps=100):
-    """The largest distance in each step of a training."""
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+def train(prepared, dims, steps=100, frozen=False):
+    """Yields the distances from torch's own layer in each step of a training."""
+    site = prepared.model.body[0]
+    reference = torchs(site, frozen=frozen)
+    optimizer = torch.optim.SGD(site.parameters(), 0.01)
     for number in range(steps):
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(5, 4, *[6] * dims, generator=generator) * 2 + 1
         weights = torch.randn(5, 6, *[4] * dims, generator=generator)
-        yield distances(model, reference, x, weights)
+        yield distances(site, reference, x, weights)
         optimizer.step()
 
 
@@ -96,7 +127,7 @@ CASES = pytest.mark.parametrize(
 @CASES
 def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, weight, make):
     shape = {"dims": dims, "relu": relu, "bias": bias, "momentum": momentum, "engine": "fbgemm", "weight": weight}
-    worst = sorted(max(found.values()) for found in train(make("exact", **shape), make("torch", **shape), dims))
+    worst = sorted(max(found.values()) for found in train(make("exact", **shape), dims))
     # Of 65,000 weights, a few may come so close to a tie as to be rounded the other way.
     assert worst[94] < 1e-5 and worst[99] < 1e-2
 
@@ -105,16 +136,15 @@ def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, we
 def batch_norm(request, monkeypatch):
     """Which batch-norm there is behind folded convolutions: torch's, or the one for many numbers."""
     if request.param == "own_batch_norm":
-        monkeypatch.setattr(conv_bn, "MANY", 0)
+        monkeypatch.setattr(module, "MANY", 0)
 
 
 @CASES
 def test_folded_is_torchs_slow_path_where_weights_are_not_rounded(dims, relu, bias, momentum, make, batch_norm):
     shape = {"dims": dims, "relu": relu, "bias": bias, "momentum": momentum}
-    model, reference = make("folded", **shape), make("torch", **shape)
-    for prepared in (model, reference):
-        quantize_weights(prepared, False)
-    for found in train(model, reference, dims):
+    prepared = make("folded", **shape)
+    prepared.model.body[0].weight_q.quantizing = False
+    for found in train(prepared, dims):
         assert max(found.values()) < 1e-5, found
 
 
@@ -126,7 +156,7 @@ def test_own_batch_norm_is_torchs(shape, offset):
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     found, expected = x.clone().requires_grad_(), x.double().requires_grad_()
-    output, mean, var = conv_bn._BatchNorm.apply(found, norm.weight, norm.bias, norm.eps)
+    output, mean, var = module._BatchNorm.apply(found, norm.weight, norm.bias, norm.eps)
     (output * weights).sum().backward()
     grads = [found.grad, norm.weight.grad, norm.bias.grad]
     reference = copy.deepcopy(norm.double())
@@ -142,13 +172,13 @@ def test_own_batch_norm_is_torchs(shape, offset):
 
 def test_own_batch_norm_stays_exact_far_from_0(make, monkeypatch):
     """Sums of squares alone would lose the variance: of 1e8 + 1, float32 knows the 1e8."""
-    monkeypatch.setattr(conv_bn, "MANY", 0)
+    monkeypatch.setattr(module, "MANY", 0)
     model, x = make("folded", bias=True), torch.randn(50, 4, 6, 6)
-    layer = model.layers[0]
+    layer = model.model.body[0]
     with torch.no_grad():
         layer.bias.fill_(1e4)
     layer.bn.running_mean.fill_(1e4)
-    quantize_weights(model, False)
+    layer.weight_q.quantizing = False
     expected = F.batch_norm(
         F.conv2d(x.double(), layer.weight.double()), None, None, layer.bn.weight.double(), layer.bn.bias.double(), True
     )
@@ -157,11 +187,11 @@ def test_own_batch_norm_stays_exact_far_from_0(make, monkeypatch):
 
 
 def test_own_batch_norm_is_for_many_numbers_on_cpus(make, monkeypatch):
-    calls, apply = [], conv_bn._BatchNorm.apply
-    monkeypatch.setattr(conv_bn._BatchNorm, "apply", lambda *args: calls.append(1) or apply(*args))
+    calls, apply = [], module._BatchNorm.apply
+    monkeypatch.setattr(module._BatchNorm, "apply", lambda *args: calls.append(1) or apply(*args))
     model, x = make("folded"), torch.randn(2, 4, 6, 6)
     for many, expected in ((2 * 6 * 36 + 1, 0), (2 * 6 * 36, 1)):
-        monkeypatch.setattr(conv_bn, "MANY", many)
+        monkeypatch.setattr(module, "MANY", many)
         model(x)
         assert len(calls) == expected
     with torch.autocast("cpu", torch.bfloat16):
@@ -172,7 +202,7 @@ def test_own_batch_norm_is_for_many_numbers_on_cpus(make, monkeypatch):
 def test_integers_of_a_narrow_range_need_no_factor(make):
     """What batch-norm multiplies a channel by changes the sign of its integers at most."""
     model = make("folded", engine="fbgemm", weight={"narrow_range": True, "bits": 4})
-    layer, x = model.layers[0], torch.randn(5, 4, 6, 6)
+    layer, x = model.model.body[0], torch.randn(5, 4, 6, 6)
     layer.bn.running_var.uniform_(0.1, 9)
     factor = (layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()).detach().reshape(-1, 1, 1, 1)
     assert factor.lt(0).any() and factor.gt(0).any()
@@ -187,7 +217,7 @@ def test_integers_of_a_narrow_range_need_no_factor(make):
 @CASES
 def test_both_are_torchs_slow_path_where_batch_norm_is_frozen(conv_bn, dims, relu, bias, momentum, make):
     shape = {"dims": dims, "relu": relu, "bias": bias, "momentum": momentum, "freeze_batch_norm_epoch": 0}
-    for found in train(make(conv_bn, **shape), make("torch", **shape), dims, steps=20):
+    for found in train(make(conv_bn, **shape), dims, steps=20, frozen=True):
         assert max(found.values()) < 1e-5, found
 
 
@@ -197,13 +227,13 @@ def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularit
     """torch's kernel rounds the folded weights; dividing by the factor again gives the weights of the convolution."""
     weight = {"bits": bits, "symmetric": False, "granularity": granularity}
     model = make("folded", engine="fbgemm", weight=weight)
-    quantize_weights(model, True)
-    layer, x = model.layers[0], torch.randn(5, 4, 6, 6)
+    layer, x = model.model.body[0], torch.randn(5, 4, 6, 6)
     x = x * 2 + 1
     factor = (layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()).detach().reshape(-1, 1, 1, 1)
     bn, own = copy.deepcopy(layer.bn), layer.weight.detach().clone().requires_grad_()
-    spec = {"kernel": "torch", "memoryless": True, "observing": True, "quantizing": True}
-    rounded = type(layer.weight_fake_quant)(copy.deepcopy(layer.weight_fake_quant.observer), **spec)
+    spec = QuantSpec(**weight, observer=torch_ao.minmax)
+    how = {"kernel": "torch", "memoryless": True, "observing": True, "quantizing": True}
+    rounded = FakeQuantize(make_observer(spec, signed=True), **how)
     expected = bn(F.conv2d(x, rounded(own * factor) / factor))
     output = layer(x)
     torch.testing.assert_close(output, expected)
@@ -213,14 +243,14 @@ def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularit
     torch.testing.assert_close(layer.weight.grad, own.grad, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(layer.bn.weight.grad, bn.weight.grad)
     # what conversion will round by
-    for found, wanted in zip(layer.weight_fake_quant.calculate_qparams(), rounded.calculate_qparams(), strict=True):
+    for found, wanted in zip(layer.weight_q.calculate_qparams(), rounded.calculate_qparams(), strict=True):
         torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
 def test_a_gamma_of_0_learns_to_be_another(conv_bn, make, batch_norm):
     model = make(conv_bn)
-    layer = model.layers[0]
+    layer = model.model.body[0]
     with torch.no_grad():
         layer.bn.weight[:3] = 0
     x = torch.randn(5, 4, 6, 6)
@@ -234,15 +264,18 @@ def test_a_gamma_of_0_learns_to_be_another(conv_bn, make, batch_norm):
     assert layer.bn.weight[:3].ne(0).all()
 
 
-@pytest.mark.parametrize("conv_bn", torch_ao.CONV_BN)
-def test_every_way_converts_to_the_same_integers(conv_bn, make, make_qat):
+@pytest.mark.parametrize("conv_bn", TRAINING)
+def test_both_convert_to_the_integers_of_torchs_own_layer(conv_bn, make, make_qat):
     prepared = make(conv_bn, activations=True)
     prepared(torch.randn(5, 4, 6, 6))
-    reference = make("torch", activations=True)
-    reference.load_state_dict(prepared.state_dict())
-    models = [make_qat(conv_bn=way).convert(model) for way, model in ((conv_bn, prepared), ("torch", reference))]
-    weights = [model.layers[0].weight().int_repr() for model in models]
-    assert torch.equal(*weights) and weights[0].unique().numel() > 50
+    site = prepared.model.body[0]
+    reference = torchs(site)
+    take_state(reference, site)
+    reference.activation_post_process = site.output_q
+    ours = make_qat(conv_bn=conv_bn).convert(prepared).body[0]
+    theirs = nnq.Conv2d.from_float(reference)
+    assert torch.equal(ours.weight().int_repr(), theirs.weight().int_repr())
+    assert torch.equal(ours.bias(), theirs.bias()) and ours.weight().int_repr().unique().numel() > 50
 
 
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
@@ -254,17 +287,16 @@ def test_linear_layers_train_as_if_they_were_not_fused(conv_bn, between, make_qa
     prepared = quantizer.prepare(between(*layers, fuse=[(0, 1)]))
     reference = nn.Sequential(*layers).train()
     quantizer.on_epoch(prepared.train(), 0)
-    for points in (torch_ao.observed_points(prepared), torch_ao.weight_points(prepared)):
-        set_modes(points.values(), observing=True, quantizing=False)
+    prepared.set_mode(observing=True, quantizing=False)
     for _ in range(3):
         found, expected = prepared(x), reference(x)
         torch.testing.assert_close(found, expected)
     for output in (found, expected):
         output.square().sum().backward()
-    torch.testing.assert_close(prepared.body[0].weight.grad, layers[0].weight.grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(prepared.body[0].bn.running_var, layers[1].running_var)
+    torch.testing.assert_close(prepared.model.body[0].weight.grad, layers[0].weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(prepared.model.body[0].bn.running_var, layers[1].running_var)
 
 
 def test_another_way_is_refused(make_qat):
-    with pytest.raises(ValueError, match="conv_bn=quick: allowed are exact, folded and torch"):
+    with pytest.raises(ValueError, match="conv_bn=quick: allowed are exact and folded"):
         make_qat(conv_bn="quick")
