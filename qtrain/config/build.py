@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
@@ -26,6 +27,9 @@ from qtrain.quant.base import Quantizer
 from qtrain.task.base import Task
 from qtrain.train.trainer import OptimizerFactory, SchedulerFactory, Trainer
 
+PATHS = ("checkpoint", "float_cache", "data.path", "data.valid_path", "data.test_path", "data.root")
+PATHS_OR_NAMES = ("data.tokenizer", "model.pretrained")  # of the bundled, or on a hub
+
 
 def compose(*overrides: str) -> DictConfig:
     """Returns the config that the command line `qtrain *overrides` would run; for tests and notebooks."""
@@ -48,6 +52,7 @@ def resolve(config: DictConfig) -> DictConfig:
     OmegaConf.set_struct(config, False)
     config.pop("hydra", None)
     refuse_config(_unresolved(config))
+    _from_start(config)
     mistakes = []
     try:
         config.device = find_device(config.device)
@@ -67,6 +72,17 @@ def resolve(config: DictConfig) -> DictConfig:
     if mistakes:
         config.mistakes = mistakes
     return config
+
+
+def _from_start(config: DictConfig) -> None:
+    """Makes relative paths whole where hydra.job.chdir has left the folder of the start, which they are meant from."""
+    start = Path(HydraConfig.get().runtime.cwd or ".") if HydraConfig.initialized() else Path()
+    if start.resolve() == Path.cwd():
+        return
+    for key in (*PATHS, *PATHS_OR_NAMES):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and (key in PATHS or (start / value).exists()):
+            OmegaConf.update(config, key, str(start / Path(value).expanduser()))
 
 
 def overridden_labels(config: DictConfig) -> list[str]:
