@@ -1,6 +1,8 @@
 """What people do every day: checkpoints as they have them, paths as they write them."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,3 +67,32 @@ def test_paths_are_meant_from_the_folder_of_the_start(job, trained, tmp_path):
     run = job("mlp", "quant=ptq", "checkpoint=weights.pt", "hydra.job.chdir=true")
     assert run.code == 0, run.text
     assert run.accuracy("float") == trained.accuracy("float")
+
+
+SLOW = """
+import sys
+from qtrain.cli.run import main
+try:
+    main()
+except SystemExit as stop:
+    print(stop.code)
+print("imported:", [name for name in ("torch", "torch._dynamo", "matplotlib") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    "argument, imported",
+    [
+        ("--help", []),
+        ("sede=3", []),
+        ("model.hiden=3", []),
+        ("model=nope", []),
+        ("quant.weight.bits=9", ["torch"]),
+        ("optimizer.lr=-1", ["torch"]),
+        ("device=gpu", ["torch"]),
+    ],
+)
+def test_words_wait_for_no_import_that_they_do_not_need(argument, imported, tmp_path):
+    """torch takes 2 seconds of CPU, what its optimizers import 2.6 more, matplotlib 0.6."""
+    told = subprocess.run([sys.executable, "-c", SLOW, argument], cwd=tmp_path, capture_output=True, text=True)
+    assert told.stdout.splitlines()[-1] == f"imported: {imported}", told.stdout + told.stderr
