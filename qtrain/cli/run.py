@@ -8,7 +8,9 @@ import os
 import re
 import signal
 import sys
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +34,15 @@ def job() -> None:
 
 def one_job(config: "DictConfig") -> Any:
     """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+    with _importing():  # torch among them, which no mistake in a key's name has to wait for
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
 
-    from qtrain.common.files import alone
-    from qtrain.config.build import overridden_labels, unused_settings
-    from qtrain.config.settings import objectives, refuse_config
-    from qtrain.run import pipeline, sweep
-    from qtrain.train import ranks
+        from qtrain.common.files import alone
+        from qtrain.config.build import overridden_labels, unused_settings
+        from qtrain.config.settings import objectives, refuse_config
+        from qtrain.run import pipeline, sweep
+        from qtrain.train import ranks
 
     settings = HydraConfig.get()
     if settings.mode != RunMode.RUN and config.threads is None:
@@ -90,11 +93,12 @@ def _select(report: Any, objective: str) -> float:
 
 def continue_run(arguments: list[str]) -> None:
     """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
-    from qtrain.common.files import alone
-    from qtrain.logger.loggers import RunLog
-    from qtrain.run import pipeline
-    from qtrain.run.resume import open_run
-    from qtrain.train import ranks
+    with _importing():
+        from qtrain.common.files import alone
+        from qtrain.logger.run_log import RunLog
+        from qtrain.run import pipeline
+        from qtrain.run.resume import open_run
+        from qtrain.train import ranks
 
     named = [argument for argument in arguments if argument.startswith("resume=")]
     run_dir = Path(named[-1].partition("=")[2])
@@ -122,23 +126,27 @@ def _quit(signum: int, frame: object) -> None:
     os._exit(128 + signum)
 
 
-def _import_all() -> None:
-    """Imports torch and all that needs it; Ctrl-C ends the process at once meanwhile.
+@contextmanager
+def _importing() -> Iterator[None]:
+    """While entered, Ctrl-C ends the process at once.
 
     Imports take seconds, there is nothing to clean up, and out of an import an interrupt may come as another error.
     """
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
+        yield
+        return
     before = signal.signal(signal.SIGINT, _quit)
     try:
-        import qtrain.run.pipeline  # noqa: F401
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def main() -> None:
     """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
-    _import_all()
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
+    with _importing():
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
 
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
@@ -26,6 +27,9 @@ from qtrain.quant.base import Quantizer
 from qtrain.task.base import Task
 from qtrain.train.trainer import OptimizerFactory, SchedulerFactory, Trainer
 
+PATHS = ("checkpoint", "float_cache", "data.path", "data.valid_path", "data.test_path", "data.root")
+PATHS_OR_NAMES = ("data.tokenizer", "model.pretrained")  # of the bundled, or on a hub
+
 
 def compose(*overrides: str) -> DictConfig:
     """Returns the config that the command line `qtrain *overrides` would run; for tests and notebooks."""
@@ -48,6 +52,7 @@ def resolve(config: DictConfig) -> DictConfig:
     OmegaConf.set_struct(config, False)
     config.pop("hydra", None)
     refuse_config(_unresolved(config))
+    _from_start(config)
     mistakes = []
     try:
         config.device = find_device(config.device)
@@ -67,6 +72,17 @@ def resolve(config: DictConfig) -> DictConfig:
     if mistakes:
         config.mistakes = mistakes
     return config
+
+
+def _from_start(config: DictConfig) -> None:
+    """Makes relative paths whole where hydra.job.chdir has left the folder of the start, which they are meant from."""
+    start = Path(HydraConfig.get().runtime.cwd or ".") if HydraConfig.initialized() else Path()
+    if start.resolve() == Path.cwd():
+        return
+    for key in (*PATHS, *PATHS_OR_NAMES):
+        value = OmegaConf.select(config, key)
+        if isinstance(value, str) and (key in PATHS or (start / value).exists()):
+            OmegaConf.update(config, key, str(start / Path(value).expanduser()))
 
 
 def overridden_labels(config: DictConfig) -> list[str]:
@@ -142,7 +158,6 @@ def build(config: DictConfig) -> Parts:
         try:
             with impatient():
                 made[key] = instantiate(config[key], _convert_="all")
-            _try_out(key, made, problems)
         except Exception as err:
             problems += _explain(key, config[key], err)
     generator_state = torch.get_rng_state()
@@ -175,16 +190,15 @@ def build(config: DictConfig) -> Parts:
         )
     quantizer = made.get("quant")
     if quantizer is not None and quantizer.trains:
-        for key in ("optimizer", "scheduler"):
-            try:
-                _try_out(key, vars(quantizer), problems, prefix="quant.")
-            except Exception as err:
-                problems += _explain(f"quant.{key}", config.quant[key], err)
         if quantizer.convert_every and data is not None and data.val is None:
             problems.append(
                 f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
                 "there is none; set data.val_size above 0, or quant.convert_every=0"
             )
+    if not problems:  # the first optimizer to be made has torch import its compiler, for seconds
+        problems += _try_out(made, config)
+        if made["quant"].trains:
+            problems += _try_out(vars(quantizer), config.quant, "quant.")
     refuse_config(dict.fromkeys(problems))
     made["quantizer"] = made.pop("quant")
     return Parts(**made, generator_state=generator_state)
@@ -204,13 +218,16 @@ def _try_spec(quant: DictConfig, role: str) -> list[str]:
     return []
 
 
-def _try_out(key: str, made: dict[str, Any], problems: list[str], prefix: str = "") -> None:
-    """Calls an optimizer's or scheduler's factory once, so that what it refuses is known before any training."""
-    already_known = any(problem.startswith(f"{prefix}optimizer") for problem in problems)
-    if key in ("optimizer", "scheduler") and "optimizer" in made and not already_known:
-        optimizer = made["optimizer"]([nn.Parameter(torch.zeros(1))])
-        if key == "scheduler":
-            made["scheduler"](optimizer, 10)
+def _try_out(made: dict[str, Any], section: DictConfig, prefix: str = "") -> list[str]:
+    """Calls the factories of optimizer and scheduler once: what they refuse is known before any training."""
+    key = "optimizer"
+    try:
+        optimizer = made[key]([nn.Parameter(torch.zeros(1))])
+        key = "scheduler"
+        made[key](optimizer, 10)
+    except Exception as err:
+        return _explain(f"{prefix}{key}", section[key], err)
+    return []
 
 
 def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:

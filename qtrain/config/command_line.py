@@ -14,11 +14,26 @@ def config_dir() -> str:
 def hydra_arguments(arguments: list[str]) -> list[str]:
     """Returns a command line of ours in the words that Hydra 1.3 takes.
 
-    It refuses null for a group that the defaults list holds as null, new keys in a mapping without a plus, and the
-    quotes around such a key that YAML needs, as in {"*.mlp": float}.
+    It refuses null for a group that the defaults list holds as null, new keys in a mapping without a plus, the quotes
+    around such a key that YAML needs, as in {"*.mlp": float}, and a value with an equals sign without quotes.
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
-    return ["++" + re.sub(r"(['\"])(.*?)\1(?=\s*:)", r"\2", a) if a.startswith("quant.layers") else a for a in kept]
+    return [_layers(a) if a.startswith("quant.layers") else _quoted(a) for a in kept]
+
+
+def _layers(argument: str) -> str:
+    return "++" + re.sub(r"(['\"])(.*?)\1(?=\s*:)", r"\2", argument)
+
+
+def _quoted(argument: str) -> str:
+    """Returns KEY=VALUE with quotes around each value that holds an equals sign, as epoch=3/last.pt."""
+    key, _, value = argument.partition("=")
+    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor the option of a command.
+    is_ours = key.startswith("-") or key == "resume" or re.match(r"['\"\[{]|\w+\(", value)
+    if "=" not in value or is_ours or "\\" in value or "'" in value:
+        return argument
+    parts = (f"'{part}'" if "=" in part else part for part in value.split(","))
+    return f"{key}={','.join(parts)}"
 
 
 def refuse_choices(arguments: list[str]) -> None:

@@ -85,6 +85,10 @@ def check_settings(config: DictConfig) -> Iterator[str]:
     yield from choice("calib_split", config.calib_split, ("train", "val", "test"))
     if config.checkpoint is not None and not (isinstance(config.checkpoint, str) and isfile(config.checkpoint)):
         yield f"checkpoint={config.checkpoint}: there is no such file; allowed is a state dict, as float.pt of a run"
+    yield from choice("checkpoint_mode", config.checkpoint_mode, ("use", "finetune"))
+    yield from boolean("checkpoint_strict", config.checkpoint_strict)
+    if config.checkpoint is None and config.checkpoint_mode == "finetune":
+        yield "checkpoint_mode=finetune: there is nothing to train on from; name a file by checkpoint="
     if not (config.objective is None or objectives(config)):
         yield f"objective={config.objective}: must be the path of a metric, a list of such, or null"
     if "device" in config.data:

@@ -1,9 +1,7 @@
 """Where a run's numbers and pictures go: metrics.jsonl always, TensorBoard and PNG files by choice."""
 
 import json
-import logging
 import struct
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,15 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from qtrain.common.files import write_atomically
-
-
-class RunLog(logging.FileHandler):
-    """A run's log file; a full disk ends the run, where Python's own handler would print a traceback for each line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if isinstance(sys.exception(), OSError):
-            raise
-        super().handleError(record)
 
 
 class Logger:

@@ -37,7 +37,7 @@ def kept_engine() -> Iterator[None]:
 
 
 def load_weights(model: nn.Module, path: Path, rename: Callable[[Any], Any] | None = None) -> None:
-    """Loads a state dict into `model`, in place.
+    """Loads a state dict of a run's into `model`, in place.
 
     Args:
         rename: applied to the state dict before.
@@ -45,19 +45,42 @@ def load_weights(model: nn.Module, path: Path, rename: Callable[[Any], Any] | No
     Raises:
         ValueError: there is no such file, it is damaged, or it belongs to another model.
     """
+    state = read_state(path)
+    load_state(model, state if rename is None else rename(state), path)
+
+
+def read_state(path: Path) -> dict[Any, Any]:
+    """Returns what is saved in a file: tensors by name, or a dict that holds such a dict.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or it holds anything else.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as err:
         raise ValueError(f"checkpoint={path}: there is no such file") from err
     except Exception as err:  # bytes that are no pickle can raise anything
-        raise ValueError(f"checkpoint={path}: not a readable state dict ({unreadable(err)})") from None
+        advice = "; save the weights alone: torch.save(model.state_dict(), FILE)"
+        raise ValueError(f"checkpoint={path}: not a readable state dict ({unreadable(err)}){advice}") from None
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict")
+    return state
+
+
+def load_state(model: nn.Module, state: dict[str, Any], path: Path, hint: str = "") -> None:
+    """Loads a state dict that was read from `path` into `model`, in place.
+
+    Args:
+        hint: what else to say where it does not fit.
+
+    Raises:
+        ValueError: it does not fit the model.
+    """
     try:
         with kept_engine():
-            model.load_state_dict(state if rename is None else rename(state))
+            model.load_state_dict(state)
     except Exception as err:  # torch takes the keys' being strings for granted
-        raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?") from err
+        raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?{hint}") from err
 
 
 def digest(content: Any) -> str:

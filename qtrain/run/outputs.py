@@ -4,10 +4,9 @@ import logging
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -16,7 +15,6 @@ from qtrain.backend import integers
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.common.files import write_atomically
 from qtrain.functional.error import mse, sqnr_db
-from qtrain.logger import plots
 from qtrain.logger.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
 from qtrain.run.quality import Quality, made_of, of_task
@@ -26,6 +24,11 @@ from qtrain.simulate.simulation import output_points
 from qtrain.simulate.sites import QuantWeighted
 from qtrain.task.base import Task
 from qtrain.train.evaluate import Scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from qtrain.logger.plots import Pairs
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +129,10 @@ def write(
     if pairs:
         logger.text("weights", weight_table(pairs), 0)
     if logger.shows_images:
+        from qtrain.logger.plots import png
+
         for name, figure in figures(report, pairs, scores):
-            logger.image(name, plots.png(figure), 0)
+            logger.image(name, png(figure), 0)
     if report.samples:
         logger.text("samples", "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()), 0)
     if report.qparams:
@@ -140,8 +145,10 @@ def write(
         log.info(line)
 
 
-def figures(report: Report, pairs: plots.Pairs, scores: dict[str, Scores | None]) -> Iterator[tuple[str, Figure]]:
+def figures(report: Report, pairs: "Pairs", scores: dict[str, Scores | None]) -> Iterator[tuple[str, "Figure"]]:
     """Yields (name, figure) of the finished run."""
+    from qtrain.logger import plots  # matplotlib takes half a second to import
+
     if pairs:
         yield "weights", plots.weights(pairs)
         yield "weight_distribution", plots.distribution(pairs, report.quant["method"])
@@ -204,7 +211,7 @@ def qparams_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def weight_table(pairs: plots.Pairs, count: int = 3) -> str:
+def weight_table(pairs: "Pairs", count: int = 3) -> str:
     """Returns the first weights of each layer as a Markdown table, with scale, zero point and error."""
     lines = [
         "| layer | float | integers | scale | zero point | dequantized | MSE | SQNR, dB |",

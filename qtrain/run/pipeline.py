@@ -31,7 +31,8 @@ from qtrain.config.build import Parts, build, resolve
 from qtrain.data.loaders import Loader
 from qtrain.logger.loggers import JsonLines, Logger, Loggers
 from qtrain.run import launch, outputs
-from qtrain.run.checkpoint import FloatCache, digest, load_weights, save_weights
+from qtrain.run.checkpoint import FloatCache, digest, save_weights
+from qtrain.run.foreign import load_checkpoint
 from qtrain.run.quality import of_task
 from qtrain.run.report import DIGESTED, Report, versions
 from qtrain.run.resume import Interrupted, Progress, Signals, said_how
@@ -173,7 +174,10 @@ def obtain_float(
     """Returns the float model: out of a checkpoint, out of the cache, or trained now."""
     model = parts.model
     if config.checkpoint is not None:
-        load_weights(model, Path(config.checkpoint))
+        path = Path(config.checkpoint)
+        for note in load_checkpoint(model, path, strict=config.checkpoint_strict):
+            log.info(f"note: {note}")
+    if config.checkpoint is not None and config.checkpoint_mode == "use":
         report.float_from = "checkpoint"
     elif config.float_cache is None:
         train_float(config, parts, clock, logger, progress)

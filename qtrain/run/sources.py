@@ -25,7 +25,8 @@ from qtrain.data.loaders import DataLoaders, Loader
 from qtrain.run.checkpoint import digest
 from qtrain.train.generators import undisturbed
 
-# The checkpoint, quantizer and measurements have no say in the float model; everything else does.
+# The quantizer and measurements have no say in the float model; everything else does. Of a checkpoint that is trained
+# on, the weights count, which the model holds by then.
 SETTINGS = ("model", "data", "task", "trainer", "optimizer", "scheduler", "seed", "device")
 OWN_DATA = ("qtrain.data.mnist.", "qtrain.data.text.")  # their fingerprints are of the content
 PACKAGE = Path(__file__).parents[1]

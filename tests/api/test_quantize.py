@@ -121,4 +121,4 @@ def test_what_is_imported_is_what_is_used(tmp_path):
     script = "import qtrain, sys; assert 'torch' not in sys.modules; print(qtrain.__version__)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     with pytest.raises(AttributeError, match="has no attribute 'nope'"):
-        qtrain.nope
+        assert qtrain.nope
