@@ -31,8 +31,8 @@ from qtrain.cli import compare
 from qtrain.cli import run as cli
 from qtrain.common.files import sha256
 from qtrain.config import build
-from qtrain.run import artifact, pipeline
-from qtrain.run.resume import DIGEST_BYTES, Interrupted
+from qtrain.runs import artifact, pipeline
+from qtrain.runs.resume import DIGEST_BYTES, Interrupted
 
 TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null measure.repeats=1".split()
 TINY += ["measure.warmup=0", "data.val_size=100", "truth.on_failure=warn"]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from qtrain.common.files import sha256
-from qtrain.run.report import Report
+from qtrain.runs.report import Report
 
 NUM_EXAMPLES = 10_000
 FLOAT_KB = {"convnet": 833.5, "mobilenet_v2": 9_120.0}

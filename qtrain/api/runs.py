@@ -11,8 +11,8 @@ from qtrain.config.build import compose
 from qtrain.leaderboard.export import as_records
 from qtrain.leaderboard.rows import section_of_runs, split
 from qtrain.leaderboard.runs import find
-from qtrain.run import artifact, pipeline
-from qtrain.run.report import Report
+from qtrain.runs import artifact, pipeline
+from qtrain.runs.report import Report
 
 
 def run(*overrides: str, run_dir: str | Path | None = None) -> Report:
@@ -35,7 +35,7 @@ def run(*overrides: str, run_dir: str | Path | None = None) -> Report:
 def load(run_dir: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     """Returns the converted model of a finished run, on the CPU, in eval mode.
 
-    See `qtrain.run.artifact.load`.
+    See `qtrain.runs.artifact.load`.
     """
     return artifact.load(Path(run_dir), trust)
 

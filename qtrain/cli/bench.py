@@ -52,8 +52,8 @@ def bench(
 
     from qtrain.analyze import measure
     from qtrain.common.files import write_json
-    from qtrain.run import artifact
-    from qtrain.run.report import FILE_NAME, load_report
+    from qtrain.runs import artifact
+    from qtrain.runs.report import FILE_NAME, load_report
 
     folders = [run for run in runs if (run / FILE_NAME).is_file() or not run.is_file()]  # a sweep's own files beside
     reports = {run: load_report(run / FILE_NAME) for run in folders}

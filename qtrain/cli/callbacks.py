@@ -22,7 +22,7 @@ class Comparison(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Warns of jobs that would fight for the cores."""
-        from qtrain.run.sweep import crowding
+        from qtrain.runs.sweep import crowding
 
         # sweep=optuna asks for it; Hydra builds the sampler after this.
         warnings.filterwarnings("ignore", message="``multivariate`` option is an experimental feature")

@@ -40,21 +40,21 @@ def generate(
     seed: int,
     trust: Sequence[str] = (),
 ) -> str:
-    """Returns the prompt and what the converted model of `run` adds to it.
+    """Returns the prompt and what the converted model of `runs` adds to it.
 
     Args:
         run: the folder of a finished run.
         prompt: a text of at least one token.
         max_new_tokens, greedy, temperature, top_k, seed: see `GPT2.generate`.
-        trust: see `qtrain.run.artifact.load`.
+        trust: see `qtrain.runs.artifact.load`.
 
     Raises:
         ValueError: the folder holds no run of a language model, or an argument is out of range.
     """
     from qtrain.analyze.measure import keep_freed_memory
     from qtrain.data.tokenizer import load_tokenizer
-    from qtrain.run.artifact import load
-    from qtrain.run.report import FILE_NAME, load_report
+    from qtrain.runs.artifact import load
+    from qtrain.runs.report import FILE_NAME, load_report
 
     if not (run / FILE_NAME).is_file():
         raise ValueError(f"{run}: holds no {FILE_NAME}; name the folder of a finished run of a language model")

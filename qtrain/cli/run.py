@@ -41,7 +41,7 @@ def one_job(config: "DictConfig") -> Any:
         from qtrain.common.files import alone
         from qtrain.config.build import overridden_labels, unused_settings
         from qtrain.config.settings import objectives, refuse_config
-        from qtrain.run import pipeline, sweep
+        from qtrain.runs import pipeline, sweep
         from qtrain.train import ranks
 
     settings = HydraConfig.get()
@@ -96,8 +96,8 @@ def continue_run(arguments: list[str]) -> None:
     with _importing():
         from qtrain.common.files import alone
         from qtrain.logger.run_log import RunLog
-        from qtrain.run import pipeline
-        from qtrain.run.resume import open_run
+        from qtrain.runs import pipeline
+        from qtrain.runs.resume import open_run
         from qtrain.train import ranks
 
     named = [argument for argument in arguments if argument.startswith("resume=")]
@@ -181,7 +181,7 @@ def explain(err: BaseException) -> str:
     from hydra.errors import HydraException
     from omegaconf.errors import InterpolationResolutionError
 
-    from qtrain.run import sweep
+    from qtrain.runs import sweep
 
     if isinstance(err, FileNotFoundError) and err.filename is not None:
         return (

@@ -12,7 +12,7 @@ from qtrain.common.files import OVERRIDES, read_text
 from qtrain.common.plain import plain
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
-from qtrain.run.report import MOST_LEVELS, misfits
+from qtrain.runs.report import MOST_LEVELS, misfits
 
 MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")  # each has its _target_
 SECTIONS = (*MADE, "logger", "measure")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qtrain.leaderboard.runs import Failure, Run
-from qtrain.run.quality import KNOWN, Quality
+from qtrain.runs.quality import KNOWN, Quality
 
 ALIASES = {
     "int8": "quantized",

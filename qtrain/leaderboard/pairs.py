@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from qtrain.leaderboard.runs import Run
 from qtrain.leaderboard.statistics import mcnemar, paired_bootstrap
-from qtrain.run.quality import LOG, MEAN, RIGHT_OR_WRONG
-from qtrain.run.report import LARGEST, verify
+from qtrain.runs.quality import LOG, MEAN, RIGHT_OR_WRONG
+from qtrain.runs.report import LARGEST, verify
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from qtrain.common.plain import plain
 from qtrain.leaderboard import keys, pairs, pareto
 from qtrain.leaderboard.runs import Run
 from qtrain.leaderboard.statistics import mean_and_sd, over_seeds
-from qtrain.run.quality import KNOWN, Quality
+from qtrain.runs.quality import KNOWN, Quality
 
 # What decides which test examples a text data set has, beside its name and its content.
 DATA_KEYS = ("data.path", "data.tokenizer", "data.context", "data.stride", "data.test_fraction")

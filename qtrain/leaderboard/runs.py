@@ -10,8 +10,8 @@ from typing import Any
 
 from qtrain.common.plain import plain, plain_lines
 from qtrain.config.old_names import up_to_date
-from qtrain.run.quality import LOG, Quality, of_report
-from qtrain.run.report import FILE_NAME, QUIET, load_report
+from qtrain.runs.quality import LOG, Quality, of_report
+from qtrain.runs.report import FILE_NAME, QUIET, load_report
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class Run:
     """One finished run.
 
     Attributes:
-        examples: how their scores make up the quality, as `qtrain.run.quality` names it; None: not known.
+        examples: how their scores make up the quality, as `qtrain.runs.quality` names it; None: not known.
         facts: what tables show, by the names that filters, sorting and grouping use.
         settings: the config, flattened to {"optimizer.lr": 0.001}, and the options of groups: {"trainer": "smoke"}.
         overrides: the keys that its command line set.

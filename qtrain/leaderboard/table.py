@@ -8,7 +8,7 @@ from qtrain.common.plain import plain
 from qtrain.leaderboard.rows import LATENCY_TOLERANCE, Row, Section, is_disturbed
 from qtrain.leaderboard.runs import Failure
 from qtrain.leaderboard.statistics import ALPHA
-from qtrain.run.quality import KNOWN, RIGHT_OR_WRONG
+from qtrain.runs.quality import KNOWN, RIGHT_OR_WRONG
 
 NONE = "-"
 UNSURE, FRONT, CONTENDED = "~", "*", "!"

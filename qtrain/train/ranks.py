@@ -1,4 +1,4 @@
-"""What the processes of one training tell each other; with one process, nothing. `qtrain.run.launch` starts them.
+"""What the processes of one training tell each other; with one process, nothing. `qtrain.runs.launch` starts them.
 
 Gradients are averaged by torch's DistributedDataParallel. The ranges that activation observers see, and batch-norm's
 running statistics, are made equal in every step, so that all ranks hold the same prepared model. The statistics with

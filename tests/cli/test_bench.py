@@ -6,7 +6,7 @@ import torch
 from qtrain.analyze.measure import OtherLoad, median_interval
 from qtrain.cli import bench
 from qtrain.config import build
-from qtrain.run import pipeline
+from qtrain.runs import pipeline
 
 QUICK = ["model=mlp", "model.hidden=4", "trainer=smoke", "threads=1", "logger=none", "float_cache=null"]
 

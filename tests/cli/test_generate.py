@@ -5,8 +5,8 @@ import qtrain
 from qtrain.cli.generate import main
 from qtrain.config.build import compose
 from qtrain.data.tokenizer import ByteTokenizer
-from qtrain.run import pipeline
-from qtrain.run.report import FILE_NAME, load_report
+from qtrain.runs import pipeline
+from qtrain.runs.report import FILE_NAME, load_report
 
 RUN = [
     *("task=language_modeling", "data=shakespeare", "data.context=16", "data.stride=16", "data.test_fraction=0.001"),

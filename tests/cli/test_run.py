@@ -22,9 +22,9 @@ from qtrain.common.files import alone
 from qtrain.config.build import config_dir
 from qtrain.data.loaders import image_loaders
 from qtrain.model.mlp import MLP
-from qtrain.run import pipeline
-from qtrain.run.checkpoint import save_weights
-from qtrain.run.report import Report
+from qtrain.runs import pipeline
+from qtrain.runs.checkpoint import save_weights
+from qtrain.runs.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["trainer=smoke", "threads=1", "measure.repeats=1", "logger=none"]

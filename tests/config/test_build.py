@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qtrain.config.build import ConfigError, build, compose, config_dir, find_device, hydra_arguments
 from qtrain.data.loaders import image_loaders
-from qtrain.run import pipeline
+from qtrain.runs import pipeline
 
 CONF = Path(config_dir())
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))

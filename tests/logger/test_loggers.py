@@ -9,7 +9,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from qtrain.config import build
 from qtrain.logger import plots
 from qtrain.logger.loggers import JsonLines, Logger, Loggers, Pictures, TensorBoard
-from qtrain.run import pipeline
+from qtrain.runs import pipeline
 
 
 def read_events(folder):

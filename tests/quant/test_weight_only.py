@@ -14,7 +14,7 @@ from qtrain.backend.packed.weight import HalfWeight
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.llm_int8 import LLMInt8
 from qtrain.quant.weight_only import WeightOnly
-from qtrain.run.checkpoint import save_weights
+from qtrain.runs.checkpoint import save_weights
 from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.spec import QuantSpec
 

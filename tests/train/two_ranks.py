@@ -12,7 +12,7 @@ from qtrain.logger.loggers import Logger
 from qtrain.model.convnet import ConvNet
 from qtrain.model.mlp import MLP
 from qtrain.quant.qat import QAT
-from qtrain.run.outputs import activation_qparams
+from qtrain.runs.outputs import activation_qparams
 from qtrain.simulate.spec import QuantSpec
 from qtrain.task.classification import Classification
 from qtrain.train.scheduler import constant

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from qtrain.cli.callbacks import Comparison
 from qtrain.cli.run import explain
 from qtrain.config.build import config_dir
-from qtrain.run import sweep
+from qtrain.runs import sweep
 
 CONF = Path(config_dir())
 PRESETS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))

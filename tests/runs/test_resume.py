@@ -17,8 +17,8 @@ from qtrain.config import build
 from qtrain.data.loaders import ImageLoader, image_loaders
 from qtrain.leaderboard.runs import find
 from qtrain.logger.loggers import Logger, Pictures, TensorBoard
-from qtrain.run import pipeline
-from qtrain.run.resume import Interrupted, Progress, Signals, open_run
+from qtrain.runs import pipeline
+from qtrain.runs.resume import Interrupted, Progress, Signals, open_run
 from qtrain.task.classification import Classification
 from qtrain.train.scheduler import cosine
 from qtrain.train.trainer import Trainer, _RunningMean

@@ -17,8 +17,8 @@ from qtrain.common.files import write_atomically
 from qtrain.functional.error import mse, sqnr_db
 from qtrain.logger.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
-from qtrain.run.quality import Quality, made_of, of_task
-from qtrain.run.report import Report
+from qtrain.runs.quality import Quality, made_of, of_task
+from qtrain.runs.report import Report
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import output_points
 from qtrain.simulate.sites import QuantWeighted

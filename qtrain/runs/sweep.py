@@ -11,7 +11,7 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from qtrain.common.files import LOCK
-from qtrain.run.report import FILE_NAME, Report, load_report, versions
+from qtrain.runs.report import FILE_NAME, Report, load_report, versions
 
 # Float results depend on the number of threads: in the last bits at first, and after an epoch of training visibly. With
 # one thread a job has the same results under every launcher, alone or beside others; jobs are what uses the cores.
@@ -73,7 +73,7 @@ def carry_out(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report
         Exception: what `pipeline.execute` raises.
     """
     from qtrain.config.build import ConfigError, resolve
-    from qtrain.run import pipeline
+    from qtrain.runs import pipeline
 
     try:
         wanted = OmegaConf.to_yaml(resolve(config))

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.common.files import OVERRIDES, remove_leftovers, write_atomically
 from qtrain.config.reading import command_line, read_config
-from qtrain.run.report import FILE_NAME, load_report
+from qtrain.runs.report import FILE_NAME, load_report
 from qtrain.train.state import FOLDER, Checkpoint, unreadable
 
 STAGES = ("float", "finetuning", "qat")  # in the order of a run

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qtrain.model.gpt2 import GPT2
-from qtrain.run.foreign import load_checkpoint, unwrap
+from qtrain.runs.foreign import load_checkpoint, unwrap
 
 
 def model(classes=2, seed=0):

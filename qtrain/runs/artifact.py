@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from qtrain.common.plain import plain
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
-from qtrain.run.checkpoint import load_weights
-from qtrain.run.old_states import up_to_date_state
-from qtrain.run.report import FILE_NAME, load_report, verify
+from qtrain.runs.checkpoint import load_weights
+from qtrain.runs.old_states import up_to_date_state
+from qtrain.runs.report import FILE_NAME, load_report, verify
 from qtrain.simulate.simulation import sites
 
 

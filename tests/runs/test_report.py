@@ -4,7 +4,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from qtrain.run.report import SCHEMA, Report, load_report, versions
+from qtrain.runs.report import SCHEMA, Report, load_report, versions
 
 IDENTITY = {"name": "run", "seed": 3, "config": {"a": [1, None]}, "overrides": ["x=1"], "model": "mlp", "data": "mnist"}
 

@@ -30,13 +30,13 @@ from qtrain.common.files import OVERRIDES, sha256, write_atomically, write_json
 from qtrain.config.build import Parts, build, resolve
 from qtrain.data.loaders import Loader
 from qtrain.logger.loggers import JsonLines, Logger, Loggers
-from qtrain.run import launch, outputs
-from qtrain.run.checkpoint import FloatCache, digest, save_weights
-from qtrain.run.foreign import load_checkpoint
-from qtrain.run.quality import of_task
-from qtrain.run.report import DIGESTED, Report, versions
-from qtrain.run.resume import Interrupted, Progress, Signals, said_how
-from qtrain.run.sources import code, float_key, with_fingerprint
+from qtrain.runs import launch, outputs
+from qtrain.runs.checkpoint import FloatCache, digest, save_weights
+from qtrain.runs.foreign import load_checkpoint
+from qtrain.runs.quality import of_task
+from qtrain.runs.report import DIGESTED, Report, versions
+from qtrain.runs.resume import Interrupted, Progress, Signals, said_how
+from qtrain.runs.sources import code, float_key, with_fingerprint
 from qtrain.simulate.simulation import Simulation
 from qtrain.train import ranks
 from qtrain.train.evaluate import Scores, evaluate

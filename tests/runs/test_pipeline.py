@@ -18,8 +18,8 @@ from qtrain.analyze.truth import TruthError
 from qtrain.config import build
 from qtrain.data.loaders import image_loaders
 from qtrain.model.mlp import MLP
-from qtrain.run import pipeline
-from qtrain.run.checkpoint import load_weights
+from qtrain.runs import pipeline
+from qtrain.runs.checkpoint import load_weights
 
 SMALL = ["model=mlp", "model.hidden=8", "data.val_size=16", "data.batch_size=8", "data.eval_batch_size=24"]
 QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null"]

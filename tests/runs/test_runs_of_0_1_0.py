@@ -12,8 +12,8 @@ import torch
 import qtrain
 from qtrain.cli import bench, compare, generate
 from qtrain.config.old_names import MOVED, up_to_date
-from qtrain.run import artifact
-from qtrain.run.resume import open_run
+from qtrain.runs import artifact
+from qtrain.runs.resume import open_run
 
 RUNS = Path(__file__).parent / "runs_of_0.1.0"
 

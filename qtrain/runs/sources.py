@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qtrain.config.build import Parts
 from qtrain.data.loaders import DataLoaders, Loader
-from qtrain.run.checkpoint import digest
+from qtrain.runs.checkpoint import digest
 from qtrain.train.generators import undisturbed
 
 # The quantizer and measurements have no say in the float model; everything else does. Of a checkpoint that is trained

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.run.checkpoint import load_state, read_state
+from qtrain.runs.checkpoint import load_state, read_state
 
 SECTIONS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
 WRAPPER = re.compile(r"(^|\.)(?:module|_orig_mod)\.")  # of DataParallel and torch.compile

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from qtrain.run.checkpoint import FloatCache, digest, load_weights, save_weights
+from qtrain.runs.checkpoint import FloatCache, digest, load_weights, save_weights
 
 
 def model(width=8, seed=0):
@@ -187,7 +187,7 @@ def test_a_save_that_is_broken_off_between_its_files_leaves_no_valid_entry(entry
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qtrain.run.checkpoint.write_json", fail)
+    monkeypatch.setattr("qtrain.runs.checkpoint.write_json", fail)
     with pytest.raises(KeyboardInterrupt):
         entry.save(model(seed=1), {"seconds": 1.0})
     assert entry.load(model()) is None

@@ -5,7 +5,7 @@ from torch import nn
 import qtrain
 from qtrain.config import build
 from qtrain.data.loaders import image_loaders
-from qtrain.run import pipeline
+from qtrain.runs import pipeline
 
 ENGINES = torch.backends.quantized.supported_engines
 QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", "measure.repeats=1", "measure.warmup=0"]
