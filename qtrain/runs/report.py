@@ -1,5 +1,6 @@
 """report.json: all that a comparison reads of a run."""
 
+import html
 import json
 import logging
 import math
@@ -45,7 +46,7 @@ REQUIRED = SHAPE.keys() - {"tokens_per_s", "sha256", "scoring"}  # which came la
 log = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class Report:
     """One run's results; see the README for the fields. Everything in it is plain JSON."""
 
@@ -80,6 +81,24 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     git: str | None = None
     sha256: dict[str, str] = field(default_factory=dict)  # of the files beside it
+
+    def __repr__(self) -> str:
+        method, quality = self.quant.get("method"), self.quality
+        found = {kind: scores[quality] for kind, scores in self.metrics.items() if scores and quality}
+        scores = ", ".join(f"{kind} {value:.4g}" for kind, value in found.items())
+        return f"Report({self.model} on {self.data}, {method}: {self.status}; {quality} {scores})"
+
+    def _repr_html_(self) -> str:
+        """Returns a table of scores and sizes, which notebooks show."""
+        rows = []
+        for kind, scores in self.metrics.items():
+            if scores is not None:
+                size = self.size_bytes.get(f"{kind}_file")
+                shown = "-" if size is None else f"{size / 1000:.1f} KB"
+                rows.append((kind, f"{scores[self.quality]:.4g}", f"{scores['loss']:.4g}", shown))
+        head = ("model", str(self.quality), "loss", "file")
+        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in (head, *rows)]
+        return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
     def save(self, run_dir: Path) -> None:
         """Writes report.json into `run_dir`, atomically; null stands for what is no finite number."""
