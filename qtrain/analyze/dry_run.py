@@ -54,7 +54,12 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: Truth
         with blame(prepared.model, "prepared"), _warn_of_shared_observers(prepared.model):
             quantizer.calibrate(prepared, [cloned(inputs)])
         quantized = quantizer.convert(prepared)
-        with blame(quantized, "int8") as where, KernelProbe(quantized, where) as probe, warnings.catch_warnings():
+        most_steps = TruthGate().max_steps if truth is None else truth.max_steps
+        with (
+            blame(quantized, "int8") as where,
+            KernelProbe(quantized, where, most_steps) as probe,
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings("ignore", "All inputs of this cat operator")  # the probe says where, and what to do
             output = quantized(*cloned(inputs))
         if probe.missing:

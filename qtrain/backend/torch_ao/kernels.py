@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
-MOST_STEPS = 0.5  # requantizing alone, without clipping, costs 0.29
 JOINED = {
     "aten::cat": "torch.cat",
     "aten::stack": "torch.stack",
@@ -25,15 +24,17 @@ class KernelProbe(TorchDispatchMode):
     Args:
         model: the converted model.
         layer: returns the name of the layer that runs, "" for the model itself.
+        most_steps: what a join of tensors may be off, in quantization steps (root mean square); requantizing alone
+            costs 0.29.
 
     Attributes:
         missing: the calls without a kernel, a line each, in the order of execution.
         wrong: those that torch computes wrongly in silence.
     """
 
-    def __init__(self, model: nn.Module, layer: Callable[[], str]) -> None:
+    def __init__(self, model: nn.Module, layer: Callable[[], str], most_steps: float) -> None:
         super().__init__()
-        self.model, self.layer = model, layer
+        self.model, self.layer, self.most_steps = model, layer, most_steps
         self.missing: list[str] = []
         self.wrong: list[str] = []
 
@@ -50,12 +51,13 @@ class KernelProbe(TorchDispatchMode):
                 raise
             self._note(self.missing, _reason(func, args, str(err), self.layer()))
             return output
-        if exact is not None and _steps_apart(exact, output, before) > MOST_STEPS:
+        steps = 0.0 if exact is None else _steps_apart(exact, output, before)
+        if steps > self.most_steps:
             name = JOINED[func.name().partition(".")[0]]
             self._note(
                 self.wrong,
-                f"{name} of int8 tensors with different scales gives them all one of these scales, in silence; join "
-                f"them by the cat of a qtrain.FloatFunctional of its own{_source()}",
+                f"{name} of int8 tensors with different scales gives them all one of these scales, in silence, and is "
+                f"{steps:.1f} steps off; join them by the cat of a qtrain.FloatFunctional of its own{_source()}",
             )
         return output
 
