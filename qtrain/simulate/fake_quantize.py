@@ -176,7 +176,7 @@ class FakeQuantize(nn.Module):
         Raises:
             ValueError: nothing was observed.
         """
-        known = self._known
+        known = _Known() if is_compiling() else self._known  # a tracer's tensors hold no numbers
         if known.qparams is None:
             if self.stays:
                 known.qparams = self.scale, self.zero_point

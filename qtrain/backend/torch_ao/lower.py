@@ -114,6 +114,7 @@ def _weighted(site: QuantWeighted) -> nn.Module:
     new: Any = _empty(site)
     new.set_weight_bias(quantized(site.weight_q, weight), None if bias is None else bias.float())
     new.scale, new.zero_point = _output(site)
+    new.engine = torch.backends.quantized.engine  # which its copies are packed for, too
     return new
 
 

@@ -2,7 +2,6 @@
 
 import io
 import os
-import pickle
 import platform
 import subprocess
 import sys
@@ -204,7 +203,7 @@ def test_sizes_come_of_the_packed_weights(convnet, images, make_ptq):
     assert weights < weight_bytes(quantized) < weights + 1500 < weight_bytes(convnet)
 
 
-def test_a_converted_model_is_kept_as_a_state_dict_not_as_a_module(convnet, images, make_ptq):
+def test_a_converted_model_is_kept_as_a_state_dict_without_code_in_it(convnet, images, make_ptq):
     quantizer = make_ptq()
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     file = io.BytesIO()
@@ -212,8 +211,6 @@ def test_a_converted_model_is_kept_as_a_state_dict_not_as_a_module(convnet, imag
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     assert torch.equal(loaded["conv1.weight"].int_repr(), quantized.conv1.weight().int_repr())
-    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        torch.save(quantized, io.BytesIO())
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
