@@ -123,6 +123,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
         failures = (
             [] if fused is None else parts.truth.same_function(torch_ao.copy_model(base).cpu(), fused.cpu(), sample)
         )
+        report.plan = {name: layer.describe() for name, layer in prepared.plan.items()}
         with clock("calibration"), finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, calibration_inputs(config, parts))
         failures += parts.truth.unobserved(prepared.model, auxiliary)

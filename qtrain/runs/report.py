@@ -13,7 +13,8 @@ from typing import Any
 from qtrain.common.files import read_text, sha256, write_json
 from qtrain.common.plain import plain
 
-SCHEMA = 1
+SCHEMA = 2  # which only adds to 1: plan
+READABLE = (1, 2)
 FILE_NAME = "report.json"
 QUIET = 0.25  # CPU cores that other programs may use while a latency is measured
 DIGESTED = ("float.pt", "quantized.pt", "examples.pt")
@@ -63,6 +64,7 @@ class Report:
     quality: str | None = None
     scoring: dict[str, Any] = field(default_factory=dict)  # which way the quality goes, and how it is shown and tested
     quant: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)  # what each layer becomes; see simulate/plan.py
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
@@ -117,14 +119,14 @@ def load_report(path: Path) -> dict[str, Any]:
     """Returns the content of a report.json, in which what `SHAPE` knows has the shape that it says.
 
     Raises:
-        ValueError: the file is not a report of this schema.
+        ValueError: the file is not a report that this version reads.
     """
     try:
         content = json.loads(read_text(path), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as err:
         raise ValueError(f"{path}: not readable as JSON ({err})") from err
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "status" not in content:
-        raise ValueError(f"{path}: not a report of schema {SCHEMA}")
+    if not isinstance(content, dict) or content.get("schema") not in READABLE or "status" not in content:
+        raise ValueError(f"{path}: not a report of schema {' or '.join(map(str, READABLE))}")
     for problem in _problems(content):
         raise ValueError(f"{path}: not a whole report ({plain(problem)})")
     return content

@@ -581,7 +581,7 @@ def test_report(base, method):
     run = base(f"quant={method}")
     report = strict_json(run.folder / "report.json")
     assert report.keys() >= CONTRACT
-    assert (report["schema"], report["status"], report["error"], report["seed"]) == (1, "ok", None, 0)
+    assert (report["schema"], report["status"], report["error"], report["seed"]) == (2, "ok", None, 0)
     assert (report["name"], report["model"], report["data"]) == (f"mlp_{method}", "mlp", "mnist_sample")
     assert report["overrides"] == [f"quant={method}"]
     assert report["config"] == OmegaConf.to_container(compose(f"quant={method}"))
@@ -604,6 +604,15 @@ def test_report(base, method):
     assert report["peak_memory_bytes"] > 10**7
     assert report["versions"].keys() >= {"torch", "torchvision"}
     assert report["truth"]["ok"] is True and report["truth"]["failures"] == []
+
+
+def test_the_plan_is_in_the_report_with_the_bits_of_each_layer(base):
+    plan = base("quant=ptq", "quant.layers={linear1: {bits: 4}, linear2: float}").report.plan
+    assert list(plan) == ["quant", "linear1", "linear2", "linear3"]
+    bits = {name: layer["weight"] and layer["weight"]["bits"] for name, layer in plan.items()}
+    assert bits == {"quant": None, "linear1": 4, "linear2": None, "linear3": 8}
+    assert {name for name, layer in plan.items() if layer["backend"] == "float"} == {"linear2"}
+    assert base("quant=none").report.plan == {}
 
 
 def test_report_of_int8_layers(base):
