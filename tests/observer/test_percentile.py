@@ -29,7 +29,7 @@ def one_bin(observer, *batches):
 
 def assert_is_the_quantile(observer, x, *batches):
     """Compares with torch.quantile; between two samples either may be meant, and a bin is added to each."""
-    low, high = (float(end) for end in observer.clipping_range())
+    low, high = (float(end) for end in observer.range())
     bound, share, x = one_bin(observer, *batches), observer.percentile / 100, x.double()
     for end, q in ((low, 1 - share), (high, share)):
         assert x.quantile(q, interpolation="lower") - bound <= end <= x.quantile(q, interpolation="higher") + bound
@@ -89,17 +89,17 @@ def test_100_percent_is_torchs_minimum_and_maximum(values, bins):
 
 def test_outliers_are_clipped_at_the_side_they_are_on():
     x = torch.linspace(-1, 1, 10_001)
-    plain = observe(x, percentile=99.9, bins=8192).clipping_range()
-    low, high = observe(x, torch.tensor([9.0, 10.0]), percentile=99.9, bins=8192).clipping_range()
+    plain = observe(x, percentile=99.9, bins=8192).range()
+    low, high = observe(x, torch.tensor([9.0, 10.0]), percentile=99.9, bins=8192).range()
     assert high == pytest.approx(float(plain[1]), abs=0.01) and low == pytest.approx(float(plain[0]), abs=0.01)
-    assert float(observe(x, torch.tensor([10.0]), percentile=100).clipping_range()[1]) == 10
+    assert float(observe(x, torch.tensor([10.0]), percentile=100).range()[1]) == 10
 
 
 def test_a_higher_percentile_clips_less():
     x = torch.randn(10_000)
     spans = [
         float(high - low)
-        for low, high in (observe(x, percentile=p, bins=8192).clipping_range() for p in (90, 95, 99, 99.9, 100))
+        for low, high in (observe(x, percentile=p, bins=8192).range() for p in (90, 95, 99, 99.9, 100))
     ]
     assert spans == sorted(set(spans))
 
@@ -107,7 +107,7 @@ def test_a_higher_percentile_clips_less():
 def test_more_bins_are_more_exact():
     x = torch.randn(10_000)
     exact = x.quantile(0.99)
-    errors = [abs(float(observe(x, bins=bins).clipping_range()[1] - exact)) for bins in (16, 256, 8192)]
+    errors = [abs(float(observe(x, bins=bins).range()[1] - exact)) for bins in (16, 256, 8192)]
     assert errors == sorted(errors, reverse=True) and errors[2] < 0.002
 
 
@@ -115,7 +115,7 @@ def test_more_bins_are_more_exact():
 def test_scale_and_zero_point_are_those_of_the_clipped_range(symmetric):
     qscheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
     observer = observe(torch.linspace(-1, 3, 1000), torch.tensor([50.0]), percentile=99, bins=8192, qscheme=qscheme)
-    low, high = (float(end) for end in observer.clipping_range())
+    low, high = (float(end) for end in observer.range())
     scale, zero_point = observer.calculate_qparams()
     assert float(scale) == pytest.approx(2 * high / 255 if symmetric else (high - low) / 255)
     assert int(zero_point) == (127 if symmetric else round(-low / float(scale)))
@@ -139,7 +139,7 @@ def test_other_dtypes_and_shapes_are_taken(dtype):
     x = torch.linspace(-1, 1, 24, dtype=dtype).reshape(2, 3, 4)
     observer = observe(x)
     assert observer(x) is x
-    torch.testing.assert_close(observer.clipping_range()[1], x.max().float())
+    torch.testing.assert_close(observer.range()[1], x.max().float())
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
@@ -150,7 +150,7 @@ def test_what_is_not_finite_leaves_no_finite_range(value):
     except RuntimeError as err:
         assert "finite" in str(err)
     else:
-        assert not torch.stack(observer.clipping_range()).isfinite().all()
+        assert not torch.stack(observer.range()).isfinite().all()
 
 
 def test_a_batch_of_another_kind_keeps_statistics_only():
@@ -164,7 +164,7 @@ def test_reset_forgets_everything():
     x = torch.randn(100)
     observer(x)
     fresh = observe(x)
-    assert observer.clipping_range() == fresh.clipping_range()
+    assert observer.range() == fresh.range()
     assert torch.equal(observer.counts, fresh.counts)
 
 
@@ -175,10 +175,10 @@ def test_a_state_dict_carries_the_histogram():
     x = torch.randn(100) * 5
     for each in (observer, copied):
         each(x)
-    assert copied.clipping_range() == observer.clipping_range()
+    assert copied.range() == observer.range()
     duplicate = copy.deepcopy(observer)
     duplicate(x * 100)
-    assert copied.clipping_range() == observer.clipping_range()
+    assert copied.range() == observer.range()
 
 
 @pytest.mark.parametrize(
