@@ -8,8 +8,8 @@ Point = tuple[float, ...]
 def front(points: Sequence[Point | None], tolerances: Point | None = None) -> list[bool]:
     """Returns which points are on the front.
 
-    A point is off it if another one is clearly smaller, by more than the tolerance, in one coordinate, and none of its
-    own is clearly smaller. The best in a coordinate is always on it: by however little, nothing else does so well.
+    A point is off it if another one is clearly smaller, by more than the tolerance, in one
+    coordinate, and the point is clearly smaller in none. The best in a coordinate is always on it.
 
     Args:
         points: coordinates of which less is better; None, where one is unknown, is never on the front.

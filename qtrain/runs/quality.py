@@ -1,4 +1,4 @@
-"""The metric that runs are compared by: which way is up, how it is shown, and what its examples say of chance."""
+"""The metric that runs are compared by: which way is up, how it is shown and how it is tested."""
 
 import math
 import re
@@ -33,7 +33,7 @@ class Quality:
         return value if self.higher_is_better else -value
 
     def digits(self, values: Sequence[float]) -> int:
-        """Returns how many decimals show the largest of some shown values to at least four digits."""
+        """Returns how many decimals show the largest of some values to at least four digits."""
         if self.unit == "%":
             return 2
         largest = max(map(abs, values), default=0.0)
@@ -46,7 +46,10 @@ class Quality:
 
 
 # What older reports leave unsaid, and tasks may.
-KNOWN = {"accuracy": Quality("accuracy", True, "%", 100.0), "perplexity": Quality("perplexity", False)}
+KNOWN = {
+    "accuracy": Quality("accuracy", True, "%", 100.0),
+    "perplexity": Quality("perplexity", False),
+}
 EXAMPLES = {"accuracy": RIGHT_OR_WRONG, "perplexity": LOG}
 
 
@@ -58,15 +61,15 @@ def of_task(task: Any) -> Quality:
     """
     name, higher = task.quality, task.higher_is_better
     if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
-        raise ValueError(f"task.quality={name!r}: must be a name of letters, digits, _ and -, such as psnr")
+        raise ValueError(f"task.quality={name!r}: must be a name of letters, digits, _ and -")
     if not isinstance(higher, bool):
         raise ValueError(f"task.higher_is_better={higher!r}: must be True or False")
     known = KNOWN.get(name, Quality(name, higher))
     unit, scale = getattr(task, "unit", known.unit), getattr(task, "scale", known.scale)
     if not (isinstance(unit, str) and len(unit) <= 20 and unit.isprintable()):
-        raise ValueError(f"task.unit={unit!r}: must be a short text such as 'dB', or '' where there is none")
+        raise ValueError(f"task.unit={unit!r}: must be a short text such as 'dB', or ''")
     if isinstance(scale, bool) or not (isinstance(scale, int | float) and 0 < scale < math.inf):
-        raise ValueError(f"task.scale={scale!r}: must be a number above 0, such as 100 to show a share in %")
+        raise ValueError(f"task.scale={scale!r}: must be a number above 0, such as 100 for %")
     return Quality(name, higher, unit, float(scale))
 
 
@@ -79,7 +82,7 @@ def of_report(report: dict[str, Any]) -> tuple[Quality, str | None]:
     name, stated = report["quality"], report.get("scoring")
     if not stated:
         if name not in KNOWN:
-            raise ValueError(f"quality is {name!r}, and there is no scoring, which says which way is up")
+            raise ValueError(f"quality is {name!r}, and no scoring says which way is up")
         return KNOWN[name], EXAMPLES[name]
     quality = Quality(name, *(stated[key] for key in ("higher_is_better", "unit", "scale")))
     if None in (name, quality.higher_is_better, quality.unit, quality.scale) or quality.scale <= 0:
@@ -93,9 +96,10 @@ def made_of(quality: Quality, pairs: Sequence[tuple[float, Sequence[float]]]) ->
     Args:
         pairs: the quality of each model in the report's unit, and its examples' scores.
     """
-    if quality.name == "perplexity":  # of tokens, which windows of different length hold: nearly the mean's exponential
+    if quality.name == "perplexity":  # the exponential of their mean but for windows that are shorter
         return LOG
     for value, scores in pairs:
-        if not scores or not math.isclose(math.fsum(scores) / len(scores), value, rel_tol=1e-4, abs_tol=1e-9):
+        mean = math.fsum(scores) / max(1, len(scores))
+        if not math.isclose(mean, value, rel_tol=1e-4, abs_tol=1e-9):
             return None
     return RIGHT_OR_WRONG if {score for _, scores in pairs for score in scores} <= {0, 1} else MEAN

@@ -95,4 +95,4 @@ def test_an_unknown_quality_without_its_direction_is_named(runs):
     path = runs.write("a") / "report.json"
     path.write_text(path.read_text().replace('"quality": "accuracy"', '"quality": "psnr"'))
     (line,) = find([runs.folder]).unreadable
-    assert "a/report.json" in line and "quality is 'psnr', and there is no scoring, which says which way is up" in line
+    assert "a/report.json" in line and "quality is 'psnr', and no scoring says which way is up" in line
