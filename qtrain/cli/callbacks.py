@@ -1,5 +1,6 @@
 """Hydra callbacks."""
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,38 @@ def show_in_tensorboard(name: str, picture: Path) -> None:
     logger.close()
 
 
+def duration(seconds: float) -> str:
+    """Returns a time in words.
+
+    >>> duration(40), duration(400), duration(40000)
+    ('40 s', '7 min', '11 h 7 min')
+    """
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class Comparison(Callback):
-    """Compares the jobs of a sweep at its end, and makes its exit code say whether all of them succeeded."""
+    """Says how far a sweep is, compares its jobs at its end, and makes its exit code say whether all succeeded."""
+
+    num_jobs: int | None = None  # of the sweep, where it is known
+    started = 0.0
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints which job of how many begins, and how long those before it let expect."""
+        if self.num_jobs is None:
+            return
+        done = config.hydra.job.num
+        left = (time.time() - self.started) / done * (self.num_jobs - done) if done else None
+        about = "" if left is None else f", about {duration(left)} left"
+        print(f"job {done + 1} of {self.num_jobs}{about}", flush=True)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Warns of jobs that would fight for the cores."""
-        from qtrain.runs.sweep import crowding
+        """Counts the jobs; warns of jobs that would fight for the cores."""
+        from qtrain.runs.sweep import count_jobs, crowding
 
+        self.num_jobs, self.started = count_jobs(config.hydra), time.time()
         # sweep=optuna asks for it; Hydra builds the sampler after this.
         warnings.filterwarnings("ignore", message="``multivariate`` option is an experimental feature")
         warning = crowding(config)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtrain.common.plain import plain_lines
-from qtrain.config.command_line import config_dir, hydra_arguments, refuse_choices
+from qtrain.config.command_line import config_dir, hydra_arguments, refuse_choices, split
+from qtrain.config.swept import forgive, heed_own_keys
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -47,7 +48,7 @@ def one_job(config: "DictConfig") -> Any:
     settings = HydraConfig.get()
     if settings.mode != RunMode.RUN and config.threads is None:
         config.threads = sweep.THREADS
-    run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
+    run_dir, overrides = Path(settings.runtime.output_dir), heed_own_keys(config, settings.overrides.task)
     try:
         refuse_config(overridden_labels(config))
         unused = unused_settings(config, overrides)
@@ -150,7 +151,11 @@ def main() -> None:
 
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
-    sys.argv = hydra_arguments(sys.argv)
+    options, overrides = split(sys.argv[1:])
+    overrides, notes = forgive(options, hydra_arguments(overrides))
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    sys.argv = [sys.argv[0], *options, *overrides]
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":  # the first rank's folder is the run's
         import atexit
         import shutil
@@ -200,7 +205,9 @@ def explain(err: BaseException) -> str:
         node = getattr(cause, "parent_node", None)
         if node is not None and getattr(cause, "full_key", None) and "not in struct" in str(cause):
             known = ", ".join(sorted(str(key) for key in node))
-            return f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
+            text = f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
+            # What is made from this section may take more than its YAML names.
+            return f"{text}; to add it all the same: +{cause.full_key}=VALUE" if "_target_" in node else text  # type: ignore[attr-defined]
         if str(cause).startswith("Missing key "):
             return f"{cause.full_key}: is missing, and has no default"  # type: ignore[attr-defined]
         if isinstance(cause, InterpolationResolutionError):

@@ -28,6 +28,12 @@ from qtrain.task.base import Task
 from qtrain.train.trainer import OptimizerFactory, SchedulerFactory, Trainer
 
 PATHS = ("checkpoint", "float_cache", "data.path", "data.valid_path", "data.test_path", "data.root")
+NAMED = {  # keys that take the name of a file in a group
+    "quant.weight.observer": "observer",
+    "quant.activation.observer": "observer",
+    "quant.optimizer": "optimizer",
+    "quant.scheduler": "scheduler",
+}
 PATHS_OR_NAMES = ("data.tokenizer", "model.pretrained")  # of the bundled, or on a hub
 
 
@@ -40,7 +46,7 @@ def compose(*overrides: str) -> DictConfig:
 
 
 def resolve(config: DictConfig) -> DictConfig:
-    """Returns a copy without Hydra's own section, interpolations and observers' names replaced by what they stand for.
+    """Returns a copy without Hydra's own section, interpolations and names of files replaced by what they stand for.
 
     A device or an observer that is not there becomes a line of `config.mistakes`, for `build` to raise with all others.
 
@@ -60,15 +66,14 @@ def resolve(config: DictConfig) -> DictConfig:
         mistakes.append(str(err))
         config.device = "cpu"  # to find out what else is wrong
     config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
-    for role in ("weight", "activation"):
-        spec = OmegaConf.select(config, "quant").get(role)
-        if OmegaConf.is_dict(spec) and isinstance(spec.get("observer"), str):
-            known = GlobalHydra.instance().config_loader().get_group_options("observer")
-            if spec.observer in known:
-                spec.observer = hydra.compose(f"observer/{spec.observer}").observer
-            else:
-                mistakes += choice(f"quant.{role}.observer", spec.observer, known)
-                spec.observer = None
+    for key, group in NAMED.items():
+        name = OmegaConf.select(config, key)
+        if not isinstance(name, str):
+            continue
+        known = GlobalHydra.instance().config_loader().get_group_options(group)
+        mistakes += choice(key, name, known)
+        made = hydra.compose(f"{group}/{name}")[group] if name in known else None
+        OmegaConf.update(config, key, made, merge=False)
     if mistakes:
         config.mistakes = mistakes
     return config

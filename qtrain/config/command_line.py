@@ -3,6 +3,22 @@
 import re
 from pathlib import Path
 
+VALUED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
+
+
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Returns a command line's options, as -m, with their values, and its overrides, wherever they stand on it."""
+    options, overrides = [], []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        options.append(argument)
+        if argument in VALUED:
+            options += [value for value in [next(rest, None)] if value is not None]
+    return options, overrides
+
 
 def config_dir() -> str:
     """Returns the folder of the YAML files: inside the installed package, or else in the checkout."""

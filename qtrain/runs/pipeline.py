@@ -243,7 +243,8 @@ def finetune(config: DictConfig, parts: Parts, prepared: Simulation, logger: Log
             best.update(quality=quality, epoch=epoch, model=copy.deepcopy(prepared.state_dict()))
         return {f"{kind}{name}": value for name, value in metrics.items()}
 
-    replace(parts.trainer, epochs=quantizer.epochs).fit(
+    limit = parts.trainer.max_finetuning_steps
+    replace(parts.trainer, epochs=quantizer.epochs, max_steps=limit).fit(
         prepared,
         parts.data.train,
         parts.task,

@@ -49,7 +49,8 @@ def float_key(config: DictConfig, parts: Parts) -> str:
     sources = code(content)
     if _is_own(config):
         content["data"].pop("root", None)  # the same data elsewhere are the same data
-    content["trainer"].pop("save_every")
+    for setting in ("save_every", "max_finetuning_steps"):
+        content["trainer"].pop(setting)
     for setting in parts.task.sample_settings:
         content["task"].pop(setting)
     train = None if _is_own(config) else one_epoch(parts.data.train)

@@ -4,10 +4,12 @@ import logging
 import os
 import shutil
 from dataclasses import fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from qtrain.common.files import LOCK
@@ -32,6 +34,18 @@ def extra_for(missing_config: str | None) -> str | None:
     if group not in ("hydra/launcher", "hydra/sweeper") or extra not in EXTRAS:
         return None
     return f"{group}={choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
+
+
+def count_jobs(hydra_config: DictConfig) -> int | None:
+    """Returns how many jobs a sweep has; None where its sweeper does not say."""
+    if "n_trials" in hydra_config.sweeper:
+        return hydra_config.sweeper.n_trials
+    if not hydra_config.sweeper._target_.endswith("BasicSweeper"):
+        return None
+    preset = [f"{key}={values}" for key, values in (hydra_config.sweeper.params or {}).items()]
+    found = OverridesParser.create().parse_overrides([*preset, *hydra_config.overrides.task])
+    grid = {override.get_key_element(): override for override in found}  # of a key given twice, the later
+    return prod(len(list(o.sweep_iterator())) for o in grid.values() if o.is_sweep_override())
 
 
 def jobs_at_once(hydra_config: DictConfig) -> float:

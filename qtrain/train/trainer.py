@@ -37,6 +37,7 @@ class Trainer:
     Args:
         epochs: passes over the training data.
         max_steps: stop after so many optimizer steps; null: never.
+        max_finetuning_steps: the same for a quantizer's own training.
         accumulate: batches whose gradients are averaged into one optimizer step.
         clip_norm: largest norm of all gradients together; null: no clipping.
         log_every: optimizer steps between two logged losses. Reading a loss waits for the device.
@@ -55,11 +56,13 @@ class Trainer:
     log_every: int
     save_every: int | None
     devices: int
+    max_finetuning_steps: int | None = None
 
     def __post_init__(self) -> None:
         refuse(
             whole("epochs", self.epochs, 0, MANY)
             + whole("max_steps", self.max_steps, 1, 1000 * MANY, null=True)
+            + whole("max_finetuning_steps", self.max_finetuning_steps, 1, 1000 * MANY, null=True)
             + whole("accumulate", self.accumulate, 1, MANY)
             + number("clip_norm", self.clip_norm, above=0, null=True)
             + whole("log_every", self.log_every, 1, MANY)

@@ -1,5 +1,7 @@
 """What people do every day: checkpoints as they have them, paths as they write them."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -96,3 +98,67 @@ def test_words_wait_for_no_import_that_they_do_not_need(argument, imported, tmp_
     """torch takes 2 seconds of CPU, what its optimizers import 2.6 more, matplotlib 0.6."""
     told = subprocess.run([sys.executable, "-c", SLOW, argument], cwd=tmp_path, capture_output=True, text=True)
     assert told.stdout.splitlines()[-1] == f"imported: {imported}", told.stdout + told.stderr
+
+
+SMALL = ["model=mlp", "trainer=smoke", "threads=1", "logger=none", "measure.repeats=2"]
+
+
+@pytest.fixture
+def sweep(command, tmp_path):
+    """sweep(*arguments): the exit code and text of a quick sweep, and the reports of its jobs in their order."""
+
+    def run(*arguments):
+        folder = tmp_path / "sweep"
+        code, text = command(*SMALL, "measure.batch_sizes=[1]", *arguments, f"hydra.sweep.dir={folder}")
+        paths = sorted(folder.glob("*/report.json"), key=lambda path: int(path.parent.name.split("_")[0]))
+        return code, text, [json.loads(path.read_text()) for path in paths]
+
+    return run
+
+
+def test_a_key_that_one_swept_method_has_is_left_out_for_the_others(sweep):
+    code, text, (ptq, qat) = sweep("quant=ptq,qat", "quant.epochs=1", "-m")
+    assert code == 0, text
+    assert text.count("quant.epochs=1: left out for ptq") == 1
+    assert "epochs" not in ptq["config"]["quant"] and qat["config"]["quant"]["epochs"] == 1
+    assert "quant.epochs=1" not in ptq["overrides"] and "quant.epochs=1" in qat["overrides"]
+
+
+def test_so_is_it_where_an_experiment_sweeps_the_methods(sweep):
+    code, text, reports = sweep("experiment=mnist_ptq_vs_qat", "model=mlp", "quant.epochs=1")
+    assert code == 0, text
+    assert [report["config"]["quant"].get("epochs") for report in reports] == [None, 1, None, 1]
+
+
+def test_a_key_that_no_swept_method_has_stays_a_mistake(sweep, job):
+    code, text, _ = sweep("-m", "quant=ptq,qat", "quant.epoch=1")
+    assert code == 1 and "quant.epoch: there is no such key" in text
+    alone = job("mlp", "quant=ptq", "quant.epochs=1")
+    assert alone.code == 1 and "quant.epochs: there is no such key" in alone.text
+    assert "to add it all the same: +quant.epochs=VALUE" in alone.text
+
+
+def test_each_job_of_a_sweep_says_how_far_it_is(sweep):
+    code, text, reports = sweep("-m", "quant=none", "seed=0,1", "model.hidden=4,8")
+    assert code == 0 and len(reports) == 4
+    lines = [line for line in text.splitlines() if line.startswith("job ")]
+    assert [line.partition(",")[0] for line in lines] == [f"job {n} of 4" for n in (1, 2, 3, 4)]
+    assert all(re.fullmatch(r"job \d of 4, about \d+ s left", line) for line in lines[1:])
+
+
+def test_an_optimizer_and_a_schedule_of_qat_by_name(job):
+    run = job("mlp", "quant=qat", "quant.epochs=1", "quant.optimizer=sgd", "quant.scheduler=constant")
+    assert run.code == 0, run.text
+    found = run.report["config"]["quant"]
+    assert found["optimizer"]["_target_"] == "torch.optim.SGD" and "Adam" not in str(found)
+    wrong = job("mlp", "quant=qat", "quant.optimizer=sdg")
+    assert wrong.code == 1 and "quant.optimizer=sdg: allowed are adam, adamw and sgd" in wrong.text
+
+
+def test_the_limit_of_the_float_training_is_not_that_of_qat(job):
+    steps = []
+    for limit in ([], ["trainer.max_finetuning_steps=null"], ["trainer.max_finetuning_steps=30"]):
+        run = job("mlp", "quant=qat", "quant.epochs=1", "data.batch_size=100", "trainer.log_every=1", *limit)
+        lines = [json.loads(text) for text in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+        steps.append({kind: max(x["step"] for x in lines if f"{kind}/train_loss" in x) for kind in ("float", "qat")})
+    assert steps == [{"float": 10, "qat": n} for n in (10, 70, 30)]  # 7,000 digits beside the validation data

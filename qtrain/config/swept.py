@@ -1,0 +1,106 @@
+"""A sweep over options that do not share all keys: each job heeds those that its own option has."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtrain.config.command_line import config_dir
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+OPTIONAL = "optional_keys"  # how the command tells its jobs which keys may be left out
+
+
+def forgive(options: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Returns a command line's overrides, the keys that some swept option lacks made optional, with a note each.
+
+    Args:
+        options: what begins with a dash, and the values that go with it.
+    """
+    sweeps = {"-m", "--multirun"} & set(options)
+    if not sweeps and not any(text.startswith(("experiment=", "sweep=")) for text in overrides):
+        return overrides, []
+    import hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        try:
+            own = {text: OverridesParser.create().parse_override(text) for text in overrides}
+            return _forgiven(options, own)
+        except HydraException:  # whatever is wrong, Hydra says when it reads the same
+            return overrides, []
+
+
+def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str], list[str]]:
+    import hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    folders = [v for k, v in zip(options, options[1:], strict=False) if k in ("--config-dir", "-cd")]
+    search = [f"hydra.searchpath=['file://{Path(folder).resolve()}']" for folder in folders]
+    fixed = [text for text, o in own.items() if _is_group(o) and not o.is_sweep_override()]
+    base = hydra.compose("config", [*search, *fixed], return_hydra_config=True)
+    preset = [f"{key}={values}" for key, values in (base.hydra.sweeper.get("params") or {}).items()]
+    grid = {}
+    for override in (*OverridesParser.create().parse_overrides(preset), *own.values()):
+        if _is_group(override):
+            grid[override.get_key_element()] = override
+    lacking: dict[str, list[str]] = {}
+    for group, override in grid.items():
+        below = [
+            text
+            for text, other in own.items()
+            if other.get_key_element().startswith(f"{override.package or override.key_or_group}.")
+        ]
+        if not below or not override.is_sweep_override():
+            continue
+        chosen = list(override.sweep_string_iterator())
+        configs = {name: hydra.compose("config", [*search, *fixed, f"{group}={name}"]) for name in chosen}
+        for text in below:
+            lacks = [name for name, config in configs.items() if not _has(config, own[text].key_or_group)]
+            if 0 < len(lacks) < len(chosen):
+                lacking[text] = lacks
+    if not lacking:
+        return list(own), []
+    keys = ",".join(own[text].key_or_group for text in lacking)
+    kept = [f"++{text}" if text in lacking else text for text in own]
+    notes = [f"{text}: left out for {', '.join(names)}, without this key" for text, names in lacking.items()]
+    return [*kept, f"+{OPTIONAL}=[{keys}]"], notes
+
+
+def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> list[str]:
+    """Removes, in place, the optional keys that a job's own options lack; returns its overrides without them."""
+    import hydra
+    from omegaconf import OmegaConf, open_dict
+
+    overrides = list(overrides)
+    with open_dict(config):
+        optional = config.pop(OPTIONAL, ())
+    if not optional:
+        return overrides
+    plain = [text for text in overrides if not text.startswith(("++", f"+{OPTIONAL}="))]
+    own = hydra.compose("config", plain)
+    for key in optional:
+        if _has(own, key):
+            plain += [text[2:] for text in overrides if text.startswith(f"++{key}=")]
+            continue
+        section, _, name = key.rpartition(".")
+        with open_dict(config):
+            OmegaConf.select(config, section).pop(name)
+    others = tuple(f"++{key}=" for key in optional)
+    return plain + [text for text in overrides if text.startswith("++") and not text.startswith(others)]
+
+
+def _is_group(override: "Override") -> bool:
+    return (Path(config_dir()) / override.key_or_group).is_dir()
+
+
+def _has(config: "DictConfig", key: str) -> bool:
+    node: Any = config
+    for part in key.split("."):
+        if not hasattr(node, "keys") or part not in node:
+            return False
+        node = node._get_node(part)
+    return True
