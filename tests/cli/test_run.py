@@ -256,7 +256,7 @@ def mistakes(command, monkeypatch):
         ("quant.weight.bits=9", ["quant.weight.bits=9: must be a whole number from 2 to 8"]),
         ("quant.engine=tpu", ["quant.engine=tpu: allowed are auto, fbgemm, qnnpack, x86, onednn"]),
         ("quant.weight.observer=nope", ["quant.weight.observer=nope: allowed are histogram, minmax"]),
-        ("quant.layers.linear9=float", ["quant.layers.linear9: matches no layer", "linear1, relu1, linear2"]),
+        ("quant.layers.linear9=float", ["quant.layers.linear9: matches no layer", "linear1, linear2"]),
         ("device=gpu", ["device=gpu: not usable here; allowed are auto", "cpu"]),
         ("checkpoint=missing.pt", ["checkpoint=missing.pt: there is no such file"]),
         ("model.hidden", ["model.hidden"]),
@@ -532,7 +532,7 @@ def faulty(command, tmp_path, monkeypatch):
         ("model.fault=not a number", "layer linear.weight: 1 of 15680 weights are NaN or infinite"),
         ("data=louder", "layer quant: evaluation inputs span"),
         ("model.fault=plus", "use one qtrain.FloatFunctional per call site"),
-        ("model.fault=padding", "layer conv (Conv2d) cannot be converted to int8: padding='same' has no int8 kernel"),
+        ("model.fault=padding", "layer conv (Conv2d) has padding='same', which has no int8 kernel"),
     ],
     ids=["uncalibrated", "nan", "input at 1.5 times the range", "raw plus", "padding same"],
 )
