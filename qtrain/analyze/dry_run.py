@@ -51,8 +51,10 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: Truth
         note_unfused(prepared.model)
         reference = quantizer.reference(prepared)
         failures = [] if reference is None or truth is None else truth.same_function(float_model, reference, inputs)
-        with blame(prepared.model, "prepared"), _warn_of_shared_observers(prepared.model):
+        with blame(prepared.model, "prepared"):
             quantizer.calibrate(prepared, [cloned(inputs)])
+            with _warn_of_shared_observers(prepared.model):
+                prepared.model(*cloned(inputs))
         quantized = quantizer.convert(prepared)
         most_steps = TruthGate().max_steps if truth is None else truth.max_steps
         with (

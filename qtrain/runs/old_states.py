@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from qtrain.simulate.simulation import sites
+from qtrain.simulate.simulation import leave_float, sites
 
 
 def up_to_date_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -23,6 +23,8 @@ def up_to_date_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         if not new.endswith(".observer.eps"):
             found[new] = value
     for name, site in sites(model).items():
+        if site.output_q is not None and f"{name}.output_q.scale" not in found:
+            leave_float(model, name)  # it runs in float, which calibration found out
         if f"{name}.weight" in found and f"{name}.weight_q.scale" not in found:
             site.weight_q = None
     return found

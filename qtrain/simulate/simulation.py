@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.plan import Plan
+from qtrain.simulate.plan import FixedSpec, Plan
+from qtrain.simulate.regions import on_marked
 from qtrain.simulate.sites import QuantWeighted, Site
 
 Batches = Iterable[tuple[Any, ...]]  # the arguments of one forward pass each
@@ -91,10 +93,28 @@ class Simulation(nn.Module):
         points = output_points(self.model).values()
         for point in points:
             point.observing, point.quantizing = True, False
-        for inputs in batches:
+        for index, inputs in enumerate(batches):
+            if index == 0:
+                self._leave_float(inputs)
             self.model(*inputs)
         for point in points:
             point.observing = False
+
+    def _leave_float(self, inputs: tuple[Any, ...]) -> None:
+        """Takes, in place, the dictated scale from layers that run in float: a softmax behind the last DeQuantStub."""
+        names = [name for name, layer in self.plan.items() if isinstance(layer.output, FixedSpec)]
+        if not names:
+            return
+        copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
+        observing = [point for point in output_points(self.model).values() if point.observing]
+        for point in observing:
+            point.observing = False
+        for name, is_quantized in on_marked(self.model, names, copies).items():
+            if not is_quantized:
+                leave_float(self.model, name)
+                self.plan[name] = replace(self.plan[name], output=None)
+        for point in observing:
+            point.observing = True
 
     def inputs(self, name: str, batches: Batches) -> Iterator[tuple[Any, ...]]:
         """Yields what the site of that name is called with, once a batch."""
@@ -115,6 +135,13 @@ class Simulation(nn.Module):
                 module.freeze(frozen)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(self.training and not frozen)
+
+
+def leave_float(model: nn.Module, name: str) -> None:
+    """Takes the fake quantization from the output of a site, in place."""
+    site = model.get_submodule(name)
+    assert isinstance(site, Site)
+    site.output_q = None
 
 
 def sites(model: nn.Module) -> dict[str, Site]:

@@ -85,6 +85,8 @@ def _lowered(site: nn.Module, is_float: bool) -> nn.Module:
     if isinstance(site, QuantWeighted):
         return _weighted(site)
     assert isinstance(site, QuantModule), site
+    if site.output_q is None:  # it runs in float
+        return site.layer
     kernel = KERNELS.get(type(site.layer))
     if kernel is None or is_float:
         return FloatIsland(site.layer, *_output(site))

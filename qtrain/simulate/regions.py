@@ -1,0 +1,41 @@
+"""Which layers of a model run on quantized tensors: found by running it once, the tensors marked."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtrain.simulate.sites import QuantInput, QuantOutput
+
+
+class Marked(Tensor):
+    """A tensor between a QuantStub and a DeQuantStub: whatever torch makes of one is marked too."""
+
+
+@torch.no_grad()
+def on_marked(model: nn.Module, names: list[str], inputs: tuple[Any, ...]) -> dict[str, bool]:
+    """Returns {layer: whether it runs on quantized tensors} of those of `names` that run at all.
+
+    Args:
+        model: of a simulation, with its fake quantization off.
+        inputs: arguments of forward.
+    """
+    found: dict[str, bool] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantInput):
+            handles.append(module.register_forward_hook(lambda *call: call[-1].as_subclass(Marked)))
+        elif isinstance(module, QuantOutput):
+            handles.append(module.register_forward_hook(lambda *call: call[-1].as_subclass(Tensor)))
+        elif name in names:
+
+            def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                found[name] = any(isinstance(x, Marked) for x in args)
+
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
