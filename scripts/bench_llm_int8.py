@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import IntegerWeight
-from qtrain.simulate.spec import QuantSpec
+from qtrain.functional.spec import QuantSpec
 
 SHAPES = {"c_attn": (768, 2304), "attn.c_proj": (768, 768), "c_fc": (768, 3072), "mlp.c_proj": (3072, 768)}
 SPEC = QuantSpec(bits=8, symmetric=True, granularity="per_channel")

@@ -18,6 +18,7 @@ CEILINGS = {
     "characters of a code line, mean": 36.0,
     "modules loose at the top": 0,
     "modules in import circles": 0,
+    "folders in import circles": 0,
     "folders that import torch.ao": 1,
     "folders without a door sign": 0,
 }
@@ -94,6 +95,21 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def between_folders(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Returns the imports between the folders of the package, out of those between modules.
+
+    >>> between_folders({"q": {"q.a.x"}, "q.a.x": {"q.a.y", "q.b.z"}, "q.a.y": set(), "q.b.z": set()})
+    {'q.a': {'q.b'}, 'q.b': set()}
+    """
+    found: dict[str, set[str]] = {}
+    for name, others in graph.items():
+        folder = ".".join(name.split(".")[:2])
+        if "." in name:
+            reached = {".".join(other.split(".")[:2]) for other in others if "." in other}
+            found.setdefault(folder, set()).update(reached - {folder})
+    return found
+
+
 def code_lines(text: str) -> list[str]:
     """Returns the lines that hold code, stripped; comment lines left out."""
     stripped = (line.strip() for line in text.splitlines())
@@ -108,7 +124,8 @@ def main() -> None:
     longest = max((size, f"{name}.{function}") for name, tree in trees.items() for function, size in functions(tree))
     file_size, file = max((len(text.splitlines()), name) for name, text in texts.items())
     loose = [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
-    groups = circles({name: imports(name, tree, set(trees)) for name, tree in trees.items()})
+    graph = {name: imports(name, tree, set(trees)) for name, tree in trees.items()}
+    groups, folder_groups = circles(graph), circles(between_folders(graph))
     torch_ao = {
         path.parent.relative_to(ROOT).as_posix()
         for name, path in files.items()
@@ -122,6 +139,7 @@ def main() -> None:
         "characters of a code line, mean": (round(sum(map(len, lines)) / len(lines), 1), ""),
         "modules loose at the top": (len(loose), " ".join(sorted(loose))),
         "modules in import circles": (sum(map(len, groups)), "; ".join(map(" ".join, groups))),
+        "folders in import circles": (sum(map(len, folder_groups)), "; ".join(map(" ".join, folder_groups))),
         "folders that import torch.ao": (len(torch_ao), " ".join(sorted(torch_ao))),
         "folders without a door sign": (len(unsigned), " ".join(unsigned)),
     }

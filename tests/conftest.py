@@ -6,13 +6,13 @@ from hypothesis import settings
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import QuantSpec
 from qtrain.model.convnet import ConvNet
 from qtrain.model.mlp import MLP
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.dynamic import Dynamic
 from qtrain.quant.ptq import PTQ
 from qtrain.quant.qat import QAT
-from qtrain.simulate.spec import QuantSpec
 
 torch.set_num_threads(1)
 settings.register_profile("qtrain", derandomize=True, deadline=None)

@@ -15,13 +15,13 @@ from qtrain.analyze.measure import weight_bytes
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend.torch_ao import copy_model
 from qtrain.common.validate import choice, refuse, whole
+from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.quant.base import Quantizer
 from qtrain.quant.dynamic import Dynamic
 from qtrain.quant.ptq import ACTIVATION, PTQ, WEIGHT
 from qtrain.quant.weight_only import WeightOnly
 from qtrain.simulate.plan import Plan
 from qtrain.simulate.simulation import Simulation
-from qtrain.simulate.spec import AUTO, QuantSpec
 
 MOST_BATCHES = 32  # that calibration takes
 

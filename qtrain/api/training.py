@@ -8,10 +8,10 @@ from torch import nn
 
 from qtrain.api.quantize import moved
 from qtrain.common.validate import refuse, whole
+from qtrain.functional.spec import AUTO
 from qtrain.quant.ptq import WEIGHT, lowered
 from qtrain.quant.qat import QAT
 from qtrain.simulate.simulation import Simulation
-from qtrain.simulate.spec import AUTO
 
 
 def prepare(

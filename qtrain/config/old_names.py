@@ -7,7 +7,6 @@ MOVED = {
     "qtrain.eager.histogram": "qtrain.observer.histogram.HistogramObserver",
     "qtrain.eager.minmax": "qtrain.observer.minmax.MinMaxObserver",
     "qtrain.eager.moving_average": "qtrain.observer.moving_average.MovingAverageObserver",
-    "qtrain.functional.spec.": "qtrain.simulate.spec.",
     "qtrain.scheduler.": "qtrain.train.scheduler.",
     "qtrain.trainer.": "qtrain.train.trainer.",
     "qtrain.truth.": "qtrain.analyze.truth.",

@@ -9,10 +9,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qtrain.common.files import OVERRIDES, read_text
+from qtrain.common.limits import MOST_LEVELS
 from qtrain.common.plain import plain
+from qtrain.common.shape import misfits
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
-from qtrain.runs.report import MOST_LEVELS, misfits
 
 MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")  # each has its _target_
 SECTIONS = (*MADE, "logger", "measure")

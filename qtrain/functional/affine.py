@@ -13,7 +13,7 @@ from torch import Tensor
 from qtrain.functional.finite import check_finite
 from qtrain.functional.grouping import expand_parameter
 from qtrain.functional.qparams import arithmetic_dtype, choose_qparams, value_range
-from qtrain.simulate.spec import int_range
+from qtrain.functional.spec import int_range
 
 
 class Quantized(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qtrain.simulate.spec import int_range
+from qtrain.functional.spec import int_range
 
 
 def _word(bits: int) -> tuple[int, int, torch.dtype]:

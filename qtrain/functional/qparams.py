@@ -90,7 +90,7 @@ def choose_qparams(
     Raises:
         ValueError: low or high holds NaN or inf, as those of an observer that has seen no data.
 
-    >>> from qtrain.simulate.spec import int_range
+    >>> from qtrain.functional.spec import int_range
     >>> low, high = torch.tensor(-1.0), torch.tensor(2.0)
     >>> choose_qparams(low, high, *int_range(2, signed=False), symmetric=False)
     (tensor(1.), tensor(1))

@@ -11,11 +11,11 @@ from typing import Any
 from urllib.parse import quote
 
 from qtrain.common.files import read_text
+from qtrain.common.limits import LARGEST
 from qtrain.common.plain import plain
 from qtrain.leaderboard import keys, table
 from qtrain.leaderboard.rows import Section
 from qtrain.leaderboard.runs import Found
-from qtrain.runs.report import LARGEST
 
 # Points of a training curve: 200 for few runs, and about 50,000 times the number of curves a run for many.
 MOST_POINTS, LEAST_POINTS, ALL_POINTS = 200, 30, 50_000

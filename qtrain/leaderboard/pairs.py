@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from qtrain.common.limits import LARGEST
 from qtrain.leaderboard.runs import Run
 from qtrain.leaderboard.statistics import mcnemar, paired_bootstrap
 from qtrain.runs.quality import LOG, MEAN, RIGHT_OR_WRONG
-from qtrain.runs.report import LARGEST, verify
+from qtrain.runs.report import verify
 
 if TYPE_CHECKING:
     import numpy as np

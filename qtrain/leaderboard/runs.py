@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qtrain.common.limits import QUIET
 from qtrain.common.plain import plain, plain_lines
 from qtrain.config.old_names import up_to_date
 from qtrain.runs.quality import LOG, Quality, of_report
-from qtrain.runs.report import FILE_NAME, QUIET, load_report
+from qtrain.runs.report import FILE_NAME, load_report
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.functional.qparams import range_qparams
-from qtrain.simulate.spec import AUTO, QuantSpec
+from qtrain.functional.spec import AUTO, QuantSpec
 
 EPS = torch.finfo(torch.float32).eps  # the smallest scale
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)

@@ -3,8 +3,8 @@
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import QuantSpec
 from qtrain.simulate.simulation import Batches, Simulation
-from qtrain.simulate.spec import QuantSpec
 
 
 class Quantizer:

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
 from qtrain.quant.ptq import WEIGHT
 from qtrain.simulate.simulation import Simulation
-from qtrain.simulate.spec import AUTO, QuantSpec
 
 
 class Dynamic(Quantizer):

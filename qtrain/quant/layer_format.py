@@ -12,7 +12,7 @@ from qtrain.backend.packed.compact import CompactLinear
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import HalfWeight, IntegerWeight, is_narrow
 from qtrain.common.validate import mapping, number, refuse, shown
-from qtrain.simulate.spec import AUTO, QuantSpec
+from qtrain.functional.spec import AUTO, QuantSpec
 
 Make = Callable[[nn.Linear], nn.Module]
 

@@ -7,10 +7,10 @@ from torch import nn
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.common.validate import refuse
+from qtrain.functional.spec import QuantSpec
 from qtrain.quant.layer_format import LLM_INT8, check_threshold
 from qtrain.quant.weight_only import WeightOnly
 from qtrain.simulate.simulation import Simulation
-from qtrain.simulate.spec import QuantSpec
 
 
 class LLMInt8(WeightOnly):

@@ -13,6 +13,7 @@ from torch import nn
 
 from qtrain.backend import torch_ao
 from qtrain.common.validate import choice, refuse
+from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.observer.fixed import FixedObserver
 from qtrain.observer.histogram import HistogramObserver
@@ -24,7 +25,6 @@ from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
 from qtrain.simulate.plan import FixedSpec
 from qtrain.simulate.simulation import Batches, Simulation, output_points, sites
 from qtrain.simulate.sites import QuantModule, QuantWeighted
-from qtrain.simulate.spec import AUTO, QuantSpec
 
 WEIGHT = QuantSpec(observer=MinMaxObserver)
 ACTIVATION = QuantSpec(observer=partial(HistogramObserver, bins=2048))

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from qtrain.common.validate import MANY, boolean, choice, refuse, whole
+from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.moving_average import MovingAverageObserver
 from qtrain.quant.ptq import PTQ
 from qtrain.simulate.batch_norm import TRAINING
 from qtrain.simulate.simulation import Simulation
-from qtrain.simulate.spec import AUTO, QuantSpec
 
 ACTIVATION = QuantSpec(observer=partial(MovingAverageObserver, averaging_constant=0.1))
 

@@ -11,10 +11,10 @@ from qtrain.backend.packed.weight import RestoredWeight
 from qtrain.common.validate import choice, refuse, whole
 from qtrain.functional import affine
 from qtrain.functional.affine import Quantized
+from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import only_float
 from qtrain.simulate.simulation import Simulation
-from qtrain.simulate.spec import QuantSpec
 
 SCOPES = ("all", "linear")
 

@@ -8,10 +8,10 @@ from qtrain.backend import torch_ao
 from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
 from qtrain.common.validate import choice, refuse
+from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import layer_format, read_settings, settings_of, settle
 from qtrain.simulate.simulation import Simulation
-from qtrain.simulate.spec import QuantSpec
 
 EMBEDDINGS = ("float", "fp16", "int8", "int4")
 HEADS = ("shared", "separate", "float")

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from qtrain.common.files import read_text, sha256, write_json
+from qtrain.common.limits import LARGEST, MOST_LEVELS
 from qtrain.common.plain import plain
+from qtrain.common.shape import misfits
 
 SCHEMA = 2  # which only adds to 1: plan
 READABLE = (1, 2)
 FILE_NAME = "report.json"
-QUIET = 0.25  # CPU cores that other programs may use while a latency is measured
 DIGESTED = ("float.pt", "quantized.pt", "examples.pt")
-MOST_LEVELS, LARGEST = 50, 1e100
 NUMBER = int | float
 SPEC = {"bits": int, "observer": str}
 # What readers rely on, where it is there: a class, [content of a list] or {key of a dict: content}; "*" stands for all
@@ -149,22 +149,6 @@ def _is_extreme(content: Any, levels: int = MOST_LEVELS) -> bool:
         values = content.values() if isinstance(content, dict) else content
         return not levels or any(_is_extreme(value, levels - 1) for value in values)
     return isinstance(content, (int, float)) and not -LARGEST < content < LARGEST
-
-
-def misfits(found: Any, shape: Any, path: str) -> Iterator[str]:
-    """Yields what of `found` has not the given shape."""
-    if found is None:
-        return
-    kind = shape if not isinstance(shape, dict | list) else type(shape)
-    if not isinstance(found, kind):
-        yield f"{path} is {str(found)[:80]!r}"
-    elif isinstance(shape, list):
-        for index, value in enumerate(found):
-            yield from [f"{path}.{index} is null"] if value is None else misfits(value, shape[0], f"{path}.{index}")
-    elif isinstance(found, dict) and isinstance(shape, dict):
-        for key, value in found.items():
-            if key in shape or "*" in shape:
-                yield from misfits(value, shape.get(key, shape.get("*")), f"{path}.{key}")
 
 
 def verify(run_dir: Path, report: dict[str, Any], name: str) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from qtrain.functional.spec import QuantSpec
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.plan import FixedSpec, LayerPlan, Plan
 from qtrain.simulate.simulation import Simulation
@@ -18,7 +19,6 @@ from qtrain.simulate.sites import (
     QuantWeighted,
     Site,
 )
-from qtrain.simulate.spec import QuantSpec
 
 # Modules whose output has a range that their input's does not tell. All others hand their input's integers on.
 SCALED = (

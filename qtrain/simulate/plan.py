@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qtrain.simulate.spec import QuantSpec
+from qtrain.functional.spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from qtrain.analyze.truth import (
     require_finite_weights,
 )
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import output_points
 from qtrain.simulate.sites import QuantModule
-from qtrain.simulate.spec import QuantSpec
 
 GATE = {"on_failure": "error", "samples": 32, "max_steps": 1.0, "max_range_ratio": 1.25}
 

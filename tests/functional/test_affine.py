@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from qtrain.functional.affine import Quantized, absmax, asymmetric, dequantize, quantize, symmetric, zeropoint
 from qtrain.functional.qparams import choose_qparams, value_range
-from qtrain.simulate.spec import int_range
+from qtrain.functional.spec import int_range
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 METHODS = {

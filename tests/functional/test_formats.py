@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qtrain.functional.formats import FORMATS, memory_gb
-from qtrain.simulate.spec import int_range
+from qtrain.functional.spec import int_range
 
 
 @pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtrain.functional.packing import pack, unpack
-from qtrain.simulate.spec import int_range
+from qtrain.functional.spec import int_range
 
 
 @given(data=st.data(), bits=st.sampled_from([2, 3, 4]), signed=st.booleans())

@@ -13,8 +13,8 @@ from qtrain.functional.qparams import (
     range_qparams,
     value_range,
 )
+from qtrain.functional.spec import QuantSpec, int_range
 from qtrain.observer.base import make_observer
-from qtrain.simulate.spec import QuantSpec, int_range
 
 X = torch.tensor([[-1.0, 3.0, 2.0, -5.0], [4.0, 0.5, -0.25, 8.0]])
 

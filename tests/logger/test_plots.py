@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from qtrain.backend.packed.weight import IntegerWeight
+from qtrain.functional.spec import QuantSpec
 from qtrain.logger import plots
-from qtrain.simulate.spec import QuantSpec
 
 SPEC = QuantSpec(bits=2, symmetric=True, granularity="per_tensor")
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from qtrain.backend import integers, torch_ao
 from qtrain.config.build import _explain
 from qtrain.data.text import EvalWindows
+from qtrain.functional.spec import QuantSpec
 from qtrain.model.gpt2 import GPT2, KVCache, _gelu
 from qtrain.quant.ptq import PTQ
-from qtrain.simulate.spec import QuantSpec
 
 NANO = dict(vocab_size=256, n_positions=64, n_layer=4, n_head=4, n_embd=128)
 TINY = dict(vocab_size=61, n_positions=64, n_layer=2, n_head=2, n_embd=16)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.observer.moving_average import MovingAverageObserver
-from qtrain.simulate.spec import QuantSpec
 
 PAIRS = {
     "minmax": (MinMaxObserver, torch_ao.minmax),

@@ -11,12 +11,12 @@ from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import HalfWeight
+from qtrain.functional.spec import QuantSpec
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.llm_int8 import LLMInt8
 from qtrain.quant.weight_only import WeightOnly
 from qtrain.runs.checkpoint import save_weights
 from qtrain.simulate.simulation import Simulation
-from qtrain.simulate.spec import QuantSpec
 
 GATE = TruthGate(on_failure="error", samples=8, max_steps=4.0, max_range_ratio=1.25)
 V, C, T = 40, 16, 8

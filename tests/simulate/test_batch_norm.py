@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.simulate import batch_norm as module
 from qtrain.simulate.batch_norm import TRAINING
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import output_points
-from qtrain.simulate.spec import QuantSpec
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

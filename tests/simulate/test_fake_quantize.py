@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import QuantSpec
 from qtrain.observer import minmax
 from qtrain.observer.base import make_observer
 from qtrain.observer.histogram import HistogramObserver
@@ -17,7 +18,6 @@ from qtrain.observer.moving_average import MovingAverageObserver
 from qtrain.observer.percentile import PercentileObserver
 from qtrain.simulate import kernels as functional
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.spec import QuantSpec
 
 OBSERVERS = {
     "minmax": MinMaxObserver,

@@ -5,13 +5,13 @@ from functools import partial
 import pytest
 import torch
 
+from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.observer.moving_average import MovingAverageObserver
 from qtrain.observer.percentile import PercentileObserver
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.spec import QuantSpec
 
 OBSERVERS = {
     "minmax": MinMaxObserver,

@@ -8,12 +8,12 @@ import torch.distributed as dist
 
 from qtrain.backend import integers, torch_ao
 from qtrain.data.loaders import ImageLoader
+from qtrain.functional.spec import QuantSpec
 from qtrain.logger.loggers import Logger
 from qtrain.model.convnet import ConvNet
 from qtrain.model.mlp import MLP
 from qtrain.quant.qat import QAT
 from qtrain.runs.outputs import activation_qparams
-from qtrain.simulate.spec import QuantSpec
 from qtrain.task.classification import Classification
 from qtrain.train.scheduler import constant
 from qtrain.train.state import Checkpoint

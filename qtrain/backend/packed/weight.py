@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qtrain.backend.packed.int8_product import Int8Product
 from qtrain.functional import affine, packing
-from qtrain.simulate.spec import AUTO, QuantSpec
+from qtrain.functional.spec import AUTO, QuantSpec
 
 FEW_ROWS = 4  # up to so many rows of input, float16 kernels of CPUs are faster than a copy of the weight in float32
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from qtrain.backend.torch_ao.copying import copy_model
 from qtrain.backend.torch_ao.engines import bind_engine, use_engine
+from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
-from qtrain.simulate.spec import QuantSpec
 
 DEPRECATED = r"torch\.ao\.quantization is deprecated"
 # What torch has int8 classes for; for messages about what stays float.

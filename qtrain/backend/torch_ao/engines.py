@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.base import make_observer
-from qtrain.simulate.spec import AUTO, QuantSpec
 
 
 @dataclass(frozen=True)

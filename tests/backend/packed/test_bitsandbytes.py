@@ -8,7 +8,7 @@ from torch import nn
 
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import IntegerWeight
-from qtrain.simulate.spec import QuantSpec
+from qtrain.functional.spec import QuantSpec
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -8,7 +8,7 @@ import torch
 from qtrain.backend.packed import int8_product
 from qtrain.backend.packed.int8_product import FEW_ROWS, Int8Product, row_magnitudes
 from qtrain.backend.packed.weight import IntegerWeight
-from qtrain.simulate.spec import QuantSpec
+from qtrain.functional.spec import QuantSpec
 
 
 @pytest.fixture(params=["this machine's", "fbgemm", "float32"])

@@ -3,7 +3,7 @@ import torch
 
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import IntegerWeight
-from qtrain.simulate.spec import QuantSpec
+from qtrain.functional.spec import QuantSpec
 
 SPEC = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 

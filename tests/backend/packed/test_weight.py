@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
-from qtrain.simulate.spec import QuantSpec
+from qtrain.functional.spec import QuantSpec
 
 
 def spec(bits=8, *, symmetric=True, granularity="per_channel", group_size=None):

@@ -6,8 +6,8 @@ import torch.ao.quantization as tq
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import QuantSpec
 from qtrain.observer.percentile import PercentileObserver
-from qtrain.simulate.spec import QuantSpec
 
 SPEC = QuantSpec(observer=torch_ao.minmax)
 

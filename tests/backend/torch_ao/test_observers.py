@@ -6,8 +6,8 @@ import torch
 import torch.ao.quantization as tq
 
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
-from qtrain.simulate.spec import QuantSpec
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])

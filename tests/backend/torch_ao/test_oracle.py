@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
@@ -21,7 +22,6 @@ from qtrain.observer.moving_average import MovingAverageObserver
 from qtrain.quant.ptq import PTQ
 from qtrain.simulate.simulation import integers, sites
 from qtrain.simulate.sites import QuantWeighted
-from qtrain.simulate.spec import QuantSpec
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),

@@ -41,7 +41,7 @@ import torch
 from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.simulate.simulation import output_points, weight_points
-from qtrain.simulate.spec import QuantSpec
+from qtrain.functional.spec import QuantSpec
 from qtrain.quant.ptq import PTQ
 from qtrain.simulate.simulation import output_points, weight_points
 from qtrain.analyze.truth import TruthGate

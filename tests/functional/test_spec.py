@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from qtrain.simulate.spec import GRANULARITIES, QuantSpec, int_range
+from qtrain.functional.spec import GRANULARITIES, QuantSpec, int_range
 
 
 def observer(**qargs): ...
