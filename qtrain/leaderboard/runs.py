@@ -65,8 +65,7 @@ def find(folders: Sequence[Path]) -> Found:
     found = Found()
     for folder in dict.fromkeys(path for root in folders for path in _run_folders(root)):
         if not (folder / FILE_NAME).is_file():
-            error = "no report: killed, or stopped before it began"
-            found.failures.append(Failure(folder, error, _overrides(folder), {}, {}))
+            found.failures.append(_without_report(folder))
             continue
         try:
             report = load_report(folder / FILE_NAME)
@@ -105,14 +104,16 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
-def _overrides(folder: Path) -> list[str]:
-    """Returns what stood on the command line of a run that has no report, as far as its folder tells."""
+def _without_report(folder: Path) -> Failure:
     from qtrain.config.reading import command_line  # most comparisons do without, and so without OmegaConf
 
+    error = "no report: killed, or stopped before it began"
     try:
-        return [plain(text) for text in command_line(folder)]
-    except ValueError:
-        return []
+        overrides = [plain(text) for text in command_line(folder)]
+    except ValueError as err:
+        overrides = []
+        error += f"; how it was started cannot be read ({plain_lines(str(err))})".replace("\n", " ")
+    return Failure(folder, error, overrides, {}, {})
 
 
 def _settings(report: dict[str, Any]) -> dict[str, Any]:

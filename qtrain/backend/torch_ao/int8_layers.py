@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
+
+from qtrain.backend.torch_ao.engines import use_engine
 
 
 def _contiguous(cls: Any) -> Any:
@@ -26,3 +29,39 @@ CONTIGUOUS: dict[Any, Any] = {  # {float class: its int8 class}, for the table o
     nn.InstanceNorm2d: _contiguous(nnq.InstanceNorm2d),
     nn.InstanceNorm3d: _contiguous(nnq.InstanceNorm3d),
 }
+
+
+def _holding(cls: Any) -> Any:
+    """Returns torch's int8 convolution `cls`, made to be pickled and copied.
+
+    torch's own forget what is nn.Module's when they are read back, and pack for the engine of the day, under which a
+    weight packed for another one may compute garbage. `engine` is the one that it was packed for.
+    """
+
+    def reduced(layer: Any, *_: Any) -> tuple[Any, ...]:
+        with use_engine(layer.engine):
+            return _restored, (cls, layer.__getstate__(), layer.engine)
+
+    def copied(layer: Any, _: Any) -> nn.Module:
+        return _restored(*reduced(layer)[1])
+
+    own = {"engine": "", "__reduce_ex__": reduced, "__deepcopy__": copied, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), own)
+
+
+def _restored(cls: Any, state: Any, engine: str) -> nn.Module:
+    own = HOLDING[cls]
+    new: Any = own.__new__(own)
+    nn.Module.__init__(new)
+    with use_engine(engine):
+        new.__setstate__(state)
+    new.engine = engine
+    return new
+
+
+CONVOLUTIONS = (
+    *(nnq.Conv1d, nnq.Conv2d, nnq.Conv3d),
+    *(nnq.ConvTranspose1d, nnq.ConvTranspose2d, nnq.ConvTranspose3d),
+    *(nniq.ConvReLU1d, nniq.ConvReLU2d, nniq.ConvReLU3d),
+)
+HOLDING = {cls: _holding(cls) for cls in CONVOLUTIONS}

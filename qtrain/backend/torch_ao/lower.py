@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qtrain.backend.torch_ao.copying import copy_model
 from qtrain.backend.torch_ao.engines import bind_engine, use_engine
-from qtrain.backend.torch_ao.int8_layers import CONTIGUOUS
+from qtrain.backend.torch_ao.int8_layers import CONTIGUOUS, HOLDING
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import Simulation, integers
 from qtrain.simulate.sites import (
@@ -116,7 +116,6 @@ def _weighted(site: QuantWeighted) -> nn.Module:
     new: Any = _empty(site)
     new.set_weight_bias(quantized(site.weight_q, weight), None if bias is None else bias.float())
     new.scale, new.zero_point = _output(site)
-    new.engine = torch.backends.quantized.engine  # which its copies are packed for, too
     return new
 
 
@@ -139,7 +138,7 @@ def quantized(point: FakeQuantize, weight: Tensor) -> Tensor:
     return torch._make_per_tensor_quantized_tensor(found, float(scale), int(zero_point))
 
 
-def _empty(site: QuantWeighted) -> nn.Module:
+def _empty(site: QuantWeighted) -> Any:
     layer: Any = site.layer
     if isinstance(layer, nn.Linear):
         cls = nniq.LinearReLU if site.relu else nnq.Linear
@@ -147,7 +146,7 @@ def _empty(site: QuantWeighted) -> nn.Module:
     name = type(layer).__name__
     cls = getattr(nniq, name.replace("Conv", "ConvReLU")) if site.relu else getattr(nnq, name)
     settings = {"output_padding": layer.output_padding} if layer.transposed else {}
-    new: nn.Module = cls(
+    new: Any = HOLDING[cls](
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
@@ -158,6 +157,7 @@ def _empty(site: QuantWeighted) -> nn.Module:
         padding_mode=layer.padding_mode,
         **settings,
     )
+    new.engine = torch.backends.quantized.engine
     return new
 
 
