@@ -114,6 +114,7 @@ def test_a_training_loop_of_ones_own(net):
     assert (net(X).argmax(1) == targets).float().mean() < 0.6
     simulation.eval()
     simulation(3 * X)  # as other data in validation, which must not move a range
+    assert torch.equal(qtrain.convert(simulation)(X), int8(X))
     assert (int8(X) - simulation(X)).abs().max() < 0.05 * simulation(X).abs().max()
 
 

@@ -1,6 +1,13 @@
 """A run that was killed and resumed ends with the bits of one that was not, whatever loads its data."""
 
+import json
+
 import pytest
+
+
+def losses(run):
+    lines = map(json.loads, (run.run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if "loss" in key or key == "step"} for line in lines]
 
 
 @pytest.mark.parametrize("own_generator", [False, True])
@@ -24,3 +31,4 @@ def test_a_dataloader_with_augmentation(job, command, monkeypatch, own_generator
     assert code == 0 and f"{stage}: resumed after step" in text, text
     for key in ("sha256", "metrics"):
         assert killed.report[key] == whole.report[key]
+    assert losses(killed) == losses(whole)
