@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtrain.common.plain import plain
-from qtrain.leaderboard.rows import LATENCY_TOLERANCE, Row, Section, is_disturbed
+from qtrain.leaderboard.rows import LATENCY_TOLERANCE, SIZE_TOLERANCE, Row, Section, is_disturbed
 from qtrain.leaderboard.runs import Failure
 from qtrain.leaderboard.statistics import ALPHA
 from qtrain.runs.quality import KNOWN, RIGHT_OR_WRONG
@@ -171,7 +171,7 @@ def _front_lines(sections: Sequence[Section], names: str) -> list[str]:
     found = {is_disturbed(section) for section in sections}
     lines = []
     if False in found:
-        tolerance = f"latencies within {LATENCY_TOLERANCE:.0%} count as equal"
+        tolerance = f"sizes within {SIZE_TOLERANCE:.1%} and latencies within {LATENCY_TOLERANCE:.0%} count as equal"
         lines.append(f"{FRONT}: on the Pareto front of {names}, size and latency of its table; {tolerance}")
     if True in found:
         where = f"in a table where a latency is marked {CONTENDED}"

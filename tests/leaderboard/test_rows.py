@@ -198,6 +198,13 @@ def test_latencies_that_are_as_good_as_equal_decide_nothing(runs, latency, on_fr
     assert ("near" in front(compare([runs.folder]).sections[0])) == on_front
 
 
+@pytest.mark.parametrize("size, on_front", [(300.2, True), (301.0, False)], ids=["padding", "beyond"])
+def test_sizes_that_differ_by_padding_decide_nothing(runs, size, on_front):
+    runs.write("best", size_kb=(832.9, 300.0), latency_ms=(0.4, 0.2))
+    runs.write("near", size_kb=(832.9, size), latency_ms=(0.4, 0.2))
+    assert ("near" in front(compare([runs.folder]).sections[0])) == on_front
+
+
 def test_the_fastest_is_on_the_front_by_however_little(runs):
     runs.write("fastest", lost=9, latency_ms=(0.4, 0.199))
     runs.write("best", lost=1, latency_ms=(0.4, 0.2))

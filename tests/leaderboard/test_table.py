@@ -155,7 +155,10 @@ def test_float_sizes_have_a_column_where_the_float_row_does_not_show_them(runs):
 
 
 def test_the_legend_says_what_each_front_is_of(runs):
-    exact = "*: on the Pareto front of accuracy, size and latency of its table; latencies within 5% count as equal"
+    exact = (
+        "*: on the Pareto front of accuracy, size and latency of its table; "
+        "sizes within 0.1% and latencies within 5% count as equal"
+    )
     disturbed = "*: on the Pareto front of accuracy and size alone in a table where a latency is marked !"
     runs.write("quiet")
     text = compare([runs.folder]).text()
