@@ -166,3 +166,29 @@ def train():
         return prepared.eval()
 
     return train
+
+
+@pytest.fixture
+def nested():
+    """Layers a, b.0 and b.1."""
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
+            self.a, self.b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+        def forward(self, x):
+            return self.dequant(self.b(self.a(self.quant(x))))
+
+    return Nested().eval()
+
+
+@pytest.fixture
+def conv_bn(between):
+    """A Conv-BN-ReLU with one batch-norm factor of 0, to be fused."""
+    model = between(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), fuse=[(0, 1, 2)])
+    with torch.no_grad():
+        model.body[1].weight.copy_(torch.tensor([0.0, 0.5, -1.0, 2.0]))
+        model.body[1].bias.copy_(torch.tensor([0.3, -0.1, 0.2, 0.0]))
+    return model

@@ -9,16 +9,6 @@ from qtrain.simulate.batch_norm import TRAINING
 FEATURES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture
-def conv_bn(between):
-    """A Conv-BN-ReLU with one batch-norm factor of 0, to be fused."""
-    model = between(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), fuse=[(0, 1, 2)])
-    with torch.no_grad():
-        model.body[1].weight.copy_(torch.tensor([0.0, 0.5, -1.0, 2.0]))
-        model.body[1].bias.copy_(torch.tensor([0.3, -0.1, 0.2, 0.0]))
-    return model
-
-
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_stable_path_is_convolution_then_batch_norm(training, conv_bn, make_qat):
     prepared = make_qat().prepare(conv_bn)

@@ -29,22 +29,6 @@ def bits_of(prepared):
     return bits
 
 
-@pytest.fixture
-def nested():
-    """Layers a, b.0 and b.1."""
-
-    class Nested(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
-            self.a, self.b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-
-        def forward(self, x):
-            return self.dequant(self.b(self.a(self.quant(x))))
-
-    return Nested().eval()
-
-
 def test_fused_layers_show_their_observers_each_batch_once(convnet, images, make_ptq):
     quantizer = make_ptq(activation={"observer": torch_ao.minmax})
     prepared = quantizer.prepare(convnet)
