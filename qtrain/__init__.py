@@ -3,6 +3,7 @@
 result = qtrain.quantize(model, batches)     # an int8 model, and what it is worth
 simulation = qtrain.prepare(model)           # for a training loop of one's own
 model = qtrain.convert(simulation)
+qtrain.export(simulation, images, "folder")  # for other runtimes, as torch.export
 report = qtrain.run("quant=ptq")             # what the command qtrain does
 model = qtrain.load("outputs/runs/...")
 """
@@ -12,6 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qtrain.api.exports import export
     from qtrain.api.quantize import Quantized, quantize
     from qtrain.api.runs import compare, load, load_float, run, sample_inputs
     from qtrain.api.training import convert, prepare
@@ -24,6 +26,7 @@ __all__ = [
     "Quantized",
     "compare",
     "convert",
+    "export",
     "fuse",
     "load",
     "load_float",
@@ -34,6 +37,7 @@ __all__ = [
 ]
 __version__ = version("qtrain")
 _HOMES = {
+    "qtrain.api.exports": ("export",),
     "qtrain.api.quantize": ("Quantized", "quantize"),
     "qtrain.api.runs": ("compare", "load", "load_float", "run", "sample_inputs"),
     "qtrain.api.training": ("convert", "prepare"),

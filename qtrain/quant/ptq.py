@@ -4,6 +4,7 @@ B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Int
 arXiv:1712.05877, section 2; R. Krishnamoorthi, arXiv:1806.08342, section 3.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.backend.base import Backend
+from qtrain.backend.find import find
 from qtrain.common.validate import choice, refuse
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.base import make_observer
@@ -23,8 +26,10 @@ from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_
 from qtrain.simulate.build import build, find_groups, make_plan
 from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
 from qtrain.simulate.plan import FixedSpec
-from qtrain.simulate.simulation import Batches, Simulation, output_points, sites
+from qtrain.simulate.simulation import Batches, Simulation, sites
 from qtrain.simulate.sites import QuantModule, QuantWeighted
+from qtrain.transform.base import Transform
+from qtrain.transform.improve import check_transforms, improve
 
 WEIGHT = QuantSpec(observer=MinMaxObserver)
 ACTIVATION = QuantSpec(observer=partial(HistogramObserver, bins=2048))
@@ -34,10 +39,12 @@ class PTQ(Quantizer):
     """Calibrates observers at every quantized tensor, then converts.
 
     Args:
-        engine: "fbgemm", "qnnpack", "x86", "onednn" or "auto".
+        engine: "fbgemm", "qnnpack", "x86", "onednn", "reference" or "auto"; or a backend.
         weight: what weights are quantized to.
-        activation: what activations are quantized to; below 8 bits the result is a simulation.
+        activation: what activations are quantized to; below the bits of the engine's kernels the simulation is the
+            result.
         fake_quantize: "qtrain", or "torch" for torch's own kernels and observers: the slow reference.
+        transforms: what improves the simulation, in this order; see `qtrain.transform`.
         layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4}; or what these layers
             are instead, see `layer_format`: "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
             Until conversion the latter are float, as their inputs and outputs stay.
@@ -48,6 +55,7 @@ class PTQ(Quantizer):
     """
 
     calibrates = True
+    exports = True
     engine: str
     weight: QuantSpec
     activation: QuantSpec
@@ -55,14 +63,17 @@ class PTQ(Quantizer):
     def __init__(
         self,
         *,
-        engine: str = AUTO,
+        engine: str | Backend = AUTO,
         weight: QuantSpec = WEIGHT,
         activation: QuantSpec = ACTIVATION,
         fake_quantize: str = "qtrain",
+        transforms: Sequence[Transform] = (),
         layers: dict[str, Any] | None = None,
     ) -> None:
-        refuse(choice("fake_quantize", fake_quantize, KERNELS))
-        self.engine = torch_ao.find_engine(engine).name
+        refuse(choice("fake_quantize", fake_quantize, KERNELS) + check_transforms(transforms))
+        self.transforms = tuple(transforms)
+        self.backend = find(engine)
+        self.engine = self.backend.name
         self.weight, self.activation = self._settle(weight, activation)
         self.fake_quantize = fake_quantize
 
@@ -72,10 +83,10 @@ class PTQ(Quantizer):
             )
 
         self.layers = read_settings(layers if layers is not None else {}, setting_of)
-        self.simulated = self.activation.bits < 8
+        self.simulated = self.activation.bits < self.backend.least_activation_bits
 
     def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
-        return torch_ao.ENGINES[self.engine].settle(weight, activation)
+        return self.backend.settle(weight, activation)
 
     def prepare(self, model: nn.Module) -> Simulation:
         return self._simulate(model, is_qat=False)
@@ -90,12 +101,14 @@ class PTQ(Quantizer):
         chosen = torch_ao.match_layers(
             model, {p: s if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
         )
-        groups = find_groups(model, {name for name, spec in chosen.items() if spec is None})
+        floats = {name for name, spec in chosen.items() if spec is None}
+        groups = find_groups(model, floats, self.backend.why_float)
         specs = {name: spec for name, spec in chosen.items() if spec is not None}
         plan = make_plan(groups, self.weight, self.activation, specs)
-        torch_ao.refuse_silent_errors(model, plan, groups, torch_ao.ENGINES[self.engine])
+        self.backend.refuse(model, plan, groups)
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
-        simulation.engine = self.engine
+        simulation.backend = self.backend
+        simulation.clips_at_type = self.backend.clips_at_type and not self.simulated
         simulation.others = {place(simulation.model, name): make for name, make in others.items()}
         if not is_qat:
             observe_weights(simulation.model)
@@ -116,29 +129,26 @@ class PTQ(Quantizer):
         )
 
     def calibrate(self, simulation: Simulation, batches: Batches) -> None:
+        equivalent = [transform for transform in self.transforms if transform.before_observation]
+        for transform in equivalent:
+            transform(simulation, batches)
+        if equivalent and not self.trains:
+            observe_weights(simulation.model)
         simulation.observe(batches)
+        if len(equivalent) < len(self.transforms):
+            simulation.keep_twin()
+        for transform in self.transforms:
+            if not transform.before_observation:
+                improve(simulation, transform, batches)
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
-        copied = torch_ao.copy_model(simulation).eval()
-        copied.set_mode(observing=False, quantizing=True)
-        if not self.simulated:
-            for point in output_points(copied.model).values():
-                point.clip_as_kernels()
-        return put_others(copied).model
+        return simulation.as_converted().model
 
     def reference(self, simulation: Simulation) -> nn.Module | None:
-        copied = torch_ao.copy_model(simulation).eval()
-        copied.set_mode(observing=False, quantizing=False)
-        return copied.model
+        return simulation.float_copy() if self.trains else simulation.twin
 
     def convert(self, simulation: Simulation) -> nn.Module:
-        return lowered(simulation)
-
-
-def lowered(simulation: Simulation) -> nn.Module:
-    """Returns the int8 model of a simulation, on the CPU, in eval mode; the simulation is left alone."""
-    assert simulation.engine is not None
-    return torch_ao.lower(put_others(torch_ao.copy_model(simulation)), simulation.engine)
+        return simulation.convert()
 
 
 def observe_weights(model: nn.Module) -> None:
@@ -158,11 +168,3 @@ def place(model: nn.Module, name: str) -> str:
             name = f"{name[:end]}.layer{name[end:]}"
             break
     return name if isinstance(model.get_submodule(name), nn.Linear) else f"{name}.0"
-
-
-def put_others(simulation: Simulation) -> Simulation:
-    """Puts the layers that other methods make in the place of float ones; returns `simulation`, changed."""
-    for name, make in simulation.others.items():
-        layer: Any = simulation.model.get_submodule(name)
-        simulation.model.set_submodule(name, make(layer))
-    return simulation

@@ -82,12 +82,12 @@ def scoring(task: Task, scores: Sequence[Scores]) -> dict[str, Any]:
     return shown | {"examples": made_of(quality, found)}
 
 
-def activation_qparams(quantized: nn.Module) -> dict[str, dict[str, float]]:
+def activation_qparams(simulation: nn.Module, quantized: nn.Module) -> dict[str, dict[str, float]]:
     """Returns {module: {"scale", "zero_point"}} of every module that puts out a quantized tensor."""
     found: dict[str, tuple[Any, Any]] = {}
-    for name, point in output_points(quantized).items():  # of a simulation
+    for name, point in output_points(simulation).items():
         found[name] = point.calculate_qparams()
-    for name, module in quantized.named_modules():
+    for name, module in quantized.named_modules() if not found else ():
         scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
         if scale is not None and zero_point is not None and not isinstance(module, IntegerWeight | FakeQuantize):
             found[name] = scale, zero_point

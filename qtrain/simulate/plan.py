@@ -35,6 +35,7 @@ class LayerPlan:
         output: the format of its output; None: float.
         weight_of: of a tied weight the parameter's first name, such as "wte.weight".
         backend: another than that of the run; "float": it runs in float between quantized neighbours.
+        reason: why it does.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class LayerPlan:
     output: QuantSpec | FixedSpec | None = None
     weight_of: str | None = None
     backend: str | None = None
+    reason: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """Returns the plan of this layer as a report shows it."""
@@ -51,6 +53,7 @@ class LayerPlan:
             "output": self.output and self.output.describe(),
             "weight_of": self.weight_of,
             "backend": self.backend,
+            "reason": self.reason,
         }
 
 
