@@ -60,7 +60,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         else:
             float_params += sum(number for key, number in own.items() if key not in counted)
             counted.update(own)
-        if isinstance(module, FloatIsland):
+        if isinstance(module, FloatIsland) and not _holds_integers(module):
             float_layers[name] = module.reason
         elif isinstance(getattr(module, "weight", None), HalfWeight):
             float_layers[name] = "kept in float16"
@@ -92,6 +92,10 @@ def largest_float(quantized: nn.Module) -> str | None:
     held = quantized.state_dict().items()
     sizes = {name: x.nbytes for name, x in held if isinstance(x, Tensor) and x.is_floating_point()}
     return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def _holds_integers(island: nn.Module) -> bool:
+    return any(integers.quantized_weight(layer) is not None for layer in island.modules())
 
 
 def _is_in_island(name: str, model: nn.Module) -> bool:

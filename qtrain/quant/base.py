@@ -54,4 +54,4 @@ class Quantizer:
 
     def convert(self, simulation: Simulation) -> nn.Module:
         """Returns the quantized model, in eval mode, on the CPU."""
-        return torch_ao.copy_model(simulation.model).cpu().eval()
+        return simulation.convert()

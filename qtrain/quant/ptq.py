@@ -15,6 +15,8 @@ from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.backend.base import Backend
 from qtrain.backend.find import find
+from qtrain.backend.packed.embeddings import check_policies, formats
+from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import choice, refuse
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.base import make_observer
@@ -22,7 +24,7 @@ from qtrain.observer.fixed import FixedObserver
 from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
+from qtrain.quant.layer_format import read_settings, settings_of, spec_or_format
 from qtrain.simulate.build import build, find_groups, make_plan
 from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
 from qtrain.simulate.plan import FixedSpec
@@ -45,6 +47,9 @@ class PTQ(Quantizer):
             result.
         fake_quantize: "qtrain", or "torch" for torch's own kernels and observers: the slow reference.
         transforms: what improves the simulation, in this order; see `qtrain.transform`.
+        embedding: how embeddings are stored once converted: "float", "fp16", or "int8" and "int4" with one scale a row.
+        head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate" is quantized like others, "shared"
+            stays one with it, in the embedding's format, and "float" in float32.
         layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4}; or what these layers
             are instead, see `layer_format`: "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
             Until conversion the latter are float, as their inputs and outputs stay.
@@ -68,16 +73,23 @@ class PTQ(Quantizer):
         activation: QuantSpec = ACTIVATION,
         fake_quantize: str = "qtrain",
         transforms: Sequence[Transform] = (),
+        embedding: str = "float",
+        head: str = "separate",
         layers: dict[str, Any] | None = None,
     ) -> None:
-        refuse(choice("fake_quantize", fake_quantize, KERNELS) + check_transforms(transforms))
+        refuse(
+            choice("fake_quantize", fake_quantize, KERNELS)
+            + check_transforms(transforms)
+            + check_policies(embedding, head)
+        )
         self.transforms = tuple(transforms)
+        self.embedding, self.head = embedding, head
         self.backend = find(engine)
         self.engine = self.backend.name
         self.weight, self.activation = self._settle(weight, activation)
         self.fake_quantize = fake_quantize
 
-        def setting_of(pattern: str, setting: Any) -> QuantSpec | Make | None:
+        def setting_of(pattern: str, setting: Any) -> QuantSpec | PackedFormat | None:
             return spec_or_format(
                 pattern, setting, lambda fields: self._settle(replace(weight, **fields), activation)[0]
             )
@@ -93,27 +105,40 @@ class PTQ(Quantizer):
 
     def _simulate(self, model: nn.Module, *, is_qat: bool, conv_bn: str = "folded") -> Simulation:
         """Returns the simulation of a copy of `model`."""
-        others: dict[str, Make] = {}
-        if any(callable(setting) for setting in self.layers.values()):
-            own = settings_of(model, self.layers, other_specs=True)
-            others = {name: make for name, make in own.items() if callable(make)}
+        packed, heads = self._packed(model)
         model = torch_ao.ready(model, is_qat=is_qat)
         chosen = torch_ao.match_layers(
             model, {p: s if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
         )
-        floats = {name for name, spec in chosen.items() if spec is None}
+        floats = {name: "set by quant.layers" for name, spec in chosen.items() if spec is None}
+        floats |= dict.fromkeys(heads, "set by quant.head")
         groups = find_groups(model, floats, self.backend.why_float)
         specs = {name: spec for name, spec in chosen.items() if spec is not None}
         plan = make_plan(groups, self.weight, self.activation, specs)
         self.backend.refuse(model, plan, groups)
+        for name, form in packed.items():
+            own = form.plan(type(model.get_submodule(name)).__name__)
+            plan[name] = replace(own, output=plan[name].output, reason=plan[name].reason) if name in plan else own
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
         simulation.backend = self.backend
         simulation.clips_at_type = self.backend.clips_at_type and not self.simulated
-        simulation.others = {place(simulation.model, name): make for name, make in others.items()}
+        simulation.others = {place(simulation.model, name): form for name, form in packed.items()}
         if not is_qat:
             observe_weights(simulation.model)
             simulation.set_mode(observing=False, quantizing=False)
         return simulation
+
+    def _packed(self, model: nn.Module) -> tuple[dict[str, PackedFormat], set[str]]:
+        """Returns {layer: the format that it is packed in at conversion}, and the heads that stay with an embedding."""
+        found: dict[str, PackedFormat] = {}
+        own: dict[str, Any] = {}
+        if any(isinstance(setting, PackedFormat) for setting in self.layers.values()):
+            own = settings_of(model, self.layers, other_specs=True)
+            found = {name: form for name, form in own.items() if isinstance(form, PackedFormat)}
+        floats = {name for name, setting in own.items() if setting is None}
+        tied = formats(model, self.embedding, self.head, own, floats)
+        found |= {name: form for name, form in tied.items() if form is not None}
+        return found, {name for name in tied if type(model.get_submodule(name)) is nn.Linear}
 
     def _fake_quantize(self, spec: QuantSpec | FixedSpec, is_weight: bool) -> FakeQuantize:
         if isinstance(spec, FixedSpec):
@@ -167,4 +192,4 @@ def place(model: nn.Module, name: str) -> str:
         if isinstance(model.get_submodule(name[:end]), QuantModule):
             name = f"{name[:end]}.layer{name[end:]}"
             break
-    return name if isinstance(model.get_submodule(name), nn.Linear) else f"{name}.0"
+    return name if isinstance(model.get_submodule(name), nn.Linear | nn.Embedding) else f"{name}.0"

@@ -1,6 +1,6 @@
 """From a float model and a plan to a simulation: layers are found, planned, and replaced by sites."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -78,14 +78,14 @@ Groups = dict[str, Group]
 
 def find_groups(
     model: nn.Module,
-    floats: set[str],
+    floats: Mapping[str, str],
     why_float: Callable[[nn.Module], str | None] = lambda layer: None,
 ) -> Groups:
     """Returns {name: group} of all that becomes a site, and of the stubs where tensors become float again.
 
     Args:
         model: the float model, fused.
-        floats: names of layers that stay float, whatever lies in them.
+        floats: {layer that stays float, whatever lies in it: why}.
         why_float: says of a layer why there is no kernel for it, or None.
     """
     found: dict[str, Group] = {}
@@ -96,7 +96,7 @@ def find_groups(
         if name in floats:
             closed.append(name)
             if not _is_float_already(module):
-                found[name] = Group((module,), "set by quant.layers")
+                found[name] = Group((module,), floats[name])
         elif _has_mark(module):
             closed.append(name)
         elif _is_fused(module):
@@ -187,7 +187,7 @@ def _made(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) 
         bn=next((part for part in group.parts if isinstance(part, _BatchNorm)), None),
         relu=any(isinstance(part, nn.ReLU) for part in group.parts),
         conv_bn=conv_bn,
-        weight_q=None if layer.weight is None else make(layer.weight, True),
+        weight_q=make(layer.weight, True) if isinstance(layer.weight, QuantSpec) else None,
         output_q=output_q,
     )
 

@@ -1,9 +1,9 @@
 """The simulation: a float model whose layers behave as their integers will."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from qtrain.backend.base import Backend
 
 Batches = Iterable[tuple[Any, ...]]  # the arguments of one forward pass each
-MakeLayer = Callable[[nn.Linear], nn.Module]
+
+
+class Replacement(Protocol):
+    """What becomes of a float layer in the end, whatever the backend makes of the sites."""
+
+    def put(self, model: nn.Module, name: str) -> None:
+        """Puts it in the place of layer `name`, in place."""
 
 
 class Simulation(nn.Module):
@@ -29,8 +35,7 @@ class Simulation(nn.Module):
     Args:
         model: with sites, or without any: then it stands for itself.
         plan: {name of a site in `model`: what it becomes}.
-        others: {name of a float Linear layer in `model`: what makes the layer that takes its place
-            in the end}.
+        others: {name of a float layer in `model`: what takes its place in the end}, in that order.
 
     Attributes:
         backend: what lowers it, or None.
@@ -42,12 +47,12 @@ class Simulation(nn.Module):
         self,
         model: nn.Module,
         plan: Plan | None = None,
-        others: dict[str, MakeLayer] | None = None,
+        others: Mapping[str, Replacement] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.plan = plan or {}
-        self.others = others or {}
+        self.others = dict(others or {})
         self.backend: Backend | None = None
         self._observes = False
         self.clips_at_type = False
@@ -134,18 +139,14 @@ class Simulation(nn.Module):
         if not names:
             return
         copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
-        observing = [point for point in output_points(self.model).values() if point.observing]
-        for point in observing:
-            point.observing = False
         was_training = [(module, module.training) for module in self.modules()]
-        self.eval()
-        for name, is_quantized in on_marked(self.model, names, copies).items():
-            if not is_quantized:
-                self.leave_float(name)
+        with self.mode(observing=False, quantizing=False) as model:
+            found = on_marked(model.eval(), names, copies)
         for module, training in was_training:
             module.training = training
-        for point in observing:
-            point.observing = True
+        for name, is_quantized in found.items():
+            if not is_quantized:
+                self.leave_float(name)
 
     def leave_float(self, name: str) -> None:
         """Takes the fake quantization from the output of a site, in place."""
@@ -155,7 +156,7 @@ class Simulation(nn.Module):
     def leave_float_as(self, plan: dict[str, Any]) -> None:
         """Takes the output's format from those layers that have none in a report's plan, in place."""
         for name, layer in plan.items():
-            if layer["output"] is None and name in self.plan:
+            if layer["output"] is None and name in self.plan and self.plan[name].output is not None:
                 self.leave_float(name)
         self._knows_regions = True
 
@@ -186,14 +187,13 @@ class Simulation(nn.Module):
 
     def convert(self) -> nn.Module:
         """Returns the model that runs on integers, on the CPU, in eval mode; the simulation is left alone."""
-        assert self.backend is not None, "of a method that lowers nothing"
-        return self.backend.lower(copy_model(self)._put_others())
+        copied = copy_model(self)._put_others()
+        return copied.model.cpu().eval() if self.backend is None else self.backend.lower(copied)
 
     def _put_others(self) -> "Simulation":
-        """Puts the layers that other methods make in the place of float ones, in place."""
-        for name, make in self.others.items():
-            layer: Any = self.model.get_submodule(name)
-            self.model.set_submodule(name, make(layer))
+        """Puts what takes the place of float layers there, in place."""
+        for name, other in self.others.items():
+            other.put(self.model, name)
         return self
 
     def freeze_batch_norm(self, frozen: bool = True) -> None:

@@ -10,9 +10,12 @@ from qtrain.analyze.dry_run import blame, coverage, dry_run
 from qtrain.analyze.truth import TruthError
 from qtrain.backend import torch_ao
 from qtrain.quant.none import NoQuantizer
-from qtrain.simulate.simulation import Simulation
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def converted(quantizer, model):
+    return quantizer.convert(quantizer.prepare(model))
 
 
 @pytest.fixture(params=["ptq", "qat"])
@@ -385,7 +388,7 @@ def test_multiply_accumulates_are_counted_as_by_hand(case, make_dynamic):
         def forward(self, x):
             return self.layer(x).sum() + self.linear(torch.ones(1, 10)).sum()
 
-    model = make_dynamic(layers={"layer": "float"} if case == "linear" else {}).convert(Simulation(Beside()))
+    model = converted(make_dynamic(layers={"layer": "float"} if case == "linear" else {}), Beside())
     model.linear.register_forward_hook(lambda *_: None)
     found = coverage(model, (torch.randn(shape),), {})
     assert found["macs_quantized"] == pytest.approx(100 / (100 + macs))
@@ -400,5 +403,5 @@ def test_a_layer_that_runs_twice_counts_twice(make_dynamic):
         def forward(self, x):
             return self.b(self.a(self.a(x)))
 
-    quantized = make_dynamic(layers={"b": "float"}).convert(Simulation(Twice()))
+    quantized = converted(make_dynamic(layers={"b": "float"}), Twice())
     assert coverage(quantized, (torch.randn(2, 4),), {"b": "float"})["macs_quantized"] == pytest.approx(2 / 3)

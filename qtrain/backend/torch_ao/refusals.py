@@ -8,6 +8,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from qtrain.common.copying import copy_model
+from qtrain.functional.spec import QuantSpec
 from qtrain.simulate.build import Groups, is_marked_float
 from qtrain.simulate.plan import LayerPlan, Plan
 
@@ -179,7 +180,7 @@ def _reason(module: nn.Module, layer: LayerPlan | None, engine: str, conv_transp
     if not isinstance(module, CONV_TRANSPOSE):
         return None
     weight = layer and layer.weight
-    if weight and weight.granularity == "per_channel":
+    if isinstance(weight, QuantSpec) and weight.granularity == "per_channel":
         return "has no per-channel kernel; use quant.weight.granularity=per_tensor with engine fbgemm or qnnpack"
     if not conv_transpose:
         return f"comes out wrong with engine {engine}; use fbgemm or qnnpack"
