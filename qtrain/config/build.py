@@ -67,9 +67,11 @@ def resolve(config: DictConfig) -> DictConfig:
         config.device = "cpu"  # to find out what else is wrong
     config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
     for key, group in NAMED.items():
-        name = OmegaConf.select(config, key)
-        if not isinstance(name, str):
+        section, _, last = key.rpartition(".")
+        node = OmegaConf.select(config, section)
+        if not OmegaConf.is_dict(node) or last not in node or OmegaConf.is_config(node[last]):
             continue
+        name = node[last]
         known = GlobalHydra.instance().config_loader().get_group_options(group)
         mistakes += choice(key, name, known)
         made = hydra.compose(f"{group}/{name}")[group] if name in known else None
@@ -200,13 +202,24 @@ def build(config: DictConfig) -> Parts:
                 f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
                 "there is none; set data.val_size above 0, or quant.convert_every=0"
             )
-    if not problems:  # the first optimizer to be made has torch import its compiler, for seconds
-        problems += _try_out(made, config)
-        if made["quant"].trains:
-            problems += _try_out(vars(quantizer), config.quant, "quant.")
     refuse_config(dict.fromkeys(problems))
     made["quantizer"] = made.pop("quant")
     return Parts(**made, generator_state=generator_state)
+
+
+def try_out(parts: Parts, config: DictConfig) -> None:
+    """Makes each optimizer and schedule once: what they refuse is known before any training.
+
+    Apart from `build`, for the first optimizer has torch import its compiler, 2 seconds that no
+    other mistake has to wait for.
+
+    Raises:
+        ConfigError: one refuses its settings.
+    """
+    problems = _refused(vars(parts), config)
+    if parts.quantizer.trains:
+        problems += _refused(vars(parts.quantizer), config.quant, "quant.")
+    refuse_config(problems)
 
 
 def _try_spec(quant: DictConfig, role: str) -> list[str]:
@@ -223,8 +236,8 @@ def _try_spec(quant: DictConfig, role: str) -> list[str]:
     return []
 
 
-def _try_out(made: dict[str, Any], section: DictConfig, prefix: str = "") -> list[str]:
-    """Calls the factories of optimizer and scheduler once: what they refuse is known before any training."""
+def _refused(made: dict[str, Any], section: DictConfig, prefix: str = "") -> list[str]:
+    """Returns what is wrong with the settings of optimizer and scheduler, by calling their factories."""
     key = "optimizer"
     try:
         optimizer = made[key]([nn.Parameter(torch.zeros(1))])
