@@ -9,7 +9,6 @@ model = qtrain.load("outputs/runs/...")
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from qtrain.api.runs import compare, load, load_float, run, sample_inputs
     from qtrain.api.training import convert, prepare
     from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub, fuse
+
+    __version__: str
 
 __all__ = [
     "DeQuantStub",
@@ -35,7 +36,6 @@ __all__ = [
     "run",
     "sample_inputs",
 ]
-__version__ = version("qtrain")
 _HOMES = {
     "qtrain.api.exports": ("export",),
     "qtrain.api.quantize": ("Quantized", "quantize"),
@@ -47,6 +47,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     # Only what is used is imported: torch takes seconds, and qtrain-compare does without it.
+    if name == "__version__":
+        return import_module("importlib.metadata").version("qtrain")
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(home), name)

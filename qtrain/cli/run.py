@@ -3,6 +3,7 @@
 What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the command quietly from the start.
 """
 
+import gc
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def job() -> None:
 
 def one_job(config: "DictConfig") -> Any:
     """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
+    _announce(config)
     with _importing():  # torch among them, which no mistake in a key's name has to wait for
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
@@ -73,6 +75,18 @@ def one_job(config: "DictConfig") -> Any:
         log.error(f"job {settings.job.num} failed: {err}")
         return None  # which Optuna takes for a failed trial; of a number that is NaN it dies
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _announce(config: "DictConfig") -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qtrain.runs.history import announce
+
+    if HydraConfig.get().mode == RunMode.RUN:  # a sweep has announced its jobs
+        with suppress(OmegaConfBaseException):  # the run says what is wrong with the config
+            log.info(announce(config, HydraConfig.get()))
 
 
 def _select(report: Any, objective: str) -> float:
@@ -129,17 +143,24 @@ def _quit(signum: int, frame: object) -> None:
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """While entered, Ctrl-C ends the process at once.
+    """While entered, Ctrl-C ends the process at once, and no garbage is collected.
 
-    Imports take seconds, there is nothing to clean up, and out of an import an interrupt may come as another error.
+    Imports take seconds, there is nothing to clean up, and out of an import an interrupt may come
+    as another error. What they make stays to the end, and the collector would look through it
+    again and again, most of all as Python ends: that took a third of a mistake's time.
     """
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
         yield
         return
-    before = signal.signal(signal.SIGINT, _quit)
+    before, is_first = signal.signal(signal.SIGINT, _quit), "torch" not in sys.modules
+    if is_first:
+        gc.disable()
     try:
         yield
     finally:
+        if is_first:
+            gc.freeze()
+            gc.enable()
         signal.signal(signal.SIGINT, before)
 
 

@@ -38,6 +38,7 @@ NAMED = {  # keys that take the name of a file in a group, or a list with such n
     "quant.transforms": "transform",
     "export": "exporter",
 }
+NOT_NULL = ("quant.optimizer", "quant.scheduler", "export")
 # What is made, in this order; the model last, for it draws from the generator.
 PARTS = ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "model_transform", "export", "model")
 PATHS_OR_NAMES = ("data.tokenizer", "model.pretrained")  # of the bundled, or on a hub
@@ -73,9 +74,13 @@ def resolve(config: DictConfig) -> DictConfig:
         config.device = "cpu"  # to find out what else is wrong
     config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
     for key, group in NAMED.items():
-        value = OmegaConf.select(config, key)
+        section, _, last = key.rpartition(".")
+        node = OmegaConf.select(config, section) if section else config
+        if not OmegaConf.is_dict(node) or last not in node or OmegaConf.is_dict(node[last]):
+            continue
+        value = node[last]
         items = list(value) if OmegaConf.is_list(value) else [value]
-        names = [item for item in items if isinstance(item, str)]
+        names = [item for item in items if isinstance(item, str) or item is None and key in NOT_NULL]
         if not names:
             continue
         known = GlobalHydra.instance().config_loader().get_group_options(group)
@@ -215,13 +220,24 @@ def build(config: DictConfig) -> Parts:
                 f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
                 "there is none; set data.val_size above 0, or quant.convert_every=0"
             )
-    if not problems:  # the first optimizer to be made has torch import its compiler, for seconds
-        problems += _try_out(made, config)
-        if made["quant"].trains:
-            problems += _try_out(vars(quantizer), config.quant, "quant.")
     refuse_config(dict.fromkeys(problems))
     made["quantizer"] = made.pop("quant")
     return Parts(**made, generator_state=generator_state)
+
+
+def try_out(parts: Parts, config: DictConfig) -> None:
+    """Makes each optimizer and schedule once: what they refuse is known before any training.
+
+    Apart from `build`, for the first optimizer has torch import its compiler, 2 seconds that no
+    other mistake has to wait for.
+
+    Raises:
+        ConfigError: one refuses its settings.
+    """
+    problems = _refused(vars(parts), config)
+    if parts.quantizer.trains:
+        problems += _refused(vars(parts.quantizer), config.quant, "quant.")
+    refuse_config(problems)
 
 
 def _try_spec(quant: DictConfig, role: str) -> list[str]:
@@ -238,8 +254,8 @@ def _try_spec(quant: DictConfig, role: str) -> list[str]:
     return []
 
 
-def _try_out(made: dict[str, Any], section: DictConfig, prefix: str = "") -> list[str]:
-    """Calls the factories of optimizer and scheduler once: what they refuse is known before any training."""
+def _refused(made: dict[str, Any], section: DictConfig, prefix: str = "") -> list[str]:
+    """Returns what is wrong with the settings of optimizer and scheduler, by calling their factories."""
     key = "optimizer"
     try:
         optimizer = made[key]([nn.Parameter(torch.zeros(1))])

@@ -28,7 +28,7 @@ from qtrain.analyze.measure import (
 from qtrain.analyze.truth import finite_outputs, require_finite_weights
 from qtrain.backend import torch_ao
 from qtrain.common.files import OVERRIDES, sha256, write_atomically, write_json
-from qtrain.config.build import Parts, build, resolve
+from qtrain.config.build import Parts, build, resolve, try_out
 from qtrain.data.loaders import Loader
 from qtrain.exporter.judge import write_and_judge
 from qtrain.logger.loggers import JsonLines, Logger, Loggers
@@ -110,6 +110,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
     report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample), parts.truth)
     auxiliary = rehearse(parts.model, parts.quantizer, parts.task, parts.data)
+    try_out(parts, config)
     clock, quantizer = Stopwatch(*STAGES), parts.quantizer
     logger: Logger = Logger()
     if is_first:

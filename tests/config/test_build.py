@@ -10,7 +10,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from qtrain.config.build import ConfigError, build, compose, config_dir, find_device, hydra_arguments
+from qtrain.config.build import ConfigError, build, compose, config_dir, find_device, hydra_arguments, try_out
 from qtrain.data.loaders import image_loaders
 from qtrain.runs import pipeline
 
@@ -247,7 +247,7 @@ def problems(composed):
     def build_with(*overrides, method="ptq"):
         settings = OmegaConf.merge(composed[method], OmegaConf.from_dotlist(list(overrides)))
         with pytest.raises(ConfigError) as caught:
-            build(settings)
+            try_out(build(settings), settings)
         return str(caught.value).splitlines()
 
     return build_with
