@@ -119,7 +119,7 @@ def find_baselines(runs: Sequence[Run], texts: Sequence[str], wanted: dict[str, 
     Raises:
         ValueError: there is none.
     """
-    if len(texts) == 1 and "=" not in texts[0]:
+    if len(texts) == 1 and ("=" not in texts[0] or Path(texts[0]).is_dir()):
         folder = Path(texts[0]).resolve()
         found = [run for run in runs if run.folder.resolve() == folder]
         if not found:

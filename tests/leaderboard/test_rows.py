@@ -62,7 +62,7 @@ def test_filters_hold_for_baselines_but_for_the_keys_that_these_name(runs):
 
 
 def test_one_baseline_serves_all_seeds_and_filters_do_not_hide_it(runs):
-    base = runs.write("base", lost=10)
+    base = runs.write("0_quant=ptq", lost=10)  # as a sweep's folder may be called
     runs.write("b", method="qat", lost=4, seed=5)
     for baseline in ([str(base)], ["method=ptq"]):
         (section,) = compare([runs.folder], filters=["method=qat"], baseline=baseline).sections
