@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from qtrain.config.build import compose
+from qtrain.leaderboard.data_sets import split
 from qtrain.leaderboard.export import as_records
-from qtrain.leaderboard.rows import section_of_runs, split
+from qtrain.leaderboard.rows import section_of_runs
 from qtrain.leaderboard.runs import find
 from qtrain.runs import artifact, pipeline
 from qtrain.runs.report import Report

@@ -1,6 +1,8 @@
 """The names by which runs are filtered, sorted and grouped: facts, then config keys, then numbers of the report."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from qtrain.leaderboard.runs import Failure, Run
@@ -59,7 +61,7 @@ def label(run: Run | Failure, key: str) -> Any:
 
 
 def check(key: str, runs: Sequence[Run | Failure], option: str) -> None:
-    """Raises ValueError, which lists the known keys, unless some run knows `key`."""
+    """Raises ValueError, which names the nearest known keys, unless some run knows `key`."""
     for run in runs:
         try:
             lookup(run, key)
@@ -68,11 +70,34 @@ def check(key: str, runs: Sequence[Run | Failure], option: str) -> None:
             pass
     qualities = {run.quality.name for run in runs if isinstance(run, Run)}
     facts = sorted({name for run in runs for name in run.facts} | set(ALIASES) | qualities)
-    settings = sorted({name for run in runs for name in run.settings if not name.endswith(("._target_", "._partial_"))})
+    hidden = ("._target_", "._partial_")
+    settings = {name for run in runs for name in run.settings if not name.endswith(hidden)}
+    near = nearest(key, [*facts, *sorted(settings)])
+    of_config = "every key of the config, such as optimizer.lr"
+    if not near:
+        of_config = f"of the config {', '.join(sorted(settings))}"
     raise ValueError(
-        f"{option} {key}: there is no such key; known are\n  {', '.join(facts)};\n"
-        f"  of the config {', '.join(settings)};\n  and paths in report.json such as coverage.macs_quantized"
+        f"{option} {key}: there is no such key"
+        + (f"; nearest: {', '.join(near)}" if near else "")
+        + f"\n  known are {', '.join(facts)};\n  {of_config};\n"
+        "  and paths in report.json such as coverage.macs_quantized"
     )
+
+
+def nearest(key: str, names: Sequence[str]) -> list[str]:
+    """Returns the names that a misspelt key may mean: `lr` those that end with .lr, at most five.
+
+    >>> nearest("lr", ["seed", "optimizer.lr", "quant.optimizer.lr"])
+    ['optimizer.lr', 'quant.optimizer.lr']
+    >>> nearest("acuracy", ["accuracy", "method"])
+    ['accuracy']
+    """
+    by_end = defaultdict(list)
+    for name in names:
+        by_end[name.rpartition(".")[2]].append(name)
+    ends = get_close_matches(key.rpartition(".")[2], by_end, cutoff=0.75)
+    found = [name for end in ends for name in by_end[end]]
+    return list(dict.fromkeys(get_close_matches(key, names) + found))[:5]
 
 
 def parse_filters(texts: Iterable[str]) -> dict[str, list[str]]:
@@ -105,9 +130,9 @@ def select(runs: Sequence[Any], filters: dict[str, list[str]], option: str = "fi
     return list(runs)
 
 
-def may_match(run: Failure, filters: dict[str, list[str]]) -> bool:
-    """Returns whether nothing that is known of a run without a result speaks against it."""
-    known = {key: value(run, key) for key in filters}
+def may_match(run: Run | Failure, filters: dict[str, list[str]]) -> bool:
+    """Returns whether nothing that is known of a run speaks against it; a setting of null does."""
+    known = {key: label(run, key) for key in filters}
     return all(found is None or matches(found, filters[key], key) for key, found in known.items())
 
 

@@ -2,9 +2,10 @@
 
 import html
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,37 @@ from qtrain.common.files import read_text
 from qtrain.common.limits import LARGEST
 from qtrain.common.plain import plain
 from qtrain.leaderboard import keys, table
-from qtrain.leaderboard.rows import Section
-from qtrain.leaderboard.runs import Found
+from qtrain.leaderboard.rows import LATENCY_TOLERANCE, SIZE_TOLERANCE, Row, Section
+from qtrain.leaderboard.runs import Found, Run
 
 # Points of a training curve: 200 for few runs, and about 50,000 times the number of curves a run for many.
 MOST_POINTS, LEAST_POINTS, ALL_POINTS = 200, 30, 50_000
+AXES = ("size_kb", "latency_ms", "seconds", "quantized", "difference")
+CLEAR = ("method", "quant", "engine", "bits", "observer", "model", "data")  # which values speak for themselves
+FINAL = ("float", "fake", "quantized")  # of "accuracy/float" and the like: a figure of the finished run
 
 
 def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
     """Returns the page.
 
     Args:
-        sections: with a row a run.
+        sections: of groups, of runs, or both: their runs are held once.
         folder: where the page will lie; links to the runs start there.
     """
     num_points = max(LEAST_POINTS, min(MOST_POINTS, ALL_POINTS // max(1, len(found.runs))))
+    places = {run: place for place, run in enumerate(found.runs)}
+    names: dict[str, int] = {}
     content = {
-        "sections": [_section(section, folder, num_points) for section in sections],
-        "legend": table.legend(sections) if sections else [],
+        "sections": [_section(section, places) for section in sections],
+        "runs": [
+            {
+                "name": plain(run.folder.name),
+                "link": _link(run.folder, folder),
+                "curves": _curves(run.folder / "metrics.jsonl", num_points, names),
+            }
+            for run in found.runs
+        ],
+        "curves": list(names),
         "failures": [
             {
                 "name": plain(str(run.folder)),
@@ -43,9 +57,12 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         ],
         "unreadable": found.unreadable,
         "aliases": keys.ALIASES | {section.quality.name: "quantized" for section in sections},
+        "tolerances": {"size_kb": SIZE_TOLERANCE, "latency_ms": LATENCY_TOLERANCE},
     }
-    names = ("page.html", "page.css", "page_plots.js", "page.js")
-    template, css, plots, js = (files("qtrain.leaderboard").joinpath(name).read_text("utf-8") for name in names)
+    names_of_files = ("page.html", "page.css", "page_plots.js", "page.js")
+    template, css, plots, js = (
+        files("qtrain.leaderboard").joinpath(name).read_text("utf-8") for name in names_of_files
+    )
     # In JSON a < can only be in a string, where the escape means the same: no text can close the script element.
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(", ".join(section.title for section in sections[:3]) or "no results")
@@ -58,13 +75,14 @@ def _link(run: Path, folder: Path) -> str:
     return quote(os.fsencode(Path(os.path.relpath(run.resolve(), folder.resolve())).as_posix())) + "/"
 
 
-def _section(section: Section, folder: Path, num_points: int) -> dict[str, Any]:
-    columns = [column for column in table.columns(section) if column.key != "folder"]  # the page links to it anyway
+def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
+    # The first column names and links to the runs.
+    columns = [column for column in table.columns(section) if column.key != "folder"]
     columns.sort(key=lambda column: column.key != "front")
-    quality = section.quality
-    names: dict[str, int] = {}
+    quality, by = section.quality, f" by {', '.join(section.labels)}" if section.grouped else ""
     return {
-        "title": section.title,
+        "title": section.title + by,
+        "unit": "group" if section.grouped else "run",
         "quality": {"name": quality.name, "unit": quality.unit, "higher": quality.higher_is_better},
         "columns": [
             {"key": column.key, "header": column.header, "numeric": column.number is not None} for column in columns
@@ -73,27 +91,41 @@ def _section(section: Section, folder: Path, num_points: int) -> dict[str, Any]:
             {
                 "cells": [column.text(row).strip() for column in columns],
                 "numbers": [column.number(row) if column.number else None for column in columns],
-                # Axes of the plot, whether or not the table has such a column.
-                "at": {key: row.cells[key] for key in ("size_kb", "latency_ms", "seconds", "quantized", "difference")},
+                # Whether or not the table has such a column.
+                "at": {key: row.cells[key] for key in AXES},
+                "sd": {key: row.cells[f"{key}_sd"] for key in AXES if row.cells.get(f"{key}_sd")},
                 "front": row.cells["front"],
                 "disturbed": row.cells["contended"],
-                "name": plain(row.runs[0].folder.name),
-                "link": _link(row.runs[0].folder, folder),
-                "curves": _curves(row.runs[0].folder / "metrics.jsonl", num_points, names),
+                "name": _name(row, section),
+                "runs": [places[run] for run in row.runs],
             }
             for row in section.rows
         ],
         "config": _config(section),
-        "curves": list(names),
+        "legend": table.legend([section]),
     }
 
 
-def _config(section: Section) -> dict[str, Any]:
-    """Returns the settings that differ somewhere in the section: each distinct value once, and its index for each row.
+def _name(row: Row, section: Section) -> str:
+    """Returns what the page calls a row: its folder, or what its group has in common."""
+    if not section.grouped:
+        return plain(row.runs[0].folder.name)
+    labels = [column for column in table.columns(section) if column.key in section.labels]
+    texts = {column.key: column.text(row) for column in labels}
+    parts = [
+        text if key in CLEAR else f"{key.rpartition('.')[2]}={text}"
+        for key, text in texts.items()
+        if text != table.NONE
+    ]
+    return plain(" ".join(parts)) or table.NONE
 
-    Those that someone set on a command line come first.
+
+def _config(section: Section) -> dict[str, Any]:
+    """Returns the settings that differ between rows: each distinct value once, and its index for each row.
+
+    Those that someone set on a command line come first. A group has all of its values.
     """
-    runs = [row.runs[0] for row in section.rows]
+    runs = [run for row in section.rows for run in row.runs]
     known, overrides = (
         {key for run in runs for key in found(run)} for found in (lambda run: run.settings, lambda run: run.overrides)
     )
@@ -101,35 +133,55 @@ def _config(section: Section) -> dict[str, Any]:
     for key in sorted(known, key=lambda key: (key not in overrides, key)):
         if key.startswith("choices.") or key.endswith("._partial_"):  # say nothing that others do not
             continue
-        texts = [keys.shown(run.settings[key]) if key in run.settings else "" for run in runs]
+        texts = [_setting(row.runs, key) for row in section.rows]
         values = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         if len(values) > 1:
             varied[key] = {"values": list(values), "rows": [values[text] for text in texts]}
     return varied
 
 
+def _setting(runs: Sequence[Run], key: str) -> str:
+    """Returns what the runs have set, each value once."""
+    texts = (keys.shown(run.settings[key]) if key in run.settings else "" for run in runs)
+    return ", ".join(dict.fromkeys(texts))
+
+
 def _curves(path: Path, num_points: int, names: dict[str, int]) -> dict[int, tuple[list[int], list[float]]]:
     """Returns {number of the name: [steps, values]} of a metrics.jsonl, thinned out; numbers new names in `names`."""
-    series: dict[str, list[tuple[int, float]]] = {}
-    try:
-        lines = read_text(path).splitlines()
-    except (OSError, ValueError):
-        return {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            step = int(record.pop("step"))
-        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):  # cut off by a crash
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for record in _records(path):
+        step = record.pop("step", None) if isinstance(record, dict) else None
+        if not isinstance(step, int):
             continue
         for name, value in record.items():
             if isinstance(value, int | float) and -LARGEST < value < LARGEST:
-                series.setdefault(plain(name), []).append((step, value))
+                if name not in series:
+                    series[name] = [], []
+                steps, values = series[name]
+                steps.append(step)
+                values.append(value)
     found = {}
-    for name, points in series.items():
-        if all(step == 0 for step, _ in points):  # a final figure, not a curve
+    for name, (steps, values) in series.items():
+        if not any(steps) or name.rpartition("/")[2] in FINAL:
             continue
-        stride = -(-len(points) // num_points)
-        thinned = points[::-stride][::-1]  # the last one stays
-        values = [float(f"{value:.4g}") for _, value in thinned]
-        found[names.setdefault(name, len(names))] = [step for step, _ in thinned], values
+        stride = math.ceil(len(steps) / num_points)
+        thinned = slice((len(steps) - 1) % stride, None, stride)  # the last one stays
+        rounded = [float(f"{value:.4g}") for value in values[thinned]]
+        found[names.setdefault(plain(name), len(names))] = steps[thinned], rounded
     return found
+
+
+def _records(path: Path) -> Iterator[Any]:
+    """Yields what the lines of a file say in JSON, without those that say nothing, as a crash leaves them."""
+    try:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError):
+        return
+    try:
+        yield from json.loads(f"[{','.join(lines)}]")  # at once, for that takes a third of the time
+    except (ValueError, RecursionError):
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                continue

@@ -57,25 +57,23 @@ function palette(column) {
 
 function showScatter() {
   const xKey = $("x").value, yKey = $("y").value, column = Number($("colour").value), svg = $("scatter");
-  const rows = state.visible.filter(row => (row.data.at[xKey] ?? null) !== null && row.data.at[yKey] !== null);
-  const xs = rows.map(row => row.data.at[xKey]), ys = rows.map(row => row.data.at[yKey]);
+  const rows = xKey ? state.visible.filter(row => at(row, xKey) !== null && at(row, yKey) !== null) : [];
+  const [xs, ys] = [xKey, yKey].map(key => rows.flatMap(row => ends(row, key)));
   const higher = section().quality.higher, log = Math.min(...xs) > 0 && Math.max(...xs) > 20 * Math.min(...xs);
-  const { x, y } = axes(svg, AXES[xKey] ?? "", $("y").selectedOptions[0].text, xs, ys, { log, flip: !higher });
+  const title = AXES[xKey] ?? xKey, yTitle = $("y").selectedOptions[0].text;
+  const { x, y } = axes(svg, title, yTitle, xs, ys, { log, flip: !higher });
   const colours = palette(column);
-  state.points = rows.map(row => ({ row, x: x(row.data.at[xKey]), y: y(row.data.at[yKey]) }));
+  state.points = rows.map(row => ({ row, x: x(at(row, xKey)), y: y(at(row, yKey)) }));
 
-  // Up is better, and left is: the front rises from the left. A disturbed latency takes no part in it.
-  const disturbed = xKey === "latency_ms" && rows.some(row => row.data.disturbed);
-  let best = Infinity, path = "";
-  for (const point of disturbed ? [] : [...state.points].sort((a, b) => a.x - b.x || a.y - b.y)) {
-    if (point.y >= best) continue;
-    path += path ? `H${point.x}V${point.y}` : `M${point.x} ${point.y}`;
-    best = point.y;
-  }
+  const isLatency = xKey === "latency_ms", disturbed = isLatency && rows.some(row => row.data.disturbed);
+  const path = disturbed || !(xKey in AXES) ? "" : stairs(frontOf(state.points, xKey, yKey));
   if (path) svg.append(draw("path", { id: "front", d: path, fill: "none", stroke: "#7a8794", "stroke-dasharray": "4 3" }));
   for (const point of state.points) {
-    const attributes = { cx: point.x, cy: point.y, r: 5, fill: colours.get(point.row.data.cells[column]), "fill-opacity": 0.75 };
-    if (state.picked.has(point.row)) Object.assign(attributes, { stroke: "#000", "stroke-width": 1.5 });
+    const { row } = point, colour = colours.get(row.data.cells[column]);
+    for (const bar of errorBars(row, xKey, yKey, x, y)) svg.append(draw("path", { class: "bar", d: bar, stroke: colour }));
+    const attributes = { cx: point.x, cy: point.y, r: 5, fill: colour, "fill-opacity": 0.75 };
+    if (isLatency && row.data.disturbed) Object.assign(attributes, { "fill-opacity": 0.1, stroke: colour });
+    if (state.picked.has(row)) Object.assign(attributes, { stroke: "#000", "stroke-width": 1.5 });
     svg.append(draw("circle", attributes));
   }
   svg.append(draw("circle", { id: "ring", r: 9, fill: "none", stroke: "#000", "stroke-width": 2, visibility: "hidden" }));
@@ -83,8 +81,46 @@ function showScatter() {
   const missing = state.visible.length - rows.length;
   const entries = [...colours].slice(0, COLOURS.length + 1).map(([kind, colour]) =>
     make("span", {}, swatch(colour), kind));
-  $("plot-legend").replaceChildren(...entries, make("span", {}, disturbed ? "no front: a latency is marked !" : "- - front of these points"), ...(missing ? [make("span", {}, `${missing} without these figures not shown`)] : []));
+  const notes = [
+    path && "- - front of these points",
+    disturbed && "no front: a latency is marked !, hollow here",
+    rows.some(row => row.data.sd[yKey] ?? row.data.sd[xKey]) && "bars: ± standard deviation",
+    missing && `${missing} without these figures not shown`,
+  ];
+  $("plot-legend").replaceChildren(...entries, ...notes.filter(Boolean).map(note => make("span", {}, note)));
 }
+
+// How far a row's figure reaches: a group's by its standard deviation.
+function ends(row, key) {
+  const mean = at(row, key), sd = row.data.sd[key] ?? 0;
+  return [mean - sd, mean + sd];
+}
+
+function errorBars(row, xKey, yKey, x, y) {
+  const [px, py] = [x(at(row, xKey)), y(at(row, yKey))], [[left, right], [low, high]] =
+    [ends(row, xKey).map(x), ends(row, yKey).map(y)];
+  return [
+    row.data.sd[xKey] && `M${left} ${py}H${right}M${left} ${py - 4}v8M${right} ${py - 4}v8`,
+    row.data.sd[yKey] && `M${px} ${low}V${high}M${px - 4} ${low}h8M${px - 4} ${high}h8`,
+  ].filter(Boolean);
+}
+
+// As leaderboard/pareto.py: off the front is what another point beats clearly in one coordinate and
+// is clearly beaten by in none. The best in a coordinate is always on it.
+function frontOf(points, xKey, yKey) {
+  const slack = Math.log1p(DATA.tolerances[xKey] ?? 0), cost = slack ? Math.log : x => x;
+  const sign = section().quality.higher ? -1 : 1;
+  const all = points.map(point => ({ point, a: cost(at(point.row, xKey)), b: sign * at(point.row, yKey) }))
+    .sort((one, other) => one.a - other.a || one.b - other.b);
+  const exact = [];
+  for (const one of all) if (!exact.length || one.b < exact.at(-1).b) exact.push(one);
+  const best = [exact[0], exact.at(-1)], beats = (other, one) => one.a - other.a >= -slack &&
+    one.b >= other.b && (one.a - other.a > slack || one.b > other.b);
+  return exact.filter(one => best.includes(one) || !exact.some(other => beats(other, one))).map(({ point }) => point);
+}
+
+// Up is better, and left is: the front rises from the left.
+const stairs = points => points.map(({ x, y }, i) => i ? `H${x}V${y}` : `M${x} ${y}`).join("");
 
 function swatch(colour) {
   const found = make("span", { class: "swatch" });
@@ -129,9 +165,11 @@ let linePoints = [];
 
 function showCurves(rows) {
   const index = $("series").value, svg = $("curves");
-  const lines = rows.map((row, i) => ({ row, colour: lineColour(i), curve: row.data.curves[index] })).filter(line => line.curve);
-  const known = section().curves.length > 0 && rows.length > 0;
+  const lines = rows.flatMap((row, i) => runsOf(row.data)
+    .map(run => ({ name: run.name, colour: lineColour(i), curve: run.curves[index] })).filter(line => line.curve));
+  const known = $("series").options.length > 0 && rows.length > 0;
   $("curve-controls").hidden = !known;
+  svg.toggleAttribute("hidden", !known);
   linePoints = [];
   if (!lines.length) {
     svg.replaceChildren();
@@ -139,8 +177,8 @@ function showCurves(rows) {
     return;
   }
   const { x, y } = axes(svg, "step", "", lines.flatMap(line => line.curve[0]), lines.flatMap(line => line.curve[1]));
-  for (const { row, colour, curve: [steps, values] } of lines) {
-    const points = steps.map((step, i) => ({ row, step, value: values[i], x: x(step), y: y(values[i]) }));
+  for (const { name, colour, curve: [steps, values] } of lines) {
+    const points = steps.map((step, i) => ({ name, step, value: values[i], x: x(step), y: y(values[i]) }));
     linePoints.push(...points);
     svg.append(draw("polyline", { points: points.map(p => `${p.x},${p.y}`).join(" "), fill: "none", stroke: colour, "stroke-width": 1.5 }));
     if (points.length === 1) svg.append(draw("circle", { cx: points[0].x, cy: points[0].y, r: 3, fill: colour }));

@@ -1,8 +1,14 @@
-"""Whether a difference is more than chance: pure functions on counts and numbers."""
+"""Whether a difference is more than chance: pure functions on counts and numbers.
+
+Tails of distributions are scipy's where it is installed (the extra `stats`), else our own.
+"""
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from qtrain.leaderboard import tails
 
 if TYPE_CHECKING:
     import numpy as np
@@ -11,12 +17,23 @@ ALPHA = 0.05
 RESAMPLES = 2000
 
 
+@cache
+def scipy_special() -> Any:
+    """Returns scipy's special functions, or None; `scipy.stats` would take a second to import."""
+    try:
+        from scipy import special
+    except ImportError:
+        return None
+    return special
+
+
 def mcnemar(gained: int, lost: int) -> float:
-    """Returns the two-sided p of the exact McNemar test: 2 P(X <= min(gained, lost)), X ~ Binomial(gained + lost, 1/2).
+    """Returns the two-sided p of the exact McNemar test.
 
-    Examples that both models get right, or both wrong, say nothing about which is better and do not enter.
+    It is 2 P(X <= min(gained, lost)), X ~ Binomial(gained + lost, 1/2). Examples that both models
+    get right, or both wrong, say nothing about which is better and do not enter.
 
-    >>> mcnemar(1, 9)  # 2 (1 + 10) / 2**10
+    >>> round(mcnemar(1, 9), 9)  # 2 (1 + 10) / 2**10
     0.021484375
     >>> mcnemar(4, 4)
     1.0
@@ -24,24 +41,33 @@ def mcnemar(gained: int, lost: int) -> float:
     n, k = gained + lost, min(gained, lost)
     if n - 2 * k < 2:
         return 1.0
-    if n < 1000:
-        return 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n
-    # From the largest term, in logarithms, downwards: each term is the one above it times i / (n - i + 1).
-    term = total = 1.0
-    for i in range(k, 0, -1):
-        term *= i / (n - i + 1)
-        total += term
-        if term < 1e-17 * total:
-            break
-    log_largest = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
-    return min(1.0, 2 * math.exp(log_largest) * total)
+    special = scipy_special()
+    tail = tails.binomial(k, n) if special is None else float(special.bdtr(k, n, 0.5))
+    return min(1.0, 2 * tail)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Returns each p corrected by Holm for all of them.
+
+    Where no row truly differs, a table then has a row below ALPHA with a chance of ALPHA at most;
+    uncorrected, each row has that chance.
+
+    >>> holm([0.03, 0.01, 0.04])
+    [0.06, 0.03, 0.06]
+    """
+    found, largest = [1.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        found[i] = largest
+    return found
 
 
 def paired_bootstrap(differences: "np.ndarray", resamples: int = RESAMPLES, seed: int = 0) -> "np.ndarray":
     """Returns the two-sided p of "the mean is 0" for each row, by the studentized bootstrap.
 
-    The p is the share of resamples whose |t| about the observed mean reaches the observed |t| about 0
-    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, algorithm 16.2), the observed one counted in.
+    The p is the share of resamples whose |t| about the observed mean reaches the observed |t|
+    about 0 (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, algorithm 16.2), the
+    observed one counted in.
 
     Args:
         differences: (R, N), one row a pair of runs; all rows are resampled alike.
@@ -57,36 +83,30 @@ def paired_bootstrap(differences: "np.ndarray", resamples: int = RESAMPLES, seed
     rng = np.random.default_rng(seed)
     for start in range(0, resamples, 250):  # in parts, to bound the memory
         draws = range(start, min(start + 250, resamples))
-        counts = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in draws]) / n
+        resampled = [np.bincount(rng.integers(n, size=n), minlength=n) for _ in draws]
+        counts = np.stack(resampled) / n
         means = counts @ shifted.T
         spread = np.sqrt(np.maximum(counts @ (shifted**2).T - means**2, 0))
         reached += (np.abs(means) >= observed * spread).sum(0)
-    return np.where(constant, np.where(mean == 0, 1.0, 1 / (resamples + 1)), reached / (resamples + 1))
+    of_constant = np.where(mean == 0, 1.0, 1 / (resamples + 1))
+    return np.where(constant, of_constant, reached / (resamples + 1))
 
 
 def student_t(t: float, degrees: int) -> float:
-    """Returns P(|T| >= |t|) for Student's T with whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4).
-
-    >>> round(student_t(12.706, 1), 4)
-    0.05
-    """
-    theta = math.atan(abs(t) / math.sqrt(degrees))
-    cosine = math.cos(theta)
-    term = cosine if degrees % 2 else 1.0
-    total = term if degrees > 1 else 0.0
-    for i in range(2 + degrees % 2, degrees - 1, 2):
-        term *= cosine**2 * (i - 1) / i
-        total += term
-    inside = 2 / math.pi * (theta + math.sin(theta) * total) if degrees % 2 else math.sin(theta) * total
-    return max(0.0, 1 - inside)
+    """Returns P(|T| >= |t|) for Student's T with whole degrees of freedom."""
+    special = scipy_special()
+    if special is None:
+        return tails.student(t, degrees)
+    return 2 * float(special.stdtr(degrees, -abs(t)))
 
 
 def over_seeds(differences: Sequence[float], standard_errors: Sequence[float]) -> float:
-    """Returns p of "the mean difference is 0", for new seeds and new examples: a t-test with the errors of both added.
+    """Returns p of "the mean difference is 0", for new seeds and new examples.
 
-    The seeds share their examples, so the error that the examples leave does not shrink with the number of seeds.
-    Without it, two seeds that happen to gain the same one example would count as certain. The degrees of freedom are
-    Welch's, rounded down.
+    It is a t-test with the errors of both added. The seeds share their examples, so the error that
+    the examples leave does not shrink with the number of seeds. Without it, two seeds that happen
+    to gain the same one example would count as certain. The degrees of freedom are Welch's, rounded
+    down.
 
     Args:
         differences: of each seed; at least two.
@@ -99,12 +119,17 @@ def over_seeds(differences: Sequence[float], standard_errors: Sequence[float]) -
     if mean == 0 or by_examples + by_seeds == 0:
         return 1.0 if mean == 0 else 0.0
     t = mean / math.sqrt(by_examples + by_seeds)
-    degrees = (n - 1) * (1 + by_examples / by_seeds) ** 2 if by_seeds > 1e-6 * by_examples else math.inf
+    degrees = math.inf
+    if by_seeds > 1e-6 * by_examples:
+        degrees = (n - 1) * (1 + by_examples / by_seeds) ** 2
     return student_t(t, int(degrees)) if degrees < 1000 else math.erfc(abs(t) / math.sqrt(2))
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean and the standard deviation (n - 1 in the denominator), which a single value lacks."""
+    """Returns the mean and the standard deviation, which a single value lacks.
+
+    The deviation has n - 1 in the denominator.
+    """
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None

@@ -1,4 +1,4 @@
-"""The columns of a comparison, as text: for the console, for Markdown and for the page."""
+"""The columns of a comparison as text, and what the marks in them mean."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from typing import Any
 
 from qtrain.common.plain import plain
 from qtrain.leaderboard.rows import LATENCY_TOLERANCE, SIZE_TOLERANCE, Row, Section, is_disturbed
-from qtrain.leaderboard.runs import Failure
 from qtrain.leaderboard.statistics import ALPHA
 from qtrain.runs.quality import KNOWN, RIGHT_OR_WRONG
 
@@ -56,7 +55,9 @@ def columns(section: Section) -> list[Column]:
             lambda row: row.cells["quantized"],
         ),
         _difference("difference", f"to float {spread}", digits),
+        *_significance("difference_p", "p", rows),
         _difference("baseline_difference", f"to baseline {spread}", digits),
+        *_significance("baseline_difference_p", "p to baseline", rows),
         *([] if _float_row_has_size(rows) else [_number("float_size_kb", "float KB", 1, hide_float=True)]),
         _number("size_kb", "file KB", 1),
         _number("size_ratio", "size ratio", 2, suffix="x"),
@@ -131,6 +132,23 @@ def _difference(key: str, header: str, digits: int) -> Column:
     return Column(key, header, text, lambda row: row.cells.get(key))
 
 
+def _significance(key: str, header: str, rows: Sequence[Row]) -> list[Column]:
+    """Returns the columns of a p, and of the corrected one where that is another."""
+    corrected = f"{key}_holm"
+    found = [_probability(key, header)]
+    if any(row.cells.get(corrected) != row.cells.get(key) for row in rows):
+        found.append(_probability(corrected, f"Holm {header}"))
+    return found
+
+
+def _probability(key: str, header: str) -> Column:
+    def text(row: Row) -> str:
+        found = row.cells.get(key)
+        return NONE if found is None else f"{found:.3f}" if found >= 0.001 else "<0.001"
+
+    return Column(key, header, text, lambda row: row.cells.get(key))
+
+
 def legend(sections: Sequence[Section]) -> list[str]:
     """Returns what the marks in the tables of `sections` mean."""
     grouped = any(section.grouped for section in sections)
@@ -142,7 +160,8 @@ def legend(sections: Sequence[Section]) -> list[str]:
     tests = {"exact McNemar test" if run.examples == RIGHT_OR_WRONG else "paired bootstrap" for run in runs}
     if grouped:
         tests.add("over several seeds a t-test with the errors of seeds and of examples added")
-    texts = [column.text(row) for section in sections for column in columns(section) for row in section.rows]
+    shown = [(column, section) for section in sections for column in columns(section)]
+    texts = [column.text(row) for column, section in shown for row in section.rows]
     lines = [
         f"±: {'standard deviation over seeds' if grouped else 'standard error of the difference'}; "
         f"differences in {steps}, quantized minus float" + (" or baseline" if _has_baseline(sections) else "")
@@ -152,7 +171,12 @@ def legend(sections: Sequence[Section]) -> list[str]:
             lines.append(f"{quality.name}: {'higher' if quality.higher_is_better else 'lower'} is better")
     if any(text.endswith(UNSURE) for text in texts):
         names_of_tests = "; ".join(sorted(tests))
-        lines.append(f"{UNSURE}: no significant difference (p >= {ALPHA}, {names_of_tests}; row by row, uncorrected)")
+        lines.append(f"{UNSURE}: no significant difference (p >= {ALPHA}, {names_of_tests})")
+    if any(column.key.endswith("_holm") for column, _ in shown):
+        lines.append(
+            f"p and {UNSURE}: of a row by itself; Holm p: corrected for all rows of its table, so that chance alone "
+            f"puts one of them below {ALPHA} in 1 of {round(1 / ALPHA)} tables at most"
+        )
     if any(text.endswith("?") for text in texts):
         lines.append("?: significance not tested: no scores of examples whose mean is the quality can be compared")
     if any("(sim)" in text for text in texts):
@@ -181,60 +205,3 @@ def _front_lines(sections: Sequence[Section], names: str) -> list[str]:
 
 def _has_baseline(sections: Sequence[Section]) -> bool:
     return any(row.cells.get("baseline_difference") is not None for section in sections for row in section.rows)
-
-
-def failure_lines(failures: Sequence[Failure]) -> list[str]:
-    """Returns a line for each run without a result: its folder, its error, its overrides."""
-    return [
-        f"{plain(str(run.folder))}: {run.error}" + (f" [{' '.join(run.overrides)}]" if run.overrides else "")
-        for run in failures
-    ]
-
-
-def console(section: Section) -> str:
-    """Returns the section as an aligned table under its title."""
-    shown = columns(section)
-    grid = [[column.header for column in shown]]
-    grid += [[column.text(row) for column in shown] for row in section.rows]
-    widths = [max(map(len, cells)) for cells in zip(*grid, strict=True)]
-    lines = []
-    for cells in grid:
-        aligned = [
-            cell.ljust(width) if column.number is None else cell.rjust(width)
-            for cell, width, column in zip(cells, widths, shown, strict=True)
-        ]
-        lines.append("  ".join(aligned).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([f"{section.title}: {_count(section)}", *lines])
-
-
-def markdown(section: Section) -> str:
-    """Returns the section as a Markdown table under a heading."""
-    shown = columns(section)
-    lines = [f"### {_escape(section.title)}: {_count(section)}", ""]
-    lines.append("| " + " | ".join(_escape(column.header) for column in shown) + " |")
-    lines.append("|" + "|".join("---" if column.number is None else "---:" for column in shown) + "|")
-    for row in section.rows:
-        lines.append("| " + " | ".join(_escape(column.text(row).strip()) for column in shown) + " |")
-    return "\n".join(lines)
-
-
-def document(sections: Sequence[Section], failures: Sequence[Failure]) -> str:
-    """Returns all tables, the legend and the runs without a result as Markdown."""
-    parts = [markdown(section) for section in sections]
-    if sections:
-        parts.append("\n".join(f"- {_escape(line)}" for line in legend(sections)))
-    if failures:
-        parts.append("### Without a result\n\n" + "\n".join(f"- {_escape(line)}" for line in failure_lines(failures)))
-    return "\n\n".join(parts) + "\n"
-
-
-def _count(section: Section) -> str:
-    unit = "group" if section.grouped else "run"
-    return f"{len(section.rows)} {unit}{'' if len(section.rows) == 1 else 's'}"
-
-
-def _escape(text: str) -> str:
-    for special in "\\`|<*_~[":
-        text = text.replace(special, f"\\{special}")
-    return text

@@ -67,6 +67,7 @@ def test_writes_every_format(write, command):
         "csv": "model,data,quality,method,",
         "json": "{",
         "markdown": "### convnet on mnist",
+        "latex": "% \\usepackage{booktabs,graphicx}\n\\begin{table}",
         "html": "<!doctype html>",
         "plot": "\x89PNG",
     }
@@ -136,10 +137,11 @@ def test_data_sets_of_one_name_and_other_content_are_not_compared(write, command
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("runs --sort acuracy", ["--sort acuracy", "accuracy", "size_kb", "optimizer.lr"]),
-        ("runs --group-by metod", ["--group-by metod", "method", "optimizer.lr"]),
-        ("runs --group-by method --sort optimizer.lr", ["--sort optimizer.lr", "quantized", "runs"]),
-        ("runs metod=qat", ["metod", "method", "optimizer.lr"]),
+        ("runs --sort acuracy", ["--sort acuracy: there is no such key; nearest: accuracy\n", "size_kb"]),
+        ("runs --group-by metod", ["--group-by metod: there is no such key; nearest: method, model\n"]),
+        ("runs --group-by method --sort lr", ["--sort lr: there is no such key; nearest: optimizer.lr\n"]),
+        ("runs metod=qat", ["filter metod: there is no such key; nearest: method, model\n", "every key of the config"]),
+        ("runs xyzzy=1", ["filter xyzzy: there is no such key\n", "size_kb", "optimizer.lr", "trainer.epochs"]),
         ("runs method=lsq", ["method=lsq", "ptq"]),
         ("runs --baseline method=lsq", ["--baseline method=lsq", "ptq"]),
         ("method=ptq", ["name at least one folder"]),

@@ -1,6 +1,7 @@
 """The page in a real browser: skipped where selenium, chromium or chromedriver is missing."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,10 @@ def header(browser, name):
     return next(button for button in find(browser, "#table th button") if button.text == name)
 
 
+def choose(browser, selector, text):
+    next(option for option in find(browser, f"{selector} option") if option.text == text).click()
+
+
 def hover(browser, x, y):
     """Moves the mouse to a place in the plot, given in its own pixels."""
     plot = find(browser, "#scatter")[0]
@@ -105,6 +110,10 @@ def test_a_thousand_runs(browser, tmp_path):
     assert 1 < len(expected) < 20
     assert set(column(browser, "folder")) == expected
     assert len(find(browser, "#scatter circle[fill-opacity]")) == len(expected)
+    box.clear()
+    box.send_keys("metod=qat")
+    browser.execute_async_script(PAINTED)
+    assert find(browser, "#filter-error")[0].text.endswith("is called metod; nearest: method")
     box.clear()
     box.send_keys("nonsense=1")
     browser.execute_async_script(PAINTED)
@@ -182,12 +191,103 @@ def test_a_disturbed_latency_takes_no_part_in_a_front(browser, runs, tmp_path):
     runs.write("b", lost=5, latency_ms=(0.4, 0.1), other_load=1.0)
     write(compare([runs.folder]), html=tmp_path / "x.html")
     browser.get((tmp_path / "x.html").as_uri())
-    assert find(browser, "#front") and "front of these points" in find(browser, "#plot-legend")[0].text
-    next(option for option in find(browser, "#x option") if option.text == "latency, ms").click()
-    assert not find(browser, "#front") and "no front: a latency is marked !" in find(browser, "#plot-legend")[0].text
+    legend = find(browser, "#plot-legend")[0]
+    assert not find(browser, "#front") and "no front: a latency is marked !, hollow here" in legend.text
+    opacity = "return Object.fromEntries(state.points.map((p, i) => [p.row.data.name, arguments[0][i]]))"
+    circles = [circle.get_attribute("fill-opacity") for circle in find(browser, "#scatter circle[fill-opacity]")]
+    assert browser.execute_script(opacity, circles) == {"a": "0.75", "b": "0.1"}
+    choose(browser, "#x", "file size, KB")
+    assert find(browser, "#front") and "front of these points" in legend.text
+    choose(browser, "#x", "latency, ms")
     find(browser, "#filter")[0].send_keys("accuracy>98.9")
     browser.execute_async_script(PAINTED)
     assert column(browser, "folder") == ["a"] and find(browser, "#front")
+
+
+@pytest.mark.parametrize("near, corners", [(0.1995, 1), (0.18, 2)], ids=["within 5 %", "beyond"])
+def test_the_front_has_the_tolerances_of_the_table(browser, runs, tmp_path, near, corners):
+    """Between the fastest and the best, `near` is slightly better than the one in each."""
+    runs.write("fastest", lost=9, latency_ms=(0.4, 0.15))
+    runs.write("near", lost=5, latency_ms=(0.4, near))
+    runs.write("best", lost=1, latency_ms=(0.4, 0.2))
+    comparison = compare([runs.folder])
+    write(comparison, html=tmp_path / "x.html")
+    browser.get((tmp_path / "x.html").as_uri())
+    choose(browser, "#x", "latency, ms")
+    assert find(browser, "#front")[0].get_attribute("d").count("H") == corners
+    assert sum(row.cells["front"] for row in comparison.sections[0].rows) == corners + 1
+
+
+def test_starts_with_an_x_axis_that_varies(browser, runs, tmp_path):
+    """Sizes that differ by padding, and latencies within their tolerance, do not vary; seconds always do."""
+    for index, lr in enumerate((0.1, 0.01, 0.001)):
+        facts = {"size_kb": (800.0, 200 + index / 20), "latency_ms": (0.4, 0.2 + index / 1000)}
+        runs.write(f"run{index}", lr=lr, lost=index, seconds=10.0 + index, overrides=(f"optimizer.lr={lr}",), **facts)
+    write(compare([runs.folder]), html=tmp_path / "x.html")
+    browser.get((tmp_path / "x.html").as_uri())
+    names = [option.text for option in find(browser, "#x option")]
+    assert names == ["file size, KB", "latency, ms", "optimizer.lr", "time of the run, s"]
+    assert find(browser, "#x")[0].get_attribute("value") == "optimizer.lr"
+    places = browser.execute_script("return state.points.map(point => [point.row.data.name, point.x])")
+    assert [name for name, _ in sorted(places, key=lambda place: place[1])] == ["run2", "run1", "run0"]
+    assert not find(browser, "#front")  # no rate is better for being small
+    runs.write("small", size_kb=(800.0, 100.0))
+    write(compare([runs.folder]), html=tmp_path / "y.html")
+    browser.get((tmp_path / "y.html").as_uri())
+    assert find(browser, "#x")[0].get_attribute("value") == "size_kb"
+
+
+def test_groups_have_error_bars_and_their_runs_a_table_of_their_own(browser, runs, tmp_path):
+    for seed, lost in enumerate((10, 20, 30)):
+        runs.write(f"a{seed}", lost=lost, seed=seed, curves=3, latency_ms=(0.4, 0.2 + seed / 10))
+    runs.write("b", method="qat", curves=3, size_kb=(800.0, 300.0))
+    write(compare([runs.folder], group_by=["method"]), html=tmp_path / "x.html")
+    browser.get((tmp_path / "x.html").as_uri())
+    groups, singles = find(browser, "#sections button")
+    assert (groups.text, singles.text) == ("convnet on mnist by method (2 groups)", "convnet on mnist (4 runs)")
+    assert column(browser, "group") == ["qat", "ptq"] and column(browser, "int8 %") == ["99.00", "97.00 ± 1.00"]
+    # From 96 to 98, and on latency's axis from 0.2 to 0.4 ms too; a single run has no deviation.
+    scale = "const p = state.points, y = v => p[0].y + (99 - v) / 2 * (p[1].y - p[0].y); return [y(96), y(98)]"
+    (bar,) = find(browser, "#scatter .bar")
+    low, high = (float(number) for number in re.findall(r" ([\d.]+)V([\d.]+)M", bar.get_attribute("d"))[0])
+    assert [low, high] == pytest.approx(browser.execute_script(scale), abs=0.01)
+    choose(browser, "#x", "latency, ms")
+    assert len(find(browser, "#scatter .bar")) == 2
+    assert "bars: ± standard deviation" in find(browser, "#plot-legend")[0].text
+    links = find(browser, "#differences .runs a")
+    assert [link.text for link in links] == ["b", "a0", "a1", "a2"]
+    assert len(find(browser, "#curves polyline")) == 4
+    singles.click()
+    assert sorted(column(browser, "folder")) == ["a0", "a1", "a2", "b"] and not find(browser, "#scatter .bar")
+
+
+def test_on_a_telephone(browser, runs, tmp_path):
+    """At 400 pixels nothing but the table scrolls sideways, its names stay, and the tabs are a select box."""
+    for model in ("convnet", "mlp"):
+        for seed in (0, 1):
+            name = f"{seed}_quant=ptq,quant.engine=x86,{model}"
+            overrides = ("a.key.that.is.long=1", f"optimizer.lr={seed}")
+            runs.write(name, model=model, seed=seed, curves=3, lr=float(seed), other_load=1.0, overrides=overrides)
+    runs.fail("a" * 100, "ValueError: " + "long" * 50)
+    baseline = [str(runs.folder / "0_quant=ptq,quant.engine=x86,mlp")]
+    write(compare([runs.folder], group_by=["method", "seed"], baseline=baseline), html=tmp_path / "x.html")
+    device = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
+    browser.get((tmp_path / "x.html").as_uri())
+    width = "return [innerWidth, document.documentElement.scrollWidth]"
+    for title in ("convnet on mnist by method, seed (2 groups)", "mlp on mnist (2 runs)"):
+        assert not find(browser, "#sections")[0].is_displayed()
+        choose(browser, "#tabs", title)
+        assert find(browser, "#count")[0].text.startswith(title.split(" (")[0])
+        assert browser.execute_script(width) == [400, 400]
+        browser.execute_script("document.querySelector('.scroll').scrollLeft = 500")
+        edges = "return ['.scroll', '#table td', '#table th'].map(s => document.querySelector(s).getBoundingClientRect().left)"
+        assert len(set(browser.execute_script(edges))) == 1
+        browser.save_screenshot(tmp_path / f"{title}.png")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.refresh()
+    assert find(browser, "#sections")[0].is_displayed() and not find(browser, "#tabs")[0].is_displayed()
+    print(tmp_path)
 
 
 def test_models_have_tables_of_their_own(browser, runs, tmp_path):
@@ -197,7 +297,7 @@ def test_models_have_tables_of_their_own(browser, runs, tmp_path):
     write(compare([runs.folder]), html=tmp_path / "x.html")
     browser.get((tmp_path / "x.html").as_uri())
     first, second = find(browser, "#sections button")
-    assert (first.text, second.text) == ("convnet on mnist (1)", "mlp on mnist (2)")
+    assert (first.text, second.text) == ("convnet on mnist (1 run)", "mlp on mnist (2 runs)")
     assert column(browser, "folder") == ["a"]
     second.click()
     assert column(browser, "folder") == ["b", "c"]

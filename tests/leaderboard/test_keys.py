@@ -40,12 +40,31 @@ def test_filters(grid, filters, expected):
     assert "".join(run.folder.name for run in left) == expected
 
 
-def test_unknown_key_lists_the_known_ones(grid):
+@pytest.mark.parametrize(
+    "key, near",
+    [
+        ("methd", "method"),
+        ("lr", "optimizer.lr"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("quant.engin", "quant.engine"),
+        ("tranier", "trainer"),
+    ],
+)
+def test_unknown_key_names_the_nearest(grid, key, near):
     with pytest.raises(ValueError) as caught:
-        keys.select(grid, {"methd": ["qat"]})
-    for known in ("methd", "method", "accuracy", "optimizer.lr", "trainer"):
+        keys.select(grid, {key: ["1"]})
+    first, *rest = str(caught.value).splitlines()
+    assert first.startswith(f"filter {key}: there is no such key; nearest: ")
+    assert near in first.split("nearest: ")[1].split(", ")
+    assert "accuracy" in rest[0] and "trainer.clip_norm" not in "".join(rest)
+
+
+def test_unknown_key_without_a_near_one_lists_the_known_ones(grid):
+    with pytest.raises(ValueError) as caught:
+        keys.select(grid, {"xyzzy": ["1"]})
+    for known in ("accuracy", "optimizer.lr", "trainer", "trainer.clip_norm"):
         assert known in str(caught.value)
-    assert "_target_" not in str(caught.value)
+    assert "_target_" not in str(caught.value) and "nearest" not in str(caught.value)
 
 
 def test_unknown_value_lists_the_values(grid):
@@ -69,6 +88,13 @@ def test_runs_without_a_result_stay_unless_something_speaks_against_them(runs):
 
     assert left(method=["qat"], engine=["x86"]) == ["a", "killed"]  # the engine is not known yet
     assert left(method=["ptq"]) == ["killed"]
+
+
+def test_a_setting_of_null_is_known(runs):
+    runs.write("a", settings={"trainer": {"clip_norm": None}})
+    (run,) = find([runs.folder]).runs
+    assert keys.may_match(run, {"trainer.clip_norm": ["null"], "no.such.key": ["1"]})
+    assert not keys.may_match(run, {"trainer.clip_norm": ["1.0"]})
 
 
 def test_order_of_mixed_values():

@@ -4,6 +4,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 from qtrain.cli.compare import compare, write
 from qtrain.leaderboard import page
 
@@ -72,17 +74,37 @@ def test_links_lead_from_the_page_to_the_runs(runs, tmp_path):
         runs.write(name)
     runs.fail("failed:1")
     path, _, data = read(runs, tmp_path)
-    links = {row["name"]: row["link"] for row in data["sections"][0]["rows"]}
+    links = {row["name"]: data["runs"][row["runs"][0]]["link"] for row in data["sections"][0]["rows"]}
     links["failed:1"] = data["failures"][0]["link"]
     for name, link in links.items():
         assert not urlsplit(link).scheme and not urlsplit(link).query and not urlsplit(link).fragment
         assert Path(path.parent, unquote(link)).resolve() == (runs.folder / name).resolve()
 
 
+def test_groups_have_means_deviations_and_their_runs(runs, tmp_path):
+    for seed, lost in enumerate((10, 20, 30)):
+        runs.write(f"a{seed}", lost=lost, seed=seed, lr=0.1, curves=3, size_kb=(800.0, 200.0 + seed))
+    runs.write("b", method="qat", lr=0.2, engine=None)
+    _, _, data = read(runs, tmp_path, group_by=["method", "engine", "optimizer.lr"])
+    groups, singles = data["sections"]
+    assert groups["title"] == "convnet on mnist by method, engine, optimizer.lr"
+    assert (groups["unit"], singles["unit"], len(singles["rows"])) == ("group", "run", 4)
+    b, a = groups["rows"]
+    assert (a["name"], b["name"]) == ("ptq x86 lr=0.1", "qat lr=0.2")
+    assert (a["at"]["quantized"], a["at"]["size_kb"]) == (pytest.approx(97), pytest.approx(201))
+    assert (a["sd"]["quantized"], a["sd"]["size_kb"]) == (pytest.approx(1), pytest.approx(1))
+    assert b["sd"] == {} and all(row["sd"] == {} for row in singles["rows"])
+    assert [data["runs"][place]["name"] for place in a["runs"]] == ["a0", "a1", "a2"]
+    assert groups["config"]["optimizer.lr"] == {"values": ["0.2", "0.1"], "rows": [0, 1]}
+    assert groups["config"]["seed"] == {"values": ["0", "0, 1, 2"], "rows": [0, 1]}
+    assert "standard deviation" in groups["legend"][0] and "standard error" in singles["legend"][0]
+    assert len(data["runs"]) == 4  # the curves of each run are held once
+
+
 def test_the_page_has_the_table_and_the_settings_that_differ(runs, tmp_path):
     runs.write("a", lr=0.1, lost=3)
     runs.write("b", lr=0.2)
-    _, _, data = read(runs, tmp_path, group_by=["method"])  # a row a run all the same
+    _, _, data = read(runs, tmp_path)
     (section,) = data["sections"]
     assert [row["name"] for row in section["rows"]] == ["b", "a"]
     column = [column["key"] for column in section["columns"]].index("difference")
@@ -94,7 +116,8 @@ def test_the_page_has_the_table_and_the_settings_that_differ(runs, tmp_path):
 def test_curves_are_thinned_and_keep_the_last_point(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": i, "float/train_loss": 1 / i, "float/lr": 0.1}) for i in range(1, 1001)]
-    lines += ['{"step": 1000, "float/val_accuracy": 0.5}', '{"step": 0, "accuracy/float": 0.5}', '{"step": 3, "flo']
+    lines += ['{"step": 1000, "float/val_accuracy": 0.5}', '{"step": 0, "size_kb/float_file": 0.5}', '{"step": 3, "flo']
+    lines += ['{"step": 3, "accuracy/float": 0.5, "val_accuracy/quantized": 0.5}', "3, {}"]  # of the finished run
     path.write_text("\n".join(lines))
     names = {"other": 0}
     found = page._curves(path, 100, names)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from qtrain.cli.compare import compare
-from qtrain.leaderboard.statistics import mcnemar, over_seeds
+from qtrain.leaderboard.statistics import holm, mcnemar, over_seeds
 
 
 def cells(section, *keys):
@@ -39,8 +39,30 @@ def test_difference_to_the_baseline_of_the_same_seed(runs):
     assert error == pytest.approx(100 * math.sqrt(variance / 1000))
 
 
+def test_filters_hold_for_baselines_but_for_the_keys_that_these_name(runs):
+    """Of the same engine and rate; but method=qat does not hold for a baseline of method=ptq."""
+    for engine, lost in (("x86", 10), ("qnnpack", 30)):
+        runs.write(f"ptq_{engine}", engine=engine, lost=lost)
+        runs.write(f"qat_{engine}", engine=engine, lost=5, method="qat")
+    runs.none("float", lr=0.001)
+    runs.none("float_fast", lr=0.1)
+
+    def difference(filters, baseline):
+        (section,) = compare([runs.folder], filters=filters, baseline=baseline).sections
+        return cells(section, "baseline_difference")
+
+    filters = ["method=qat", "engine=qnnpack"]
+    assert difference(filters, ["quant=ptq"]) == {"qat_qnnpack": (pytest.approx(2.5),)}
+    assert difference(filters, ["quant=ptq", "engine=x86"]) == {"qat_qnnpack": (pytest.approx(0.5),)}
+    # The float model has no engine, but it has a rate.
+    assert difference([*filters, "optimizer.lr=0.001"], ["method=float"]) == {"qat_qnnpack": (pytest.approx(-0.5),)}
+    with pytest.raises(ValueError, match="of 2 such runs none is left by the filters engine=fbgemm"):
+        runs.write("qat_fbgemm", engine="fbgemm", method="qat")
+        difference(["method=qat", "engine=fbgemm"], ["method=ptq"])
+
+
 def test_one_baseline_serves_all_seeds_and_filters_do_not_hide_it(runs):
-    base = runs.write("base", lost=10)
+    base = runs.write("0_quant=ptq", lost=10)  # as a sweep's folder may be called
     runs.write("b", method="qat", lost=4, seed=5)
     for baseline in ([str(base)], ["method=ptq"]):
         (section,) = compare([runs.folder], filters=["method=qat"], baseline=baseline).sections
@@ -160,6 +182,23 @@ def test_texts_of_the_same_name_are_kept_apart(runs):
     }
 
 
+@pytest.mark.parametrize("key, title", [("data.size", "data.size"), ("data._target_", "data._target_")])
+def test_data_of_one_name_are_told_apart_by_the_setting_that_differs(runs, key, title):
+    for name, value in (("a", "28"), ("b", "64")):
+        data = {"root": "x", "batch_size": int(value), key.partition(".")[2]: value}
+        runs.write(name, settings={"data": data}, data_fingerprint=f"digest {value}")
+    titles = [section.title for section in compare([runs.folder]).sections]
+    assert titles == [f"convnet on mnist ({title}=28)", f"convnet on mnist ({title}=64)"]
+
+
+def test_data_that_no_setting_tells_apart_show_their_content(runs):
+    """Settings that vary within a data set say nothing of it; settings of two sets may be the same."""
+    for name, root, content in (("a", "x", "1"), ("b", "y", "1"), ("c", "z", "2"), ("d", "z", "3")):
+        runs.write(name, settings={"data": {"root": root}}, data_fingerprint=content * 10)
+    titles = [section.title for section in compare([runs.folder]).sections]
+    assert titles == [f"convnet on mnist (content {digit * 8})" for digit in "123"]
+
+
 def test_front(runs):
     runs.write("good", lost=1, size_kb=(800.0, 300.0))
     runs.write("small", lost=9, size_kb=(800.0, 200.0))
@@ -238,3 +277,37 @@ def test_sorts_by_any_key_qualities_best_first(runs):
     assert order("size") == "bcaf"
     assert order("optimizer.lr") == "cabf"
     assert order("method") == "fabc"
+
+
+def test_groups_are_sorted_by_any_key(runs):
+    """By what the table shows, and else by a mean over the group or the text that it shares."""
+    for seed in (0, 1):
+        runs.write(f"a{seed}", seed=seed, lr=0.03, lost=1, size_kb=(800.0, 300.0))
+        runs.write(f"b{seed}", seed=seed, lr=(0.01, 0.03)[seed], lost=5, engine="onednn", size_kb=(800.0, 100.0))
+        runs.write(f"c{seed}", seed=seed, lr=0.01, lost=9, engine="fbgemm", observer=f"own{seed}")
+    runs.none("f", lr=1.0)
+
+    def order(key):
+        (section,) = compare([runs.folder], group_by=["engine"], sort_by=key).sections
+        return "".join(row.runs[0].folder.name[0] for row in section.rows)
+
+    assert order(None) == order("accuracy") == "fabc"  # the float model first, though no column says so
+    assert order("optimizer.lr") == "cbaf"
+    assert order("size") == "bcaf"
+    assert order("seeds") == "fabc" and order("quantized_sd") == "abcf"
+    assert order("observer") == "abcf"  # what is shared, then what is not or is missing
+
+
+def test_p_is_corrected_for_the_rows_of_its_table(runs):
+    for seed in (0, 1):
+        for method, lost in (("ptq", 40), ("qat", 30), ("dynamic", 0)):
+            runs.write(f"{method}{seed}", method=method, lost=lost + seed, gained=10, wrong=10, seed=seed)
+        runs.none(f"float{seed}", seed=seed)
+    for group_by in ((), ("method",)):
+        (section,) = compare([runs.folder], baseline=["method=qat"], group_by=group_by).sections
+        for key in ("difference", "baseline_difference"):
+            pairs = [(row.cells[f"{key}_p"], row.cells[f"{key}_p_holm"]) for row in section.rows]
+            tested = [pair for pair in pairs if pair[0] is not None]
+            assert [corrected for _, corrected in tested] == holm([p for p, _ in tested])
+            assert any(p < corrected < 1 for p, corrected in tested)
+            assert all(pair == (None, None) for pair in pairs if pair not in tested)

@@ -4,7 +4,25 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from qtrain.leaderboard.statistics import ALPHA, mcnemar, mean_and_sd, over_seeds, paired_bootstrap, student_t
+from qtrain.leaderboard import statistics
+from qtrain.leaderboard.statistics import (
+    ALPHA,
+    holm,
+    mcnemar,
+    mean_and_sd,
+    over_seeds,
+    paired_bootstrap,
+    student_t,
+)
+
+
+@pytest.fixture(params=["scipy", "own"])
+def tails(request, monkeypatch):
+    """Takes the distributions' tails from scipy and from qtrain in turn."""
+    found = None
+    if request.param == "scipy":
+        found = pytest.importorskip("scipy.special")
+    monkeypatch.setattr(statistics, "scipy_special", lambda: found)
 
 
 def exact_mcnemar(gained, lost):
@@ -31,18 +49,52 @@ def exact_mcnemar(gained, lost):
     ],
     ids=str,
 )
-def test_mcnemar_is_the_binomial_test(pair):
+def test_mcnemar_is_the_binomial_test(pair, tails):
     expected = float(exact_mcnemar(*pair))
     assert mcnemar(*pair) == pytest.approx(expected, rel=1e-9)
     assert mcnemar(*reversed(pair)) == mcnemar(*pair)
 
 
-def test_mcnemar_agrees_with_scipy():
+def test_own_tails_are_scipys(monkeypatch):
+    special = pytest.importorskip("scipy.special")
+    counts = (0, 1, 2, 7, 8, 60, 61, 800, 900, 30_000, 30_500)
+    differences = [[1.0, 2.0, 3.0], [0.1, 0.4], [-3.0, 1.0, 0.5, 0.2]]
+
+    def results(found):
+        monkeypatch.setattr(statistics, "scipy_special", lambda: found)
+        ps = [mcnemar(gained, lost) for gained in counts for lost in counts]
+        ps += [student_t(t, n) for t in (0.0, 0.3, 1.5, 4.0, -4.0) for n in (*range(1, 12), 999)]
+        return ps + [over_seeds(of_seeds, [0.3] * len(of_seeds)) for of_seeds in differences]
+
+    own, scipys = results(None), results(special)
+    assert len(set(own)) > 60  # from 1 down to what underflows
+    assert own == pytest.approx(scipys, rel=1e-7, abs=1e-14)
+
+
+def test_mcnemar_agrees_with_scipys_test(tails):
     stats = pytest.importorskip("scipy.stats")
     for gained in (0, 1, 7, 60, 800, 30_000):
         for lost in (0, 2, 8, 61, 900, 30_500):
             expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1
             assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-7, abs=1e-290)
+
+
+def test_holm_by_hand():
+    # In order 0.01, 0.02, 0.03 and 0.5 times 4, 3, 2 and 1, and none below the one before.
+    assert holm([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.3, 0.9]) == pytest.approx([0.6, 0.9])
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([0.04]) == [0.04] and holm([]) == []
+
+
+def test_holm_raises_5_percent_false_alarms_a_table():
+    # 20 rows without a difference: some row is below ALPHA in 1 - 0.95^20 = 64 % of the tables.
+    tables = np.random.default_rng(0).uniform(size=(3000, 20)).tolist()
+    raw = np.mean([min(table) < ALPHA for table in tables])
+    corrected = np.mean([min(holm(table)) < ALPHA for table in tables])
+    error = math.sqrt(ALPHA * 0.95 / 3000)
+    assert raw == pytest.approx(1 - 0.95**20, abs=0.03)
+    assert ALPHA / 2 < corrected <= ALPHA + 3 * error
 
 
 def test_mcnemar_raises_5_percent_false_alarms():
@@ -89,7 +141,7 @@ def test_bootstrap_does_not_depend_on_the_scale():
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 30, 101])
-def test_student_t_is_the_integral_of_its_density(degrees):
+def test_student_t_is_the_integral_of_its_density(degrees, tails):
     for t in (0.0, 0.3, 1.0, 2.5, 7.0):
         x = np.linspace(0, t, 20_001)
         log_constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
@@ -103,7 +155,7 @@ def test_two_seeds_that_gain_the_same_example_prove_nothing():
     assert over_seeds([0.05, 0.05], [0.05, 0.05]) == pytest.approx(math.erfc(1 / math.sqrt(2)))
 
 
-def test_over_seeds_by_hand():
+def test_over_seeds_by_hand(tails):
     # Mean 2, sd 1. Seeds alone: t = 2 sqrt(3), with two degrees of freedom p = 1 - t / sqrt(t^2 + 2).
     t = 2 * math.sqrt(3)
     assert over_seeds([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == pytest.approx(1 - t / math.sqrt(t * t + 2))

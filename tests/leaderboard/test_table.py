@@ -3,7 +3,6 @@ import re
 import pytest
 
 from qtrain.cli.compare import compare
-from qtrain.leaderboard import table
 
 
 def read(text):
@@ -23,7 +22,9 @@ def test_the_table_of_the_default_job(runs):
     text = compare([runs.folder]).text()
     assert text.startswith("convnet on mnist: 3 runs\n")
     exact, qat, ptq = read(text)
-    unknown = dict.fromkeys(["engine", "bits", "observer", "fake %", "int8 %", "to float ± se", "size ratio"], "-")
+    unknown = dict.fromkeys(
+        ["engine", "bits", "observer", "fake %", "int8 %", "to float ± se", "p", "Holm p", "size ratio"], "-"
+    )
     assert exact == unknown | {
         **{"method": "float", "float %": "99.00", "file KB": "833.5", "ms, batch 1": "0.400", "latency ratio": "-"},
         **{"float ms": "-", "seconds": "20.0", "front": "*"},
@@ -32,6 +33,7 @@ def test_the_table_of_the_default_job(runs):
         **{"method": "ptq", "engine": "x86", "bits": "8/8", "observer": "histogram", "float %": "99.00"},
         # (1 - 9) of 1,000; p = 22/1024
         **{"fake %": "98.20", "int8 %": "98.20", "to float ± se": "-0.80 ± 0.32", "file KB": "218.7"},
+        **{"p": "0.021", "Holm p": "0.043"},
         **{"size ratio": "0.26x", "float ms": "0.400", "ms, batch 1": "0.500", "latency ratio": "1.25x"},
         **{"seconds": "5.0", "front": ""},
     }
@@ -46,7 +48,7 @@ def test_only_columns_that_tell_something(runs):
     first, second = read(compare([runs.folder]).text())
     assert list(first) == [
         *("method", "engine", "bits", "observer", "seed", "float %", "fake %", "quantized %", "to float ± se"),
-        *("seconds", "front"),
+        *("p", "seconds", "front"),
     ]
     assert first["quantized %"] == "99.00 (sim)"
     assert (first["seed"], second["seed"]) == ("0", "1")
@@ -60,6 +62,19 @@ def test_settings_that_vary_get_a_column(runs):
     shown = [(row["optimizer.lr"], row["quant.start_epoch"], row["calib_batches"]) for row in rows]
     assert shown == [("0.1", "null", "-"), ("0.2", "0", "-"), ("0.2", "-", "4")]
     assert "quant" not in rows[0] and "quant.engine" not in rows[0]
+
+
+def test_p_beside_what_all_rows_of_the_table_make_of_it(runs):
+    runs.write("a", lost=20)
+    (row,) = read(compare([runs.folder]).text())
+    assert row["p"] == "<0.001" and "Holm p" not in row  # of a single row they are the same
+    runs.write("b", gained=1, lost=9, method="qat")
+    runs.write("c", gained=3, lost=3, method="dynamic")
+    text = compare([runs.folder], baseline=["method=qat"]).text()
+    shown = {row["method"]: (row["p"], row["Holm p"]) for row in read(text)}
+    assert shown == {"ptq": ("<0.001", "<0.001"), "qat": ("0.021", "0.043"), "dynamic": ("1.000", "1.000")}
+    assert [row["p to baseline"] for row in read(text) if row["method"] == "qat"] == ["-"]
+    assert "Holm p: corrected for all rows of its table" in text
 
 
 def test_rows_that_look_alike_are_named(runs):
@@ -79,18 +94,6 @@ def test_groups(runs):
     assert (row["runs"], row["seeds"]) == ("4", "2")
     assert row["int8 %"] == "97.50 ± 0.71"
     assert row["to float ± sd"] == "-1.50 ± 0.71 ~"
-
-
-def test_markdown_is_the_same_table(runs):
-    runs.write("a", lr=0.1, overrides=("optimizer.lr=0.1",))
-    runs.write("b", lr=0.2, overrides=("optimizer.lr=0.2",), observer="<b>|x")
-    runs.fail("c", "ValueError: *no* | <i>")
-    comparison = compare([runs.folder])
-    lines = table.document(comparison.sections, comparison.found.failures).splitlines()
-    rows = [line for line in lines if line.startswith("|")]
-    assert len(rows) == 4 and len({len(re.findall(r"(?<!\\)\|", line)) for line in rows}) == 1
-    assert "\\<b>\\|x" in rows[3]
-    assert any("ValueError: \\*no\\* \\| \\<i>" in line and "quant=qat" in line for line in lines)
 
 
 def test_perplexity_has_three_digits_and_no_percent(runs):
