@@ -172,26 +172,14 @@ def main() -> None:
 
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
-    options, overrides = split(sys.argv[1:])
-    overrides, notes = forgive(options, hydra_arguments(overrides))
-    for note in notes:
-        print(f"note: {note}", flush=True)
-    sys.argv = [sys.argv[0], *options, *overrides]
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":  # the first rank's folder is the run's
-        import atexit
-        import shutil
-        import tempfile
-
-        nowhere = tempfile.mkdtemp(prefix="qtrain_rank")
-        atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
-        sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        _read_command_line()
+        _write_nowhere_in_other_ranks()
         if any(argument.startswith("resume=") for argument in sys.argv[1:]):
             continue_run(sys.argv[1:])
         else:
-            refuse_choices(sys.argv[1:])
             job()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain: error: {explain(err)}"))
@@ -200,6 +188,29 @@ def main() -> None:
         sys.exit(128 + getattr(err, "signum", signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _read_command_line() -> None:
+    """Puts the words that Hydra takes into sys.argv."""
+    options, overrides = split(sys.argv[1:])
+    overrides = hydra_arguments(overrides)
+    refuse_choices(overrides)  # first, for Hydra itself stumbles over a number in the place of a file's name
+    overrides, notes = forgive(options, overrides)
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    sys.argv = [sys.argv[0], *options, *overrides]
+
+
+def _write_nowhere_in_other_ranks() -> None:
+    """Gives all of torchrun's processes but the first a folder of their own: the first one's is the run's."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        import atexit
+        import shutil
+        import tempfile
+
+        nowhere = tempfile.mkdtemp(prefix="qtrain_rank")
+        atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
+        sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
 
 
 def explain(err: BaseException) -> str:
