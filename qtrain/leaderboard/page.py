@@ -109,7 +109,7 @@ def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
 def _name(row: Row, section: Section) -> str:
     """Returns what the page calls a row: its folder, or what its group has in common."""
     if not section.grouped:
-        return plain(row.runs[0].folder.name)
+        return str(plain(row.runs[0].folder.name))
     labels = [column for column in table.columns(section) if column.key in section.labels]
     texts = {column.key: column.text(row) for column in labels}
     parts = [
@@ -117,7 +117,7 @@ def _name(row: Row, section: Section) -> str:
         for key, text in texts.items()
         if text != table.NONE
     ]
-    return plain(" ".join(parts)) or table.NONE
+    return str(plain(" ".join(parts))) or table.NONE
 
 
 def _config(section: Section) -> dict[str, Any]:
@@ -126,9 +126,8 @@ def _config(section: Section) -> dict[str, Any]:
     Those that someone set on a command line come first. A group has all of its values.
     """
     runs = [run for row in section.rows for run in row.runs]
-    known, overrides = (
-        {key for run in runs for key in found(run)} for found in (lambda run: run.settings, lambda run: run.overrides)
-    )
+    known = {key for run in runs for key in run.settings}
+    overrides = {key for run in runs for key in run.overrides}
     varied = {}
     for key in sorted(known, key=lambda key: (key not in overrides, key)):
         if key.startswith("choices.") or key.endswith("._partial_"):  # say nothing that others do not
