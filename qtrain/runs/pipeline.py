@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from qtrain.analyze.bits import bytes_at_bits, mean_bits
 from qtrain.analyze.coverage import largest_float
 from qtrain.analyze.dry_run import blame, cloned, dry_run, rehearse
 from qtrain.analyze.measure import (
@@ -160,6 +161,10 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
         with clock("measurement"):
             describe(report, config, parts, float_model, quantized, scores, sample)
         report.qparams = outputs.activation_qparams(prepared.model, quantized)
+        report.quant["weight_bits"] = mean_bits(quantized, prepared.plan)
+        report.size_bytes["quantized_at_bits"] = bytes_at_bits(
+            quantized, prepared.plan, float_model, simulated=quantizer.simulated
+        )
         report.time_s = dict(clock.seconds)
         parts.truth.enforce(failures)
         with clock("records"):
