@@ -19,6 +19,7 @@ from qtrain.backend.torch_ao.engines import ENGINES, Engine, find_engine
 from qtrain.backend.torch_ao.fusion import fuse, unfused_pairs
 from qtrain.backend.torch_ao.lower import lower
 from qtrain.backend.torch_ao.observers import histogram, minmax, moving_average
+from qtrain.backend.torch_ao.patches import apply as apply_patches
 from qtrain.backend.torch_ao.prepare import match_layers, ready
 from qtrain.backend.torch_ao.refusals import refuse_old_norms
 from qtrain.common.copying import copy_model
@@ -50,6 +51,7 @@ __all__ = [
     "use_engine",
 ]
 
+apply_patches()
 BACKENDS = ENGINES  # what `backend.find` finds
 
 # torch warns once a process, wherever the first quantized tensor is made or loaded. Make one here, so that no user's

@@ -14,10 +14,6 @@ import torch.ao.nn.quantized.dynamic as nnqd
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
-# Of every argument of a kernel torch asks for __torch_function__. Packed weights answer with a C++ exception, 7 us in
-# each call of an int8 layer; now they have the attribute, in the form that says that there is no such function.
-torch.ScriptObject.__torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
-
 IDENTITIES = (QuantStub, DeQuantStub, nn.Identity, nn.Dropout)
 
 
