@@ -41,10 +41,12 @@ def one_job(config: "DictConfig") -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
+        from qtrain.analyze.measure import keep_freed_memory
         from qtrain.common.files import alone
         from qtrain.config.build import overridden_labels, unused_settings
         from qtrain.config.settings import objectives, refuse_config
         from qtrain.runs import pipeline, sweep
+        from qtrain.runs.resume import Signals
         from qtrain.train import ranks
 
     settings = HydraConfig.get()
@@ -58,11 +60,12 @@ def one_job(config: "DictConfig") -> Any:
             refuse_config(unused)
         for line in unused:  # other jobs of the sweep may heed them
             log.warning(line)
-        if settings.mode == RunMode.RUN:
-            with alone(run_dir):
-                report = pipeline.execute(config, run_dir, overrides)
-        else:
-            report = sweep.carry_out(config, run_dir, overrides)
+        keep_freed_memory()
+        with Signals() as signals, alone(run_dir) if settings.mode == RunMode.RUN else nullcontext():
+            if settings.mode == RunMode.RUN:
+                report = pipeline.execute(config, run_dir, overrides, signals=signals)
+            else:
+                report = sweep.carry_out(config, run_dir, overrides, signals)
         if not ranks.is_first():  # it has no scores
             return None
         values = [_select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]]
@@ -109,21 +112,23 @@ def _select(report: Any, objective: str) -> float:
 def continue_run(arguments: list[str]) -> None:
     """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
     with _importing():
+        from qtrain.analyze.measure import keep_freed_memory
         from qtrain.common.files import alone
         from qtrain.logger.run_log import RunLog
         from qtrain.runs import pipeline
-        from qtrain.runs.resume import open_run
+        from qtrain.runs.resume import Signals, open_run
         from qtrain.train import ranks
 
     named = [argument for argument in arguments if argument.startswith("resume=")]
     run_dir = Path(named[-1].partition("=")[2])
     config, overrides = open_run(run_dir, [argument for argument in arguments if argument not in named])
+    keep_freed_memory()
     # Of torchrun's processes, all of which come here, the first holds the folder for all.
-    with alone(run_dir) if ranks.is_first() else nullcontext():
+    with Signals() as signals, alone(run_dir) if ranks.is_first() else nullcontext():
         console, file = logging.StreamHandler(sys.stdout), RunLog(run_dir / "qtrain.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
-        pipeline.execute(config, run_dir, overrides, resume=True)
+        pipeline.execute(config, run_dir, overrides, resume=True, signals=signals)
 
 
 class Terminated(KeyboardInterrupt):
