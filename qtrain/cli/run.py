@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from qtrain.common.plain import plain_lines
 from qtrain.config.command_line import config_dir, hydra_arguments, refuse_choices, split
 from qtrain.config.swept import forgive, heed_own_keys
+from qtrain.config.together import partners
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -177,8 +178,11 @@ def main() -> None:
 
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
-    options, overrides = split(sys.argv[1:])
-    overrides, notes = forgive(options, hydra_arguments(overrides))
+    options, named = split(sys.argv[1:])
+    added = partners(named)
+    overrides, notes = forgive(options, hydra_arguments([*named, *added]))
+    if added:
+        notes.append(f"{' '.join(added)}: go with what was named; name others to have others")
     for note in notes:
         print(f"note: {note}", flush=True)
     sys.argv = [sys.argv[0], *options, *overrides]

@@ -7,7 +7,6 @@ Shapes: B batch, T tokens of one call, S tokens seen by attention (T and those i
 D = C / H, V = vocab_size.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 
@@ -18,8 +17,6 @@ from torch.nn import functional as F
 from qtrain.backend.torch_ao import DeQuantStub, QuantStub, resolve
 from qtrain.common.validate import MANY, WIDE, number, refuse, text, whole
 from qtrain.model.pretrained import load_gpt2
-
-logger = logging.getLogger(__name__)
 
 Slot = tuple[Tensor, Tensor, Tensor]  # where to write new keys and values, all keys, all values: of one layer
 
@@ -156,10 +153,7 @@ class GPT2(nn.Module):
         sizes = dict(vocab_size=vocab_size, n_positions=n_positions, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         refuse(text("pretrained", pretrained, null=True))
         if pretrained is not None:
-            found, weights = load_gpt2(pretrained)
-            if sizes != found:
-                logger.warning("pretrained=%s: sizes %s, where the model's config says %s", pretrained, found, sizes)
-            sizes = found
+            sizes, weights = load_gpt2(pretrained)
         most = {"vocab_size": MANY, "n_positions": MANY, "n_layer": 1024, "n_head": 1024, "n_embd": WIDE}
         problems = [line for name, value in sizes.items() for line in whole(name, value, 1, most[name])]
         refuse(problems + number("dropout", dropout, least=0, below=1))
