@@ -12,7 +12,7 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
-from qtrain.backend.torch_ao.calls import resolve
+from qtrain.backend.torch_ao.calls import has_hooks, resolve, same
 from qtrain.backend.torch_ao.copying import copy_model
 from qtrain.backend.torch_ao.dynamic import CONVERTIBLE, DEPRECATED, quantize_dynamic
 from qtrain.backend.torch_ao.engines import ENGINES, Engine, bind_engine, find_engine, use_engine
@@ -36,6 +36,7 @@ __all__ = [
     "copy_model",
     "find_engine",
     "fuse",
+    "has_hooks",
     "histogram",
     "lower",
     "match_layers",
@@ -46,6 +47,7 @@ __all__ = [
     "refuse_old_norms",
     "refuse_silent_errors",
     "resolve",
+    "same",
     "unfused_pairs",
     "use_engine",
 ]
