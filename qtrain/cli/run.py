@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtrain.cli.interrupt import quit_at_once
 from qtrain.common.plain import plain_lines
 from qtrain.config.command_line import config_dir, hydra_arguments, refuse_choices, split
 from qtrain.config.swept import forgive, heed_own_keys
@@ -142,11 +143,6 @@ def _terminate(signum: int, frame: object) -> None:
     raise Terminated("terminated")
 
 
-def _quit(signum: int, frame: object) -> None:
-    os.write(2, b"qtrain: interrupted\n")
-    os._exit(128 + signum)
-
-
 @contextmanager
 def _importing() -> Iterator[None]:
     """While entered, Ctrl-C ends the process at once, and no garbage is collected.
@@ -158,7 +154,7 @@ def _importing() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
         yield
         return
-    before, is_first = signal.signal(signal.SIGINT, _quit), "torch" not in sys.modules
+    before, is_first = signal.signal(signal.SIGINT, quit_at_once), "torch" not in sys.modules
     if is_first:
         gc.disable()
     try:
