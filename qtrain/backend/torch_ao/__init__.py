@@ -13,7 +13,7 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qtrain.backend.torch_ao.binding import bind_engine, use_engine
-from qtrain.backend.torch_ao.calls import resolve
+from qtrain.backend.torch_ao.calls import has_hooks, resolve, same
 from qtrain.backend.torch_ao.dynamic import CONVERTIBLE, DEPRECATED, quantize_dynamic
 from qtrain.backend.torch_ao.engines import ENGINES, Engine, find_engine
 from qtrain.backend.torch_ao.fusion import fuse, unfused_pairs
@@ -38,6 +38,7 @@ __all__ = [
     "copy_model",
     "find_engine",
     "fuse",
+    "has_hooks",
     "histogram",
     "lower",
     "match_layers",
@@ -47,6 +48,7 @@ __all__ = [
     "ready",
     "refuse_old_norms",
     "resolve",
+    "same",
     "unfused_pairs",
     "use_engine",
 ]
