@@ -32,6 +32,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Settings that TensorBoard shows in any case, by its names.
+NUMBERS = {
+    "batch size": "data.batch_size",
+    "epochs": "trainer.epochs",
+    "epochs of QAT": "quant.epochs",
+    "rate": "optimizer.lr",
+    "rate of QAT": "quant.optimizer.lr",
+}
+SHOWN = {
+    *NUMBERS.values(),
+    *("model", "data", "seed", "quant", "quant.engine", "quant.weight.bits", "quant.activation.bits"),
+    *("quant.activation.observer", "observer@quant.activation.observer"),
+}
+
 
 def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Returns the fields of a report that are known before the run."""
@@ -104,13 +118,14 @@ def write(
     float_model: nn.Module,
     quantized: nn.Module,
     sample: tuple[Tensor, ...],
+    last_epoch: int,
 ) -> None:
     """Writes examples.pt, what the loggers show of the finished run, and the lines at its end."""
     examples = {name: score.examples for name, score in scores.items() if score is not None}
     write_atomically(run_dir / "examples.pt", lambda new: torch.save(examples, new))
 
-    scalars = final_scalars(report, task.quality)
-    logger.log(scalars, 0)
+    logger.log(final_scores(report, task.quality), last_epoch)
+    logger.log(final_costs(report), 0)
     names = [name for name, module in quantized.named_modules() if integers.quantized_weight(module) is not None]
     before = reference if reference is not None else float_model
     pairs = {}
@@ -137,10 +152,7 @@ def write(
         logger.text("samples", "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()), 0)
     if report.qparams:
         logger.text("qparams", qparams_table(report), 0)
-    batch = report.config["measure"]["batch_sizes"][0]
-    columns = [f"{task.quality}/{kind}" for kind in ("quantized", "fake", "float")]
-    columns += ["size_kb/quantized_file", f"latency_ms/quantized_batch_{batch}"]
-    logger.hparams(hparams(report), {name: scalars[name] for name in columns if name in scalars})
+    logger.hparams(hparams(report))
     for line in summary(report, of_task(task)):
         log.info(line)
 
@@ -169,12 +181,15 @@ def _float_weight(layer: nn.Module) -> Tensor | None:
     return weight.detach() if isinstance(weight, Tensor) else None
 
 
-def final_scalars(report: Report, quality: str) -> dict[str, float]:
-    """Returns the figures of the finished run, by TensorBoard's names."""
+def final_scores(report: Report, quality: str) -> dict[str, float]:
+    """Returns the finished run's scores on the test data, by TensorBoard's names."""
+    known = {kind: metrics for kind, metrics in report.metrics.items() if metrics is not None}
+    return {f"{name}/{kind}": known[kind][name] for name in (quality, "loss") for kind in known}
+
+
+def final_costs(report: Report) -> dict[str, float]:
+    """Returns what the finished run's models cost, by TensorBoard's names."""
     scalars: dict[str, float] = {}
-    for kind, metrics in report.metrics.items():
-        if metrics is not None:
-            scalars |= {f"{name}/{kind}": metrics[name] for name in (quality, "loss")}
     scalars |= {f"size_kb/{kind}": size / 1000 for kind, size in report.size_bytes.items() if size is not None}
     scalars |= {f"tokens_per_s/{kind}": rate for kind, rate in report.tokens_per_s.items()}
     for kind, sizes in report.latency_ms.items():
@@ -183,13 +198,13 @@ def final_scalars(report: Report, quality: str) -> dict[str, float]:
 
 
 def hparams(report: Report) -> dict[str, Any]:
-    """Returns the settings that comparisons are made over; "-" where the method has no such thing.
+    """Returns the settings that comparisons are made over, and all that the command line set.
 
-    TensorBoard sorts them by name and shows five unasked: hence the names.
+    So whatever differs within a sweep is there. TensorBoard puts what differs between runs first.
     """
-    activation, rates = report.quant["activation"] or {}, {"rate": report.config, "rate of QAT": report.config["quant"]}
+    config, activation = report.config, report.quant["activation"] or {}
     bits = [str(spec["bits"]) for spec in (report.quant["weight"], activation) if spec]
-    return {
+    shown = {
         "bits": "/".join(bits) or "-",
         "engine": report.quant["engine"] or "-",
         "method": report.quant["method"],
@@ -197,8 +212,26 @@ def hparams(report: Report) -> dict[str, Any]:
         "observer": activation.get("observer") or "-",
         "seed": report.seed,
         "trained on": report.data,
-        **{name: part["optimizer"]["lr"] for name, part in rates.items() if "lr" in part.get("optimizer", ())},
     }
+    for name, path in NUMBERS.items():
+        value = _setting(config, path)
+        if value is not None:
+            shown[name] = value
+    for text in report.overrides:
+        key, _, value = text.lstrip("+~").partition("=")
+        if key not in SHOWN and not key.startswith("hydra"):
+            found = _setting(config, key, value)  # of a group the config holds the content, not the name
+            shown[key] = "null" if found is None else found
+    return shown
+
+
+def _setting(config: Any, path: str, default: Any = None) -> Any:
+    """Returns what the config has under a path such as "quant.epochs", or the default."""
+    for key in path.split("."):
+        if not isinstance(config, dict) or key not in config:
+            return default
+        config = config[key]
+    return default if isinstance(config, dict) else config
 
 
 def qparams_table(report: Report) -> str:
