@@ -33,6 +33,7 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         folder: where the page will lie; links to the runs start there.
     """
     num_points = max(LEAST_POINTS, min(MOST_POINTS, ALL_POINTS // max(1, len(found.runs))))
+    start = folder.resolve()
     places = {run: place for place, run in enumerate(found.runs)}
     names: dict[str, int] = {}
     content = {
@@ -40,7 +41,7 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         "runs": [
             {
                 "name": plain(run.folder.name),
-                "link": _link(run.folder, folder),
+                "link": _link(run.folder, start),
                 "curves": _curves(run.folder / "metrics.jsonl", num_points, names),
             }
             for run in found.runs
@@ -49,7 +50,7 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         "failures": [
             {
                 "name": plain(str(run.folder)),
-                "link": _link(run.folder, folder),
+                "link": _link(run.folder, start),
                 "error": run.error,
                 "overrides": run.overrides,
             }
@@ -70,9 +71,9 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
 
-def _link(run: Path, folder: Path) -> str:
+def _link(run: Path, start: Path) -> str:
     """Returns a relative link; quoting leaves no colon, so none can be read as a scheme."""
-    return quote(os.fsencode(Path(os.path.relpath(run.resolve(), folder.resolve())).as_posix())) + "/"
+    return quote(os.fsencode(Path(os.path.relpath(run.resolve(), start)).as_posix())) + "/"
 
 
 def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
@@ -132,6 +133,8 @@ def _config(section: Section) -> dict[str, Any]:
     varied = {}
     for key in sorted(known, key=lambda key: (key not in overrides, key)):
         if key.startswith("choices.") or key.endswith("._partial_"):  # say nothing that others do not
+            continue
+        if len({run.settings.get(key, "") for run in runs}) == 1:
             continue
         texts = [_setting(row.runs, key) for row in section.rows]
         values = {text: index for index, text in enumerate(dict.fromkeys(texts))}
