@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from qtrain.backend import integers, torch_ao
+from qtrain.backend.base import FloatIsland
 from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.weight import HalfWeight
 
@@ -59,13 +60,12 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         else:
             float_params += sum(number for key, number in own.items() if key not in counted)
             counted.update(own)
-        if isinstance(getattr(module, "weight", None), HalfWeight):
+        if isinstance(module, FloatIsland) and not _holds_integers(module):
+            float_layers[name] = module.reason
+        elif isinstance(getattr(module, "weight", None), HalfWeight):
             float_layers[name] = "kept in float16"
         elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
-            island = _island(name, quantized)
-            if island is not None:
-                float_layers[island] = "set by quant.layers"
-            elif not integers.is_quantized(module):
+            if not integers.is_quantized(module) and not _is_in_island(name, quantized):
                 float_layers[name] = _why_float(name, module, quantized, layers)
         if isinstance(module, CompactEmbedding | nn.Embedding) or weight is not None and len(weight.shape) == 1:
             continue  # an embedding looks up, a norm scales: neither has dot products
@@ -94,10 +94,13 @@ def largest_float(quantized: nn.Module) -> str | None:
     return max(sizes, key=sizes.__getitem__, default=None)
 
 
-def _island(name: str, model: nn.Module) -> str | None:
-    """Returns the name of the FloatIsland that layer `name` lies in, or None."""
+def _holds_integers(island: nn.Module) -> bool:
+    return any(integers.quantized_weight(layer) is not None for layer in island.modules())
+
+
+def _is_in_island(name: str, model: nn.Module) -> bool:
     parents = (name[:i] for i, c in enumerate(name) if c == ".")
-    return next((p for p in parents if type(model.get_submodule(p)) is torch_ao.FloatIsland), None)
+    return any(isinstance(model.get_submodule(parent), FloatIsland) for parent in parents)
 
 
 def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtrain.simulate.simulation import output_points
+
 # Modules that are never called themselves, but by their methods: what these call in the end.
 CALLED_INSTEAD = {
     "FloatFunctional": "activation_post_process",
@@ -64,6 +66,7 @@ def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: 
     received: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
+    scales = {name: float(point.calculate_qparams()[0]) for name, point in output_points(fake).items()}
 
     def keep_input(name: str) -> Any:
         def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:
@@ -87,8 +90,11 @@ def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: 
             if args[0].is_quantized:
                 x = _quantize_like(x, args[0])
             output = module.forward(x)
-            if isinstance(output, Tensor) and output.is_quantized:
-                error = (output.dequantize() - expected[name]) / output.q_scale()
+            if not isinstance(output, Tensor):
+                return
+            scale = output.q_scale() if output.is_quantized else scales.get(name)
+            if scale is not None:
+                error = (output.dequantize() - expected[name]) / scale
                 steps[name] = float(error.square().mean().sqrt()) if error.numel() else 0.0
 
         return hook

@@ -9,7 +9,7 @@ from torch import nn
 from qtrain.api.quantize import moved
 from qtrain.common.validate import refuse, whole
 from qtrain.functional.spec import AUTO
-from qtrain.quant.ptq import WEIGHT, lowered
+from qtrain.quant.ptq import WEIGHT
 from qtrain.quant.qat import QAT
 from qtrain.simulate.simulation import Simulation
 
@@ -47,4 +47,4 @@ def prepare(
 
 def convert(simulation: Simulation) -> nn.Module:
     """Returns the int8 model of a trained simulation, on the CPU, in eval mode; the simulation can train on."""
-    return lowered(simulation)
+    return simulation.convert()

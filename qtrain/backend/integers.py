@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
+from qtrain.backend.base import FloatIsland
 from qtrain.backend.packed.compact import integer_weight
 from qtrain.backend.packed.weight import IntegerWeight
-from qtrain.backend.torch_ao.lower import FloatIsland
 from qtrain.simulate.sites import Site
 
 
@@ -19,7 +19,7 @@ def quantized_weight(module: nn.Module) -> torch.Tensor | IntegerWeight | None:
     if not callable(weight) or isinstance(weight, torch.Tensor | nn.Module):
         return None
     weight = weight()
-    return weight if isinstance(weight, torch.Tensor) and weight.is_quantized else None
+    return weight if getattr(weight, "is_quantized", False) else None
 
 
 def weight_qparams(weight: torch.Tensor | IntegerWeight) -> tuple[float, int]:
@@ -34,8 +34,9 @@ def weight_qparams(weight: torch.Tensor | IntegerWeight) -> tuple[float, int]:
 
 def is_quantized(module: nn.Module) -> bool:
     """Tells whether a module is one of torch's int8 modules, static or dynamic, or one of ours."""
-    return integer_weight(module) is not None or (
-        ".quantized" in type(module).__module__ and type(module).__module__.startswith("torch.ao.nn.")
+    bases = (cls.__module__ for cls in type(module).__mro__)
+    return quantized_weight(module) is not None or any(
+        name.startswith("torch.ao.nn.") and ".quantized" in name for name in bases
     )
 
 

@@ -18,18 +18,6 @@ def show_in_tensorboard(name: str, picture: Path) -> None:
     logger.close()
 
 
-def duration(seconds: float) -> str:
-    """Returns a time in words.
-
-    >>> duration(40), duration(400), duration(40000)
-    ('40 s', '7 min', '11 h 7 min')
-    """
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 class Comparison(Callback):
     """Says how far a sweep is, compares its jobs at its end, and makes its exit code say whether all succeeded."""
 
@@ -38,6 +26,8 @@ class Comparison(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints which job of how many begins, and how long those before it let expect."""
+        from qtrain.runs.history import duration
+
         if self.num_jobs is None:
             return
         done = config.hydra.job.num
@@ -46,10 +36,12 @@ class Comparison(Callback):
         print(f"job {done + 1} of {self.num_jobs}{about}", flush=True)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Counts the jobs; warns of jobs that would fight for the cores."""
+        """Says what the jobs are, and warns of jobs that would fight for the cores."""
+        from qtrain.runs.history import announce_sweep
         from qtrain.runs.sweep import count_jobs, crowding
 
         self.num_jobs, self.started = count_jobs(config.hydra), time.time()
+        print(announce_sweep(config.hydra), flush=True)
         # sweep=optuna asks for it; Hydra builds the sampler after this.
         warnings.filterwarnings("ignore", message="``multivariate`` option is an experimental feature")
         warning = crowding(config)

@@ -3,6 +3,7 @@
 What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the command quietly from the start.
 """
 
+import gc
 import logging
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def job() -> None:
 
 def one_job(config: "DictConfig") -> Any:
     """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
+    _announce(config)
     with _importing():  # torch among them, which no mistake in a key's name has to wait for
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
@@ -73,6 +75,18 @@ def one_job(config: "DictConfig") -> Any:
         log.error(f"job {settings.job.num} failed: {err}")
         return None  # which Optuna takes for a failed trial; of a number that is NaN it dies
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _announce(config: "DictConfig") -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qtrain.runs.history import announce
+
+    if HydraConfig.get().mode == RunMode.RUN:  # a sweep has announced its jobs
+        with suppress(OmegaConfBaseException):  # the run says what is wrong with the config
+            log.info(announce(config, HydraConfig.get()))
 
 
 def _select(report: Any, objective: str) -> float:
@@ -129,17 +143,24 @@ def _quit(signum: int, frame: object) -> None:
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """While entered, Ctrl-C ends the process at once.
+    """While entered, Ctrl-C ends the process at once, and no garbage is collected.
 
-    Imports take seconds, there is nothing to clean up, and out of an import an interrupt may come as another error.
+    Imports take seconds, there is nothing to clean up, and out of an import an interrupt may come
+    as another error. What they make stays to the end, and the collector would look through it
+    again and again, most of all as Python ends: that took a third of a mistake's time.
     """
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
         yield
         return
-    before = signal.signal(signal.SIGINT, _quit)
+    before, is_first = signal.signal(signal.SIGINT, _quit), "torch" not in sys.modules
+    if is_first:
+        gc.disable()
     try:
         yield
     finally:
+        if is_first:
+            gc.freeze()
+            gc.enable()
         signal.signal(signal.SIGINT, before)
 
 
@@ -151,26 +172,14 @@ def main() -> None:
 
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
-    options, overrides = split(sys.argv[1:])
-    overrides, notes = forgive(options, hydra_arguments(overrides))
-    for note in notes:
-        print(f"note: {note}", flush=True)
-    sys.argv = [sys.argv[0], *options, *overrides]
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":  # the first rank's folder is the run's
-        import atexit
-        import shutil
-        import tempfile
-
-        nowhere = tempfile.mkdtemp(prefix="qtrain_rank")
-        atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
-        sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        _read_command_line()
+        _write_nowhere_in_other_ranks()
         if any(argument.startswith("resume=") for argument in sys.argv[1:]):
             continue_run(sys.argv[1:])
         else:
-            refuse_choices(sys.argv[1:])
             job()
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain: error: {explain(err)}"))
@@ -179,6 +188,29 @@ def main() -> None:
         sys.exit(128 + getattr(err, "signum", signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _read_command_line() -> None:
+    """Puts the words that Hydra takes into sys.argv."""
+    options, overrides = split(sys.argv[1:])
+    overrides = hydra_arguments(overrides)
+    refuse_choices(overrides)  # first, for Hydra itself stumbles over a number in the place of a file's name
+    overrides, notes = forgive(options, overrides)
+    for note in notes:
+        print(f"note: {note}", flush=True)
+    sys.argv = [sys.argv[0], *options, *overrides]
+
+
+def _write_nowhere_in_other_ranks() -> None:
+    """Gives all of torchrun's processes but the first a folder of their own: the first one's is the run's."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        import atexit
+        import shutil
+        import tempfile
+
+        nowhere = tempfile.mkdtemp(prefix="qtrain_rank")
+        atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
+        sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
 
 
 def explain(err: BaseException) -> str:

@@ -23,17 +23,24 @@ from qtrain.config.command_line import config_dir, hydra_arguments
 from qtrain.config.old_names import up_to_date
 from qtrain.config.settings import ConfigError, check_settings, check_targets, find_device, objectives, refuse_config
 from qtrain.data.loaders import DataLoaders
+from qtrain.exporter.base import Exporter
+from qtrain.exporter.judge import check_exporters
 from qtrain.quant.base import Quantizer
 from qtrain.task.base import Task
 from qtrain.train.trainer import OptimizerFactory, SchedulerFactory, Trainer
 
 PATHS = ("checkpoint", "float_cache", "data.path", "data.valid_path", "data.test_path", "data.root")
-NAMED = {  # keys that take the name of a file in a group
+NAMED = {  # keys that take the name of a file in a group, or a list with such names
     "quant.weight.observer": "observer",
     "quant.activation.observer": "observer",
     "quant.optimizer": "optimizer",
     "quant.scheduler": "scheduler",
+    "quant.transforms": "transform",
+    "export": "exporter",
 }
+NOT_NULL = ("quant.optimizer", "quant.scheduler", "export")
+# What is made, in this order; the model last, for it draws from the generator.
+PARTS = ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "model_transform", "export", "model")
 PATHS_OR_NAMES = ("data.tokenizer", "model.pretrained")  # of the bundled, or on a hub
 
 
@@ -67,16 +74,27 @@ def resolve(config: DictConfig) -> DictConfig:
         config.device = "cpu"  # to find out what else is wrong
     config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
     for key, group in NAMED.items():
-        name = OmegaConf.select(config, key)
-        if not isinstance(name, str):
+        section, _, last = key.rpartition(".")
+        node = OmegaConf.select(config, section) if section else config
+        if not OmegaConf.is_dict(node) or last not in node or OmegaConf.is_dict(node[last]):
+            continue
+        value = node[last]
+        items = list(value) if OmegaConf.is_list(value) else [value]
+        names = [item for item in items if isinstance(item, str) or item is None and key in NOT_NULL]
+        if not names:
             continue
         known = GlobalHydra.instance().config_loader().get_group_options(group)
-        mistakes += choice(key, name, known)
-        made = hydra.compose(f"{group}/{name}")[group] if name in known else None
-        OmegaConf.update(config, key, made, merge=False)
+        mistakes += [line for name in names for line in choice(key, name, known)]
+        made = [_of_group(group, item) if item in names and item in known else item for item in items]
+        OmegaConf.update(config, key, made if OmegaConf.is_list(value) else made[0], merge=False)
     if mistakes:
         config.mistakes = mistakes
     return config
+
+
+def _of_group(group: str, name: str) -> DictConfig:
+    found: DictConfig = hydra.compose(f"{group}/{name}")[group]
+    return found
 
 
 def _from_start(config: DictConfig) -> None:
@@ -140,7 +158,8 @@ class Parts:
     optimizer: OptimizerFactory
     scheduler: SchedulerFactory
     truth: TruthGate
-    transform: Callable[[nn.Module], None] | None
+    model_transform: Callable[[nn.Module], None] | None
+    export: list[Exporter]
     generator_state: torch.Tensor
 
 
@@ -153,7 +172,7 @@ def build(config: DictConfig) -> Parts:
     refuse_config(check_targets(config))
     problems = list(check_settings(config))
     made: dict[str, Any] = {}
-    for key in ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "transform", "model"):
+    for key in PARTS:
         if key == "model":
             torch.manual_seed(0 if whole("seed", config.seed, 0, SEEDS) else config.seed)
         if key == "quant":  # its two specs first: the first to fail would hide the other
@@ -194,19 +213,31 @@ def build(config: DictConfig) -> Parts:
             "calib_split=val: there are no validation data; set data.val_size above 0, or use train or test"
         )
     quantizer = made.get("quant")
+    problems += check_exporters(made.get("export", []), quantizer)
     if quantizer is not None and quantizer.trains:
         if quantizer.convert_every and data is not None and data.val is None:
             problems.append(
                 f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
                 "there is none; set data.val_size above 0, or quant.convert_every=0"
             )
-    if not problems:  # the first optimizer to be made has torch import its compiler, for seconds
-        problems += _try_out(made, config)
-        if made["quant"].trains:
-            problems += _try_out(vars(quantizer), config.quant, "quant.")
     refuse_config(dict.fromkeys(problems))
     made["quantizer"] = made.pop("quant")
     return Parts(**made, generator_state=generator_state)
+
+
+def try_out(parts: Parts, config: DictConfig) -> None:
+    """Makes each optimizer and schedule once: what they refuse is known before any training.
+
+    Apart from `build`, for the first optimizer has torch import its compiler, 2 seconds that no
+    other mistake has to wait for.
+
+    Raises:
+        ConfigError: one refuses its settings.
+    """
+    problems = _refused(vars(parts), config)
+    if parts.quantizer.trains:
+        problems += _refused(vars(parts.quantizer), config.quant, "quant.")
+    refuse_config(problems)
 
 
 def _try_spec(quant: DictConfig, role: str) -> list[str]:
@@ -223,8 +254,8 @@ def _try_spec(quant: DictConfig, role: str) -> list[str]:
     return []
 
 
-def _try_out(made: dict[str, Any], section: DictConfig, prefix: str = "") -> list[str]:
-    """Calls the factories of optimizer and scheduler once: what they refuse is known before any training."""
+def _refused(made: dict[str, Any], section: DictConfig, prefix: str = "") -> list[str]:
+    """Returns what is wrong with the settings of optimizer and scheduler, by calling their factories."""
     key = "optimizer"
     try:
         optimizer = made[key]([nn.Parameter(torch.zeros(1))])

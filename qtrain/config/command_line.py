@@ -34,6 +34,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     around such a key that YAML needs, as in {"*.mlp": float}, and a value with an equals sign without quotes.
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
+    kept = [re.sub(r"^(\+*)transform(?=[=.])", r"\1model_transform", a) for a in kept]  # its name in 0.1.0
     return [_layers(a) if a.startswith("quant.layers") else _quoted(a) for a in kept]
 
 

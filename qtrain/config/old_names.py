@@ -11,6 +11,7 @@ MOVED = {
     "qtrain.trainer.": "qtrain.train.trainer.",
     "qtrain.truth.": "qtrain.analyze.truth.",
 }
+RENAMED = {"transform": "model_transform"}  # keys of a whole config
 
 
 def up_to_date(content: Any) -> Any:
@@ -19,7 +20,7 @@ def up_to_date(content: Any) -> Any:
         return [up_to_date(value) for value in content]
     if not isinstance(content, dict):
         return content
-    found = {key: up_to_date(value) for key, value in content.items()}
+    found = {RENAMED.get(key, key) if "choices" in content else key: up_to_date(v) for key, v in content.items()}
     target = found.get("_target_")
     for old, new in MOVED.items():
         if isinstance(target, str) and target.startswith(old):

@@ -17,7 +17,7 @@ from qtrain.config.trust import require
 
 MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")  # each has its _target_
 SECTIONS = (*MADE, "logger", "measure")
-VALUES = ("device", "threads", "checkpoint", "transform", "float_cache", "calib_batches", "calib_split")
+VALUES = ("device", "threads", "checkpoint", "model_transform", "float_cache", "calib_batches", "calib_split")
 SHAPE: dict[str, Any] = {
     **{key: {} for key in SECTIONS},
     **{key: object for key in VALUES},  # with mistakes in them the rest of qtrain deals
@@ -36,10 +36,10 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: it is damaged, or names what is neither harmless nor of a package in QTRAIN_TRUST.
     """
     content = read_yaml(path)
+    content = up_to_date(content)
     problem = next(_damages(content), None) if isinstance(content, dict) else "it holds no mapping"
     if problem is not None:
         raise ValueError(f"{path} is damaged ({plain(problem)}); start the run again")
-    content = up_to_date(content)
     require(content, (), str(path))
     return content
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from qtrain.backend.torch_ao import find_engine
+from qtrain.backend.find import find
 from qtrain.common.validate import MANY, SEEDS, WIDE, boolean, choice, number, shown, text, whole
 
 MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")  # by their _target_
@@ -66,12 +66,14 @@ def check_targets(node: Any, path: str = "") -> Iterator[str]:
             yield f"{key}={shown(value)}: must be a mapping, as in the files of conf"
         elif not path and key in MADE and "_target_" not in value:
             yield f"{key}._target_: is missing; it names the class or function that makes the {key}"
-        elif (
-            not path and key == "transform" and not (value is None or OmegaConf.is_dict(value) and "_target_" in value)
-        ):
+        elif not path and key == "model_transform" and not _is_factory(value):
             yield f"{key}={shown(value)}: must be a mapping with _target_ and _partial_, or null"
         elif OmegaConf.is_dict(value):
             yield from check_targets(value, f"{path}{key!s}.")
+
+
+def _is_factory(value: Any) -> bool:
+    return value is None or OmegaConf.is_dict(value) and "_target_" in value
 
 
 def check_settings(config: DictConfig) -> Iterator[str]:
@@ -102,9 +104,9 @@ def check_settings(config: DictConfig) -> Iterator[str]:
     if "num_classes" in config.model:  # torchvision's models check nothing
         yield from whole("model.num_classes", config.model.num_classes, 1, MANY)
     engine = OmegaConf.select(config, "quant.engine")
-    if engine is not None:
+    if engine is not None and not OmegaConf.is_dict(engine):  # a backend of one's own
         try:
-            find_engine(engine)
+            find(engine)
         except ValueError as err:
             yield f"quant.{err}"
     for key in ("optimizer", "quant.optimizer"):

@@ -1,5 +1,6 @@
 """A sweep over options that do not share all keys: each job heeds those that its own option has."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
             text
             for text, other in own.items()
             if other.get_key_element().startswith(f"{override.package or override.key_or_group}.")
+            and _is_spelt(other.key_or_group, [config_dir(), *folders])
         ]
         if not below or not override.is_sweep_override():
             continue
@@ -91,6 +93,13 @@ def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> list[str]:
             OmegaConf.select(config, section).pop(name)
     others = tuple(f"++{key}=" for key in optional)
     return plain + [text for text in overrides if text.startswith("++") and not text.startswith(others)]
+
+
+def _is_spelt(key: str, folders: Iterable[str]) -> bool:
+    """Tells whether any YAML file has a key of that last name; to compose all options takes seconds."""
+    name = re.compile(rf"\b{re.escape(key.rpartition('.')[2])}['\"]?\s*:")
+    files = (path for folder in folders for path in Path(folder).rglob("*.yaml"))
+    return any(name.search(path.read_text("utf-8", "replace")) for path in files)
 
 
 def _is_group(override: "Override") -> bool:

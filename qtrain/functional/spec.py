@@ -23,6 +23,21 @@ def int_range(bits: int, signed: bool, *, restricted: bool = False) -> tuple[int
     return -(2 ** (bits - 1)) + restricted, 2 ** (bits - 1) - 1
 
 
+@dataclass(frozen=True)
+class FloatFormat:
+    """A float of fewer bits, where integers have a QuantSpec.
+
+    Args:
+        dtype: torch's name of it: "float16", "bfloat16".
+    """
+
+    dtype: str
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what reports show of a number format."""
+        return {"bits": 16, "symmetric": None, "granularity": None, "group_size": None, "observer": None}
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
     """How one kind of tensor is quantized. "auto" is settled by the engine's rules (`backend.torch_ao.Engine.settle`).

@@ -12,6 +12,7 @@ from torch import Tensor
 from qtrain.backend.packed.weight import IntegerWeight
 
 MAX_LAYERS = 8  # rows of a figure that can still be read
+MAX_CLASSES = 20  # whose counts can
 WIDEST = 2.0  # of weights; a few of GPT-2's are larger
 
 Pairs = dict[str, tuple[Tensor, Tensor | IntegerWeight]]
@@ -134,7 +135,7 @@ def confusion(counts: list[list[int]], title: str) -> Figure:
     ]
     peak = max(max(row) for row in mistakes) or 1
     axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=peak)
-    for row in range(num_classes):
+    for row in range(num_classes if num_classes <= MAX_CLASSES else 0):
         for column in range(num_classes):
             strong = mistakes[row][column] > peak / 2
             axes.text(
@@ -146,7 +147,9 @@ def confusion(counts: list[list[int]], title: str) -> Figure:
                 fontsize=8,
                 color="w" if strong else "k",
             )
-    axes.set(xlabel="predicted", ylabel="label", xticks=range(num_classes), yticks=range(num_classes))
+    axes.set(xlabel="predicted", ylabel="label")
+    if num_classes <= MAX_CLASSES:
+        axes.set(xticks=range(num_classes), yticks=range(num_classes))
     total = sum(map(sum, counts))
     axes.set_title(f"{title}: {sum(map(sum, mistakes))} of {total} wrong", fontsize=10)
     return figure

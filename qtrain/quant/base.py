@@ -21,6 +21,7 @@ class Quantizer:
         engine: torch's quantized engine of the converted model, or None.
         weight, activation: the settled specs, or None.
         simulated: whether no kernel can do what is asked, so that `fake` is the result.
+        exports: whether its simulation has something that an exporter can write.
     """
 
     calibrates = False
@@ -28,6 +29,7 @@ class Quantizer:
     stage = "finetuning"
     from_scratch = False
     simulated = False
+    exports = False
     engine: str | None = None
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
@@ -52,4 +54,4 @@ class Quantizer:
 
     def convert(self, simulation: Simulation) -> nn.Module:
         """Returns the quantized model, in eval mode, on the CPU."""
-        return torch_ao.copy_model(simulation.model).cpu().eval()
+        return simulation.convert()

@@ -8,20 +8,13 @@ from torch import Tensor, nn
 
 from qtrain.backend import torch_ao
 from qtrain.common.validate import choice, refuse
+from qtrain.functional.spec import FloatFormat
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import only_float
 from qtrain.simulate.simulation import Simulation
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 WITH_MATRIX = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class HalfFormat:
-    """Describes a 16-bit float where integers have a QuantSpec."""
-
-    def describe(self) -> dict[str, Any]:
-        """Returns what reports show of a number format."""
-        return {"bits": 16, "symmetric": None, "granularity": None, "group_size": None, "observer": None}
 
 
 class Cast(Quantizer):
@@ -38,7 +31,7 @@ class Cast(Quantizer):
     def __init__(self, *, dtype: str, layers: dict[str, str]) -> None:
         refuse(choice("dtype", dtype, DTYPES) + only_float(layers, f"all others have {dtype}"))
         self.dtype, self.layers = DTYPES[dtype], layers
-        self.weight = self.activation = HalfFormat()  # type: ignore[assignment]
+        self.weight = self.activation = FloatFormat(dtype)  # type: ignore[assignment]
 
     def convert(self, simulation: Simulation) -> nn.Module:
         model = torch_ao.copy_model(simulation.model).cpu().eval()

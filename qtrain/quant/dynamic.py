@@ -9,10 +9,14 @@ from typing import Any
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.backend.packed.embeddings import check_policies, formats
+from qtrain.backend.packed.formats import PackedFormat
+from qtrain.common.validate import refuse
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
+from qtrain.quant.layer_format import read_settings, settings_of, spec_or_format
 from qtrain.quant.ptq import WEIGHT
+from qtrain.simulate.plan import LayerPlan
 from qtrain.simulate.simulation import Simulation
 
 
@@ -22,6 +26,7 @@ class Dynamic(Quantizer):
     Args:
         engine: "fbgemm", "qnnpack", "x86", "onednn" or "auto".
         weight: what weights are quantized to.
+        embedding, head: as for PTQ.
         layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4}; or what these layers
             are instead, see `layer_format`: "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
 
@@ -37,8 +42,12 @@ class Dynamic(Quantizer):
         *,
         engine: str = AUTO,
         weight: QuantSpec = WEIGHT,
+        embedding: str = "float",
+        head: str = "separate",
         layers: dict[str, Any] | None = None,
     ) -> None:
+        refuse(check_policies(embedding, head))
+        self.embedding, self.head = embedding, head
         self.engine = torch_ao.find_engine(engine).name
         self.weight = self._settle(weight)
         self.layers = read_settings(layers if layers is not None else {}, self._setting)
@@ -46,23 +55,29 @@ class Dynamic(Quantizer):
     def _settle(self, weight: QuantSpec) -> QuantSpec:
         return torch_ao.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]
 
-    def _setting(self, pattern: str, setting: Any) -> QuantSpec | Make | None:
+    def _setting(self, pattern: str, setting: Any) -> QuantSpec | PackedFormat | None:
         return spec_or_format(pattern, setting, lambda fields: self._settle(replace(self.weight, **fields)))
 
-    def convert(self, simulation: Simulation) -> nn.Module:
-        model = torch_ao.copy_model(simulation.model).cpu().eval()
+    def prepare(self, model: nn.Module) -> Simulation:
         own = settings_of(model, self.layers)
-        chosen = {}
+        floats = {name for name, setting in own.items() if setting is None}
+        found: dict[str, Any] = dict(formats(model, self.embedding, self.head, own, floats))
         first: dict[int, str] = {}
-        for name, layer in list(model.named_modules(remove_duplicate=False)):
-            if type(layer) is nn.Linear and first.setdefault(id(layer), name) != name:
+        for name, layer in model.named_modules(remove_duplicate=False):
+            if type(layer) is not nn.Linear:
+                continue
+            if first.setdefault(id(layer), name) != name:
                 raise ValueError(
                     f"model: layer {name} is layer {first[id(layer)]} under a second name, and only the first would be "
                     "converted; register it once"
                 )
-            setting = own.get(name, self.weight) if type(layer) is nn.Linear else None
-            if isinstance(setting, QuantSpec):
-                chosen[name] = setting
-            elif setting is not None:
-                model.set_submodule(name, setting(layer))
-        return torch_ao.quantize_dynamic(model, chosen, self.engine)
+            found.setdefault(name, own.get(name, self.weight))
+        plan = {n: LayerPlan("Linear", weight=form) for n, form in found.items() if isinstance(form, QuantSpec)}
+        others = {name: form for name, form in found.items() if isinstance(form, PackedFormat)}
+        plan |= {name: form.plan(type(model.get_submodule(name)).__name__) for name, form in others.items()}
+        return Simulation(torch_ao.copy_model(model), plan, others).eval()
+
+    def convert(self, simulation: Simulation) -> nn.Module:
+        weights = {name: layer.weight for name, layer in simulation.plan.items() if layer.backend is None}
+        specs = {name: weight for name, weight in weights.items() if isinstance(weight, QuantSpec)}
+        return torch_ao.quantize_dynamic(super().convert(simulation), specs, self.engine)

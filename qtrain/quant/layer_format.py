@@ -8,21 +8,18 @@ from typing import Any
 from torch import nn
 
 from qtrain.backend import torch_ao
-from qtrain.backend.packed.compact import CompactLinear
-from qtrain.backend.packed.llm_int8 import LLMInt8Linear
-from qtrain.backend.packed.weight import HalfWeight, IntegerWeight, is_narrow
+from qtrain.backend.packed.formats import PackedFormat
+from qtrain.backend.packed.weight import is_narrow
 from qtrain.common.validate import mapping, number, refuse, shown
-from qtrain.functional.spec import AUTO, QuantSpec
-
-Make = Callable[[nn.Linear], nn.Module]
+from qtrain.functional.spec import AUTO, FloatFormat, QuantSpec
 
 METHODS = ("float", "fp16", "weight_only", "llm_int8")
 LLM_INT8 = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 THRESHOLD = 6.0
 
 
-def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> Make | None:
-    """Returns what makes the layer that takes the place of a float one; None where it stays float.
+def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> PackedFormat | None:
+    """Returns what takes the place of a float layer; None where it stays float.
 
     Args:
         pattern: of layer names, for messages.
@@ -45,16 +42,16 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> Make | None:
     if method == "float":
         return None
     if method == "fp16":
-        return lambda layer: CompactLinear(HalfWeight(layer.weight), layer.bias)
+        return PackedFormat("fp16", FloatFormat("float16"))
     if method == "llm_int8":
         threshold = fields.get("threshold", THRESHOLD)
         check_threshold(threshold, f"layers.{pattern}.")
-        return lambda layer: LLMInt8Linear(IntegerWeight(layer.weight, LLM_INT8), layer.bias, threshold)
+        return PackedFormat("llm_int8", LLM_INT8, threshold)
     try:
         spec = settle(replace(weight, **fields))
     except ValueError as err:
         raise ValueError("\n".join(f"layers.{pattern}.{line}" for line in str(err).splitlines())) from err
-    return lambda layer: CompactLinear(IntegerWeight(layer.weight, spec), layer.bias)
+    return PackedFormat("weight_only", spec)
 
 
 def spec_or_format(pattern: str, setting: Any, settle_fields: Callable[[dict[str, Any]], QuantSpec]) -> Any:

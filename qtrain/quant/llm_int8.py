@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from qtrain.backend.packed.llm_int8 import LLMInt8Linear
-from qtrain.backend.packed.weight import IntegerWeight
+from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import refuse
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.layer_format import LLM_INT8, check_threshold
@@ -39,8 +38,9 @@ class LLMInt8(WeightOnly):
         self.threshold = threshold
         self.activation = QuantSpec(bits=8, symmetric=True, granularity="per_channel", reduce_range=False)
 
-    def make_linear(self, layer: nn.Linear) -> nn.Module:
-        return LLMInt8Linear(IntegerWeight(layer.weight, self.weight), layer.bias, self.threshold)
+    @property
+    def linear(self) -> PackedFormat:
+        return PackedFormat("llm_int8", self.weight, self.threshold)
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
         return None  # the scales of its inputs are measured when they come, as for `Dynamic`

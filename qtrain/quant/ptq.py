@@ -4,6 +4,7 @@ B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Int
 arXiv:1712.05877, section 2; R. Krishnamoorthi, arXiv:1806.08342, section 3.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,10 @@ import torch
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.backend.base import Backend
+from qtrain.backend.find import find
+from qtrain.backend.packed.embeddings import check_policies, formats
+from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import choice, refuse
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.base import make_observer
@@ -19,12 +24,14 @@ from qtrain.observer.fixed import FixedObserver
 from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import Make, read_settings, settings_of, spec_or_format
+from qtrain.quant.layer_format import read_settings, settings_of, spec_or_format
 from qtrain.simulate.build import build, find_groups, make_plan
 from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
 from qtrain.simulate.plan import FixedSpec
-from qtrain.simulate.simulation import Batches, Simulation, output_points, sites
+from qtrain.simulate.simulation import Batches, Simulation, sites
 from qtrain.simulate.sites import QuantModule, QuantWeighted
+from qtrain.transform.base import Transform
+from qtrain.transform.improve import check_transforms, improve
 
 WEIGHT = QuantSpec(observer=MinMaxObserver)
 ACTIVATION = QuantSpec(observer=partial(HistogramObserver, bins=2048))
@@ -34,10 +41,15 @@ class PTQ(Quantizer):
     """Calibrates observers at every quantized tensor, then converts.
 
     Args:
-        engine: "fbgemm", "qnnpack", "x86", "onednn" or "auto".
+        engine: "fbgemm", "qnnpack", "x86", "onednn", "reference" or "auto"; or a backend.
         weight: what weights are quantized to.
-        activation: what activations are quantized to; below 8 bits the result is a simulation.
+        activation: what activations are quantized to; below the bits of the engine's kernels the simulation is the
+            result.
         fake_quantize: "qtrain", or "torch" for torch's own kernels and observers: the slow reference.
+        transforms: what improves the simulation, in this order; see `qtrain.transform`.
+        embedding: how embeddings are stored once converted: "float", "fp16", or "int8" and "int4" with one scale a row.
+        head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate" is quantized like others, "shared"
+            stays one with it, in the embedding's format, and "float" in float32.
         layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4}; or what these layers
             are instead, see `layer_format`: "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
             Until conversion the latter are float, as their inputs and outputs stay.
@@ -48,6 +60,7 @@ class PTQ(Quantizer):
     """
 
     calibrates = True
+    exports = True
     engine: str
     weight: QuantSpec
     activation: QuantSpec
@@ -55,52 +68,77 @@ class PTQ(Quantizer):
     def __init__(
         self,
         *,
-        engine: str = AUTO,
+        engine: str | Backend = AUTO,
         weight: QuantSpec = WEIGHT,
         activation: QuantSpec = ACTIVATION,
         fake_quantize: str = "qtrain",
+        transforms: Sequence[Transform] = (),
+        embedding: str = "float",
+        head: str = "separate",
         layers: dict[str, Any] | None = None,
     ) -> None:
-        refuse(choice("fake_quantize", fake_quantize, KERNELS))
-        self.engine = torch_ao.find_engine(engine).name
+        refuse(
+            choice("fake_quantize", fake_quantize, KERNELS)
+            + check_transforms(transforms)
+            + check_policies(embedding, head)
+        )
+        self.transforms = tuple(transforms)
+        self.embedding, self.head = embedding, head
+        self.backend = find(engine)
+        self.engine = self.backend.name
         self.weight, self.activation = self._settle(weight, activation)
         self.fake_quantize = fake_quantize
 
-        def setting_of(pattern: str, setting: Any) -> QuantSpec | Make | None:
+        def setting_of(pattern: str, setting: Any) -> QuantSpec | PackedFormat | None:
             return spec_or_format(
                 pattern, setting, lambda fields: self._settle(replace(weight, **fields), activation)[0]
             )
 
         self.layers = read_settings(layers if layers is not None else {}, setting_of)
-        self.simulated = self.activation.bits < 8
+        self.simulated = self.activation.bits < self.backend.least_activation_bits
 
     def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
-        return torch_ao.ENGINES[self.engine].settle(weight, activation)
+        return self.backend.settle(weight, activation)
 
     def prepare(self, model: nn.Module) -> Simulation:
         return self._simulate(model, is_qat=False)
 
     def _simulate(self, model: nn.Module, *, is_qat: bool, conv_bn: str = "folded") -> Simulation:
         """Returns the simulation of a copy of `model`."""
-        others: dict[str, Make] = {}
-        if any(callable(setting) for setting in self.layers.values()):
-            own = settings_of(model, self.layers, other_specs=True)
-            others = {name: make for name, make in own.items() if callable(make)}
+        packed, heads = self._packed(model)
         model = torch_ao.ready(model, is_qat=is_qat)
         chosen = torch_ao.match_layers(
             model, {p: s if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
         )
-        groups = find_groups(model, {name for name, spec in chosen.items() if spec is None})
+        floats = {name: "set by quant.layers" for name, spec in chosen.items() if spec is None}
+        floats |= dict.fromkeys(heads, "set by quant.head")
+        groups = find_groups(model, floats, self.backend.why_float)
         specs = {name: spec for name, spec in chosen.items() if spec is not None}
         plan = make_plan(groups, self.weight, self.activation, specs)
-        torch_ao.refuse_silent_errors(model, plan, groups, torch_ao.ENGINES[self.engine])
+        self.backend.refuse(model, plan, groups)
+        for name, form in packed.items():
+            own = form.plan(type(model.get_submodule(name)).__name__)
+            plan[name] = replace(own, output=plan[name].output, reason=plan[name].reason) if name in plan else own
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
-        simulation.engine = self.engine
-        simulation.others = {place(simulation.model, name): make for name, make in others.items()}
+        simulation.backend = self.backend
+        simulation.clips_at_type = self.backend.clips_at_type and not self.simulated
+        simulation.others = {place(simulation.model, name): form for name, form in packed.items()}
         if not is_qat:
             observe_weights(simulation.model)
             simulation.set_mode(observing=False, quantizing=False)
         return simulation
+
+    def _packed(self, model: nn.Module) -> tuple[dict[str, PackedFormat], set[str]]:
+        """Returns {layer: the format that it is packed in at conversion}, and the heads that stay with an embedding."""
+        found: dict[str, PackedFormat] = {}
+        own: dict[str, Any] = {}
+        if any(isinstance(setting, PackedFormat) for setting in self.layers.values()):
+            own = settings_of(model, self.layers, other_specs=True)
+            found = {name: form for name, form in own.items() if isinstance(form, PackedFormat)}
+        floats = {name for name, setting in own.items() if setting is None}
+        tied = formats(model, self.embedding, self.head, own, floats)
+        found |= {name: form for name, form in tied.items() if form is not None}
+        return found, {name for name in tied if type(model.get_submodule(name)) is nn.Linear}
 
     def _fake_quantize(self, spec: QuantSpec | FixedSpec, is_weight: bool) -> FakeQuantize:
         if isinstance(spec, FixedSpec):
@@ -116,29 +154,26 @@ class PTQ(Quantizer):
         )
 
     def calibrate(self, simulation: Simulation, batches: Batches) -> None:
+        equivalent = [transform for transform in self.transforms if transform.before_observation]
+        for transform in equivalent:
+            transform(simulation, batches)
+        if equivalent and not self.trains:
+            observe_weights(simulation.model)
         simulation.observe(batches)
+        if len(equivalent) < len(self.transforms):
+            simulation.keep_twin()
+        for transform in self.transforms:
+            if not transform.before_observation:
+                improve(simulation, transform, batches)
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
-        copied = torch_ao.copy_model(simulation).eval()
-        copied.set_mode(observing=False, quantizing=True)
-        if not self.simulated:
-            for point in output_points(copied.model).values():
-                point.clip_as_kernels()
-        return put_others(copied).model
+        return simulation.as_converted().model
 
     def reference(self, simulation: Simulation) -> nn.Module | None:
-        copied = torch_ao.copy_model(simulation).eval()
-        copied.set_mode(observing=False, quantizing=False)
-        return copied.model
+        return simulation.float_copy() if self.trains else simulation.twin
 
     def convert(self, simulation: Simulation) -> nn.Module:
-        return lowered(simulation)
-
-
-def lowered(simulation: Simulation) -> nn.Module:
-    """Returns the int8 model of a simulation, on the CPU, in eval mode; the simulation is left alone."""
-    assert simulation.engine is not None
-    return torch_ao.lower(put_others(torch_ao.copy_model(simulation)), simulation.engine)
+        return simulation.convert()
 
 
 def observe_weights(model: nn.Module) -> None:
@@ -157,12 +192,4 @@ def place(model: nn.Module, name: str) -> str:
         if isinstance(model.get_submodule(name[:end]), QuantModule):
             name = f"{name[:end]}.layer{name[end:]}"
             break
-    return name if isinstance(model.get_submodule(name), nn.Linear) else f"{name}.0"
-
-
-def put_others(simulation: Simulation) -> Simulation:
-    """Puts the layers that other methods make in the place of float ones; returns `simulation`, changed."""
-    for name, make in simulation.others.items():
-        layer: Any = simulation.model.get_submodule(name)
-        simulation.model.set_submodule(name, make(layer))
-    return simulation
+    return name if isinstance(model.get_submodule(name), nn.Linear | nn.Embedding) else f"{name}.0"

@@ -5,16 +5,14 @@ from typing import Any
 from torch import nn
 
 from qtrain.backend import torch_ao
-from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.embeddings import check_policies, formats
+from qtrain.backend.packed.formats import PackedFormat
 from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
-from qtrain.common.validate import choice, refuse
+from qtrain.common.validate import refuse
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import layer_format, read_settings, settings_of, settle
 from qtrain.simulate.simulation import Simulation
-
-EMBEDDINGS = ("float", "fp16", "int8", "int4")
-HEADS = ("shared", "separate", "float")
 
 WEIGHT = QuantSpec()
 
@@ -44,7 +42,7 @@ class WeightOnly(Quantizer):
         head: str = "shared",
         layers: dict[str, Any] | None = None,
     ) -> None:
-        problems = choice("embedding", embedding, EMBEDDINGS) + choice("head", head, HEADS)
+        problems = check_policies(embedding, head)
         try:
             self.weight = settle(weight)
         except ValueError as err:
@@ -60,44 +58,20 @@ class WeightOnly(Quantizer):
         refuse(problems)
         self.embedding, self.head = embedding, head
 
-    def make_linear(self, layer: nn.Linear) -> nn.Module:
-        """Returns what takes the place of a float layer that has no setting of its own."""
-        return CompactLinear(IntegerWeight(layer.weight, self.weight), layer.bias)
-
-    def convert(self, simulation: Simulation) -> nn.Module:
-        model = torch_ao.copy_model(simulation.model).cpu().eval()
+    def prepare(self, model: nn.Module) -> Simulation:
         own = settings_of(model, self.layers)
-        compact: dict[int, IntegerWeight | HalfWeight] = {}
-        tied = set()
-        layers = [(n, m) for n, m in model.named_modules() if type(m) in (nn.Embedding, nn.Linear)]
-        for name, layer in sorted(layers, key=lambda item: type(item[1]) is nn.Linear):  # embeddings first
-            weight: Any = layer.weight
-            if type(layer) is nn.Embedding:
-                tied.add(id(weight))
-                if self.embedding != "float" and own.get(name, ...) is not None:
-                    compact[id(weight)] = self._embedding_weight(weight)
-                    model.set_submodule(name, CompactEmbedding(compact[id(weight)]))
-                continue
-            assert isinstance(layer, nn.Linear)
-            make = own.get(name, self.make_linear)
-            is_head = id(weight) in tied and name not in own
-            if make is None or is_head and self.head == "float":
-                continue
-            if is_head and self.head == "shared":
-                if id(weight) in compact:
-                    model.set_submodule(name, CompactLinear(compact[id(weight)], layer.bias))
-                continue
-            try:
-                model.set_submodule(name, make(layer))
-            except ValueError as err:
-                raise ValueError(f"quant.{'layers: ' if name in own else 'weight.'}{err} (layer {name})") from err
-        return model
+        floats = {name for name, setting in own.items() if setting is None}
+        found = formats(model, self.embedding, self.head, own, floats)
+        layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+        found |= {name: own.get(name, self.linear) for name, _ in layers if name not in found}
+        packed = {name: form for name, form in found.items() if form is not None}
+        plan = {name: form.plan(type(model.get_submodule(name)).__name__) for name, form in packed.items()}
+        return Simulation(torch_ao.copy_model(model), plan, packed).eval()
 
-    def _embedding_weight(self, weight: nn.Parameter) -> IntegerWeight | HalfWeight:
-        if self.embedding == "fp16":
-            return HalfWeight(weight)
-        bits = int(self.embedding.removeprefix("int"))
-        return IntegerWeight(weight, QuantSpec(bits=bits, symmetric=True, granularity="per_channel"))
+    @property
+    def linear(self) -> PackedFormat:
+        """What a Linear layer without a setting of its own becomes."""
+        return PackedFormat("weight_only", self.weight, key="weight.")
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
         model = torch_ao.copy_model(simulation.model).cpu().eval()

@@ -56,10 +56,13 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
     """
     report = _report(run_dir, trust)
     engine = report["quant"].get("engine")  # what "auto" was where the run was made
+    if isinstance(report["config"]["quant"].get("engine"), dict):
+        engine = None  # a backend of the user's own
     with _rebuilding(run_dir, "model"):
         model = _make(report, "model")
         quantizer = _make(report, "quant", **({} if engine is None else {"engine": engine}))
         prepared = quantizer.prepare(model)
+        prepared.leave_float_as(report.get("plan", {}))
         fake = quantizer.fake(prepared) if quantizer.simulated else None
         quantized: nn.Module = quantizer.convert(prepared) if fake is None else fake
     is_simulation = bool(sites(quantized))

@@ -96,12 +96,12 @@ def scoring(task: Task, scores: Sequence[Scores]) -> dict[str, Any]:
     return shown | {"examples": made_of(quality, found)}
 
 
-def activation_qparams(quantized: nn.Module) -> dict[str, dict[str, float]]:
+def activation_qparams(simulation: nn.Module, quantized: nn.Module) -> dict[str, dict[str, float]]:
     """Returns {module: {"scale", "zero_point"}} of every module that puts out a quantized tensor."""
     found: dict[str, tuple[Any, Any]] = {}
-    for name, point in output_points(quantized).items():  # of a simulation
+    for name, point in output_points(simulation).items():
         found[name] = point.calculate_qparams()
-    for name, module in quantized.named_modules():
+    for name, module in quantized.named_modules() if not found else ():
         scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
         if scale is not None and zero_point is not None and not isinstance(module, IntegerWeight | FakeQuantize):
             found[name] = scale, zero_point
@@ -267,6 +267,19 @@ def _seconds(stages: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in stages.items())
 
 
+def wrong_by_class(counts: list[int], most: int = 10) -> str:
+    """Returns how many predictions are wrong in each class or, of many classes, in the worst.
+
+    >>> wrong_by_class([3, 0, 5]), wrong_by_class([3, 0, 5], most=2)
+    ('wrong by class: 3 0 5', 'wrong in the worst 2 of 3 classes: 2: 5, 0: 3')
+    """
+    if len(counts) <= most:
+        return "wrong by class: " + " ".join(map(str, counts))
+    worst = sorted(range(len(counts)), key=lambda index: -counts[index])[:most]
+    shown = ", ".join(f"{index}: {counts[index]}" for index in worst)
+    return f"wrong in the worst {most} of {len(counts)} classes: {shown}"
+
+
 def summary(report: Report, quality: Quality) -> list[str]:
     """Returns the lines that a person reads at the end of a run."""
     lines = []
@@ -283,7 +296,7 @@ def summary(report: Report, quality: Quality) -> list[str]:
         facts += [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
         lines.append(f"{label + simulated:>21}: " + ", ".join(facts))
         if "wrong_per_class" in metrics:
-            lines.append(f"{'':>23}wrong by class: " + " ".join(str(n) for n in metrics["wrong_per_class"]))
+            lines.append(f"{'':>23}{wrong_by_class(metrics['wrong_per_class'])}")
     exact, real = report.latency_ms["float"], report.latency_ms["quantized"] if not report.quant["simulated"] else {}
     for size, times in (real or {}).items():
         ratio = times["median"] / exact[size]["median"]

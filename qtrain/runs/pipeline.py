@@ -2,8 +2,9 @@
 
 import copy
 import logging
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from qtrain.analyze.measure import (
 from qtrain.analyze.truth import finite_outputs, require_finite_weights
 from qtrain.backend import torch_ao
 from qtrain.common.files import OVERRIDES, sha256, write_atomically, write_json
-from qtrain.config.build import Parts, build, resolve
+from qtrain.config.build import Parts, build, resolve, try_out
 from qtrain.data.loaders import Loader
+from qtrain.exporter.judge import write_and_judge
 from qtrain.logger.loggers import JsonLines, Logger, Loggers
 from qtrain.runs import epochs, launch, outputs
 from qtrain.runs.checkpoint import FloatCache, digest, save_weights
@@ -108,6 +110,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
     report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample), parts.truth)
     auxiliary = rehearse(parts.model, parts.quantizer, parts.task, parts.data)
+    try_out(parts, config)
     clock, quantizer = Stopwatch(*STAGES), parts.quantizer
     logger: Logger = Logger()
     if is_first:
@@ -116,8 +119,8 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     try:
         untrained = torch_ao.copy_model(parts.model)
         float_model = obtain_float(config, parts, report, clock, logger, progress)
-        if parts.transform is not None:
-            parts.transform(float_model)
+        if parts.model_transform is not None:
+            parts.model_transform(float_model)
         base = untrained if quantizer.from_scratch else float_model
         prepared = quantizer.prepare(base.to(config.device))
         fused = quantizer.reference(prepared)
@@ -126,8 +129,9 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
         )
         report.plan = {name: layer.describe() for name, layer in prepared.plan.items()}
         with clock("calibration"), finite_outputs(prepared.model, "calibration"):
-            quantizer.calibrate(prepared, calibration_inputs(config, parts))
+            quantizer.calibrate(prepared, CalibrationInputs(config, parts))
         failures += parts.truth.unobserved(prepared.model, auxiliary)
+        report.transforms = prepared.improvements
         parts.truth.enforce(failures)
         with clock("finetuning"):
             prepared = finetune(config, parts, prepared, logger, progress).cpu()
@@ -152,9 +156,11 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
             if simulated is not None and real is not None:
                 report.truth["loss_gap"], found = parts.truth.ends(simulated.losses, real.losses)
                 failures += found
+            failures += write_exports(report, parts, prepared, run_dir, sample)
         report.truth |= {"ok": not failures, "failures": failures}
         with clock("measurement"):
             describe(report, config, parts, float_model, quantized, scores, sample)
+        report.qparams = outputs.activation_qparams(prepared.model, quantized)
         report.time_s = dict(clock.seconds)
         parts.truth.enforce(failures)
         with clock("records"):
@@ -276,6 +282,18 @@ def finetune(config: DictConfig, parts: Parts, prepared: Simulation, logger: Log
     return prepared
 
 
+def write_exports(
+    report: Report, parts: Parts, prepared: Simulation, run_dir: Path, sample: tuple[Tensor, ...]
+) -> list[str]:
+    """Writes what `export` asks for, and returns where it is not what it should be."""
+    failures: list[str] = []
+    for exporter in parts.export:
+        made = write_and_judge(exporter, prepared.as_converted(), sample, run_dir)
+        report.exports[exporter.name], found = made
+        failures += found
+    return failures
+
+
 def val_scores(parts: Parts, model: nn.Module, device: str) -> dict[str, float]:
     """Returns {"val_<metric>": number} on the validation data, or nothing where there are none."""
     if parts.data.val is None:
@@ -284,13 +302,21 @@ def val_scores(parts: Parts, model: nn.Module, device: str) -> dict[str, float]:
     return {f"val_{name}": metrics[name] for name in (parts.task.quality, "loss")}
 
 
-def calibration_inputs(config: DictConfig, parts: Parts) -> Any:
-    """Yields forward's arguments for `calib_batches` batches of `calib_split`, untouched by augmentation."""
-    loaders: dict[str, Loader | None] = {"train": parts.data.calib, "val": parts.data.val, "test": parts.data.test}
-    loader = loaders[config.calib_split]
-    assert loader is not None, "build() has checked this"
-    for inputs, targets in islice(loader, config.calib_batches):
-        yield cloned(parts.task.inputs((inputs.to(config.device), targets.to(config.device))))
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """Forward's arguments for `calib_batches` batches of `calib_split`, untouched by augmentation, again and again."""
+
+    config: DictConfig
+    parts: Parts
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        data = self.parts.data
+        loaders: dict[str, Loader | None] = {"train": data.calib, "val": data.val, "test": data.test}
+        loader = loaders[self.config.calib_split]
+        assert loader is not None, "build() has checked this"
+        for inputs, targets in islice(loader, self.config.calib_batches):
+            batch = inputs.to(self.config.device), targets.to(self.config.device)
+            yield cloned(self.parts.task.inputs(batch))
 
 
 def describe(
@@ -316,7 +342,6 @@ def describe(
     report.metrics = {name: score and score.metrics for name, score in scores.items()}
     report.quant |= outputs.quantizer_facts(parts.quantizer)
     report.coverage["largest_float"] = largest_float(quantized)
-    report.qparams = outputs.activation_qparams(quantized)
     report.threads, report.device = torch.get_num_threads(), config.device
     report.peak_memory_bytes = peak_memory_bytes(config.device)
     report.versions = versions()

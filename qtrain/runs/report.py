@@ -67,6 +67,8 @@ class Report:
     plan: dict[str, Any] = field(default_factory=dict)  # what each layer becomes; see simulate/plan.py
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
+    transforms: list[Any] = field(default_factory=list)  # what each gained, in decibels of the simulation's output
+    exports: dict[str, Any] = field(default_factory=dict)  # {exporter: file, size, distance from the simulation}
     samples: dict[str, str] = field(default_factory=dict)
     truth: dict[str, Any] = field(default_factory=dict)
     qparams: dict[str, Any] = field(default_factory=dict)

@@ -3,13 +3,16 @@
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import fields
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from qtrain.common.files import LOCK
@@ -36,16 +39,33 @@ def extra_for(missing_config: str | None) -> str | None:
     return f"{group}={choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
 
 
-def count_jobs(hydra_config: DictConfig) -> int | None:
-    """Returns how many jobs a sweep has; None where its sweeper does not say."""
-    if "n_trials" in hydra_config.sweeper:
-        return hydra_config.sweeper.n_trials
+def grid(hydra_config: DictConfig) -> list[Override] | None:
+    """Returns what a sweep varies and what is the same for all its jobs; None where its sweeper searches."""
     if not hydra_config.sweeper._target_.endswith("BasicSweeper"):
         return None
     preset = [f"{key}={values}" for key, values in (hydra_config.sweeper.params or {}).items()]
     found = OverridesParser.create().parse_overrides([*preset, *hydra_config.overrides.task])
-    grid = {override.get_key_element(): override for override in found}  # of a key given twice, the later
-    return prod(len(list(o.sweep_iterator())) for o in grid.values() if o.is_sweep_override())
+    return list({o.get_key_element(): o for o in found}.values())  # of a key given twice, the later
+
+
+def count_jobs(hydra_config: DictConfig) -> int | None:
+    """Returns how many jobs a sweep has; None where its sweeper does not say."""
+    if "n_trials" in hydra_config.sweeper:
+        return hydra_config.sweeper.n_trials
+    found = grid(hydra_config)
+    return None if found is None else prod(len(_values(override)) for override in found)
+
+
+def jobs(found: list[Override]) -> Iterator[tuple[str, ...]]:
+    """Yields the overrides of each job of a grid, as the job's report has them."""
+    return product(*map(_values, found))
+
+
+def _values(override: Override) -> list[str]:
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return [f"{key}={override.get_value_element_as_str()}"]
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
 def jobs_at_once(hydra_config: DictConfig) -> float:

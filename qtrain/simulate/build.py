@@ -1,6 +1,6 @@
 """From a float model and a plan to a simulation: layers are found, planned, and replaced by sites."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -38,7 +38,6 @@ SCALED = (
 FIXED: dict[type[nn.Module], FixedSpec] = {
     nn.Hardsigmoid: FixedSpec(1 / 256, 0),
     nn.Sigmoid: FixedSpec(1 / 256, 0),
-    nn.Softmax: FixedSpec(1 / 256, 0),
     nn.Tanh: FixedSpec(2 / 256, 128),
 }
 
@@ -51,11 +50,15 @@ class Group:
 
     Attributes:
         parts: the layer itself, then batch-norm and ReLU where they were fused.
-        is_float: whether it is to stay float.
+        reason: why it stays float, or None.
     """
 
     parts: tuple[nn.Module, ...]
-    is_float: bool = False
+    reason: str | None = None
+
+    @property
+    def is_float(self) -> bool:
+        return self.reason is not None
 
     @property
     def kind(self) -> str:
@@ -73,12 +76,17 @@ class Group:
 Groups = dict[str, Group]
 
 
-def find_groups(model: nn.Module, floats: set[str]) -> Groups:
+def find_groups(
+    model: nn.Module,
+    floats: Mapping[str, str],
+    why_float: Callable[[nn.Module], str | None] = lambda layer: None,
+) -> Groups:
     """Returns {name: group} of all that becomes a site, and of the stubs where tensors become float again.
 
     Args:
         model: the float model, fused.
-        floats: names of layers that stay float, whatever lies in them.
+        floats: {layer that stays float, whatever lies in it: why}.
+        why_float: says of a layer why there is no kernel for it, or None.
     """
     found: dict[str, Group] = {}
     closed: list[str] = []  # what lies below belongs to it
@@ -88,15 +96,16 @@ def find_groups(model: nn.Module, floats: set[str]) -> Groups:
         if name in floats:
             closed.append(name)
             if not _is_float_already(module):
-                found[name] = Group((module,), is_float=True)
+                found[name] = Group((module,), floats[name])
         elif _has_mark(module):
             closed.append(name)
         elif _is_fused(module):
             closed.append(name)
-            found[name] = Group(tuple(module.children()))
-        elif _is_site(module):
+            parts = tuple(module.children())
+            found[name] = Group(parts, why_float(parts[0]))
+        elif (reason := why_float(module)) or _is_site(module):
             closed.append(name)
-            found[name] = Group((module,))
+            found[name] = Group((module,), reason)
     return found
 
 
@@ -130,6 +139,7 @@ def make_plan(
             output=fixed or activation,
             weight_of=tied if tied != name else None,
             backend="float" if group.is_float else None,
+            reason=group.reason,
         )
     return plan
 
@@ -177,7 +187,7 @@ def _made(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) 
         bn=next((part for part in group.parts if isinstance(part, _BatchNorm)), None),
         relu=any(isinstance(part, nn.ReLU) for part in group.parts),
         conv_bn=conv_bn,
-        weight_q=None if layer.weight is None else make(layer.weight, True),
+        weight_q=make(layer.weight, True) if isinstance(layer.weight, QuantSpec) else None,
         output_q=output_q,
     )
 

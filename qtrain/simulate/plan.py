@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qtrain.functional.spec import QuantSpec
+from qtrain.functional.spec import FloatFormat, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,17 @@ class LayerPlan:
         weight: the format of its weight; None: float, or it has none.
         output: the format of its output; None: float.
         weight_of: of a tied weight the parameter's first name, such as "wte.weight".
-        backend: another than that of the run; "float": it runs in float between quantized neighbours.
+        backend: another than that of the run, such as "llm_int8"; "float": it runs in float between quantized
+            neighbours.
+        reason: why it does.
     """
 
     kind: str
-    weight: QuantSpec | None = None
+    weight: QuantSpec | FloatFormat | None = None
     output: QuantSpec | FixedSpec | None = None
     weight_of: str | None = None
     backend: str | None = None
+    reason: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """Returns the plan of this layer as a report shows it."""
@@ -51,6 +54,7 @@ class LayerPlan:
             "output": self.output and self.output.describe(),
             "weight_of": self.weight_of,
             "backend": self.backend,
+            "reason": self.reason,
         }
 
 

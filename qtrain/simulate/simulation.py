@@ -1,20 +1,30 @@
 """The simulation: a float model whose layers behave as their integers will."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qtrain.common.copying import copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.plan import FixedSpec, Plan
 from qtrain.simulate.regions import on_marked
 from qtrain.simulate.sites import QuantWeighted, Site
 
+if TYPE_CHECKING:
+    from qtrain.backend.base import Backend
+
 Batches = Iterable[tuple[Any, ...]]  # the arguments of one forward pass each
-MakeLayer = Callable[[nn.Linear], nn.Module]
+
+
+class Replacement(Protocol):
+    """What becomes of a float layer in the end, whatever the backend makes of the sites."""
+
+    def put(self, model: nn.Module, name: str) -> None:
+        """Puts it in the place of layer `name`, in place."""
 
 
 class Simulation(nn.Module):
@@ -25,25 +35,30 @@ class Simulation(nn.Module):
     Args:
         model: with sites, or without any: then it stands for itself.
         plan: {name of a site in `model`: what it becomes}.
-        others: {name of a float Linear layer in `model`: what makes the layer that takes its place
-            in the end}.
+        others: {name of a float layer in `model`: what takes its place in the end}, in that order.
 
     Attributes:
-        engine: the engine that the plan was settled for, or None.
+        backend: what lowers it, or None.
+        clips_at_type: whether its kernels clip at the ends of uint8, though a scale be made for 0..127.
+        improvements: what transforms have done to it, for reports.
     """
 
     def __init__(
         self,
         model: nn.Module,
         plan: Plan | None = None,
-        others: dict[str, MakeLayer] | None = None,
+        others: Mapping[str, Replacement] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.plan = plan or {}
-        self.others = others or {}
-        self.engine: str | None = None
+        self.others = dict(others or {})
+        self.backend: Backend | None = None
         self._observes = False
+        self.clips_at_type = False
+        self.improvements: list[dict[str, Any]] = []
+        self._knows_regions = False
+        self._twin: list[nn.Module] = []  # hidden from nn.Module: it is no part of the state
 
     def train(self, mode: bool = True) -> "Simulation":
         """Sets the mode; in eval mode no range of an output moves, for validation data must not move it."""
@@ -53,6 +68,8 @@ class Simulation(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._knows_regions:
+            self._leave_float(args)
         return self.model(*args, **kwargs)
 
     def set_mode(self, *, observing: bool, quantizing: bool, only: str | None = None) -> None:
@@ -86,6 +103,20 @@ class Simulation(nn.Module):
                 point.observing = observing
                 point.quantizing = quantizing
 
+    @property
+    def twin(self) -> nn.Module:
+        """The float model, its layers under the names of the sites: as `model` was when transforms began, or is now."""
+        return self._twin[0] if self._twin else self.float_copy()
+
+    def keep_twin(self) -> None:
+        """Takes the twin now, whatever becomes of the model."""
+        self._twin = [self.float_copy()]
+
+    def float_copy(self) -> nn.Module:
+        """Returns a copy of the model as it is now, with its fake quantization off, in eval mode."""
+        with self.mode(observing=False, quantizing=False):
+            return copy_model(self.model).eval()
+
     @torch.no_grad()
     def observe(self, batches: Batches) -> None:
         """Runs the batches, outputs in float, and lets their ranges be observed, in place."""
@@ -93,40 +124,77 @@ class Simulation(nn.Module):
         points = output_points(self.model).values()
         for point in points:
             point.observing, point.quantizing = True, False
-        for index, inputs in enumerate(batches):
-            if index == 0:
-                self._leave_float(inputs)
-            self.model(*inputs)
+        for inputs in batches:
+            self(*inputs)
         for point in points:
             point.observing = False
 
     def _leave_float(self, inputs: tuple[Any, ...]) -> None:
-        """Takes, in place, the dictated scale from layers that run in float: a softmax behind the last DeQuantStub."""
-        names = [name for name, layer in self.plan.items() if isinstance(layer.output, FixedSpec)]
+        """Takes, in place, the output's format from layers that run in float anyway: a sigmoid behind the last stub.
+
+        Only a forward pass shows which these are; the first one does.
+        """
+        self._knows_regions = True
+        names = [n for n, layer in self.plan.items() if isinstance(layer.output, FixedSpec) or layer.reason]
         if not names:
             return
         copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
-        observing = [point for point in output_points(self.model).values() if point.observing]
-        for point in observing:
-            point.observing = False
-        for name, is_quantized in on_marked(self.model, names, copies).items():
+        was_training = [(module, module.training) for module in self.modules()]
+        with self.mode(observing=False, quantizing=False) as model:
+            found = on_marked(model.eval(), names, copies)
+        for module, training in was_training:
+            module.training = training
+        for name, is_quantized in found.items():
             if not is_quantized:
-                leave_float(self.model, name)
-                self.plan[name] = replace(self.plan[name], output=None)
-        for point in observing:
-            point.observing = True
+                self.leave_float(name)
 
-    def inputs(self, name: str, batches: Batches) -> Iterator[tuple[Any, ...]]:
-        """Yields what the site of that name is called with, once a batch."""
+    def leave_float(self, name: str) -> None:
+        """Takes the fake quantization from the output of a site, in place."""
+        leave_float(self.model, name)
+        self.plan[name] = replace(self.plan[name], output=None)
+
+    def leave_float_as(self, plan: dict[str, Any]) -> None:
+        """Takes the output's format from those layers that have none in a report's plan, in place."""
+        for name, layer in plan.items():
+            if layer["output"] is None and name in self.plan and self.plan[name].output is not None:
+                self.leave_float(name)
+        self._knows_regions = True
+
+    def inputs(self, name: str, batches: Batches, *, of: str = "simulation") -> Iterator[tuple[Any, ...]]:
+        """Yields what the site of that name is called with, once a batch; until the last, all is quantized.
+
+        Args:
+            of: the model that runs: "simulation", or "twin".
+        """
         found: list[tuple[Any, ...]] = []
-        site = self.model.get_submodule(name)
-        hook = site.register_forward_pre_hook(lambda _, args: found.append(args))
-        try:
-            for inputs in batches:
-                self.model(*inputs)
-                yield found.pop()
-        finally:
-            hook.remove()
+        with self.mode(observing=False, quantizing=True) as model:
+            model = self.twin if of == "twin" else model
+            hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args))
+            try:
+                for inputs in batches:
+                    model(*inputs)
+                    yield found.pop()
+            finally:
+                hook.remove()
+
+    def as_converted(self) -> "Simulation":
+        """Returns a copy that behaves as what `convert` makes: quantizing, in eval mode, with all its layers."""
+        copied = copy_model(self).eval()
+        copied.set_mode(observing=False, quantizing=True)
+        for point in output_points(copied.model).values() if self.clips_at_type else ():
+            point.clip_as_kernels()
+        return copied._put_others()
+
+    def convert(self) -> nn.Module:
+        """Returns the model that runs on integers, on the CPU, in eval mode; the simulation is left alone."""
+        copied = copy_model(self)._put_others()
+        return copied.model.cpu().eval() if self.backend is None else self.backend.lower(copied)
+
+    def _put_others(self) -> "Simulation":
+        """Puts what takes the place of float layers there, in place."""
+        for name, other in self.others.items():
+            other.put(self.model, name)
+        return self
 
     def freeze_batch_norm(self, frozen: bool = True) -> None:
         """Lets the statistics of all batch-norms stand still, in place, or move again."""
@@ -159,6 +227,22 @@ def weight_points(model: nn.Module) -> dict[str, FakeQuantize]:
     """Returns {name of a site: the fake quantization of its weight}."""
     found = sites(model).items()
     return {name: site.weight_q for name, site in found if site.weight_q is not None}
+
+
+@torch.no_grad()
+def execution_order(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
+    """Returns the names of the sites that are called, in the order of their first calls."""
+    found: dict[str, None] = {}
+    handles = [
+        site.register_forward_pre_hook(lambda *_, name=name: found.setdefault(name))
+        for name, site in sites(model).items()
+    ]
+    try:
+        model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found)
 
 
 def integers(point: FakeQuantize, x: Tensor) -> Tensor:

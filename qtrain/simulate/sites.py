@@ -79,21 +79,11 @@ class QuantModule(Site):
         return self.quantized_output(output)
 
 
-class QuantFunctional(Site):
-    """What stands for a FloatFunctional, under its name and with its methods, so that the user's forward stays.
+class Functional:
+    """The methods of a FloatFunctional, so that the user's forward stays; a subclass says what becomes of results."""
 
-    Which of them it serves is known once it has been called.
-
-    Attributes:
-        ops: the names of the methods that were called; one scale serves them all.
-    """
-
-    def __init__(self, *, output_q: FakeQuantize | None) -> None:
-        super().__init__(output_q=output_q)
-        self.ops: set[str] = set()
-
-    def forward(self, *_: Any) -> Tensor:
-        raise RuntimeError("call a method of it, such as add")
+    def _output(self, op: str, value: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return self._output("add", torch.add(x, y))
@@ -115,6 +105,21 @@ class QuantFunctional(Site):
 
     def mul_scalar(self, x: Tensor, y: float) -> Tensor:
         return torch.mul(x, y)
+
+
+class QuantFunctional(Functional, Site):
+    """What stands for a FloatFunctional, under its name. Which method it serves is known once it has been called.
+
+    Attributes:
+        ops: the names of the methods that were called; one scale serves them all.
+    """
+
+    def __init__(self, *, output_q: FakeQuantize | None) -> None:
+        super().__init__(output_q=output_q)
+        self.ops: set[str] = set()
+
+    def forward(self, *_: Any) -> Tensor:
+        raise RuntimeError("call a method of it, such as add")
 
     def _output(self, op: str, value: Tensor) -> Tensor:
         self.ops.add(op)
@@ -211,10 +216,22 @@ class QuantWeighted(Site):
         if bias is not None:
             self.bias = nn.Parameter(bias.detach().clone())
 
+    def shift_bias(self, by: Tensor) -> None:
+        """Adds `by`, one number a channel, to the bias that inference computes with; a new parameter holds the sum."""
+        owner: Any = self if self.bn is None else self.bn
+        bias = by if owner.bias is None else owner.bias + by
+        owner.bias = nn.Parameter(bias.detach().clone())
+
     def freeze(self, frozen: bool = True) -> None:
         """Lets batch-norm's statistics stand still, in place, until told otherwise; `train()` does not undo it."""
         self.frozen = frozen
         self.train(self.training)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}bias")
+        if saved is not None and self.bias is None:  # a transform gave it one
+            self.bias = nn.Parameter(torch.empty_like(saved))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> "QuantWeighted":
         super().train(mode)
@@ -228,6 +245,7 @@ def _taken(layer: nn.Module, name: str) -> nn.Parameter | None:
     """Returns a parameter of `layer`, which loses it; a parametrization may have left a plain tensor."""
     value = getattr(layer, name)
     delattr(layer, name)
+    layer.register_parameter(name, None)  # which its repr asks for
     is_parameter = value is None or isinstance(value, nn.Parameter)
     return value if is_parameter else nn.Parameter(value.detach())
 

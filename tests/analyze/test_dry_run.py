@@ -10,9 +10,12 @@ from qtrain.analyze.dry_run import blame, coverage, dry_run
 from qtrain.analyze.truth import TruthError
 from qtrain.backend import torch_ao
 from qtrain.quant.none import NoQuantizer
-from qtrain.simulate.simulation import Simulation
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+def converted(quantizer, model):
+    return quantizer.convert(quantizer.prepare(model))
 
 
 @pytest.fixture(params=["ptq", "qat"])
@@ -22,53 +25,48 @@ def quantizer(request, make_ptq, make_qat):
 
 # ---- layers that cannot run in int8 ----------------------------------------------------------------------------------
 
-UNRUNNABLE = {
+WITHOUT_KERNEL = {
     "batch_norm1d": [nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)],
     "silu": [nn.Conv2d(3, 4, 3), nn.SiLU()],
     "softplus": [nn.Conv2d(3, 4, 3), nn.Softplus()],
     "log_softmax": [nn.Conv2d(3, 4, 3), nn.LogSoftmax(1)],
     "softmax": [nn.Conv2d(3, 4, 3), nn.Softmax(1)],
-    "gru": [nn.Flatten(2), nn.GRU(64, 4)],
-}
-
-
-@pytest.mark.parametrize("case", UNRUNNABLE)
-def test_a_layer_without_an_int8_kernel_is_named_with_its_kind(case, between, quantizer):
-    layers = UNRUNNABLE[case]
-    last = f"body.{len(layers) - 1}"
-    with pytest.raises(ValueError) as err:
-        dry_run(between(*layers), quantizer, (X,))
-    text = str(err.value)
-    assert text.startswith(f"model: layer {last} ({type(layers[-1]).__name__}) cannot run in the")
-    assert f"quant.layers={{{last}: float}}" in text
-
-
-@pytest.mark.parametrize("case", ["batch_norm1d", "silu", "softplus", "log_softmax"])
-def test_the_remedy_that_it_names_helps(case, between, make_ptq):
-    layers = UNRUNNABLE[case]
-    quantizer = make_ptq(layers={f"body.{len(layers) - 1}": "float"})
-    assert dry_run(between(*layers), quantizer, (X,))["macs_quantized"] == 1
-
-
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # torch's, on the way
-def test_rms_norm_is_named(between, quantizer):
-    with pytest.raises(ValueError, match=r"model: layer body\.1 \(RMSNorm\) cannot run in the int8 model"):
-        dry_run(between(nn.Conv2d(3, 4, 3), nn.RMSNorm(6)), quantizer, (X,))
-
-
-UNCONVERTIBLE = {
+    "rms_norm": [nn.Conv2d(3, 4, 3), nn.RMSNorm(6)],
+    "max_pool": [nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(2)],
+    "prelu_per_channel": [nn.Conv2d(3, 4, 3), nn.PReLU(4)],
     "padding_same": [nn.ReLU(), nn.Conv2d(3, 4, 3, padding="same")],
     "padding_circular": [nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")],
-    "prelu_per_channel": [nn.Conv2d(3, 4, 3), nn.PReLU(4)],
 }
 
 
-@pytest.mark.parametrize("case", UNCONVERTIBLE)
-def test_a_layer_that_cannot_be_converted_is_named(case, between, make_ptq, make_qat):
+@pytest.mark.parametrize("case", WITHOUT_KERNEL)
+def test_a_layer_without_an_int8_kernel_runs_in_float_and_coverage_says_so(case, between, engine, make_ptq, make_qat):
+    layers = WITHOUT_KERNEL[case]
+    last = f"body.{len(layers) - 1}"
     for make in (make_ptq, make_qat):
-        quantizer = make(weight={"granularity": "per_channel"})
-        with pytest.raises(ValueError, match=r"layer body\.1 \((Conv2d|PReLU)\)"):
-            dry_run(between(*UNCONVERTIBLE[case]), quantizer, (X,))
+        model, quantizer = between(*layers), make(engine)
+        found = dry_run(model, quantizer, (X,))
+        assert found["float_layers"][last].startswith(f"torch has no int8 {type(layers[-1]).__name__}")
+        simulation = quantizer.prepare(model)
+        quantizer.calibrate(simulation, [(X,)])
+        fake, int8 = quantizer.fake(simulation)(X), quantizer.convert(simulation)(X)
+        step = float(simulation.plan and simulation.model.get_submodule(last).output_q.scale)
+        assert (fake - int8).abs().max() < 2.01 * step and (model(X) - int8).norm() < 0.1 * model(X).norm()
+
+
+def test_behind_the_last_stub_such_a_layer_is_as_it_was(between, make_ptq):
+    model = nn.Sequential(between(nn.Linear(8, 4)), nn.SiLU())
+    quantizer = make_ptq()
+    simulation = quantizer.prepare(model)
+    quantizer.calibrate(simulation, [(X,)])
+    converted = quantizer.convert(simulation)
+    assert type(converted[1]) is nn.SiLU and simulation.plan["1"].output is None
+    assert torch.equal(converted(X), nn.functional.silu(converted[0](X)))
+
+
+def test_a_recurrent_layer_is_refused_with_its_kind(between, quantizer):
+    with pytest.raises(ValueError, match=r"model: layer body\.1 \(GRU\) cannot run in the .*layers={body\.1: float}"):
+        dry_run(between(nn.Flatten(2), nn.GRU(64, 4)), quantizer, (X,))
 
 
 def test_an_embedding_stays_float_and_coverage_says_why(make_ptq):
@@ -154,15 +152,15 @@ def test_a_layer_that_gets_float_inputs_is_named(layers, layer, quantizer):
         dry_run(nn.Sequential(*layers), quantizer, (X,))
 
 
-@pytest.mark.parametrize("case", ["no_dequant_stub", "float_island_at_the_end"])
-def test_an_output_that_is_no_float_tensor_is_refused(case, make_ptq):
-    if case == "no_dequant_stub":
-        model, layers = nn.Sequential(torch_ao.QuantStub(), nn.Conv2d(3, 4, 3)), {}
-    else:
-        model = nn.Sequential(torch_ao.QuantStub(), nn.Conv2d(3, 4, 3), torch_ao.DeQuantStub(), nn.Linear(6, 2))
-        layers = {"3": "float"}
+def test_an_output_that_is_no_float_tensor_is_refused(make_ptq):
+    model = nn.Sequential(torch_ao.QuantStub(), nn.Conv2d(3, 4, 3))
     with pytest.raises(ValueError, match="model: its output is a quantized tensor; .*DeQuantStub"):
-        dry_run(model, make_ptq(layers=layers), (X,))
+        dry_run(model, make_ptq(), (X,))
+
+
+def test_a_layer_behind_the_last_stub_can_be_kept_float(make_ptq):
+    model = nn.Sequential(torch_ao.QuantStub(), nn.Conv2d(3, 4, 3), torch_ao.DeQuantStub(), nn.Linear(6, 2))
+    assert dry_run(model, make_ptq(layers={"3": "float"}), (X,))["float_layers"] == {"3": "set by quant.layers"}
 
 
 def test_a_float_model_that_does_not_run_is_told_as_such(quantizer, between):
@@ -390,7 +388,7 @@ def test_multiply_accumulates_are_counted_as_by_hand(case, make_dynamic):
         def forward(self, x):
             return self.layer(x).sum() + self.linear(torch.ones(1, 10)).sum()
 
-    model = make_dynamic(layers={"layer": "float"} if case == "linear" else {}).convert(Simulation(Beside()))
+    model = converted(make_dynamic(layers={"layer": "float"} if case == "linear" else {}), Beside())
     model.linear.register_forward_hook(lambda *_: None)
     found = coverage(model, (torch.randn(shape),), {})
     assert found["macs_quantized"] == pytest.approx(100 / (100 + macs))
@@ -405,5 +403,5 @@ def test_a_layer_that_runs_twice_counts_twice(make_dynamic):
         def forward(self, x):
             return self.b(self.a(self.a(x)))
 
-    quantized = make_dynamic(layers={"b": "float"}).convert(Simulation(Twice()))
+    quantized = converted(make_dynamic(layers={"b": "float"}), Twice())
     assert coverage(quantized, (torch.randn(2, 4),), {"b": "float"})["macs_quantized"] == pytest.approx(2 / 3)

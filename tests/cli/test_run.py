@@ -532,9 +532,8 @@ def faulty(command, tmp_path, monkeypatch):
         ("model.fault=not a number", "layer linear.weight: 1 of 15680 weights are NaN or infinite"),
         ("data=louder", "layer quant: evaluation inputs span"),
         ("model.fault=plus", "use one qtrain.FloatFunctional per call site"),
-        ("model.fault=padding", "layer conv (Conv2d) has padding='same', which has no int8 kernel"),
     ],
-    ids=["uncalibrated", "nan", "input at 1.5 times the range", "raw plus", "padding same"],
+    ids=["uncalibrated", "nan", "input at 1.5 times the range", "raw plus"],
 )
 @pytest.mark.parametrize("method", ["ptq", "qat"])
 def test_a_planted_fault_ends_the_command_and_names_the_layer(method, argument, words, faulty, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from qtrain.config.build import ConfigError, build, compose, config_dir, find_device, hydra_arguments
+from qtrain.config.build import ConfigError, build, compose, config_dir, find_device, hydra_arguments, try_out
 from qtrain.data.loaders import image_loaders
 from qtrain.runs import pipeline
 
@@ -21,10 +21,13 @@ EXPERIMENTS = [path.stem for path in FILES if path.parent.name == "experiment"]
 
 
 COMPANIONS = {("data", "text"): ["data.path=FILE"], ("task", "language_modeling"): ["data=shakespeare"]}
+LISTS = {"exporter": "export", "transform": "quant.transforms"}  # keys that take names of files
 
 
 def select(group, name):
     """The command line that makes a config out of the file."""
+    if group in LISTS:
+        return [f"{LISTS[group]}=[{name}]"]
     place = "observer@quant.activation.observer" if group == "observer" else group
     return [f"{place}={name}", *COMPANIONS.get((group, name), [])]
 
@@ -34,8 +37,9 @@ def sections(node, path=""):
     if "_target_" in node:
         yield path, node
     for key, child in node.items():
-        if isinstance(child, DictConfig):
-            yield from sections(child, f"{path}.{key}".strip("."))
+        for inner in child if isinstance(child, ListConfig) else [child]:
+            if isinstance(inner, DictConfig):
+                yield from sections(inner, f"{path}.{key}".strip("."))
 
 
 def assert_binds(settings):
@@ -247,7 +251,7 @@ def problems(composed):
     def build_with(*overrides, method="ptq"):
         settings = OmegaConf.merge(composed[method], OmegaConf.from_dotlist(list(overrides)))
         with pytest.raises(ConfigError) as caught:
-            build(settings)
+            try_out(build(settings), settings)
         return str(caught.value).splitlines()
 
     return build_with
@@ -279,7 +283,7 @@ MISTAKES = {
     "quant.weight.narrow_range=127": "quant.weight.narrow_range=127: allowed are true, false and auto",
     "quant.activation.narrow_range=true": "quant.activation.narrow_range=true: is for weights, whose integers are",
     "quant.activation.group_size=4": "quant.activation.group_size=4: goes with granularity=per_group, and only with it",
-    "quant.engine=tensorrt": "quant.engine=tensorrt: allowed are auto, fbgemm, qnnpack, x86, onednn",
+    "quant.engine=tensorrt": "quant.engine=tensorrt: allowed are auto, reference, fbgemm, qnnpack, x86, onednn",
     "quant.layers.linear1=int8": "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, or a mapping",
     "quant.layers.linear1.bits=9": "quant.layers.linear1.bits=9: must be a whole number from 2 to 8",
     "trainer.momentum=1": "trainer: Trainer.__init__() got an unexpected keyword argument 'momentum'",

@@ -59,3 +59,10 @@ def test_a_model_of_zeros_can_be_drawn():
     assert plots.png(plots.distribution(pairs, "int2")).startswith(b"\x89PNG")
     assert plots.png(plots.weights(pairs)).startswith(b"\x89PNG")
     assert plots.png(plots.noise({"weights": {"a": float("inf")}})).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("num_classes, texts", [(10, 100), (300, 0)])
+def test_the_counts_of_a_confusion_matrix_are_written_where_they_can_be_read(num_classes, texts):
+    (axes,) = plots.confusion(torch.eye(num_classes).int().tolist(), "float").axes
+    assert len(axes.texts) == texts and axes.images[0].get_array().shape == (num_classes, num_classes)
+    assert len(axes.get_xticks()) <= 20

@@ -33,8 +33,8 @@ def test_the_function_stays_and_the_features_stand_out(gpt2):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_channels": 0, "factor": 2.0}, r"transform\.num_channels=0: must be a whole number from 1 to 16"),
-        ({"num_channels": 1, "factor": 0.0}, r"transform\.factor=0.0: must be a number above 0"),
+        ({"num_channels": 0, "factor": 2.0}, r"model_transform\.num_channels=0: must be a whole number from 1 to 16"),
+        ({"num_channels": 1, "factor": 0.0}, r"model_transform\.factor=0.0: must be a number above 0"),
     ],
 )
 def test_refused_settings(options, message, gpt2):
@@ -43,5 +43,5 @@ def test_refused_settings(options, message, gpt2):
 
 
 def test_another_model(mlp):
-    with pytest.raises(ValueError, match="transform: plants outliers in a GPT2, but the model is a MLP"):
+    with pytest.raises(ValueError, match="model_transform: plants outliers in a GPT2, but the model is a MLP"):
         plant_outliers(mlp, num_channels=1, factor=2.0)

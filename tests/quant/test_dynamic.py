@@ -8,7 +8,10 @@ from torch import nn
 from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import HalfWeight
-from qtrain.simulate.simulation import Simulation
+
+
+def converted(quantizer, model):
+    return quantizer.convert(quantizer.prepare(model))
 
 
 def decibels(exact, approximation):
@@ -38,13 +41,13 @@ def test_weights_and_outputs_are_those_of_torchs_quantize_dynamic(granularity, e
 
 def test_it_stays_close_to_float(engine, model, images, make_dynamic):
     quantizer = make_dynamic(engine)
-    assert decibels(model(images), quantizer.convert(Simulation(model))(images)) > 25
+    assert decibels(model(images), converted(quantizer, model)(images)) > 25
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_weights_of_n_bits_have_2_to_the_n_integers(bits, symmetric, mlp, make_dynamic):
-    quantized = make_dynamic("fbgemm", weight={"bits": bits, "symmetric": symmetric}).convert(Simulation(mlp))
+    quantized = converted(make_dynamic("fbgemm", weight={"bits": bits, "symmetric": symmetric}), mlp)
     integers = quantized.linear1.weight().int_repr()
     assert -(2 ** (bits - 1)) <= integers.min() and integers.max() <= 2 ** (bits - 1) - 1
     assert len(integers.unique()) > 0.9 * 2**bits
@@ -53,13 +56,13 @@ def test_weights_of_n_bits_have_2_to_the_n_integers(bits, symmetric, mlp, make_d
 def test_only_linear_layers_change(convnet, images, make_dynamic):
     before = copy.deepcopy(convnet.state_dict())
     quantizer = make_dynamic()
-    quantized = quantizer.convert(Simulation(convnet))
+    quantized = converted(quantizer, convnet)
     assert set(weights(quantized)) == {"linear1", "linear2"}
     assert torch.equal(quantized.conv1.weight, convnet.conv1.weight)
     assert all(torch.equal(before[name], value) for name, value in convnet.state_dict().items())
     assert (
-        quantizer.fake(Simulation(convnet)) is None
-        and quantizer.reference(Simulation(convnet)) is None
+        quantizer.fake(quantizer.prepare(convnet)) is None
+        and quantizer.reference(quantizer.prepare(convnet)) is None
         and not quantizer.simulated
     )
 
@@ -75,7 +78,7 @@ def test_only_linear_layers_change(convnet, images, make_dynamic):
     ids=str,
 )
 def test_layers_stay_float_where_told(layers, expected, mlp, images, make_dynamic):
-    quantized = make_dynamic(layers=layers).convert(Simulation(mlp))
+    quantized = converted(make_dynamic(layers=layers), mlp)
     assert set(weights(quantized)) == expected
     if not expected:
         assert torch.equal(quantized(images), mlp(images))
@@ -83,7 +86,7 @@ def test_layers_stay_float_where_told(layers, expected, mlp, images, make_dynami
 
 def test_a_layer_inside_a_float_one_stays_float(make_dynamic):
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
-    assert set(weights(make_dynamic(layers={"0": "float"}).convert(Simulation(model)))) == {"1"}
+    assert set(weights(converted(make_dynamic(layers={"0": "float"}), model))) == {"1"}
 
 
 @pytest.mark.parametrize("setting", ["int8", None, {"method": "ptq"}], ids=str)
@@ -98,10 +101,10 @@ def test_layers_have_no_other_setting(setting, make_dynamic):
 
 def test_single_layers_in_fewer_bits_or_by_another_method(mlp, images, make_dynamic):
     layers = {"linear1": {"bits": 4}, "linear2": "llm_int8", "linear3": {"method": "weight_only", "bits": 4}}
-    quantized = make_dynamic(layers=layers).convert(Simulation(mlp))
+    quantized = converted(make_dynamic(layers=layers), mlp)
     assert quantized.linear1.weight().int_repr().unique().numel() <= 16
     assert isinstance(quantized.linear2, LLMInt8Linear) and quantized.linear3.weight.bits == 4
-    assert isinstance(make_dynamic(layers={"linear2": "fp16"}).convert(Simulation(mlp)).linear2.weight, HalfWeight)
+    assert isinstance(converted(make_dynamic(layers={"linear2": "fp16"}), mlp).linear2.weight, HalfWeight)
     assert 0 < (quantized(images) - mlp(images)).norm() < 0.3 * mlp(images).norm()
 
 
@@ -115,7 +118,7 @@ def test_the_engines_rules_hold(engine, make_dynamic):
 
 
 def test_it_runs_under_its_own_engine(engine, mlp, images, make_dynamic):
-    quantized = make_dynamic(engine).convert(Simulation(mlp))
+    quantized = converted(make_dynamic(engine), mlp)
     seen = []
     quantized.linear1.register_forward_hook(lambda *_: seen.append(torch.backends.quantized.engine))
     quantized(images)
@@ -126,4 +129,4 @@ def test_a_module_under_two_names_is_refused(make_dynamic):
     model = nn.ModuleDict({"a": nn.Linear(4, 4)})
     model["b"] = model["a"]
     with pytest.raises(ValueError, match="layer b is layer a under a second name"):
-        make_dynamic().convert(Simulation(model))
+        converted(make_dynamic(), model)

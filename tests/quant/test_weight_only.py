@@ -16,11 +16,14 @@ from qtrain.model.gpt2 import GPT2
 from qtrain.quant.llm_int8 import LLMInt8
 from qtrain.quant.weight_only import WeightOnly
 from qtrain.runs.checkpoint import save_weights
-from qtrain.simulate.simulation import Simulation
 
 GATE = TruthGate(on_failure="error", samples=8, max_steps=4.0, max_range_ratio=1.25)
 V, C, T = 40, 16, 8
 LINEARS = 2 * 12 * C * C  # weights of two blocks
+
+
+def converted(quantizer, model):
+    return quantizer.convert(quantizer.prepare(model))
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def test_every_linear_layer_becomes_integers_and_the_model_stays_itself(bits, er
     changed = {name for name, module in quantized.named_modules() if isinstance(module, CompactLinear)}
     assert changed == {n for n, m in gpt2.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
     assert (quantized(idx) - exact).norm() < error * exact.norm()
-    torch.testing.assert_close(quantized(idx), quantizer.fake(Simulation(gpt2))(idx), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(quantized(idx), quantizer.fake(quantizer.prepare(gpt2))(idx), rtol=1e-3, atol=1e-3)
     assert all(torch.equal(before[name], value) for name, value in gpt2.state_dict().items())
 
 
@@ -75,7 +78,7 @@ EMBEDDED = (V + T) * C
 )
 @pytest.mark.parametrize("method", [make, make_llm])
 def test_every_byte_is_stored_once(method, embedding, head, stored, types, gpt2, idx):
-    quantized = method(embedding=embedding, head=head).convert(Simulation(gpt2))
+    quantized = converted(method(embedding=embedding, head=head), gpt2)
     own = LLMInt8Linear if method is make_llm and head == "separate" else types[1]
     assert kinds(quantized) == {"wte": types[0], "wpe": types[0], "lm_head": own}
     channels = sum(m.out_features for n, m in gpt2.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
@@ -88,9 +91,9 @@ def test_every_byte_is_stored_once(method, embedding, head, stored, types, gpt2,
 
 def test_a_state_dict_fills_another_model_and_keeps_what_is_shared(gpt2, idx):
     quantizer = make(bits=4, embedding="int8")
-    quantized = quantizer.convert(Simulation(gpt2))
+    quantized = converted(quantizer, gpt2)
     gpt2.init_weights()
-    other = quantizer.convert(Simulation(gpt2))
+    other = converted(quantizer, gpt2)
     assert not torch.equal(other(idx), quantized(idx))
     other.load_state_dict(quantized.state_dict())
     assert torch.equal(other(idx), quantized(idx)) and other.lm_head.weight is other.wte.weight
@@ -98,7 +101,7 @@ def test_a_state_dict_fills_another_model_and_keeps_what_is_shared(gpt2, idx):
 
 def test_settings_by_layer(gpt2, idx):
     layers = {"h.0.*": "float", "h.1.mlp.c_fc": {"bits": 2}, "wpe": "float"}
-    quantized = make(bits=8, embedding="int8", layers=layers).convert(Simulation(gpt2))
+    quantized = converted(make(bits=8, embedding="int8", layers=layers), gpt2)
     weights = {n: integers.quantized_weight(m) for n, m in quantized.named_modules()}
     bits = {name: weight.bits for name, weight in weights.items() if weight is not None}
     assert bits == {"wte": 8, "lm_head": 8, "h.1.mlp.c_fc": 2} | dict.fromkeys(
@@ -106,7 +109,7 @@ def test_settings_by_layer(gpt2, idx):
     )
     lowest = {name: int(weights[name].int_repr().min()) for name in ("h.1.mlp.c_fc", "h.1.mlp.c_proj")}
     assert lowest == {"h.1.mlp.c_fc": -2, "h.1.mlp.c_proj": -127}  # each narrow, or not, by its own bits
-    quantized = make_llm(layers={"*c_proj": "float"}).convert(Simulation(gpt2))
+    quantized = converted(make_llm(layers={"*c_proj": "float"}), gpt2)
     assert sum(isinstance(m, LLMInt8Linear) for m in quantized.modules()) == 4
 
 
@@ -119,7 +122,7 @@ def test_another_method_for_single_layers(method, gpt2, idx):
         "h.1.mlp.c_fc": "fp16",
         "h.1.mlp.c_proj": "weight_only",
     }
-    quantized = method(layers=layers).convert(Simulation(gpt2))
+    quantized = converted(method(layers=layers), gpt2)
     h = quantized.h
     assert [h[0].attn.c_attn.threshold, h[0].mlp.c_fc.threshold, h[0].mlp.c_proj.threshold] == [6.0, 2.5, 6.0]
     assert [type(m) for m in (h[1].attn.c_attn, h[1].mlp.c_fc, h[1].mlp.c_proj)] == 3 * [CompactLinear]
@@ -132,16 +135,16 @@ def test_another_method_for_single_layers(method, gpt2, idx):
 
 def test_a_head_with_a_setting_of_its_own_is_separate(gpt2):
     for embedding in ("float", "int8"):
-        quantized = make(bits=4, embedding=embedding, layers={"lm_head": {"bits": 8}}).convert(Simulation(gpt2))
+        quantized = converted(make(bits=4, embedding=embedding, layers={"lm_head": {"bits": 8}}), gpt2)
         assert quantized.lm_head.weight.bits == 8 and quantized.lm_head.weight is not quantized.wte.weight
-    assert type(make(embedding="int8", layers={"lm_head": "float"}).convert(Simulation(gpt2)).lm_head) is nn.Linear
+    assert type(converted(make(embedding="int8", layers={"lm_head": "float"}), gpt2).lm_head) is nn.Linear
 
 
 def test_a_setting_without_effect(convnet):
     with pytest.raises(
         ValueError, match=r"quant\.layers\.conv\*: has no Linear layer, and this is a setting of theirs"
     ):
-        make(layers={"conv*": {"bits": 4}}).convert(Simulation(convnet))
+        converted(make(layers={"conv*": {"bits": 4}}), convnet)
 
 
 def test_what_is_quantized_is_counted(gpt2, idx):
@@ -167,9 +170,9 @@ def test_a_head_that_stays_one_with_its_embedding_counts_once_and_says_so(gpt2, 
 def test_the_gate_compares_the_layers_that_hold_integers(gpt2, idx):
     quantizer = make(bits=4)
     section, failures = GATE.compare(
-        quantizer.reference(Simulation(gpt2)),
-        quantizer.fake(Simulation(gpt2)),
-        quantizer.convert(Simulation(gpt2)),
+        quantizer.reference(quantizer.prepare(gpt2)),
+        quantizer.fake(quantizer.prepare(gpt2)),
+        converted(quantizer, gpt2),
         (idx,),
     )
     assert not failures and set(section["sqnr_db"]) == {n for n, m in gpt2.named_modules() if type(m) is nn.Linear} - {
@@ -179,14 +182,14 @@ def test_the_gate_compares_the_layers_that_hold_integers(gpt2, idx):
 
 
 def test_convolutions_stay_float(convnet, images):
-    quantized = make().convert(Simulation(convnet))
+    quantized = converted(make(), convnet)
     assert type(quantized.conv1) is nn.Conv2d and isinstance(quantized.linear1, CompactLinear)
     assert (quantized(images) - convnet(images)).norm() < 0.01 * convnet(images).norm()
 
 
 def test_generation_goes_on_with_the_cache(gpt2, idx):
     for quantizer in (make(embedding="int8"), make_llm(embedding="fp16")):
-        quantized = quantizer.convert(Simulation(gpt2))
+        quantized = converted(quantizer, gpt2)
         tokens = quantized.generate(idx[:1, :2], T - 2, greedy=True)
         expected = idx[:1, :2]
         for _ in range(T - 2):
@@ -243,10 +246,10 @@ def test_refused_settings_of_llm_int8(settings, message):
 
 def test_a_group_size_that_does_not_divide_names_the_layer(gpt2):
     with pytest.raises(ValueError, match=r"quant\.weight\.group_size=5 does not divide .*layer h\.0\.attn\.c_attn"):
-        make(bits=4, granularity="per_group", group_size=5).convert(Simulation(gpt2))
+        converted(make(bits=4, granularity="per_group", group_size=5), gpt2)
     own = {"h.1.mlp.c_fc": {"bits": 4, "granularity": "per_group", "group_size": 5}}
     with pytest.raises(ValueError, match=r"quant\.layers: group_size=5 does not divide .*layer h\.1\.mlp\.c_fc"):
-        make(layers=own).convert(Simulation(gpt2))
+        converted(make(layers=own), gpt2)
 
 
 GROUPS = {"bits": 4, "granularity": "per_group", "group_size": 128}
@@ -265,7 +268,7 @@ GROUPS = {"bits": 4, "granularity": "per_group", "group_size": 128}
 def test_files_of_gpt2_124m(make, limit, tmp_path):
     model = GPT2().eval()
     assert weight_bytes(model) == 497_759_232 == 4 * 124_439_808
-    quantized = make().convert(Simulation(model))
+    quantized = converted(make(), model)
     size = save_weights(tmp_path / "quantized.pt", quantized)
     assert weight_bytes(quantized) < size < limit
     assert size < weight_bytes(quantized) + 100_000  # the head's weight, shared, is not written a second time

@@ -20,8 +20,9 @@ from qtrain.logger.loggers import Logger, Pictures, TensorBoard
 from qtrain.runs import pipeline
 from qtrain.runs.resume import Interrupted, Progress, Signals, open_run
 from qtrain.task.classification import Classification
+from qtrain.train.running_mean import RunningMean
 from qtrain.train.scheduler import cosine
-from qtrain.train.trainer import Trainer, _RunningMean
+from qtrain.train.trainer import Trainer
 
 SMALL = ["data.val_size=16", "data.batch_size=8", "data.eval_batch_size=24", "threads=1", "logger=none"]
 SMALL += ["trainer.epochs=2", "trainer.log_every=3", "measure.repeats=1", "measure.warmup=0", "measure.batch_sizes=[1]"]
@@ -67,7 +68,7 @@ def result(folder):
 
 def break_at(monkeypatch, batch, how):
     """Calls `how` in the given batch of all trainings together, counted from 1."""
-    add, seen = _RunningMean.add, []
+    add, seen = RunningMean.add, []
 
     def counted(self, loss):
         seen.append(loss)
@@ -75,7 +76,7 @@ def break_at(monkeypatch, batch, how):
             how()
         add(self, loss)
 
-    monkeypatch.setattr(_RunningMean, "add", counted)
+    monkeypatch.setattr(RunningMean, "add", counted)
 
 
 def die():
@@ -115,9 +116,9 @@ def test_steps_between_two_saves_alone_are_done_again(tmp_path, monkeypatch):
             break_at(patch, 10, die)
             execute(folder, "float", f"trainer.save_every={save_every}")
         with monkeypatch.context() as patch:
-            add = _RunningMean.add
+            add = RunningMean.add
             steps.clear()
-            patch.setattr(_RunningMean, "add", lambda self, loss, add=add: (steps.append(1), add(self, loss)))
+            patch.setattr(RunningMean, "add", lambda self, loss, add=add: (steps.append(1), add(self, loss)))
             execute(folder, "float", f"trainer.save_every={save_every}", resume=True)
         assert len(steps) == expected
 
@@ -161,7 +162,7 @@ class root_logger_restored:
 
 
 def test_a_signal_outside_a_training_ends_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "calibration_inputs", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(pipeline, "CalibrationInputs", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted):
         execute(tmp_path / "run", "float")
     assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "interrupted"

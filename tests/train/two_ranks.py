@@ -98,7 +98,7 @@ def everything():
         losses, quantized = qat(model, *conv_bn)
         found[name] = {
             "losses": losses,
-            "qparams": activation_qparams(quantized),
+            "qparams": activation_qparams(quantized, quantized),
             "integers": {
                 n: w.int_repr() for n, m in quantized.named_modules() if (w := integers.quantized_weight(m)) is not None
             },

@@ -89,14 +89,20 @@ print("imported:", [name for name in ("torch", "torch._dynamo", "matplotlib") if
         ("sede=3", []),
         ("model.hiden=3", []),
         ("model=nope", []),
+        ("scheduler=null", []),
+        ("-m quant=ptq,qat quant.epoch=3", []),
+        ("experiment=gpt2_shakespeare quant.weight.bit=4", []),
         ("quant.weight.bits=9", ["torch"]),
+        ("quant.layers={conv9: float}", ["torch"]),
+        ("quant.scheduler=null quant=qat", ["torch"]),
         ("optimizer.lr=-1", ["torch"]),
         ("device=gpu", ["torch"]),
     ],
 )
 def test_words_wait_for_no_import_that_they_do_not_need(argument, imported, tmp_path):
     """torch takes 2 seconds of CPU, what its optimizers import 2.6 more, matplotlib 0.6."""
-    told = subprocess.run([sys.executable, "-c", SLOW, argument], cwd=tmp_path, capture_output=True, text=True)
+    words = [argument] if "{" in argument else argument.split()
+    told = subprocess.run([sys.executable, "-c", SLOW, *words], cwd=tmp_path, capture_output=True, text=True)
     assert told.stdout.splitlines()[-1] == f"imported: {imported}", told.stdout + told.stderr
 
 
@@ -151,8 +157,12 @@ def test_an_optimizer_and_a_schedule_of_qat_by_name(job):
     assert run.code == 0, run.text
     found = run.report["config"]["quant"]
     assert found["optimizer"]["_target_"] == "torch.optim.SGD" and "Adam" not in str(found)
-    wrong = job("mlp", "quant=qat", "quant.optimizer=sdg")
-    assert wrong.code == 1 and "quant.optimizer=sdg: allowed are adam, adamw and sgd" in wrong.text
+    for value in ("sdg", "null", "3"):
+        wrong = job("mlp", "quant=qat", f"quant.optimizer={value}", f"quant.scheduler={value}")
+        shown = value.replace("null", "None")
+        assert wrong.code == 1
+        assert f"quant.optimizer={shown}: allowed are adam, adamw and sgd\n" in wrong.text
+        assert f"quant.scheduler={shown}: allowed are constant and cosine" in wrong.text
 
 
 def test_the_limit_of_the_float_training_is_not_that_of_qat(job):

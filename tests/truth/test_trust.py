@@ -131,7 +131,7 @@ def test_no_gadget_runs(run_dir, command, trace, name):
         ("model", gadget),
         ("model", nested),
         ("quant.weight.observer", gadget),
-        ("transform", gadget),
+        ("model_transform", gadget),
     ):
         changed = shutil.copytree(run_dir, trace.parent / "changed")
         put(changed, place, value)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.backend.torch_ao.engines import use_engine
+from qtrain.backend.torch_ao.binding import use_engine
 
 # Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls back to plain loops.
 HAS_ONEDNN = torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines

@@ -12,24 +12,25 @@ from torch.ao.nn.quantized import FloatFunctional
 from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
+from qtrain.backend.torch_ao.binding import bind_engine, use_engine
 from qtrain.backend.torch_ao.calls import resolve
-from qtrain.backend.torch_ao.copying import copy_model
 from qtrain.backend.torch_ao.dynamic import CONVERTIBLE, DEPRECATED, quantize_dynamic
-from qtrain.backend.torch_ao.engines import ENGINES, Engine, bind_engine, find_engine, use_engine
+from qtrain.backend.torch_ao.engines import ENGINES, Engine, find_engine
 from qtrain.backend.torch_ao.fusion import fuse, unfused_pairs
-from qtrain.backend.torch_ao.lower import FloatIsland, lower
+from qtrain.backend.torch_ao.lower import lower
 from qtrain.backend.torch_ao.observers import histogram, minmax, moving_average
 from qtrain.backend.torch_ao.prepare import match_layers, ready
-from qtrain.backend.torch_ao.refusals import refuse_old_norms, refuse_silent_errors
+from qtrain.backend.torch_ao.refusals import refuse_old_norms
+from qtrain.common.copying import copy_model
 
 __all__ = [
+    "BACKENDS",
     "CONVERTIBLE",
     "DEPRECATED",
     "ENGINES",
     "DeQuantStub",
     "Engine",
     "FloatFunctional",
-    "FloatIsland",
     "QuantStub",
     "UniformQuantizationObserverBase",
     "bind_engine",
@@ -44,11 +45,12 @@ __all__ = [
     "quantize_dynamic",
     "ready",
     "refuse_old_norms",
-    "refuse_silent_errors",
     "resolve",
     "unfused_pairs",
     "use_engine",
 ]
+
+BACKENDS = ENGINES  # what `backend.find` finds
 
 # torch warns once a process, wherever the first quantized tensor is made or loaded. Make one here, so that no user's
 # line is blamed for it.

@@ -7,8 +7,8 @@ from typing import Any
 import torch.ao.quantization as tq
 from torch import nn
 
-from qtrain.backend.torch_ao.copying import copy_model
-from qtrain.backend.torch_ao.engines import bind_engine, use_engine
+from qtrain.backend.torch_ao.binding import bind_engine, use_engine
+from qtrain.common.copying import copy_model
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 

@@ -6,28 +6,42 @@ import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 
-from qtrain.backend.torch_ao.engines import use_engine
+from qtrain.backend.torch_ao.binding import use_engine
 
 
-def _contiguous(cls: Any) -> Any:
-    """Returns torch's int8 class `cls`, made to see its input in the plain order of memory.
+class _Contiguous:
+    """Comes before a norm of torch's, whose kernel it hands contiguous input alone.
 
     For channels-last input, which int8 convolutions put out, the kernels of torch 2.14 compute garbage once batch x
     groups is above C x H x W.
     """
 
-    def forward(layer: Any, x: Tensor) -> Tensor:
-        output: Tensor = cls.forward(layer, x.contiguous())
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = super().forward(x.contiguous())  # type: ignore[misc]
         return output
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+class GroupNorm(_Contiguous, nnq.GroupNorm):
+    """torch's, made right."""
 
 
-CONTIGUOUS: dict[Any, Any] = {  # {float class: its int8 class}, for the table of conversions
-    nn.GroupNorm: _contiguous(nnq.GroupNorm),
-    nn.InstanceNorm1d: _contiguous(nnq.InstanceNorm1d),
-    nn.InstanceNorm2d: _contiguous(nnq.InstanceNorm2d),
-    nn.InstanceNorm3d: _contiguous(nnq.InstanceNorm3d),
+class InstanceNorm1d(_Contiguous, nnq.InstanceNorm1d):
+    """torch's, made right."""
+
+
+class InstanceNorm2d(_Contiguous, nnq.InstanceNorm2d):
+    """torch's, made right."""
+
+
+class InstanceNorm3d(_Contiguous, nnq.InstanceNorm3d):
+    """torch's, made right."""
+
+
+NORMS: dict[Any, Any] = {
+    nn.GroupNorm: GroupNorm,
+    nn.InstanceNorm1d: InstanceNorm1d,
+    nn.InstanceNorm2d: InstanceNorm2d,
+    nn.InstanceNorm3d: InstanceNorm3d,
 }
 
 

@@ -8,9 +8,10 @@ import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
 
-from qtrain.backend.torch_ao.copying import copy_model
-from qtrain.backend.torch_ao.engines import bind_engine, use_engine
-from qtrain.backend.torch_ao.int8_layers import CONTIGUOUS, HOLDING
+from qtrain.backend.base import FloatIsland
+from qtrain.backend.torch_ao.binding import bind_engine, use_engine
+from qtrain.backend.torch_ao.int8_layers import HOLDING, NORMS
+from qtrain.common.copying import copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import Simulation, integers
 from qtrain.simulate.sites import (
@@ -23,30 +24,6 @@ from qtrain.simulate.sites import (
 )
 
 Kernel = Callable[[Any, float, int], nn.Module]  # of a float module, and its output's scale and zero point
-
-
-class FloatIsland(nn.Module):
-    """Runs a layer in float between quantized neighbours.
-
-    Args:
-        layer: the float layer.
-        scale, zero_point: of its output; of several outputs, of the first.
-    """
-
-    def __init__(self, layer: nn.Module, scale: float, zero_point: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.quant = nnq.Quantize(scale, zero_point, torch.quint8)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*map(_plain, args), **kwargs)
-        if isinstance(output, tuple):
-            return self.quant(output[0]), *output[1:]
-        return self.quant(output)
-
-
-def _plain(x: Any) -> Any:
-    return x.dequantize() if isinstance(x, Tensor) and x.is_quantized else x
 
 
 @torch.no_grad()
@@ -64,22 +41,22 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
     with use_engine(engine):
         for name, site in sites:
             try:
-                is_float = name in plan and plan[name].backend == "float"
-                model.set_submodule(name, _lowered(site, is_float))
+                reason = plan[name].reason if name in plan else None
+                model.set_submodule(name, _lowered(site, reason))
             except Exception as err:  # torch names neither the layer nor, often, the reason
-                reason = (str(err) or type(err).__name__).splitlines()[0]
+                cause = (str(err) or type(err).__name__).splitlines()[0]
                 raise ValueError(
-                    f"model: layer {name} ({site.kind}) cannot be converted to int8: {reason}. To keep it float: "
+                    f"model: layer {name} ({site.kind}) cannot be converted to int8: {cause}. To keep it float: "
                     f"quant.layers={{{name}: float}}"
                 ) from err
         return bind_engine(model, engine)
 
 
-def _lowered(site: nn.Module, is_float: bool) -> nn.Module:
+def _lowered(site: nn.Module, reason: str | None) -> nn.Module:
     if isinstance(site, QuantOutput):
         return nnq.DeQuantize()
     if isinstance(site, QuantInput):
-        return nnq.Quantize(*_output(site), torch.quint8)
+        return _quantize(site)
     if isinstance(site, QuantFunctional):
         return _functional(site)
     if isinstance(site, QuantWeighted):
@@ -87,10 +64,14 @@ def _lowered(site: nn.Module, is_float: bool) -> nn.Module:
     assert isinstance(site, QuantModule), site
     if site.output_q is None:  # it runs in float
         return site.layer
-    kernel = KERNELS.get(type(site.layer))
-    if kernel is None or is_float:
-        return FloatIsland(site.layer, *_output(site))
-    return kernel(site.layer, *_output(site))
+    if reason is not None:
+        return FloatIsland(site.layer, _quantize(site), reason)
+    return KERNELS[type(site.layer)](site.layer, *_output(site))
+
+
+def _quantize(site: Site) -> nn.Module:
+    new: nn.Module = nnq.Quantize(*_output(site), torch.quint8)
+    return new
 
 
 def _output(site: Site) -> tuple[float, int]:
@@ -109,7 +90,7 @@ def _functional(site: QuantFunctional) -> nn.Module:
 
 def _weighted(site: QuantWeighted) -> nn.Module:
     if site.weight_q is None:
-        return FloatIsland(site, *_output(site))
+        return FloatIsland(site, _quantize(site), "its weight stays float")
     weight, bias = site.folded()[0], _bias(site)
     if not site.weight_q.stays:
         site.weight_q(weight)  # its scale is that of the last forward, and the weight may have moved
@@ -176,16 +157,14 @@ def _batch_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
 
 
 def _group_norm(layer: Any, *output: Any) -> nn.Module:
-    new: nn.Module = CONTIGUOUS[nn.GroupNorm](
+    new: nn.Module = NORMS[nn.GroupNorm](
         layer.num_groups, layer.num_channels, layer.weight, layer.bias, *output, layer.eps, layer.affine
     )
     return new
 
 
 def _instance_norm(layer: Any, *output: Any) -> nn.Module:
-    new: nn.Module = CONTIGUOUS[type(layer)](
-        layer.num_features, layer.weight, layer.bias, *output, layer.eps, layer.affine
-    )
+    new: nn.Module = NORMS[type(layer)](layer.num_features, layer.weight, layer.bias, *output, layer.eps, layer.affine)
     return new
 
 
@@ -195,8 +174,6 @@ def _layer_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
 
 
 def _prelu(layer: Any, scale: float, zero_point: int) -> nn.Module:
-    if layer.num_parameters > 1:
-        raise ValueError("torch has no kernel for one slope a channel")
     new = nnq.PReLU(scale, zero_point, layer.num_parameters)
     weight = layer.weight.detach().float()
     low, high = weight.aminmax()
@@ -232,6 +209,5 @@ KERNELS: dict[type[nn.Module], Kernel] = {
     nn.LeakyReLU: _leaky_relu,
     nn.PReLU: _prelu,
     nn.Sigmoid: _as_it_is,
-    nn.Softmax: _as_it_is,
     nn.Tanh: _as_it_is,
 }

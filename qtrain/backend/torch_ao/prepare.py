@@ -9,13 +9,13 @@ from torch import nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn.modules.conv import _ConvNd
 
-from qtrain.backend.torch_ao.copying import copy_model
 from qtrain.backend.torch_ao.fusion import fuse_by_itself
 from qtrain.backend.torch_ao.refusals import (
     bake_parametrizations,
     refuse_own_qconfigs,
     separate_shared,
 )
+from qtrain.common.copying import copy_model
 
 
 def ready(model: nn.Module, *, is_qat: bool) -> nn.Module:

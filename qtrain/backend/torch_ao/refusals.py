@@ -7,8 +7,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from qtrain.backend.torch_ao.copying import copy_model
-from qtrain.backend.torch_ao.engines import Engine
+from qtrain.common.copying import copy_model
+from qtrain.functional.spec import QuantSpec
 from qtrain.simulate.build import Groups, is_marked_float
 from qtrain.simulate.plan import LayerPlan, Plan
 
@@ -72,15 +72,73 @@ def separate_shared(model: nn.Module) -> None:
         seen.add(id(module))
 
 
+NO_KERNEL = (
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
+    nn.BatchNorm1d,
+    nn.CELU,
+    nn.CircularPad1d,
+    nn.CircularPad2d,
+    nn.CircularPad3d,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+    nn.GLU,
+    nn.Hardshrink,
+    nn.LPPool1d,
+    nn.LPPool2d,
+    nn.LPPool3d,
+    nn.LocalResponseNorm,
+    nn.LogSigmoid,
+    nn.LogSoftmax,
+    nn.Mish,
+    nn.RMSNorm,
+    nn.RReLU,
+    nn.ReflectionPad3d,
+    nn.ReplicationPad1d,
+    nn.ReplicationPad2d,
+    nn.ReplicationPad3d,
+    nn.SELU,
+    nn.SiLU,
+    nn.Softmax,
+    nn.Softmax2d,
+    nn.Softmin,
+    nn.Softplus,
+    nn.Softshrink,
+    nn.Softsign,
+    nn.SyncBatchNorm,
+    nn.Tanhshrink,
+    nn.Unfold,
+)
+
+
+def without_kernel(module: nn.Module) -> str | None:
+    """Returns why a layer runs in float, whatever the engine, or None."""
+    kind = type(module).__name__
+    if type(module) in NO_KERNEL:
+        return f"torch has no int8 {kind}"
+    if isinstance(module, _ConvNd):
+        if isinstance(module.padding, str):
+            return f"torch has no int8 {kind} with padding={module.padding!r}"
+        mode = module.padding_mode
+        if mode in ("circular", "replicate") or mode == "reflect" and isinstance(module, nn.Conv3d):
+            return f"torch has no int8 {kind} with padding_mode={mode!r}"
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return "torch has no int8 PReLU with one slope a channel"
+    return None
+
+
 CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: Engine) -> None:
+def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: str, conv_transpose: bool) -> None:
     """Raises ValueError for a layer that the engine's kernels would compute wrongly, or not at all.
 
     Args:
         model: the float model, fused.
         plan, groups: what its layers are to become; those that stay float are right whatever they are.
+        engine: its name.
+        conv_transpose: whether its kernels of transposed convolutions are right.
     """
     floats = [name for name, group in groups.items() if group.is_float]
     first: dict[int, str] = {}
@@ -94,7 +152,7 @@ def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: E
                 "converted; register it once"
             )
         first[id(module)] = name
-        reason = _reason(module, plan.get(name), engine)
+        reason = _reason(module, plan.get(name), engine, conv_transpose)
         if reason is not None:
             raise ValueError(
                 f"model: layer {name} ({type(module).__name__}) {reason}, or keep it float: "
@@ -102,7 +160,7 @@ def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: E
             )
 
 
-def _reason(module: nn.Module, layer: LayerPlan | None, engine: Engine) -> str | None:
+def _reason(module: nn.Module, layer: LayerPlan | None, engine: str, conv_transpose: bool) -> str | None:
     """Returns what is wrong with an int8 version of a layer, and what to do; None where all is well."""
     if isinstance(module, nn.MultiheadAttention):
         return (
@@ -113,21 +171,19 @@ def _reason(module: nn.Module, layer: LayerPlan | None, engine: Engine) -> str |
         return "cannot run in the int8 model: torch has no kernel for it; use another layer"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return "keeps running statistics, which torch's int8 kernel ignores; set track_running_stats=False"
-    if engine.name == "qnnpack" and isinstance(module, nn.AvgPool2d | nn.AvgPool3d):
+    if engine == "qnnpack" and isinstance(module, nn.AvgPool2d | nn.AvgPool3d):
         ignored = _ignored_by_qnnpack(module)
         if ignored:
             return f"has {' and '.join(ignored)}, which the kernel of engine qnnpack ignores; use another engine"
-    if isinstance(getattr(module, "padding", None), str) and isinstance(module, _ConvNd):
-        return f"has padding={module.padding!r}, which has no int8 kernel; give the padding as numbers"
-    if engine.name == "qnnpack" and isinstance(module, nn.PReLU):
+    if engine == "qnnpack" and isinstance(module, nn.PReLU):
         return "comes out wrong with engine qnnpack; use another engine"
     if not isinstance(module, CONV_TRANSPOSE):
         return None
     weight = layer and layer.weight
-    if weight and weight.granularity == "per_channel":
+    if isinstance(weight, QuantSpec) and weight.granularity == "per_channel":
         return "has no per-channel kernel; use quant.weight.granularity=per_tensor with engine fbgemm or qnnpack"
-    if not engine.conv_transpose:
-        return f"comes out wrong with engine {engine.name}; use fbgemm or qnnpack"
+    if not conv_transpose:
+        return f"comes out wrong with engine {engine}; use fbgemm or qnnpack"
     return None
 
 

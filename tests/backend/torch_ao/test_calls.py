@@ -7,10 +7,13 @@ from torch import nn
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.model.gpt2 import GPT2, MLP, Attention, Block, KVCache
-from qtrain.simulate.simulation import Simulation
 
 SIZES = dict(vocab_size=31, n_positions=8, n_layer=1, n_head=2, n_embd=16)
 OPENED = (Block, Attention, MLP)
+
+
+def converted(quantizer, model):
+    return quantizer.convert(quantizer.prepare(model))
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def same(block, *inputs):
 def test_blocks_compute_what_their_modules_do(gpt2, layers, make_dynamic, make_ptq):
     x, mask = torch.randn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool).tril()
     same(gpt2.h[0], x, None, mask)
-    resolved = same(make_dynamic(layers=layers).convert(Simulation(gpt2)).h[0], x, None, None)
+    resolved = same(converted(make_dynamic(layers=layers), gpt2).h[0], x, None, None)
     assert not isinstance(resolved.__self__.mlp.__self__.c_fc, nn.Module)
     ptq = make_ptq()
     prepared = ptq.prepare(gpt2)
@@ -47,7 +50,7 @@ def test_blocks_compute_what_their_modules_do(gpt2, layers, make_dynamic, make_p
 
 @torch.no_grad()
 def test_a_model_with_a_cache_skips_the_modules_of_its_blocks(gpt2, make_dynamic, monkeypatch):
-    quantized, idx = make_dynamic().convert(Simulation(gpt2)), torch.randint(31, (1, 6))
+    quantized, idx = converted(make_dynamic(), gpt2), torch.randint(31, (1, 6))
     cache, modules = KVCache(quantized), KVCache(quantized)
     modules.blocks = list(quantized.h)
     for part in (idx[:, :5], idx[:, 5:]):
@@ -80,7 +83,7 @@ def test_layers_of_other_kinds_are_their_own_forward():
 
 
 def test_packed_weights_are_asked_for_torch_function_without_an_exception(mlp, make_dynamic):
-    packed = make_dynamic().convert(Simulation(mlp)).linear1._packed_params._packed_params
+    packed = converted(make_dynamic(), mlp).linear1._packed_params._packed_params
     assert packed.__torch_function__ is torch._C._disabled_torch_function_impl
     assert not torch.overrides.has_torch_function((packed,))
     with pytest.raises(AttributeError):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qtrain.backend import integers, torch_ao
-from qtrain.simulate.simulation import Simulation, output_points, sites, weight_points
+from qtrain.simulate.simulation import output_points, sites, weight_points
 from qtrain.simulate.sites import QuantModule
 
 
@@ -125,7 +125,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_layers_there_are(con
         with pytest.raises(ValueError, match=r"quant\.layers\.cnv\*: matches no layer; .* conv1, .* linear2"):
             quantizer.prepare(convnet)
     with pytest.raises(ValueError, match=r"quant\.layers\.cnv\*: matches no layer"):
-        make_dynamic(layers={"cnv*": "float"}).convert(Simulation(convnet))
+        make_dynamic(layers={"cnv*": "float"}).prepare(convnet)
 
 
 @pytest.mark.parametrize(

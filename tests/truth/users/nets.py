@@ -200,10 +200,10 @@ class Several(Base):
 
     def __init__(self):
         super().__init__()
-        self.fc, self.act, self.head = nn.Linear(784, 16), nn.SiLU(), nn.Linear(16, 10)
+        self.fc, self.head = nn.Linear(784, 16), nn.Linear(16, 10)
 
     def forward(self, x):
-        y = self.act(self.fc(self.quant(x).flatten(1)))
+        y = F.silu(self.fc(self.quant(x).flatten(1)))
         return self.dequant(self.head(F.softplus(y + y)))
 
 

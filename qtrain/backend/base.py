@@ -1,0 +1,138 @@
+"""Backend: what turns a simulation into a model that runs on integers."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from qtrain.functional.spec import AUTO, QuantSpec
+from qtrain.observer.base import make_observer
+from qtrain.simulate.build import Groups
+from qtrain.simulate.plan import Plan
+from qtrain.simulate.simulation import Simulation
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernels of one engine; a subclass says at least how to `lower`.
+
+    A layer of the lowered model that holds integers has a method or attribute `weight` that knows `shape`, `numel()`,
+    `int_repr()` and `dequantize()`, as torch's quantized tensors do: truth, size and coverage look there.
+
+    Args:
+        name: of the engine, as `quant.engine` and reports give it.
+        granularity: of weights, by default.
+        reduce_range: whether activations leave out the top bit by default, because a 16-bit sum could saturate.
+        asymmetric_weights: whether the kernels take weights with a zero point.
+        least_activation_bits: for fewer, the simulation is the result.
+        clips_at_type: whether kernels clip at the ends of uint8, though a scale be made for 0..127.
+    """
+
+    name: str
+    granularity: str = "per_channel"
+    reduce_range: bool = False
+    asymmetric_weights: bool = True
+    least_activation_bits: int = 2
+    clips_at_type: bool = False
+
+    def missing(self) -> str | None:
+        """Returns why it cannot run on this machine, or None."""
+        return None
+
+    def why_float(self, module: nn.Module) -> str | None:
+        """Returns why a float layer has no kernel, so that it runs in float between two conversions; or None."""
+        return None
+
+    def refuse(self, model: nn.Module, plan: Plan, groups: Groups) -> None:
+        """Raises ValueError for a layer that its kernels would compute wrongly; names it, and what to do.
+
+        Args:
+            model: the float model, fused.
+            plan: what each of `groups` shall become.
+        """
+
+    def lower(self, simulation: Simulation) -> nn.Module:
+        """Returns the model that runs on integers, on the CPU, in eval mode; the simulation is left alone."""
+        raise NotImplementedError
+
+    def settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
+        """Returns both specs with every "auto" replaced by this engine's rule.
+
+        Raises:
+            ValueError: the engine has no kernel for a combination; gives the reason and the legal choices.
+        """
+        weight = _settled(weight, symmetric=True, granularity=self.granularity, reduce_range=False)
+        activation = _settled(activation, symmetric=False, granularity="per_tensor", reduce_range=self.reduce_range)
+        problems = []
+        if weight.reduce_range:
+            problems.append("weight.reduce_range=true: only activations are reduced; leave it at auto")
+        if activation.narrow_range:
+            problems.append("activation.narrow_range=true: is for weights, whose integers are signed; leave it at auto")
+        if not weight.symmetric and not self.asymmetric_weights:
+            problems.append(
+                f"weight.symmetric=false: engine {self.name} takes weights without a zero point only; "
+                "use symmetric=true, or one of the engines fbgemm, qnnpack, x86"
+            )
+        if weight.granularity == "per_group":
+            problems.append(
+                f"weight.granularity=per_group: engine {self.name} knows per_tensor and per_channel; allowed are these"
+            )
+        if activation.granularity != "per_tensor":
+            problems.append(
+                f"activation.granularity={activation.granularity}: activations have one scale a tensor; "
+                "allowed are per_tensor and auto"
+            )
+        for role, spec in (("weight", weight), ("activation", activation)):
+            if not any(problem.startswith(f"{role}.") for problem in problems):
+                problems += [f"{role}.{line}" for line in _try_observer(spec, role)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return weight, activation
+
+
+def _settled(spec: QuantSpec, **rules: Any) -> QuantSpec:
+    rules["narrow_range"] = False
+    return replace(spec, **{key: rule for key, rule in rules.items() if getattr(spec, key) == AUTO})
+
+
+def _try_observer(spec: QuantSpec, role: str) -> list[str]:
+    if spec.observer is None:
+        return ["observer=None: name one, such as minmax"]
+    try:
+        observer = make_observer(spec, signed=role == "weight")
+        if role == "weight":
+            observer.reset_min_max_vals()  # before each look: weights change as they are trained
+    except NotImplementedError:
+        name = spec.describe()["observer"]
+        return [
+            f"observer={name}: cannot forget what it saw, as weights need; use minmax, moving_average or percentile"
+        ]
+    except ValueError as err:
+        return [line if line.startswith("observer=") else f"observer.{line}" for line in str(err).splitlines()]
+    return []
+
+
+class FloatIsland(nn.Module):
+    """Runs a layer in float between quantized neighbours.
+
+    Args:
+        layer: the float layer.
+        quant: makes its output, of several the first, quantized.
+        reason: why it is float, for reports.
+    """
+
+    def __init__(self, layer: nn.Module, quant: nn.Module, reason: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.quant = quant
+        self.reason = reason
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*map(_plain, args), **kwargs)
+        if isinstance(output, tuple):
+            return self.quant(output[0]), *output[1:]
+        return self.quant(output)
+
+
+def _plain(x: Any) -> Any:
+    return x.dequantize() if getattr(x, "is_quantized", False) else x

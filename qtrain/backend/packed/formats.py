@@ -1,0 +1,64 @@
+"""What single layers may be, whatever becomes of the others: Linear and Embedding layers over packed weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.llm_int8 import LLMInt8Linear
+from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
+from qtrain.functional.spec import FloatFormat, QuantSpec
+from qtrain.simulate.plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How the weight of a layer is stored, and computed with.
+
+    Args:
+        method: "fp16", "weight_only" or "llm_int8".
+        weight: the settled format of the weight.
+        threshold: of llm_int8, see `LLMInt8Linear`.
+        weight_of: the name of the layer whose packed weight this one shares; it is packed before.
+        key: begins what a refusal says: the setting that it came from.
+    """
+
+    method: str
+    weight: QuantSpec | FloatFormat
+    threshold: float | None = None
+    weight_of: str | None = None
+    key: str = "layers: "
+
+    def plan(self, kind: str) -> LayerPlan:
+        """Returns the plan of a layer of that kind."""
+        return LayerPlan(kind, weight=self.weight, weight_of=self.weight_of, backend=self.method)
+
+    def put(self, model: nn.Module, name: str) -> None:
+        """Puts the packed layer in the place of the float layer `name`, in place.
+
+        Raises:
+            ValueError: the weight has no such format; names the setting and the layer.
+        """
+        layer: Any = model.get_submodule(name)
+        weight = self._packed(model, name)
+        new: nn.Module
+        if isinstance(layer, nn.Embedding):
+            new = CompactEmbedding(weight)
+        elif isinstance(weight, IntegerWeight) and self.method == "llm_int8":
+            new = LLMInt8Linear(weight, layer.bias, self.threshold)
+        else:
+            new = CompactLinear(weight, layer.bias)
+        model.set_submodule(name, new)
+
+    def _packed(self, model: nn.Module, name: str) -> IntegerWeight | HalfWeight:
+        if self.weight_of is not None:
+            shared: Any = model.get_submodule(self.weight_of).weight
+            return shared
+        weight: Any = model.get_submodule(name).weight
+        if isinstance(self.weight, FloatFormat):
+            return HalfWeight(weight)
+        try:
+            return IntegerWeight(weight, self.weight)
+        except ValueError as err:
+            raise ValueError(f"quant.{self.key}{err} (layer {name})") from err

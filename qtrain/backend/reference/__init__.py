@@ -1,0 +1,5 @@
+"""The reference backend: integers are stored, and restored to float for each product; exact, on any machine."""
+
+from qtrain.backend.reference.backend import Reference
+
+BACKENDS = {"reference": Reference("reference")}

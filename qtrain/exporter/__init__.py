@@ -1,0 +1,1 @@
+"""What else a quantized model is written as."""

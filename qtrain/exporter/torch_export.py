@@ -1,0 +1,38 @@
+"""The simulation as a program of torch.export: integers and scales in it, computed with in float, without qtrain."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtrain.backend.reference.backend import Reference
+from qtrain.common.files import write_atomically
+from qtrain.exporter.base import Exporter, Inputs
+from qtrain.simulate.simulation import Simulation
+
+
+class TorchExport(Exporter):
+    """Writes a .pt2 file, which `torch.export.load` reads in any process; batches may have any size."""
+
+    name = "torch_export"
+    file_name = "model.pt2"
+
+    def write(self, simulation: Simulation, example: Inputs, path: Path) -> None:
+        model = Reference("reference").lower(simulation)
+        example = tuple(torch.cat([x[:1], x[:1]]) for x in example)  # of a batch of one, torch takes the size for fixed
+        batch = torch.export.Dim("batch", min=1)
+        shapes = tuple({0: batch} for _ in example)
+        try:
+            program = torch.export.export(model, example, dynamic_shapes=shapes)
+        except Exception as err:  # whatever torch makes of a forward that it cannot follow
+            reason = (str(err).strip() or type(err).__name__).splitlines()[0]
+            raise ValueError(f"export: torch.export cannot write this model: {reason}") from err
+        content = io.BytesIO()  # torch warns of a file that does not end in .pt2, as one that is not yet whole
+        torch.export.save(program, content)
+        write_atomically(path, lambda new: new.write_bytes(content.getvalue()))
+
+    def run(self, path: Path, inputs: Inputs) -> Any:
+        output: Tensor = torch.export.load(path).module()(*inputs)
+        return output

@@ -1,0 +1,1 @@
+"""What improves a simulation between preparation and conversion."""

@@ -1,0 +1,46 @@
+"""Embeddings and tied heads have their policy: a quantized GPT-2 can be smaller than its Linear layers make it."""
+
+import pytest
+
+import qtrain
+
+TEXT = ["task=language_modeling", "data=shakespeare", "model.n_layer=1", "model.n_embd=16", "model.n_head=2"]
+QAT = ["quant.epochs=1", "quant.convert_every=0"]
+
+
+@pytest.mark.parametrize("method", ["ptq", "qat", "dynamic"])
+def test_a_packed_embedding_makes_the_file_smaller_and_is_what_was_scored(job, method):
+    extra = [f"quant={method}", *(QAT if method == "qat" else [])]
+    files = {}
+    for name, settings in {
+        "float": [],
+        "int8": ["quant.embedding=int8"],
+        "shared": ["quant.embedding=int8", "quant.head=shared"],
+        "int4": ["quant.embedding=int4", "quant.head=shared"],
+    }.items():
+        run = job("gpt2_nano", *TEXT, *extra, *settings)
+        assert run.code == 0, run.text
+        files[name] = run.report["size_bytes"]["quantized"]
+        if method != "dynamic":  # which simulates nothing
+            assert run.loss("fake") == pytest.approx(run.loss("quantized"), rel=1e-3)
+        assert run.loss("quantized") == pytest.approx(run.loss("float"), rel=0.05)
+        plan = run.report["plan"]
+        if name != "float":
+            assert plan["wte"]["weight"]["bits"] == (4 if name == "int4" else 8)
+            assert plan["wte"]["kind"] == "Embedding"
+        if name in ("shared", "int4"):
+            assert plan["lm_head"]["weight_of"] == "wte"
+        loaded = qtrain.load(run.run_dir)
+        assert loaded(*qtrain.sample_inputs(run.run_dir)).isfinite().all()
+    assert files["float"] > files["int8"] > files["shared"] > files["int4"]
+
+
+def test_a_float_head_says_what_made_it_so(job):
+    run = job("gpt2_nano", *TEXT, "quant.head=float")
+    assert run.code == 0, run.text
+    assert run.report["coverage"]["float_layers"]["lm_head"] == "set by quant.head"
+
+
+def test_a_policy_that_there_is_not_is_refused(job):
+    run = job("gpt2_nano", *TEXT, "quant.embedding=int3", "quant.head=none")
+    assert run.code == 1 and "quant.embedding=int3: allowed are" in run.text and "quant.head=none: " in run.text
