@@ -16,7 +16,8 @@ def plain(content: Any) -> Any:
         return _printable(content[:MOST_CHARACTERS])
     # Most of a report are numbers: they are let through without a call each.
     if isinstance(content, dict):
-        return {plain(key): plain(value) if isinstance(value, DEEP) else value for key, value in content.items()}
+        values = plain(list(content.values()))
+        return dict(zip(map(plain, content), values, strict=True))
     if isinstance(content, list):
         return [plain(value) if isinstance(value, DEEP) else value for value in content]
     return content

@@ -15,8 +15,8 @@ from qtrain.common.files import write_atomically
 class Logger:
     """Takes what a run has to show, and shows nothing; a logger overrides what it can show.
 
-    `step` counts optimizer steps of the stage that a metric's name begins with, and epochs of all stages where the
-    name ends with a kind of model, as "val_accuracy/fake".
+    `step` counts optimizer steps of the stage that a metric's name begins with, and epochs of all
+    stages where the name ends with a kind of model, as "val_accuracy/fake".
 
     Attributes:
         shows_images: whether a call of `image` has any effect; drawing takes time.
@@ -107,8 +107,8 @@ class TensorBoard(Logger):
         from torch.utils.tensorboard.summary import hparams
 
         values = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()}
-        # The first summary lists columns, and TensorBoard takes the list of any one run for all runs. Without it the
-        # columns are what all runs have, those that differ first.
+        # The first summary lists columns, and TensorBoard takes the list of any one run for all.
+        # Without it the columns are what all runs have, those that differ first.
         for summary in hparams(values, {})[1:]:
             self.writer._get_file_writer().add_summary(summary)
 

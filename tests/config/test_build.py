@@ -8,7 +8,7 @@ import hydra
 import pytest
 import torch
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from qtrain.config.build import ConfigError, build, compose, config_dir, find_device, hydra_arguments, try_out
 from qtrain.data.loaders import image_loaders
