@@ -1,4 +1,4 @@
-"""One HTML page that holds a whole comparison: page.html with the style, the scripts and the data put in."""
+"""One HTML page that holds a whole comparison: page.html with style, scripts and data put in."""
 
 import html
 import json
@@ -18,11 +18,14 @@ from qtrain.leaderboard import keys, table
 from qtrain.leaderboard.rows import LATENCY_TOLERANCE, SIZE_TOLERANCE, Row, Section
 from qtrain.leaderboard.runs import Found, Run
 
-# Points of a training curve: 200 for few runs, and about 50,000 times the number of curves a run for many.
+# Points of a training curve: 200 for few runs, for many about 50,000 times the curves of a run.
 MOST_POINTS, LEAST_POINTS, ALL_POINTS = 200, 30, 50_000
+Curve = tuple[list[int], list[float]]  # steps and values
 AXES = ("size_kb", "latency_ms", "seconds", "quantized", "difference")
-CLEAR = ("method", "quant", "engine", "bits", "observer", "model", "data")  # which values speak for themselves
-FINAL = ("float", "fake", "quantized")  # of "accuracy/float" and the like: a figure of the finished run
+# Keys whose values speak for themselves.
+CLEAR = ("method", "quant", "engine", "bits", "observer", "model", "data")
+# Ends of names such as accuracy/float, which are of the finished run, or over epochs.
+FINAL = ("float", "fake", "quantized")
 
 
 def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
@@ -64,7 +67,8 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
     template, css, plots, js = (
         files("qtrain.leaderboard").joinpath(name).read_text("utf-8") for name in names_of_files
     )
-    # In JSON a < can only be in a string, where the escape means the same: no text can close the script element.
+    # In JSON a < can only be in a string, where the escape means the same: no text can close the
+    # script element.
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(", ".join(section.title for section in sections[:3]) or "no results")
     parts = {"title": title, "css": css, "plots": plots, "js": js, "data": data}
@@ -85,9 +89,7 @@ def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
         "title": section.title + by,
         "unit": "group" if section.grouped else "run",
         "quality": {"name": quality.name, "unit": quality.unit, "higher": quality.higher_is_better},
-        "columns": [
-            {"key": column.key, "header": column.header, "numeric": column.number is not None} for column in columns
-        ],
+        "columns": [_column(column) for column in columns],
         "rows": [
             {
                 "cells": [column.text(row).strip() for column in columns],
@@ -107,6 +109,10 @@ def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
     }
 
 
+def _column(column: table.Column) -> dict[str, Any]:
+    return {"key": column.key, "header": column.header, "numeric": column.number is not None}
+
+
 def _name(row: Row, section: Section) -> str:
     """Returns what the page calls a row: its folder, or what its group has in common."""
     if not section.grouped:
@@ -122,18 +128,17 @@ def _name(row: Row, section: Section) -> str:
 
 
 def _config(section: Section) -> dict[str, Any]:
-    """Returns the settings that differ between rows: each distinct value once, and its index for each row.
+    """Returns the settings that differ between rows: each value once, and its index for each row.
 
     Those that someone set on a command line come first. A group has all of its values.
     """
     runs = [run for row in section.rows for run in row.runs]
-    known, overrides = (
-        {key for run in runs for key in found(run)} for found in (lambda run: run.settings, lambda run: run.overrides)
-    )
+    known = {key for run in runs for key in run.settings}
+    overrides = {key for run in runs for key in run.overrides}
     varied = {}
     for key in sorted(known, key=lambda key: (key not in overrides, key)):
-        if key.startswith("choices.") or key.endswith("._partial_"):  # say nothing that others do not
-            continue
+        if key.startswith("choices.") or key.endswith("._partial_"):
+            continue  # which say nothing that others do not
         if len({run.settings.get(key, "") for run in runs}) == 1:
             continue
         texts = [_setting(row.runs, key) for row in section.rows]
@@ -149,9 +154,9 @@ def _setting(runs: Sequence[Run], key: str) -> str:
     return ", ".join(dict.fromkeys(texts))
 
 
-def _curves(path: Path, num_points: int, names: dict[str, int]) -> dict[int, tuple[list[int], list[float]]]:
-    """Returns {number of the name: [steps, values]} of a metrics.jsonl, thinned out; numbers new names in `names`."""
-    series: dict[str, tuple[list[int], list[float]]] = {}
+def _curves(path: Path, num_points: int, names: dict[str, int]) -> dict[int, Curve]:
+    """Returns {number of the name: curve} of a metrics.jsonl, thinned out; numbers new names."""
+    series: dict[str, Curve] = {}
     for record in _records(path):
         step = record.pop("step", None) if isinstance(record, dict) else None
         if not isinstance(step, int):
@@ -175,7 +180,7 @@ def _curves(path: Path, num_points: int, names: dict[str, int]) -> dict[int, tup
 
 
 def _records(path: Path) -> Iterator[Any]:
-    """Yields what the lines of a file say in JSON, without those that say nothing, as a crash leaves them."""
+    """Yields what the lines of a file say in JSON; a crash may leave some that say nothing."""
     try:
         lines = read_text(path).splitlines()
     except (OSError, ValueError):
