@@ -3,6 +3,7 @@
 from typing import Any
 
 MOST_CHARACTERS = 1000
+DEEP = (str, dict, list)
 
 
 def plain(content: Any) -> Any:
@@ -13,9 +14,13 @@ def plain(content: Any) -> Any:
     """
     if isinstance(content, str):
         return _printable(content[:MOST_CHARACTERS])
+    # Most of a report are numbers: they are let through without a call each.
     if isinstance(content, dict):
-        return {plain(key): plain(value) for key, value in content.items()}
-    return [plain(value) for value in content] if isinstance(content, list) else content
+        values = plain(list(content.values()))
+        return dict(zip(map(plain, content), values, strict=True))
+    if isinstance(content, list):
+        return [plain(value) if isinstance(value, DEEP) else value for value in content]
+    return content
 
 
 def plain_lines(text: str) -> str:

@@ -18,11 +18,14 @@ AVERAGED = (
     "tokens_per_s",
     "seconds",
 )
-RATIOS = (("size_ratio", "size_kb", "float_size_kb"), ("latency_ratio", "latency_ms", "float_latency_ms"))
+RATIOS = (
+    ("size_ratio", "size_kb", "float_size_kb"),
+    ("latency_ratio", "latency_ms", "float_latency_ms"),
+)
 
 
 def group(section: Section, names: Sequence[str]) -> Section:
-    """Returns the section with a row for each combination of the values of `names`: means over seeds.
+    """Returns the section with a row for each combination of values of `names`: means over seeds.
 
     Runs that share a seed are averaged first, so that a seed counts once.
     """
@@ -63,7 +66,7 @@ def _by_seed(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def _mean_and_sd(rows: Sequence[Row], key: str) -> tuple[float | None, float | None]:
-    """Returns both over seeds; nothing where a row lacks the value, for the means of a group describe the same runs."""
+    """Returns both over seeds; nothing where a row lacks the value: all means are of the same runs."""
     if not rows or any(row.cells.get(key) is None for row in rows):
         return None, None
     return mean_and_sd(_by_seed(rows, key))

@@ -1,4 +1,4 @@
-"""The names by which runs are filtered, sorted and grouped: facts, then config keys, then numbers of the report."""
+"""Names to filter, sort and group runs by: facts, then config keys, then numbers of the report."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -139,8 +139,8 @@ def may_match(run: Run | Failure, filters: dict[str, list[str]]) -> bool:
 def matches(found: Any, allowed: Sequence[str], key: str = "") -> bool:
     """Returns whether a value is written as one of the allowed texts, or equals it as a number.
 
-    `bits=8` stands for 8-bit weights with 8-bit or float activations; `bits=4/8` is exact. `method=float` is
-    `method=none`.
+    `bits=8` stands for 8-bit weights with 8-bit or float activations; `bits=4/8` is exact.
+    `method=float` is `method=none`.
     """
     texts = {shown(found).lower()}
     if ALIASES.get(key, key) == "method" and found == "none":

@@ -1,4 +1,4 @@
-"""One HTML page that holds a whole comparison: page.html with the style, the scripts and the data put in."""
+"""One HTML page that holds a whole comparison: page.html with style, scripts and data put in."""
 
 import html
 import json
@@ -18,11 +18,14 @@ from qtrain.leaderboard import keys, table
 from qtrain.leaderboard.rows import LATENCY_TOLERANCE, SIZE_TOLERANCE, Row, Section
 from qtrain.leaderboard.runs import Found, Run
 
-# Points of a training curve: 200 for few runs, and about 50,000 times the number of curves a run for many.
+# Points of a training curve: 200 for few runs, for many about 50,000 times the curves of a run.
 MOST_POINTS, LEAST_POINTS, ALL_POINTS = 200, 30, 50_000
+Curve = tuple[list[int], list[float]]  # steps and values
 AXES = ("size_kb", "latency_ms", "seconds", "quantized", "difference")
-CLEAR = ("method", "quant", "engine", "bits", "observer", "model", "data")  # which values speak for themselves
-FINAL = ("float", "fake", "quantized")  # of "accuracy/float" and the like: a figure of the finished run
+# Keys whose values speak for themselves.
+CLEAR = ("method", "quant", "engine", "bits", "observer", "model", "data")
+# Ends of names such as accuracy/float, which are of the finished run, or over epochs.
+FINAL = ("float", "fake", "quantized")
 
 
 def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
@@ -33,6 +36,7 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         folder: where the page will lie; links to the runs start there.
     """
     num_points = max(LEAST_POINTS, min(MOST_POINTS, ALL_POINTS // max(1, len(found.runs))))
+    start = folder.resolve()
     places = {run: place for place, run in enumerate(found.runs)}
     names: dict[str, int] = {}
     content = {
@@ -40,7 +44,7 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         "runs": [
             {
                 "name": plain(run.folder.name),
-                "link": _link(run.folder, folder),
+                "link": _link(run.folder, start),
                 "curves": _curves(run.folder / "metrics.jsonl", num_points, names),
             }
             for run in found.runs
@@ -49,7 +53,7 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         "failures": [
             {
                 "name": plain(str(run.folder)),
-                "link": _link(run.folder, folder),
+                "link": _link(run.folder, start),
                 "error": run.error,
                 "overrides": run.overrides,
             }
@@ -63,16 +67,17 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
     template, css, plots, js = (
         files("qtrain.leaderboard").joinpath(name).read_text("utf-8") for name in names_of_files
     )
-    # In JSON a < can only be in a string, where the escape means the same: no text can close the script element.
+    # In JSON a < can only be in a string, where the escape means the same: no text can close the
+    # script element.
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(", ".join(section.title for section in sections[:3]) or "no results")
     parts = {"title": title, "css": css, "plots": plots, "js": js, "data": data}
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
 
-def _link(run: Path, folder: Path) -> str:
+def _link(run: Path, start: Path) -> str:
     """Returns a relative link; quoting leaves no colon, so none can be read as a scheme."""
-    return quote(os.fsencode(Path(os.path.relpath(run.resolve(), folder.resolve())).as_posix())) + "/"
+    return quote(os.fsencode(Path(os.path.relpath(run.resolve(), start)).as_posix())) + "/"
 
 
 def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
@@ -84,9 +89,7 @@ def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
         "title": section.title + by,
         "unit": "group" if section.grouped else "run",
         "quality": {"name": quality.name, "unit": quality.unit, "higher": quality.higher_is_better},
-        "columns": [
-            {"key": column.key, "header": column.header, "numeric": column.number is not None} for column in columns
-        ],
+        "columns": [_column(column) for column in columns],
         "rows": [
             {
                 "cells": [column.text(row).strip() for column in columns],
@@ -106,6 +109,10 @@ def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
     }
 
 
+def _column(column: table.Column) -> dict[str, Any]:
+    return {"key": column.key, "header": column.header, "numeric": column.number is not None}
+
+
 def _name(row: Row, section: Section) -> str:
     """Returns what the page calls a row: its folder, or what its group has in common."""
     if not section.grouped:
@@ -121,7 +128,7 @@ def _name(row: Row, section: Section) -> str:
 
 
 def _config(section: Section) -> dict[str, Any]:
-    """Returns the settings that differ between rows: each distinct value once, and its index for each row.
+    """Returns the settings that differ between rows: each value once, and its index for each row.
 
     Those that someone set on a command line come first. A group has all of its values.
     """
@@ -130,7 +137,9 @@ def _config(section: Section) -> dict[str, Any]:
     overrides = {key for run in runs for key in run.overrides}
     varied = {}
     for key in sorted(known, key=lambda key: (key not in overrides, key)):
-        if key.startswith("choices.") or key.endswith("._partial_"):  # say nothing that others do not
+        if key.startswith("choices.") or key.endswith("._partial_"):
+            continue  # which say nothing that others do not
+        if len({run.settings.get(key, "") for run in runs}) == 1:
             continue
         texts = [_setting(row.runs, key) for row in section.rows]
         values = {text: index for index, text in enumerate(dict.fromkeys(texts))}
@@ -145,9 +154,9 @@ def _setting(runs: Sequence[Run], key: str) -> str:
     return ", ".join(dict.fromkeys(texts))
 
 
-def _curves(path: Path, num_points: int, names: dict[str, int]) -> dict[int, tuple[list[int], list[float]]]:
-    """Returns {number of the name: [steps, values]} of a metrics.jsonl, thinned out; numbers new names in `names`."""
-    series: dict[str, tuple[list[int], list[float]]] = {}
+def _curves(path: Path, num_points: int, names: dict[str, int]) -> dict[int, Curve]:
+    """Returns {number of the name: curve} of a metrics.jsonl, thinned out; numbers new names."""
+    series: dict[str, Curve] = {}
     for record in _records(path):
         step = record.pop("step", None) if isinstance(record, dict) else None
         if not isinstance(step, int):
@@ -171,7 +180,7 @@ def _curves(path: Path, num_points: int, names: dict[str, int]) -> dict[int, tup
 
 
 def _records(path: Path) -> Iterator[Any]:
-    """Yields what the lines of a file say in JSON, without those that say nothing, as a crash leaves them."""
+    """Yields what the lines of a file say in JSON; a crash may leave some that say nothing."""
     try:
         lines = read_text(path).splitlines()
     except (OSError, ValueError):

@@ -12,7 +12,7 @@ def front(points: Sequence[Point | None], tolerances: Point | None = None) -> li
     coordinate, and the point is clearly smaller in none. The best in a coordinate is always on it.
 
     Args:
-        points: coordinates of which less is better; None, where one is unknown, is never on the front.
+        points: coordinates of which less is better; None, of unknown ones, is never on the front.
         tolerances: of each coordinate; None: all are exact.
 
     >>> front([(1.0, 5.0), (2.0, 2.0), (3.0, 3.0), None])
@@ -21,7 +21,8 @@ def front(points: Sequence[Point | None], tolerances: Point | None = None) -> li
     [True, True, False, False]
     """
     exact: list[Point] = []
-    # What is better than a point precedes it in this order, and what is better than that is better than the point.
+    # What is better than a point precedes it in this order, and what is better than that is better
+    # than the point.
     for point in sorted({point for point in points if point is not None}):
         if not any(all(a <= b for a, b in zip(other, point, strict=True)) for other in exact):
             exact.append(point)
@@ -36,7 +37,10 @@ def front(points: Sequence[Point | None], tolerances: Point | None = None) -> li
         )
 
     best = {min(exact, key=lambda point: point[i]) for i in range(len(tolerances)) if exact}
-    # What beats a point and is not on the exact front is beaten by one there, which then beats the point too.
-    return [
-        point is not None and (point in best or not any(is_beaten(point, other) for other in exact)) for point in points
-    ]
+
+    # What beats a point and is not on the exact front is beaten by one there, which then beats the
+    # point too.
+    def is_on_it(point: Point) -> bool:
+        return point in best or not any(is_beaten(point, other) for other in exact)
+
+    return [point is not None and is_on_it(point) for point in points]

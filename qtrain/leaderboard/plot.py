@@ -1,12 +1,13 @@
 """The quality-size plot."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from qtrain.leaderboard import pareto
-from qtrain.leaderboard.rows import Row, Section
+from qtrain.leaderboard.rows import SIZE_TOLERANCE, Row, Section
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the page uses the same.
 FLOAT = "#222222"
@@ -50,7 +51,10 @@ def _panel(axes: Any, section: Section) -> None:
         alpha = 0.9 if len(rows) < 100 else 0.5
         axes.scatter(x, y, s=36, linewidths=0, zorder=3, label=kind, color=colour, marker=marker, alpha=alpha)
     points = [(row.cells["size_kb"], -quality.gain(row.cells["quantized"])) for row in rows]
-    front = sorted({point for point, best in zip(points, pareto.front(points), strict=True) if best})
+    # In logarithms a tolerance that is relative is one for all.
+    costs = [(math.log(size), cost) for size, cost in points]
+    on_front = pareto.front(costs, (math.log1p(SIZE_TOLERANCE), 0.0))
+    front = sorted({point for point, best in zip(points, on_front, strict=True) if best})
     axes.step(
         [x for x, _ in front],
         [-quality.gain(y) for _, y in front],

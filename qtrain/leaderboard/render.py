@@ -25,10 +25,11 @@ LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
 
 def failure_lines(failures: Sequence[Failure]) -> list[str]:
     """Returns a line for each run without a result: its folder, its error, its overrides."""
-    return [
-        f"{plain(str(run.folder))}: {run.error}" + (f" [{' '.join(run.overrides)}]" if run.overrides else "")
-        for run in failures
-    ]
+    lines = []
+    for run in failures:
+        overrides = f" [{' '.join(run.overrides)}]" if run.overrides else ""
+        lines.append(f"{plain(str(run.folder))}: {run.error}{overrides}")
+    return lines
 
 
 def console(section: Section) -> str:
@@ -71,7 +72,7 @@ def document(sections: Sequence[Section], failures: Sequence[Failure]) -> str:
 
 
 def latex(sections: Sequence[Section]) -> str:
-    """Returns a LaTeX table of each section, with its legend below, for packages booktabs and graphicx."""
+    """Returns a LaTeX table of each section, its legend below; wants booktabs and graphicx."""
     return "\n".join(["% \\usepackage{booktabs,graphicx}", *map(_latex_table, sections)])
 
 
@@ -101,11 +102,12 @@ def _latex_row(cells: Iterable[str]) -> str:
 
 def _latex_cell(column: Column, text: str) -> str:
     """Returns a cell with the minus signs of numbers as such."""
-    return _latex_text(text if column.number is None or text == NONE else text.replace("-", "\N{MINUS SIGN}"))
+    is_number = column.number is not None and text != NONE
+    return _latex_text(text.replace("-", "\N{MINUS SIGN}") if is_number else text)
 
 
 def _latex_text(text: str) -> str:
-    """Returns a text in which TeX sees nothing special; of other scripts the document takes care."""
+    """Returns a text in which TeX sees nothing special; other scripts are the document's matter."""
     return "".join(LATEX.get(letter, letter) for letter in text.replace(">=", "≥"))
 
 

@@ -15,11 +15,13 @@ from qtrain.runs.quality import KNOWN, Quality
 
 # Overrides that columns of their own show already.
 SHOWN_OVERRIDES = {
-    *("quant", "seed", "name", "model", "data", "experiment", "sweep", "quant.engine", "quant.weight.bits"),
-    *("quant.activation.bits", "quant.activation.observer", "observer@quant.activation.observer"),
+    *("quant", "seed", "name", "model", "data", "experiment", "sweep"),
+    *("quant.engine", "quant.weight.bits", "quant.activation.bits"),
+    *("quant.activation.observer", "observer@quant.activation.observer"),
 }
-# Both relative. At rest, on 2 cores, eight medians of 200 forwards at batch 1 differed by 0 to 4 % between two runs of
-# qtrain-bench in a row. A file's size has the padding of its tensors in it, some 100 bytes.
+# Both relative. At rest, on 2 cores, eight medians of 200 forwards at batch 1 differed by 0 to 4 %
+# between two runs of qtrain-bench in a row. A file's size has the padding of its tensors in it,
+# some 100 bytes.
 LATENCY_TOLERANCE = 0.05
 SIZE_TOLERANCE = 0.001
 
@@ -37,7 +39,7 @@ class Section:
     """Rows that may be compared: one model, one data set, one metric.
 
     Attributes:
-        labels: the config keys that tell the rows apart: overrides that vary, or what is grouped by.
+        labels: the config keys that tell rows apart: overrides that vary, or what is grouped by.
     """
 
     model: str
@@ -50,14 +52,15 @@ class Section:
 
     @property
     def title(self) -> str:
-        return f"{self.model} on {self.data}" + ("" if self.quality in KNOWN.values() else f" by {self.quality.name}")
+        by = "" if self.quality in KNOWN.values() else f" by {self.quality.name}"
+        return f"{self.model} on {self.data}{by}"
 
 
 def section_of_runs(model: str, data: str, runs: Sequence[Run], bases: Sequence[Run] | None) -> Section:
     """Returns a section with a row for each run.
 
     Args:
-        bases: the runs among which `baseline_of` finds each run's baseline; None: there is no such column.
+        bases: the runs that `baseline_of` takes each run's baseline from; None: no such column.
     """
     differences, warnings = pairs.to_float(runs)
     rows = []
@@ -77,14 +80,15 @@ def section_of_runs(model: str, data: str, runs: Sequence[Run], bases: Sequence[
     for row in rows:
         row.cells |= {key: keys.label(row.runs[0], key) for key in labels}
         row.cells["folder"] = plain(str(row.runs[0].folder))
-    section = Section(model, data, runs[0].quality, rows, labels, warnings=list(dict.fromkeys(warnings)))
+    warnings = list(dict.fromkeys(warnings))
+    section = Section(model, data, runs[0].quality, rows, labels, warnings=warnings)
     correct(section)
     mark_front(section)
     return section
 
 
 def correct(section: Section) -> None:
-    """Sets the cells "..._p_holm" of each row, in place: its p, corrected for all rows of the table."""
+    """Sets the cells "..._p_holm" of each row, in place: p, corrected for all rows of the table."""
     for key in ("difference_p", "baseline_difference_p"):
         tested = [row for row in section.rows if row.cells.get(key) is not None]
         corrected = dict(zip(tested, holm([row.cells[key] for row in tested]), strict=True))
@@ -101,10 +105,12 @@ def baseline_of(run: Run, bases: Sequence[Run]) -> Run | None:
     """
     fitting = [base for base in bases if base.facts["seed"] == run.facts["seed"]]
     if len(fitting) > 1:
-        names = ", ".join(plain(str(base.folder)) for base in fitting[:4]) + (", ..." if len(fitting) > 4 else "")
+        names = ", ".join(plain(str(base.folder)) for base in fitting[:4])
+        names += ", ..." if len(fitting) > 4 else ""
         raise ValueError(
-            f"--baseline: {len(fitting)} runs with seed {run.facts['seed']} of {run.facts['model']} on "
-            f"{run.facts['data']} fit ({names}); add filters until one is left, or name its folder"
+            f"--baseline: {len(fitting)} runs with seed {run.facts['seed']} of "
+            f"{run.facts['model']} on {run.facts['data']} fit ({names}); "
+            "add filters until one is left, or name its folder"
         )
     return fitting[0] if fitting else bases[0] if len(bases) == 1 else None
 
@@ -114,7 +120,7 @@ def find_baselines(runs: Sequence[Run], texts: Sequence[str], wanted: dict[str, 
 
     Args:
         wanted: the filters of the comparison. They hold for baselines that are found by filters,
-            but for keys that these name themselves, and keys that a run lacks, as float has no bits.
+            but for keys that these name, and keys that a run lacks, as the float model has no bits.
 
     Raises:
         ValueError: there is none.
@@ -126,15 +132,16 @@ def find_baselines(runs: Sequence[Run], texts: Sequence[str], wanted: dict[str, 
             raise ValueError(f"--baseline {texts[0]}: neither a folder of the compared runs nor a filter key=value")
         return found
     named = keys.parse_filters(texts)
-    own = {keys.ALIASES.get(key, key) for key in named}
-    held = {key: allowed for key, allowed in wanted.items() if keys.ALIASES.get(key, key) not in own}
+    own = {keys.fact(key, None) for key in named}
+    held = {key: wanted[key] for key in wanted if keys.fact(key, None) not in own}
     candidates = keys.select(runs, named, "--baseline")
     found = [run for run in candidates if keys.may_match(run, held)]
     if not found:
         filters = " ".join(f"{key}={','.join(allowed)}" for key, allowed in held.items())
         raise ValueError(
-            f"--baseline {' '.join(texts)}: of {len(candidates)} such runs none is left by the filters "
-            f"{filters}, which hold for baselines too; repeat a key in --baseline to set it apart"
+            f"--baseline {' '.join(texts)}: of {len(candidates)} such runs none is left by the "
+            f"filters {filters}, which hold for baselines too; "
+            "repeat a key in --baseline to set it apart"
         )
     return found
 
@@ -150,9 +157,9 @@ def varied_overrides(runs: Iterable[Run]) -> list[str]:
 
 
 def mark_front(section: Section) -> None:
-    """Sets the cell "front" of each row, in place: on the Pareto front of quality, size and latency.
+    """Sets the cell "front" of each row, in place: on the front of quality, size and latency.
 
-    Where other programs disturbed one latency of the table, it is the front of quality and size alone.
+    Where other programs disturbed one latency of the table, it is that of quality and size alone.
 
     Quality is exact: the same examples are scored to the same bits each time.
     """
@@ -173,7 +180,8 @@ def mark_front(section: Section) -> None:
 
 def is_disturbed(section: Section) -> bool:
     """Returns whether other programs used the CPU while a latency of the table was measured."""
-    return any(row.cells["contended"] and row.cells["latency_ms"] is not None for row in section.rows)
+    measured = (row.cells for row in section.rows if row.cells["latency_ms"] is not None)
+    return any(cells["contended"] for cells in measured)
 
 
 def sort(section: Section, key: str | None) -> None:
@@ -186,7 +194,10 @@ def sort(section: Section, key: str | None) -> None:
     descending = name in keys.QUALITY_KEYS and section.quality.higher_is_better
 
     def place(row: Row) -> tuple[Any, ...]:
-        found = row.cells[name] if name in row.cells else _shared([keys.value(run, name) for run in row.runs])
+        if name in row.cells:
+            found = row.cells[name]
+        else:
+            found = _shared([keys.value(run, name) for run in row.runs])
         first = key is not None or row.runs[0].facts["method"] != "none"
         return (first, *keys.order(found, descending=descending))
 

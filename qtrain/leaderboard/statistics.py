@@ -62,7 +62,11 @@ def holm(p: Sequence[float]) -> list[float]:
     return found
 
 
-def paired_bootstrap(differences: "np.ndarray", resamples: int = RESAMPLES, seed: int = 0) -> "np.ndarray":
+def paired_bootstrap(
+    differences: "np.ndarray",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> "np.ndarray":
     """Returns the two-sided p of "the mean is 0" for each row, by the studentized bootstrap.
 
     The p is the share of resamples whose |t| about the observed mean reaches the observed |t|

@@ -1,6 +1,7 @@
 """Where a run's numbers and pictures go: metrics.jsonl always, TensorBoard and PNG files by choice."""
 
 import json
+import re
 import struct
 import threading
 from pathlib import Path
@@ -14,7 +15,8 @@ from qtrain.common.files import write_atomically
 class Logger:
     """Takes what a run has to show, and shows nothing; a logger overrides what it can show.
 
-    `step` counts optimizer steps of the stage that a metric's name begins with.
+    `step` counts optimizer steps of the stage that a metric's name begins with, and epochs of all
+    stages where the name ends with a kind of model, as "val_accuracy/fake".
 
     Attributes:
         shows_images: whether a call of `image` has any effect; drawing takes time.
@@ -26,7 +28,8 @@ class Logger:
     def histogram(self, name: str, values: Tensor, step: int) -> None: ...
     def image(self, name: str, png: bytes, step: int) -> None: ...
     def text(self, name: str, markdown: str, step: int) -> None: ...
-    def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None: ...
+    def hparams(self, params: dict[str, Any]) -> None: ...
+    def chart(self, title: str, names: list[str]) -> None: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
 
@@ -99,14 +102,23 @@ class TensorBoard(Logger):
     def text(self, name: str, markdown: str, step: int) -> None:
         self.writer.add_text(name, markdown, step)
 
-    def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None:
-        # SummaryWriter.add_hparams would open a second run; this keeps one run folder one run. The metrics are names of
-        # scalars that have been logged.
+    def hparams(self, params: dict[str, Any]) -> None:
+        # SummaryWriter.add_hparams would open a second run; this keeps one run folder one run.
         from torch.utils.tensorboard.summary import hparams
 
         values = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()}
-        for summary in hparams(values, metrics):
+        # The first summary lists columns, and TensorBoard takes the list of any one run for all.
+        # Without it the columns are what all runs have, those that differ first.
+        for summary in hparams(values, {})[1:]:
             self.writer._get_file_writer().add_summary(summary)
+
+    def chart(self, title: str, names: list[str]) -> None:
+        # One axis for several scalars: under Custom Scalars, whose tags are regular expressions.
+        from torch.utils.tensorboard.summary import custom_scalars
+
+        tags = [f"{re.escape(name)}$" for name in names]
+        layout = {title.partition(" ")[0]: {title: ["Multiline", tags]}}
+        self.writer._get_file_writer().add_summary(custom_scalars(layout))
 
     def flush(self) -> None:
         self.writer.flush()
@@ -138,9 +150,13 @@ class Loggers(Logger):
         for logger in self.loggers:
             logger.text(name, markdown, step)
 
-    def hparams(self, params: dict[str, Any], metrics: dict[str, float]) -> None:
+    def hparams(self, params: dict[str, Any]) -> None:
         for logger in self.loggers:
-            logger.hparams(params, metrics)
+            logger.hparams(params)
+
+    def chart(self, title: str, names: list[str]) -> None:
+        for logger in self.loggers:
+            logger.chart(title, names)
 
     def flush(self) -> None:
         for logger in self.loggers:

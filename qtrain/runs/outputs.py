@@ -17,6 +17,7 @@ from qtrain.common.files import write_atomically
 from qtrain.functional.error import mse, sqnr_db
 from qtrain.logger.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
+from qtrain.runs.hparams import hparams
 from qtrain.runs.quality import Quality, made_of, of_task
 from qtrain.runs.report import Report
 from qtrain.simulate.fake_quantize import FakeQuantize
@@ -104,13 +105,14 @@ def write(
     float_model: nn.Module,
     quantized: nn.Module,
     sample: tuple[Tensor, ...],
+    last_epoch: int,
 ) -> None:
     """Writes examples.pt, what the loggers show of the finished run, and the lines at its end."""
     examples = {name: score.examples for name, score in scores.items() if score is not None}
     write_atomically(run_dir / "examples.pt", lambda new: torch.save(examples, new))
 
-    scalars = final_scalars(report, task.quality)
-    logger.log(scalars, 0)
+    logger.log(final_scores(report, task.quality), last_epoch)
+    logger.log(final_costs(report), 0)
     names = [name for name, module in quantized.named_modules() if integers.quantized_weight(module) is not None]
     before = reference if reference is not None else float_model
     pairs = {}
@@ -137,10 +139,7 @@ def write(
         logger.text("samples", "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()), 0)
     if report.qparams:
         logger.text("qparams", qparams_table(report), 0)
-    batch = report.config["measure"]["batch_sizes"][0]
-    columns = [f"{task.quality}/{kind}" for kind in ("quantized", "fake", "float")]
-    columns += ["size_kb/quantized_file", f"latency_ms/quantized_batch_{batch}"]
-    logger.hparams(hparams(report), {name: scalars[name] for name in columns if name in scalars})
+    logger.hparams(hparams(report))
     for line in summary(report, of_task(task)):
         log.info(line)
 
@@ -169,36 +168,20 @@ def _float_weight(layer: nn.Module) -> Tensor | None:
     return weight.detach() if isinstance(weight, Tensor) else None
 
 
-def final_scalars(report: Report, quality: str) -> dict[str, float]:
-    """Returns the figures of the finished run, by TensorBoard's names."""
+def final_scores(report: Report, quality: str) -> dict[str, float]:
+    """Returns the finished run's scores on the test data, by TensorBoard's names."""
+    known = {kind: metrics for kind, metrics in report.metrics.items() if metrics is not None}
+    return {f"{name}/{kind}": known[kind][name] for name in (quality, "loss") for kind in known}
+
+
+def final_costs(report: Report) -> dict[str, float]:
+    """Returns what the finished run's models cost, by TensorBoard's names."""
     scalars: dict[str, float] = {}
-    for kind, metrics in report.metrics.items():
-        if metrics is not None:
-            scalars |= {f"{name}/{kind}": metrics[name] for name in (quality, "loss")}
     scalars |= {f"size_kb/{kind}": size / 1000 for kind, size in report.size_bytes.items() if size is not None}
     scalars |= {f"tokens_per_s/{kind}": rate for kind, rate in report.tokens_per_s.items()}
     for kind, sizes in report.latency_ms.items():
         scalars |= {f"latency_ms/{kind}_batch_{size}": t["median"] for size, t in (sizes or {}).items()}
     return scalars
-
-
-def hparams(report: Report) -> dict[str, Any]:
-    """Returns the settings that comparisons are made over; "-" where the method has no such thing.
-
-    TensorBoard sorts them by name and shows five unasked: hence the names.
-    """
-    activation, rates = report.quant["activation"] or {}, {"rate": report.config, "rate of QAT": report.config["quant"]}
-    bits = [str(spec["bits"]) for spec in (report.quant["weight"], activation) if spec]
-    return {
-        "bits": "/".join(bits) or "-",
-        "engine": report.quant["engine"] or "-",
-        "method": report.quant["method"],
-        "network": report.model,
-        "observer": activation.get("observer") or "-",
-        "seed": report.seed,
-        "trained on": report.data,
-        **{name: part["optimizer"]["lr"] for name, part in rates.items() if "lr" in part.get("optimizer", ())},
-    }
 
 
 def qparams_table(report: Report) -> str:

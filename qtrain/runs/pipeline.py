@@ -32,7 +32,7 @@ from qtrain.config.build import Parts, build, resolve, try_out
 from qtrain.data.loaders import Loader
 from qtrain.exporter.judge import write_and_judge
 from qtrain.logger.loggers import JsonLines, Logger, Loggers
-from qtrain.runs import launch, outputs
+from qtrain.runs import epochs, launch, outputs
 from qtrain.runs.checkpoint import FloatCache, digest, save_weights
 from qtrain.runs.foreign import load_checkpoint
 from qtrain.runs.quality import of_task
@@ -123,6 +123,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     logger: Logger = Logger()
     if is_first:
         logger = Loggers(JsonLines(run_dir), *outputs.extra_loggers(config, run_dir))
+        epochs.lay_out(logger, parts.task.quality)
     try:
         untrained = torch_ao.copy_model(parts.model)
         float_model = obtain_float(config, parts, report, clock, logger, progress)
@@ -178,7 +179,8 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
             report.size_bytes["float_file"] = save_weights(run_dir / "float.pt", float_model)
             quantized_file = save_weights(run_dir / "quantized.pt", quantized)
             report.size_bytes["quantized_file"] = None if quantizer.simulated else quantized_file
-            outputs.write(report, run_dir, logger, parts.task, scores, reference, float_model, quantized, sample)
+            last = epochs.of_all(config, parts)
+            outputs.write(report, run_dir, logger, parts.task, scores, reference, float_model, quantized, sample, last)
         report.time_s = dict(clock.seconds)
         report.sha256 = {name: sha256(run_dir / name) for name in DIGESTED}
         report.save(run_dir)
@@ -223,6 +225,12 @@ def obtain_float(
 def train_float(config: DictConfig, parts: Parts, clock: Stopwatch, logger: Logger, progress: Progress) -> None:
     """Trains the float model, in place, from the generators' state in which it was made."""
     torch.set_rng_state(parts.generator_state)
+
+    def score(epoch: int) -> dict[str, float]:
+        metrics = val_scores(parts, parts.model, config.device) if ranks.is_first() else {}
+        epochs.show(logger, parts.task.quality, epoch + 1, float=metrics)
+        return metrics
+
     with clock("float_training"):
         parts.trainer.fit(
             parts.model,
@@ -234,7 +242,7 @@ def train_float(config: DictConfig, parts: Parts, clock: Stopwatch, logger: Logg
             logger=logger,
             stage="float",
             checkpoint=progress.stage("float"),
-            on_epoch_end=lambda epoch: val_scores(parts, parts.model, config.device) if ranks.is_first() else {},
+            on_epoch_end=score,
         )
 
 
@@ -248,6 +256,7 @@ def finetune(config: DictConfig, parts: Parts, prepared: Simulation, logger: Log
     checkpoint = progress.stage(quantizer.stage)
     checkpoint.load()
     kind = "" if quantizer.weight is None else "int8_"
+    before = epochs.of_float(config, parts)
     best = checkpoint.extra  # nothing, or the quality, epoch and weights of the best epoch so far
 
     def score(epoch: int) -> dict[str, float]:
@@ -256,13 +265,17 @@ def finetune(config: DictConfig, parts: Parts, prepared: Simulation, logger: Log
         if not ranks.is_first():
             return {}
         metrics = val_scores(parts, quantizer.convert(prepared), "cpu")
+        scores, fake = {"quantized": metrics}, quantizer.fake(prepared)
+        if fake is not None:
+            with torch.random.fork_rng(devices=[]):  # what is only shown must not change the training
+                scores["fake"] = val_scores(parts, fake.cpu(), "cpu")
+        epochs.show(logger, parts.task.quality, before + epoch + 1, **scores)
         quality = metrics[f"val_{parts.task.quality}"] * (1 if parts.task.higher_is_better else -1)
         if not best or quality >= best["quality"]:  # of equals the later, trained longer
             best.update(quality=quality, epoch=epoch, model=copy.deepcopy(prepared.state_dict()))
         return {f"{kind}{name}": value for name, value in metrics.items()}
 
-    limit = parts.trainer.max_finetuning_steps
-    replace(parts.trainer, epochs=quantizer.epochs, max_steps=limit).fit(
+    parts.trainer.for_finetuning(quantizer.epochs).fit(
         prepared,
         parts.data.train,
         parts.task,

@@ -149,7 +149,11 @@ def _problems(report: dict[str, Any]) -> Iterator[str]:
 def _is_extreme(content: Any, levels: int = MOST_LEVELS) -> bool:
     if isinstance(content, (dict, list)):
         values = content.values() if isinstance(content, dict) else content
-        return not levels or any(_is_extreme(value, levels - 1) for value in values)
+        return not levels or any(
+            _is_extreme(value, levels - 1)
+            for value in values
+            if not isinstance(value, (int, float)) or not -LARGEST < value < LARGEST
+        )
     return isinstance(content, (int, float)) and not -LARGEST < content < LARGEST
 
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -70,6 +70,15 @@ class Trainer:
         """Returns the optimizer steps of one fit."""
         steps = self.epochs * math.ceil(len(loader) / self.accumulate)
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def num_epochs(self, loader: Loader) -> int:
+        """Returns the epochs of one fit, of which a limit may cut the last one short."""
+        steps_an_epoch = max(1, math.ceil(len(loader) / self.accumulate))
+        return math.ceil(self.num_steps(loader) / steps_an_epoch)
+
+    def for_finetuning(self, epochs: int) -> "Trainer":
+        """Returns the trainer for a quantizer's own training."""
+        return replace(self, epochs=epochs, max_steps=self.max_finetuning_steps)
 
     def fit(
         self,

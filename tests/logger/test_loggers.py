@@ -4,6 +4,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from qtrain.config import build
@@ -32,13 +33,24 @@ def show_everything(logger):
     logger.histogram("weights", torch.tensor([-1.0, 0.0, 3.0]), 2)
     logger.image("some/picture", PNG, 3)
     logger.text("table", "| a | b |\n|---|---|\n| 1 | 2 |", 4)
-    logger.hparams({"lr": 0.1, "method": "ptq", "engine": None}, {"accuracy": 0.9})
+    logger.hparams({"lr": 0.1, "method": "ptq", "engine": None})
+    logger.chart("a.b over epochs", ["val_a.b/float", "a.b/float"])
 
 
 def hparams_of(events):
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     given = HParamsPluginData.FromString(content).session_start_info.hparams
     return {name: getattr(value, value.WhichOneof("kind")) for name, value in given.items()}
+
+
+def charts_of(events):
+    """{category: {title: regular expressions of tags}} under Custom Scalars."""
+    (event,) = events.Tensors("custom_scalars__config__")
+    found = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in found.category
+    }
 
 
 def test_json_lines(tmp_path):
@@ -70,6 +82,7 @@ def test_tensorboard(tmp_path):
     (text,) = events.Tensors("table/text_summary")
     assert text.step == 4 and b"| 1 | 2 |" in text.tensor_proto.string_val[0]
     assert hparams_of(events) == {"lr": pytest.approx(0.1), "method": "ptq", "engine": "None"}
+    assert charts_of(events) == {"a.b": {"a.b over epochs": [r"val_a\.b/float$", r"a\.b/float$"]}}
     assert len(list(tmp_path.iterdir())) == 1  # one run is one event file, also with hparams
 
 
@@ -86,7 +99,7 @@ def test_several_loggers_get_everything(tmp_path):
             self.calls = []
 
         def __getattribute__(self, name):
-            if name in ("log", "histogram", "image", "text", "hparams", "close"):
+            if name in ("log", "histogram", "image", "text", "hparams", "chart", "close"):
                 return lambda *arguments: self.calls.append((name, *map(str, arguments)))
             return super().__getattribute__(name)
 
@@ -94,7 +107,8 @@ def test_several_loggers_get_everything(tmp_path):
     logger = Loggers(first, second)
     show_everything(logger)
     logger.close()
-    assert [call[0] for call in first.calls] == ["log", "histogram", "image", "text", "hparams", "close"]
+    expected = ["log", "histogram", "image", "text", "hparams", "chart", "close"]
+    assert [call[0] for call in first.calls] == expected
     assert first.calls == second.calls
     assert first.calls[0] == ("log", "{'float/train_loss': 0.5, 'float/lr': 0.1}", "7")
 
@@ -107,6 +121,7 @@ def run(tmp_path_factory):
     """(folder, report) of a QAT run with TensorBoard."""
     folder = tmp_path_factory.mktemp("run")
     overrides = ["model=mlp", "model.hidden=8", "quant=qat", "trainer=smoke", "threads=1", "float_cache=null"]
+    overrides += ["quant.epochs=3", "trainer.max_finetuning_steps=200", "trainer.clip_norm=null"]
     settings = build.compose(*overrides, "measure.repeats=1", "scheduler=cosine")
     return folder, pipeline.execute(settings, folder, overrides)
 
@@ -123,6 +138,7 @@ def test_scalars_of_a_run(run, events):
         *(f"float/{name}" for name in ("val_accuracy", "val_loss")),
         *(f"qat/{name}" for name in ("int8_val_accuracy", "int8_val_loss")),
         *(f"{name}/{kind}" for name in ("accuracy", "loss") for kind in ("float", "fake", "quantized")),
+        *(f"val_accuracy/{kind}" for kind in ("float", "fake", "quantized")),
         *(f"size_kb/{kind}{suffix}" for kind in ("float", "quantized") for suffix in ("", "_file")),
         *(f"latency_ms/{kind}_batch_{size}" for kind in ("float", "quantized") for size in (1, 64)),
     }
@@ -135,6 +151,23 @@ def test_scalars_of_a_run(run, events):
         assert final[f"size_kb/{kind}_file"] == pytest.approx(report.size_bytes[f"{kind}_file"] / 1000)
         assert final[f"latency_ms/{kind}_batch_64"] == pytest.approx(report.latency_ms[kind]["64"]["median"])
     assert [e.step for e in events.Scalars("float/train_loss")] == [5, 10]
+
+
+def test_the_quality_over_epochs_has_one_axis(run, events):
+    """One epoch of float training, two of fine-tuning, which 200 steps cut short, and the test data's at the end."""
+    found = {name: events.Scalars(f"{name}") for name in ("val_accuracy/float", "val_accuracy/fake")}
+    int8 = found["val_accuracy/quantized"] = events.Scalars("val_accuracy/quantized")
+    assert {name: [e.step for e in values] for name, values in found.items()} == {
+        **{"val_accuracy/float": [1], "val_accuracy/fake": [2, 3], "val_accuracy/quantized": [2, 3]}
+    }
+    assert [e.value for e in int8] == [e.value for e in events.Scalars("qat/int8_val_accuracy")]
+    assert found["val_accuracy/float"][0].value == events.Scalars("float/val_accuracy")[0].value
+    fake = [e.value for e in found["val_accuracy/fake"]]
+    assert fake == pytest.approx([e.value for e in int8], abs=0.02) and fake[-1] > 0.2
+    kinds = ("float", "fake", "quantized")
+    assert [e.step for kind in kinds for e in events.Scalars(f"accuracy/{kind}")] == [3, 3, 3]
+    expected = [f"{name}/{kind}$" for name in ("val_accuracy", "accuracy") for kind in kinds]
+    assert charts_of(events) == {"accuracy": {"accuracy over epochs": expected}}
 
 
 def test_metrics_jsonl_has_the_same_scalars(run, events):
@@ -179,8 +212,12 @@ def test_pictures_and_tables_of_a_run(run, events):
 def test_hparams_of_a_run(events):
     shown = hparams_of(events)
     assert shown.pop("engine") in torch.backends.quantized.supported_engines
+    assert "_hparams_/experiment" not in events.summary_metadata  # which would hide what other runs have
     assert shown == {
+        "batch size": 64,
         "bits": "8/8",
+        "epochs": 1,
+        "epochs of QAT": 3,
         "method": "qat",
         "network": "mlp",
         "observer": "moving_average",
@@ -188,6 +225,13 @@ def test_hparams_of_a_run(events):
         "rate of QAT": pytest.approx(0.0001),
         "seed": 0,
         "trained on": "mnist_sample",
+        # And what else the command line set: of a group the name, of a key what the config has.
+        "trainer": "smoke",
+        "threads": 1,
+        "float_cache": "null",
+        "model.hidden": 8,
+        "trainer.clip_norm": "null",
+        "trainer.max_finetuning_steps": 200,
     }
 
 
@@ -197,9 +241,7 @@ def test_what_a_float_run_shows(tmp_path):
     pipeline.execute(settings, tmp_path, overrides)
     events = read_events(tmp_path)
     shown = hparams_of(events)
-    assert {shown[name] for name in ("bits", "engine", "observer")} == {"-"} and "rate of QAT" not in shown
+    assert {shown[name] for name in ("bits", "engine", "observer")} == {"-"}
+    assert not {"rate of QAT", "epochs of QAT"} & set(shown)
     assert events.Tags()["images"] == ["confusion/float"]
-    content = events.summary_metadata["_hparams_/experiment"].plugin_data.content
-    metrics = [info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos]
-    assert metrics == ["accuracy/quantized", "accuracy/float", "size_kb/quantized_file", "latency_ms/quantized_batch_2"]
-    assert set(metrics) <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("accuracy/quantized")] == [1]

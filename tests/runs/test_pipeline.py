@@ -419,7 +419,8 @@ def test_the_best_int8_epoch_is_kept(base, tmp_path, monkeypatch):
     assert len({run.quantized for run in after.values()}) == 3
 
     def scripted(qualities):
-        remaining = iter([0.5, *qualities])  # the float model's comes first
+        # The float model's comes first; behind each int8 model comes its simulation's, which decides nothing.
+        remaining = iter([0.5, *(score for quality in qualities for score in (quality, 1 - quality))])
 
         def val_scores(*_):
             return {"val_accuracy": next(remaining), "val_loss": 1.0}
