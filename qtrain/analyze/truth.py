@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from qtrain.analyze.layerwise import CALLED_INSTEAD, divergence, layer_outputs, present, relative_error, run
 from qtrain.backend import integers
@@ -209,13 +210,18 @@ def _decibels(reference: Tensor, approximation: Tensor) -> float:
 
 
 def require_finite_weights(model: nn.Module) -> None:
-    """Raises TruthError where a parameter, a running statistic or a scale holds NaN or infinity; names it.
+    """Raises TruthError where a parameter, a running statistic or a scale is missing, NaN or infinite; names it.
 
-    Other buffers may: an attention mask, the range of an observer that saw nothing.
+    Other buffers may be: an attention mask, the range of an observer that saw nothing.
     """
     # Out of the state dict: a fake quantization works its scale out when it is asked for.
     statistics = ((n, b) for n, b in model.state_dict().items() if ".running_" in n or n.endswith(".scale"))
     for name, value in (*model.named_parameters(), *statistics):
+        if is_lazy(value):
+            raise TruthError(
+                f"model: layer {name.rpartition('.')[0]} has no weights before it has seen an input; run the model on "
+                "a sample at the end of its __init__, or give the layer its input size"
+            )
         if not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
             layer, kind = integers.users_name(model, name), name.rpartition(".")[2]

@@ -55,13 +55,24 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda new: new.write_text(text))
 
 
+def require_file(path: Path) -> None:
+    """Makes sure that `path` is a file, not a folder, nor a pipe or a device that would be read without end.
+
+    Raises:
+        ValueError: it is not, or is not there.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: " + ("is no regular file" if path.exists() else "there is no such file"))
+
+
 def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
     """Returns the text of a file that anyone may have written.
 
     Raises:
-        ValueError: it is no UTF-8, or larger than `most_bytes`.
+        ValueError: it is no file, no UTF-8, or larger than `most_bytes`.
         OSError: it cannot be read.
     """
+    require_file(path)
     with path.open("rb") as file:
         content = file.read(most_bytes + 1)
     if len(content) > most_bytes:
@@ -75,11 +86,9 @@ def sha256(path: Path) -> str:
     Raises:
         ValueError: there is no such file.
     """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as err:
-        raise ValueError(f"{path}: there is no such file") from err
+    require_file(path)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

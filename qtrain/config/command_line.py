@@ -59,7 +59,7 @@ def refuse_choices(arguments: list[str]) -> None:
     A key that every run has cannot be deleted either.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import QuotedString
+    from hydra.core.override_parser.types import Glob, QuotedString
 
     for argument in arguments:
         key = argument.partition("=")[0]
@@ -69,7 +69,8 @@ def refuse_choices(arguments: list[str]) -> None:
         if "=" not in argument or not re.fullmatch(r"\w[\w/]*", key) or not group.is_dir():
             continue
         override = OverridesParser.create().parse_override(argument)
-        value = override.value()
-        if not (override.is_sweep_override() or isinstance(value, str | dict | QuotedString)) or "${" in str(value):
+        given = override.value()
+        values = getattr(given, "list", [given])  # of a sweep
+        if any(not isinstance(value, str | dict | QuotedString | Glob) or "${" in str(value) for value in values):
             known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
             raise ValueError(f"{argument}: must be one of {known}")

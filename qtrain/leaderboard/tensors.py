@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from qtrain.common.files import require_file
+
 DTYPES = {
     "ByteStorage": np.uint8,
     "CharStorage": np.int8,
@@ -24,14 +26,13 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: the file is missing, damaged, or holds something else.
     """
+    require_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
             (description,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
             folder = description.removesuffix("data.pkl")
             with archive.open(description) as file:
                 found = _Unpickler(file, archive, folder).load()
-    except FileNotFoundError as err:
-        raise ValueError(f"{path}: there is no such file") from err
     except Exception as err:  # a damaged pickle can raise anything
         raise ValueError(f"{path}: not readable as tensors ({type(err).__name__}: {err})") from err
     if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from qtrain.common.files import remove_leftovers, write_atomically, write_json
+from qtrain.common.files import remove_leftovers, require_file, write_atomically, write_json
 from qtrain.train.state import unreadable
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,11 @@ def read_state(path: Path) -> dict[Any, Any]:
         ValueError: there is no such file, it is damaged, or it holds anything else.
     """
     try:
+        require_file(path)
+    except ValueError as err:
+        raise ValueError(f"checkpoint={err}") from err
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as err:
-        raise ValueError(f"checkpoint={path}: there is no such file") from err
     except Exception as err:  # bytes that are no pickle can raise anything
         advice = "; save the weights alone: torch.save(model.state_dict(), FILE)"
         raise ValueError(f"checkpoint={path}: not a readable state dict ({unreadable(err)}){advice}") from None

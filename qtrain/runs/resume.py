@@ -219,13 +219,19 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
         extra: what else stood on the command line; it may repeat the run's settings, not change them.
 
     Raises:
-        ValueError: the folder holds no run or a finished one, or `extra` contradicts its config.
+        ValueError: the folder holds no run, a finished one, or a link, or `extra` contradicts its config.
     """
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(
             f"resume={run_dir}: no run to continue: there is no config.yaml; name a run's folder, "
             "or start the run again if it was ended before it wrote one"
         )
+    for path in run_dir.rglob("*"):  # logs are appended to, and cut off
+        if path.is_symlink():
+            raise ValueError(
+                f"resume={run_dir}: {path} is a symbolic link, which no run makes, and would lead the run's output out "
+                "of its folder; remove it, or put what it points to in its place"
+            )
     if (run_dir / FILE_NAME).is_file():
         try:
             report = load_report(run_dir / FILE_NAME)

@@ -110,6 +110,11 @@ def test_a_parameter_that_meets_int8_hears_of_its_stub_and_the_remedy_works(job)
     assert agrees(job("nets.Parameters", stub=True))
 
 
+def test_a_layer_without_weights_is_refused_by_name_and_the_remedy_works(job):
+    assert refused(job("nets.Lazy"), "layer fc has no weights", "run the model on a sample")
+    assert agrees(job("nets.Lazy", shown=True))
+
+
 def test_all_calls_without_kernel_are_named_at_once(job):
     assert refused(job("nets.Several"), "aten::silu", "aten::add", "aten::softplus", "nets.py:")
 

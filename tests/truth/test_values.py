@@ -51,6 +51,8 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
         (["trainer=[0.5,2]"], "trainer=[0.5,2]: must be one of default, smoke"),
         (["data=3"], "data=3: must be one of"),
         (["quant=null"], "quant=null: must be one of"),
+        (["-m", "quant=1,ptq"], "quant=1,ptq: must be one of absmax"),
+        (["-m", "task=range(1,3)"], "task=range(1,3): must be one of classification"),
         (["experiment=seed_ptq", "task=[0.5,2]"], "task=[0.5,2]: must be one of"),
         (["logger=${seed}"], "logger=${seed}: must be one of none, tensorboard"),
         (["~model"], "~model: every run needs this key"),

@@ -195,6 +195,19 @@ class Parameters(Base):
         return self.dequant(self.head(y))
 
 
+class Lazy(Base):
+    """A layer that makes its weights when it sees the first input."""
+
+    def __init__(self, shown=False):
+        super().__init__()
+        self.fc = nn.LazyLinear(10)
+        if shown:
+            self(torch.zeros(2, 1, 28, 28))
+
+    def forward(self, x):
+        return self.dequant(self.fc(self.quant(x).flatten(1)))
+
+
 class Several(Base):
     """Three calls without int8 kernels."""
 

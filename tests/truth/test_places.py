@@ -1,0 +1,50 @@
+"""What stands in the place of a run's file: no pipe is waited for, and no link leads out of the folder."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.fixture
+def run_dir(job, kept, tmp_path):
+    """The folder of a finished run of an MLP, to be changed."""
+    if not kept.exists():
+        outcome = job("mlp", "model.hidden=4")
+        assert outcome.code == 0, outcome.text
+        shutil.copytree(outcome.run_dir, kept)
+    return shutil.copytree(kept, tmp_path / "changed")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", ["report.json", "quantized.pt", "examples.pt"])
+def test_what_is_no_file_is_not_waited_for(run_dir, kept, name, kind):
+    path = run_dir / name
+    path.unlink()
+    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](path)
+    words = ["-c", f"import qtrain; qtrain.load({str(run_dir)!r})"]
+    if name == "examples.pt":
+        words = ["-m", "qtrain.cli.compare", run_dir, kept, "--baseline", kept]
+    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+    assert f"{path}: is no regular file" in ended.stderr
+    assert (ended.returncode == 0) == (name == "examples.pt")  # the rest of the table stands
+
+
+@pytest.mark.parametrize("name", ["qtrain.log", "metrics.jsonl", "resume", ".lock"])
+def test_no_link_leads_a_resumed_run_out_of_its_folder(run_dir, command, tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (run_dir / "report.json").unlink()
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).symlink_to(outside)
+    code, text = command(f"resume={run_dir}")
+    assert code == 1 and f"{run_dir / name} is a symbolic link" in text
+    assert outside.read_text() == "mine"
