@@ -9,9 +9,11 @@ model = qtrain.load("outputs/runs/...")
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing takes 4 ms to import, in which Ctrl-C would find no handler
 if TYPE_CHECKING:
+    from typing import Any
+
     from qtrain.api.exports import export
     from qtrain.api.quantize import Quantized, quantize
     from qtrain.api.runs import compare, load, load_float, run, sample_inputs
@@ -45,7 +47,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     # Only what is used is imported: torch takes seconds, and qtrain-compare does without it.
     if name == "__version__":
         return import_module("importlib.metadata").version("qtrain")

@@ -164,6 +164,7 @@ class Stopwatch:
 def keep_freed_memory() -> None:
     """Lets this process keep what it frees, up to 1 GB, for its next tensors, where the C library is glibc.
 
+    For processes of qtrain's own: a library leaves its host's memory alone.
     By default large blocks go back to the system, and each training step begins by asking for them, page by page, anew.
     """
     with suppress(AttributeError):  # of other C libraries

@@ -2,11 +2,13 @@
 
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 def show_in_tensorboard(name: str, picture: Path) -> None:
@@ -41,7 +43,8 @@ class Comparison(Callback):
         from qtrain.runs.sweep import count_jobs, crowding
 
         self.num_jobs, self.started = count_jobs(config.hydra), time.time()
-        print(announce_sweep(config.hydra), flush=True)
+        with suppress(OmegaConfBaseException):  # the jobs say what is wrong with the config
+            print(announce_sweep(config.hydra), flush=True)
         # sweep=optuna asks for it; Hydra builds the sampler after this.
         warnings.filterwarnings("ignore", message="``multivariate`` option is an experimental feature")
         warning = crowding(config)

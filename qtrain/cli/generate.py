@@ -1,12 +1,22 @@
 """The command `qtrain-generate`: a text from a finished run's model."""
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qtrain.common.plain import plain_lines
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qtrain.data.tokenizer import Tokenizer
+
+UNFINISHED = "\ufffd"  # the first bytes of a character, until the others come
 
 EXAMPLE = 'example: qtrain-generate outputs/runs/... --prompt "I have a dream" --top-k 30 --max-new-tokens 40'
 
@@ -20,11 +30,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=None, help="draw among the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, default=None, help="draw among the likeliest that make up p")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens come less often again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the run may name")
     args = parser.parse_args(argv)
     try:
-        print(generate(**vars(args)))
+        for text in generate(**vars(args)):
+            print(text, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print("\nqtrain-generate: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # as of `| head`; the interpreter must not flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain-generate: error: {err}"))
 
@@ -34,25 +53,25 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int,
-    greedy: bool,
-    temperature: float,
-    top_k: int | None,
     seed: int,
     trust: Sequence[str] = (),
-) -> str:
-    """Returns the prompt and what the converted model of `runs` adds to it.
+    **sampling: Any,
+) -> Iterator[str]:
+    """Yields the prompt, and what the converted model of a run adds to it, as it comes.
 
     Args:
         run: the folder of a finished run.
         prompt: a text of at least one token.
-        max_new_tokens, greedy, temperature, top_k, seed: see `GPT2.generate`.
+        max_new_tokens, seed: see `GPT2.generate`.
         trust: see `qtrain.runs.artifact.load`.
+        sampling: see `qtrain.model.sampling.Sampling`.
 
     Raises:
         ValueError: the folder holds no run of a language model, or an argument is out of range.
     """
     from qtrain.analyze.measure import keep_freed_memory
     from qtrain.data.tokenizer import load_tokenizer
+    from qtrain.model.sampling import Sampling
     from qtrain.runs.artifact import load
     from qtrain.runs.report import FILE_NAME, load_report
 
@@ -67,15 +86,26 @@ def generate(
     encoder = load_tokenizer(tokenizer)
     if not prompt:
         raise ValueError("prompt: is empty; give a text of at least one token")
-    tokens = model.generate(
-        encoder.encode(prompt)[None],
-        max_new_tokens,
-        greedy=greedy,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-    )
-    return encoder.decode(tokens[0])
+    tokens = encoder.encode(prompt)
+    if hasattr(model, "stream"):
+        new = model.stream(tokens[None], max_new_tokens, Sampling(**sampling), seed=seed)
+    else:  # a model of the user's own, which may know fewer settings
+        usual = vars(Sampling())
+        asked = {name: value for name, value in sampling.items() if value != usual[name]}
+        whole = model.generate(tokens[None], max_new_tokens, seed=seed, **asked)
+        new = whole[:, len(tokens) :].split(1, dim=1)
+    return pieces(encoder, tokens, new)
+
+
+def pieces(encoder: "Tokenizer", tokens: "Tensor", new: "Iterable[Tensor]") -> Iterator[str]:
+    """Yields the text of `tokens` (N,) and of each that follows, (1, 1), once its characters are whole."""
+    found, told = tokens.tolist(), 0
+    for token in chain([None], new):
+        found += [] if token is None else token[0].tolist()
+        text = encoder.decode(found).rstrip(UNFINISHED)
+        yield text[told:]
+        told = len(text)
+    yield encoder.decode(found)[told:]
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtrain.cli.interrupt import quit_at_once
 from qtrain.common.plain import plain_lines
 from qtrain.config.command_line import config_dir, hydra_arguments, refuse_choices, split
 from qtrain.config.swept import forgive, heed_own_keys
+from qtrain.config.together import partners
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -41,10 +43,12 @@ def one_job(config: "DictConfig") -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
+        from qtrain.analyze.measure import keep_freed_memory
         from qtrain.common.files import alone
         from qtrain.config.build import overridden_labels, unused_settings
         from qtrain.config.settings import objectives, refuse_config
         from qtrain.runs import pipeline, sweep
+        from qtrain.runs.resume import Signals
         from qtrain.train import ranks
 
     settings = HydraConfig.get()
@@ -58,11 +62,12 @@ def one_job(config: "DictConfig") -> Any:
             refuse_config(unused)
         for line in unused:  # other jobs of the sweep may heed them
             log.warning(line)
-        if settings.mode == RunMode.RUN:
-            with alone(run_dir):
-                report = pipeline.execute(config, run_dir, overrides)
-        else:
-            report = sweep.carry_out(config, run_dir, overrides)
+        keep_freed_memory()
+        with Signals() as signals, alone(run_dir) if settings.mode == RunMode.RUN else nullcontext():
+            if settings.mode == RunMode.RUN:
+                report = pipeline.execute(config, run_dir, overrides, signals=signals)
+            else:
+                report = sweep.carry_out(config, run_dir, overrides, signals)
         if not ranks.is_first():  # it has no scores
             return None
         values = [_select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]]
@@ -109,21 +114,23 @@ def _select(report: Any, objective: str) -> float:
 def continue_run(arguments: list[str]) -> None:
     """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
     with _importing():
+        from qtrain.analyze.measure import keep_freed_memory
         from qtrain.common.files import alone
         from qtrain.logger.run_log import RunLog
         from qtrain.runs import pipeline
-        from qtrain.runs.resume import open_run
+        from qtrain.runs.resume import Signals, open_run
         from qtrain.train import ranks
 
     named = [argument for argument in arguments if argument.startswith("resume=")]
     run_dir = Path(named[-1].partition("=")[2])
     config, overrides = open_run(run_dir, [argument for argument in arguments if argument not in named])
+    keep_freed_memory()
     # Of torchrun's processes, all of which come here, the first holds the folder for all.
-    with alone(run_dir) if ranks.is_first() else nullcontext():
+    with Signals() as signals, alone(run_dir) if ranks.is_first() else nullcontext():
         console, file = logging.StreamHandler(sys.stdout), RunLog(run_dir / "qtrain.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
-        pipeline.execute(config, run_dir, overrides, resume=True)
+        pipeline.execute(config, run_dir, overrides, resume=True, signals=signals)
 
 
 class Terminated(KeyboardInterrupt):
@@ -134,11 +141,6 @@ class Terminated(KeyboardInterrupt):
 
 def _terminate(signum: int, frame: object) -> None:
     raise Terminated("terminated")
-
-
-def _quit(signum: int, frame: object) -> None:
-    os.write(2, b"qtrain: interrupted\n")
-    os._exit(128 + signum)
 
 
 @contextmanager
@@ -152,7 +154,7 @@ def _importing() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
         yield
         return
-    before, is_first = signal.signal(signal.SIGINT, _quit), "torch" not in sys.modules
+    before, is_first = signal.signal(signal.SIGINT, quit_at_once), "torch" not in sys.modules
     if is_first:
         gc.disable()
     try:
@@ -192,10 +194,13 @@ def main() -> None:
 
 def _read_command_line() -> None:
     """Puts the words that Hydra takes into sys.argv."""
-    options, overrides = split(sys.argv[1:])
-    overrides = hydra_arguments(overrides)
+    options, named = split(sys.argv[1:])
+    added = partners(named)
+    overrides = hydra_arguments([*named, *added])
     refuse_choices(overrides)  # first, for Hydra itself stumbles over a number in the place of a file's name
     overrides, notes = forgive(options, overrides)
+    if added:
+        notes.append(f"{' '.join(added)}: go with what was named; name others to have others")
     for note in notes:
         print(f"note: {note}", flush=True)
     sys.argv = [sys.argv[0], *options, *overrides]

@@ -22,9 +22,12 @@ from qtrain.common.validate import SEEDS, choice, shown, whole
 from qtrain.config.command_line import config_dir, hydra_arguments
 from qtrain.config.old_names import up_to_date
 from qtrain.config.settings import ConfigError, check_settings, check_targets, find_device, objectives, refuse_config
+from qtrain.config.together import partners
 from qtrain.data.loaders import DataLoaders
+from qtrain.data.tokenizer import own_tokenizer
 from qtrain.exporter.base import Exporter
 from qtrain.exporter.judge import check_exporters
+from qtrain.model.pretrained import SIZES
 from qtrain.quant.base import Quantizer
 from qtrain.task.base import Task
 from qtrain.train.trainer import OptimizerFactory, SchedulerFactory, Trainer
@@ -42,12 +45,14 @@ NOT_NULL = ("quant.optimizer", "quant.scheduler", "export")
 # What is made, in this order; the model last, for it draws from the generator.
 PARTS = ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "model_transform", "export", "model")
 PATHS_OR_NAMES = ("data.tokenizer", "model.pretrained")  # of the bundled, or on a hub
+AUTO = "auto"  # data.tokenizer: that of the pretrained model
 
 
 def compose(*overrides: str) -> DictConfig:
     """Returns the config that the command line `qtrain *overrides` would run; for tests and notebooks."""
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
-        config = hydra.compose("config", hydra_arguments(list(overrides)), return_hydra_config=True)
+        words = [*overrides, *partners(list(overrides))]
+        config = hydra.compose("config", hydra_arguments(words), return_hydra_config=True)
         HydraConfig.instance().set_config(config)  # for ${hydra:runtime.choices...}
         return resolve(config)
 
@@ -72,6 +77,8 @@ def resolve(config: DictConfig) -> DictConfig:
     except ConfigError as err:
         mistakes.append(str(err))
         config.device = "cpu"  # to find out what else is wrong
+    if OmegaConf.select(config, "data.tokenizer") == AUTO:
+        config.data.tokenizer = own_tokenizer(OmegaConf.select(config, "model.pretrained"))
     config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
     for key, group in NAMED.items():
         section, _, last = key.rpartition(".")
@@ -120,7 +127,22 @@ def overridden_labels(config: DictConfig) -> list[str]:
 
 
 def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
-    """Returns what is wrong where the command line sets how to calibrate, and the method does not."""
+    """Returns what is wrong where the command line sets what another of its settings makes void."""
+    given = {text.lstrip("+").partition("=")[0]: text.lstrip("+") for text in overrides}
+    lines = []
+    for part in ("valid", "test"):
+        share = f"data.{part.removesuffix('id')}_fraction"
+        path = OmegaConf.select(config, f"data.{part}_path")
+        if path is not None and share in given:
+            lines.append(f"{given[share]}: that text is data.{part}_path={shown(path)}, whole; leave it out")
+    pretrained = OmegaConf.select(config, "model.pretrained")
+    for size in SIZES if isinstance(pretrained, str) else ():
+        if f"model.{size}" in given:
+            lines.append(f"{given[f'model.{size}']}: model.pretrained={shown(pretrained)} has its own; leave it out")
+    return lines + _uncalibrated(config, overrides)
+
+
+def _uncalibrated(config: DictConfig, overrides: list[str]) -> list[str]:
     try:
         calibrates = getattr(get_object(config.quant._target_), "calibrates", True)
     except Exception:  # whatever is wrong with the name, `build` tells

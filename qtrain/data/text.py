@@ -117,8 +117,12 @@ def text(
     val_fraction: float,
     test_fraction: float,
     device: str,
+    valid_path: str | None = None,
+    test_path: str | None = None,
 ) -> DataLoaders:
     """Returns the loaders of one text: its beginning for training, then the validation text, its end for testing.
+
+    A text of its own takes the place of either share.
 
     It is split before it is tokenized, so that every tokenizer is scored on the same characters.
 
@@ -132,6 +136,7 @@ def text(
         val_fraction: share of the characters for validation, above 0; with test_fraction below 1.
         test_fraction: share of the characters for testing, above 0.
         device: where the tokens and so the batches lie.
+        valid_path, test_path: files as `path`, to validate and to test on; None: the share of `path`.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -141,6 +146,8 @@ def text(
         lengths.append(f"stride={stride}: must be a whole number from 1 to context={context}")
     problems = (
         validate.text("path", path)
+        + validate.text("valid_path", valid_path, null=True)
+        + validate.text("test_path", test_path, null=True)
         + whole("batch_size", batch_size, 1, MANY)
         + whole("eval_batch_size", eval_batch_size, 1, MANY)
         + lengths
@@ -154,14 +161,16 @@ def text(
         )
     refuse(problems)
     encoder = load_tokenizer(tokenizer)
-    content = read_text(path)
-    ends = [round(len(content) * (1 - share)) for share in (val_fraction + test_fraction, test_fraction)]
-    parts = [content[: ends[0]], content[ends[0] : ends[1]], content[ends[1] :]]
+    parts = _split(read_text(path), 0.0 if valid_path else val_fraction, 0.0 if test_path else test_fraction)
+    origins = [f"path={path}"] * 3
+    for index, name, own in ((1, "valid_path", valid_path), (2, "test_path", test_path)):
+        if own is not None:
+            parts[index], origins[index] = read_text(own, name), f"{name}={own}"
     tokens = [encoder.encode(part) for part in parts]
-    for name, ids in zip(("training", "validation", "test"), tokens, strict=True):
+    for origin, name, ids in zip(origins, ("training", "validation", "test"), tokens, strict=True):
         if len(ids) <= context:
             raise ValueError(
-                f"path={path}: its {name} part has {len(ids)} tokens, of the {sum(map(len, tokens))} of the whole "
+                f"{origin}: its {name} part has {len(ids)} tokens, of the {sum(map(len, tokens))} of the whole "
                 f"text, and must have more than context={context}; use a longer text, a smaller context or "
                 f"other fractions than val_fraction={val_fraction} and test_fraction={test_fraction}"
             )
@@ -183,20 +192,28 @@ def text(
     )
 
 
-def read_text(path: str) -> str:
+def _split(content: str, val_share: float, test_share: float) -> list[str]:
+    ends = [round(len(content) * (1 - share)) for share in (val_share + test_share, test_share)]
+    return [content[: ends[0]], content[ends[0] : ends[1]], content[ends[1] :]]
+
+
+def read_text(path: str, name: str = "path") -> str:
     """Returns the content of a UTF-8 file, decompressed where its name ends in .xz.
+
+    Args:
+        name: of the parameter that holds `path`, for messages.
 
     Raises:
         ValueError: there is no such file, it is empty, or it is not UTF-8.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"path={path}: there is no such file; name a text file, or use the bundled data=shakespeare")
+        raise ValueError(f"{name}={path}: there is no such file; name a text file, or use the bundled data=shakespeare")
     try:
         raw = file.read_bytes()
         content = (lzma.decompress(raw) if file.suffix == ".xz" else raw).decode("utf-8")
     except (UnicodeDecodeError, lzma.LZMAError) as err:
-        raise ValueError(f"path={path}: must be UTF-8 text, or such text compressed by xz ({err})") from err
+        raise ValueError(f"{name}={path}: must be UTF-8 text, or such text compressed by xz ({err})") from err
     if not content:
-        raise ValueError(f"path={path}: the file is empty; name a text of more than the tokens of one window")
+        raise ValueError(f"{name}={path}: the file is empty; name a text of more than the tokens of one window")
     return content

@@ -77,6 +77,27 @@ class BPETokenizer:
         return len(self.backend.id_to_token(token))
 
 
+def own_tokenizer(pretrained: str | None) -> str:
+    """Returns the name of the tokenizer that a pretrained model was trained with.
+
+    Args:
+        pretrained: a folder or a name on the hub; a folder without a tokenizer, as of a model over
+            bytes, and None stand for "bytes".
+    """
+    if not isinstance(pretrained, str):
+        return "bytes"
+    folder = Path(pretrained).expanduser()
+    return pretrained if not folder.is_dir() or _holds_tokenizer(folder) else "bytes"
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or _holds_bpe(folder)
+
+
+def _holds_bpe(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in ("vocab.json", "merges.txt"))
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of that name.
 
@@ -91,8 +112,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return ByteTokenizer()
     folder = Path(name).expanduser()
-    has_bpe = all((folder / file).is_file() for file in ("vocab.json", "merges.txt"))
-    if folder.is_dir() and not has_bpe and not (folder / "tokenizer.json").is_file():
+    if folder.is_dir() and not _holds_tokenizer(folder):
         raise ValueError(
             f"tokenizer={name}: the folder must hold tokenizer.json, or vocab.json and merges.txt; "
             "tokenizer=bytes needs no files"
@@ -107,7 +127,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         if (folder / "tokenizer.json").is_file():
             return BPETokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
-        if not has_bpe:
+        if not _holds_bpe(folder):
             return BPETokenizer(tokenizers.Tokenizer.from_pretrained(name))
         backend = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as err:  # the library raises bare Exceptions

@@ -36,7 +36,7 @@ class NumberFormat:
 
     @property
     def _bias(self) -> int:
-        return 2 ** (self.exponent - 1) - 1
+        return (1 << self.exponent - 1) - 1
 
     @property
     def largest(self) -> float:

@@ -27,7 +27,8 @@ def to_groups(x: Tensor, group_size: int) -> Tensor:
             f"group_size={group_size} does not divide the last dimension, {size}, of shape {list(x.shape)}: "
             f"use one of {divisors}"
         )
-    return x.unflatten(-1, (size // group_size, group_size))
+    grouped: Tensor = x.unflatten(-1, (size // group_size, group_size))
+    return grouped
 
 
 def from_groups(groups: Tensor) -> Tensor:

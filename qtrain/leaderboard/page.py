@@ -116,7 +116,7 @@ def _column(column: table.Column) -> dict[str, Any]:
 def _name(row: Row, section: Section) -> str:
     """Returns what the page calls a row: its folder, or what its group has in common."""
     if not section.grouped:
-        return plain(row.runs[0].folder.name)
+        return str(plain(row.runs[0].folder.name))
     labels = [column for column in table.columns(section) if column.key in section.labels]
     texts = {column.key: column.text(row) for column in labels}
     parts = [
@@ -124,7 +124,7 @@ def _name(row: Row, section: Section) -> str:
         for key, text in texts.items()
         if text != table.NONE
     ]
-    return plain(" ".join(parts)) or table.NONE
+    return str(plain(" ".join(parts))) or table.NONE
 
 
 def _config(section: Section) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtrain.common.limits import LARGEST
 from qtrain.leaderboard.runs import Run
@@ -117,7 +117,8 @@ def _gain(run: Run, kind: str, base: Run, base_kind: str) -> "np.ndarray":
             f"{run.folder}: its {len(ours)} examples cannot be paired with the {len(theirs)} of {base.folder}; "
             "significance is not tested"
         )
-    return ours.astype("float64") - theirs.astype("float64")
+    difference: np.ndarray[Any, Any] = ours.astype("float64") - theirs.astype("float64")
+    return difference
 
 
 @lru_cache(maxsize=32)  # baselines come again and again, one a seed

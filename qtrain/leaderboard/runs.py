@@ -200,7 +200,7 @@ def _number(value: Any) -> float:
 def _positive(value: Any) -> float:
     if _number(value) <= 0:
         raise ValueError(f"{value!r} instead of a number above 0")
-    return value
+    return float(value)
 
 
 def _median(times: dict[str, Any] | None, batch: str | None) -> float | None:

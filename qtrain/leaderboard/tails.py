@@ -10,7 +10,7 @@ def binomial(k: int, n: int) -> float:
     0.0107421875
     """
     if n < 1000:
-        return sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+        return float(sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
     # From the largest term, in logarithms, downwards: each is the one above times i / (n - i + 1).
     term = total = 1.0
     for i in range(k, 0, -1):

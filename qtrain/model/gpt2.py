@@ -7,21 +7,17 @@ Shapes: B batch, T tokens of one call, S tokens seen by attention (T and those i
 D = C / H, V = vocab_size.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from qtrain.backend.torch_ao import DeQuantStub, QuantStub, resolve
+from qtrain.backend.torch_ao import DeQuantStub, QuantStub
 from qtrain.common.validate import MANY, WIDE, number, refuse, text, whole
+from qtrain.model.gpt2_block import Block, Call, Slot
 from qtrain.model.pretrained import load_gpt2
-
-logger = logging.getLogger(__name__)
-
-Slot = tuple[Tensor, Tensor, Tensor]  # where to write new keys and values, all keys, all values: of one layer
+from qtrain.model.sampling import Sampling
 
 
 class KVCache:
@@ -43,7 +39,7 @@ class KVCache:
         sizes = (model.n_layer, 2, batch_size, model.n_head, self.max_length, model.n_embd // model.n_head)
         self.buffer = torch.empty(sizes, dtype=like.dtype, device=like.device)  # (n_layer, 2, B, H, max_length, D)
         self.length = 0
-        self.blocks = [resolve(block, (Block, Attention, MLP)) for block in model.h]
+        self.blocks: list[Call] = [block.resolved() for block in model.h]  # type: ignore[operator]
 
     def slots(self, num_tokens: int) -> list[Slot]:
         """Returns the views that each layer needs to read `num_tokens` more, made for all layers at once.
@@ -56,69 +52,6 @@ class KVCache:
         places = self.buffer[..., self.length : end, :].unbind(0)
         keys, values = self.buffer[..., :end, :].unbind(1)
         return list(zip(places, keys.unbind(0), values.unbind(0), strict=True))
-
-
-class Attention(nn.Module):
-    """Causal self-attention, in float between two quantizable Linear layers."""
-
-    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
-        super().__init__()
-        self.n_head, self.dropout = n_head, dropout
-        self.quant_attn, self.dequant_attn = QuantStub(), DeQuantStub()
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd)
-        self.quant_proj, self.dequant_proj = QuantStub(), DeQuantStub()
-        self.c_proj = nn.Linear(n_embd, n_embd)
-
-    def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
-        """(B, T, C) -> (B, T, C). mask: bool (T, S), True where a token may look; None for the usual triangle."""
-        batch, num_tokens, n_embd = x.shape
-        x = self.dequant_attn(self.c_attn(self.quant_attn(x)))  # (B, T, 3C)
-        qkv = x.view(batch, num_tokens, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        if slot is None:
-            q, k, v = qkv.unbind(0)  # (B, H, T, D)
-        else:
-            place, k, v = slot  # (B, H, S, D)
-            place.copy_(qkv[1:])
-            q = qkv[0]
-        dropout = self.dropout if self.training else 0.0
-        # A single token may look at everything before it: it needs no mask.
-        is_causal = mask is None and num_tokens > 1
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-        x = x.transpose(1, 2).reshape(batch, num_tokens, n_embd)  # (B, T, C)
-        return self.dequant_proj(self.c_proj(self.quant_proj(x)))
-
-
-class MLP(nn.Module):
-    """Two quantizable Linear layers with tanh-GELU in float between them."""
-
-    def __init__(self, n_embd: int) -> None:
-        super().__init__()
-        self.quant_fc, self.dequant_fc = QuantStub(), DeQuantStub()
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
-        self.quant_proj, self.dequant_proj = QuantStub(), DeQuantStub()
-        self.c_proj = nn.Linear(4 * n_embd, n_embd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = _gelu(self.dequant_fc(self.c_fc(self.quant_fc(x))))  # (B, T, 4C)
-        return self.dequant_proj(self.c_proj(self.quant_proj(x)))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(n_embd)
-        self.attn = Attention(n_embd, n_head, dropout)
-        self.ln_2 = nn.LayerNorm(n_embd)
-        self.mlp = MLP(n_embd)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = x + self.dropout(self.attn(self.ln_1(x), slot, mask))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class GPT2(nn.Module):
@@ -156,10 +89,7 @@ class GPT2(nn.Module):
         sizes = dict(vocab_size=vocab_size, n_positions=n_positions, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
         refuse(text("pretrained", pretrained, null=True))
         if pretrained is not None:
-            found, weights = load_gpt2(pretrained)
-            if sizes != found:
-                logger.warning("pretrained=%s: sizes %s, where the model's config says %s", pretrained, found, sizes)
-            sizes = found
+            sizes, weights = load_gpt2(pretrained)
         most = {"vocab_size": MANY, "n_positions": MANY, "n_layer": 1024, "n_head": 1024, "n_embd": WIDE}
         problems = [line for name, value in sizes.items() for line in whole(name, value, 1, most[name])]
         refuse(problems + number("dropout", dropout, least=0, below=1))
@@ -214,7 +144,7 @@ class GPT2(nn.Module):
             problem = f"context={start + num_tokens}: must be at most n_positions={self.n_positions}"
             raise ValueError(f"{problem}; shorten the input (data.context), or train with a larger model.n_positions")
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            blocks: Iterable[Callable[..., Tensor]] = self.h if cache is None else cache.blocks
+            blocks: Iterable[Call] = self.h if cache is None else cache.blocks
             slots = [None] * self.n_layer if cache is None else cache.slots(num_tokens)
             mask = None
             if start and num_tokens > 1:
@@ -229,7 +159,6 @@ class GPT2(nn.Module):
             x = self.ln_f(x[:, -1:] if last_only else x)
             return self.dequant_head(self.lm_head(self.quant_head(x)))  # (B, T or 1, V)
 
-    @torch.no_grad()
     def generate(
         self,
         idx: Tensor,
@@ -238,6 +167,8 @@ class GPT2(nn.Module):
         greedy: bool = False,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         stop_token: int | None = None,
     ) -> Tensor:
@@ -246,17 +177,41 @@ class GPT2(nn.Module):
         Args:
             idx: int64 (B, T), prompts of one length.
             max_new_tokens: tokens to add; with the prompt at most n_positions.
-            greedy: take the most likely token (without temperature and top_k).
-            temperature: the logits are divided by it, above 0.
-            top_k: draw among the k most likely tokens only, 1..V; None: among all.
+            greedy, temperature, top_k, top_p, repetition_penalty: see `Sampling`.
             seed: of the generator that draws; torch's global one is left alone.
             stop_token: a row that has drawn it is filled up with it; once all rows have, no more are drawn.
 
         Returns:
             int64 (B, T + n), n <= max_new_tokens.
         """
+        sampling = Sampling(
+            greedy=greedy,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+        )
+        new = self.stream(idx, max_new_tokens, sampling, seed=seed, stop_token=stop_token)
+        return torch.cat([idx, *new], dim=1)
+
+    def stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        seed: int = 0,
+        stop_token: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Returns an iterator over the new tokens, int64 (B, 1) each, as they come; see `generate`."""
+        _check_request(self, idx.shape[1], max_new_tokens, sampling)
+        return self._stream(idx, max_new_tokens, sampling, seed, stop_token)
+
+    @torch.no_grad()
+    def _stream(
+        self, idx: Tensor, max_new_tokens: int, sampling: Sampling, seed: int, stop_token: int | None
+    ) -> Iterator[Tensor]:
         batch_size, num_prompt = idx.shape
-        _check_request(self, num_prompt, max_new_tokens, greedy, temperature, top_k)
         generator = torch.Generator(idx.device).manual_seed(seed)
         cache = KVCache(self, batch_size, num_prompt + max_new_tokens)
         tokens = [idx]
@@ -266,48 +221,26 @@ class GPT2(nn.Module):
         try:
             for _ in range(max_new_tokens):
                 logits = self(tokens[-1], cache, last_only=True)[:, -1]  # (B, V)
-                if greedy or top_k == 1:
-                    new = logits.max(-1, keepdim=True).indices  # (B, 1); a third of argmax's time
-                else:
-                    new = _draw(logits.float() / temperature, top_k, generator)
+                new = sampling.choose(logits, tokens, generator)
                 if stop_token is not None:
                     new = new.masked_fill(done, stop_token)
                     done |= new == stop_token
                 tokens.append(new)
+                yield new
                 if stop_token is not None and done.all():
                     break
         finally:
             self.train(was_training)
-        return torch.cat(tokens, dim=1)
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """Returns the tanh approximation of GELU, to 1e-6."""
-    if x.numel() < 1 << 15 or x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu":
-        return F.gelu(x, approximate="tanh")
-    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it takes half of torch's time.
-    slope = 2 * math.sqrt(2 / math.pi)
-    return torch.addcmul(torch.full((), slope), x, x, value=0.044715 * slope).mul_(x).sigmoid_().mul_(x)
-
-
-def _draw(logits: Tensor, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """Returns one token a row, (B, 1), drawn from softmax(logits), (B, V), or from its top_k largest."""
-    if top_k is None:
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-    values, tokens = logits.topk(top_k)  # (B, top_k)
-    return tokens.gather(1, torch.multinomial(values.softmax(-1), 1, generator=generator))
-
-
-def _check_request(model: GPT2, length: int, new: int, greedy: bool, temperature: float, top_k: int | None) -> None:
-    room, vocab = max(model.n_positions - length, 0), model.vocab_size
+def _check_request(model: GPT2, length: int, new: int, sampling: Sampling) -> None:
+    room = max(model.n_positions - length, 0)
     _refuse(
         {
             "idx: the prompt is empty; give at least one token": length >= 1,
             f"max_new_tokens={new}: must be at least 1, and a prompt of {length} tokens leaves room for {room} in "
             f"n_positions={model.n_positions}; ask for fewer, or shorten the prompt": 1 <= new <= room,
-            f"temperature={temperature}: must be above 0; for the likeliest token use greedy=true": temperature > 0,
-            f"top_k={top_k}: must be 1..vocab_size={vocab}, or null for all": top_k is None or 1 <= top_k <= vocab,
-            "greedy=true: leave out temperature and top_k": not greedy or (temperature == 1 and top_k is None),
+            **dict.fromkeys(sampling.mistakes(model.vocab_size), False),
         }
     )
 

@@ -86,11 +86,11 @@ def _finished(patterns: dict[str, str]) -> Iterator[dict[str, Any]]:
 
 
 def _runs(hydra_config: Any) -> dict[str, str]:
-    return {str(Path(hydra_config.run.dir).parent): f"*/{FILE_NAME}"}
+    return {str(Path(str(hydra_config.run.dir)).parent): f"*/{FILE_NAME}"}
 
 
 def _sweeps(hydra_config: Any) -> dict[str, str]:
-    return {str(Path(hydra_config.sweep.dir).parent): f"*/*/{FILE_NAME}"}
+    return {str(Path(str(hydra_config.sweep.dir)).parent): f"*/*/{FILE_NAME}"}
 
 
 def _written(path: Path) -> float:

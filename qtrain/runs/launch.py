@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf import DictConfig
 
+from qtrain.analyze.measure import keep_freed_memory
 from qtrain.common.validate import MOST_DEVICES
 from qtrain.quant.base import Quantizer
 from qtrain.train.ranks import from_torchrun, num_ranks
@@ -101,6 +102,7 @@ def _work(
 ) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank decides, and tells the others
         signal.signal(ignored, signal.SIG_IGN)
+    keep_freed_memory()
     logging.disable()
     torch.set_num_threads(threads)
     _join(ranks, number, number, address, config.device)

@@ -13,13 +13,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from qtrain.analyze.bits import bytes_at_bits, mean_bits
 from qtrain.analyze.coverage import largest_float
 from qtrain.analyze.dry_run import blame, cloned, dry_run, rehearse
 from qtrain.analyze.measure import (
     OtherLoad,
     Stopwatch,
     generation_speed,
-    keep_freed_memory,
     latency,
     peak_memory_bytes,
     reset_peak_memory,
@@ -37,7 +37,7 @@ from qtrain.runs.checkpoint import FloatCache, digest, save_weights
 from qtrain.runs.foreign import load_checkpoint
 from qtrain.runs.quality import of_task
 from qtrain.runs.report import DIGESTED, Report, versions
-from qtrain.runs.resume import Interrupted, Progress, Signals, said_how
+from qtrain.runs.resume import Progress, Signals, said_how
 from qtrain.runs.sources import code, float_key, with_fingerprint
 from qtrain.simulate.simulation import Simulation
 from qtrain.train import ranks
@@ -48,7 +48,14 @@ log = logging.getLogger(__name__)
 STAGES = ("float_training", "calibration", "finetuning", "conversion", "evaluation", "measurement", "records")
 
 
-def execute(config: DictConfig, run_dir: Path, overrides: list[str], *, resume: bool = False) -> Report:
+def execute(
+    config: DictConfig,
+    run_dir: Path,
+    overrides: list[str],
+    *,
+    resume: bool = False,
+    signals: Signals | None = None,
+) -> Report:
     """Carries out one run and returns its report; a run that fails leaves a report that says why.
 
     Args:
@@ -56,11 +63,13 @@ def execute(config: DictConfig, run_dir: Path, overrides: list[str], *, resume: 
         run_dir: an existing folder.
         overrides: the command line, for the record.
         resume: go on from what the run in `run_dir` had reached.
+        signals: those that end the run at the next step of a training, entered by the caller;
+            None leaves all signals alone, as a library must.
 
     Raises:
         ValueError: the config, the model or a number is wrong; says which and what to do.
         OSError: a file cannot be written.
-        Interrupted: SIGINT or SIGTERM came; says how to go on.
+        Interrupted: one of `signals` came; says how to go on.
     """
     report = Report(**outputs.identity(config, overrides))
     try:
@@ -69,12 +78,12 @@ def execute(config: DictConfig, run_dir: Path, overrides: list[str], *, resume: 
         if ranks.is_first():
             write_json(run_dir / OVERRIDES, overrides)
             write_atomically(run_dir / "config.yaml", lambda new: OmegaConf.save(config, new))
-        with said_how(run_dir), Signals() as signals, launch.group(config, run_dir, resume, follow) as run_dir:
-            run(config, run_dir, report, resume, signals)
+        with said_how(run_dir), launch.group(config, run_dir, resume, follow) as run_dir:
+            run(config, run_dir, report, resume, signals or Signals())
     except BaseException as err:
         report.status, report.error = "failed", f"{type(err).__name__}: {err}"
-        if isinstance(err, Interrupted):
-            report.status, report.error = "interrupted", str(err)
+        if isinstance(err, KeyboardInterrupt):
+            report.status, report.error = "interrupted", str(err) or "interrupted"
         with suppress(OSError):  # the disk may be what failed
             if ranks.is_first():
                 report.save(run_dir)
@@ -93,7 +102,6 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
     Of several ranks all come here, and all but the first leave after the last training.
     """
     is_first = ranks.is_first()
-    keep_freed_memory()
     reset_peak_memory()
     parts = build(config)
     parts = replace(parts, data=with_fingerprint(config, parts.data))
@@ -161,6 +169,10 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
         with clock("measurement"):
             describe(report, config, parts, float_model, quantized, scores, sample)
         report.qparams = outputs.activation_qparams(prepared.model, quantized)
+        report.quant["weight_bits"] = mean_bits(quantized, prepared.plan)
+        report.size_bytes["quantized_at_bits"] = bytes_at_bits(
+            quantized, prepared.plan, float_model, simulated=quantizer.simulated
+        )
         report.time_s = dict(clock.seconds)
         parts.truth.enforce(failures)
         with clock("records"):

@@ -8,7 +8,7 @@ from dataclasses import fields
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,6 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from qtrain.common.files import LOCK
 from qtrain.runs.report import FILE_NAME, Report, load_report, versions
+
+if TYPE_CHECKING:
+    from qtrain.runs.resume import Signals
 
 # Float results depend on the number of threads: in the last bits at first, and after an epoch of training visibly. With
 # one thread a job has the same results under every launcher, alone or beside others; jobs are what uses the cores.
@@ -96,7 +99,7 @@ def crowding(config: DictConfig) -> str | None:
     return None
 
 
-def carry_out(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report:
+def carry_out(config: DictConfig, run_dir: Path, overrides: list[str], signals: "Signals | None" = None) -> Report:
     """Carries out a job in its folder, unless it is done; returns its report.
 
     A job that was killed goes on from its last state, to the same bits. One that failed begins anew, for what made it
@@ -131,4 +134,4 @@ def carry_out(config: DictConfig, run_dir: Path, overrides: list[str]) -> Report
         if not is_same or report["status"] == "failed":
             shutil.rmtree(run_dir / "resume", ignore_errors=True)
         (run_dir / FILE_NAME).unlink(missing_ok=True)
-        return pipeline.execute(config, run_dir, overrides, resume=True)
+        return pipeline.execute(config, run_dir, overrides, resume=True, signals=signals)

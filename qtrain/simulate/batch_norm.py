@@ -49,7 +49,7 @@ def _pays(site: Any, x: Tensor, channels: int) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    return x.numel() // x.shape[1] * channels // math.prod(site.layer.stride) >= MANY
+    return bool(x.numel() // x.shape[1] * channels // math.prod(site.layer.stride) >= MANY)
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -160,7 +160,8 @@ class FakeQuantize(nn.Module):
             return x
         if not (self._folded and self.memoryless and self.observing):
             factor = factor.reshape(-1, *[1] * (x.ndim - 1))
-            return self(x * factor) / factor
+            scaled: torch.Tensor = self(x * factor)
+            return scaled / factor
         known = self._known
         known.qparams = known.numbers = None
         self.observer.observe_scaled(x.detach(), factor)
@@ -242,7 +243,8 @@ class FakeQuantize(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FakeQuantize":
         self._known = _Known()  # tensors among it may be on another device now
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.calculate_qparams()  # may not have been asked for yet

@@ -59,4 +59,6 @@ def _product(site: QuantWeighted, x: Tensor) -> Tensor:
 def _mean(outputs: Iterator[Tensor]) -> Tensor:
     """Returns (C,): the mean over all rows of all batches."""
     sums, rows = zip(*((output.sum(0), len(output)) for output in outputs), strict=True)
-    return torch.stack(sums).sum(0) / sum(rows)
+    total = torch.stack(sums).sum(0)
+    mean: Tensor = total / sum(rows)
+    return mean

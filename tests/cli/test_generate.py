@@ -1,10 +1,15 @@
+import io
+import sys
+
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qtrain
 from qtrain.cli.generate import main
 from qtrain.config.build import compose
 from qtrain.data.tokenizer import ByteTokenizer
+from qtrain.model.gpt2 import GPT2
 from qtrain.runs import pipeline
 from qtrain.runs.report import FILE_NAME, load_report
 
@@ -59,6 +64,8 @@ def generate(run, capsys):
         (["--temperature", "0.3"], {"temperature": 0.3}),
         (["--top-k", "2"], {"top_k": 2}),
         (["--greedy"], {"greedy": True}),
+        (["--top-p", "0.4"], {"top_p": 0.4}),
+        (["--greedy", "--repetition-penalty", "5"], {"greedy": True, "repetition_penalty": 5.0}),
     ],
     ids=str,
 )
@@ -68,7 +75,7 @@ def test_it_prints_what_the_converted_model_generates(run, generate, arguments, 
     assert tokens.shape == (5 + 9,)
     printed = generate("--prompt", "To be", "--max-new-tokens", "9", *arguments)
     assert printed == tokenizer.decode(tokens) + "\n" and printed.startswith("To be")
-    if "greedy" not in options:
+    if options != {"greedy": True}:
         assert printed != generate("--prompt", "To be", "--max-new-tokens", "9", "--greedy")
 
 
@@ -82,6 +89,8 @@ def test_it_prints_what_the_converted_model_generates(run, generate, arguments, 
             "max_new_tokens=33: must be at least 1, and a prompt of 14 tokens leaves room for 18",
         ),
         (["--prompt", ""], "prompt: is empty"),
+        (["--top-p", "1.5"], "top_p=1.5: must be above 0 and at most 1"),
+        (["--repetition-penalty", "-1"], "repetition_penalty=-1.0: must be above 0"),
     ],
     ids=str,
 )
@@ -89,6 +98,53 @@ def test_mistakes_end_it_with_a_message(generate, arguments, message):
     with pytest.raises(SystemExit, match=message) as stop:
         generate(*arguments)
     assert str(stop.value.code).startswith("qtrain-generate: error: ")
+
+
+def test_a_penalty_ends_a_loop(run):
+    tokens = ByteTokenizer().encode("aaaa")[None]
+    model = qtrain.load(run)
+    again = model.generate(tokens, 20, greedy=True)[0, 4:]
+    penalized = model.generate(tokens, 20, greedy=True, repetition_penalty=1e6)[0, 4:]
+    assert len(set(penalized.tolist())) == 20 > len(set(again.tolist()))
+
+
+def test_each_token_is_printed_before_the_next_is_made(run, monkeypatch):
+    told = []
+
+    class Screen(io.StringIO):
+        def flush(self):
+            told.append(self.getvalue())
+
+    def stream(self, idx, count, sampling, *, seed):
+        for token in [*"é".encode(), ord("t"), 0xE2, ord("a"), 0xFF]:
+            assert told[-1] == screen.getvalue()  # all that is whole so far
+            made.append(token)
+            yield torch.tensor([[token]])
+
+    made, screen = [], Screen()
+    monkeypatch.setattr(GPT2, "stream", stream)
+    monkeypatch.setattr(sys, "stdout", screen)
+    main([str(run), "--prompt", "ab"])
+    assert told[:7] == ["ab", "ab", "abé", "abét", "abét", "abét\ufffda", "abét\ufffda"]
+    assert screen.getvalue() == ByteTokenizer().decode([*b"ab", *made]) + "\n"
+
+
+def test_ctrl_c_ends_it_quietly_with_what_was_written(run, monkeypatch, capsys):
+    def stream(self, idx, *_, **__):
+        yield torch.tensor([[ord("t")]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT2, "stream", stream)
+    with pytest.raises(SystemExit) as stop:
+        main([str(run), "--prompt", "ab"])
+    told = capsys.readouterr()
+    assert (stop.value.code, told.out, told.err) == (130, "abt", "\nqtrain-generate: interrupted\n")
+
+
+def test_a_mistake_is_told_before_anything_is_written(run, capsys):
+    with pytest.raises(SystemExit, match="top_k=0"):
+        main([str(run), "--top-k", "0"])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_without_a_run(generate, tmp_path):

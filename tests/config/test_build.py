@@ -417,3 +417,16 @@ def test_the_readmes_single_runs_fit_their_models(overrides):
 
 def test_the_readme_has_such_commands():
     assert len(COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.json"], []], ids=str)
+def test_the_tokenizer_of_a_pretrained_folder_is_taken_from_it(tmp_path, files):
+    for name in ("config.json", *files):
+        (tmp_path / name).touch()
+    own = str(tmp_path) if files not in (["vocab.json"], []) else "bytes"
+    words = ["model=gpt2", f"model.pretrained={tmp_path}"]
+    for config in (compose(*words), compose(*words, "experiment=gpt2_weights")):
+        assert config.data.tokenizer == config.task.tokenizer == own
+    assert compose(*words, "data.tokenizer=gpt2").task.tokenizer == "gpt2"
+    assert compose("model=gpt2", "model.pretrained=gpt2-medium").data.tokenizer == "gpt2-medium"
+    assert compose("model=gpt2").data.tokenizer == "bytes"

@@ -54,7 +54,8 @@ def stand_ins():
 def execute(folder, kind, *overrides, resume=False):
     folder.mkdir(exist_ok=True)
     overrides = [*SMALL, *RUNS[kind], f"float_cache={folder.parent / folder.name}_cache", *overrides]
-    return pipeline.execute(build.compose(*overrides), folder, overrides, resume=resume)
+    with Signals() as signals:
+        return pipeline.execute(build.compose(*overrides), folder, overrides, resume=resume, signals=signals)
 
 
 def result(folder):

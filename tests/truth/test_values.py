@@ -158,13 +158,32 @@ def test_a_float_cache_that_cannot_be_made_is_named(job, tmp_path):
     assert outcome.code == 1 and f"qtrain: error: float_cache={tmp_path}/file/cache: " in outcome.text
 
 
-def test_ctrl_c_in_the_first_seconds(tmp_path):
+def test_the_command_listens_before_it_imports_what_takes_time():
+    script = "import sys; before = set(sys.modules); import qtrain.cli.start; print(len(set(sys.modules) - before))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-X", "importtime", "-m", "qtrain.cli.run"]
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert int(told.stdout) <= 8, told.stderr  # of 80 that the command itself imports, before Hydra and torch
+
+
+BEGINNING = "from qtrain.cli.start import main; main()"  # as the installed command
+
+
+@pytest.mark.parametrize(
+    "start, module",
+    [
+        (["-m", "qtrain.cli.run"], "torch.torch_version"),  # amid the import of torch
+        (["-c", BEGINNING], "torch.torch_version"),
+        (["-c", BEGINNING], "qtrain.common.plain"),  # amid that of the command itself
+    ],
+    ids=["module", "command", "command at once"],
+)
+def test_ctrl_c_in_the_first_seconds(tmp_path, start, module):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-X", "importtime", *start]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
-        next(line for line in lines if line.rstrip().endswith("torch.torch_version"))  # amid the import of torch
+        next(line for line in lines if line.rstrip().endswith(module))
         process.send_signal(signal.SIGINT)
         said = [line for line in lines if not line.startswith("import time:")]
     assert process.returncode == 130 and said == ["qtrain: interrupted\n"]

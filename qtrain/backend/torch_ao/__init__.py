@@ -13,12 +13,13 @@ from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
 from qtrain.backend.torch_ao.binding import bind_engine, use_engine
-from qtrain.backend.torch_ao.calls import resolve
+from qtrain.backend.torch_ao.calls import has_hooks, resolve, same
 from qtrain.backend.torch_ao.dynamic import CONVERTIBLE, DEPRECATED, quantize_dynamic
 from qtrain.backend.torch_ao.engines import ENGINES, Engine, find_engine
 from qtrain.backend.torch_ao.fusion import fuse, unfused_pairs
 from qtrain.backend.torch_ao.lower import lower
 from qtrain.backend.torch_ao.observers import histogram, minmax, moving_average
+from qtrain.backend.torch_ao.patches import apply as apply_patches
 from qtrain.backend.torch_ao.prepare import match_layers, ready
 from qtrain.backend.torch_ao.refusals import refuse_old_norms
 from qtrain.common.copying import copy_model
@@ -37,6 +38,7 @@ __all__ = [
     "copy_model",
     "find_engine",
     "fuse",
+    "has_hooks",
     "histogram",
     "lower",
     "match_layers",
@@ -46,10 +48,12 @@ __all__ = [
     "ready",
     "refuse_old_norms",
     "resolve",
+    "same",
     "unfused_pairs",
     "use_engine",
 ]
 
+apply_patches()
 BACKENDS = ENGINES  # what `backend.find` finds
 
 # torch warns once a process, wherever the first quantized tensor is made or loaded. Make one here, so that no user's

@@ -1,4 +1,4 @@
-"""A module resolved to the plain call that it comes to.
+"""Modules resolved to the plain call that they come to.
 
 For one token at a time, nn.Module's own machinery (hooks, attribute lookup, modules that only pass on what they get)
 takes as long as an int8 product.
@@ -6,7 +6,6 @@ takes as long as an int8 product.
 
 from collections.abc import Callable
 from functools import partial
-from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,43 +13,46 @@ import torch.ao.nn.quantized.dynamic as nnqd
 from torch import Tensor, nn
 from torch.ao.quantization import DeQuantStub, QuantStub
 
-# Of every argument of a kernel torch asks for __torch_function__. Packed weights answer with a C++ exception, 7 us in
-# each call of an int8 layer; now they have the attribute, in the form that says that there is no such function.
-torch.ScriptObject.__torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
-
 IDENTITIES = (QuantStub, DeQuantStub, nn.Identity, nn.Dropout)
 
 
-def resolve(module: nn.Module, opened: tuple[type[nn.Module], ...] = ()) -> Callable[..., Any]:
-    """Returns a function that gives what `module(...)` gives in eval mode, sooner.
+def resolve(*modules: nn.Module) -> Callable[..., Any]:
+    """Returns a function that gives what modules, one behind the other, give in eval mode, sooner.
 
-    It is made of what the module is now: once layers are exchanged or packed anew, make another. A module with hooks
-    stays as it is, so that they run.
-
-    Args:
-        module: in whatever mode.
-        opened: types whose `forward` uses nothing of its module but attributes: it is run on a plain object that has
-            the same, with the children resolved likewise.
+    It is made of what they are now: once layers are exchanged or packed anew, make another. A module with hooks stays
+    as it is, so that they run.
     """
-    if module._forward_hooks or module._forward_pre_hooks:
+    calls = [call for call in map(_call, modules) if call is not same]
+    if len(calls) > 1:
+        return partial(_in_turn, calls)
+    return calls[0] if calls else same
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tells whether anything watches a module's calls, and so needs them."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def same(x: Any) -> Any:
+    """Returns `x`, as dropout does in eval mode."""
+    return x
+
+
+def _call(module: nn.Module) -> Callable[..., Any]:
+    if has_hooks(module):
         return module
     if isinstance(module, IDENTITIES):
-        return _same
+        return same
     if type(module) is nnqd.Linear and module._packed_params.dtype == torch.qint8:
         return _dynamic_linear(module._packed_params._packed_params)
     if type(module) is nn.LayerNorm:
         return partial(_layer_norm, module.normalized_shape, module.weight, module.bias, module.eps)
-    if type(module) not in opened:
-        return module.forward
-    plain = SimpleNamespace(**{name: value for name, value in vars(module).items() if not name.startswith("_")})
-    for own in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
-        vars(plain).update(own)
-    plain.training = False
-    vars(plain).update({name: resolve(child, opened) for name, child in module.named_children()})
-    return MethodType(type(module).forward, plain)
+    return module.forward
 
 
-def _same(x: Any) -> Any:
+def _in_turn(calls: list[Callable[..., Any]], x: Any) -> Any:
+    for call in calls:
+        x = call(x)
     return x
 
 

@@ -1,0 +1,161 @@
+"""A block of GPT-2: its modules and, for one token at a time, the calls that they come to.
+
+Shapes as in gpt2.py.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qtrain.backend.torch_ao import DeQuantStub, QuantStub, has_hooks, resolve, same
+
+Slot = tuple[Tensor, Tensor, Tensor]  # where to write new keys and values, all keys, all values: of one layer
+
+Call = Callable[..., Tensor]
+
+
+class Attention(nn.Module):
+    """Causal self-attention, in float between two quantizable Linear layers."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.quant_attn, self.dequant_attn = QuantStub(), DeQuantStub()
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd)
+        self.quant_proj, self.dequant_proj = QuantStub(), DeQuantStub()
+        self.c_proj = nn.Linear(n_embd, n_embd)
+
+    def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
+        """(B, T, C) -> (B, T, C). mask: bool (T, S), True where a token may look; None for the usual triangle."""
+        dropout = self.dropout if self.training else 0.0
+        return attend(x, slot, mask, self._project_in, self._project_out, self.n_head, dropout)
+
+    def _project_in(self, x: Tensor) -> Tensor:
+        return self.dequant_attn(self.c_attn(self.quant_attn(x)))
+
+    def _project_out(self, x: Tensor) -> Tensor:
+        return self.dequant_proj(self.c_proj(self.quant_proj(x)))
+
+    def resolved(self) -> Call:
+        """Returns what the module is in eval mode, as a call."""
+        if has_hooks(self):
+            return self
+        project_in = resolve(self.quant_attn, self.c_attn, self.dequant_attn)
+        project_out = resolve(self.quant_proj, self.c_proj, self.dequant_proj)
+        return partial(attend, project_in=project_in, project_out=project_out, n_head=self.n_head)
+
+
+def attend(
+    x: Tensor,
+    slot: Slot | None,
+    mask: Tensor | None,
+    project_in: Call,
+    project_out: Call,
+    n_head: int,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Returns self-attention of x (B, T, C) between two projections, (B, T, C) -> (B, T, 3C) and back."""
+    batch, num_tokens, n_embd = x.shape
+    qkv = project_in(x).view(batch, num_tokens, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+    if slot is None:
+        q, k, v = qkv.unbind(0)  # (B, H, T, D)
+    else:
+        place, k, v = slot  # (B, H, S, D)
+        place.copy_(qkv[1:])
+        q = qkv[0]
+    # A single token may look at everything before it: it needs no mask.
+    is_causal = mask is None and num_tokens > 1
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+    return project_out(x.transpose(1, 2).reshape(batch, num_tokens, n_embd))
+
+
+class MLP(nn.Module):
+    """Two quantizable Linear layers with tanh-GELU in float between them."""
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.quant_fc, self.dequant_fc = QuantStub(), DeQuantStub()
+        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
+        self.quant_proj, self.dequant_proj = QuantStub(), DeQuantStub()
+        self.c_proj = nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return feed_forward(x, self._project_in, self._project_out)
+
+    def _project_in(self, x: Tensor) -> Tensor:  # (B, T, 4C)
+        return self.dequant_fc(self.c_fc(self.quant_fc(x)))
+
+    def _project_out(self, x: Tensor) -> Tensor:
+        return self.dequant_proj(self.c_proj(self.quant_proj(x)))
+
+    def resolved(self) -> Call:
+        """Returns what the module is in eval mode, as a call."""
+        if has_hooks(self):
+            return self
+        return partial(
+            feed_forward,
+            project_in=resolve(self.quant_fc, self.c_fc, self.dequant_fc),
+            project_out=resolve(self.quant_proj, self.c_proj, self.dequant_proj),
+        )
+
+
+def feed_forward(x: Tensor, project_in: Call, project_out: Call) -> Tensor:
+    """Returns project_out(gelu(project_in(x))), (B, T, C)."""
+    return project_out(gelu(project_in(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(n_embd)
+        self.attn = Attention(n_embd, n_head, dropout)
+        self.ln_2 = nn.LayerNorm(n_embd)
+        self.mlp = MLP(n_embd)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return run_block(x, slot, mask, self.ln_1, self.attn, self.ln_2, self.mlp, self.dropout)
+
+    def resolved(self) -> Call:
+        """Returns what the module is in eval mode, as a call."""
+        if has_hooks(self):
+            return self
+        return partial(
+            run_block,
+            ln_1=resolve(self.ln_1),
+            attn=self.attn.resolved(),
+            ln_2=resolve(self.ln_2),
+            mlp=self.mlp.resolved(),
+        )
+
+
+def run_block(
+    x: Tensor,
+    slot: Slot | None,
+    mask: Tensor | None,
+    ln_1: Call,
+    attn: Call,
+    ln_2: Call,
+    mlp: Call,
+    dropout: Call = same,
+) -> Tensor:
+    """Returns what a block makes of x, (B, T, C)."""
+    x = x + dropout(attn(ln_1(x), slot, mask))
+    return x + dropout(mlp(ln_2(x)))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Returns the tanh approximation of GELU, to 1e-6."""
+    if x.numel() < 1 << 15 or x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
+    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it takes half of torch's time.
+    slope = 2 * math.sqrt(2 / math.pi)
+    return torch.addcmul(torch.full((), slope), x, x, value=0.044715 * slope).mul_(x).sigmoid_().mul_(x)
