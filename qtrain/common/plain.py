@@ -16,10 +16,9 @@ def plain(content: Any) -> Any:
         return _printable(content[:MOST_CHARACTERS])
     # Most of a report are numbers: they are let through without a call each.
     if isinstance(content, dict):
-        values = plain(list(content.values()))
-        return dict(zip(map(plain, content), values, strict=True))
+        return {plain(k): plain(v) if isinstance(v, DEEP) else v for k, v in content.items()}
     if isinstance(content, list):
-        return [plain(value) if isinstance(value, DEEP) else value for value in content]
+        return [plain(v) if isinstance(v, DEEP) else v for v in content]
     return content
 
 
