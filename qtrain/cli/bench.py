@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qtrain.cli.interrupt import told
 from qtrain.common.plain import plain, plain_lines
 
 EXAMPLE = "example: qtrain-bench outputs/sweeps/2026-01-31_12-00-00/* --threads 1 2 --batch-sizes 1 64"
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if values is not None and min([values] if isinstance(values, int) else values) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: must be at least 1, not {values}")
         bench(args.runs, args.batch_sizes, args.threads, args.warmup, args.repeats, args.trust)
+    except KeyboardInterrupt:
+        sys.exit(told("qtrain-bench"))
     except (ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain-bench: error: {err}"))
 

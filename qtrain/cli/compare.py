@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qtrain.cli.interrupt import told
 from qtrain.common.plain import plain, plain_lines
 from qtrain.leaderboard import export, keys, render, table
 from qtrain.leaderboard.data_sets import split
@@ -200,6 +201,8 @@ def _main(argv: Sequence[str] | None) -> None:
             baseline=args.baseline,
         )
         write(comparison, **{kind: getattr(args, kind) for kind in WRITERS})
+    except KeyboardInterrupt:
+        sys.exit(told("qtrain-compare"))
     except (ValueError, OSError) as err:
         sys.exit(plain_lines(f"qtrain-compare: error: {err}"))
     for line in comparison.warnings():

@@ -2,13 +2,13 @@
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtrain.cli.interrupt import told
 from qtrain.common.plain import plain_lines
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(text, end="", flush=True)
         print()
     except KeyboardInterrupt:
-        print("\nqtrain-generate: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(told("qtrain-generate"))
     except BrokenPipeError:  # as of `| head`; the interpreter must not flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as err:

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qtrain.runs.report import FILE_NAME, load_report
-from qtrain.runs.sweep import count_jobs, grid, jobs
+from qtrain.runs.sweep import count_jobs, grid, jobs, jobs_at_once
 
 MOST_READ = 200  # reports, the newest; each takes a millisecond or two
 # Runs that agree in these, and in their groups' files, take about as long.
@@ -57,15 +57,16 @@ def announce_sweep(hydra_config: DictConfig) -> str:
     if found is None:
         return f"a search by {hydra_config.runtime.choices['hydra/sweeper']}"
     varied = " ".join(str(override.input_line) for override in found if override.is_sweep_override())
-    line = f"{_count(count_jobs(hydra_config), 'job')}: {varied}"
+    line = f"{_count(count_jobs(hydra_config), 'job')}: {varied}".removesuffix(": ")
     known: dict[frozenset[str], float] = {}
     for report in _finished(_sweeps(hydra_config)):
         known.setdefault(frozenset(report["overrides"]), _seconds(report))
-    seconds = 0.0
+    took = []
     for job in jobs(found):
         if frozenset(job) not in known:
             return line
-        seconds += known[frozenset(job)]
+        took.append(known[frozenset(job)])
+    seconds = sum(took) / min(len(took), jobs_at_once(hydra_config))
     return f"{line}; about {duration(seconds)}, as these jobs took last"
 
 

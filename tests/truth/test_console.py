@@ -1,5 +1,6 @@
 """What a run says: what it is about to do, for how long, and how it went, on one screen."""
 
+import importlib
 import re
 
 import pytest
@@ -63,3 +64,16 @@ def test_a_sweep_says_what_it_varies_and_how_long_its_jobs_took(command, tmp_pat
 def test_a_config_that_does_not_resolve_is_refused_by_its_own_message(job, broken):
     run = job("mlp", "quant=qat", broken)
     assert run.code == 1 and f"{broken}: Interpolation key 'nope' not found" in run.text
+
+
+@pytest.mark.parametrize("name, work", [("compare", "compare"), ("bench", "bench"), ("generate", "generate")])
+def test_ctrl_c_ends_the_other_commands_in_one_line_too(monkeypatch, capsys, name, work):
+    module = importlib.import_module(f"qtrain.cli.{name}")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, work, interrupt)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["outputs"])
+    assert stop.value.code == 130 and capsys.readouterr().err == f"\nqtrain-{name}: interrupted\n"
