@@ -31,7 +31,7 @@ from qtrain.cli import compare
 from qtrain.cli import run as cli
 from qtrain.common.files import sha256
 from qtrain.config import build
-from qtrain.runs import artifact, pipeline
+from qtrain.runs import artifact, pipeline, stages
 from qtrain.runs.resume import DIGEST_BYTES, Interrupted
 
 TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null measure.repeats=1".split()
@@ -59,13 +59,13 @@ def make_runs(folder: Path) -> None:
     for name in ("done", "open"):
         (folder / name).mkdir(parents=True)
     pipeline.execute(build.compose(*TINY), folder / "done", TINY)
-    inputs = pipeline.calibration_inputs
-    pipeline.calibration_inputs = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    inputs = stages.CalibrationInputs
+    stages.CalibrationInputs = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     try:
         with contextlib.suppress(Interrupted):
             pipeline.execute(build.compose(*TINY), folder / "open", TINY)
     finally:
-        pipeline.calibration_inputs = inputs
+        stages.CalibrationInputs = inputs
 
 
 def call(command: Callable[..., object], *arguments: str) -> str:

@@ -22,7 +22,7 @@ from qtrain.common.files import alone
 from qtrain.config.build import config_dir
 from qtrain.data.loaders import image_loaders
 from qtrain.model.mlp import MLP
-from qtrain.runs import pipeline
+from qtrain.runs import pipeline, trainings
 from qtrain.runs.checkpoint import save_weights
 from qtrain.runs.report import Report
 
@@ -229,7 +229,7 @@ def mistakes(command, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("training has begun")
 
-    monkeypatch.setattr(pipeline, "train_float", refuse)
+    monkeypatch.setattr(trainings, "train_float", refuse)
 
     def run(*arguments):
         flags = [argument for argument in arguments if argument.startswith("-")]
@@ -254,7 +254,7 @@ def mistakes(command, monkeypatch):
         ("optimizer.lr=-1", ["optimizer.lr=-1: must be a number above 0"]),
         ("data.batch_size=0", ["data.batch_size=0: must be a whole number from 1 to"]),
         ("quant.weight.bits=9", ["quant.weight.bits=9: must be a whole number from 2 to 8"]),
-        ("quant.engine=tpu", ["quant.engine=tpu: allowed are auto, fbgemm, qnnpack, x86, onednn"]),
+        ("quant.engine=tpu", ["quant.engine=tpu: allowed are auto, reference, fbgemm, qnnpack, x86, onednn"]),
         ("quant.weight.observer=nope", ["quant.weight.observer=nope: allowed are histogram, minmax"]),
         ("quant.layers.linear9=float", ["quant.layers.linear9: matches no layer", "linear1, linear2"]),
         ("device=gpu", ["device=gpu: not usable here; allowed are auto", "cpu"]),
@@ -400,7 +400,7 @@ def test_interrupted(command, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "train_float", interrupt)
+    monkeypatch.setattr(trainings, "train_float", interrupt)
     code, text = command(*TINY)
     assert code == 130 and text.endswith("qtrain: interrupted\n")
 

@@ -5,7 +5,7 @@ from torch import nn
 import qtrain
 from qtrain.config import build
 from qtrain.data.loaders import image_loaders
-from qtrain.runs import pipeline
+from qtrain.runs import pipeline, stages
 
 ENGINES = torch.backends.quantized.supported_engines
 QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", "measure.repeats=1", "measure.warmup=0"]
@@ -39,9 +39,9 @@ def runs(tmp_path_factory):
     def run(arguments):
         if arguments not in made:
             folder, saved = tmp_path_factory.mktemp("run"), {}
-            save = pipeline.save_weights
+            save = stages.save_weights
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(pipeline, "save_weights", lambda p, m: saved.update({p.name: m}) or save(p, m))
+                patch.setattr(stages, "save_weights", lambda p, m: saved.update({p.name: m}) or save(p, m))
                 pipeline.execute(build.compose(*QUICK, *SMALL, *arguments.split()), folder, [])
             made[arguments] = folder, saved["quantized.pt"]
         return made[arguments]

@@ -18,7 +18,7 @@ from qtrain.analyze.truth import TruthError
 from qtrain.config import build
 from qtrain.data.loaders import image_loaders
 from qtrain.model.mlp import MLP
-from qtrain.runs import pipeline
+from qtrain.runs import pipeline, stages, trainings, work
 from qtrain.runs.checkpoint import load_weights
 
 SMALL = ["model=mlp", "model.hidden=8", "data.val_size=16", "data.batch_size=8", "data.eval_batch_size=24"]
@@ -338,8 +338,8 @@ def test_settings_of_samples_leave_the_cached_float_model_as_it_is(tmp_path):
 
 def test_measurements_are_made_as_asked(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(pipeline, "latency", lambda models, inputs, **options: asked.append(options) or {})
-    monkeypatch.setattr(pipeline.outputs, "summary", lambda *_: [])
+    monkeypatch.setattr(stages, "latency", lambda models, inputs, **options: asked.append(options) or {})
+    monkeypatch.setattr(stages.outputs, "summary", lambda *_: [])
     pipeline.execute(compose("measure.repeats=7", "measure.warmup=5", "measure.batch_sizes=[1,2]"), tmp_path, [])
     assert asked == [{"repeats": 7, "warmup": 5, "batch_sizes": [1, 2]}]
 
@@ -351,10 +351,10 @@ def test_calibration_data(split, size):
     loader = {"train": parts.data.calib, "val": parts.data.val, "test": parts.data.test}[split]
     expected = torch.cat([images for images, _ in loader])
     for _ in range(2):  # in the same order every time
-        images = torch.cat([inputs for (inputs,) in pipeline.calibration_inputs(settings, parts)])
+        images = torch.cat([inputs for (inputs,) in stages.CalibrationInputs(settings, parts)])
         assert len(images) == size and torch.equal(images, expected)
     settings = OmegaConf.merge(settings, {"calib_batches": 1})
-    ((first,),) = pipeline.calibration_inputs(settings, parts)
+    ((first,),) = stages.CalibrationInputs(settings, parts)
     assert torch.equal(first, expected[: len(first)]) and len(first) == min({"train": 8}.get(split, 24), size)
 
 
@@ -429,7 +429,7 @@ def test_the_best_int8_epoch_is_kept(base, tmp_path, monkeypatch):
 
     # Of equals the later, which was trained longer.
     for qualities, best in (([0.9, 0.2, 0.8], 1), ([0.1, 0.3, 0.2], 2), ([0.1, 0.2, 0.3], 3), ([0.4, 0.4, 0.1], 2)):
-        monkeypatch.setattr(pipeline, "val_scores", scripted(qualities))
+        monkeypatch.setattr(trainings, "val_scores", scripted(qualities))
         run = execute(tmp_path / f"best_{qualities}", *constant, "quant.convert_every=1", "quant.epochs=3")
         assert run.quantized == after[best].quantized
         assert [line["qat/int8_val_accuracy"] for line in run.lines if "qat/int8_val_accuracy" in line] == qualities
@@ -521,7 +521,7 @@ def key(tmp_path_factory):
 
     def find(*overrides):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Key) as caught:
-            patch.setattr(pipeline, "FloatCache", stop)
+            patch.setattr(trainings, "FloatCache", stop)
             pipeline.execute(compose("float_cache=somewhere", *overrides), tmp_path_factory.mktemp("key"), [])
         return str(caught.value)
 
@@ -604,7 +604,7 @@ def test_report(base, method):
         assert 0 <= metrics["accuracy"] <= 1 and metrics["loss"] > 0 and metrics["count"] == 48
         assert sum(metrics["wrong_per_class"]) == round(48 * (1 - metrics["accuracy"]))
         assert sum(map(sum, metrics["confusion"])) == 48
-    assert list(report["time_s"]) == list(pipeline.STAGES) and report["time_s"]["records"] > 0
+    assert list(report["time_s"]) == list(work.CLOCKS) and report["time_s"]["records"] > 0
     assert (report["time_s"]["finetuning"] > 0.01) == (method in ("qat", "float_finetuned"))
     assert (report["threads"], report["device"]) == (1, "cpu")
     assert report["peak_memory_bytes"] > 10**7
@@ -740,7 +740,7 @@ def test_a_layer_that_cannot_run_is_found_before_the_training(tmp_path, monkeypa
         raise AssertionError("training has begun")
 
     monkeypatch.setattr(MLP, "forward", raw_sum)
-    monkeypatch.setattr(pipeline, "train_float", refuse)
+    monkeypatch.setattr(trainings, "train_float", refuse)
     _, message = refused(tmp_path, error=ValueError)
     assert "aten::add" in message and "FloatFunctional" in message
 
@@ -749,7 +749,7 @@ def test_an_interrupted_run_leaves_a_report(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "evaluate", interrupt)
+    monkeypatch.setattr(stages, "evaluate", interrupt)
     report, _ = refused(tmp_path, "data.val_size=0", error=KeyboardInterrupt)
     assert report["error"].startswith("KeyboardInterrupt")
 

@@ -17,7 +17,7 @@ from qtrain.config import build
 from qtrain.data.loaders import ImageLoader, image_loaders
 from qtrain.leaderboard.runs import find
 from qtrain.logger.loggers import Logger, Pictures, TensorBoard
-from qtrain.runs import pipeline
+from qtrain.runs import pipeline, stages
 from qtrain.runs.resume import Interrupted, Progress, Signals, open_run
 from qtrain.task.classification import Classification
 from qtrain.train.running_mean import RunningMean
@@ -163,7 +163,7 @@ class root_logger_restored:
 
 
 def test_a_signal_outside_a_training_ends_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "CalibrationInputs", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(stages, "CalibrationInputs", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted):
         execute(tmp_path / "run", "float")
     assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "interrupted"

@@ -64,9 +64,10 @@ def _lowered(site: nn.Module, reason: str | None) -> nn.Module:
     assert isinstance(site, QuantModule), site
     if site.output_q is None:  # it runs in float
         return site.layer
-    if reason is not None:
-        return FloatIsland(site.layer, _quantize(site), reason)
-    return KERNELS[type(site.layer)](site.layer, *_output(site))
+    kernel = KERNELS.get(type(site.layer))
+    if reason is None and kernel is not None:
+        return kernel(site.layer, *_output(site))
+    return FloatIsland(site.layer, _quantize(site), reason or f"torch has no int8 {site.kind}")
 
 
 def _quantize(site: Site) -> nn.Module:
