@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
 from torch import Tensor, nn
@@ -29,6 +30,17 @@ CONTIGUOUS: dict[Any, Any] = {  # {float class: its int8 class}, for the table o
     nn.InstanceNorm2d: _contiguous(nnq.InstanceNorm2d),
     nn.InstanceNorm3d: _contiguous(nnq.InstanceNorm3d),
 }
+
+
+class PReLU(nnq.PReLU):
+    """Worked out in float: the kernel of torch 2.14 multiplies positive inputs too, on every engine."""
+
+    __module__ = nnq.PReLU.__module__
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the output in int8."""
+        y = nn.functional.prelu(x.dequantize(), self.weight.dequantize())
+        return torch.quantize_per_tensor(y, float(self.scale), int(self.zero_point), x.dtype)
 
 
 def _holding(cls: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qtrain.backend.torch_ao.copying import copy_model
 from qtrain.backend.torch_ao.engines import bind_engine, use_engine
-from qtrain.backend.torch_ao.int8_layers import CONTIGUOUS, HOLDING
+from qtrain.backend.torch_ao.int8_layers import CONTIGUOUS, HOLDING, PReLU
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import Simulation, integers
 from qtrain.simulate.sites import (
@@ -197,7 +197,7 @@ def _layer_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
 def _prelu(layer: Any, scale: float, zero_point: int) -> nn.Module:
     if layer.num_parameters > 1:
         raise ValueError("torch has no kernel for one slope a channel")
-    new = nnq.PReLU(scale, zero_point, layer.num_parameters)
+    new = PReLU(scale, zero_point, layer.num_parameters)
     weight = layer.weight.detach().float()
     low, high = weight.aminmax()
     scale = max(float(high.clamp(min=0) - low.clamp(max=0)) / 255, torch.finfo(torch.float32).eps)

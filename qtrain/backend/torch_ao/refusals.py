@@ -119,8 +119,6 @@ def _reason(module: nn.Module, layer: LayerPlan | None, engine: Engine) -> str |
             return f"has {' and '.join(ignored)}, which the kernel of engine qnnpack ignores; use another engine"
     if isinstance(getattr(module, "padding", None), str) and isinstance(module, _ConvNd):
         return f"has padding={module.padding!r}, which has no int8 kernel; give the padding as numbers"
-    if engine.name == "qnnpack" and isinstance(module, nn.PReLU):
-        return "comes out wrong with engine qnnpack; use another engine"
     if not isinstance(module, CONV_TRANSPOSE):
         return None
     weight = layer and layer.weight
