@@ -31,6 +31,11 @@ def test_in_place_activations_are_sound(job, activation, quant):
     assert agrees(job("nets.InPlace", f"quant={quant}", activation=activation))
 
 
+@pytest.mark.parametrize("engine", [e for e in torch.backends.quantized.supported_engines if e != "none"])
+def test_prelu_is_sound_on_every_engine(job, engine):
+    assert agrees(job("nets.InPlace", f"quant.engine={engine}", activation="prelu"))
+
+
 @BOTH
 def test_a_forward_that_changes_its_input_is_sound(job, quant):
     assert agrees(job("nets.ChangesItsInput", f"quant={quant}"))

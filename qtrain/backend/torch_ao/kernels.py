@@ -147,7 +147,7 @@ def _reason(func: Any, args: Any, text: str, layer: str) -> str:
 def _source() -> str:
     """Returns the line of a forward that is not torch's, which is running now."""
     for frame in reversed(traceback.extract_stack()):
-        own = "/torch/" in frame.filename or frame.filename.endswith(("eager/kernels.py", "eager/int8_layers.py"))
+        own = "/torch/" in frame.filename or frame.filename.endswith(("torch_ao/kernels.py", "torch_ao/int8_layers.py"))
         if frame.name == "forward" and not own and frame.line:
             return f" [{frame.filename}:{frame.lineno}: {frame.line}]"
     return ""

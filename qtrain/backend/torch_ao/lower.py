@@ -174,16 +174,6 @@ def _layer_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
     return nnq.LayerNorm(*settings, scale, zero_point, layer.eps, layer.elementwise_affine)
 
 
-def _prelu(layer: Any, scale: float, zero_point: int) -> nn.Module:
-    new = nnq.PReLU(scale, zero_point, layer.num_parameters)
-    weight = layer.weight.detach().float()
-    low, high = weight.aminmax()
-    scale = max(float(high.clamp(min=0) - low.clamp(max=0)) / 255, torch.finfo(torch.float32).eps)
-    zero_point = int(round(-float(low.clamp(max=0)) / scale))
-    new.set_weight(torch.quantize_per_tensor(weight, scale, zero_point, torch.quint8))
-    return new
-
-
 def _elu(layer: Any, scale: float, zero_point: int) -> nn.Module:
     return nnq.ELU(scale, zero_point, layer.alpha)
 
@@ -208,7 +198,6 @@ KERNELS: dict[type[nn.Module], Kernel] = {
     nn.InstanceNorm3d: _instance_norm,
     nn.LayerNorm: _layer_norm,
     nn.LeakyReLU: _leaky_relu,
-    nn.PReLU: _prelu,
     nn.Sigmoid: _as_it_is,
     nn.Tanh: _as_it_is,
 }

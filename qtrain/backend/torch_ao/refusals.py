@@ -123,8 +123,8 @@ def without_kernel(module: nn.Module) -> str | None:
         mode = module.padding_mode
         if mode in ("circular", "replicate") or mode == "reflect" and isinstance(module, nn.Conv3d):
             return f"torch has no int8 {kind} with padding_mode={mode!r}"
-    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
-        return "torch has no int8 PReLU with one slope a channel"
+    if isinstance(module, nn.PReLU):
+        return "torch has no int8 PReLU that is right"  # its own multiplies positive inputs too, on every engine
     return None
 
 
@@ -175,8 +175,6 @@ def _reason(module: nn.Module, layer: LayerPlan | None, engine: str, conv_transp
         ignored = _ignored_by_qnnpack(module)
         if ignored:
             return f"has {' and '.join(ignored)}, which the kernel of engine qnnpack ignores; use another engine"
-    if engine == "qnnpack" and isinstance(module, nn.PReLU):
-        return "comes out wrong with engine qnnpack; use another engine"
     if not isinstance(module, CONV_TRANSPOSE):
         return None
     weight = layer and layer.weight

@@ -107,7 +107,8 @@ class InPlace(Base):
         super().__init__()
         kinds = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "leaky": nn.LeakyReLU, "elu": nn.ELU}
         self.conv, self.head = nn.Conv2d(1, 8, 3, stride=2), nn.Linear(8 * 169, 10)
-        self.act = F.relu_ if activation == "functional" else kinds[activation](inplace=True)
+        made = {"functional": F.relu_, "prelu": nn.PReLU()}
+        self.act = made.get(activation) or kinds[activation](inplace=True)
 
     def forward(self, x):
         return self.dequant(self.head(self.act(self.conv(self.quant(x))).flatten(1)))
