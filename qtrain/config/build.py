@@ -92,16 +92,19 @@ def resolve(config: DictConfig) -> DictConfig:
             continue
         known = GlobalHydra.instance().config_loader().get_group_options(group)
         mistakes += [line for name in names for line in choice(key, name, known)]
-        made = [_of_group(group, item) if item in names and item in known else item for item in items]
-        OmegaConf.update(config, key, made if OmegaConf.is_list(value) else made[0], merge=False)
+        made = [_of_group(group, known, item) for item in items]
+        made = [item for item in made if item is not None] if OmegaConf.is_list(value) else made[0]
+        OmegaConf.update(config, key, made, merge=False)
     if mistakes:
         config.mistakes = mistakes
     return config
 
 
-def _of_group(group: str, name: str) -> DictConfig:
-    found: DictConfig = hydra.compose(f"{group}/{name}")[group]
-    return found
+def _of_group(group: str, known: list[str], item: Any) -> Any:
+    """Returns the content of the file that `item` names, None where there is no such file; no name stays as it is."""
+    if not isinstance(item, str):
+        return item
+    return hydra.compose(f"{group}/{item}")[group] if item in known else None
 
 
 def _from_start(config: DictConfig) -> None:
