@@ -32,7 +32,7 @@ from qtrain.cli import run as cli
 from qtrain.common.files import sha256
 from qtrain.config import build
 from qtrain.runs import artifact, pipeline, stages
-from qtrain.runs.resume import DIGEST_BYTES, Interrupted
+from qtrain.runs.resume import DIGEST_BYTES, Interrupted, Signals
 
 TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null measure.repeats=1".split()
 TINY += ["measure.warmup=0", "data.val_size=100", "truth.on_failure=warn"]
@@ -62,8 +62,8 @@ def make_runs(folder: Path) -> None:
     inputs = stages.CalibrationInputs
     stages.CalibrationInputs = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     try:
-        with contextlib.suppress(Interrupted):
-            pipeline.execute(build.compose(*TINY), folder / "open", TINY)
+        with contextlib.suppress(Interrupted), Signals() as signals:
+            pipeline.execute(build.compose(*TINY), folder / "open", TINY, signals=signals)
     finally:
         stages.CalibrationInputs = inputs
 
