@@ -24,9 +24,9 @@ GOALS = {
 }
 
 REACHED = {  # where a goal is not reached yet: no worse than this
-    "lines of the longest file": 343,
-    "lines of the longest function": 85,
-    "characters of a code line, mean": 45.5,
+    "lines of the longest file": 320,
+    "lines of the longest function": 84,
+    "characters of a code line, mean": 45.3,
 }
 
 

@@ -101,7 +101,7 @@ def _select(report: Any, objective: str) -> float:
     found: Any = report.metrics
     path = objective.split(".")
     if objective == "size_bytes":
-        found, path = report.size_bytes, ["quantized_file"]
+        found, path = report.size_bytes, ["quantized_file_at_bits"]
     elif objective == "latency_ms":
         found, path = report.latency_ms, ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"]
     for part in path:

@@ -13,6 +13,7 @@ AVERAGED = (
     "quantized",
     "float_size_kb",
     "size_kb",
+    "kb_at_bits",
     "float_latency_ms",
     "latency_ms",
     "tokens_per_s",

@@ -21,7 +21,7 @@ from qtrain.leaderboard.runs import Found, Run
 # Points of a training curve: 200 for few runs, for many about 50,000 times the curves of a run.
 MOST_POINTS, LEAST_POINTS, ALL_POINTS = 200, 30, 50_000
 Curve = tuple[list[int], list[float]]  # steps and values
-AXES = ("size_kb", "latency_ms", "seconds", "quantized", "difference")
+AXES = ("size_kb", "kb_at_bits", "latency_ms", "seconds", "quantized", "difference")
 # Keys whose values speak for themselves.
 CLEAR = ("method", "quant", "engine", "bits", "observer", "model", "data")
 # Ends of names such as accuracy/float, which are of the finished run, or over epochs.
@@ -61,7 +61,11 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         ],
         "unreadable": found.unreadable,
         "aliases": keys.ALIASES | {section.quality.name: "quantized" for section in sections},
-        "tolerances": {"size_kb": SIZE_TOLERANCE, "latency_ms": LATENCY_TOLERANCE},
+        "tolerances": {
+            "size_kb": SIZE_TOLERANCE,
+            "kb_at_bits": SIZE_TOLERANCE,
+            "latency_ms": LATENCY_TOLERANCE,
+        },
     }
     names_of_files = ("page.html", "page.css", "page_plots.js", "page.js")
     template, css, plots, js = (

@@ -2,7 +2,7 @@
 // Scatter plot, training curves and the tooltip; page.js calls them.
 const FLOAT = "#222222", OTHER = "#9aa5b1";
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b"];
-const AXES = { size_kb: "file size, KB", latency_ms: "latency, ms", seconds: "time of the run, s" };
+const AXES = { size_kb: "file size, KB", kb_at_bits: "file size with weights at their bits, KB", latency_ms: "latency, ms", seconds: "time of the run, s" };
 
 function draw(tag, attributes, text) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);

@@ -159,14 +159,15 @@ def varied_overrides(runs: Iterable[Run]) -> list[str]:
 def mark_front(section: Section) -> None:
     """Sets the cell "front" of each row, in place: on the front of quality, size and latency.
 
-    Where other programs disturbed one latency of the table, it is that of quality and size alone.
+    Sizes are those of weights at their bits, whatever they are stored in. Where other programs disturbed
+    one latency of the table, it is that of quality and size alone.
 
     Quality is exact: the same examples are scored to the same bits each time.
     """
     points: list[pareto.Point | None] = []
     disturbed = is_disturbed(section)
     for row in section.rows:
-        quality, size, latency = (row.cells[key] for key in ("quantized", "size_kb", "latency_ms"))
+        quality, size, latency = (row.cells[key] for key in ("quantized", "kb_at_bits", "latency_ms"))
         if size is None or latency is None:
             points.append(None)
         else:

@@ -139,6 +139,8 @@ def _identity(report: dict[str, Any]) -> dict[str, Any]:
     weight = quant.get("weight") or config.get("weight") or {}
     activation = quant.get("activation") or config.get("activation") or {}
     bits = [spec.get("bits") for spec in (weight, activation)]
+    if quant.get("weight_bits") is not None:  # the mean over layers, which may have bits of their own
+        bits[0] = f"{_number(quant['weight_bits']):.3g}"
     observer = (quant.get("activation") or quant.get("weight") or {}).get("observer")
     facts = {key: report[key] for key in ("name", "model", "data", "seed")}
     facts |= {"method": quant["method"], "engine": quant.get("engine"), "observer": observer}
@@ -160,6 +162,7 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
     error = difference["standard_error"] if examples else None  # of a single example there is none
     sizes, latency = report["size_bytes"], report["latency_ms"]
     size = sizes.get("float_file" if is_float else "quantized_file")
+    at_bits = size if is_float else sizes.get("quantized_file_at_bits", size)  # which 0.1.0 did not note
     batch = next(iter(latency.get("float") or {}), None)
     slow, fast = (_median(latency.get(kind), batch) for kind in ("float", "float" if is_float else "quantized"))
     facts = identity | {
@@ -171,6 +174,7 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         "difference_se": None if is_float or error is None else scale * _number(error),
         "float_size_kb": None if size is None else _positive(sizes["float_file"]) / 1000,
         "size_kb": None if size is None else _positive(size) / 1000,
+        "kb_at_bits": None if at_bits is None else _positive(at_bits) / 1000,
         "size_ratio": None if is_float or size is None else size / _positive(sizes["float_file"]),
         "float_latency_ms": None if fast is None else slow,
         "latency_ms": fast,

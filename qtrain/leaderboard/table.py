@@ -60,6 +60,7 @@ def columns(section: Section) -> list[Column]:
         *_significance("baseline_difference_p", "p to baseline", rows),
         *([] if _float_row_has_size(rows) else [_number("float_size_kb", "float KB", 1, hide_float=True)]),
         _number("size_kb", "file KB", 1),
+        *([_number("kb_at_bits", "KB at bits", 1)] if any(map(_is_stored_wider, rows)) else []),
         _number("size_ratio", "size ratio", 2, suffix="x"),
         _number("float_latency_ms", "float ms", 3, hide_float=True),
         _number("latency_ms", f"ms, batch {batch}", 3),
@@ -89,6 +90,12 @@ def _float_row_has_size(rows: Sequence[Row]) -> bool:
     """Returns whether all size ratios are to the file of a float model that is a row of its own."""
     sizes = {row.cells["float_size_kb"] for row in rows} - {None}
     return len(sizes) < 2 and any(row.runs[0].facts["method"] == "none" for row in rows)
+
+
+def _is_stored_wider(row: Row) -> bool:
+    """Returns whether weights have clearly fewer bits than what they are stored in."""
+    stored, at_bits = row.cells["size_kb"], row.cells["kb_at_bits"]
+    return at_bits is not None and (stored is None or at_bits < 0.95 * stored)
 
 
 def _is_int8(row: Row) -> bool:
@@ -187,6 +194,8 @@ def legend(sections: Sequence[Section]) -> list[str]:
         lines.append(f"{CONTENDED}: measured while other programs used the CPU; qtrain-bench RUN... measures again")
     if any(row.cells.get("latency_ratio") is not None for section in sections for row in section.rows):
         lines.append("float ms: of the float model in the same run, measured in turns with the row's own")
+    if any(_is_stored_wider(row) for section in sections for row in section.rows):
+        lines.append("KB at bits: the file with each weight in its bits, which torch stores in a byte; fronts go by it")
     return lines + _front_lines(sections, names)
 
 

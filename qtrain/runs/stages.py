@@ -96,7 +96,12 @@ def record(run: Run) -> None:
     with run.clock("records"):
         report.size_bytes["float_file"] = save_weights(run_dir / "float.pt", run.float_model)
         quantized_file = save_weights(run_dir / "quantized.pt", run.quantized)
-        report.size_bytes["quantized_file"] = None if quantizer.simulated else quantized_file
+        at_bits = report.size_bytes["quantized_at_bits"]
+        if quantizer.simulated:
+            report.size_bytes |= {"quantized_file": None, "quantized_file_at_bits": at_bits}
+        else:
+            spared = report.size_bytes["quantized"] - at_bits
+            report.size_bytes |= {"quantized_file": quantized_file, "quantized_file_at_bits": quantized_file - spared}
         outputs.write(
             report,
             run_dir,

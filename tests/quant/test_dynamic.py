@@ -75,7 +75,7 @@ def test_only_linear_layers_change(convnet, images, make_dynamic):
         ({"linear[23]": "float"}, {"linear1"}),
         ({"*": "float"}, set()),
     ],
-    ids=str,
+    ids=["none", "one", "pattern", "all"],
 )
 def test_layers_stay_float_where_told(layers, expected, mlp, images, make_dynamic):
     quantized = converted(make_dynamic(layers=layers), mlp)

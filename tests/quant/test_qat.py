@@ -48,7 +48,7 @@ def modes(points):
             "activation.observer=histogram: .*use mov",
         ),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_mistakes_are_refused_with_what_is_allowed(setting, reason, make_qat):
     with pytest.raises(ValueError, match=reason):

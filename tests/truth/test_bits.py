@@ -2,6 +2,8 @@
 
 import pytest
 
+import qtrain
+
 # An MLP of 784 x 8, 8 x 8 and 8 x 10: its weights, biases left out.
 FIRST, SECOND, THIRD = 784 * 8, 8 * 8, 8 * 10
 ALL = FIRST + SECOND + THIRD
@@ -42,3 +44,15 @@ def test_a_simulation_has_the_bytes_of_its_bits(job):
 def test_float_has_none(job):
     bits, size = found(job, "quant=none")
     assert bits is None and size["quantized_at_bits"] == size["float"]
+
+
+def test_tables_and_fronts_go_by_the_bits(job, tmp_path):
+    runs = [job("mlp", "model.hidden=8", setting) for setting in ("quant.weight.bits=8", "quant.weight.bits=4")]
+    mixed = job("mlp", "model.hidden=8", "quant.layers={linear1: {bits: 2}}")
+    rows = {row["bits"]: row for row in qtrain.compare(tmp_path)}
+    assert set(rows) == {"8/8", "4/8", "2.14/8"}
+    stored, at_bits = ([rows[bits][key] for bits in ("8/8", "4/8")] for key in ("size_kb", "kb_at_bits"))
+    assert stored[0] == pytest.approx(stored[1], rel=0.01) and at_bits[0] == stored[0]
+    assert at_bits[0] - at_bits[1] == pytest.approx(ALL / 2 / 1000, rel=0.05)
+    assert mixed.report["quant"]["weight_bits"] == pytest.approx((2 * FIRST + 8 * (SECOND + THIRD)) / ALL)
+    assert runs[0].code == runs[1].code == 0
