@@ -81,11 +81,15 @@ def group(
     with tempfile.TemporaryDirectory() as folder:
         address = f"file://{folder}/rendezvous"
         arguments = (devices, address, torch.get_num_threads(), follow, config, run_dir, resume)
-        start = mp.get_context("spawn").Process
-        workers = [start(target=_work, args=(number, *arguments), daemon=True) for number in range(1, devices)]
-        for worker in workers:
+        spawn = mp.get_context("spawn")
+        workers = {}
+        for number in range(1, devices):
+            ready = spawn.Event()
+            worker = spawn.Process(target=_work, args=(ready, number, *arguments), daemon=True)
             worker.start()
+            workers[worker] = ready
         try:
+            _wait_for(workers)
             _join(devices, 0, 0, address, config.device)
             yield run_dir
             for worker in workers:
@@ -97,14 +101,33 @@ def group(
                 dist.destroy_process_group()
 
 
+def _wait_for(workers: dict[Any, Any]) -> None:
+    """Waits until each worker is ready to join; gloo would wait half an hour for one that has died."""
+    for worker, ready in workers.items():
+        while not ready.wait(0.1):
+            if not worker.is_alive():
+                raise ValueError(
+                    f"trainer.devices={len(workers) + 1}: a process could not be started (its error stands above); a "
+                    "script of your own must start runs below `if __name__ == '__main__':`"
+                )
+
+
 def _work(
-    number: int, ranks: int, address: str, threads: int, follow: Callable[..., None], config: DictConfig, *rest: Any
+    ready: Any,
+    number: int,
+    ranks: int,
+    address: str,
+    threads: int,
+    follow: Callable[..., None],
+    config: DictConfig,
+    *rest: Any,
 ) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank decides, and tells the others
         signal.signal(ignored, signal.SIG_IGN)
     keep_freed_memory()
     logging.disable()
     torch.set_num_threads(threads)
+    ready.set()
     _join(ranks, number, number, address, config.device)
     follow(config, *rest)
     dist.destroy_process_group()

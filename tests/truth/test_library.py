@@ -72,3 +72,15 @@ def test_ctrl_c_in_a_host_is_the_hosts_and_the_report_says_so(tmp_path):
     assert told.stdout.splitlines()[-1] == "stopped at once: KeyboardInterrupt", told.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["status"], report["error"]) == ("interrupted", "interrupted")
+
+
+def test_a_script_without_a_guard_hears_of_it_at_once(tmp_path):
+    """Each process imports the script anew: without a guard it would start runs of its own, and die."""
+    (tmp_path / "script.py").write_text("import sys, qtrain\nqtrain.run(*sys.argv[1:], run_dir='run')\n")
+    paths = os.pathsep.join([str(USERS), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "script.py", *WORDS, "trainer.devices=2"]
+    told = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120
+    )
+    assert told.returncode != 0
+    assert "trainer.devices=2: a process could not be started" in told.stderr and "__main__" in told.stderr
