@@ -15,6 +15,19 @@ from qtrain.common.plain import plain
 ENVIRONMENT = "QTRAIN_TRUST"
 MODELS = "torchvision.models"
 LIBRARIES = ("torch.nn", "torch.optim", "torchvision.transforms", MODELS)
+# Libraries that come with this package: never a user's own, and with much in them that no run's config should call.
+NO_USERS = {
+    "torch",
+    "torchvision",
+    "qtrain",
+    "hydra",
+    "omegaconf",
+    "numpy",
+    "matplotlib",
+    "tensorboard",
+    "tqdm",
+    "yaml",
+}
 
 
 def require(config: Any, trust: Sequence[str], where: str) -> None:
@@ -134,7 +147,7 @@ def _is_known(found: Any, module: str) -> bool:
 
 
 def _refusal(package: str, packages: list[str]) -> str:
-    if package in sys.stdlib_module_names or package in ("torch", "torchvision", "qtrain"):
+    if package in sys.stdlib_module_names or package in NO_USERS:
         return "no run of qtrain's needs it; do not use this folder"
     names = [*packages, package]
     return (

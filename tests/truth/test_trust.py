@@ -243,3 +243,11 @@ def test_each_gadget_would_run(trace, name):
     assert len(GADGETS) >= 20
     getattr(instantiate(made(name, trace)), "close", lambda: None)()
     assert trace.exists()
+
+
+@pytest.mark.parametrize("target", ["hydra.utils.get_method", "numpy.load", "omegaconf.OmegaConf.load"])
+def test_no_refusal_advises_to_trust_a_library(run_dir, target):
+    put(run_dir, "model", {"_target_": target, "path": "x"})
+    with pytest.raises(ValueError, match="no run of qtrain's needs it; do not use this folder") as caught:
+        qtrain.load(run_dir)
+    assert "trust=" not in str(caught.value)
