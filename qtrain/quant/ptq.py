@@ -130,11 +130,8 @@ class PTQ(Quantizer):
 
     def _packed(self, model: nn.Module) -> tuple[dict[str, PackedFormat], set[str]]:
         """Returns {layer: the format that it is packed in at conversion}, and the heads that stay with an embedding."""
-        found: dict[str, PackedFormat] = {}
-        own: dict[str, Any] = {}
-        if any(isinstance(setting, PackedFormat) for setting in self.layers.values()):
-            own = settings_of(model, self.layers, other_specs=True)
-            found = {name: form for name, form in own.items() if isinstance(form, PackedFormat)}
+        own = settings_of(model, self.layers, other_specs=True)
+        found = {name: form for name, form in own.items() if isinstance(form, PackedFormat)}
         floats = {name for name, setting in own.items() if setting is None}
         tied = formats(model, self.embedding, self.head, own, floats)
         found |= {name: form for name, form in tied.items() if form is not None}
