@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qtrain.common.copying import copy_model
+from qtrain.common.copying import cloned, copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.plan import FixedSpec, Plan
 from qtrain.simulate.regions import on_marked
@@ -172,8 +172,9 @@ class Simulation(nn.Module):
             hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args))
             try:
                 for inputs in batches:
-                    model(*inputs)
-                    yield found.pop()
+                    model(*cloned(inputs))
+                    yield from found
+                    found.clear()
             finally:
                 hook.remove()
 
@@ -238,7 +239,7 @@ def execution_order(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
         for name, site in sites(model).items()
     ]
     try:
-        model(*inputs)
+        model(*cloned(inputs))
     finally:
         for handle in handles:
             handle.remove()
