@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from qtrain.common.copying import copy_model
 from qtrain.common.validate import shown
@@ -72,10 +73,13 @@ def write_and_judge(
     ]
 
 
-def _steps(expected: Tensor, found: Any, scale: float) -> float:
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
+def _steps(expected: Any, found: Any, scale: float) -> float:
+    """Returns the distance of two outputs, each a tensor, or several in tuples, lists and dicts."""
+    exact, real = tree_leaves(expected), tree_leaves(found)
+    if [x.shape for x in exact] != [getattr(x, "shape", None) for x in real]:
         return torch.inf
-    return float((found - expected).square().mean().sqrt()) / scale
+    difference = torch.cat([(y - x).flatten() for x, y in zip(exact, real, strict=True)])
+    return float(difference.square().mean().sqrt()) / scale
 
 
 def _last_scale(simulation: Simulation, inputs: Inputs) -> float:

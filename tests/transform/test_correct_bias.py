@@ -104,6 +104,15 @@ def test_torchs_kernels_take_the_corrected_bias(convnet, images, engine):
     assert sqnr_db(corrected.as_converted()(images), converted(images)) > 30
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_bias_that_is_not_trained_stays_so(is_trained, between):
+    model = between(nn.Linear(20, 5))
+    model.body[0].bias.requires_grad_(is_trained)
+    _, simulation = simulated(model, [(torch.rand(8, 20),)], transforms=[CorrectBias()])
+    assert not torch.equal(simulation.model.body[0].bias, model.body[0].bias)
+    assert simulation.model.body[0].bias.requires_grad == is_trained
+
+
 def test_what_is_no_transform_is_refused():
     with pytest.raises(ValueError, match="transforms=linear1: must be a list, such as"):
         PTQ(transforms="linear1")
