@@ -19,6 +19,7 @@ from qtrain.analyze.coverage import coverage
 from qtrain.analyze.truth import TruthError, TruthGate
 from qtrain.backend import integers, torch_ao
 from qtrain.backend.torch_ao.kernels import KernelProbe
+from qtrain.common.copying import cloned
 from qtrain.data.loaders import Batch, DataLoaders
 from qtrain.quant.base import Quantizer
 from qtrain.simulate.simulation import output_points
@@ -72,11 +73,6 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: Truth
             truth.enforce([*failures, *(f"model: {line}" for line in probe.wrong)])
         _require_savable(quantized, quantizer.engine)
         return coverage(quantized, cloned(inputs), dict(getattr(quantizer, "layers", {})))
-
-
-def cloned(inputs: Inputs) -> Inputs:
-    """Returns copies of forward's arguments, which a forward may change in place."""
-    return tuple(x.clone() for x in inputs)
 
 
 def randomize_batch_norm(model: nn.Module) -> nn.Module:

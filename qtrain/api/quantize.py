@@ -121,7 +121,7 @@ METHODS: dict[str, Callable[..., Quantizer]] = {
 
 
 def _arguments(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
-    """Returns forward's arguments out of a batch, on the CPU."""
+    """Returns copies of forward's arguments out of a batch, on the CPU."""
     parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
     parameters = inspect.signature(model.forward).parameters.values()
     required = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
@@ -133,7 +133,7 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
             f"batches: a batch holds a {wrong[0]}; allowed are tensors, tuples of forward's arguments, and "
             "(inputs, target)"
         )
-    return tuple(part.detach().cpu() for part in parts)
+    return tuple(part.detach().cpu().clone() for part in parts)  # a forward may change its input in place
 
 
 def moved(batches: Iterable[Any], model: nn.Module, device: torch.device) -> Iterator[tuple[Tensor, ...]]:

@@ -128,7 +128,7 @@ class FloatIsland(nn.Module):
         self.reason = reason
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*map(_plain, args), **kwargs)
+        output = self.layer(*map(_plain, args), **{name: _plain(x) for name, x in kwargs.items()})
         if isinstance(output, tuple):
             return self.quant(output[0]), *output[1:]
         return self.quant(output)

@@ -31,6 +31,11 @@ def copy_model(model: Model) -> Model:
     return copied
 
 
+def cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns forward's arguments, the tensors among them copied: a forward may change them in place."""
+    return tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value

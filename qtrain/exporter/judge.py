@@ -1,13 +1,18 @@
 """Exported files under the truth gate: each is run again, and must put out what its simulation does."""
 
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from qtrain.common.copying import copy_model
 from qtrain.common.validate import shown
 from qtrain.exporter.base import Exporter, Inputs
+from qtrain.quant.base import Quantizer
 from qtrain.simulate.simulation import Simulation, execution_order, output_points
 
 
@@ -23,6 +28,21 @@ def check_exporters(exporters: Any, quantizer: Any) -> list[str]:
     if exporters and quantizer is not None and not quantizer.exports:
         problems.append("export: this method simulates nothing that could be written; use quant=ptq or qat")
     return problems
+
+
+def rehearse_exports(exporters: Sequence[Exporter], model: nn.Module, quantizer: Quantizer, inputs: Inputs) -> None:
+    """Writes an untrained copy of the model by each exporter, so that what it refuses is known before any training.
+
+    Raises:
+        ValueError: the model cannot be written so; says why.
+    """
+    if not exporters:
+        return
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        simulation = quantizer.prepare(copy_model(model).cpu().eval())
+        quantizer.calibrate(simulation, [inputs])
+        for exporter in exporters:
+            exporter.write(simulation.as_converted(), inputs, Path(folder) / exporter.file_name)
 
 
 @torch.no_grad()
@@ -53,10 +73,13 @@ def write_and_judge(
     ]
 
 
-def _steps(expected: Tensor, found: Any, scale: float) -> float:
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
+def _steps(expected: Any, found: Any, scale: float) -> float:
+    """Returns the distance of two outputs, each a tensor, or several in tuples, lists and dicts."""
+    exact, real = tree_leaves(expected), tree_leaves(found)
+    if [x.shape for x in exact] != [getattr(x, "shape", None) for x in real]:
         return torch.inf
-    return float((found - expected).square().mean().sqrt()) / scale
+    difference = torch.cat([(y - x).flatten() for x, y in zip(exact, real, strict=True)])
+    return float(difference.square().mean().sqrt()) / scale
 
 
 def _last_scale(simulation: Simulation, inputs: Inputs) -> float:

@@ -25,7 +25,7 @@ from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import read_settings, settings_of, spec_or_format
-from qtrain.simulate.build import build, find_groups, make_plan
+from qtrain.simulate.build import build, find_groups, make_plan, refuse_second_names
 from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
 from qtrain.simulate.plan import FixedSpec
 from qtrain.simulate.simulation import Batches, Simulation, sites
@@ -113,6 +113,7 @@ class PTQ(Quantizer):
         floats = {name: "set by quant.layers" for name, spec in chosen.items() if spec is None}
         floats |= dict.fromkeys(heads, "set by quant.head")
         groups = find_groups(model, floats, self.backend.why_float)
+        refuse_second_names(model, groups)
         specs = {name: spec for name, spec in chosen.items() if spec is not None}
         plan = make_plan(groups, self.weight, self.activation, specs)
         self.backend.refuse(model, plan, groups)
@@ -130,11 +131,8 @@ class PTQ(Quantizer):
 
     def _packed(self, model: nn.Module) -> tuple[dict[str, PackedFormat], set[str]]:
         """Returns {layer: the format that it is packed in at conversion}, and the heads that stay with an embedding."""
-        found: dict[str, PackedFormat] = {}
-        own: dict[str, Any] = {}
-        if any(isinstance(setting, PackedFormat) for setting in self.layers.values()):
-            own = settings_of(model, self.layers, other_specs=True)
-            found = {name: form for name, form in own.items() if isinstance(form, PackedFormat)}
+        own = settings_of(model, self.layers, other_specs=True)
+        found = {name: form for name, form in own.items() if isinstance(form, PackedFormat)}
         floats = {name for name, setting in own.items() if setting is None}
         tied = formats(model, self.embedding, self.head, own, floats)
         found |= {name: form for name, form in tied.items() if form is not None}

@@ -12,6 +12,7 @@ from qtrain.analyze.measure import reset_peak_memory
 from qtrain.analyze.truth import require_finite_weights
 from qtrain.common.files import OVERRIDES, write_atomically, write_json
 from qtrain.config.build import build, resolve, try_out
+from qtrain.exporter.judge import rehearse_exports
 from qtrain.logger.loggers import JsonLines, Loggers
 from qtrain.runs import launch, outputs, stages, trainings
 from qtrain.runs.checkpoint import digest
@@ -109,6 +110,7 @@ def begin(config: DictConfig, run_dir: Path, report: Report, resume: bool, signa
     report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample), parts.truth)
     auxiliary = rehearse(parts.model, parts.quantizer, parts.task, parts.data)
     try_out(parts, config)
+    rehearse_exports(parts.export, parts.model, parts.quantizer, sample)
     work = Run(config, run_dir, report, parts, progress, sample, auxiliary)
     if ranks.is_first():
         work.logger = Loggers(JsonLines(run_dir), *outputs.extra_loggers(config, run_dir))

@@ -32,7 +32,6 @@ def prepare(run: Run) -> None:
     if fused is not None:
         exact = torch_ao.copy_model(run.base).cpu()
         run.failures += run.parts.truth.same_function(exact, fused.cpu(), run.sample)
-    run.report.plan = {name: layer.describe() for name, layer in run.prepared.plan.items()}
 
 
 def calibrate(run: Run) -> None:
@@ -40,6 +39,7 @@ def calibrate(run: Run) -> None:
     with run.clock("calibration"), finite_outputs(run.prepared.model, "calibration"):
         run.parts.quantizer.calibrate(run.prepared, CalibrationInputs(run.config, run.parts))
     run.failures += run.parts.truth.unobserved(run.prepared.model, run.auxiliary)
+    run.report.plan = {name: layer.describe() for name, layer in run.prepared.plan.items()}  # settled by a forward pass
     run.report.transforms = run.prepared.improvements
     run.parts.truth.enforce(run.failures)
 

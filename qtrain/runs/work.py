@@ -8,10 +8,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qtrain.analyze.dry_run import cloned
 from qtrain.analyze.measure import (
     Stopwatch,
 )
+from qtrain.common.copying import cloned
 from qtrain.config.build import Parts
 from qtrain.data.loaders import Loader
 from qtrain.logger.loggers import Logger

@@ -109,6 +109,22 @@ def find_groups(
     return found
 
 
+def refuse_second_names(model: nn.Module, groups: Groups) -> None:
+    """Raises ValueError for a layer under two names of which only the first would become a site."""
+    floats = [name for name, group in groups.items() if group.is_float]
+    first: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        is_float = any(name == outer or name.startswith(f"{outer}.") for outer in floats)
+        if isinstance(module, nn.Identity) or is_marked_float(model, name):
+            continue
+        if id(module) in first and not is_float:
+            raise ValueError(
+                f"model: layer {name} is layer {first[id(module)]} under a second name, and only the first would be "
+                "converted; register it once"
+            )
+        first[id(module)] = name
+
+
 def make_plan(
     groups: Groups,
     weight: QuantSpec,

@@ -1,5 +1,6 @@
 """Which layers of a model run on quantized tensors: found by running it once, the tensors marked."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ class Marked(Tensor):
 
 
 @torch.no_grad()
-def on_marked(model: nn.Module, names: list[str], inputs: tuple[Any, ...]) -> dict[str, bool]:
-    """Returns {layer: whether it runs on quantized tensors} of those of `names` that run at all.
+def on_marked(model: nn.Module, names: Collection[str], inputs: tuple[Any, ...]) -> dict[str, set[bool]]:
+    """Returns {layer: whether it runs on quantized tensors, in all its calls} of those of `names` that run at all.
 
     Args:
         model: of a simulation, with its fake quantization off.
         inputs: arguments of forward.
     """
-    found: dict[str, bool] = {}
+    found: dict[str, set[bool]] = {}
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantInput):
@@ -29,10 +30,10 @@ def on_marked(model: nn.Module, names: list[str], inputs: tuple[Any, ...]) -> di
             handles.append(module.register_forward_hook(lambda *call: call[-1].as_subclass(Tensor)))
         elif name in names:
 
-            def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                found[name] = any(isinstance(x, Marked) for x in args)
+            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+                found.setdefault(name, set()).add(any(isinstance(x, Marked) for x in (*args, *kwargs.values())))
 
-            handles.append(module.register_forward_pre_hook(note))
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:
         model(*inputs)
     finally:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qtrain.common.copying import copy_model
+from qtrain.common.copying import cloned, copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.plan import FixedSpec, Plan
 from qtrain.simulate.regions import on_marked
@@ -125,7 +125,7 @@ class Simulation(nn.Module):
         for point in points:
             point.observing, point.quantizing = True, False
         for inputs in batches:
-            self(*inputs)
+            self(*cloned(inputs))
         for point in points:
             point.observing = False
 
@@ -135,18 +135,27 @@ class Simulation(nn.Module):
         Only a forward pass shows which these are; the first one does.
         """
         self._knows_regions = True
-        names = [n for n, layer in self.plan.items() if isinstance(layer.output, FixedSpec) or layer.reason]
+        names = self._of_regions()
         if not names:
             return
-        copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
         was_training = [(module, module.training) for module in self.modules()]
         with self.mode(observing=False, quantizing=False) as model:
-            found = on_marked(model.eval(), names, copies)
+            found = on_marked(model.eval(), names, cloned(inputs))
         for module, training in was_training:
             module.training = training
-        for name, is_quantized in found.items():
-            if not is_quantized:
+        for name, on_quantized in found.items():
+            if self.plan[name].reason and len(on_quantized) > 1:
+                raise ValueError(
+                    f"model: layer {name} ({self.plan[name].kind}) runs both between QuantStub and DeQuantStub and "
+                    "outside of them; register a layer of its own for each place"
+                )
+            if True not in on_quantized:
                 self.leave_float(name)
+
+    def _of_regions(self) -> set[str]:
+        """Returns the layers whose output is quantized only where they run between the stubs."""
+        planned = self.plan.items()
+        return {n for n, p in planned if p.output and (p.reason or isinstance(p.output, FixedSpec))}
 
     def leave_float(self, name: str) -> None:
         """Takes the fake quantization from the output of a site, in place."""
@@ -160,8 +169,14 @@ class Simulation(nn.Module):
                 self.leave_float(name)
         self._knows_regions = True
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = {name for name in self._of_regions() if f"{prefix}model.{name}.output_q.scale" in state_dict}
+        for name in self._of_regions() - saved:  # a forward pass has shown that it runs in float
+            self.leave_float(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def inputs(self, name: str, batches: Batches, *, of: str = "simulation") -> Iterator[tuple[Any, ...]]:
-        """Yields what the site of that name is called with, once a batch; until the last, all is quantized.
+        """Yields what the site of that name is called with, call by call; until the last, all is quantized.
 
         Args:
             of: the model that runs: "simulation", or "twin".
@@ -172,8 +187,9 @@ class Simulation(nn.Module):
             hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args))
             try:
                 for inputs in batches:
-                    model(*inputs)
-                    yield found.pop()
+                    model(*cloned(inputs))
+                    yield from found
+                    found.clear()
             finally:
                 hook.remove()
 
@@ -238,7 +254,7 @@ def execution_order(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
         for name, site in sites(model).items()
     ]
     try:
-        model(*inputs)
+        model(*cloned(inputs))
     finally:
         for handle in handles:
             handle.remove()

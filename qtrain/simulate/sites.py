@@ -212,15 +212,14 @@ class QuantWeighted(Site):
 
     def set_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Replaces the weight, and the bias where one is given, in place of writing to it: it may be tied."""
-        self.weight = nn.Parameter(weight.detach().clone())
+        self.weight = _like(self.weight, weight)
         if bias is not None:
-            self.bias = nn.Parameter(bias.detach().clone())
+            self.bias = _like(self.bias, bias)
 
     def shift_bias(self, by: Tensor) -> None:
         """Adds `by`, one number a channel, to the bias that inference computes with; a new parameter holds the sum."""
         owner: Any = self if self.bn is None else self.bn
-        bias = by if owner.bias is None else owner.bias + by
-        owner.bias = nn.Parameter(bias.detach().clone())
+        owner.bias = _like(owner.bias, by if owner.bias is None else owner.bias + by)
 
     def freeze(self, frozen: bool = True) -> None:
         """Lets batch-norm's statistics stand still, in place, until told otherwise; `train()` does not undo it."""
@@ -248,6 +247,11 @@ def _taken(layer: nn.Module, name: str) -> nn.Parameter | None:
     layer.register_parameter(name, None)  # which its repr asks for
     is_parameter = value is None or isinstance(value, nn.Parameter)
     return value if is_parameter else nn.Parameter(value.detach())
+
+
+def _like(old: nn.Parameter | None, value: Tensor) -> nn.Parameter:
+    """Returns a parameter of that value, which is trained where the old one is."""
+    return nn.Parameter(value.detach().clone(), requires_grad=old is None or old.requires_grad)
 
 
 TRANSPOSED: dict[int, Any] = {

@@ -6,6 +6,7 @@ M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Co
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,9 @@ def _product(site: QuantWeighted, x: Tensor) -> Tensor:
     """Returns (N, C): the output before ReLU, one row for each vector of channels."""
     weight, bias = site.folded()
     output = site.product(x, site.quantized_weight(weight), bias)
-    axis = -1 if isinstance(site.layer, torch.nn.Linear) else 1
-    return output.movedim(axis, -1).flatten(0, -2)
+    kernel_size: Any = getattr(site.layer, "kernel_size", ())  # of a Linear layer the channels come last
+    output = output.movedim(-1 - len(kernel_size), -1)
+    return output.reshape(-1, output.shape[-1])
 
 
 def _mean(outputs: Iterator[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtrain.common.copying import cloned
 from qtrain.common.validate import shown
 from qtrain.functional.error import sqnr_db
 from qtrain.simulate.simulation import Batches, Simulation
@@ -35,7 +36,7 @@ def improve(simulation: Simulation, transform: Transform, batches: Batches) -> N
 @torch.no_grad()
 def _decibels(simulation: Simulation, inputs: tuple[Tensor, ...]) -> float | None:
     """Returns the signal-to-noise ratio of the simulation's output, or None where it is no tensor."""
-    exact = simulation.twin(*inputs)
+    exact = simulation.twin(*cloned(inputs))
     with simulation.mode(observing=False, quantizing=True) as model:
-        found = model(*inputs)
+        found = model(*cloned(inputs))
     return float(sqnr_db(exact, found)) if isinstance(exact, Tensor) else None

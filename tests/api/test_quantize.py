@@ -67,6 +67,18 @@ def test_batches_come_in_any_form(net, batches):
     assert torch.equal(found, qtrain.quantize(net, [X]).model(X))
 
 
+def test_a_forward_that_changes_its_input_leaves_the_batches_alone():
+    class InPlace(Net):
+        def forward(self, x):
+            return super().forward(x.mul_(0.5))
+
+    x = X.clone()
+    before = x.clone()
+    qtrain.quantize(InPlace(), [x])
+    qtrain.prepare(InPlace(), [x])
+    assert torch.equal(x, before)
+
+
 def test_a_model_in_train_mode_is_quantized_as_in_eval_mode_and_stays_in_train_mode(net):
     expected = qtrain.quantize(net, [X]).model(X)
     assert torch.equal(qtrain.quantize(net.train(), [X]).model(X), expected)

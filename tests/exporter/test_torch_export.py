@@ -50,6 +50,31 @@ def test_a_file_that_puts_out_something_else_is_refused(mlp, images, tmp_path):
         qtrain.export(found.simulation, images, tmp_path, Careless())
 
 
+class Several(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.quant, self.linear, self.dequant = qtrain.QuantStub(), nn.Linear(28, 2), qtrain.DeQuantStub()
+        self.how = how
+
+    def forward(self, x):
+        x = self.dequant(self.linear(self.quant(x)))
+        return (x, x[:, 0]) if self.how == "tuple" else {"first": x, "second": [x[:, 0]]}
+
+
+@pytest.mark.parametrize("how", ["tuple", "dict"])
+def test_several_outputs_are_compared_one_by_one(how, images, tmp_path):
+    class Careless(TorchExport):
+        def run(self, path, inputs):
+            first, second = super().run(path, inputs)
+            return first, second + 1
+
+    found = qtrain.quantize(Several(how), [images])
+    assert qtrain.export(found.simulation, images, tmp_path)["steps"] == 0
+    if how == "tuple":
+        with pytest.raises(TruthError, match="puts out differs from its simulation by"):
+            qtrain.export(found.simulation, images, tmp_path, Careless())
+
+
 def test_a_forward_that_torch_cannot_follow_is_told(images, tmp_path):
     class Branches(nn.Module):
         def __init__(self):

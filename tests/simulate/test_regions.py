@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import qtrain
 from qtrain import DeQuantStub, QuantStub
 
 
@@ -36,3 +37,12 @@ def test_a_softmax_behind_the_last_stub_stays_float(method, make_ptq, make_qat, 
     with simulation.mode(observing=False, quantizing=True):
         steps = simulation.model.inner(torch.randn(50)) * 256
         assert torch.equal(steps, steps.round())
+
+
+def test_a_state_of_a_simulation_that_has_run_fits_a_fresh_one():
+    model, x = Net(), torch.randn(64, 8)
+    simulation = qtrain.prepare(model, [x])
+    fresh = qtrain.prepare(model)
+    fresh.load_state_dict(simulation.state_dict())
+    assert fresh.plan["softmax"].output is None
+    assert torch.equal(qtrain.convert(fresh)(x), qtrain.convert(simulation)(x))

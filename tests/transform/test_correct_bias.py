@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import qtrain
 from qtrain.functional.error import sqnr_db
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.minmax import MinMaxObserver
@@ -39,6 +40,47 @@ def test_the_mean_error_of_a_layer_is_gone(kind, between):
     assert errors[0] > 0.2 * step and errors[1] < 1e-5
 
 
+class Twice(nn.Module):
+    """One layer, called for two inputs; and a forward that changes what it is given."""
+
+    def __init__(self, in_place=False):
+        super().__init__()
+        self.quant, self.layer, self.dequant = qtrain.QuantStub(), nn.Linear(20, 5), qtrain.DeQuantStub()
+        self.in_place = in_place
+
+    def forward(self, x):
+        x = x.mul_(0.5).add_(1) if self.in_place else x
+        first, second = self.quant(x).split(len(x) // 4 * 3)
+        return self.dequant(torch.cat([self.layer(first), self.layer(second)]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_place", [False, True])
+def test_all_calls_of_a_layer_count_on_inputs_as_they_came(in_place):
+    model, x = Twice(in_place), torch.rand(256, 20) + torch.linspace(-1, 1, 256)[:, None]
+    _, simulation = simulated(model, [(x.clone(),)], transforms=[CorrectBias()])
+    point = simulation.model.layer.output_q
+    with simulation.mode(observing=False, quantizing=True):
+        point.quantizing = False  # its rounding has a mean of its own
+        error = (simulation(x.clone()) - model(x.clone())).mean(0)
+    assert error.abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_inputs_without_a_batch_are_taken(kind, between):
+    layer, x = {
+        "linear": (nn.Linear(20, 5), torch.rand(20)),
+        "conv": (nn.Conv2d(3, 4, 3), torch.rand(3, 8, 8)),
+    }[kind]
+    model = between(layer)
+    _, simulation = simulated(model, [(x,)], transforms=[CorrectBias()])
+    simulation.model.body[0].output_q = None
+    with simulation.mode(observing=False, quantizing=True):
+        error = simulation(x) - model(x)
+    assert (error if kind == "linear" else error.mean((1, 2))).abs().max() < 1e-5
+
+
 @torch.no_grad()
 def test_deep_layers_are_corrected_on_the_corrected_network(convnet, images):
     exact = convnet(images)
@@ -60,6 +102,15 @@ def test_torchs_kernels_take_the_corrected_bias(convnet, images, engine):
     converted = quantizer.convert(corrected)
     torch.testing.assert_close(converted.conv1.bias(), corrected.model.conv1.folded()[1], atol=1e-6, rtol=1e-5)
     assert sqnr_db(corrected.as_converted()(images), converted(images)) > 30
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_bias_that_is_not_trained_stays_so(is_trained, between):
+    model = between(nn.Linear(20, 5))
+    model.body[0].bias.requires_grad_(is_trained)
+    _, simulation = simulated(model, [(torch.rand(8, 20),)], transforms=[CorrectBias()])
+    assert not torch.equal(simulation.model.body[0].bias, model.body[0].bias)
+    assert simulation.model.body[0].bias.requires_grad == is_trained
 
 
 def test_what_is_no_transform_is_refused():

@@ -77,3 +77,9 @@ def test_the_reference_runs_activations_of_four_bits(job):
     assert run.loss("fake") == run.loss("quantized")
     x = qtrain.sample_inputs(run.run_dir)
     assert qtrain.load(run.run_dir)(*x).isfinite().all()
+
+
+def test_what_no_exporter_can_write_is_told_before_any_training(job):
+    run = job("mlp", "model.hidden=8", "quant.layers={linear1: llm_int8}", "export=[torch_export]")
+    assert run.code == 1 and "export: torch.export cannot write this model: " in run.text
+    assert run.report["time_s"] == {} and not (run.run_dir / "metrics.jsonl").exists()

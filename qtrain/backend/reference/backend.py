@@ -63,7 +63,7 @@ class RoundedFunctional(Functional, nn.Module):
     """A FloatFunctional whose results are rounded.
 
     Args:
-        output: rounds them; None: it was never called.
+        output: rounds them; None: they stay float.
     """
 
     def __init__(self, output: Rounded | None) -> None:
@@ -102,6 +102,12 @@ class RestoredLayer(nn.Module):
         self.relu = site.relu
         self.output = None if site.output_q is None else Rounded(site.output_q)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(f"{prefix}bias")
+        if saved is not None and self.bias is None:  # a transform gave it one
+            self.bias = torch.empty_like(saved)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def weight(self) -> Tensor:
         """Returns the weight as a quantized tensor of torch's."""
         if self.axis is None:
@@ -132,7 +138,7 @@ def _lowered(site: Any, reason: str | None) -> nn.Module:
         return RestoredLayer(site)
     output = None if site.output_q is None else Rounded(site.output_q)
     if isinstance(site, QuantFunctional):
-        return RoundedFunctional(output if site.ops else None)
+        return RoundedFunctional(output)
     if isinstance(site, QuantInput):
         return output or nn.Identity()
     layer = site.layer if isinstance(site, QuantModule) else site

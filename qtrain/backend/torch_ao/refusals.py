@@ -141,17 +141,10 @@ def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: s
         conv_transpose: whether its kernels of transposed convolutions are right.
     """
     floats = [name for name, group in groups.items() if group.is_float]
-    first: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in model.named_modules():
         is_float = any(name == outer or name.startswith(f"{outer}.") for outer in floats)
         if is_float or isinstance(module, nn.Identity) or is_marked_float(model, name):
             continue
-        if id(module) in first:
-            raise ValueError(
-                f"model: layer {name} is layer {first[id(module)]} under a second name, and only the first would be "
-                "converted; register it once"
-            )
-        first[id(module)] = name
         reason = _reason(module, plan.get(name), engine, conv_transpose)
         if reason is not None:
             raise ValueError(

@@ -293,3 +293,53 @@ class Volume(Base):
 
     def forward(self, x):
         return self.dequant(self.layers(self.quant(x).unsqueeze(2)))
+
+
+class Residual(Base):
+    """Layers without bias, a sum, an activation behind it, and another behind the last stub."""
+
+    def __init__(self, activation="relu"):
+        super().__init__()
+        kinds = {"relu": nn.ReLU, "silu": nn.SiLU, "prelu": nn.PReLU, "sigmoid": nn.Sigmoid}
+        self.conv1 = nn.Conv2d(1, 4, 3, stride=2, bias=False)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.add, self.act, self.last = FloatFunctional(), kinds[activation](), nn.SiLU()
+        self.head = nn.Linear(4 * 169, 10, bias=False)
+
+    def forward(self, x):
+        x = self.conv1(self.quant(x))
+        x = self.act(self.add.add(self.conv2(x), x))
+        return self.last(self.dequant(self.head(x.flatten(1))))
+
+
+class TwoNames(Base):
+    """One layer with weights in two places, under two names."""
+
+    def __init__(self, kind="linear"):
+        super().__init__()
+        shared = nn.Linear(16, 16) if kind == "linear" else nn.PReLU()
+        self.fc, self.head = nn.Linear(784, 16), nn.Linear(16, 10)
+        self.one, self.two = nn.Sequential(shared), nn.Sequential(shared)
+
+    def forward(self, x):
+        return self.dequant(self.head(self.two(self.one(self.fc(self.quant(x).flatten(1))))))
+
+
+class Everywhere(Base):
+    """One activation, called between the stubs and behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head, self.act = nn.Linear(784, 16), nn.Linear(16, 10), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.dequant(self.head(self.act(self.fc(self.quant(x).flatten(1))))))
+
+
+class ByKeyword(Base):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head, self.act = nn.Linear(784, 16), nn.Linear(16, 10), nn.SiLU()
+
+    def forward(self, x):
+        return self.dequant(self.head(self.act(input=self.fc(self.quant(x).flatten(1)))))
