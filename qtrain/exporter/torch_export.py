@@ -26,11 +26,11 @@ class TorchExport(Exporter):
         shapes = tuple({0: batch} for _ in example)
         try:
             program = torch.export.export(model, example, dynamic_shapes=shapes)
+            content = io.BytesIO()  # torch warns of a file that does not end in .pt2, as one that is not yet whole
+            torch.export.save(program, content)
         except Exception as err:  # whatever torch makes of a forward that it cannot follow
             reason = (str(err).strip() or type(err).__name__).splitlines()[0]
             raise ValueError(f"export: torch.export cannot write this model: {reason}") from err
-        content = io.BytesIO()  # torch warns of a file that does not end in .pt2, as one that is not yet whole
-        torch.export.save(program, content)
         write_atomically(path, lambda new: new.write_bytes(content.getvalue()))
 
     def run(self, path: Path, inputs: Inputs) -> Any:

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from qtrain.backend.torch_ao import DeQuantStub, QuantStub, has_hooks, resolve, same
@@ -154,7 +155,8 @@ def run_block(
 
 def gelu(x: Tensor) -> Tensor:
     """Returns the tanh approximation of GELU, to 1e-6."""
-    if x.numel() < 1 << 15 or x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu":
+    is_plain = x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu"
+    if is_plain or is_compiling() or x.numel() < 1 << 15:  # a program of torch.export is for batches of any size
         return F.gelu(x, approximate="tanh")
     # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it takes half of torch's time.
     slope = 2 * math.sqrt(2 / math.pi)

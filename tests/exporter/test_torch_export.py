@@ -11,6 +11,7 @@ from torch import nn
 import qtrain
 from qtrain.analyze.truth import TruthError
 from qtrain.exporter.torch_export import TorchExport
+from qtrain.model.gpt2 import GPT2
 
 ELSEWHERE = """
 import sys, torch
@@ -73,6 +74,32 @@ def test_several_outputs_are_compared_one_by_one(how, images, tmp_path):
     if how == "tuple":
         with pytest.raises(TruthError, match="puts out differs from its simulation by"):
             qtrain.export(found.simulation, images, tmp_path, Careless())
+
+
+@pytest.mark.parametrize("form", ["float", "fp16", "weight_only", {"method": "weight_only", "bits": 4}])
+def test_layers_in_a_format_of_their_own_are_written_for_batches_of_any_size(form, mlp, images, tmp_path):
+    found = qtrain.quantize(mlp, [images], layers={"linear2": form})
+    assert qtrain.export(found.simulation, images, tmp_path)["steps"] < 0.01
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for size in (1, 200):
+        assert program(images[:1].expand(size, *images.shape[1:])).shape == (size, 10)
+
+
+@pytest.mark.parametrize("threshold", [None, 6.0])
+def test_a_kernel_that_no_file_can_hold_is_told(threshold, mlp, images, tmp_path):
+    found = qtrain.quantize(mlp, [images], layers={"linear2": {"method": "llm_int8", "threshold": threshold}})
+    with pytest.raises(ValueError, match=r"export: torch\.export cannot write this model: "):
+        qtrain.export(found.simulation, images, tmp_path)
+
+
+def test_gpt2_is_written_for_batches_of_any_size(tmp_path):
+    model = GPT2(vocab_size=65, n_positions=32, n_layer=1, n_head=2, n_embd=16).eval()
+    tokens = torch.randint(65, (4, 16))
+    found = qtrain.quantize(model, [tokens])
+    assert qtrain.export(found.simulation, tokens, tmp_path)["steps"] < 0.01
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for size in (1, 70):
+        assert program(tokens[:1].expand(size, 16)).shape == (size, 16, 65)
 
 
 def test_a_forward_that_torch_cannot_follow_is_told(images, tmp_path):

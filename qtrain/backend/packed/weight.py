@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from qtrain.backend.packed.int8_product import Int8Product
@@ -88,7 +89,7 @@ class IntegerWeight(nn.Module):
         Symmetric rows are multiplied as integers. x becomes two digits of whole numbers, so that it is rounded by less
         than 2^-13.9 of each row's largest value, and the sums are exact: as good as float16, at the speed of int8.
         """
-        product = self.product()
+        product = None if is_compiling() else self.product()  # no program of torch.export can hold its kernels
         if product is None:
             return F.linear(x, self.dequantize().to(x.dtype))
         rows = x.reshape(-1, self.shape[1]).float()
@@ -152,6 +153,7 @@ class HalfWeight(nn.Module):
 
     def matmul(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T, (..., K) -> (..., N), in x's dtype."""
-        if x.device.type != "cpu" or x.numel() <= FEW_ROWS * x.shape[-1]:
+        # A program of torch.export is for batches of any size.
+        if x.device.type != "cpu" or not is_compiling() and x.numel() <= FEW_ROWS * x.shape[-1]:
             return F.linear(x.half(), self.data).to(x.dtype)
         return F.linear(x, self.data.to(x.dtype))
