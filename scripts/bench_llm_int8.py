@@ -21,7 +21,12 @@ from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.functional.spec import QuantSpec
 
-SHAPES = {"c_attn": (768, 2304), "attn.c_proj": (768, 768), "c_fc": (768, 3072), "mlp.c_proj": (3072, 768)}
+SHAPES = {
+    "c_attn": (768, 2304),
+    "attn.c_proj": (768, 768),
+    "c_fc": (768, 3072),
+    "mlp.c_proj": (3072, 768),
+}
 SPEC = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 
 
@@ -39,7 +44,9 @@ def medians(models: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, f
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=50)
     args = parser.parse_args()
@@ -50,11 +57,15 @@ def main() -> None:
     layers = {}
     for name, (num_inputs, num_outputs) in SHAPES.items():
         exact = nn.Linear(num_inputs, num_outputs)
-        theirs = bitsandbytes.nn.Linear8bitLt(num_inputs, num_outputs, has_fp16_weights=False, threshold=6.0)
+        theirs = bitsandbytes.nn.Linear8bitLt(
+            num_inputs, num_outputs, has_fp16_weights=False, threshold=6.0
+        )
         theirs.load_state_dict(exact.state_dict())
         ours = LLMInt8Linear(IntegerWeight(exact.weight, SPEC), exact.bias, 6.0)
         layers[name] = {"bitsandbytes": theirs.to("cpu").eval(), "qtrain": ours}
-    print(f"{'layer':>12} {'rows':>5} {'outliers':>8} {'bitsandbytes':>13} {'qtrain':>8} {'ratio':>6}")
+    print(
+        f"{'layer':>12} {'rows':>5} {'outliers':>8} {'bitsandbytes':>13} {'qtrain':>8} {'ratio':>6}"
+    )
     blocks = []
     for rows in (1, 16, 128):
         for outliers in (0, 4):

@@ -34,14 +34,20 @@ Step = Callable[[torch.Tensor, torch.Tensor], Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", default=os.environ.get("QTRAIN_DATA"), help="folder with MNIST/raw")
+    parser.add_argument(
+        "--root", default=os.environ.get("QTRAIN_DATA"), help="folder with MNIST/raw"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as every run does
     data = ["data=mnist", f"data.root={args.root}"] if args.root else ["data=mnist_sample"]
-    figures = {"threads": args.threads, "data": data[0].removeprefix("data="), **loops(data, args.rounds)}
+    figures = {
+        "threads": args.threads,
+        "data": data[0].removeprefix("data="),
+        **loops(data, args.rounds),
+    }
     print(json.dumps({**figures, "qat": measure(CASES["convnet, batch 64"], args.rounds)}))
 
 
@@ -78,8 +84,14 @@ def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[st
 
 
 def qtrain_loop(parts: Parts) -> None:
-    options: dict[str, Any] = {"optimizer": parts.optimizer, "scheduler": parts.scheduler, "device": "cpu"}
-    parts.trainer.fit(parts.model, parts.data.train, parts.task, logger=Logger(), stage="bench", **options)
+    options: dict[str, Any] = {
+        "optimizer": parts.optimizer,
+        "scheduler": parts.scheduler,
+        "device": "cpu",
+    }
+    parts.trainer.fit(
+        parts.model, parts.data.train, parts.task, logger=Logger(), stage="bench", **options
+    )
 
 
 class Digits(Dataset[tuple[torch.Tensor, int]]):
@@ -115,7 +127,9 @@ def bare_loop(parts: Parts, steps: int) -> None:
     train(parts.model, batches(), steps, parts.optimizer)
 
 
-def train(model: nn.Module, batches: Iterator[Any], steps: int, make_optimizer: OptimizerFactory) -> None:
+def train(
+    model: nn.Module, batches: Iterator[Any], steps: int, make_optimizer: OptimizerFactory
+) -> None:
     model.train()
     optimizer = make_optimizer(model.parameters())
     for _ in range(steps):

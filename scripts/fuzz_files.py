@@ -50,7 +50,21 @@ JUNK: list[Any] = [
     "${oc.env:HOME}",
     "x" * 10**5,
 ]
-JUNK += [-1, 0, 0.5, 10**400, 1e308, float("nan"), float("inf"), [], {}, [[]], [None], {"": None}, {"a": {"b": [1]}}]
+JUNK += [
+    -1,
+    0,
+    0.5,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    {"a": {"b": [1]}},
+]
 JUNK += [{"_target_": "os.system"}, {"_target_": 5}, "$\\frac{", "<script>", "9" * 5000]
 
 
@@ -136,13 +150,18 @@ def mutate(path: Path, rng: random.Random) -> None:
         path.write_bytes(mutated_bytes(content, rng))
     elif path.suffix == ".pt":  # a state, with a digest before it, which is made to fit
         state = io.BytesIO()
-        torch.save(mutated_values(torch.load(io.BytesIO(content[DIGEST_BYTES:]), weights_only=True), rng), state)
+        torch.save(
+            mutated_values(torch.load(io.BytesIO(content[DIGEST_BYTES:]), weights_only=True), rng),
+            state,
+        )
         path.write_bytes(hashlib.sha256(state.getvalue()).digest() + state.getvalue())
     elif path.suffix == ".json":
         path.write_text(json.dumps(mutated_values(json.loads(content), rng)))
     else:
         found = mutated_values(OmegaConf.to_container(OmegaConf.create(content.decode())), rng)
-        path.write_text(json.dumps(found), encoding="utf-8")  # JSON is YAML, with each string in quotes
+        path.write_text(
+            json.dumps(found), encoding="utf-8"
+        )  # JSON is YAML, with each string in quotes
 
 
 def read_report(folder: Path, name: str) -> str:
@@ -221,7 +240,12 @@ def outputs(folder: Path, file: str) -> Any:
 def try_flips(folder: Path, count: int, seed: int = 0) -> list[str]:
     """Returns what went wrong with `count` flipped bytes in the runs that `make_runs` made in `folder`."""
     rng, wrong = random.Random(seed), []
-    places = [("done", "quantized.pt"), ("done", "float.pt"), ("done", "examples.pt"), ("open", str(STATE))]
+    places = [
+        ("done", "quantized.pt"),
+        ("done", "float.pt"),
+        ("done", "examples.pt"),
+        ("open", str(STATE)),
+    ]
     with tempfile.TemporaryDirectory() as place:
         whole = {
             file: outputs(shutil.copytree(folder / run, Path(place, str(i))), file)
@@ -245,7 +269,9 @@ def try_flips(folder: Path, count: int, seed: int = 0) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["mutants", "flips"])
     parser.add_argument("--count", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
@@ -254,7 +280,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_runs(Path(folder))
         wrong = attempt(Path(folder), args.count or count, args.seed)
-    print("\n".join([*wrong, f"{args.count or count} {args.what}, {len(wrong)} of them went wrong"]))
+    print(
+        "\n".join([*wrong, f"{args.count or count} {args.what}, {len(wrong)} of them went wrong"])
+    )
     sys.exit(bool(wrong))
 
 

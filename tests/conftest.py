@@ -31,7 +31,10 @@ def _isolation():
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=[] if name in torch.backends.quantized.supported_engines else pytest.mark.skip)
+        pytest.param(
+            name,
+            marks=[] if name in torch.backends.quantized.supported_engines else pytest.mark.skip,
+        )
         for name in torch_ao.ENGINES
     ]
 )

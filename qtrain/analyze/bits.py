@@ -24,7 +24,9 @@ def mean_bits(quantized: nn.Module, plan: Plan) -> float | None:
     return sum(count * bits for count, bits, _ in found) / total if total else None
 
 
-def bytes_at_bits(quantized: nn.Module, plan: Plan, float_model: nn.Module, *, simulated: bool) -> int:
+def bytes_at_bits(
+    quantized: nn.Module, plan: Plan, float_model: nn.Module, *, simulated: bool
+) -> int:
     """Returns the bytes that the model's tensors would take if each weight were stored in its bits.
 
     Args:
@@ -41,7 +43,9 @@ def _weights(model: nn.Module, plan: Plan) -> Iterator[tuple[int, int, int]]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         layer = plan.get(name)
-        planned = layer.weight if layer is not None and isinstance(layer.weight, QuantSpec) else None
+        planned = (
+            layer.weight if layer is not None and isinstance(layer.weight, QuantSpec) else None
+        )
         if isinstance(module, QuantWeighted):
             if planned is not None:
                 yield module.weight.numel(), planned.bits, 32

@@ -33,7 +33,9 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         def hook(module: Any, _inputs: Any, output: Tensor) -> None:
             weight = integers.quantized_weight(module)
             if weight is None:
-                weight = getattr(module.weight, "data", module.weight)  # of a float16 weight, its tensor
+                weight = getattr(
+                    module.weight, "data", module.weight
+                )  # of a float16 weight, its tensor
             # Each output element is a dot product with one row of the weight; transposed, each input element is
             # multiplied with one.
             elements = _inputs[0] if getattr(module, "transposed", False) else output
@@ -49,7 +51,9 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         own = {id(p): p.numel() for p in module.parameters(recurse=False)}
         if weight is not None:
             int8_params += weight.numel() if id(weight) not in counted else 0
-            counted.add(id(weight) if isinstance(weight, nn.Module) else None)  # ours may be shared; torch makes a view
+            counted.add(
+                id(weight) if isinstance(weight, nn.Module) else None
+            )  # ours may be shared; torch makes a view
             bias = getattr(module, "bias", None)
             bias = bias() if callable(bias) else bias
             num_biases = 0 if bias is None else bias.numel()
@@ -67,7 +71,11 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
             if not integers.is_quantized(module) and not _is_in_island(name, quantized):
                 float_layers[name] = _why_float(name, module, quantized, layers)
-        if isinstance(module, CompactEmbedding | nn.Embedding) or weight is not None and len(weight.shape) == 1:
+        if (
+            isinstance(module, CompactEmbedding | nn.Embedding)
+            or weight is not None
+            and len(weight.shape) == 1
+        ):
             continue  # an embedding looks up, a norm scales: neither has dot products
         if weight is not None or isinstance(module, nn.Linear | _ConvNd | CompactLinear):
             handles.append(module.register_forward_hook(count(name)))
@@ -76,7 +84,11 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
     finally:
         for handle in handles:
             handle.remove()
-    float_macs = sum(n for name, n in macs.items() if integers.quantized_weight(quantized.get_submodule(name)) is None)
+    float_macs = sum(
+        n
+        for name, n in macs.items()
+        if integers.quantized_weight(quantized.get_submodule(name)) is None
+    )
     return {
         "params_quantized": int8_params / max(int8_params + float_params, 1),
         "macs_quantized": 1 - float_macs / sum(macs.values()) if any(macs.values()) else 0.0,
@@ -113,7 +125,11 @@ def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[
     if not any(integers.is_quantized(m) for m in quantized.modules()):
         return "nothing is quantized"
     for other, layer in quantized.named_modules():
-        if isinstance(layer, nn.Embedding) and layer is not module and layer.weight is getattr(module, "weight", None):
+        if (
+            isinstance(layer, nn.Embedding)
+            and layer is not module
+            and layer.weight is getattr(module, "weight", None)
+        ):
             return f"shares the weight of {other}"
     if type(module) in torch_ao.CONVERTIBLE:
         return f"{kind} is not quantized by this method"

@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 Inputs = tuple[Tensor, ...]
 
 
-def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: TruthGate | None = None) -> dict[str, Any]:
+def dry_run(
+    model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: TruthGate | None = None
+) -> dict[str, Any]:
     """Returns the coverage of `quantizer` on `model`, having run all of its stages on one batch.
 
     Args:
@@ -50,7 +52,11 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: Truth
         prepared = quantizer.prepare(float_model)
         note_unfused(prepared.model)
         reference = quantizer.reference(prepared)
-        failures = [] if reference is None or truth is None else truth.same_function(float_model, reference, inputs)
+        failures = (
+            []
+            if reference is None or truth is None
+            else truth.same_function(float_model, reference, inputs)
+        )
         with blame(prepared.model, "prepared"):
             quantizer.calibrate(prepared, [cloned(inputs)])
             with _warn_of_shared_observers(prepared.model):
@@ -62,12 +68,16 @@ def dry_run(model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: Truth
             KernelProbe(quantized, where, most_steps) as probe,
             warnings.catch_warnings(),
         ):
-            warnings.filterwarnings("ignore", "All inputs of this cat operator")  # the probe says where, and what to do
+            warnings.filterwarnings(
+                "ignore", "All inputs of this cat operator"
+            )  # the probe says where, and what to do
             output = quantized(*cloned(inputs))
         if probe.missing:
             raise ValueError("\n".join(f"model: {line}" for line in probe.missing))
         if isinstance(output, Tensor) and output.is_quantized:
-            raise ValueError("model: its output is a quantized tensor; end its forward with a DeQuantStub")
+            raise ValueError(
+                "model: its output is a quantized tensor; end its forward with a DeQuantStub"
+            )
         if truth is not None:
             truth.enforce([*failures, *(f"model: {line}" for line in probe.wrong)])
         _require_savable(quantized, quantizer.engine)
@@ -85,7 +95,11 @@ def randomize_batch_norm(model: nn.Module) -> nn.Module:
     Fresh ones change nothing, wherever they stand: a fusion across them would not be noticed.
     """
     for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+        if (
+            isinstance(module, _BatchNorm)
+            and module.running_mean is not None
+            and module.running_var is not None
+        ):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 2)
             if module.affine:
@@ -99,13 +113,17 @@ def note_unfused(prepared: nn.Module) -> None:
     pairs = torch_ao.unfused_pairs(prepared)
     more = f" and {len(pairs) - 8} more" if len(pairs) > 8 else ""
     if pairs and output_points(prepared):
-        log.info(f"note: fuse_model leaves batch-norms apart from their convolutions: {', '.join(pairs[:8])}{more}")
+        log.info(
+            f"note: fuse_model leaves batch-norms apart from their convolutions: {', '.join(pairs[:8])}{more}"
+        )
 
 
 def _require_savable(quantized: nn.Module, engine: str | None) -> None:
     try:
         torch.save(quantized.state_dict(), io.BytesIO())
-    except Exception as err:  # of packed weights that an engine cannot unpack, whatever torch raises
+    except (
+        Exception
+    ) as err:  # of packed weights that an engine cannot unpack, whatever torch raises
         reason = (str(err) or type(err).__name__).splitlines()[0]
         for name, module in quantized.named_modules():
             try:
@@ -119,7 +137,9 @@ def _require_savable(quantized: nn.Module, engine: str | None) -> None:
         raise ValueError(f"model: the converted model cannot be saved ({reason})") from err
 
 
-def rehearse(model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoaders) -> frozenset[str]:
+def rehearse(
+    model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoaders
+) -> frozenset[str]:
     """Runs on a few samples, and copies, what training, evaluation and the report will do with the outputs.
 
     Returns:
@@ -212,7 +232,9 @@ def _check_splits(task: Task, data: DataLoaders, output: Tensor) -> None:
             inputs = batch[0]
             if inputs.is_floating_point() and not inputs.isfinite().all():
                 bad = int((~inputs.isfinite()).sum())
-                raise ValueError(f"data: {where}: {bad} of {inputs.numel()} input values are NaN or infinite")
+                raise ValueError(
+                    f"data: {where}: {bad} of {inputs.numel()} input values are NaN or infinite"
+                )
             problems = check_batch(output[:1].expand(len(inputs), *output.shape[1:]), batch)
             if problems:
                 raise ValueError("\n".join(f"{problem} ({where})" for problem in problems))
@@ -225,7 +247,9 @@ def _rehearse_scores(model: nn.Module, task: Task, data: DataLoaders) -> None:
         examples = task.examples(output, batch)
         summary = task.summary(task.metrics(output, batch), islice(data.test, 1))  # type: ignore[arg-type]
         task.sample(model)
-    missing = [name for name in dict.fromkeys((task.quality, "loss", *task.numbers)) if name not in summary]
+    missing = [
+        name for name in dict.fromkeys((task.quality, "loss", *task.numbers)) if name not in summary
+    ]
     if missing:
         raise ValueError(
             f"task: its summary lacks {', '.join(missing)}; it must have the quality ({task.quality}), the loss, and "
@@ -257,7 +281,9 @@ def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
     for name, count in calls.items():
         if count > 1:
             name = integers.users_name(prepared, name)
-            log.warning(f"layer {name} runs {count} times in one forward pass, and all its outputs share one scale")
+            log.warning(
+                f"layer {name} runs {count} times in one forward pass, and all its outputs share one scale"
+            )
 
 
 @contextmanager
@@ -289,8 +315,14 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
             raise
         name = current()
         layer = model.get_submodule(name)
-        where = f"layer {name} ({integers.users_kind(layer)})" if name else f"forward of {type(layer).__name__}"
-        raise ValueError(f"model: {where} cannot run in the {kind} model: {_reason(err, name)}") from err
+        where = (
+            f"layer {name} ({integers.users_kind(layer)})"
+            if name
+            else f"forward of {type(layer).__name__}"
+        )
+        raise ValueError(
+            f"model: {where} cannot run in the {kind} model: {_reason(err, name)}"
+        ) from err
     finally:
         for handle in handles:
             handle.remove()
@@ -300,7 +332,11 @@ def _reason(err: Exception, layer: str) -> str:
     text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
     # Python's own frames show the line of the model's source at fault.
     others = ("torch/", "qtrain/simulate/")
-    frames = [f for f in traceback.extract_tb(err.__traceback__) if not any(o in f.filename for o in others)]
+    frames = [
+        f
+        for f in traceback.extract_tb(err.__traceback__)
+        if not any(o in f.filename for o in others)
+    ]
     source = next((f for f in reversed(frames) if f.name == "forward" and f.line), None)
     text = text[:400]
     if source is not None and not (source.line or "").startswith("raise "):

@@ -16,7 +16,9 @@ CALLED_INSTEAD = {
 
 
 @torch.no_grad()
-def layer_outputs(model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def layer_outputs(
+    model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
     """Returns {layer: its dequantized output}, in the order of execution; of a layer that runs twice, the last."""
     outputs: dict[str, Tensor] = {}
     handles = []
@@ -57,7 +59,9 @@ def relative_error(exact: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, float]:
+def divergence(
+    fake: nn.Module, quantized: nn.Module, names: list[str], inputs: tuple[Tensor, ...]
+) -> dict[str, float]:
     """Returns {layer: root mean square difference, in steps of its output, between `quantized` and `fake`}.
 
     Each converted layer gets its simulation's input, so that errors of earlier layers do not add up.
@@ -66,7 +70,9 @@ def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: 
     received: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
-    scales = {name: float(point.calculate_qparams()[0]) for name, point in output_points(fake).items()}
+    scales = {
+        name: float(point.calculate_qparams()[0]) for name, point in output_points(fake).items()
+    }
 
     def keep_input(name: str) -> Any:
         def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:

@@ -44,7 +44,12 @@ def weight_bytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def latency(
-    models: dict[str, nn.Module], inputs: tuple[Tensor, ...], *, batch_sizes: list[int], warmup: int, repeats: int
+    models: dict[str, nn.Module],
+    inputs: tuple[Tensor, ...],
+    *,
+    batch_sizes: list[int],
+    warmup: int,
+    repeats: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Returns {model: {batch size: {"median", "p90"}}} in milliseconds of a forward pass on the CPU.
 
@@ -58,7 +63,10 @@ def latency(
         batch = tuple(x[torch.arange(size) % len(x)] for x in inputs)
         times = turns([partial(model, *batch) for model in models.values()], warmup, repeats)
         for name, row in zip(models, times, strict=True):
-            result[name][str(size)] = {"median": float(row.median()), "p90": float(row.quantile(0.9))}
+            result[name][str(size)] = {
+                "median": float(row.median()),
+                "p90": float(row.quantile(0.9)),
+            }
     return result
 
 
@@ -83,7 +91,12 @@ def median_interval(values: Tensor) -> dict[str, float]:
     ordered, n = values.sort().values, len(values)
     half = 0.98 * n**0.5
     low, high = max(round(n / 2 - half) - 1, 0), min(round(n / 2 + half), n - 1)
-    found = {"median": values.median(), "low": ordered[low], "high": ordered[high], "p90": values.quantile(0.9)}
+    found = {
+        "median": values.median(),
+        "low": ordered[low],
+        "high": ordered[high],
+        "p90": values.quantile(0.9),
+    }
     return {name: float(value) for name, value in found.items()}
 
 
@@ -101,7 +114,9 @@ class OtherLoad:
         return self
 
     def __exit__(self, *_: object) -> None:
-        wall, busy = (after - before for after, before in zip(self._now(), self._before, strict=True))
+        wall, busy = (
+            after - before for after, before in zip(self._now(), self._before, strict=True)
+        )
         if busy == busy:  # not NaN
             self.cores = max(0.0, busy / wall) if wall > 0 else 0.0
 
@@ -134,7 +149,9 @@ def generation_speed(models: dict[str, nn.Module], prompt: Tensor) -> dict[str, 
     Args:
         prompt: int64 (1, 1), the token to begin with.
     """
-    speakers: dict[str, Any] = {name: model for name, model in models.items() if hasattr(model, "generate")}
+    speakers: dict[str, Any] = {
+        name: model for name, model in models.items() if hasattr(model, "generate")
+    }
     rates: dict[str, list[float]] = {name: [] for name in speakers}
     for turn in range(-1, ROUNDS):
         for name, model in speakers.items():

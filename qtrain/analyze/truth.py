@@ -10,7 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from qtrain.analyze.layerwise import CALLED_INSTEAD, divergence, layer_outputs, present, relative_error, run
+from qtrain.analyze.layerwise import (
+    CALLED_INSTEAD,
+    divergence,
+    layer_outputs,
+    present,
+    relative_error,
+    run,
+)
 from qtrain.backend import integers
 from qtrain.common.validate import MANY, choice, number, refuse, whole
 from qtrain.functional.error import sqnr_db
@@ -20,7 +27,9 @@ from qtrain.simulate.sites import QuantInput
 log = logging.getLogger(__name__)
 
 SAME_FUNCTION = 1e-4  # relative: folding a batch-norm rounds, and costs about 1e-6
-NOT_OBSERVED = "its observer saw no data, so it would be converted with scale 1.0; let calibration run it"
+NOT_OBSERVED = (
+    "its observer saw no data, so it would be converted with scale 1.0; let calibration run it"
+)
 MAX_DB = 200.0  # stands for identical tensors, since JSON has no infinity
 
 
@@ -68,7 +77,9 @@ class TruthGate:
         for failure in failures:
             log.warning(f"truth: {failure}")
 
-    def same_function(self, model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
+    def same_function(
+        self, model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> list[str]:
         """Returns a failure if fusing has changed what the float `model` computes.
 
         Args:
@@ -102,7 +113,11 @@ class TruthGate:
         """
         difference = quantized.double() - fake.double()
         mean, base = float(difference.mean()), float(fake.double().mean())
-        error = float(difference.std(correction=1) / len(difference) ** 0.5) if len(difference) > 1 else 0.0
+        error = (
+            float(difference.std(correction=1) / len(difference) ** 0.5)
+            if len(difference) > 1
+            else 0.0
+        )
         limit = min(3 * error + 0.005 * abs(base), self.max_loss_gap * abs(base))
         section = {"mean": mean, "standard_error": error, "limit": limit, "simulation": base}
         if abs(mean) <= limit:
@@ -131,7 +146,11 @@ class TruthGate:
         ]
 
     def compare(
-        self, reference: nn.Module | None, fake: nn.Module | None, quantized: nn.Module, inputs: tuple[Tensor, ...]
+        self,
+        reference: nn.Module | None,
+        fake: nn.Module | None,
+        quantized: nn.Module,
+        inputs: tuple[Tensor, ...],
     ) -> tuple[dict[str, Any], list[str]]:
         """Compares layer outputs of the float, the fake-quantized and the converted model on the same samples.
 
@@ -148,7 +167,9 @@ class TruthGate:
             return {"sqnr_db": {}, "min_sqnr_db": None, "fake_vs_quantized": {}}, []
         points = output_points(reference)
         # Where nothing is observed, as in weight-only quantization: the layers that hold integers.
-        names = list(points) or [n for n, m in quantized.named_modules() if integers.quantized_weight(m) is not None]
+        names = list(points) or [
+            n for n, m in quantized.named_modules() if integers.quantized_weight(m) is not None
+        ]
         plain = [
             name
             for name, module in quantized.named_modules()
@@ -157,7 +178,9 @@ class TruthGate:
             and not any(True for _ in module.children())
             and not isinstance(module, nn.Identity | nn.Flatten)
         ]
-        exact, simulated, real = (layer_outputs(m, names, inputs) for m in (reference, fake, quantized))
+        exact, simulated, real = (
+            layer_outputs(m, names, inputs) for m in (reference, fake, quantized)
+        )
         layers = [name for name in exact if name in real]
         noise = {name: _decibels(exact[name], real[name]) for name in layers}
         gap = {name: _decibels(simulated[name], real[name]) for name in layers}
@@ -184,13 +207,21 @@ class TruthGate:
 
     def _remedy(self, name: str, points: dict[str, Any]) -> str:
         is_full_range = any(getattr(point, "quant_max", 0) == 255 for point in points.values())
-        reduce = "Try quant.activation.reduce_range=true, for sums that saturate; or" if is_full_range else "Try"
+        reduce = (
+            "Try quant.activation.reduce_range=true, for sums that saturate; or"
+            if is_full_range
+            else "Try"
+        )
         return f"{reduce} another quant.engine, or keep it float: quant.layers={{{name}: float}}"
 
-    def _out_of_range(self, model: nn.Module, points: dict[str, Any], exact: dict[str, Tensor]) -> list[str]:
+    def _out_of_range(
+        self, model: nn.Module, points: dict[str, Any], exact: dict[str, Tensor]
+    ) -> list[str]:
         failures = []
         for name, values in exact.items():
-            if not isinstance(model.get_submodule(name), QuantInput) or not hasattr(points[name], "observed_range"):
+            if not isinstance(model.get_submodule(name), QuantInput) or not hasattr(
+                points[name], "observed_range"
+            ):
                 break  # what runs before any layer is the model's input
             low, high = points[name].observed_range()
             seen_low, seen_high = float(values.min()), float(values.max())
@@ -215,7 +246,9 @@ def require_finite_weights(model: nn.Module) -> None:
     Other buffers may be: an attention mask, the range of an observer that saw nothing.
     """
     # Out of the state dict: a fake quantization works its scale out when it is asked for.
-    statistics = ((n, b) for n, b in model.state_dict().items() if ".running_" in n or n.endswith(".scale"))
+    statistics = (
+        (n, b) for n, b in model.state_dict().items() if ".running_" in n or n.endswith(".scale")
+    )
     for name, value in (*model.named_parameters(), *statistics):
         if is_lazy(value):
             raise TruthError(
@@ -236,7 +269,9 @@ def _is_layer(name: str, module: nn.Module) -> bool:
     return bool(name) and not is_inner and not any(True for _ in module.children())
 
 
-def _first_difference(before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module) -> str | None:
+def _first_difference(
+    before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module
+) -> str | None:
     """Returns the first layer, in the order of execution, after which the fused model computes something else.
 
     A layer that others were fused into is compared with the last of these.
@@ -267,8 +302,14 @@ def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Ite
 
     def check(name: str) -> Any:
         def hook(_m: nn.Module, _i: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
-                raise TruthError(f"layer {name}: its output is not finite in {stage}, batch {batch}")
+            if (
+                isinstance(output, Tensor)
+                and output.is_floating_point()
+                and not output.isfinite().all()
+            ):
+                raise TruthError(
+                    f"layer {name}: its output is not finite in {stage}, batch {batch}"
+                )
 
         return hook
 

@@ -90,7 +90,9 @@ def quantize(
     quantizer.calibrate(simulation, kept)
     gate.enforce(gate.unobserved(simulation.model))
     converted = quantizer.convert(simulation)
-    truth, failures = gate.compare(quantizer.reference(simulation), quantizer.fake(simulation), converted, sample)
+    truth, failures = gate.compare(
+        quantizer.reference(simulation), quantizer.fake(simulation), converted, sample
+    )
     gate.enforce(failures)
     report = {
         "coverage": coverage(converted, sample, getattr(quantizer, "layers", {})),
@@ -102,7 +104,9 @@ def quantize(
 
 
 def _ptq(engine: str, bits: int, layers: dict[str, Any] | None) -> Quantizer:
-    return PTQ(engine=engine, weight=replace(WEIGHT, bits=bits), activation=ACTIVATION, layers=layers)
+    return PTQ(
+        engine=engine, weight=replace(WEIGHT, bits=bits), activation=ACTIVATION, layers=layers
+    )
 
 
 def _dynamic(engine: str, bits: int, layers: dict[str, Any] | None) -> Quantizer:
@@ -136,7 +140,9 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
     return tuple(part.detach().cpu() for part in parts)
 
 
-def moved(batches: Iterable[Any], model: nn.Module, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def moved(
+    batches: Iterable[Any], model: nn.Module, device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
     """Yields forward's arguments out of each batch, on a device."""
     for batch in batches:
         yield tuple(part.to(device) for part in _arguments(model, batch))

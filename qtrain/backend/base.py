@@ -62,12 +62,18 @@ class Backend:
             ValueError: the engine has no kernel for a combination; gives the reason and the legal choices.
         """
         weight = _settled(weight, symmetric=True, granularity=self.granularity, reduce_range=False)
-        activation = _settled(activation, symmetric=False, granularity="per_tensor", reduce_range=self.reduce_range)
+        activation = _settled(
+            activation, symmetric=False, granularity="per_tensor", reduce_range=self.reduce_range
+        )
         problems = []
         if weight.reduce_range:
-            problems.append("weight.reduce_range=true: only activations are reduced; leave it at auto")
+            problems.append(
+                "weight.reduce_range=true: only activations are reduced; leave it at auto"
+            )
         if activation.narrow_range:
-            problems.append("activation.narrow_range=true: is for weights, whose integers are signed; leave it at auto")
+            problems.append(
+                "activation.narrow_range=true: is for weights, whose integers are signed; leave it at auto"
+            )
         if not weight.symmetric and not self.asymmetric_weights:
             problems.append(
                 f"weight.symmetric=false: engine {self.name} takes weights without a zero point only; "
@@ -108,7 +114,10 @@ def _try_observer(spec: QuantSpec, role: str) -> list[str]:
             f"observer={name}: cannot forget what it saw, as weights need; use minmax, moving_average or percentile"
         ]
     except ValueError as err:
-        return [line if line.startswith("observer=") else f"observer.{line}" for line in str(err).splitlines()]
+        return [
+            line if line.startswith("observer=") else f"observer.{line}"
+            for line in str(err).splitlines()
+        ]
     return []
 
 

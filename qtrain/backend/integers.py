@@ -26,7 +26,9 @@ def weight_qparams(weight: torch.Tensor | IntegerWeight) -> tuple[float, int]:
     """Returns the scale and the zero point of a quantized weight's first element."""
     if isinstance(weight, IntegerWeight):
         zero_points = weight.zero_point
-        return float(weight.scale.flatten()[0]), 0 if zero_points is None else int(zero_points.flatten()[0])
+        return float(weight.scale.flatten()[0]), 0 if zero_points is None else int(
+            zero_points.flatten()[0]
+        )
     if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         return weight.q_scale(), weight.q_zero_point()
     return float(weight.q_per_channel_scales()[0]), int(weight.q_per_channel_zero_points()[0])
@@ -51,5 +53,7 @@ def users_name(model: nn.Module, name: str) -> str:
     What simulating or keeping float has put inside a layer goes by the layer's own name.
     """
     ends = [i for i, c in enumerate(name) if c == "."]
-    outer = (name[:i] for i in ends if isinstance(model.get_submodule(name[:i]), Site | FloatIsland))
+    outer = (
+        name[:i] for i in ends if isinstance(model.get_submodule(name[:i]), Site | FloatIsland)
+    )
     return next(outer, name)

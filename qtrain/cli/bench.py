@@ -10,18 +10,30 @@ from typing import Any
 from qtrain.cli.interrupt import told
 from qtrain.common.plain import plain, plain_lines
 
-EXAMPLE = "example: qtrain-bench outputs/sweeps/2026-01-31_12-00-00/* --threads 1 2 --batch-sizes 1 64"
+EXAMPLE = (
+    "example: qtrain-bench outputs/sweeps/2026-01-31_12-00-00/* --threads 1 2 --batch-sizes 1 64"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints a table, and writes the figures into each run's report.json; mistakes end it with code 1."""
     parser = argparse.ArgumentParser("qtrain-bench", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="the folder of a finished run"
+    )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--threads", type=int, nargs="+", default=None, help="default: torch's choice")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=None, help="default: torch's choice"
+    )
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the runs may name")
+    parser.add_argument(
+        "--trust",
+        nargs="+",
+        default=[],
+        metavar="PACKAGE",
+        help="of yours, which the runs may name",
+    )
     args = parser.parse_args(argv)
     try:
         for name in ("batch_sizes", "threads", "repeats"):
@@ -58,7 +70,9 @@ def bench(
     from qtrain.runs import artifact
     from qtrain.runs.report import FILE_NAME, load_report
 
-    folders = [run for run in runs if (run / FILE_NAME).is_file() or not run.is_file()]  # a sweep's own files beside
+    folders = [
+        run for run in runs if (run / FILE_NAME).is_file() or not run.is_file()
+    ]  # a sweep's own files beside
     reports = {run: load_report(run / FILE_NAME) for run in folders}
     models: dict[tuple[Path, str], Any] = {}
     inputs = {}
@@ -76,7 +90,9 @@ def bench(
     try:
         for count in threads or [before]:
             torch.set_num_threads(count)
-            print(f"\n{count} thread{'s' if count > 1 else ''}, medians of {repeats} in ms with 95 % intervals")
+            print(
+                f"\n{count} thread{'s' if count > 1 else ''}, medians of {repeats} in ms with 95 % intervals"
+            )
             print(f"{'batch':>5}  {'float':>24}  {'quantized':>24}  {'ratio':>20}  run")
             for size in batch_sizes:
                 calls = {}
@@ -84,16 +100,28 @@ def bench(
                     batch = tuple(x[torch.arange(size) % len(x)] for x in inputs[run])
                     calls[run, kind] = partial(model, *batch)
                 with measure.OtherLoad() as others:
-                    times = dict(zip(calls, measure.turns(list(calls.values()), warmup, repeats), strict=True))
+                    times = dict(
+                        zip(
+                            calls, measure.turns(list(calls.values()), warmup, repeats), strict=True
+                        )
+                    )
                 for run in reports:
-                    row: dict[str, Any] = {"threads": count, "batch": size, "other_load": others.cores}
+                    row: dict[str, Any] = {
+                        "threads": count,
+                        "batch": size,
+                        "other_load": others.cores,
+                    }
                     row["float"] = measure.median_interval(times[run, "float"])
                     if (run, "quantized") in times:
                         row["quantized"] = measure.median_interval(times[run, "quantized"])
-                        row["ratio"] = measure.median_interval(times[run, "quantized"] / times[run, "float"])
+                        row["ratio"] = measure.median_interval(
+                            times[run, "quantized"] / times[run, "float"]
+                        )
                     found[run].append(row)
                     cells = (_cell(row.get(kind)) for kind in ("float", "quantized", "ratio"))
-                    print(f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  {plain(run.name)}")
+                    print(
+                        f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  {plain(run.name)}"
+                    )
                 if others.contended:
                     print(
                         f"warning: meanwhile other programs used {others.cores:.1f} cores; measure again without them"

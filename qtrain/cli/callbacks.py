@@ -46,7 +46,9 @@ class Comparison(Callback):
         with suppress(OmegaConfBaseException):  # the jobs say what is wrong with the config
             print(announce_sweep(config.hydra), flush=True)
         # sweep=optuna asks for it; Hydra builds the sampler after this.
-        warnings.filterwarnings("ignore", message="``multivariate`` option is an experimental feature")
+        warnings.filterwarnings(
+            "ignore", message="``multivariate`` option is an experimental feature"
+        )
         warning = crowding(config)
         if warning is not None:
             print(f"warning: {warning}", flush=True)

@@ -54,7 +54,10 @@ def one_job(config: "DictConfig") -> Any:
     settings = HydraConfig.get()
     if settings.mode != RunMode.RUN and config.threads is None:
         config.threads = sweep.THREADS
-    run_dir, overrides = Path(settings.runtime.output_dir), heed_own_keys(config, settings.overrides.task)
+    run_dir, overrides = (
+        Path(settings.runtime.output_dir),
+        heed_own_keys(config, settings.overrides.task),
+    )
     try:
         refuse_config(overridden_labels(config))
         unused = unused_settings(config, overrides)
@@ -63,14 +66,19 @@ def one_job(config: "DictConfig") -> Any:
         for line in unused:  # other jobs of the sweep may heed them
             log.warning(line)
         keep_freed_memory()
-        with Signals() as signals, alone(run_dir) if settings.mode == RunMode.RUN else nullcontext():
+        with (
+            Signals() as signals,
+            alone(run_dir) if settings.mode == RunMode.RUN else nullcontext(),
+        ):
             if settings.mode == RunMode.RUN:
                 report = pipeline.execute(config, run_dir, overrides, signals=signals)
             else:
                 report = sweep.carry_out(config, run_dir, overrides, signals)
         if not ranks.is_first():  # it has no scores
             return None
-        values = [_select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]]
+        values = [
+            _select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]
+        ]
     except sweep.Occupied:  # no report can say so
         raise
     except Exception as err:
@@ -103,7 +111,10 @@ def _select(report: Any, objective: str) -> float:
     if objective == "size_bytes":
         found, path = report.size_bytes, ["quantized_file"]
     elif objective == "latency_ms":
-        found, path = report.latency_ms, ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"]
+        found, path = (
+            report.latency_ms,
+            ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"],
+        )
     for part in path:
         found = (found or {}).get(part)
     if found is None:
@@ -123,13 +134,17 @@ def continue_run(arguments: list[str]) -> None:
 
     named = [argument for argument in arguments if argument.startswith("resume=")]
     run_dir = Path(named[-1].partition("=")[2])
-    config, overrides = open_run(run_dir, [argument for argument in arguments if argument not in named])
+    config, overrides = open_run(
+        run_dir, [argument for argument in arguments if argument not in named]
+    )
     keep_freed_memory()
     # Of torchrun's processes, all of which come here, the first holds the folder for all.
     with Signals() as signals, alone(run_dir) if ranks.is_first() else nullcontext():
         console, file = logging.StreamHandler(sys.stdout), RunLog(run_dir / "qtrain.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
+        logging.basicConfig(
+            level=logging.INFO, format="%(message)s", handlers=[console, file], force=True
+        )
         pipeline.execute(config, run_dir, overrides, resume=True, signals=signals)
 
 
@@ -151,7 +166,9 @@ def _importing() -> Iterator[None]:
     as another error. What they make stays to the end, and the collector would look through it
     again and again, most of all as Python ends: that took a third of a mistake's time.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python allows handlers there alone
         yield
         return
     before, is_first = signal.signal(signal.SIGINT, quit_at_once), "torch" not in sys.modules
@@ -174,7 +191,9 @@ def main() -> None:
 
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
+    os.environ.setdefault(
+        "HYDRA_FULL_ERROR", "1"
+    )  # exceptions come here, instead of Hydra printing them
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         _read_command_line()
@@ -197,7 +216,9 @@ def _read_command_line() -> None:
     options, named = split(sys.argv[1:])
     added = partners(named)
     overrides = hydra_arguments([*named, *added])
-    refuse_choices(overrides)  # first, for Hydra itself stumbles over a number in the place of a file's name
+    refuse_choices(
+        overrides
+    )  # first, for Hydra itself stumbles over a number in the place of a file's name
     overrides, notes = forgive(options, overrides)
     if added:
         notes.append(f"{' '.join(added)}: go with what was named; name others to have others")
@@ -226,14 +247,10 @@ def explain(err: BaseException) -> str:
     from qtrain.runs import sweep
 
     if isinstance(err, FileNotFoundError) and err.filename is not None:
-        return (
-            f"{os.fsdecode(err.filename)}: there is no such file or folder; was it deleted while the run was at work?"
-        )
+        return f"{os.fsdecode(err.filename)}: there is no such file or folder; was it deleted while the run was at work?"
     if isinstance(err, OSError) and err.errno is not None:
         where = "" if err.filename is None else f"{os.fsdecode(err.filename)}: "
-        return (
-            f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, on disks with room"
-        )
+        return f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, on disks with room"
     missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
     if missing is not None:
         return missing
@@ -244,7 +261,11 @@ def explain(err: BaseException) -> str:
             known = ", ".join(sorted(str(key) for key in node))
             text = f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
             # What is made from this section may take more than its YAML names.
-            return f"{text}; to add it all the same: +{cause.full_key}=VALUE" if "_target_" in node else text  # type: ignore[attr-defined]
+            return (
+                f"{text}; to add it all the same: +{cause.full_key}=VALUE"  # type: ignore[attr-defined]
+                if "_target_" in node
+                else text
+            )
         if str(cause).startswith("Missing key "):
             return f"{cause.full_key}: is missing, and has no default"  # type: ignore[attr-defined]
         if isinstance(cause, InterpolationResolutionError):
@@ -253,7 +274,9 @@ def explain(err: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     if "Error merging override" in str(err) and err.__cause__ is not None:
         return f"{err}: {str(err.__cause__).splitlines()[0]}"
-    if isinstance(err, HydraException) and not any(re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]):
+    if isinstance(err, HydraException) and not any(
+        re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]
+    ):
         return f"{err} (given {' '.join(sys.argv[1:])})"
     return str(err)
 

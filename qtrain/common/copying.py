@@ -26,7 +26,11 @@ def copy_model(model: Model) -> Model:
     for module in copied.modules():
         if parametrize.is_parametrized(module):
             cls = type(module)
-            own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+            own = {
+                name: value
+                for name, value in vars(cls).items()
+                if name not in ("__dict__", "__weakref__")
+            }
             module.__class__ = type(cls.__name__, cls.__bases__, own)
     return copied
 

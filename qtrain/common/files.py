@@ -34,9 +34,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, path)
-    except (OSError, RuntimeError) as err:  # torch's zip writer turns a failed write into a RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+    ) as err:  # torch's zip writer turns a failed write into a RuntimeError
         reason = err if isinstance(err, OSError) else f"is the disk full? {err}"
-        raise OSError(f"{path}: could not be written ({reason}); files already there are unchanged") from err
+        raise OSError(
+            f"{path}: could not be written ({reason}); files already there are unchanged"
+        ) from err
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -62,7 +67,9 @@ def require_file(path: Path) -> None:
         ValueError: it is not, or is not there.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: " + ("is no regular file" if path.exists() else "there is no such file"))
+        raise ValueError(
+            f"{path}: " + ("is no regular file" if path.exists() else "there is no such file")
+        )
 
 
 def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:

@@ -94,7 +94,9 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> list[str]:
     """
     options = list(allowed)
     holds = any(type(value) is type(option) and value == option for option in options)
-    return _line(name, value, f"allowed are {_enumerate([str(option) for option in options])}", holds)
+    return _line(
+        name, value, f"allowed are {_enumerate([str(option) for option in options])}", holds
+    )
 
 
 def text(name: str, value: Any, *, null: bool = False) -> list[str]:

@@ -21,7 +21,14 @@ from qtrain.common.network import impatient
 from qtrain.common.validate import SEEDS, choice, shown, whole
 from qtrain.config.command_line import config_dir, hydra_arguments
 from qtrain.config.old_names import up_to_date
-from qtrain.config.settings import ConfigError, check_settings, check_targets, find_device, objectives, refuse_config
+from qtrain.config.settings import (
+    ConfigError,
+    check_settings,
+    check_targets,
+    find_device,
+    objectives,
+    refuse_config,
+)
 from qtrain.config.together import partners
 from qtrain.data.loaders import DataLoaders
 from qtrain.data.tokenizer import own_tokenizer
@@ -43,7 +50,18 @@ NAMED = {  # keys that take the name of a file in a group, or a list with such n
 }
 NOT_NULL = ("quant.optimizer", "quant.scheduler", "export")
 # What is made, in this order; the model last, for it draws from the generator.
-PARTS = ("data", "task", "quant", "trainer", "optimizer", "scheduler", "truth", "model_transform", "export", "model")
+PARTS = (
+    "data",
+    "task",
+    "quant",
+    "trainer",
+    "optimizer",
+    "scheduler",
+    "truth",
+    "model_transform",
+    "export",
+    "model",
+)
 PATHS_OR_NAMES = ("data.tokenizer", "model.pretrained")  # of the bundled, or on a hub
 AUTO = "auto"  # data.tokenizer: that of the pretrained model
 
@@ -87,7 +105,9 @@ def resolve(config: DictConfig) -> DictConfig:
             continue
         value = node[last]
         items = list(value) if OmegaConf.is_list(value) else [value]
-        names = [item for item in items if isinstance(item, str) or item is None and key in NOT_NULL]
+        names = [
+            item for item in items if isinstance(item, str) or item is None and key in NOT_NULL
+        ]
         if not names:
             continue
         known = GlobalHydra.instance().config_loader().get_group_options(group)
@@ -121,7 +141,9 @@ def _from_start(config: DictConfig) -> None:
 def overridden_labels(config: DictConfig) -> list[str]:
     """Returns what is wrong where a composed config names its own choices; they label the run, and must be true."""
     if not OmegaConf.is_dict(config.choices):
-        return [f"choices={shown(config.choices)}: names the files that were chosen, and cannot be set"]
+        return [
+            f"choices={shown(config.choices)}: names the files that were chosen, and cannot be set"
+        ]
     return [
         f"choices.{key}={shown(config.choices[key])}: names the file that was chosen, and cannot be set; set {key}="
         for key in config.choices
@@ -137,11 +159,15 @@ def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
         share = f"data.{part.removesuffix('id')}_fraction"
         path = OmegaConf.select(config, f"data.{part}_path")
         if path is not None and share in given:
-            lines.append(f"{given[share]}: that text is data.{part}_path={shown(path)}, whole; leave it out")
+            lines.append(
+                f"{given[share]}: that text is data.{part}_path={shown(path)}, whole; leave it out"
+            )
     pretrained = OmegaConf.select(config, "model.pretrained")
     for size in SIZES if isinstance(pretrained, str) else ():
         if f"model.{size}" in given:
-            lines.append(f"{given[f'model.{size}']}: model.pretrained={shown(pretrained)} has its own; leave it out")
+            lines.append(
+                f"{given[f'model.{size}']}: model.pretrained={shown(pretrained)} has its own; leave it out"
+            )
     return lines + _uncalibrated(config, overrides)
 
 
@@ -150,8 +176,16 @@ def _uncalibrated(config: DictConfig, overrides: list[str]) -> list[str]:
         calibrates = getattr(get_object(config.quant._target_), "calibrates", True)
     except Exception:  # whatever is wrong with the name, `build` tells
         return []
-    given = [override.lstrip("+") for override in overrides if re.match(r"\+*calib_(batches|split)=", override)]
-    return [] if calibrates else [f"{o}: quant={config.choices.quant} does not calibrate; leave it out" for o in given]
+    given = [
+        override.lstrip("+")
+        for override in overrides
+        if re.match(r"\+*calib_(batches|split)=", override)
+    ]
+    return (
+        []
+        if calibrates
+        else [f"{o}: quant={config.choices.quant} does not calibrate; leave it out" for o in given]
+    )
 
 
 def _unresolved(node: Any, path: str = "") -> Iterator[str]:
@@ -201,7 +235,9 @@ def build(config: DictConfig) -> Parts:
         if key == "model":
             torch.manual_seed(0 if whole("seed", config.seed, 0, SEEDS) else config.seed)
         if key == "quant":  # its two specs first: the first to fail would hide the other
-            problems += [line for role in ("weight", "activation") for line in _try_spec(config.quant, role)]
+            problems += [
+                line for role in ("weight", "activation") for line in _try_spec(config.quant, role)
+            ]
             if any(re.match(r"quant\.(weight|activation)[.=]", problem) for problem in problems):
                 continue
         try:
@@ -226,7 +262,9 @@ def build(config: DictConfig) -> Parts:
         problems += task.mistakes(made["model"])
     for split in ("train", "test") if data is not None else ():
         if not len(getattr(data, split)):
-            problems.append(f"data: there are no {split} data; each of train and test needs a sample at least")
+            problems.append(
+                f"data: there are no {split} data; each of train and test needs a sample at least"
+            )
     labels = getattr(data and data.train, "labels", None)
     if "num_classes" in config.model and labels is not None and not problems:
         if (needed := int(labels.max()) + 1) > config.model.num_classes:
@@ -271,7 +309,9 @@ def _try_spec(quant: DictConfig, role: str) -> list[str]:
     for path in (role, f"{role}.observer"):
         node = OmegaConf.select(quant, path)
         if OmegaConf.is_dict(node) and "_target_" not in node:
-            return [f"quant.{path}._target_: is missing; it names what is made of the settings below quant.{path}"]
+            return [
+                f"quant.{path}._target_: is missing; it names what is made of the settings below quant.{path}"
+            ]
     try:
         instantiate(quant.get(role), _convert_="all")
     except Exception as err:
@@ -298,7 +338,10 @@ def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:
     cause = err.__cause__ or err
     reason = str(cause)
     if isinstance(cause, TypeError) and "required keyword-only argument" in reason:
-        return [f"{where}.{name}: is missing, and has no default" for name in re.findall(r"'(\w+)'", reason)]
+        return [
+            f"{where}.{name}: is missing, and has no default"
+            for name in re.findall(r"'(\w+)'", reason)
+        ]
     if isinstance(cause, TypeError) and "required positional argument" in reason:
         reason += f"; what is called later with more arguments needs {where}._partial_=true"
     if not isinstance(cause, ValueError | TypeError | ImportError):

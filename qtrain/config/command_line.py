@@ -3,7 +3,18 @@
 import re
 from pathlib import Path
 
-VALUED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
+VALUED = (
+    "--config-dir",
+    "-cd",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+)
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -34,7 +45,9 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     around such a key that YAML needs, as in {"*.mlp": float}, and a value with an equals sign without quotes.
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
-    kept = [re.sub(r"^(\+*)transform(?=[=.])", r"\1model_transform", a) for a in kept]  # its name in 0.1.0
+    kept = [
+        re.sub(r"^(\+*)transform(?=[=.])", r"\1model_transform", a) for a in kept
+    ]  # its name in 0.1.0
     return [_layers(a) if a.startswith("quant.layers") else _quoted(a) for a in kept]
 
 
@@ -64,13 +77,18 @@ def refuse_choices(arguments: list[str]) -> None:
     for argument in arguments:
         key = argument.partition("=")[0]
         if re.fullmatch(r"~\w+", key):
-            raise ValueError(f"{argument}: every run needs this key; give it another value instead of deleting it")
+            raise ValueError(
+                f"{argument}: every run needs this key; give it another value instead of deleting it"
+            )
         group = Path(config_dir()) / key
         if "=" not in argument or not re.fullmatch(r"\w[\w/]*", key) or not group.is_dir():
             continue
         override = OverridesParser.create().parse_override(argument)
         given = override.value()
         values = getattr(given, "list", [given])  # of a sweep
-        if any(not isinstance(value, str | dict | QuotedString | Glob) or "${" in str(value) for value in values):
+        if any(
+            not isinstance(value, str | dict | QuotedString | Glob) or "${" in str(value)
+            for value in values
+        ):
             known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
             raise ValueError(f"{argument}: must be one of {known}")

@@ -39,7 +39,9 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
     import hydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    folders = [v for k, v in zip(options, options[1:], strict=False) if k in ("--config-dir", "-cd")]
+    folders = [
+        v for k, v in zip(options, options[1:], strict=False) if k in ("--config-dir", "-cd")
+    ]
     search = [f"hydra.searchpath=['file://{Path(folder).resolve()}']" for folder in folders]
     fixed = [text for text, o in own.items() if _is_group(o) and not o.is_sweep_override()]
     base = hydra.compose("config", [*search, *fixed], return_hydra_config=True)
@@ -59,16 +61,23 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
         if not below or not override.is_sweep_override():
             continue
         chosen = list(override.sweep_string_iterator())
-        configs = {name: hydra.compose("config", [*search, *fixed, f"{group}={name}"]) for name in chosen}
+        configs = {
+            name: hydra.compose("config", [*search, *fixed, f"{group}={name}"]) for name in chosen
+        }
         for text in below:
-            lacks = [name for name, config in configs.items() if not _has(config, own[text].key_or_group)]
+            lacks = [
+                name for name, config in configs.items() if not _has(config, own[text].key_or_group)
+            ]
             if 0 < len(lacks) < len(chosen):
                 lacking[text] = lacks
     if not lacking:
         return list(own), []
     keys = ",".join(own[text].key_or_group for text in lacking)
     kept = [f"++{text}" if text in lacking else text for text in own]
-    notes = [f"{text}: left out for {', '.join(names)}, without this key" for text, names in lacking.items()]
+    notes = [
+        f"{text}: left out for {', '.join(names)}, without this key"
+        for text, names in lacking.items()
+    ]
     return [*kept, f"+{OPTIONAL}=[{keys}]"], notes
 
 
@@ -92,7 +101,9 @@ def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> list[str]:
         with open_dict(config):
             OmegaConf.select(config, section).pop(name)
     others = tuple(f"++{key}=" for key in optional)
-    return plain + [text for text in overrides if text.startswith("++") and not text.startswith(others)]
+    return plain + [
+        text for text in overrides if text.startswith("++") and not text.startswith(others)
+    ]
 
 
 def _is_spelt(key: str, folders: Iterable[str]) -> bool:

@@ -34,7 +34,9 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
     packages = list(dict.fromkeys([*trust, *(name.strip() for name in named if name.strip())]))
     for path, value in _values(config, "config"):
         if isinstance(value, str) and "${" in value:
-            raise ValueError(f"{where}: {plain(path)}={plain(value)}: an interpolation, which no run writes; remove it")
+            raise ValueError(
+                f"{where}: {plain(path)}={plain(value)}: an interpolation, which no run writes; remove it"
+            )
         try:
             problem = _problem(value, packages) if path.endswith("._target_") else None
         except ImportError as err:
@@ -56,7 +58,9 @@ def _own_targets() -> frozenset[str]:
     from qtrain.config.build import config_dir
 
     texts = (path.read_text(encoding="utf-8") for path in Path(config_dir()).rglob("*.yaml"))
-    return frozenset(name for text in texts for name in re.findall(r"^\s*_target_: (\S+)", text, re.M))
+    return frozenset(
+        name for text in texts for name in re.findall(r"^\s*_target_: (\S+)", text, re.M)
+    )
 
 
 def _problem(target: Any, packages: list[str]) -> str | None:
@@ -74,7 +78,11 @@ def _problem(target: Any, packages: list[str]) -> str | None:
     module, name = found.__module__, found.__qualname__
     if not (any(_is_in(module, package) for package in packages) or _is_known(found, module)):
         return f"is defined in {module}, and " + _refusal(module.partition(".")[0], packages)
-    return None if _function(_member(module, name)) is _function(found) else f"is not what {module}.{name} is"
+    return (
+        None
+        if _function(_member(module, name)) is _function(found)
+        else f"is not what {module}.{name} is"
+    )
 
 
 def _is_in(name: str, package: str) -> bool:
@@ -125,7 +133,9 @@ def _is_known(found: Any, module: str) -> bool:
         "torchvision.transforms": object,
     }
     if isinstance(found, type):
-        return any(_is_in(module, library) and issubclass(found, kind) for library, kind in kinds.items())
+        return any(
+            _is_in(module, library) and issubclass(found, kind) for library, kind in kinds.items()
+        )
     if not _is_in(module, MODELS):
         return False
     from torchvision import models

@@ -68,7 +68,15 @@ class ImageLoader:
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, *, batch_size: int, shuffle: bool, mean: float, std: float, channels: int
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        mean: float,
+        std: float,
+        channels: int,
     ) -> None:
         self.images, self.labels = images, labels
         self.batch_size, self.shuffle = batch_size, shuffle
@@ -94,7 +102,8 @@ class ImageLoader:
 def _resize(images: Tensor, size: int) -> Tensor:
     """Returns uint8 images (N, size, size)."""
     parts = [
-        F.interpolate(x[:, None], (size, size), mode="bilinear", antialias=True)[:, 0] for x in images.split(CHUNK)
+        F.interpolate(x[:, None], (size, size), mode="bilinear", antialias=True)[:, 0]
+        for x in images.split(CHUNK)
     ]
     return torch.cat(parts)
 
@@ -122,7 +131,9 @@ def image_loaders(
     """
     num_train = len(train[1])
     if not num_train or not len(test[1]):
-        raise ValueError(f"the data hold {num_train} training and {len(test[1])} test images; each needs at least one")
+        raise ValueError(
+            f"the data hold {num_train} training and {len(test[1])} test images; each needs at least one"
+        )
     refuse(
         whole("batch_size", batch_size, 1, MANY)
         + whole("eval_batch_size", eval_batch_size, 1, MANY)
@@ -133,19 +144,25 @@ def image_loaders(
         + whole("size", size, 8, 512, null=True)
     )
     if train[0].min() == train[0].max():
-        raise ValueError("the training images are all alike, every pixel of one value: there is nothing to learn")
+        raise ValueError(
+            "the training images are all alike, every pixel of one value: there is nothing to learn"
+        )
     if size is not None:
         train, test = [(_resize(images, size), labels) for images, labels in (train, test)]
 
     digest = hashlib.sha256()
     for part in (*train, *test):
         digest.update(part.cpu().numpy().tobytes())
-    train, test = [(images.to(device), labels.to(device, torch.int64)) for images, labels in (train, test)]
+    train, test = [
+        (images.to(device), labels.to(device, torch.int64)) for images, labels in (train, test)
+    ]
     split = num_train - val_size
 
     def loader(part: Batch, rows: slice, size: int, shuffle: bool = False) -> ImageLoader:
         images, labels = part[0][rows], part[1][rows]
-        return ImageLoader(images, labels, batch_size=size, shuffle=shuffle, mean=mean, std=std, channels=channels)
+        return ImageLoader(
+            images, labels, batch_size=size, shuffle=shuffle, mean=mean, std=std, channels=channels
+        )
 
     return DataLoaders(
         train=loader(train, slice(split), batch_size, shuffle=True),

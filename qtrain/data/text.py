@@ -73,7 +73,9 @@ class EvalWindows:
         inputs and targets, int64 (B, context): a target is the token after its input, or -100.
     """
 
-    def __init__(self, tokens: Tensor, *, context: int, stride: int, batch_size: int, num_bytes: int) -> None:
+    def __init__(
+        self, tokens: Tensor, *, context: int, stride: int, batch_size: int, num_bytes: int
+    ) -> None:
         self.tokens, self.context, self.batch_size = tokens, context, batch_size
         self.num_bytes = num_bytes
         last = len(tokens) - 1 - context
@@ -84,8 +86,12 @@ class EvalWindows:
 
     def __iter__(self) -> Iterator[Batch]:
         position = torch.arange(self.context, device=self.tokens.device)
-        step = self.starts.diff(prepend=self.starts[:1] - self.context)  # tokens that a window is the first to score
-        for part, new in zip(self.starts.split(self.batch_size), step.split(self.batch_size), strict=True):
+        step = self.starts.diff(
+            prepend=self.starts[:1] - self.context
+        )  # tokens that a window is the first to score
+        for part, new in zip(
+            self.starts.split(self.batch_size), step.split(self.batch_size), strict=True
+        ):
             inputs, targets = windows(self.tokens, part, self.context)
             yield inputs, targets.masked_fill(position < self.context - new[:, None], IGNORE)
 
@@ -161,7 +167,9 @@ def text(
         )
     refuse(problems)
     encoder = load_tokenizer(tokenizer)
-    parts = _split(read_text(path), 0.0 if valid_path else val_fraction, 0.0 if test_path else test_fraction)
+    parts = _split(
+        read_text(path), 0.0 if valid_path else val_fraction, 0.0 if test_path else test_fraction
+    )
     origins = [f"path={path}"] * 3
     for index, name, own in ((1, "valid_path", valid_path), (2, "test_path", test_path)):
         if own is not None:
@@ -180,8 +188,12 @@ def text(
     train, val, test = (ids.to(device) for ids in tokens)
 
     def evaluation(ids: Tensor, part: str) -> EvalWindows:
-        num_bytes = len(part.encode()) - encoder.num_bytes(int(ids[0]))  # nothing predicts the first token
-        return EvalWindows(ids, context=context, stride=stride, batch_size=eval_batch_size, num_bytes=num_bytes)
+        num_bytes = len(part.encode()) - encoder.num_bytes(
+            int(ids[0])
+        )  # nothing predicts the first token
+        return EvalWindows(
+            ids, context=context, stride=stride, batch_size=eval_batch_size, num_bytes=num_bytes
+        )
 
     return DataLoaders(
         train=TrainWindows(train, context=context, batch_size=batch_size, shuffle=True),
@@ -208,12 +220,18 @@ def read_text(path: str, name: str = "path") -> str:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"{name}={path}: there is no such file; name a text file, or use the bundled data=shakespeare")
+        raise ValueError(
+            f"{name}={path}: there is no such file; name a text file, or use the bundled data=shakespeare"
+        )
     try:
         raw = file.read_bytes()
         content = (lzma.decompress(raw) if file.suffix == ".xz" else raw).decode("utf-8")
     except (UnicodeDecodeError, lzma.LZMAError) as err:
-        raise ValueError(f"{name}={path}: must be UTF-8 text, or such text compressed by xz ({err})") from err
+        raise ValueError(
+            f"{name}={path}: must be UTF-8 text, or such text compressed by xz ({err})"
+        ) from err
     if not content:
-        raise ValueError(f"{name}={path}: the file is empty; name a text of more than the tokens of one window")
+        raise ValueError(
+            f"{name}={path}: the file is empty; name a text of more than the tokens of one window"
+        )
     return content

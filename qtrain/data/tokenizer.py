@@ -66,7 +66,9 @@ class BPETokenizer:
 
     def encode(self, text: str) -> Tensor:
         """Returns the tokens of `text`, int64 (N,)."""
-        return torch.tensor(self.backend.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+        return torch.tensor(
+            self.backend.encode(text, add_special_tokens=False).ids, dtype=torch.int64
+        )
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """Returns the text of (N,) tokens; what is no UTF-8 becomes U+FFFD."""
@@ -129,7 +131,9 @@ def load_tokenizer(name: str) -> Tokenizer:
             return BPETokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
         if not _holds_bpe(folder):
             return BPETokenizer(tokenizers.Tokenizer.from_pretrained(name))
-        backend = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        backend = tokenizers.ByteLevelBPETokenizer(
+            str(folder / "vocab.json"), str(folder / "merges.txt")
+        )
     except Exception as err:  # the library raises bare Exceptions
         reason = err if online else "the hub does not answer, and it was not downloaded before"
         raise ValueError(

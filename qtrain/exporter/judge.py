@@ -21,7 +21,9 @@ def check_exporters(exporters: Any, quantizer: Any) -> list[str]:
         if not isinstance(item, Exporter)
     ]
     if exporters and quantizer is not None and not quantizer.exports:
-        problems.append("export: this method simulates nothing that could be written; use quant=ptq or qat")
+        problems.append(
+            "export: this method simulates nothing that could be written; use quant=ptq or qat"
+        )
     return problems
 
 

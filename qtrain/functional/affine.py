@@ -47,7 +47,9 @@ def _saturate(x: Tensor) -> Tensor:
     return x.clamp(info.min, info.max)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
     """Returns the integers `clamp(round(x / scale + zero_point), quant_min, quant_max)`.
 
     Args:
@@ -68,7 +70,9 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant
     """
     check_finite(x)
     dtype = arithmetic_dtype(quant_min, quant_max, x.dtype, scale.dtype)
-    steps = x.to(dtype) / expand_parameter(scale, x).to(dtype) + expand_parameter(zero_point, x).to(dtype)
+    steps = x.to(dtype) / expand_parameter(scale, x).to(dtype) + expand_parameter(zero_point, x).to(
+        dtype
+    )
     return _to_integers(steps, quant_min, quant_max)
 
 
@@ -98,7 +102,13 @@ def _integers(bits: int, signed: bool, restricted: bool) -> tuple[int, int]:
 
 
 def _round_trip(
-    x: Tensor, quant_min: int, quant_max: int, *, symmetric: bool, axis: int | None, group_size: int | None
+    x: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    symmetric: bool,
+    axis: int | None,
+    group_size: int | None,
 ) -> Quantized:
     """Chooses parameters from the range of x, quantizes, dequantizes."""
     low, high = value_range(x, axis=axis, group_size=group_size)
@@ -109,7 +119,12 @@ def _round_trip(
 
 @torch.no_grad()
 def symmetric(
-    x: Tensor, bits: int, *, restricted: bool = True, axis: int | None = None, group_size: int | None = None
+    x: Tensor,
+    bits: int,
+    *,
+    restricted: bool = True,
+    axis: int | None = None,
+    group_size: int | None = None,
 ) -> Quantized:
     """Returns x quantized symmetrically about 0 to signed integers, zero_point 0.
 
@@ -128,12 +143,19 @@ def symmetric(
     >>> symmetric(torch.tensor([-1.2, 0.0, 0.5, 3.4]), 4).int_repr  # scale 3.4 / 7
     tensor([-2,  0,  1,  7], dtype=torch.int8)
     """
-    return _round_trip(x, *_integers(bits, True, restricted), symmetric=True, axis=axis, group_size=group_size)
+    return _round_trip(
+        x, *_integers(bits, True, restricted), symmetric=True, axis=axis, group_size=group_size
+    )
 
 
 @torch.no_grad()
 def asymmetric(
-    x: Tensor, bits: int, *, signed: bool = False, axis: int | None = None, group_size: int | None = None
+    x: Tensor,
+    bits: int,
+    *,
+    signed: bool = False,
+    axis: int | None = None,
+    group_size: int | None = None,
 ) -> Quantized:
     """Returns x quantized with its own minimum and maximum at the ends of the integers.
 
@@ -164,7 +186,9 @@ def asymmetric(
     >>> f"{mse(relu, wasted.dequantized):.4f} {mse(relu, used.dequantized):.4f}"
     '0.0612 0.0133'
     """
-    return _round_trip(x, *_integers(bits, signed, False), symmetric=False, axis=axis, group_size=group_size)
+    return _round_trip(
+        x, *_integers(bits, signed, False), symmetric=False, axis=axis, group_size=group_size
+    )
 
 
 @torch.no_grad()
@@ -191,7 +215,9 @@ def absmax(x: Tensor, *, quant_max: int = 127) -> Quantized:
     dtype = arithmetic_dtype(-quant_max, quant_max, x.dtype)
     magnitude = torch.maximum(low.abs(), high.abs()).to(dtype)
     magnitude = torch.where(magnitude == 0, 1.0, magnitude)
-    scale = quant_max / magnitude.clamp(min=quant_max * torch.finfo(dtype).tiny)  # denormal: scale stays finite
+    scale = quant_max / magnitude.clamp(
+        min=quant_max * torch.finfo(dtype).tiny
+    )  # denormal: scale stays finite
     int_repr = _to_integers(scale * x.to(dtype), -quant_max, quant_max)
     zero_point = torch.zeros_like(scale, dtype=torch.int64)
     return Quantized(int_repr, scale, zero_point, _saturate(int_repr.to(dtype) / scale))

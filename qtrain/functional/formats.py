@@ -41,7 +41,9 @@ class NumberFormat:
     @property
     def largest(self) -> float:
         """Largest finite number: `(2 - 2^-mantissa) * 2^bias`, or `2^mantissa - 1`."""
-        return (2 - 2.0**-self.mantissa) * 2.0**self._bias if self.exponent else 2.0**self.mantissa - 1
+        return (
+            (2 - 2.0**-self.mantissa) * 2.0**self._bias if self.exponent else 2.0**self.mantissa - 1
+        )
 
     @property
     def lowest(self) -> float:

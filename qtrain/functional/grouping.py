@@ -19,10 +19,15 @@ def to_groups(x: Tensor, group_size: int) -> Tensor:
     ValueError: group_size=4 does not divide the last dimension, 6, of shape [6]: use one of 1, 2, 3, 6
     """
     if x.ndim == 0:
-        raise ValueError(f"group_size={group_size} needs a tensor with at least one dimension, not a single number")
+        raise ValueError(
+            f"group_size={group_size} needs a tensor with at least one dimension, not a single number"
+        )
     size = x.shape[-1]
     if group_size < 1 or size % group_size:
-        divisors = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0) or "any size of at least 1"
+        divisors = (
+            ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
+            or "any size of at least 1"
+        )
         raise ValueError(
             f"group_size={group_size} does not divide the last dimension, {size}, of shape {list(x.shape)}: "
             f"use one of {divisors}"

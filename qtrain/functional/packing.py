@@ -17,7 +17,9 @@ from qtrain.functional.spec import int_range
 def _word(bits: int) -> tuple[int, int, torch.dtype]:
     """Returns (values per word, bytes per word, dtype that holds a word)."""
     if bits not in (2, 3, 4):
-        raise ValueError(f"bits={bits}: packed are 2, 3 and 4; wider integers fill bytes of their own")
+        raise ValueError(
+            f"bits={bits}: packed are 2, 3 and 4; wider integers fill bytes of their own"
+        )
     num_bits = math.lcm(bits, 8)
     return num_bits // bits, num_bits // 8, torch.uint8 if num_bits == 8 else torch.int32
 
@@ -50,7 +52,11 @@ def pack(values: Tensor, bits: int, *, signed: bool) -> Tensor:
     words = torch.zeros_like(codes[:, 0])
     for i in range(values_per_word):
         words |= codes[:, i] << (bits * i)
-    return torch.stack([words >> (8 * i) & 255 for i in range(bytes_per_word)], -1).to(torch.uint8).flatten()
+    return (
+        torch.stack([words >> (8 * i) & 255 for i in range(bytes_per_word)], -1)
+        .to(torch.uint8)
+        .flatten()
+    )
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -> Tensor:
@@ -75,10 +81,16 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
     num_values = math.prod(shape)
     num_bytes = -(-num_values // values_per_word) * bytes_per_word
     if packed.numel() != num_bytes:
-        raise ValueError(f"{packed.numel()} bytes, but {bits}-bit values of shape {list(shape)} take {num_bytes}")
-    if bytes_per_word == 1:  # shift each value to the top of the byte and back: int8 brings its sign along
+        raise ValueError(
+            f"{packed.numel()} bytes, but {bits}-bit values of shape {list(shape)} take {num_bytes}"
+        )
+    if (
+        bytes_per_word == 1
+    ):  # shift each value to the top of the byte and back: int8 brings its sign along
         words = packed.view(torch.int8 if signed else torch.uint8)
-        values = torch.stack([words << (8 - bits * (i + 1)) >> (8 - bits) for i in range(values_per_word)], -1)
+        values = torch.stack(
+            [words << (8 - bits * (i + 1)) >> (8 - bits) for i in range(values_per_word)], -1
+        )
         return values.flatten()[:num_values].reshape(shape)
     parts = packed.to(dtype).unflatten(0, (-1, bytes_per_word))
     words = parts[:, 0].clone()

@@ -21,10 +21,14 @@ def arithmetic_dtype(quant_min: int, quant_max: int, *dtypes: torch.dtype) -> to
     >>> arithmetic_dtype(-128, 127, torch.float16), arithmetic_dtype(-(2**31), 2**31 - 1, torch.float32)
     (torch.float32, torch.float64)
     """
-    return torch.float64 if quant_max - quant_min > 255 or torch.float64 in dtypes else torch.float32
+    return (
+        torch.float64 if quant_max - quant_min > 255 or torch.float64 in dtypes else torch.float32
+    )
 
 
-def value_range(x: Tensor, *, axis: int | None = None, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+def value_range(
+    x: Tensor, *, axis: int | None = None, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns (low, high), the smallest and largest value; 0 where there is none.
 
     Args:
@@ -45,9 +49,13 @@ def value_range(x: Tensor, *, axis: int | None = None, group_size: int | None = 
             [2.0000]]))
     """
     if axis is not None and group_size is not None:
-        raise ValueError(f"axis={axis} and group_size={group_size}: give one; groups lie along the last axis")
+        raise ValueError(
+            f"axis={axis} and group_size={group_size}: give one; groups lie along the last axis"
+        )
     if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis={axis}: x of shape {list(x.shape)} has the axes {-x.ndim}..{x.ndim - 1}")
+        raise ValueError(
+            f"axis={axis}: x of shape {list(x.shape)} has the axes {-x.ndim}..{x.ndim - 1}"
+        )
     check_finite(x)
     dims = [-1]
     if group_size is not None:
@@ -104,7 +112,9 @@ def choose_qparams(
     info = torch.finfo(dtype)
     magnitude = torch.maximum(low.abs(), high.abs())
     half_range = magnitude if symmetric else high / 2 - low / 2  # high - low may overflow
-    scale = torch.maximum(half_range / ((quant_max - quant_min) / 2), magnitude * (8 * info.eps)).clamp(min=info.tiny)
+    scale = torch.maximum(
+        half_range / ((quant_max - quant_min) / 2), magnitude * (8 * info.eps)
+    ).clamp(min=info.tiny)
     scale = torch.where(magnitude == 0, 1.0, scale)
     if symmetric:
         zero_point = torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int64)

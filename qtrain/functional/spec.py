@@ -35,7 +35,13 @@ class FloatFormat:
 
     def describe(self) -> dict[str, Any]:
         """Returns what reports show of a number format."""
-        return {"bits": 16, "symmetric": None, "granularity": None, "group_size": None, "observer": None}
+        return {
+            "bits": 16,
+            "symmetric": None,
+            "granularity": None,
+            "group_size": None,
+            "observer": None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,9 @@ class QuantSpec:
             + whole("group_size", self.group_size, 1, MANY, null=True)
         )
         if not problems and (self.granularity == "per_group") != (self.group_size is not None):
-            problems.append(f"group_size={self.group_size}: goes with granularity=per_group, and only with it")
+            problems.append(
+                f"group_size={self.group_size}: goes with granularity=per_group, and only with it"
+            )
         if self.observer is not None and not callable(self.observer):
             problems.append(f"observer={self.observer}: must be a callable that makes an observer")
         refuse(problems)

@@ -32,7 +32,9 @@ def distribution(pairs: Pairs, method: str) -> Figure:
         pairs: as for `weights`; at least one.
         method: the quantized weights' name.
     """
-    once = {id(quantized): (exact, quantized) for exact, quantized in pairs.values()}.values()  # a tied weight is one
+    once = {
+        id(quantized): (exact, quantized) for exact, quantized in pairs.values()
+    }.values()  # a tied weight is one
     exact = torch.cat([exact.flatten() for exact, _ in once])
     restored = torch.cat([quantized.dequantize().flatten() for _, quantized in once])
     limit = min(WIDEST, float(exact.abs().max()) or WIDEST)
@@ -40,7 +42,9 @@ def distribution(pairs: Pairs, method: str) -> Figure:
     axes: Any = figure.subplots()
     for values, name, colour in ((exact, "original", "tab:blue"), (restored, method, "tab:red")):
         axes.hist(values.numpy(), 150, range=(-limit, limit), label=name, color=colour, alpha=0.5)
-    axes.set(xlabel="weight", ylabel="count", title=f"{len(exact):,} weights, original and {method}")
+    axes.set(
+        xlabel="weight", ylabel="count", title=f"{len(exact):,} weights, original and {method}"
+    )
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
@@ -59,18 +63,35 @@ def noise(decibels: dict[str, dict[str, float]]) -> Figure:
     axes: Any = figure.subplots()
     height = 0.8 / len(decibels)
     for index, (kind, of_kind) in enumerate(decibels.items()):
-        bars = [(layers.index(name) + height * index, value) for name, value in of_kind.items() if abs(value) < 1e6]
+        bars = [
+            (layers.index(name) + height * index, value)
+            for name, value in of_kind.items()
+            if abs(value) < 1e6
+        ]
         places, values = zip(*bars, strict=True) if bars else ((), ())
         axes.barh(places, values, height=height, align="edge", label=kind)
         for name, value in of_kind.items():
             if value >= 1e6:
                 place = layers.index(name) + height * (index + 0.5)
-                axes.text(0.3, place, f"{kind}: no error", fontsize=7, va="center", color="0.3", in_layout=False)
+                axes.text(
+                    0.3,
+                    place,
+                    f"{kind}: no error",
+                    fontsize=7,
+                    va="center",
+                    color="0.3",
+                    in_layout=False,
+                )
     axes.set_yticks([row + 0.4 for row in range(len(layers))], layers, fontsize=8)
-    axes.set(ylim=(len(layers), 0), xlabel="signal over quantization noise, dB (more is better; 6 dB are one bit)")
+    axes.set(
+        ylim=(len(layers), 0),
+        xlabel="signal over quantization noise, dB (more is better; 6 dB are one bit)",
+    )
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    figure.legend(loc="outside upper right", ncols=len(decibels), fontsize=8)  # bars may fill all of the axes
+    figure.legend(
+        loc="outside upper right", ncols=len(decibels), fontsize=8
+    )  # bars may fill all of the axes
     return figure
 
 
@@ -89,8 +110,12 @@ def weights(pairs: Pairs) -> Figure:
         dequantized = quantized.dequantize().flatten()
         low, high = int(integers.min()), int(integers.max())
         bins = bin_edges(values, dequantized, high - low + 1)
-        left.hist(values.numpy(), bins, label="float", color="tab:blue", alpha=0.6, histtype="stepfilled")
-        left.hist(dequantized.numpy(), bins, label="dequantized", color="tab:orange", histtype="step")
+        left.hist(
+            values.numpy(), bins, label="float", color="tab:blue", alpha=0.6, histtype="stepfilled"
+        )
+        left.hist(
+            dequantized.numpy(), bins, label="dequantized", color="tab:orange", histtype="step"
+        )
         left.set_title(f"{name}: weights", fontsize=9)
         steps = (torch.arange(low, high + 2) - 0.5).numpy()
         right.hist(integers.numpy(), steps, color="tab:green", histtype="stepfilled")
@@ -117,7 +142,10 @@ def bin_edges(values: Tensor, dequantized: Tensor, num_levels: int, most: int = 
     width = -(-num_levels // most) * step
     start = first - step / 2
     # Floats that were clipped have bins of their own.
-    before, after = max(0, math.ceil((start - low) / width)), math.ceil((max(last + step / 2, high) - start) / width)
+    before, after = (
+        max(0, math.ceil((start - low) / width)),
+        math.ceil((max(last + step / 2, high) - start) / width),
+    )
     return [start + width * i for i in range(-before, after + 1)]
 
 
@@ -131,7 +159,8 @@ def confusion(counts: list[list[int]], title: str) -> Figure:
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axes: Any = figure.subplots()
     mistakes = [
-        [0 if row == column else counts[row][column] for column in range(num_classes)] for row in range(num_classes)
+        [0 if row == column else counts[row][column] for column in range(num_classes)]
+        for row in range(num_classes)
     ]
     peak = max(max(row) for row in mistakes) or 1
     axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=peak)

@@ -36,8 +36,17 @@ class KVCache:
     def __init__(self, model: "GPT2", batch_size: int = 1, max_length: int | None = None) -> None:
         self.max_length = max_length or model.n_positions
         like = model.ln_f.weight
-        sizes = (model.n_layer, 2, batch_size, model.n_head, self.max_length, model.n_embd // model.n_head)
-        self.buffer = torch.empty(sizes, dtype=like.dtype, device=like.device)  # (n_layer, 2, B, H, max_length, D)
+        sizes = (
+            model.n_layer,
+            2,
+            batch_size,
+            model.n_head,
+            self.max_length,
+            model.n_embd // model.n_head,
+        )
+        self.buffer = torch.empty(
+            sizes, dtype=like.dtype, device=like.device
+        )  # (n_layer, 2, B, H, max_length, D)
         self.length = 0
         self.blocks: list[Call] = [block.resolved() for block in model.h]  # type: ignore[operator]
 
@@ -48,7 +57,9 @@ class KVCache:
         """
         end = self.length + num_tokens
         if end > self.max_length:
-            raise ValueError(f"max_length={self.max_length}: {end} tokens do not fit this cache; make a longer one")
+            raise ValueError(
+                f"max_length={self.max_length}: {end} tokens do not fit this cache; make a longer one"
+            )
         places = self.buffer[..., self.length : end, :].unbind(0)
         keys, values = self.buffer[..., :end, :].unbind(1)
         return list(zip(places, keys.unbind(0), values.unbind(0), strict=True))
@@ -86,26 +97,50 @@ class GPT2(nn.Module):
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
-        sizes = dict(vocab_size=vocab_size, n_positions=n_positions, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        sizes = dict(
+            vocab_size=vocab_size,
+            n_positions=n_positions,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+        )
         refuse(text("pretrained", pretrained, null=True))
         if pretrained is not None:
             sizes, weights = load_gpt2(pretrained)
-        most = {"vocab_size": MANY, "n_positions": MANY, "n_layer": 1024, "n_head": 1024, "n_embd": WIDE}
-        problems = [line for name, value in sizes.items() for line in whole(name, value, 1, most[name])]
+        most = {
+            "vocab_size": MANY,
+            "n_positions": MANY,
+            "n_layer": 1024,
+            "n_head": 1024,
+            "n_embd": WIDE,
+        }
+        problems = [
+            line for name, value in sizes.items() for line in whole(name, value, 1, most[name])
+        ]
         refuse(problems + number("dropout", dropout, least=0, below=1))
         self.vocab_size, self.n_positions, self.n_layer, self.n_head, self.n_embd = sizes.values()
-        _refuse({f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}": self.n_embd % self.n_head == 0})
+        _refuse(
+            {
+                f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}": self.n_embd
+                % self.n_head
+                == 0
+            }
+        )
         self.wte = nn.Embedding(self.vocab_size, self.n_embd)
         self.wpe = nn.Embedding(self.n_positions, self.n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.h = nn.ModuleList(Block(self.n_embd, self.n_head, dropout) for _ in range(self.n_layer))
+        self.h = nn.ModuleList(
+            Block(self.n_embd, self.n_head, dropout) for _ in range(self.n_layer)
+        )
         self.ln_f = nn.LayerNorm(self.n_embd)
         self.quant_head, self.dequant_head = QuantStub(), DeQuantStub()
         self.lm_head = nn.Linear(self.n_embd, self.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         for module in self.modules():
             if isinstance(module, nn.Embedding | nn.LayerNorm):
-                module.__dict__["qconfig"] = None  # eager mode's mark of a layer that stays in float
+                module.__dict__["qconfig"] = (
+                    None  # eager mode's mark of a layer that stays in float
+                )
         if pretrained is None:
             self.init_weights()
         else:
@@ -124,7 +159,9 @@ class GPT2(nn.Module):
     def fuse_model(self, is_qat: bool) -> None:
         """Does nothing: no layer follows a Linear directly that torch could fuse with it."""
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
+    def forward(
+        self, idx: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """Returns the logits of each next token.
 
         Args:
@@ -141,14 +178,20 @@ class GPT2(nn.Module):
         num_tokens = idx.shape[1]
         start = 0 if cache is None else cache.length
         if start + num_tokens > self.n_positions:
-            problem = f"context={start + num_tokens}: must be at most n_positions={self.n_positions}"
-            raise ValueError(f"{problem}; shorten the input (data.context), or train with a larger model.n_positions")
+            problem = (
+                f"context={start + num_tokens}: must be at most n_positions={self.n_positions}"
+            )
+            raise ValueError(
+                f"{problem}; shorten the input (data.context), or train with a larger model.n_positions"
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             blocks: Iterable[Call] = self.h if cache is None else cache.blocks
             slots = [None] * self.n_layer if cache is None else cache.slots(num_tokens)
             mask = None
             if start and num_tokens > 1:
-                mask = torch.ones(num_tokens, start + num_tokens, dtype=torch.bool, device=idx.device).tril(start)
+                mask = torch.ones(
+                    num_tokens, start + num_tokens, dtype=torch.bool, device=idx.device
+                ).tril(start)
             position = torch.arange(start, start + num_tokens, device=idx.device)
             x = self.wte(idx) + self.wpe(position)  # (B, T, C)
             x = self.dropout(x) if cache is None else x
@@ -209,7 +252,12 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def _stream(
-        self, idx: Tensor, max_new_tokens: int, sampling: Sampling, seed: int, stop_token: int | None
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop_token: int | None,
     ) -> Iterator[Tensor]:
         batch_size, num_prompt = idx.shape
         generator = torch.Generator(idx.device).manual_seed(seed)
@@ -239,7 +287,9 @@ def _check_request(model: GPT2, length: int, new: int, sampling: Sampling) -> No
         {
             "idx: the prompt is empty; give at least one token": length >= 1,
             f"max_new_tokens={new}: must be at least 1, and a prompt of {length} tokens leaves room for {room} in "
-            f"n_positions={model.n_positions}; ask for fewer, or shorten the prompt": 1 <= new <= room,
+            f"n_positions={model.n_positions}; ask for fewer, or shorten the prompt": 1
+            <= new
+            <= room,
             **dict.fromkeys(sampling.mistakes(model.vocab_size), False),
         }
     )

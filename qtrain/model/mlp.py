@@ -21,7 +21,9 @@ class MLP(nn.Module):
     def __init__(self, *, hidden: int, hidden_relu: bool, output_relu: bool) -> None:
         super().__init__()
         refuse(
-            whole("hidden", hidden, 1, WIDE) + boolean("hidden_relu", hidden_relu) + boolean("output_relu", output_relu)
+            whole("hidden", hidden, 1, WIDE)
+            + boolean("hidden_relu", hidden_relu)
+            + boolean("output_relu", output_relu)
         )
         self.quant = QuantStub()
         self.linear1 = nn.Linear(28 * 28, hidden)

@@ -23,7 +23,9 @@ def plant_outliers(model: GPT2, *, num_channels: int, factor: float) -> None:
         ValueError: the model is no GPT2, or num_channels or factor is out of range.
     """
     if not isinstance(model, GPT2):
-        raise ValueError(f"model_transform: plants outliers in a GPT2, but the model is a {type(model).__name__}")
+        raise ValueError(
+            f"model_transform: plants outliers in a GPT2, but the model is a {type(model).__name__}"
+        )
     refuse(
         whole("model_transform.num_channels", num_channels, 1, model.n_embd)
         + number("model_transform.factor", factor, above=0, most=1e6)

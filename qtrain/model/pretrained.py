@@ -43,12 +43,16 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
             )
         name = str(folder)
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ValueError(f"pretrained={name}: there is no such folder; name one, or a model on the hub such as gpt2")
+        raise ValueError(
+            f"pretrained={name}: there is no such folder; name one, or a model on the hub such as gpt2"
+        )
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
         from transformers.pytorch_utils import Conv1D
     except ImportError as err:
-        raise ValueError(f'pretrained={name}: needs the extra hf (pip install "qtrain[hf]")') from err
+        raise ValueError(
+            f'pretrained={name}: needs the extra hf (pip install "qtrain[hf]")'
+        ) from err
     online = folder.is_dir() or hub_answers()
     try:
         config = AutoConfig.from_pretrained(name)
@@ -62,12 +66,18 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
                 f"pretrained={name}: the hub does not answer, and the model was not downloaded before; go online, or "
                 "name a folder written by save_pretrained"
             ) from err
-        reason = " ".join(str(err).split())  # theirs have lines, of which ours would make mistakes of their own
+        reason = " ".join(
+            str(err).split()
+        )  # theirs have lines, of which ours would make mistakes of their own
         raise ValueError(f"pretrained={name}: could not be loaded as GPT-2: {reason}") from err
     _refuse_wrong_keys(name, info, tied=model.lm_head.weight.equal(model.transformer.wte.weight))
-    transposed = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
+    transposed = {
+        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)
+    }
     weights = {
-        key.removeprefix("transformer."): (value.t() if key in transposed else value).float().contiguous()
+        key.removeprefix("transformer."): (value.t() if key in transposed else value)
+        .float()
+        .contiguous()
         for key, value in model.state_dict().items()
     }
     return {size: getattr(config, size) for size in SIZES}, weights
@@ -85,15 +95,22 @@ def _refuse_other_architectures(name: str, config: Any) -> None:
 
 
 def _refuse_wrong_keys(name: str, info: dict[str, Any], *, tied: bool) -> None:
-    shapes = sorted((key, tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"])
+    shapes = sorted(
+        (key, tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]
+    )
     lines = [
         *(f"missing: {key}" for key in sorted(info["missing_keys"])),
         *(f"unexpected: {key}" for key in sorted(info["unexpected_keys"])),
-        *(f"mismatch: {key} has shape {found}, config.json asks for {wanted}" for key, found, wanted in shapes),
+        *(
+            f"mismatch: {key} has shape {found}, config.json asks for {wanted}"
+            for key, found, wanted in shapes
+        ),
         *(f"error: {message}" for message in info.get("error_msgs", ())),
     ]
     if not tied:
-        lines.append("mismatch: lm_head.weight has other values than transformer.wte.weight, to which it is tied")
+        lines.append(
+            "mismatch: lm_head.weight has other values than transformer.wte.weight, to which it is tied"
+        )
     if lines:
         raise ValueError(
             f"pretrained={name}: the weights do not fit GPT-2 as its config.json describes it; use an undamaged "

@@ -118,7 +118,9 @@ def ends(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.amin(x, 1), torch.amax(x, 1)
     low, high = x.new_empty(len(x)), x.new_empty(len(x))
     rows = max(1, BLOCK // x.shape[1])
-    for part, part_low, part_high in zip(x.split(rows), low.split(rows), high.split(rows), strict=True):
+    for part, part_low, part_high in zip(
+        x.split(rows), low.split(rows), high.split(rows), strict=True
+    ):
         torch.amin(part, 1, out=part_low)
         torch.amax(part, 1, out=part_high)  # out of the CPU's caches
     return low, high

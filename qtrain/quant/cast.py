@@ -38,7 +38,10 @@ class Cast(Quantizer):
         floats: dict[str, nn.Module] = {}
         for matched in torch_ao.match_layers(model, dict.fromkeys(self.layers)):
             # Layers with a matrix each by itself: what lies between them, as attention, stays in one format.
-            inside = {f"{matched}.{n}" if n else matched: m for n, m in model.get_submodule(matched).named_modules()}
+            inside = {
+                f"{matched}.{n}" if n else matched: m
+                for n, m in model.get_submodule(matched).named_modules()
+            }
             found = {n: copy.deepcopy(m) for n, m in inside.items() if isinstance(m, WITH_MATRIX)}
             if not found:
                 raise ValueError(

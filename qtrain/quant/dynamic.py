@@ -56,7 +56,9 @@ class Dynamic(Quantizer):
         return torch_ao.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]
 
     def _setting(self, pattern: str, setting: Any) -> QuantSpec | PackedFormat | None:
-        return spec_or_format(pattern, setting, lambda fields: self._settle(replace(self.weight, **fields)))
+        return spec_or_format(
+            pattern, setting, lambda fields: self._settle(replace(self.weight, **fields))
+        )
 
     def prepare(self, model: nn.Module) -> Simulation:
         own = settings_of(model, self.layers)
@@ -72,12 +74,21 @@ class Dynamic(Quantizer):
                     "converted; register it once"
                 )
             found.setdefault(name, own.get(name, self.weight))
-        plan = {n: LayerPlan("Linear", weight=form) for n, form in found.items() if isinstance(form, QuantSpec)}
+        plan = {
+            n: LayerPlan("Linear", weight=form)
+            for n, form in found.items()
+            if isinstance(form, QuantSpec)
+        }
         others = {name: form for name, form in found.items() if isinstance(form, PackedFormat)}
-        plan |= {name: form.plan(type(model.get_submodule(name)).__name__) for name, form in others.items()}
+        plan |= {
+            name: form.plan(type(model.get_submodule(name)).__name__)
+            for name, form in others.items()
+        }
         return Simulation(torch_ao.copy_model(model), plan, others).eval()
 
     def convert(self, simulation: Simulation) -> nn.Module:
-        weights = {name: layer.weight for name, layer in simulation.plan.items() if layer.backend is None}
+        weights = {
+            name: layer.weight for name, layer in simulation.plan.items() if layer.backend is None
+        }
         specs = {name: weight for name, weight in weights.items() if isinstance(weight, QuantSpec)}
         return torch_ao.quantize_dynamic(super().convert(simulation), specs, self.engine)

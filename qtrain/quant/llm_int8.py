@@ -24,11 +24,15 @@ class LLMInt8(WeightOnly):
         ValueError: names the parameter, its value and what is allowed.
     """
 
-    def __init__(self, *, threshold: float | None, embedding: str, head: str, layers: dict[str, Any]) -> None:
+    def __init__(
+        self, *, threshold: float | None, embedding: str, head: str, layers: dict[str, Any]
+    ) -> None:
         problems = []
         for check in (
             lambda: check_threshold(threshold),
-            lambda: super(LLMInt8, self).__init__(weight=LLM_INT8, embedding=embedding, head=head, layers=layers),
+            lambda: super(LLMInt8, self).__init__(
+                weight=LLM_INT8, embedding=embedding, head=head, layers=layers
+            ),
         ):
             try:
                 check()
@@ -36,7 +40,9 @@ class LLMInt8(WeightOnly):
                 problems += str(err).splitlines()
         refuse(problems)
         self.threshold = threshold
-        self.activation = QuantSpec(bits=8, symmetric=True, granularity="per_channel", reduce_range=False)
+        self.activation = QuantSpec(
+            bits=8, symmetric=True, granularity="per_channel", reduce_range=False
+        )
 
     @property
     def linear(self) -> PackedFormat:

@@ -91,7 +91,9 @@ class PTQ(Quantizer):
 
         def setting_of(pattern: str, setting: Any) -> QuantSpec | PackedFormat | None:
             return spec_or_format(
-                pattern, setting, lambda fields: self._settle(replace(weight, **fields), activation)[0]
+                pattern,
+                setting,
+                lambda fields: self._settle(replace(weight, **fields), activation)[0],
             )
 
         self.layers = read_settings(layers if layers is not None else {}, setting_of)
@@ -118,7 +120,11 @@ class PTQ(Quantizer):
         self.backend.refuse(model, plan, groups)
         for name, form in packed.items():
             own = form.plan(type(model.get_submodule(name)).__name__)
-            plan[name] = replace(own, output=plan[name].output, reason=plan[name].reason) if name in plan else own
+            plan[name] = (
+                replace(own, output=plan[name].output, reason=plan[name].reason)
+                if name in plan
+                else own
+            )
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
         simulation.backend = self.backend
         simulation.clips_at_type = self.backend.clips_at_type and not self.simulated

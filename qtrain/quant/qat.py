@@ -63,7 +63,9 @@ class QAT(PTQ):
             + boolean("from_scratch", from_scratch)
             + choice("conv_bn", conv_bn, sorted(TRAINING))
         )
-        last = MANY if problems else epochs - 1  # of a wrong number of epochs, nothing follows for the others
+        last = (
+            MANY if problems else epochs - 1
+        )  # of a wrong number of epochs, nothing follows for the others
         problems += (
             whole("start_epoch", start_epoch, 0, last, null=True)
             + whole("freeze_observers_epoch", freeze_observers_epoch, 0, last, null=True)
@@ -84,11 +86,16 @@ class QAT(PTQ):
         self.epochs, self.optimizer, self.scheduler = epochs, optimizer, scheduler
         self.from_scratch, self.conv_bn, self.convert_every = from_scratch, conv_bn, convert_every
         self.start_epoch = start_epoch
-        self.freeze_observers_epoch, self.freeze_batch_norm_epoch = freeze_observers_epoch, freeze_batch_norm_epoch
+        self.freeze_observers_epoch, self.freeze_batch_norm_epoch = (
+            freeze_observers_epoch,
+            freeze_batch_norm_epoch,
+        )
 
     def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
         if weight.narrow_range == AUTO:  # fewer bits cannot spare an integer
-            weight = replace(weight, narrow_range=weight.bits == 8 and weight.symmetric is not False)
+            weight = replace(
+                weight, narrow_range=weight.bits == 8 and weight.symmetric is not False
+            )
         return super()._settle(weight, activation)
 
     def prepare(self, model: nn.Module) -> Simulation:

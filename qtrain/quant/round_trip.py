@@ -45,7 +45,9 @@ class RoundTrip(Quantizer):
         for layer_name, layer in model.named_modules():
             is_float = any(layer_name == f or layer_name.startswith(f"{f}.") for f in floats)
             for name, parameter in layer.named_parameters(recurse=False):
-                if not is_float and (self.scope == "all" or name == "weight" and isinstance(layer, nn.Linear)):
+                if not is_float and (
+                    self.scope == "all" or name == "weight" and isinstance(layer, nn.Linear)
+                ):
                     chosen.append((layer, name, parameter))
                 else:
                     kept.add(parameter)

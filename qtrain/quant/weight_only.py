@@ -62,10 +62,15 @@ class WeightOnly(Quantizer):
         own = settings_of(model, self.layers)
         floats = {name for name, setting in own.items() if setting is None}
         found = formats(model, self.embedding, self.head, own, floats)
-        layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+        layers = [
+            (name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear
+        ]
         found |= {name: own.get(name, self.linear) for name, _ in layers if name not in found}
         packed = {name: form for name, form in found.items() if form is not None}
-        plan = {name: form.plan(type(model.get_submodule(name)).__name__) for name, form in packed.items()}
+        plan = {
+            name: form.plan(type(model.get_submodule(name)).__name__)
+            for name, form in packed.items()
+        }
         return Simulation(torch_ao.copy_model(model), plan, packed).eval()
 
     @property
@@ -78,7 +83,9 @@ class WeightOnly(Quantizer):
         for name, layer in self.convert(simulation).named_modules():
             weight = getattr(layer, "weight", None)
             if isinstance(weight, IntegerWeight | HalfWeight):
-                model.get_submodule(name).weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+                model.get_submodule(name).weight = nn.Parameter(
+                    weight.dequantize(), requires_grad=False
+                )
         return model
 
     def reference(self, simulation: Simulation) -> nn.Module | None:

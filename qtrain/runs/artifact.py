@@ -94,10 +94,14 @@ def _rebuilding(run_dir: Path, what: str) -> Iterator[None]:
             yield
     except Exception as err:
         reason = plain(" ".join(f"{type(err).__name__}: {err}".split()))
-        raise ValueError(f"{run_dir}: the {what} of its {FILE_NAME} cannot be made here ({reason})") from err
+        raise ValueError(
+            f"{run_dir}: the {what} of its {FILE_NAME} cannot be made here ({reason})"
+        ) from err
 
 
-def _fill(model: nn.Module, run_dir: Path, report: dict[str, Any], name: str, rename: Any = None) -> None:
+def _fill(
+    model: nn.Module, run_dir: Path, report: dict[str, Any], name: str, rename: Any = None
+) -> None:
     load_weights(
         model, run_dir / name, rename
     )  # first, for it knows better what is wrong with a file that is cut or no model

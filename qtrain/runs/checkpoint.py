@@ -63,9 +63,13 @@ def read_state(path: Path) -> dict[Any, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # bytes that are no pickle can raise anything
         advice = "; save the weights alone: torch.save(model.state_dict(), FILE)"
-        raise ValueError(f"checkpoint={path}: not a readable state dict ({unreadable(err)}){advice}") from None
+        raise ValueError(
+            f"checkpoint={path}: not a readable state dict ({unreadable(err)}){advice}"
+        ) from None
     if not isinstance(state, dict):
-        raise ValueError(f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict")
+        raise ValueError(
+            f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict"
+        )
     return state
 
 
@@ -82,7 +86,9 @@ def load_state(model: nn.Module, state: dict[str, Any], path: Path, hint: str = 
         with kept_engine():
             model.load_state_dict(state)
     except Exception as err:  # torch takes the keys' being strings for granted
-        raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?{hint}") from err
+        raise ValueError(
+            f"checkpoint={path}: does not fit the model ({err}); is it another model's?{hint}"
+        ) from err
 
 
 def digest(content: Any) -> str:
@@ -108,7 +114,9 @@ class FloatCache:
                 return  # a cache to read only, in which nobody writes
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            raise OSError(f"float_cache={root}: {err}; name a folder that can be written, or null") from err
+            raise OSError(
+                f"float_cache={root}: {err}; name a folder that can be written, or null"
+            ) from err
         # The operating system frees the lock of a process that dies.
         self.lock = FileLock(self.folder / "lock")
 
@@ -126,7 +134,9 @@ class FloatCache:
             load_weights(untouched, weights)
             model.load_state_dict(untouched.state_dict())
         except (OSError, ValueError, LookupError, TypeError) as err:
-            log.warning(f"float cache: entry {self.folder} is damaged ({err}) and will be trained again")
+            log.warning(
+                f"float cache: entry {self.folder} is damaged ({err}) and will be trained again"
+            )
             return None
         return training
 
@@ -138,4 +148,6 @@ class FloatCache:
             sha256 = hashlib.sha256((self.folder / "weights.pt").read_bytes()).hexdigest()
             write_json(self.folder / "meta.json", {"sha256": sha256, "training": training})
         except OSError as err:
-            raise OSError(f"float_cache={self.root}: {err}; name a folder that can be written, or null") from err
+            raise OSError(
+                f"float_cache={self.root}: {err}; name a folder that can be written, or null"
+            ) from err

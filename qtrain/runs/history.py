@@ -56,7 +56,9 @@ def announce_sweep(hydra_config: DictConfig) -> str:
     found = grid(hydra_config)
     if found is None:
         return f"a search by {hydra_config.runtime.choices['hydra/sweeper']}"
-    varied = " ".join(str(override.input_line) for override in found if override.is_sweep_override())
+    varied = " ".join(
+        str(override.input_line) for override in found if override.is_sweep_override()
+    )
     line = f"{_count(count_jobs(hydra_config), 'job')}: {varied}".removesuffix(": ")
     known: dict[frozenset[str], float] = {}
     for report in _finished(_sweeps(hydra_config)):

@@ -19,7 +19,10 @@ from qtrain.common.validate import MOST_DEVICES
 from qtrain.quant.base import Quantizer
 from qtrain.train.ranks import from_torchrun, num_ranks
 
-SYNCHRONISED = ("minmax", "moving_average")  # observers for which a batch's extremes stand for the batch
+SYNCHRONISED = (
+    "minmax",
+    "moving_average",
+)  # observers for which a batch's extremes stand for the batch
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
@@ -37,10 +40,14 @@ def check_quantizer(quantizer: Quantizer) -> None:
 def _check_devices(devices: int, device: str) -> None:
     there = {"cuda": torch.cuda.device_count(), "cpu": devices}.get(device, 1)
     if there < devices:
-        raise ValueError(f"trainer.devices={devices}: device={device} is {there}; use fewer, or device=cpu")
+        raise ValueError(
+            f"trainer.devices={devices}: device={device} is {there}; use fewer, or device=cpu"
+        )
     if from_torchrun() and int(os.environ["WORLD_SIZE"]) != devices:
         started = os.environ["WORLD_SIZE"]
-        raise ValueError(f"trainer.devices={devices}: torchrun started {started} processes; the two must agree")
+        raise ValueError(
+            f"trainer.devices={devices}: torchrun started {started} processes; the two must agree"
+        )
 
 
 def _join(ranks: int, number: int, local: int, address: str, device: str) -> None:
@@ -52,7 +59,10 @@ def _join(ranks: int, number: int, local: int, address: str, device: str) -> Non
 
 @contextmanager
 def group(
-    config: DictConfig, run_dir: Path, resume: bool, follow: Callable[[DictConfig, Path, bool], None]
+    config: DictConfig,
+    run_dir: Path,
+    resume: bool,
+    follow: Callable[[DictConfig, Path, bool], None],
 ) -> Iterator[Path]:
     """While entered, `trainer.devices` processes carry out the run; yields the first one's `run_dir`.
 
@@ -70,7 +80,9 @@ def group(
         return
     _check_devices(devices, config.device)
     if from_torchrun():
-        _join(devices, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "env://", config.device)
+        _join(
+            devices, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "env://", config.device
+        )
         named = [str(run_dir)]
         dist.broadcast_object_list(named)
         try:
@@ -82,7 +94,10 @@ def group(
         address = f"file://{folder}/rendezvous"
         arguments = (devices, address, torch.get_num_threads(), follow, config, run_dir, resume)
         start = mp.get_context("spawn").Process
-        workers = [start(target=_work, args=(number, *arguments), daemon=True) for number in range(1, devices)]
+        workers = [
+            start(target=_work, args=(number, *arguments), daemon=True)
+            for number in range(1, devices)
+        ]
         for worker in workers:
             worker.start()
         try:
@@ -98,7 +113,13 @@ def group(
 
 
 def _work(
-    number: int, ranks: int, address: str, threads: int, follow: Callable[..., None], config: DictConfig, *rest: Any
+    number: int,
+    ranks: int,
+    address: str,
+    threads: int,
+    follow: Callable[..., None],
+    config: DictConfig,
+    *rest: Any,
 ) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank decides, and tells the others
         signal.signal(ignored, signal.SIG_IGN)

@@ -17,7 +17,9 @@ def up_to_date_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     own = model.state_dict()
     found = {}
     for key, value in state.items():
-        new = key.replace(".activation_post_process.", ".output_q.").replace(".weight_fake_quant.", ".weight_q.")
+        new = key.replace(".activation_post_process.", ".output_q.").replace(
+            ".weight_fake_quant.", ".weight_q."
+        )
         if new not in own:
             new = re.sub(r"\.0\.(weight|bias)$", r".\1", new)  # the first of a fused run
         if not new.endswith(".observer.eps"):

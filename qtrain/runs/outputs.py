@@ -37,7 +37,10 @@ log = logging.getLogger(__name__)
 def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Returns the fields of a report that are known before the run."""
     # Of a list or a mapping, which will be refused, only a plain one can be written down.
-    name, seed = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.name, config.seed))
+    name, seed = (
+        OmegaConf.to_container(v) if OmegaConf.is_config(v) else v
+        for v in (config.name, config.seed)
+    )
     return {
         "name": name,
         "seed": seed,
@@ -54,7 +57,9 @@ def _git_commit() -> str | None:
     """Returns the commit of the checkout that this package lies in, if it lies in one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -79,7 +84,11 @@ def scoring(task: Task, scores: Sequence[Scores]) -> dict[str, Any]:
     """Returns what a comparison needs to know of a task's quality."""
     quality = of_task(task)
     found = [(score.metrics[quality.name], score.examples.tolist()) for score in scores]
-    shown = {"higher_is_better": quality.higher_is_better, "unit": quality.unit, "scale": quality.scale}
+    shown = {
+        "higher_is_better": quality.higher_is_better,
+        "unit": quality.unit,
+        "scale": quality.scale,
+    }
     return shown | {"examples": made_of(quality, found)}
 
 
@@ -90,9 +99,16 @@ def activation_qparams(simulation: nn.Module, quantized: nn.Module) -> dict[str,
         found[name] = point.calculate_qparams()
     for name, module in quantized.named_modules() if not found else ():
         scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
-        if scale is not None and zero_point is not None and not isinstance(module, IntegerWeight | FakeQuantize):
+        if (
+            scale is not None
+            and zero_point is not None
+            and not isinstance(module, IntegerWeight | FakeQuantize)
+        ):
             found[name] = scale, zero_point
-    return {name: {"scale": float(scale), "zero_point": int(zero)} for name, (scale, zero) in found.items()}
+    return {
+        name: {"scale": float(scale), "zero_point": int(zero)}
+        for name, (scale, zero) in found.items()
+    }
 
 
 def write(
@@ -113,7 +129,11 @@ def write(
 
     logger.log(final_scores(report, task.quality), last_epoch)
     logger.log(final_costs(report), 0)
-    names = [name for name, module in quantized.named_modules() if integers.quantized_weight(module) is not None]
+    names = [
+        name
+        for name, module in quantized.named_modules()
+        if integers.quantized_weight(module) is not None
+    ]
     before = reference if reference is not None else float_model
     pairs = {}
     for name in names:
@@ -136,7 +156,11 @@ def write(
         for name, figure in figures(report, pairs, scores):
             logger.image(name, png(figure), 0)
     if report.samples:
-        logger.text("samples", "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()), 0)
+        logger.text(
+            "samples",
+            "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()),
+            0,
+        )
     if report.qparams:
         logger.text("qparams", qparams_table(report), 0)
     logger.hparams(hparams(report))
@@ -144,16 +168,27 @@ def write(
         log.info(line)
 
 
-def figures(report: Report, pairs: "Pairs", scores: dict[str, Scores | None]) -> Iterator[tuple[str, "Figure"]]:
+def figures(
+    report: Report, pairs: "Pairs", scores: dict[str, Scores | None]
+) -> Iterator[tuple[str, "Figure"]]:
     """Yields (name, figure) of the finished run."""
     from qtrain.logger import plots  # matplotlib takes half a second to import
 
     if pairs:
         yield "weights", plots.weights(pairs)
         yield "weight_distribution", plots.distribution(pairs, report.quant["method"])
-        kinds = {"weights": {n: float(sqnr_db(w, q.dequantize().to(w.dtype))) for n, (w, q) in pairs.items()}}
-        activations = {name: value for name, value in report.truth["sqnr_db"].items() if value is not None}
-        yield "quantization_noise", plots.noise(kinds | ({"activations": activations} if activations else {}))
+        kinds = {
+            "weights": {
+                n: float(sqnr_db(w, q.dequantize().to(w.dtype))) for n, (w, q) in pairs.items()
+            }
+        }
+        activations = {
+            name: value for name, value in report.truth["sqnr_db"].items() if value is not None
+        }
+        yield (
+            "quantization_noise",
+            plots.noise(kinds | ({"activations": activations} if activations else {})),
+        )
     for kind, score in scores.items():
         is_new = kind != "quantized" or report.quant["method"] != "none"
         if is_new and score is not None and "confusion" in score.metrics:
@@ -177,10 +212,16 @@ def final_scores(report: Report, quality: str) -> dict[str, float]:
 def final_costs(report: Report) -> dict[str, float]:
     """Returns what the finished run's models cost, by TensorBoard's names."""
     scalars: dict[str, float] = {}
-    scalars |= {f"size_kb/{kind}": size / 1000 for kind, size in report.size_bytes.items() if size is not None}
+    scalars |= {
+        f"size_kb/{kind}": size / 1000
+        for kind, size in report.size_bytes.items()
+        if size is not None
+    }
     scalars |= {f"tokens_per_s/{kind}": rate for kind, rate in report.tokens_per_s.items()}
     for kind, sizes in report.latency_ms.items():
-        scalars |= {f"latency_ms/{kind}_batch_{size}": t["median"] for size, t in (sizes or {}).items()}
+        scalars |= {
+            f"latency_ms/{kind}_batch_{size}": t["median"] for size, t in (sizes or {}).items()
+        }
     return scalars
 
 
@@ -240,14 +281,25 @@ def summary(report: Report, quality: Quality) -> list[str]:
         label = "trained on" if kind == "quantized" and is_float else kind
         simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
         size = report.size_bytes.get(f"{kind}_file")
-        facts = [f"{quality.name} {quality.text(metrics[quality.name])}", f"loss {metrics['loss']:.4f}"]
+        facts = [
+            f"{quality.name} {quality.text(metrics[quality.name])}",
+            f"loss {metrics['loss']:.4f}",
+        ]
         facts += [f"{size / 1000:.1f} KB"] if size is not None else []
-        facts += [f"{t['median']:.3f} ms at batch {n}" for n, t in (report.latency_ms.get(kind) or {}).items()]
-        facts += [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
+        facts += [
+            f"{t['median']:.3f} ms at batch {n}"
+            for n, t in (report.latency_ms.get(kind) or {}).items()
+        ]
+        facts += (
+            [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
+        )
         lines.append(f"{label + simulated:>21}: " + ", ".join(facts))
         if "wrong_per_class" in metrics:
             lines.append(f"{'':>23}{wrong_by_class(metrics['wrong_per_class'])}")
-    exact, real = report.latency_ms["float"], report.latency_ms["quantized"] if not report.quant["simulated"] else {}
+    exact, real = (
+        report.latency_ms["float"],
+        report.latency_ms["quantized"] if not report.quant["simulated"] else {},
+    )
     for size, times in (real or {}).items():
         ratio = times["median"] / exact[size]["median"]
         if ratio > 1 and not is_float:
@@ -268,7 +320,8 @@ def summary(report: Report, quality: Quality) -> list[str]:
             largest = cover.get("largest_float")
             lines.append(
                 f"note: the quantized file is LARGER than the float one, {after / 1000:.1f} against "
-                f"{before / 1000:.1f} KB" + (f"; the largest tensor that stays float is {largest}" if largest else "")
+                f"{before / 1000:.1f} KB"
+                + (f"; the largest tensor that stays float is {largest}" if largest else "")
             )
         for reason in dict.fromkeys(cover["float_layers"].values()):
             names = [name for name, why in cover["float_layers"].items() if why == reason]

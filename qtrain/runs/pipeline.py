@@ -106,7 +106,9 @@ def begin(config: DictConfig, run_dir: Path, report: Report, resume: bool, signa
     report.data_fingerprint = parts.data.fingerprint
     sample = parts.task.inputs(next(iter(parts.data.test)))
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
-    report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample), parts.truth)
+    report.coverage = dry_run(
+        parts.model, parts.quantizer, tuple(x[:2] for x in sample), parts.truth
+    )
     auxiliary = rehearse(parts.model, parts.quantizer, parts.task, parts.data)
     try_out(parts, config)
     work = Run(config, run_dir, report, parts, progress, sample, auxiliary)

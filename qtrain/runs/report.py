@@ -62,13 +62,21 @@ class Report:
     error: str | None = None
     data_fingerprint: str | None = None  # a digest of the data's content
     quality: str | None = None
-    scoring: dict[str, Any] = field(default_factory=dict)  # which way the quality goes, and how it is shown and tested
+    scoring: dict[str, Any] = field(
+        default_factory=dict
+    )  # which way the quality goes, and how it is shown and tested
     quant: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)  # what each layer becomes; see simulate/plan.py
+    plan: dict[str, Any] = field(
+        default_factory=dict
+    )  # what each layer becomes; see simulate/plan.py
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
-    transforms: list[Any] = field(default_factory=list)  # what each gained, in decibels of the simulation's output
-    exports: dict[str, Any] = field(default_factory=dict)  # {exporter: file, size, distance from the simulation}
+    transforms: list[Any] = field(
+        default_factory=list
+    )  # what each gained, in decibels of the simulation's output
+    exports: dict[str, Any] = field(
+        default_factory=dict
+    )  # {exporter: file, size, distance from the simulation}
     samples: dict[str, str] = field(default_factory=dict)
     truth: dict[str, Any] = field(default_factory=dict)
     qparams: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +96,9 @@ class Report:
 
     def __repr__(self) -> str:
         method, quality = self.quant.get("method"), self.quality
-        found = {kind: scores[quality] for kind, scores in self.metrics.items() if scores and quality}
+        found = {
+            kind: scores[quality] for kind, scores in self.metrics.items() if scores and quality
+        }
         scores = ", ".join(f"{kind} {value:.4g}" for kind, value in found.items())
         return f"Report({self.model} on {self.data}, {method}: {self.status}; {quality} {scores})"
 
@@ -127,7 +137,11 @@ def load_report(path: Path) -> dict[str, Any]:
         content = json.loads(read_text(path), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as err:
         raise ValueError(f"{path}: not readable as JSON ({err})") from err
-    if not isinstance(content, dict) or content.get("schema") not in READABLE or "status" not in content:
+    if (
+        not isinstance(content, dict)
+        or content.get("schema") not in READABLE
+        or "status" not in content
+    ):
         raise ValueError(f"{path}: not a report of schema {' or '.join(map(str, READABLE))}")
     for problem in _problems(content):
         raise ValueError(f"{path}: not a whole report ({plain(problem)})")
@@ -140,10 +154,16 @@ def _refuse_constant(name: str) -> None:
 
 def _problems(report: dict[str, Any]) -> Iterator[str]:
     yield from (f"there is no {key}" for key in SHAPE if key in REQUIRED and key not in report)
-    yield from (f"{key} is too deep, or holds a number beyond {LARGEST}" for key in report if _is_extreme(report[key]))
+    yield from (
+        f"{key} is too deep, or holds a number beyond {LARGEST}"
+        for key in report
+        if _is_extreme(report[key])
+    )
     for key, shape in SHAPE.items():
         if key in report:
-            yield from [f"{key} is null"] if report[key] is None else misfits(report[key], shape, key)
+            yield from (
+                [f"{key} is null"] if report[key] is None else misfits(report[key], shape, key)
+            )
 
 
 def _is_extreme(content: Any, levels: int = MOST_LEVELS) -> bool:
@@ -165,7 +185,9 @@ def verify(run_dir: Path, report: dict[str, Any], name: str) -> None:
     """
     path, digests = run_dir / name, report.get("sha256")
     if not digests:
-        log.warning(f"{path}: not checked, for {FILE_NAME} is of an older version, which noted no SHA-256 of its files")
+        log.warning(
+            f"{path}: not checked, for {FILE_NAME} is of an older version, which noted no SHA-256 of its files"
+        )
     elif sha256(path) != digests.get(name):
         raise ValueError(
             f"{path}: damaged, or of another run: its SHA-256 is not that of {FILE_NAME}; copy it from the run again"

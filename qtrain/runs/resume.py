@@ -48,8 +48,13 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
-            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python allows handlers there alone
+            self._before = {
+                number: signal.signal(number, self._receive)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,7 +93,9 @@ class StageCheckpoint(Checkpoint):
         self.progress.signals.training = True
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, at: TracebackType | None
+    ) -> None:
         signals = self.progress.signals
         signals.training = False
         if kind is None and signals.pending is not None:
@@ -109,7 +116,9 @@ class Progress:
         ValueError: a state is damaged, or of another config.
     """
 
-    def __init__(self, run_dir: Path, key: str, *, resume: bool, signals: Signals, writes: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, key: str, *, resume: bool, signals: Signals, writes: bool = True
+    ) -> None:
         self.run_dir, self.folder, self.key = run_dir, run_dir / FOLDER, key
         self.signals, self.writes = signals, writes
         if not resume:
@@ -146,7 +155,9 @@ class Progress:
             return
         content = io.BytesIO()
         torch.save(
-            state | {"key": self.key, "logs": {path.name: path.stat().st_size for path in self._logs()}}, content
+            state
+            | {"key": self.key, "logs": {path.name: path.stat().st_size for path in self._logs()}},
+            content,
         )
         digest = hashlib.sha256(content.getbuffer()).digest()
         self.folder.mkdir(exist_ok=True)
@@ -163,17 +174,26 @@ class Progress:
         path = self._path(stage)
         if not path.is_file():
             return None
-        again = f"delete the folder {self.folder} to train again from the start, with the same result"
+        again = (
+            f"delete the folder {self.folder} to train again from the start, with the same result"
+        )
         content = path.read_bytes()
         if hashlib.sha256(content[DIGEST_BYTES:]).digest() != content[:DIGEST_BYTES]:
             raise ValueError(f"resume={self.run_dir}: {path} is damaged; {again}")
         try:
-            state = torch.load(io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True)
-            if not (isinstance(state["extra"], dict) and all(type(size) is int for size in state["logs"].values())):
+            state = torch.load(
+                io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True
+            )
+            if not (
+                isinstance(state["extra"], dict)
+                and all(type(size) is int for size in state["logs"].values())
+            ):
                 raise ValueError("it holds no state of a training")
             is_ours = state["key"] == self.key
         except Exception as err:  # bytes that are no pickle can raise anything
-            raise ValueError(f"resume={self.run_dir}: {path} is damaged ({unreadable(err)}); {again}") from None
+            raise ValueError(
+                f"resume={self.run_dir}: {path} is damaged ({unreadable(err)}); {again}"
+            ) from None
         if not is_ours:
             raise ValueError(
                 f"resume={self.run_dir}: {path} was written by a run with another config, other data, other code or "
@@ -205,11 +225,15 @@ def said_how(run_dir: Path) -> Iterator[None]:
         raise
     except OSError as err:
         if not run_dir.is_dir():
-            raise OSError(f"{run_dir}: this folder was deleted while the run was at work; start it again") from err
+            raise OSError(
+                f"{run_dir}: this folder was deleted while the run was at work; start it again"
+            ) from err
         if err.errno is None or err.filename is not None:  # it names its path
             raise
         saved = "files already there are unchanged"
-        raise OSError(f"{run_dir}: could not be written ({err}); {saved}; make room, then {again}") from err
+        raise OSError(
+            f"{run_dir}: could not be written ({err}); {saved}; make room, then {again}"
+        ) from err
 
 
 def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
@@ -236,7 +260,9 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
         try:
             report = load_report(run_dir / FILE_NAME)
         except ValueError as err:
-            raise ValueError(f"resume={run_dir}: {err}; delete that file to go on with the run") from err
+            raise ValueError(
+                f"resume={run_dir}: {err}; delete that file to go on with the run"
+            ) from err
         if report["status"] == "ok":
             raise ValueError(f"resume={run_dir}: this run is finished; see its {FILE_NAME}")
     try:

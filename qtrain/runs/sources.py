@@ -45,7 +45,9 @@ def float_key(config: DictConfig, parts: Parts) -> str:
     content: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(SETTINGS)))
     for text in _texts(content):
         if text.startswith("__main__."):
-            raise ValueError(f"float_cache: no change of {text} could be seen; put it into a module, or set it to null")
+            raise ValueError(
+                f"float_cache: no change of {text} could be seen; put it into a module, or set it to null"
+            )
     sources = code(content)
     if _is_own(config):
         content["data"].pop("root", None)  # the same data elsewhere are the same data
@@ -107,7 +109,10 @@ def code(config: Any) -> dict[str, str | None]:
         config: plain dicts, lists and values; each text that is a dotted name counts.
     """
     found: dict[str, str | None] = {}
-    names = [f"{__package__}.pipeline", *(text for text in _texts(config) if re.fullmatch(r"[^\W\d]\w*(\.\w+)+", text))]
+    names = [
+        f"{__package__}.pipeline",
+        *(text for text in _texts(config) if re.fullmatch(r"[^\W\d]\w*(\.\w+)+", text)),
+    ]
     asked = set(names)
     while names:
         for spec in _specs(names.pop()):
@@ -149,7 +154,9 @@ def _specs(name: str) -> Iterator[ModuleSpec]:
 def _source(spec: ModuleSpec) -> tuple[str, list[str]]:
     """Returns the SHA-256 of a module's file, and what the module imports."""
     path = str(spec.origin)
-    loaded = getattr(sys.modules.get(spec.name), "__spec__", None)  # another one when it is loaded again
+    loaded = getattr(
+        sys.modules.get(spec.name), "__spec__", None
+    )  # another one when it is loaded again
     if path not in _sources or _sources[path][0] is not loaded:
         content = Path(path).read_bytes()
         imported = _imports(content, spec.parent) if path.endswith(".py") else []
@@ -160,7 +167,10 @@ def _source(spec: ModuleSpec) -> tuple[str, list[str]]:
 def _imports(content: bytes, package: str | None) -> Iterator[str]:
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError):  # named in a function that is not called: a module that cannot be imported
+    except (
+        SyntaxError,
+        ValueError,
+    ):  # named in a function that is not called: a module that cannot be imported
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

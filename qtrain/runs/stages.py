@@ -62,10 +62,14 @@ def score(run: Run) -> None:
     with run.clock("evaluation"):
         run.scores = {"float": evaluate(run.float_model, parts.data.test, parts.task)}
         with blame(fake, "fake-quantized"):
-            run.scores["fake"] = None if fake is None else evaluate(fake, parts.data.test, parts.task)
+            run.scores["fake"] = (
+                None if fake is None else evaluate(fake, parts.data.test, parts.task)
+            )
         run.scores["quantized"] = evaluate(quantized, parts.data.test, parts.task)
         shown = {"float": run.float_model, "fake": fake, "quantized": quantized}
-        samples = {name: parts.task.sample(model) for name, model in shown.items() if model is not None}
+        samples = {
+            name: parts.task.sample(model) for name, model in shown.items() if model is not None
+        }
         report.samples = {name: text for name, text in samples.items() if text is not None}
         report.truth, found = parts.truth.compare(run.reference, fake, quantized, run.sample)
         run.failures += found
@@ -150,7 +154,9 @@ def _describe(run: Run) -> None:
     gain = real.examples.double() - exact.examples.double()
     report.difference = {
         parts.task.quality: real.metrics[parts.task.quality] - exact.metrics[parts.task.quality],
-        "standard_error": float(gain.std(correction=1) / len(gain) ** 0.5) if len(gain) > 1 else None,
+        "standard_error": float(gain.std(correction=1) / len(gain) ** 0.5)
+        if len(gain) > 1
+        else None,
         "gained": int((gain > 0).sum()),
         "lost": int((gain < 0).sum()),
     }

@@ -79,7 +79,9 @@ def jobs_at_once(hydra_config: DictConfig) -> float:
         # as joblib reads it: -1 is all cores, -2 all but one
         return launcher.n_jobs if launcher.n_jobs > 0 else max(1, cores + 1 + launcher.n_jobs)
     if kind == "LocalLauncher":
-        batch: Any = hydra_config.sweeper.get("max_batch_size") or hydra_config.sweeper.get("n_jobs")
+        batch: Any = hydra_config.sweeper.get("max_batch_size") or hydra_config.sweeper.get(
+            "n_jobs"
+        )
         return batch or float("inf")
     if kind == "RayLauncher":
         share = launcher.ray.remote.get("num_cpus", 1) or 1
@@ -99,7 +101,9 @@ def crowding(config: DictConfig) -> str | None:
     return None
 
 
-def carry_out(config: DictConfig, run_dir: Path, overrides: list[str], signals: "Signals | None" = None) -> Report:
+def carry_out(
+    config: DictConfig, run_dir: Path, overrides: list[str], signals: "Signals | None" = None
+) -> Report:
     """Carries out a job in its folder, unless it is done; returns its report.
 
     A job that was killed goes on from its last state, to the same bits. One that failed begins anew, for what made it
@@ -116,7 +120,9 @@ def carry_out(config: DictConfig, run_dir: Path, overrides: list[str], signals: 
         wanted = OmegaConf.to_yaml(resolve(config))
     except ConfigError:
         wanted = None  # the run will say so, in its report
-    with FileLock(run_dir / LOCK):  # the process of a sweep that was killed may still be at this job
+    with FileLock(
+        run_dir / LOCK
+    ):  # the process of a sweep that was killed may still be at this job
         before = run_dir / "config.yaml"
         is_same = wanted is not None and before.is_file() and before.read_bytes() == wanted.encode()
         try:
@@ -130,7 +136,9 @@ def carry_out(config: DictConfig, run_dir: Path, overrides: list[str], signals: 
                     "version; name another folder, or delete this run"
                 )
             log.info(f"{run_dir.name}: done before, skipped")
-            return Report(**{item.name: report[item.name] for item in fields(Report) if item.name in report})
+            return Report(
+                **{item.name: report[item.name] for item in fields(Report) if item.name in report}
+            )
         if not is_same or report["status"] == "failed":
             shutil.rmtree(run_dir / "resume", ignore_errors=True)
         (run_dir / FILE_NAME).unlink(missing_ok=True)

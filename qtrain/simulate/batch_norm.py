@@ -56,7 +56,9 @@ class _BatchNorm(torch.autograd.Function):
     # Returns batch-norm's output, and mean and (biased) variance of each channel.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows, count = x.flatten(2), x.numel() // x.shape[1]
         mean = rows.mean(2).mean(0)
         square = torch.linalg.vector_norm(rows, 2, 2).square_().sum(0)
@@ -70,7 +72,18 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, inverse_std = ctx.saved_tensors
-        arguments = grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, [True, True, True]
+        arguments = (
+            grad,
+            x,
+            weight,
+            None,
+            None,
+            mean,
+            inverse_std,
+            True,
+            ctx.eps,
+            [True, True, True],
+        )
         return *torch.ops.aten.native_batch_norm_backward(*arguments), None
 
 
@@ -100,7 +113,9 @@ def folded(site: Any, x: Tensor) -> Tensor:
     # Batch-norm undoes any bias before it, too. This one keeps the output about 0, where sums of squares are exact.
     running_mean = bn._buffers["running_mean"]
     plain = site.product(x, weight, -running_mean if bias is None else bias - running_mean)
-    output, mean, var = _BatchNorm.apply(plain, bn._parameters["weight"], bn._parameters["bias"], bn.eps)
+    output, mean, var = _BatchNorm.apply(
+        plain, bn._parameters["weight"], bn._parameters["bias"], bn.eps
+    )
     _follow(bn, mean + running_mean, var, plain.numel() // len(mean))
     return output
 

@@ -233,5 +233,6 @@ def _has_mark(module: nn.Module) -> bool:
 def _is_float_already(module: nn.Module) -> bool:
     """Returns whether a layer gets float inputs: it has stubs of its own, or takes indices."""
     return any(
-        is_stub(inner, "QuantStub") or isinstance(inner, nn.Embedding | nn.EmbeddingBag) for inner in module.modules()
+        is_stub(inner, "QuantStub") or isinstance(inner, nn.Embedding | nn.EmbeddingBag)
+        for inner in module.modules()
     )

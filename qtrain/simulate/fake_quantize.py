@@ -56,7 +56,13 @@ class FakeQuantize(nn.Module):
     observer: Any
 
     def __init__(
-        self, observer: Any, *, kernel: str = "qtrain", memoryless: bool = False, observing: bool, quantizing: bool
+        self,
+        observer: Any,
+        *,
+        kernel: str = "qtrain",
+        memoryless: bool = False,
+        observing: bool,
+        quantizing: bool,
     ) -> None:
         if kernel not in KERNELS:
             raise ValueError(f"kernel={kernel}: allowed are {', '.join(KERNELS)}")
@@ -65,8 +71,14 @@ class FakeQuantize(nn.Module):
         self.observing, self.quantizing = observing, quantizing
         self.dtype, self.qscheme = observer.dtype, observer.qscheme
         self.quant_min, self.quant_max = int(observer.quant_min), int(observer.quant_max)
-        self.is_per_channel = self.qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
-        self.is_symmetric = self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+        self.is_per_channel = self.qscheme in (
+            torch.per_channel_affine,
+            torch.per_channel_symmetric,
+        )
+        self.is_symmetric = self.qscheme in (
+            torch.per_tensor_symmetric,
+            torch.per_channel_symmetric,
+        )
         self.ch_axis = int(getattr(observer, "ch_axis", -1))
         self._axis = self.ch_axis if self.is_per_channel else None
         self.register_buffer("scale", torch.ones(1))
@@ -75,12 +87,17 @@ class FakeQuantize(nn.Module):
         self.stays = False
         self._limits: dict[str, Any] = {"quant_min": self.quant_min, "quant_max": self.quant_max}
         # A min-max observer's work is done here, on the observer's own buffers, which stay the truth.
-        self._folded = kernel == "qtrain" and type(observer) in (MinMaxObserver, MovingAverageObserver)
+        self._folded = kernel == "qtrain" and type(observer) in (
+            MinMaxObserver,
+            MovingAverageObserver,
+        )
         self._rule = {**self._limits, "symmetric": self.is_symmetric}
         if self._folded:
             self._rule["eps"] = observer.eps
         is_narrow = self.is_symmetric and self.quant_min == -self.quant_max
-        self.scale_free = is_narrow and self._folded and memoryless and self.is_per_channel and self.ch_axis == 0
+        self.scale_free = (
+            is_narrow and self._folded and memoryless and self.is_per_channel and self.ch_axis == 0
+        )
         self._last = torch.tensor(float(self.quant_max), device="cpu")
         self._known = _Known()
 
@@ -90,7 +107,12 @@ class FakeQuantize(nn.Module):
             if self.scale_free:
                 output = self._unclipped(x) if self.observing else None
             # Numbers, where to read one costs nothing.
-            elif not self.is_per_channel and x.is_cpu and (self._folded or not self.observing) and x.numel():
+            elif (
+                not self.is_per_channel
+                and x.is_cpu
+                and (self._folded or not self.observing)
+                and x.numel()
+            ):
                 output = self._by_numbers(x)
         if output is not None:
             return output
@@ -118,7 +140,11 @@ class FakeQuantize(nn.Module):
             if found is None:
                 return None
             ends, observed = found
-            known.observed, known.qparams, known.numbers = True, None, range_numbers(*observed, **self._rule)
+            known.observed, known.qparams, known.numbers = (
+                True,
+                None,
+                range_numbers(*observed, **self._rule),
+            )
         if not self.quantizing:
             return F.relu(x) if self.rectifies else x
         if known.numbers is None:
@@ -126,7 +152,9 @@ class FakeQuantize(nn.Module):
             known.numbers = scale.item(), 0 if zero_point is None else int(zero_point.item())
         if not within_reach(known.numbers[0]):
             return None
-        return fake_quantize_by_numbers(x, *known.numbers, **self._limits, rectify=self.rectifies, ends=ends)
+        return fake_quantize_by_numbers(
+            x, *known.numbers, **self._limits, rectify=self.rectifies, ends=ends
+        )
 
     def _by_tensors(self, x: torch.Tensor) -> torch.Tensor:
         scale, zero_point = self._qparams()
@@ -168,7 +196,10 @@ class FakeQuantize(nn.Module):
         if not self.quantizing:
             return x
         scale, zero_point = self._qparams()
-        scale, zero_point = scale / factor, None if zero_point is None else zero_point.expand(len(factor))
+        scale, zero_point = (
+            scale / factor,
+            None if zero_point is None else zero_point.expand(len(factor)),
+        )
         return fake_quantize(x, scale, zero_point, **self._limits, axis=0)
 
     def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -183,7 +214,9 @@ class FakeQuantize(nn.Module):
                 known.qparams = self.scale, self.zero_point
                 return known.qparams
             if not self.has_observed():
-                raise ValueError("it runs now, but did not during calibration, so its scale is unknown")
+                raise ValueError(
+                    "it runs now, but did not during calibration, so its scale is unknown"
+                )
             if self._folded:
                 seen = self.observer._buffers  # past nn.Module's attributes, which are slow
                 known.qparams = range_qparams(seen["min_val"], seen["max_val"], **self._rule)
@@ -201,10 +234,14 @@ class FakeQuantize(nn.Module):
         if self.has_observed():
             scale, zero_point = self._qparams()
             self.scale = scale
-            self.zero_point = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
+            self.zero_point = (
+                torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
+            )
         return self.scale, self.zero_point
 
-    def stay(self, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None) -> None:
+    def stay(
+        self, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
+    ) -> None:
         """Keeps scale and zero point from now on, in place, whatever becomes of the tensor.
 
         Args:

@@ -14,9 +14,15 @@ from torch import Tensor
 
 from qtrain.functional.qparams import float32, float32s
 
-HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward  # grad strictly between two limits, and 0 elsewhere
-MANY = 1 << 17  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
-HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # other conversions may round differently
+HARDTANH_BACKWARD = (
+    torch.ops.aten.hardtanh_backward
+)  # grad strictly between two limits, and 0 elsewhere
+MANY = (
+    1 << 17
+)  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
+HAS_FBGEMM = (
+    "fbgemm" in torch.backends.quantized.supported_engines
+)  # other conversions may round differently
 
 
 def fake_quantize(
@@ -64,7 +70,9 @@ class _FakeQuantize(torch.autograd.Function):
     # would be one more tensor to write and to hold.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int
+    ) -> Tensor:
         inverse = scale.reciprocal()
         ctx.save_for_backward(x, inverse, zero_point)
         ctx.limits = low, high
@@ -79,7 +87,9 @@ class _FakeQuantize(torch.autograd.Function):
             x_grad = HARDTANH_BACKWARD(grad, _steps(x, inverse, zero_point), low - 0.5, high + 0.5)
         else:
             steps = x * inverse  # its memory takes the result
-            x_grad = HARDTANH_BACKWARD.grad_input(grad, steps, *_rounding_limits(low, high), grad_input=steps)
+            x_grad = HARDTANH_BACKWARD.grad_input(
+                grad, steps, *_rounding_limits(low, high), grad_input=steps
+            )
         return x_grad, None, None, None, None
 
 
@@ -155,9 +165,15 @@ def fake_quantize_by_numbers(
     """
     if ends is not None:
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
-        if HAS_FBGEMM and not (needs_gradient and x.numel() < MANY) and max(-ends[0], ends[1]) < 2**30 * scale:
+        if (
+            HAS_FBGEMM
+            and not (needs_gradient and x.numel() < MANY)
+            and max(-ends[0], ends[1]) < 2**30 * scale
+        ):
             arguments = x, scale, quant_min - zero_point, quant_max - zero_point, rectify, ends
-            result: Tensor = _ByIntegers.apply(*arguments) if needs_gradient else _by_integers(*arguments)[0]
+            result: Tensor = (
+                _ByIntegers.apply(*arguments) if needs_gradient else _by_integers(*arguments)[0]
+            )
             return result
     low, high = quant_min - zero_point, quant_max - zero_point
     inverse, below, above = _clipping_bounds(scale, low, high)
@@ -210,7 +226,14 @@ class _ByIntegers(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if x.is_quantized:
             x = x.dequantize()  # its memory takes the result
-            return HARDTANH_BACKWARD.grad_input(grad, x, *ctx.limits, grad_input=x), None, None, None, None, None
+            return (
+                HARDTANH_BACKWARD.grad_input(grad, x, *ctx.limits, grad_input=x),
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
         return HARDTANH_BACKWARD(grad, x, *ctx.limits), None, None, None, None, None
 
 
@@ -235,7 +258,9 @@ def _clipping_bounds(scale: float, low: int, high: int) -> tuple[float, float, f
     return inverse, -below, above
 
 
-NEXT = 1 + 1.5 * 2**-24  # between half a float32 and one and a half further on, for any that is not denormal
+NEXT = (
+    1 + 1.5 * 2**-24
+)  # between half a float32 and one and a half further on, for any that is not denormal
 
 
 @lru_cache

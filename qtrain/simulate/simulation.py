@@ -135,7 +135,11 @@ class Simulation(nn.Module):
         Only a forward pass shows which these are; the first one does.
         """
         self._knows_regions = True
-        names = [n for n, layer in self.plan.items() if isinstance(layer.output, FixedSpec) or layer.reason]
+        names = [
+            n
+            for n, layer in self.plan.items()
+            if isinstance(layer.output, FixedSpec) or layer.reason
+        ]
         if not names:
             return
         copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
@@ -160,7 +164,9 @@ class Simulation(nn.Module):
                 self.leave_float(name)
         self._knows_regions = True
 
-    def inputs(self, name: str, batches: Batches, *, of: str = "simulation") -> Iterator[tuple[Any, ...]]:
+    def inputs(
+        self, name: str, batches: Batches, *, of: str = "simulation"
+    ) -> Iterator[tuple[Any, ...]]:
         """Yields what the site of that name is called with, once a batch; until the last, all is quantized.
 
         Args:
@@ -169,7 +175,9 @@ class Simulation(nn.Module):
         found: list[tuple[Any, ...]] = []
         with self.mode(observing=False, quantizing=True) as model:
             model = self.twin if of == "twin" else model
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args))
+            hook = model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args: found.append(args)
+            )
             try:
                 for inputs in batches:
                     model(*inputs)

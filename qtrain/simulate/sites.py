@@ -29,7 +29,9 @@ class Site(nn.Module):
     output_q: FakeQuantize | None
     kind = ""  # what it stands for, as users know it: "Conv2d"
 
-    def __init__(self, *, weight_q: FakeQuantize | None = None, output_q: FakeQuantize | None = None) -> None:
+    def __init__(
+        self, *, weight_q: FakeQuantize | None = None, output_q: FakeQuantize | None = None
+    ) -> None:
         super().__init__()
         self.register_module("weight_q", weight_q)
         self.register_module("output_q", output_q)
@@ -135,7 +137,9 @@ class QuantEmbedding(Site):
     Shapes: indices, int64 (...) -> (..., embedding_dim).
     """
 
-    def __init__(self, layer: nn.Embedding, *, weight_q: FakeQuantize | None, output_q: FakeQuantize | None) -> None:
+    def __init__(
+        self, layer: nn.Embedding, *, weight_q: FakeQuantize | None, output_q: FakeQuantize | None
+    ) -> None:
         super().__init__(weight_q=weight_q, output_q=output_q)
         self.weight = layer.weight
         self.padding_idx = layer.padding_idx
@@ -184,7 +188,9 @@ class QuantWeighted(Site):
         self.frozen = False
         self.fuses_relu = relu and output_q is not None
         if output_q is not None and relu:
-            output_q.rectifies = True  # one clamp, and one mask for the gradient, do the work of two
+            output_q.rectifies = (
+                True  # one clamp, and one mask for the gradient, do the work of two
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         bn = self._modules["bn"]

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from qtrain.data.loaders import Batch, Loader
 
-AUXILIARY_WEIGHT = 0.3  # C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 5
+AUXILIARY_WEIGHT = (
+    0.3  # C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 5
+)
 
 
 def training_loss(task: "Task", output: Any, batch: Batch) -> Tensor:

@@ -33,7 +33,9 @@ class Classification:
         return {
             "count": torch.tensor(len(labels)),
             "loss": F.cross_entropy(output, labels, reduction="sum").double(),
-            "confusion": torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes),
+            "confusion": torch.bincount(pairs, minlength=num_classes**2).reshape(
+                num_classes, num_classes
+            ),
         }
 
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
@@ -46,10 +48,18 @@ class Classification:
     def check_batch(self, output: Tensor, batch: Batch) -> list[str]:
         labels, shape = batch[1], tuple(output.shape)
         if output.dim() != 2:
-            return [f"model: its output has shape {shape}, and classification needs logits (B, C); flatten it"]
-        if labels.dim() != 1 or labels.is_floating_point() or labels.dtype in (torch.bool, torch.uint8):
+            return [
+                f"model: its output has shape {shape}, and classification needs logits (B, C); flatten it"
+            ]
+        if (
+            labels.dim() != 1
+            or labels.is_floating_point()
+            or labels.dtype in (torch.bool, torch.uint8)
+        ):
             kind = str(labels.dtype).removeprefix("torch.")
-            return [f"data: labels are {kind} {tuple(labels.shape)}, and classification needs one int64 a sample, (B,)"]
+            return [
+                f"data: labels are {kind} {tuple(labels.shape)}, and classification needs one int64 a sample, (B,)"
+            ]
         low, high, last = int(labels.min()), int(labels.max()), shape[1] - 1
         if low < 0 or high > last:
             return [

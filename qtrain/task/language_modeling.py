@@ -32,7 +32,9 @@ class LanguageModeling:
     numbers = ("perplexity", "loss", "bits_per_byte", "next_token_accuracy")
     sample_settings: tuple[str, ...] = ("prompt", "max_new_tokens", "top_k", "seed")
 
-    def __init__(self, *, tokenizer: str, prompt: str, max_new_tokens: int, top_k: int | None, seed: int) -> None:
+    def __init__(
+        self, *, tokenizer: str, prompt: str, max_new_tokens: int, top_k: int | None, seed: int
+    ) -> None:
         self.tokenizer = load_tokenizer(tokenizer)
         refuse(
             text("prompt", prompt)
@@ -103,5 +105,7 @@ class LanguageModeling:
 
 def _token_losses(output: Tensor, targets: Tensor) -> Tensor:
     """Returns the loss of each token (B, T), 0 where it is not scored."""
-    losses = F.cross_entropy(output.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    losses = F.cross_entropy(
+        output.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
     return losses.view_as(targets)

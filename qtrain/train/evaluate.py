@@ -31,7 +31,9 @@ def evaluate(model: nn.Module, loader: Loader, task: Task, *, device: str = "cpu
     sums: dict[str, Tensor] = {}
     examples, losses = [], []
     # A task of the user's own may know only the mean loss of a batch.
-    losses_of = getattr(task, "losses", None) or (lambda output, batch: task.loss(output, batch).reshape(1))
+    losses_of = getattr(task, "losses", None) or (
+        lambda output, batch: task.loss(output, batch).reshape(1)
+    )
     for index, batch in enumerate(loader):
         batch = (batch[0].to(device), batch[1].to(device))
         inputs = task.inputs(batch)

@@ -91,7 +91,9 @@ def average_statistics(model: nn.Module) -> None:
     if num_ranks() == 1:
         return
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
+    statistics = [
+        s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None
+    ]
     if statistics:
         means = mean(torch.cat(statistics)).split([len(s) for s in statistics])
         for own, common in zip(statistics, means, strict=True):
@@ -112,7 +114,9 @@ def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
 
     def observe(point: Any, inputs: tuple[Tensor, ...]) -> None:
         if point.observing:
-            extremes = torch.stack(torch.aminmax(inputs[0].detach())) * torch.tensor([-1, 1], device=inputs[0].device)
+            extremes = torch.stack(torch.aminmax(inputs[0].detach())) * torch.tensor(
+                [-1, 1], device=inputs[0].device
+            )
             dist.all_reduce(extremes, dist.ReduceOp.MAX)
             quantizing, point.quantizing = point.quantizing, False
             point.forward(torch.stack([-extremes[0], extremes[1]]))

@@ -25,11 +25,20 @@ class RunningMean:
 
     def state(self) -> dict[str, Any]:
         self.recent = ranks.mean(self.recent)
-        return {"recent": self.recent.cpu(), "num_recent": self.num_recent, "total": self.total, "count": self.count}
+        return {
+            "recent": self.recent.cpu(),
+            "num_recent": self.num_recent,
+            "total": self.total,
+            "count": self.count,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.recent.copy_(state["recent"])
-        self.num_recent, self.total, self.count = state["num_recent"], state["total"], state["count"]
+        self.num_recent, self.total, self.count = (
+            state["num_recent"],
+            state["total"],
+            state["count"],
+        )
 
     def take(self, step: int) -> float:
         """Returns the mean loss since the last call."""

@@ -95,7 +95,9 @@ class Training:
             return
         with restoring(self.stage):
             place = state["place"]
-            self.epoch, self.done, self.step = (int(place[key]) for key in ("epoch", "batches", "step"))
+            self.epoch, self.done, self.step = (
+                int(place[key]) for key in ("epoch", "batches", "step")
+            )
             for name, part in self._parts.items():
                 part.load_state_dict(state[name])
             set_generator_states(state["generators"], self.loader)
@@ -146,7 +148,9 @@ class Training:
         """Returns the epoch's batches, in an order drawn now; of an interrupted epoch those that are left."""
         inside = self._inside
         self._at_start = generator_states(self.loader)
-        if inside is not None:  # draw its order again, and pass over the batches that were trained on
+        if (
+            inside is not None
+        ):  # draw its order again, and pass over the batches that were trained on
             with restoring(self.stage):
                 self._at_start = inside["at_start"]
                 set_generator_states(self._at_start, self.loader)
@@ -160,7 +164,9 @@ class Training:
     def _learn(self, batch: Batch, index: int) -> None:
         """Adds the gradients of one batch."""
         batch, weight = ranks.share((batch[0].to(self.device), batch[1].to(self.device)))
-        inputs = (x.clone() for x in self.task.inputs(batch))  # a forward may change them, and data come again
+        inputs = (
+            x.clone() for x in self.task.inputs(batch)
+        )  # a forward may change them, and data come again
         loss: Tensor = training_loss(self.task, self.forward(*inputs), batch)
         if weight != 1:
             loss = loss * weight

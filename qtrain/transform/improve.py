@@ -28,7 +28,10 @@ def improve(simulation: Simulation, transform: Transform, batches: Batches) -> N
     first = next(iter(batches))
     before = _decibels(simulation, first)
     transform(simulation, batches)
-    gained = {"name": transform.name, "sqnr_db": {"before": before, "after": _decibels(simulation, first)}}
+    gained = {
+        "name": transform.name,
+        "sqnr_db": {"before": before, "after": _decibels(simulation, first)},
+    }
     simulation.improvements.append(gained)
 
 

@@ -37,7 +37,9 @@ def test_weights_are_in_the_file_as_integers(mlp, images, tmp_path):
     found = qtrain.quantize(mlp, [images])
     qtrain.export(found.simulation, images, tmp_path)
     held = torch.export.load(tmp_path / "model.pt2").state_dict
-    assert {n for n, x in held.items() if x.dtype == torch.int8} == {f"linear{i}.integers" for i in (1, 2, 3)}
+    assert {n for n, x in held.items() if x.dtype == torch.int8} == {
+        f"linear{i}.integers" for i in (1, 2, 3)
+    }
 
 
 def test_a_file_that_puts_out_something_else_is_refused(mlp, images, tmp_path):
@@ -46,7 +48,9 @@ def test_a_file_that_puts_out_something_else_is_refused(mlp, images, tmp_path):
             return super().run(path, inputs) + 1
 
     found = qtrain.quantize(mlp, [images])
-    with pytest.raises(TruthError, match=r"model\.pt2 \(torch_export\) puts out differs from its simulation by"):
+    with pytest.raises(
+        TruthError, match=r"model\.pt2 \(torch_export\) puts out differs from its simulation by"
+    ):
         qtrain.export(found.simulation, images, tmp_path, Careless())
 
 
@@ -54,7 +58,11 @@ def test_a_forward_that_torch_cannot_follow_is_told(images, tmp_path):
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
-            self.quant, self.linear, self.dequant = qtrain.QuantStub(), nn.Linear(28, 2), qtrain.DeQuantStub()
+            self.quant, self.linear, self.dequant = (
+                qtrain.QuantStub(),
+                nn.Linear(28, 2),
+                qtrain.DeQuantStub(),
+            )
 
         def forward(self, x):
             x = self.linear(self.quant(x))

@@ -79,7 +79,10 @@ def test_a_plugin_that_is_missing_is_named(settings, monkeypatch, choice):
         settings(f"hydra/{choice}_nope")  # no plugin has it
     caught.value.missing_cfg_file = caught.value.missing_cfg_file.removesuffix("_nope")
     extra = choice.partition("=")[2].partition("_")[0]
-    assert explain(caught.value) == f"hydra/{choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
+    assert (
+        explain(caught.value)
+        == f"hydra/{choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
+    )
 
 
 def test_an_option_that_no_extra_brings(settings):
@@ -89,7 +92,9 @@ def test_an_option_that_no_extra_brings(settings):
 
 
 def test_every_launcher_and_sweeper_is_an_extra():
-    extras = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert set(sweep.EXTRAS) <= set(extras)
     assert all(f"hydra-{name}" in extras[name][0] for name in sweep.EXTRAS)
 
@@ -129,7 +134,11 @@ def test_jobs_that_would_fight_for_the_cores(launched, capsys, launcher, changes
     Comparison().on_multirun_start(launched(launcher, overrides, **changes))
     first, *others = capsys.readouterr().out.splitlines()
     assert first == "1 job"
-    assert len(others) == 1 and others[0].startswith("warning: ") and words in others[0] if words else others == []
+    assert (
+        len(others) == 1 and others[0].startswith("warning: ") and words in others[0]
+        if words
+        else others == []
+    )
 
 
 @pytest.mark.parametrize("launcher", TARGETS)

@@ -21,7 +21,9 @@ SAMPLES = ROOT / "qtrain" / "data" / "samples"
 
 def load_script() -> ModuleType:
     # scripts/ is no package: what is tested is the file that a user runs.
-    spec = importlib.util.spec_from_file_location("make_samples", ROOT / "scripts" / "make_samples.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_samples", ROOT / "scripts" / "make_samples.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -79,10 +81,14 @@ def test_shipped_arrays_and_split(sample: tuple[np.ndarray, np.ndarray]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("QTRAIN_DATA" not in os.environ, reason="needs the official MNIST in $QTRAIN_DATA/MNIST/raw")
+@pytest.mark.skipif(
+    "QTRAIN_DATA" not in os.environ, reason="needs the official MNIST in $QTRAIN_DATA/MNIST/raw"
+)
 def test_shipped_digits_are_the_first_official_ones(sample: tuple[np.ndarray, np.ndarray]) -> None:
     raw = Path(os.environ["QTRAIN_DATA"]) / "MNIST" / "raw"
-    images = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)[:10_000]
+    images = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)[
+        :10_000
+    ]
     labels = np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8, offset=8)[:10_000]
     for c in range(10):
         np.testing.assert_array_equal(sample[0][sample[1] == c], images[labels == c])
@@ -120,7 +126,9 @@ def test_train_counts_is_exact_and_proportional(counts: list[int], data: st.Data
     result = script.train_counts(counts, num_train)
     assert sum(result) == num_train
     for n, k in zip(counts, result, strict=True):
-        assert abs(k * sum(counts) - n * num_train) < sum(counts)  # less than one sample from its share
+        assert abs(k * sum(counts) - n * num_train) < sum(
+            counts
+        )  # less than one sample from its share
 
 
 def test_interleave_sorts_by_rank_then_class() -> None:
@@ -142,7 +150,9 @@ def test_arrange_keeps_each_class_in_order_and_its_tail_for_testing() -> None:
     assert (images.dtype, labels.dtype) == (np.uint8, np.uint8)
     assert np.bincount(labels[:12]).tolist() == [4, 8]
     for c, original in enumerate(by_class):
-        np.testing.assert_array_equal(images[labels == c], original)  # train rows come first, then the tail
+        np.testing.assert_array_equal(
+            images[labels == c], original
+        )  # train rows come first, then the tail
 
 
 def test_npz_bytes_are_reproducible_and_load_without_pickle() -> None:

@@ -28,7 +28,10 @@ def test_a_softmax_behind_the_last_stub_stays_float(method, make_ptq, make_qat, 
     simulation = quantizer.prepare(model)
     quantizer.calibrate(simulation, [(x,)])
     fake, int8 = quantizer.fake(simulation)(x), quantizer.convert(simulation)(x)
-    assert simulation.plan["softmax"].output is None and simulation.plan["inner"].output.scale == 1 / 256
+    assert (
+        simulation.plan["softmax"].output is None
+        and simulation.plan["inner"].output.scale == 1 / 256
+    )
     assert len(fake[0].unique()) > 20
     torch.testing.assert_close(fake, int8, rtol=0.1, atol=0)
     steps = simulation.model.inner(torch.randn(50)) * 256

@@ -38,7 +38,13 @@ def fit(model, accumulate=1, on_epoch=lambda epoch: None):
     torch.manual_seed(0)
     lines = Lines()
     trainer = Trainer(
-        epochs=2, max_steps=None, accumulate=accumulate, clip_norm=1.0, log_every=1, save_every=2, devices=1
+        epochs=2,
+        max_steps=None,
+        accumulate=accumulate,
+        clip_norm=1.0,
+        log_every=1,
+        save_every=2,
+        devices=1,
     )
     trainer.fit(
         model,
@@ -100,7 +106,9 @@ def everything():
             "losses": losses,
             "qparams": activation_qparams(quantized, quantized),
             "integers": {
-                n: w.int_repr() for n, m in quantized.named_modules() if (w := integers.quantized_weight(m)) is not None
+                n: w.int_repr()
+                for n, m in quantized.named_modules()
+                if (w := integers.quantized_weight(m)) is not None
             },
         }
     return found
@@ -109,6 +117,8 @@ def everything():
 if __name__ == "__main__":
     number, ranks, rendezvous, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=number, world_size=ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=number, world_size=ranks
+    )
     torch.save(everything(), out)
     dist.destroy_process_group()

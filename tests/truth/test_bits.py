@@ -13,7 +13,9 @@ def found(job, *settings):
     return run.report["quant"]["weight_bits"], run.report["size_bytes"]
 
 
-@pytest.mark.parametrize("settings", [[], ["quant.engine=reference"], ["quant=qat", "quant.epochs=1"]], ids=str)
+@pytest.mark.parametrize(
+    "settings", [[], ["quant.engine=reference"], ["quant=qat", "quant.epochs=1"]], ids=str
+)
 def test_bytes_follow_the_bits(job, settings):
     eight, eight_bytes = found(job, *settings)
     four, four_bytes = found(job, *settings, "quant.weight.bits=4")

@@ -97,10 +97,15 @@ def train(job, tmp_path):
     """train(*overrides): where the float model came from and its scores; those of a run without a cache agree."""
 
     def run(*overrides, check=True, **model):
-        cached = job("own.net.Net", *OPTIONS, f"float_cache={tmp_path / 'cache'}", *overrides, **model)
+        cached = job(
+            "own.net.Net", *OPTIONS, f"float_cache={tmp_path / 'cache'}", *overrides, **model
+        )
         assert cached.code == 0, cached.text
         if check:
-            assert cached.report["metrics"] == job("own.net.Net", *OPTIONS, *overrides, **model).report["metrics"]
+            assert (
+                cached.report["metrics"]
+                == job("own.net.Net", *OPTIONS, *overrides, **model).report["metrics"]
+            )
         return cached.report["float_from"], cached.report["metrics"]["float"]["loss"]
 
     return run

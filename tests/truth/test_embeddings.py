@@ -4,7 +4,13 @@ import pytest
 
 import qtrain
 
-TEXT = ["task=language_modeling", "data=shakespeare", "model.n_layer=1", "model.n_embd=16", "model.n_head=2"]
+TEXT = [
+    "task=language_modeling",
+    "data=shakespeare",
+    "model.n_layer=1",
+    "model.n_embd=16",
+    "model.n_head=2",
+]
 QAT = ["quant.epochs=1", "quant.convert_every=0"]
 
 
@@ -43,4 +49,8 @@ def test_a_float_head_says_what_made_it_so(job):
 
 def test_a_policy_that_there_is_not_is_refused(job):
     run = job("gpt2_nano", *TEXT, "quant.embedding=int3", "quant.head=none")
-    assert run.code == 1 and "quant.embedding=int3: allowed are" in run.text and "quant.head=none: " in run.text
+    assert (
+        run.code == 1
+        and "quant.embedding=int3: allowed are" in run.text
+        and "quant.head=none: " in run.text
+    )

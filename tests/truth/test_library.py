@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 USERS = Path(__file__).parent / "users"
-WORDS = ["model=mlp", "model.hidden=8", "model._target_=host.Watcher", "trainer=smoke", "logger=none"]
+WORDS = [
+    "model=mlp",
+    "model.hidden=8",
+    "model._target_=host.Watcher",
+    "trainer=smoke",
+    "logger=none",
+]
 WORDS += ["threads=1", "float_cache=null", "measure.repeats=2", "measure.batch_sizes=[1]"]
 HOST = """
 import ctypes, signal, sys

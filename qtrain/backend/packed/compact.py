@@ -43,5 +43,9 @@ class CompactEmbedding(nn.Module):
 
 def integer_weight(module: Any) -> IntegerWeight | None:
     """Returns the integers that a layer's weight is stored as, or None."""
-    weight = module.parametrizations.weight[0] if is_parametrized(module, "weight") else getattr(module, "weight", None)
+    weight = (
+        module.parametrizations.weight[0]
+        if is_parametrized(module, "weight")
+        else getattr(module, "weight", None)
+    )
     return weight if isinstance(weight, IntegerWeight) else None

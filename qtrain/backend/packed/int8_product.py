@@ -16,7 +16,9 @@ from torch import Tensor
 from qtrain.backend.torch_ao.binding import use_engine
 
 # Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls back to plain loops.
-HAS_ONEDNN = torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
+HAS_ONEDNN = (
+    torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
+)
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in float32
 
@@ -30,12 +32,19 @@ class Int8Product:
     """
 
     def __init__(self, integers: Tensor, scale: Tensor) -> None:
-        self.integers, self.scale = integers if integers.device.type == "cpu" else integers.contiguous(), scale
+        self.integers, self.scale = (
+            integers if integers.device.type == "cpu" else integers.contiguous(),
+            scale,
+        )
         self.onednn = self.fbgemm = None
         if integers.device.type == "cpu" and HAS_ONEDNN:
             zeros = torch.zeros(len(integers), dtype=torch.int32)
             scales = scale.flatten().float().expand(len(integers)).contiguous()
-            self.onednn = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None), scales, zeros
+            self.onednn = (
+                torch.ops.onednn.qlinear_prepack(integers.contiguous(), None),
+                scales,
+                zeros,
+            )
         elif integers.device.type == "cpu" and HAS_FBGEMM:
             self.fbgemm = _pack(integers, scale)
 
@@ -98,7 +107,9 @@ def row_magnitudes(x: Tensor) -> Tensor:
 
 def _has_gpu_kernel(a: Tensor, b: Tensor) -> bool:
     # There is none for a few rows.
-    return a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+    return (
+        a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+    )
 
 
 def _pack(integers: Tensor, scale: Tensor) -> Any:
@@ -113,4 +124,6 @@ def _pack(integers: Tensor, scale: Tensor) -> Any:
 
 def _unsigned(x: Tensor, zero_point: int, packed: Any) -> Tensor:
     """Returns the product with round(x), cut off where x + zero_point is below 0; float32."""
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, zero_point, packed)
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        x, 1.0, zero_point, packed
+    )

@@ -19,7 +19,9 @@ FEW_ROWS = 4  # up to so many rows of input, float16 kernels of CPUs are faster 
 
 def is_narrow(spec: QuantSpec) -> bool:
     """Tells whether the lowest integer is left out; "auto": of symmetric ones, but not of the four that 2 bits have."""
-    return bool(spec.symmetric and spec.bits > 2 if spec.narrow_range == AUTO else spec.narrow_range)
+    return bool(
+        spec.symmetric and spec.bits > 2 if spec.narrow_range == AUTO else spec.narrow_range
+    )
 
 
 class IntegerWeight(nn.Module):
@@ -37,7 +39,9 @@ class IntegerWeight(nn.Module):
     data: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    _product: tuple[Tensor, Tensor, tuple[int, int], Int8Product] | None = None  # and what it was made of
+    _product: tuple[Tensor, Tensor, tuple[int, int], Int8Product] | None = (
+        None  # and what it was made of
+    )
 
     def __init__(self, weight: Tensor, spec: QuantSpec) -> None:
         super().__init__()
@@ -48,10 +52,14 @@ class IntegerWeight(nn.Module):
             quantize = partial(affine.symmetric, restricted=is_narrow(spec))
         else:
             quantize = partial(affine.asymmetric)
-        quantized = quantize(weight.detach().float(), spec.bits, axis=axis, group_size=spec.group_size)
+        quantized = quantize(
+            weight.detach().float(), spec.bits, axis=axis, group_size=spec.group_size
+        )
         self.register_buffer("data", self._pack(quantized.int_repr))
         self.register_buffer("scale", quantized.scale)
-        self.register_buffer("zero_point", None if spec.symmetric else quantized.zero_point.to(torch.int32))
+        self.register_buffer(
+            "zero_point", None if spec.symmetric else quantized.zero_point.to(torch.int32)
+        )
 
     def _pack(self, integers: Tensor) -> Tensor:
         """Returns (N, K) integers as bytes (N, ceil(K * bits / 8)): each row begins with a byte of its own."""
@@ -69,7 +77,9 @@ class IntegerWeight(nn.Module):
         if self.bits == 8:
             return data
         shape = (*data.shape[:-1], data.shape[-1] * 8 // self.bits)
-        return packing.unpack(data.flatten(), self.bits, shape, signed=self.signed)[..., : self.shape[1]]
+        return packing.unpack(data.flatten(), self.bits, shape, signed=self.signed)[
+            ..., : self.shape[1]
+        ]
 
     def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Returns the float weight (N, K) that the integers stand for; or some of its rows."""
@@ -78,7 +88,10 @@ class IntegerWeight(nn.Module):
         if scale.dim():
             scale, zero_point = scale[rows], zero_point if zero_point is None else zero_point[rows]
             steps = steps.unflatten(-1, (scale.shape[-1], -1))  # (N, groups, group_size)
-            scale, zero_point = scale[..., None], zero_point if zero_point is None else zero_point[..., None]
+            scale, zero_point = (
+                scale[..., None],
+                zero_point if zero_point is None else zero_point[..., None],
+            )
         steps = (steps if zero_point is None else steps.sub_(zero_point)).mul_(scale)
         return steps.flatten(-2) if scale.dim() else steps
 
@@ -104,7 +117,12 @@ class IntegerWeight(nn.Module):
         if self.zero_point is not None or scale.dim() and scale.shape[-1] > 1:
             return None
         made = self._product
-        if made is None or made[0] is not data or made[1] is not scale or made[2] != (data._version, scale._version):
+        if (
+            made is None
+            or made[0] is not data
+            or made[1] is not scale
+            or made[2] != (data._version, scale._version)
+        ):
             product = Int8Product(self.int_repr(), scale.flatten())
             self._product = made = data, scale, (data._version, scale._version), product
         return made[3]

@@ -53,7 +53,9 @@ ENGINES = {
         Engine("qnnpack", granularity="per_tensor"),
         Engine("x86", reduce_range=True, conv_transpose=False),
         # oneDNN's own default is the full range, which saturates where the CPU lacks VNNI (7.5 dB instead of 46).
-        Engine("onednn", reduce_range=not _has_vnni(), asymmetric_weights=False, conv_transpose=False),
+        Engine(
+            "onednn", reduce_range=not _has_vnni(), asymmetric_weights=False, conv_transpose=False
+        ),
     )
 }
 

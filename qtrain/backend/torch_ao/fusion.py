@@ -29,7 +29,9 @@ def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
         missing = [name for name in group if name not in names]
         if missing:
             known = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"{', '.join(missing)} is no module of {type(model).__name__}, which has {known}")
+            raise ValueError(
+                f"{', '.join(missing)} is no module of {type(model).__name__}, which has {known}"
+            )
         for name in group:
             _make_foldable(name, model.get_submodule(name))
         fusible = _fusible(model, group, is_qat)
@@ -81,7 +83,9 @@ def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
             reason = (str(err) or type(err).__name__).splitlines()[0].strip()
             if "only for eval" in reason:
                 reason = "it fuses for evaluation, by torch's fuse_modules, a model that is to be trained"
-            raise ValueError(f"model: fuse_model of {type(model).__name__} failed: {reason}. {ADVICE}") from err
+            raise ValueError(
+                f"model: fuse_model of {type(model).__name__} failed: {reason}. {ADVICE}"
+            ) from err
 
 
 def unfused_pairs(model: nn.Module) -> list[str]:
@@ -90,7 +94,11 @@ def unfused_pairs(model: nn.Module) -> list[str]:
     for prefix, parent in model.named_modules():
         children = [(name, _float_layer(child)) for name, child in parent.named_children()]
         for (name, layer), (after, norm) in pairwise(children):
-            if isinstance(layer, _ConvNd) and isinstance(norm, _BatchNorm) and layer.out_channels == norm.num_features:
+            if (
+                isinstance(layer, _ConvNd)
+                and isinstance(norm, _BatchNorm)
+                and layer.out_channels == norm.num_features
+            ):
                 dot = f"{prefix}." if prefix else ""
                 pairs.append(f"{dot}{name} + {dot}{after}")
     return pairs

@@ -59,7 +59,12 @@ def _holding(cls: Any) -> Any:
     def copied(layer: Any, _: Any) -> nn.Module:
         return _restored(*reduced(layer)[1])
 
-    own = {"engine": "", "__reduce_ex__": reduced, "__deepcopy__": copied, "__module__": cls.__module__}
+    own = {
+        "engine": "",
+        "__reduce_ex__": reduced,
+        "__deepcopy__": copied,
+        "__module__": cls.__module__,
+    }
     return type(cls.__name__, (cls,), own)
 
 

@@ -131,7 +131,9 @@ def without_kernel(module: nn.Module) -> str | None:
 CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: str, conv_transpose: bool) -> None:
+def refuse_silent_errors(
+    model: nn.Module, plan: Plan, groups: Groups, engine: str, conv_transpose: bool
+) -> None:
     """Raises ValueError for a layer that the engine's kernels would compute wrongly, or not at all.
 
     Args:
@@ -160,7 +162,9 @@ def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: s
             )
 
 
-def _reason(module: nn.Module, layer: LayerPlan | None, engine: str, conv_transpose: bool) -> str | None:
+def _reason(
+    module: nn.Module, layer: LayerPlan | None, engine: str, conv_transpose: bool
+) -> str | None:
     """Returns what is wrong with an int8 version of a layer, and what to do; None where all is well."""
     if isinstance(module, nn.MultiheadAttention):
         return (

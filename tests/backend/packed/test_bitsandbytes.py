@@ -24,14 +24,20 @@ def peers():
     """peers(threshold): a float layer, ours, theirs; all with the same weights. Theirs warns of float16 in the log."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     exact = nn.Linear(256, 384).eval()
-    exact.weight.data = exact.weight.data.half().float()  # theirs rounds weights to float16 before anything else
+    exact.weight.data = (
+        exact.weight.data.half().float()
+    )  # theirs rounds weights to float16 before anything else
     theirs = bitsandbytes.nn.Linear8bitLt(256, 384, has_fp16_weights=False, threshold=6.0)
     theirs.load_state_dict(exact.state_dict())
     theirs = theirs.to("cpu").eval()
     spec = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 
     def make(threshold=6.0):
-        return exact, LLMInt8Linear(IntegerWeight(exact.weight, spec), exact.bias, threshold), theirs
+        return (
+            exact,
+            LLMInt8Linear(IntegerWeight(exact.weight, spec), exact.bias, threshold),
+            theirs,
+        )
 
     return make
 
@@ -52,7 +58,9 @@ def test_both_agree_to_the_rounding_of_bitsandbytes_output(rows, outliers, peers
     x = inputs(rows, outliers)
     difference = relative(ours(x) - theirs(x), exact(x))
     assert difference < 2**-9  # theirs has the 8 significant bits of bfloat16 on a CPU
-    assert difference < relative(ours(x) - exact(x), exact(x)) / 2  # not merely two approximations of the same thing
+    assert (
+        difference < relative(ours(x) - exact(x), exact(x)) / 2
+    )  # not merely two approximations of the same thing
 
 
 @torch.no_grad()

@@ -77,4 +77,9 @@ class Wrong(Mae):
     """Each of its parameters may be one that no table can show."""
 
     def __init__(self, *, quality="mae", higher_is_better=False, unit="", scale=1.0):
-        self.quality, self.higher_is_better, self.unit, self.scale = quality, higher_is_better, unit, scale
+        self.quality, self.higher_is_better, self.unit, self.scale = (
+            quality,
+            higher_is_better,
+            unit,
+            scale,
+        )

@@ -11,4 +11,6 @@ def digits(*, train, test, constant=False, **options):
     images, labels = loader.images[: train + test].clone(), loader.labels[: train + test]
     if constant:
         images.fill_(128)
-    return image_loaders((images[:train], labels[:train]), (images[train:], labels[train:]), **options)
+    return image_loaders(
+        (images[:train], labels[:train]), (images[train:], labels[train:]), **options
+    )

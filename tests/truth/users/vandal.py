@@ -30,4 +30,6 @@ class Vandal(MLP):
         Path(self.path).read_bytes()
 
     def fill(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
