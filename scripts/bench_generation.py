@@ -1,12 +1,13 @@
-"""Generation speed of GPT-2 124M: transformers' fp32, qtrain's fp32, and each of qtrain's formats with real integers.
+"""Generation speed of GPT-2 124M: transformers' and qtrain's fp32, and qtrain's integer formats.
 
     python scripts/bench_generation.py [--threads N] [--rounds N] [--prompt N] [--new N]
 
-Random weights, for values do not matter to speed; batch 1, greedy, with the KV cache. Prefill reads a prompt of 128
-tokens and computes the last one's logits; decoding goes on token by token. The models take turns in one process, in
-each turn several calls of one model in a row; figures are medians of the rounds. A model that reads all of its weights
-for every token decodes at most `bandwidth / bytes of weights` tokens a second; bandwidth is measured in each round,
-by summing 512 MB. transformers (extra `hf`) is left out where it is not installed. The last line is JSON.
+Random weights, for values do not matter to speed; batch 1, greedy, with the KV cache. Prefill reads
+a prompt of 128 tokens and computes the last one's logits; decoding goes on token by token. The
+models take turns in one process, in each turn several calls of one model in a row; figures are
+medians of the rounds. A model that reads all of its weights for every token decodes at most
+`bandwidth / bytes of weights` tokens a second; bandwidth is measured in each round, by summing 512
+MB. transformers (extra `hf`) is left out where it is not installed. The last line is JSON.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def measure(runner: Any, prompt: Tensor, new: int) -> tuple[float, float]:
 
 
 def read_bytes(model: Any) -> int:
-    """Returns the bytes of the weights that each token reads: all but the embeddings, save where the head is one."""
+    """Returns the bytes of weights that a token reads: embeddings only where the head is one."""
     body = getattr(model, "transformer", model)
     return weight_bytes(nn.ModuleList([body.h, body.ln_f, model.lm_head]))
 

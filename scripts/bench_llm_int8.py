@@ -1,10 +1,11 @@
-"""LLM.int8() on the CPU: qtrain's layer against bitsandbytes' Linear8bitLt, both with threshold 6.0 (extra `peers`).
+"""LLM.int8() on the CPU: ours against bitsandbytes' Linear8bitLt, threshold 6.0 (extra `peers`).
 
     python scripts/bench_llm_int8.py [--threads N] [--rounds N]
 
-The four Linear layers of a block of GPT-2 124M, for 1, 16 and 128 rows of float32 input without and with 4 outlier
-columns. Both take turns in one process; figures are medians in ms. bitsandbytes' logger is silent, for it would log a
-warning in every call and lose time by it. The last line is the sums over a block as JSON.
+The four Linear layers of a block of GPT-2 124M, for 1, 16 and 128 rows of float32 input without and
+with 4 outlier columns. Both take turns in one process; figures are medians in ms. bitsandbytes'
+logger is silent, for it would log a warning in every call and lose time by it. The last line is the
+sums over a block as JSON.
 """
 
 import argparse

@@ -1,14 +1,15 @@
-"""What quantization-aware training costs: one QAT step over one float step, of qtrain, of torch.ao and of peers.
+"""What QAT costs: one of its steps over a float step, of qtrain, of torch.ao and of peers.
 
 And what calibration costs: a batch through histogram observers, over a plain forward pass.
 
     python scripts/bench_qat.py [--threads N] [--rounds N] [--cases "convnet, batch 64" ...]
 
-Each candidate takes turns with the float model, a step each, and with no other, whose data it would find in the CPU's
-caches; the float model's own row shows how exact that is. Figures are medians, and ratios are medians of the ratios
-within a turn, which a busy machine disturbs less. Memory is the most that a step allocates at any moment, beyond
-the model. The peers (extra peers: nncf, aimet-torch, brevitas) are measured where they are installed, and take it.
-The last line is the same as JSON.
+Each candidate takes turns with the float model, a step each, and with no other, whose data it would
+find in the CPU's caches; the float model's own row shows how exact that is. Figures are medians,
+and ratios are medians of the ratios within a turn, which a busy machine disturbs less. Memory is
+the most that a step allocates at any moment, beyond the model. The peers (extra peers: nncf,
+aimet-torch, brevitas) are measured where they are installed, and take it. The last line is the same
+as JSON.
 """
 
 import argparse
@@ -144,7 +145,7 @@ def stepper(model: nn.Module, parts: Parts, batches: list[Any]) -> Callable[[], 
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """Returns the most bytes that are allocated at any moment of a step, beyond what was there before."""
+    """Returns the most bytes allocated at any moment of a step, beyond what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     recorded = profiler.profiler.kineto_results.events()
@@ -159,7 +160,7 @@ def ours(parts: Parts) -> nn.Module:
 
 
 def torch_ao(parts: Parts) -> nn.Module:
-    """torch's own recipe: its default QAT qconfig, fused fake quantization, its quick Conv-BN path."""
+    """torch's own recipe: default QAT qconfig, fused fake quantization, quick Conv-BN path."""
     return tq.prepare_qat(configured(parts, tq.get_default_qat_qconfig, is_qat=True))
 
 

@@ -1,7 +1,7 @@
-"""Measures what a sweep adds to its jobs: PTQ jobs on one cached float model, one after another in one process.
+"""What a sweep adds to its jobs: PTQ jobs on one cached float model, in turn in one process.
 
-A job's overhead is the time from its start to the next one's, less the stages of its report. Memory is the process's
-resident set as each job ends. The last line is JSON.
+A job's overhead is the time from its start to the next one's, less the stages of its report. Memory
+is the process's resident set as each job ends. The last line is JSON.
 
     python scripts/bench_sweep.py [--jobs 200] [--folder FOLDER] [OVERRIDE...]
 """

@@ -1,9 +1,9 @@
-"""Training speed: qtrain's loop against a plain DataLoader loop and a bare loop; a QAT step as in bench_qat.py.
+"""Training speed: qtrain's loop, a plain DataLoader loop, a bare loop; a QAT step as bench_qat.py.
 
     python scripts/bench_training.py [--root FOLDER_OF_MNIST] [--threads N] [--rounds N]
 
-All candidates take turns in one process; each figure is a median over the rounds. Without --root, the loops run on the
-bundled sample. The last line is the same figures as JSON.
+All candidates take turns in one process; each figure is a median over the rounds. Without --root,
+the loops run on the bundled sample. The last line is the same figures as JSON.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def loops(data: list[str], rounds: int, steps: int = 700) -> dict[str, float]:
-    """Returns iterations per second of three loops that train `mlp` in batches of 10, and their ratios."""
+    """Returns iterations per second of three loops training `mlp` in batches of 10; and ratios."""
     parts = build(compose("model=mlp", "data.batch_size=10", f"trainer.max_steps={steps}", *data))
     candidates = {
         "qtrain": lambda: qtrain_loop(parts),

@@ -1,6 +1,7 @@
-"""Kills runs at random moments with SIGKILL, resumes them, and compares their ends with an uninterrupted one by bit.
+"""Kills runs at random moments, resumes them, and compares their ends by bit with unharmed ones.
 
-Also starts eight processes at once on an empty float cache. About 8 minutes on two busy cores. The last line is JSON.
+Also starts eight processes at once on an empty float cache. About 8 minutes on two busy cores. The
+last line is JSON.
 
     python scripts/check_kills.py [--kills 20] [--processes 8] [--folder outputs/check_kills]
 """
@@ -50,7 +51,7 @@ def finish(process: subprocess.Popen[bytes]) -> str:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """Returns what must not depend on kills: digests of the weights, the scores, the logged lines but for times."""
+    """Returns what must not depend on kills: weights' digests, scores, logs but for times."""
     report = json.loads((folder / "report.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = {
@@ -69,7 +70,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path) -> None:
-    """Reads every file that a killed run has left; a half-written one raises. A log may end within a line."""
+    """Reads every file that a killed run left; half-written ones raise. A log may end mid-line."""
     for path in folder.rglob("*"):
         if not path.is_file() or any(
             part.startswith(".") for part in path.relative_to(folder).parts
@@ -103,7 +104,7 @@ def stage_of(folder: Path) -> str:
 def kill_and_resume(
     number: int, kills: int, folder: Path, seconds: float, expected: dict[str, Any], cache: str
 ) -> str:
-    """Kills one run at a random moment of its share of a run's `seconds`; returns what it was at."""
+    """Kills one run at a random moment of its share of `seconds`; returns what it was at."""
     run = folder / f"kill{number}"
     begun = time.monotonic()
     process = start(f"hydra.run.dir={run}", *SETTINGS, cache)

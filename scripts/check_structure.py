@@ -1,4 +1,4 @@
-"""Measures the shape of the package against its goals; the exit code is 1 where it is further from one than it was.
+"""Measures the package's shape against its goals; exits with 1 if it is further off than before.
 
     python scripts/check_structure.py
 

@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/fuzz.py [--cases 1000] [--seed 0] [--limit 60]
 
-Each case must end well, or with a message that names the key. Prints those that do not, then a line of JSON with
-counts; the exit code is 1 where there is a traceback, a hang (longer than --limit seconds), or a message that does not
-name its key.
+Each case must end well, or with a message that names the key. Prints those that do not, then a line
+of JSON with counts; the exit code is 1 where there is a traceback, a hang (longer than --limit
+seconds), or a message that does not name its key.
 """
 
 import argparse

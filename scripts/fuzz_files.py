@@ -69,7 +69,7 @@ JUNK += [{"_target_": "os.system"}, {"_target_": 5}, "$\\frac{", "<script>", "9"
 
 
 def make_runs(folder: Path) -> None:
-    """Makes a finished run, `done`, and one that was interrupted after its float training, `open`."""
+    """Makes a finished run, `done`, and one interrupted after its float training, `open`."""
     for name in ("done", "open"):
         (folder / name).mkdir(parents=True)
     pipeline.execute(build.compose(*TINY), folder / "done", TINY)
@@ -83,7 +83,7 @@ def make_runs(folder: Path) -> None:
 
 
 def call(command: Callable[..., object], *arguments: str) -> str:
-    """Returns what a command prints; whatever a mistake of the user's does not explain is raised."""
+    """Returns what a command prints; raises what no mistake of the user's explains."""
     root, before, found = (
         logging.getLogger(),
         sys.argv,
@@ -193,7 +193,7 @@ def check(printed: str) -> None:
 
 
 def try_mutants(folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Returns what went wrong with `count` mutants of the runs that `make_runs` made in `folder`."""
+    """Returns what went wrong with `count` mutants of `make_runs`' runs in `folder`."""
     rng, wrong = random.Random(seed), []
     kinds = [("done", "report.json", read_report)] * 3
     kinds += [
@@ -238,7 +238,7 @@ def outputs(folder: Path, file: str) -> Any:
 
 
 def try_flips(folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Returns what went wrong with `count` flipped bytes in the runs that `make_runs` made in `folder`."""
+    """Returns what went wrong with `count` flipped bytes in `make_runs`' runs in `folder`."""
     rng, wrong = random.Random(seed), []
     places = [
         ("done", "quantized.pt"),

@@ -2,8 +2,8 @@
 
     python scripts/make_runs.py FOLDER [--count 1000] [--models convnet mobilenet_v2]
 
-The runs form a grid of models, methods, bits, observers, engines, learning rates and seeds; fewer bits and cruder
-methods cost accuracy. One job in a hundred has failed.
+The runs form a grid of models, methods, bits, observers, engines, learning rates and seeds; fewer
+bits and cruder methods cost accuracy. One job in a hundred has failed.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def write_run(
     """Writes one finished run; returns its folder.
 
     Args:
-        scores: what examples.pt holds: "float", "quantized" and perhaps "fake", (N,); uint8 are right-or-wrong scores,
-            floats are losses.
+        scores: what examples.pt holds: "float", "quantized" and perhaps "fake", (N,); uint8 are
+            right-or-wrong scores, floats are losses.
         size_kb, latency_ms: float and quantized.
         other_load: CPU cores that other programs used meanwhile.
         settings: more of the config, laid over its top level.

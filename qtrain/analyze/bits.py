@@ -1,4 +1,4 @@
-"""How many bits weights have, whatever they are stored in: torch keeps 2, 4 and 8 bits in a byte each."""
+"""How many bits weights have, whatever stores them: torch gives 2, 4 and 8 bits a byte each."""
 
 from collections.abc import Iterator
 
@@ -31,7 +31,8 @@ def bytes_at_bits(
 
     Args:
         quantized, plan: as for `mean_bits`.
-        float_model: what a simulation is measured by, its scales left out; they are a few bytes a channel.
+        float_model: what a simulation is measured by, its scales left out; they are a few bytes a
+            channel.
         simulated: whether `quantized` is a simulation's.
     """
     spared = sum(count * (stored - bits) for count, bits, stored in _weights(quantized, plan))
@@ -39,7 +40,7 @@ def bytes_at_bits(
 
 
 def _weights(model: nn.Module, plan: Plan) -> Iterator[tuple[int, int, int]]:
-    """Yields (numbers, bits, bits that each is stored in) of each quantized weight, shared ones once."""
+    """Yields (numbers, bits, stored bits of each) of each quantized weight, shared ones once."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         layer = plan.get(name)

@@ -17,7 +17,7 @@ Inputs = tuple[Tensor, ...]
 
 
 def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> dict[str, Any]:
-    """Returns the shares of parameters and multiply-accumulates that are quantized, and the layers that are not.
+    """Returns the quantized shares of parameters and multiply-accumulates, and the layers left out.
 
     Biases, which stay float, count among the parameters that are not quantized.
 
@@ -36,8 +36,8 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
                 weight = getattr(
                     module.weight, "data", module.weight
                 )  # of a float16 weight, its tensor
-            # Each output element is a dot product with one row of the weight; transposed, each input element is
-            # multiplied with one.
+            # Each output element is a dot product with one row of the weight; transposed, each
+            # input element is multiplied with one.
             elements = _inputs[0] if getattr(module, "transposed", False) else output
             macs[name] = macs.get(name, 0) + elements[0].numel() * weight.shape[1:].numel()
 

@@ -42,7 +42,8 @@ def dry_run(
 
     Raises:
         ValueError: a stage fails; names the layer and the reason.
-        TruthError: the prepared model computes something else, or torch would convert it wrongly in silence.
+        TruthError: the prepared model computes something else, or torch would convert it wrongly in
+            silence.
     """
     torch_ao.refuse_old_norms(model)
     with torch.random.fork_rng(), torch.no_grad():
@@ -90,7 +91,7 @@ def cloned(inputs: Inputs) -> Inputs:
 
 
 def randomize_batch_norm(model: nn.Module) -> nn.Module:
-    """Gives the batch-norms of a model, in place, statistics that folding cannot ignore, as training would.
+    """Gives a model's batch-norms, in place, statistics that folding cannot ignore, as training.
 
     Fresh ones change nothing, wherever they stand: a fusion across them would not be noticed.
     """
@@ -140,13 +141,14 @@ def _require_savable(quantized: nn.Module, engine: str | None) -> None:
 def rehearse(
     model: nn.Module, quantizer: Quantizer, task: Task, data: DataLoaders
 ) -> frozenset[str]:
-    """Runs on a few samples, and copies, what training, evaluation and the report will do with the outputs.
+    """Runs on copies of a few samples what training, evaluation and report will do with outputs.
 
     Returns:
         the layers that run in train mode alone, where there are auxiliary outputs.
 
     Raises:
-        ValueError: an output, a batch of any split, or a metric is not what the task needs; says where and why.
+        ValueError: an output, a batch of any split, or a metric is not what the task needs; says
+            where and why.
     """
     with torch.random.fork_rng():
         first = _head(next(iter(data.calib)), 4)
@@ -169,7 +171,7 @@ def rehearse(
 
 @contextmanager
 def _single_samples() -> Iterator[None]:
-    """Lets torch's refusal to normalize a batch of one number a channel say which setting makes such batches."""
+    """Lets torch's refusal of batches of one number a channel say which setting makes them."""
     try:
         yield
     except ValueError as err:
@@ -267,7 +269,7 @@ def _rehearse_scores(model: nn.Module, task: Task, data: DataLoaders) -> None:
 
 @contextmanager
 def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
-    """Warns of layers that run several times in one forward pass: all of their outputs get one scale."""
+    """Warns of layers that run several times in a forward pass: all their outputs get one scale."""
     calls: Counter[str] = Counter()
     handles = []
     for name, point in output_points(prepared).items():
@@ -288,7 +290,7 @@ def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
-    """Turns an error inside the block into a ValueError that names the layer of `model` where it arose.
+    """Turns an error inside the block into a ValueError that names the layer where it arose.
 
     Yields:
         a function that returns the name of the layer that runs, "" for the model itself.

@@ -19,7 +19,7 @@ CALLED_INSTEAD = {
 def layer_outputs(
     model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]
 ) -> dict[str, Tensor]:
-    """Returns {layer: its dequantized output}, in the order of execution; of a layer that runs twice, the last."""
+    """Returns {layer: its dequantized output}, in the order of execution; the last, of several."""
     outputs: dict[str, Tensor] = {}
     handles = []
     for name in names:
@@ -42,7 +42,7 @@ def layer_outputs(
 
 
 def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """Returns the output in eval mode; `inputs`, which a forward may change in place, are left alone."""
+    """Returns the output in eval mode; `inputs`, which a forward may change, are left alone."""
     with torch.no_grad():
         return model.eval()(*(x.clone() for x in inputs))
 
@@ -62,9 +62,10 @@ def relative_error(exact: Tensor, other: Tensor) -> float:
 def divergence(
     fake: nn.Module, quantized: nn.Module, names: list[str], inputs: tuple[Tensor, ...]
 ) -> dict[str, float]:
-    """Returns {layer: root mean square difference, in steps of its output, between `quantized` and `fake`}.
+    """Returns {layer: RMS difference of `quantized` and `fake`, in steps of its output}.
 
-    Each converted layer gets its simulation's input, so that errors of earlier layers do not add up.
+    Each converted layer gets its simulation's input, so that errors of earlier layers do not add
+    up.
     """
     # Copies, for what comes behind a layer may work in place.
     received: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Returns the bytes of all tensors in the state dict, scales and zero points included, shared ones once."""
+    """Returns the bytes of all tensors in the state dict, scales included, shared ones once."""
     seen: set[int] = set()
 
     def count(item: Any) -> int:
@@ -51,7 +51,7 @@ def latency(
     warmup: int,
     repeats: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns {model: {batch size: {"median", "p90"}}} in milliseconds of a forward pass on the CPU.
+    """Returns {model: {batch size: {"median", "p90"}}}, in ms of a forward pass on the CPU.
 
     The models take turns, so that a busy machine slows all of them alike.
 
@@ -85,8 +85,9 @@ def turns(calls: Sequence[Callable[[], Any]], warmup: int, repeats: int) -> Tens
 
 
 def median_interval(values: Tensor) -> dict[str, float]:
-    """Returns {"median", "low", "high", "p90"} of (n,): low and high are the order statistics that hold the median of
-    the distribution, whatever it is, with 95 % confidence (W. J. Conover, Practical Nonparametric Statistics, 3.2).
+    """Returns {"median", "low", "high", "p90"} of (n,): low and high are the order statistics that
+    hold the median of the distribution, whatever it is, with 95 % confidence (W. J. Conover,
+    Practical Nonparametric Statistics, 3.2).
     """
     ordered, n = values.sort().values, len(values)
     half = 0.98 * n**0.5
@@ -142,7 +143,7 @@ NEW_TOKENS, ROUNDS = 32, 5
 
 
 def generation_speed(models: dict[str, nn.Module], prompt: Tensor) -> dict[str, float]:
-    """Returns {model: tokens per second} on the CPU, greedy, at batch 1 with the KV cache; {} where none can generate.
+    """Returns {model: tokens per second} on the CPU: greedy, batch 1, with the KV cache.
 
     The models take turns; medians.
 
@@ -179,10 +180,11 @@ class Stopwatch:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep what it frees, up to 1 GB, for its next tensors, where the C library is glibc.
+    """Lets this process keep up to 1 GB of what it frees for its next tensors, with glibc.
 
     For processes of qtrain's own: a library leaves its host's memory alone.
-    By default large blocks go back to the system, and each training step begins by asking for them, page by page, anew.
+    By default large blocks go back to the system, and each training step begins by asking for them,
+    page by page, anew.
     """
     with suppress(AttributeError):  # of other C libraries
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
@@ -190,7 +192,7 @@ def keep_freed_memory() -> None:
 
 
 def reset_peak_memory() -> None:
-    """Starts the peak anew, where the system can (Linux, CUDA), so that jobs of one process do not add up."""
+    """Starts the peak anew, where the system can (Linux, CUDA): a process's jobs do not add up."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what `keep_freed_memory` kept
     if torch.cuda.is_available():

@@ -44,12 +44,15 @@ class TruthGate:
     Args:
         on_failure: "error" ends the run, "warn" reports and goes on.
         samples: samples of the test split that layers are compared on.
-        max_steps: largest root mean square difference, in quantization steps, between what a converted layer and its
-            simulation make of the same input. Kernels that round as they should stay below 0.5; those of engines that
-            reduce the range do not clip where their simulation does, and may be above.
-        max_loss_gap: largest difference between the losses of the converted model and of its simulation, as a share of
-            the latter's; within it, at most 0.5 % and three standard errors of the difference, example by example.
-        max_range_ratio: largest width of the model's input in evaluation, in widths of the calibrated range.
+        max_steps: largest root mean square difference, in quantization steps, between what a
+            converted layer and its simulation make of the same input. Kernels that round as they
+            should stay below 0.5; those of engines that reduce the range do not clip where their
+            simulation does, and may be above.
+        max_loss_gap: largest difference between the losses of the converted model and of its
+            simulation, as a share of the latter's; within it, at most 0.5 % and three standard
+            errors of the difference, example by example.
+        max_range_ratio: largest width of the model's input in evaluation, in widths of the
+            calibrated range.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -103,7 +106,7 @@ class TruthGate:
         ]
 
     def ends(self, fake: Tensor, quantized: Tensor) -> tuple[dict[str, float], list[str]]:
-        """Compares the losses of the converted model and its simulation over all test examples, in pairs.
+        """Compares the converted model's losses with its simulation's, in pairs, on all test data.
 
         Args:
             fake, quantized: losses (N,) of the same examples, in nats.
@@ -130,9 +133,10 @@ class TruthGate:
         ]
 
     def unobserved(self, prepared: nn.Module, auxiliary: frozenset[str] = frozenset()) -> list[str]:
-        """Returns a failure for each layer with weights whose observer saw nothing during calibration.
+        """Returns a failure for each layer with weights whose observer saw nothing in calibration.
 
-        Of layers without, such as a FloatFunctional, some models keep spare ones: they fail when they are used.
+        Of layers without, such as a FloatFunctional, some models keep spare ones: they fail when
+        they are used.
 
         Args:
             auxiliary: layers that run in train mode alone.
@@ -152,10 +156,11 @@ class TruthGate:
         quantized: nn.Module,
         inputs: tuple[Tensor, ...],
     ) -> tuple[dict[str, Any], list[str]]:
-        """Compares layer outputs of the float, the fake-quantized and the converted model on the same samples.
+        """Compares layer outputs of the float, simulated and converted model on the same samples.
 
         Args:
-            reference: the prepared model with its fake quantization off: the float model, fused; or None.
+            reference: the prepared model with its fake quantization off: the float model, fused; or
+                None.
             fake: the fake-quantized model, or None.
             quantized: the converted model.
             inputs: arguments of forward, on the CPU.
@@ -241,7 +246,7 @@ def _decibels(reference: Tensor, approximation: Tensor) -> float:
 
 
 def require_finite_weights(model: nn.Module) -> None:
-    """Raises TruthError where a parameter, a running statistic or a scale is missing, NaN or infinite; names it.
+    """Raises TruthError where a parameter, statistic or scale is missing, NaN or infinite; by name.
 
     Other buffers may be: an attention mask, the range of an observer that saw nothing.
     """
@@ -272,7 +277,7 @@ def _is_layer(name: str, module: nn.Module) -> bool:
 def _first_difference(
     before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module
 ) -> str | None:
-    """Returns the first layer, in the order of execution, after which the fused model computes something else.
+    """Returns the first layer, as they run, after which the fused model computes something else.
 
     A layer that others were fused into is compared with the last of these.
     """
@@ -292,7 +297,7 @@ def _first_difference(
 
 @contextmanager
 def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Iterator[None]:
-    """Raises TruthError as soon as a layer of `model` puts out NaN or infinity; names the layer and the batch."""
+    """Raises TruthError when a layer puts out NaN or infinity; names the layer and the batch."""
     batch = first_batch - 1
     handles = []
 

@@ -65,16 +65,18 @@ def quantize(
     """Returns the quantized model and its report; `model` is left as it is.
 
     Args:
-        model: a float model; for "ptq" with QuantStub and DeQuantStub, and a `fuse_model(is_qat)` where it can fuse.
-        batches: of calibration data: tensors, tuples of forward's arguments, or (inputs, target), whose target is
-            left out. The first 32 are taken; the first one also checks the result.
+        model: a float model; for "ptq" with QuantStub and DeQuantStub, and a `fuse_model(is_qat)`
+            where it can fuse.
+        batches: of calibration data: tensors, tuples of forward's arguments, or (inputs, target),
+            whose target is left out. The first 32 are taken; the first one also checks the result.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
         weight_bits: 2..8; of weight_only 2, 4 or 8.
         layers: {pattern of layer names: what they are instead}, as `quant.layers`.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed; or the layer that cannot be quantized.
+        ValueError: names the argument, its value and what is allowed; or the layer that cannot be
+            quantized.
         TruthError: the result is not what its simulation says.
     """
     refuse(choice("method", method, METHODS) + whole("weight_bits", weight_bits, 2, 8))

@@ -10,8 +10,8 @@ from qtrain.simulate.sites import Site
 
 
 def quantized_weight(module: nn.Module) -> torch.Tensor | IntegerWeight | None:
-    """Returns the quantized weight of one converted layer, torch's or ours, or None; both know shape, numel(),
-    int_repr() and dequantize().
+    """Returns the quantized weight of one converted layer, torch's or ours, or None; both know
+    shape, numel(), int_repr() and dequantize().
     """
     if (compact := integer_weight(module)) is not None:
         return compact
@@ -48,7 +48,7 @@ def users_kind(layer: nn.Module) -> str:
 
 
 def users_name(model: nn.Module, name: str) -> str:
-    """Returns the name that the user knows for layer, parameter or buffer `name` of a simulation or converted model.
+    """Returns the user's name for layer, parameter or buffer `name` of a simulation or its result.
 
     What simulating or keeping float has put inside a layer goes by the layer's own name.
     """

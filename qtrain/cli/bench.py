@@ -16,7 +16,7 @@ EXAMPLE = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints a table, and writes the figures into each run's report.json; mistakes end it with code 1."""
+    """Measures, prints a table, writes it into each run's report.json; mistakes end with code 1."""
     parser = argparse.ArgumentParser("qtrain-bench", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="the folder of a finished run"
@@ -57,8 +57,9 @@ def bench(
 ) -> None:
     """Measures the float and the converted model of each run, all of them in turn, on the CPU.
 
-    `latency_ms`, `threads` and `other_load` of a report become those of the first thread count; `bench` holds all rows,
-    with 95 % intervals of the medians, and of the ratio to the run's float model, pair by pair.
+    `latency_ms`, `threads` and `other_load` of a report become those of the first thread count;
+    `bench` holds all rows, with 95 % intervals of the medians, and of the ratio to the run's float
+    model, pair by pair.
 
     Raises:
         ValueError: a folder holds no finished run. Nothing has been measured or written then.

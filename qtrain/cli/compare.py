@@ -1,4 +1,4 @@
-"""The command `qtrain-compare`: which runs are best, by how much, and whether that is more than chance."""
+"""The command `qtrain-compare`: which runs are best, by how much, and is it more than chance."""
 
 import argparse
 import gc
@@ -77,8 +77,8 @@ def compare(
 
     Args:
         filters: texts "key=value" or "key=value,value"; all must hold.
-        baseline: a run's folder, or filters that leave one run for each seed. `filters` hold for it too, but for the
-            keys that it names.
+        baseline: a run's folder, or filters that leave one run for each seed. `filters` hold for it
+            too, but for the keys that it names.
 
     Raises:
         ValueError: nothing is left to compare, or a key is unknown; says what there is.
@@ -210,7 +210,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the comparison that the command line asks for; mistakes end it with a message and code 1."""
+    """Prints the comparison that was asked for; mistakes end it with a message and code 1."""
     gc.disable()  # of 5,000 reports nothing goes in circles; to look for some takes a quarter of the time
     try:
         _main(argv)

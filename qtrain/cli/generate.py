@@ -22,7 +22,7 @@ EXAMPLE = 'example: qtrain-generate outputs/runs/... --prompt "I have a dream" -
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the prompt as the run's converted model continues it; mistakes end it with a message and code 1."""
+    """Prints the prompt as the converted model continues it; mistakes end with code 1."""
     parser = argparse.ArgumentParser("qtrain-generate", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="the folder of a finished run of a language model"
@@ -112,7 +112,7 @@ def generate(
 
 
 def pieces(encoder: "Tokenizer", tokens: "Tensor", new: "Iterable[Tensor]") -> Iterator[str]:
-    """Yields the text of `tokens` (N,) and of each that follows, (1, 1), once its characters are whole."""
+    """Yields the text of `tokens` (N,) and of each that follows, (1, 1), in whole characters."""
     found, told = tokens.tolist(), 0
     for token in chain([None], new):
         found += [] if token is None else token[0].tolist()

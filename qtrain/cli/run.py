@@ -1,6 +1,7 @@
 """The command `qtrain`.
 
-What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the command quietly from the start.
+What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the command
+quietly from the start.
 """
 
 import gc
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def job() -> None:
-    """Has Hydra read the command line, and run what it asks for: one job, or the jobs of a sweep."""
+    """Has Hydra read the command line, and run what it asks for: one job, or a sweep's."""
     import hydra
 
     hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(one_job)()
@@ -84,7 +85,8 @@ def one_job(config: "DictConfig") -> Any:
     except Exception as err:
         if settings.mode == RunMode.RUN:
             raise
-        # One bad job must not end a sweep; its report says what happened, and the sweep's end lists it.
+        # One bad job must not end a sweep; its report says what happened, and the sweep's end lists
+        # it.
         log.error(f"job {settings.job.num} failed: {err}")
         return None  # which Optuna takes for a failed trial; of a number that is NaN it dies
     return values[0] if len(values) == 1 else tuple(values)
@@ -103,7 +105,7 @@ def _announce(config: "DictConfig") -> None:
 
 
 def _select(report: Any, objective: str) -> float:
-    """Returns the number that an objective names; size and latency are those of the converted model."""
+    """Returns the number that an objective names; size and latency are the converted model's."""
     from qtrain.config.settings import ConfigError
 
     found: Any = report.metrics
@@ -123,7 +125,7 @@ def _select(report: Any, objective: str) -> float:
 
 
 def continue_run(arguments: list[str]) -> None:
-    """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
+    """Goes on with the run that `resume=RUN` names, in its folder and with its config."""
     with _importing():
         from qtrain.analyze.measure import keep_freed_memory
         from qtrain.common.files import alone
@@ -149,7 +151,7 @@ def continue_run(arguments: list[str]) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came where no run listens to it, as where a launcher waits for its workers, which it ends for Ctrl-C."""
+    """SIGTERM came where no run listens, as in a launcher that waits: it ends its workers."""
 
     signum = signal.SIGTERM
 
@@ -184,7 +186,7 @@ def _importing() -> Iterator[None]:
 
 
 def main() -> None:
-    """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
+    """Runs what the command line names, or the default job; mistakes end it with code 1."""
     with _importing():
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
@@ -228,7 +230,7 @@ def _read_command_line() -> None:
 
 
 def _write_nowhere_in_other_ranks() -> None:
-    """Gives all of torchrun's processes but the first a folder of their own: the first one's is the run's."""
+    """Gives torchrun's processes but the first a folder of their own: the first's is the run's."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
         import atexit
         import shutil

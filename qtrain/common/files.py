@@ -24,11 +24,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write: called with the path of a new file, on the same disk, to fill.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; what was at `path` is still there.
+        OSError: the folder cannot be written or the disk is full; what was at `path` is still
+            there.
     """
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            # torch.save writes the file's stem before each tensor: one letter keeps small models small.
+            # torch.save writes the file's stem before each tensor: one letter keeps small models
+            # small.
             new = Path(folder) / "w"
             write(new)
             with new.open("rb") as file:
@@ -61,7 +63,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_file(path: Path) -> None:
-    """Makes sure that `path` is a file, not a folder, nor a pipe or a device that would be read without end.
+    """Makes sure that `path` is a file: no folder, and no pipe or device to be read without end.
 
     Raises:
         ValueError: it is not, or is not there.
@@ -100,7 +102,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def alone(run_dir: Path) -> Iterator[None]:
-    """While entered, no other process works in `run_dir`; the operating system frees the lock of one that dies.
+    """While entered, no other process works in `run_dir`; the system frees a dead one's lock.
 
     Raises:
         ValueError: one does.

@@ -1,14 +1,15 @@
-"""Checks of single settings, each as strict as its name says: `true` is no number, and 1 is no `true`.
+"""Checks of single settings, as strict as their names: `true` is no number, and 1 is no `true`.
 
-A check returns a list, empty or with one line `name=value: must be ...`, so that checks add up and a constructor
-refuses all mistakes at once.
+A check returns a list, empty or with one line `name=value: must be ...`, so that checks add up and
+a constructor refuses all mistakes at once.
 """
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
-# Bounds beyond which a number cannot be meant, and would end in hours, in no memory, or in torch's integers.
+# Bounds beyond which a number cannot be meant, and would end in hours, in no memory, or in torch's
+# integers.
 SEEDS = 2**32 - 1  # torch's generator takes no more of a seed on every device
 MANY = 1_000_000  # of epochs, steps, samples, tokens
 WIDE = 16_384  # of layers, channels, samples at once
@@ -100,7 +101,7 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> list[str]:
 
 
 def text(name: str, value: Any, *, null: bool = False) -> list[str]:
-    """Checks a text that is not empty and holds no zero byte, on which the system's calls end; with `null`, None too.
+    """Checks a text: not empty, no zero byte, which ends it for the system; `null` lets None pass.
 
     >>> text("path", ""), text("path", 3, null=True)
     (['path=: must be a text that is not empty'], ['path=3: must be a text that is not empty, or null'])

@@ -67,7 +67,7 @@ AUTO = "auto"  # data.tokenizer: that of the pretrained model
 
 
 def compose(*overrides: str) -> DictConfig:
-    """Returns the config that the command line `qtrain *overrides` would run; for tests and notebooks."""
+    """Returns the config that `qtrain *overrides` would run; for tests and notebooks."""
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
         words = [*overrides, *partners(list(overrides))]
         config = hydra.compose("config", hydra_arguments(words), return_hydra_config=True)
@@ -76,9 +76,10 @@ def compose(*overrides: str) -> DictConfig:
 
 
 def resolve(config: DictConfig) -> DictConfig:
-    """Returns a copy without Hydra's own section, interpolations and names of files replaced by what they stand for.
+    """Returns a copy without Hydra's section; interpolations and file names become what they mean.
 
-    A device or an observer that is not there becomes a line of `config.mistakes`, for `build` to raise with all others.
+    A device or an observer that is not there becomes a line of `config.mistakes`, for `build` to
+    raise with all others.
 
     Raises:
         ConfigError: an interpolation leads nowhere, or a value is missing.
@@ -121,14 +122,14 @@ def resolve(config: DictConfig) -> DictConfig:
 
 
 def _of_group(group: str, known: list[str], item: Any) -> Any:
-    """Returns the content of the file that `item` names, None where there is no such file; no name stays as it is."""
+    """Returns the content of the file that `item` names, or None; no name stays as it is."""
     if not isinstance(item, str):
         return item
     return hydra.compose(f"{group}/{item}")[group] if item in known else None
 
 
 def _from_start(config: DictConfig) -> None:
-    """Makes relative paths whole where hydra.job.chdir has left the folder of the start, which they are meant from."""
+    """Makes relative paths whole where hydra.job.chdir has left the folder they are meant from."""
     start = Path(HydraConfig.get().runtime.cwd or ".") if HydraConfig.initialized() else Path()
     if start.resolve() == Path.cwd():
         return
@@ -139,7 +140,7 @@ def _from_start(config: DictConfig) -> None:
 
 
 def overridden_labels(config: DictConfig) -> list[str]:
-    """Returns what is wrong where a composed config names its own choices; they label the run, and must be true."""
+    """Returns what is wrong with the choices that a composed config names: they label the run."""
     if not OmegaConf.is_dict(config.choices):
         return [
             f"choices={shown(config.choices)}: names the files that were chosen, and cannot be set"
@@ -189,7 +190,7 @@ def _uncalibrated(config: DictConfig, overrides: list[str]) -> list[str]:
 
 
 def _unresolved(node: Any, path: str = "") -> Iterator[str]:
-    """Yields a line for each value below `node` that is missing, or an interpolation that leads nowhere."""
+    """Yields a line for each value below `node` that is missing, or leads nowhere."""
     for key in node if OmegaConf.is_dict(node) else range(len(node)):
         where = f"{path}{key!s}"
         try:
@@ -207,7 +208,7 @@ def _unresolved(node: Any, path: str = "") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is built from. The generators' state is the one that making the model left behind."""
+    """What a run is built from; the generators' state is the one that making the model left."""
 
     data: DataLoaders
     model: nn.Module
@@ -320,7 +321,7 @@ def _try_spec(quant: DictConfig, role: str) -> list[str]:
 
 
 def _refused(made: dict[str, Any], section: DictConfig, prefix: str = "") -> list[str]:
-    """Returns what is wrong with the settings of optimizer and scheduler, by calling their factories."""
+    """Returns what is wrong with optimizer and scheduler, by calling their factories."""
     key = "optimizer"
     try:
         optimizer = made[key]([nn.Parameter(torch.zeros(1))])

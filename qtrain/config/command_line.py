@@ -1,4 +1,4 @@
-"""Where the config lies, and how its command line becomes Hydra's; without torch, whose import takes seconds."""
+"""Where the config lies, and how its command line becomes Hydra's; without torch's slow import."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ VALUED = (
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Returns a command line's options, as -m, with their values, and its overrides, wherever they stand on it."""
+    """Returns a command line's options, as -m, with their values, and its overrides."""
     options, overrides = [], []
     rest = iter(arguments)
     for argument in rest:
@@ -32,7 +32,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def config_dir() -> str:
-    """Returns the folder of the YAML files: inside the installed package, or else in the checkout."""
+    """Returns the folder of the YAML files: in the installed package, or else in the checkout."""
     package = Path(__file__).parents[1]
     installed = package / "conf"
     return str(installed if installed.is_dir() else package.parent / "conf")
@@ -41,8 +41,9 @@ def config_dir() -> str:
 def hydra_arguments(arguments: list[str]) -> list[str]:
     """Returns a command line of ours in the words that Hydra 1.3 takes.
 
-    It refuses null for a group that the defaults list holds as null, new keys in a mapping without a plus, the quotes
-    around such a key that YAML needs, as in {"*.mlp": float}, and a value with an equals sign without quotes.
+    It refuses null for a group that the defaults list holds as null, new keys in a mapping without
+    a plus, the quotes around such a key that YAML needs, as in {"*.mlp": float}, and a value with
+    an equals sign without quotes.
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
     kept = [
@@ -56,9 +57,10 @@ def _layers(argument: str) -> str:
 
 
 def _quoted(argument: str) -> str:
-    """Returns KEY=VALUE with quotes around each value that holds an equals sign, as epoch=3/last.pt."""
+    """Returns KEY=VALUE with quotes around values that hold an equals sign, as epoch=3/last.pt."""
     key, _, value = argument.partition("=")
-    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor the option of a command.
+    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor the option of a
+    # command.
     is_ours = key.startswith("-") or key == "resume" or re.match(r"['\"\[{]|\w+\(", value)
     if "=" not in value or is_ours or "\\" in value or "'" in value:
         return argument
@@ -67,7 +69,7 @@ def _quoted(argument: str) -> str:
 
 
 def refuse_choices(arguments: list[str]) -> None:
-    """Raises ValueError where a group is given what names no file, for which Hydra's own message would name no key.
+    """Raises ValueError where a group is given no file's name: Hydra's message would name no key.
 
     A key that every run has cannot be deleted either.
     """

@@ -1,4 +1,4 @@
-"""Names that older versions wrote into configs and runs, and where their objects are defined now."""
+"""Names that older versions wrote into configs and runs, and where their objects are now."""
 
 from typing import Any
 

@@ -68,7 +68,7 @@ def find_device(name: Any, key: str = "device") -> str:
 
 
 def objectives(config: DictConfig) -> list[str]:
-    """Returns the metrics that a sweeper shall optimize, such as quantized.accuracy; none: the task's own."""
+    """Returns the metrics for a sweeper to optimize, as quantized.accuracy; none: the task's."""
     found = config.objective
     if isinstance(found, str):
         return [found]

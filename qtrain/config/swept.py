@@ -15,7 +15,7 @@ OPTIONAL = "optional_keys"  # how the command tells its jobs which keys may be l
 
 
 def forgive(options: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
-    """Returns a command line's overrides, the keys that some swept option lacks made optional, with a note each.
+    """Returns the overrides, keys that some swept option lacks made optional, with a note each.
 
     Args:
         options: what begins with a dash, and the values that go with it.
@@ -82,7 +82,7 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
 
 
 def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> list[str]:
-    """Removes, in place, the optional keys that a job's own options lack; returns its overrides without them."""
+    """Removes, in place, optional keys that a job's options lack; returns the other overrides."""
     import hydra
     from omegaconf import OmegaConf, open_dict
 
@@ -107,7 +107,7 @@ def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> list[str]:
 
 
 def _is_spelt(key: str, folders: Iterable[str]) -> bool:
-    """Tells whether any YAML file has a key of that last name; to compose all options takes seconds."""
+    """Tells whether any YAML file has a key of that last name; composing them takes seconds."""
     name = re.compile(rf"\b{re.escape(key.rpartition('.')[2])}['\"]?\s*:")
     files = (path for folder in folders for path in Path(folder).rglob("*.yaml"))
     return any(name.search(path.read_text("utf-8", "replace")) for path in files)

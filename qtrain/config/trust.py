@@ -1,4 +1,4 @@
-"""What a run's folder may name: anyone may have made it, and each `_target_` in it is code that would run."""
+"""What a run's folder may name: anyone may have made it, and each `_target_` in it would run."""
 
 import os
 import re
@@ -18,7 +18,7 @@ LIBRARIES = ("torch.nn", "torch.optim", "torchvision.transforms", MODELS)
 
 
 def require(config: Any, trust: Sequence[str], where: str) -> None:
-    """Makes sure that `config` names nothing but harmless classes and functions; imports no others to find out.
+    """Makes sure that `config` names only harmless classes and functions; imports no others for it.
 
     Args:
         config: plain dicts, lists and values, from a run's folder.
@@ -26,7 +26,8 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
         where: what to call the config in messages.
 
     Raises:
-        ValueError: a `_target_`, at any depth, is defined elsewhere, or a value is an interpolation.
+        ValueError: a `_target_`, at any depth, is defined elsewhere, or a value is an
+            interpolation.
     """
     if isinstance(trust, str):
         raise ValueError(f"trust={trust}: must be a list of packages, such as [{trust!r}]")
@@ -64,7 +65,7 @@ def _own_targets() -> frozenset[str]:
 
 
 def _problem(target: Any, packages: list[str]) -> str | None:
-    """Returns why an object of that name must not be made, or None. What counts is where it is defined."""
+    """Returns why an object of that name must not be made, or None; where it is defined counts."""
     if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
         return "must be a name such as mypackage.MyNet"
     if target in _own_targets():
@@ -90,7 +91,7 @@ def _is_in(name: str, package: str) -> bool:
 
 
 def _member(module: str, name: str) -> Any:
-    """Returns what a module calls so; not by its package, which may call a function as the module."""
+    """Returns what a module calls so; not by its package, which may hide it by a function."""
     found = _import(module)
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -102,7 +103,7 @@ def _function(found: Any) -> Any:
 
 
 def _find(target: str) -> Any:
-    """Returns what has that name, or None where the way there leads through another module's import."""
+    """Returns what has that name, or None where another module's import leads there."""
     first, *others = target.split(".")
     name, found = first, _import(first)
     for part in others:
@@ -123,7 +124,7 @@ def _import(name: str) -> Any:
 
 
 def _is_known(found: Any, module: str) -> bool:
-    """Tells whether it is a module, optimizer or schedule of torch's, or a model or transform of torchvision's."""
+    """Tells whether it is torch's module, optimizer or schedule, or torchvision's own."""
     from torch import nn, optim
 
     kinds: dict[str, Any] = {

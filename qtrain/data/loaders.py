@@ -29,7 +29,8 @@ class DataLoaders:
 
     Attributes:
         train: batches in a new random order every epoch.
-        val: held out of the training split for choices made during training; None where nothing is held out.
+        val: held out of the training split for choices made during training; None where nothing is
+            held out.
         test: the official test split, for reported numbers only.
         calib: the training split in fixed order with evaluation transforms.
         fingerprint: a digest of the data's content.
@@ -43,7 +44,7 @@ class DataLoaders:
 
 
 def shuffled_indices(num_samples: int) -> Tensor:
-    """Returns the order (num_samples,) that `DataLoader(shuffle=True)` would draw from torch's global generator.
+    """Returns the order (num_samples,) that `DataLoader(shuffle=True)` would draw.
 
     A DataLoader first draws a seed for its workers, then one for its sampler's own generator.
     """
@@ -121,10 +122,10 @@ def image_loaders(
     size: int | None = None,
     device: str,
 ) -> DataLoaders:
-    """Returns the loaders of an image data set, given as (uint8 images (N, H, W), labels (N,)) a split.
+    """Returns the loaders of an image data set: (uint8 images (N, H, W), labels (N,)) a split.
 
-    The last val_size training samples are held out for validation. With a size, images are resized to that many pixels
-    a side.
+    The last val_size training samples are held out for validation. With a size, images are resized
+    to that many pixels a side.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.

@@ -1,4 +1,4 @@
-"""Text for language models: one file, split where it stands, cut into windows of tokens on the device."""
+"""Text for language models: one file, split where it stands, in windows on the device."""
 
 import hashlib
 import lzma
@@ -19,16 +19,17 @@ IGNORE = -100  # torch's cross_entropy leaves these targets out
 
 
 class TrainWindows:
-    """Batches of windows that together cover the text once: one window next to the other, in a random order.
+    """Batches of windows that cover the text once: one next to the other, in a random order.
 
-    Both the order and the place of the first window are drawn from torch's global generator at every iteration, so that
-    over the epochs a token is read at every position of a window.
+    Both the order and the place of the first window are drawn from torch's global generator at
+    every iteration, so that over the epochs a token is read at every position of a window.
 
     Args:
         tokens: int64 (N,), on the device where the batches are wanted; N > context.
         context: tokens a window.
         batch_size: windows a batch; the last batch may be smaller.
-        shuffle: False starts at the first token, in one order that never changes (and is random: neighbours are alike).
+        shuffle: False starts at the first token, in one order that never changes (and is random:
+            neighbours are alike).
 
     Yields:
         inputs and targets, int64 (B, context): a target is the token after its input.
@@ -58,9 +59,9 @@ class TrainWindows:
 class EvalWindows:
     """Batches of overlapping windows that score every token of the text but the first exactly once.
 
-    A window starts `stride` tokens after the one before it, the last one where it ends with the text. Targets that an
-    earlier window has scored are -100, so that every other target is scored with at least `context - stride` tokens
-    before it (in the first window: with all there are).
+    A window starts `stride` tokens after the one before it, the last one where it ends with the
+    text. Targets that an earlier window has scored are -100, so that every other target is scored
+    with at least `context - stride` tokens before it (in the first window: with all there are).
 
     Args:
         tokens: int64 (N,), on the device where the batches are wanted; N > context.
@@ -97,7 +98,7 @@ class EvalWindows:
 
 
 def windows(tokens: Tensor, starts: Tensor, context: int) -> Batch:
-    """Returns inputs and targets (B, context) of the windows of `tokens` (N,) that begin at `starts` (B,)."""
+    """Returns inputs and targets (B, context) of `tokens` (N,) from each of `starts` (B,) on."""
     rows = tokens.unfold(0, context + 1, 1)[starts]  # (B, context + 1)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
@@ -126,7 +127,7 @@ def text(
     valid_path: str | None = None,
     test_path: str | None = None,
 ) -> DataLoaders:
-    """Returns the loaders of one text: its beginning for training, then the validation text, its end for testing.
+    """Returns the loaders of one text: training first, then validation, and its end for testing.
 
     A text of its own takes the place of either share.
 
@@ -142,7 +143,8 @@ def text(
         val_fraction: share of the characters for validation, above 0; with test_fraction below 1.
         test_fraction: share of the characters for testing, above 0.
         device: where the tokens and so the batches lie.
-        valid_path, test_path: files as `path`, to validate and to test on; None: the share of `path`.
+        valid_path, test_path: files as `path`, to validate and to test on; None: the share of
+            `path`.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.

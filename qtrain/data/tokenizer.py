@@ -75,7 +75,7 @@ class BPETokenizer:
         return self.backend.decode(torch.as_tensor(tokens).tolist(), skip_special_tokens=False)
 
     def num_bytes(self, token: int) -> int:
-        """Returns the length of the token's name: a byte-level vocabulary spells each byte as one character."""
+        """Returns the token's length in bytes, each a character of a byte-level vocabulary."""
         return len(self.backend.id_to_token(token))
 
 
@@ -104,11 +104,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of that name.
 
     Args:
-        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt; or a model on the Hugging Face
-            hub, such as "gpt2". All but the first need the extra `hf`.
+        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt; or a model
+            on the Hugging Face hub, such as "gpt2". All but the first need the extra `hf`.
 
     Raises:
-        ValueError: the folder holds no tokenizer, the hub has none of that name, or the extra is not installed.
+        ValueError: the folder holds no tokenizer, the hub has none of that name, or the extra is
+            not installed.
     """
     refuse(text("tokenizer", name))
     if name == "bytes":

@@ -1,4 +1,4 @@
-"""Exported files under the truth gate: each is run again, and must put out what its simulation does."""
+"""Exported files under the truth gate: each is run again, and must do as its simulation."""
 
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ def write_and_judge(
         folder: where the file goes.
 
     Returns:
-        {"file", "size_bytes", "steps"} for the report, and the failures. The steps are the root mean square difference
-        in quantization steps of the last layer.
+        {"file", "size_bytes", "steps"} for the report, and the failures. The steps are the root
+        mean square difference in quantization steps of the last layer.
     """
     path = folder / exporter.file_name
     exporter.write(simulation, inputs, path)

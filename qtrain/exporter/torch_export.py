@@ -1,4 +1,4 @@
-"""The simulation as a program of torch.export: integers and scales in it, computed with in float, without qtrain."""
+"""The simulation as a torch.export program, without qtrain: it computes with integers in float."""
 
 import io
 from pathlib import Path
@@ -14,7 +14,7 @@ from qtrain.simulate.simulation import Simulation
 
 
 class TorchExport(Exporter):
-    """Writes a .pt2 file, which `torch.export.load` reads in any process; batches may have any size."""
+    """Writes a .pt2 file, for `torch.export.load` in any process; batches of any size."""
 
     name = "torch_export"
     file_name = "model.pt2"

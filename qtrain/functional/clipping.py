@@ -1,4 +1,4 @@
-"""Clipping: a range that leaves out extreme outliers, so that the integers serve the bulk of the values."""
+"""Clipping: a range without extreme outliers, so that the integers serve the bulk of the values."""
 
 from torch import Tensor
 
@@ -8,7 +8,8 @@ from qtrain.functional.finite import check_finite
 def percentile_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """Returns (low, high) with at most (100 - percentile) % of the values below and as many above.
 
-    Both are values of x (no interpolation); 100 gives minimum and maximum. Use with `choose_qparams`.
+    Both are values of x (no interpolation); 100 gives minimum and maximum. Use with
+    `choose_qparams`.
 
     Args:
         x: any shape, floating point, finite.

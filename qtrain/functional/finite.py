@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def check_finite(x: Tensor, name: str = "x") -> None:
-    """Raises a ValueError that counts the NaN and inf of a tensor; the only place that waits for the device.
+    """Raises a ValueError that counts a tensor's NaN and inf; nothing else waits for the device.
 
     Args:
         x: any shape and dtype.

@@ -49,8 +49,8 @@ def from_groups(groups: Tensor) -> Tensor:
 def expand_parameter(parameter: Tensor, x: Tensor) -> Tensor:
     """Returns a scale or zero point in a shape that broadcasts against x.
 
-    For x [A, B]: per tensor [] or [1], per channel [A, 1] or [1, B], per group [A, B / group_size], whose
-    elements are repeated group_size times.
+    For x [A, B]: per tensor [] or [1], per channel [A, 1] or [1, B], per group [A, B / group_size],
+    whose elements are repeated group_size times.
 
     Raises:
         ValueError: the shape is none of these, for instance [A], which would broadcast along B.

@@ -1,8 +1,9 @@
 """Packing: 2-, 3- and 4-bit integers stored without gaps in bytes, little-endian.
 
-The tensor is read in row-major order. The first value takes the lowest bits of the first byte, the next one the bits
-above it; negative values are in two's complement. A word is the shortest run of whole bytes that holds whole values:
-4 values of 2 bits in 1 byte, 8 of 3 in 3, 2 of 4 in 1. The last word is filled up with zeros.
+The tensor is read in row-major order. The first value takes the lowest bits of the first byte, the
+next one the bits above it; negative values are in two's complement. A word is the shortest run of
+whole bytes that holds whole values: 4 values of 2 bits in 1 byte, 8 of 3 in 3, 2 of 4 in 1. The
+last word is filled up with zeros.
 """
 
 import math

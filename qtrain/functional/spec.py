@@ -46,7 +46,7 @@ class FloatFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How one kind of tensor is quantized. "auto" is settled by the engine's rules (`backend.torch_ao.Engine.settle`).
+    """How one kind of tensor is quantized; `backend.torch_ao.Engine.settle` settles "auto".
 
     Args:
         bits: width of the integers, 2..8. They are stored as 8-bit integers by torch's kernels.
@@ -56,8 +56,8 @@ class QuantSpec:
         group_size: neighbours along the last axis that share a scale; only with "per_group".
         observer: the name of a file in conf/observer, its mapping, or a factory of observers.
         reduce_range: leave out the top bit, for kernels whose 16-bit accumulators would saturate.
-        narrow_range: leave out the lowest signed integer: symmetric weights then end exactly at the integers' ends, and
-            none is clipped; or "auto", the method's rule.
+        narrow_range: leave out the lowest signed integer: symmetric weights then end exactly at the
+            integers' ends, and none is clipped; or "auto", the method's rule.
 
     Raises:
         ValueError: names the field, its value and what is allowed.

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: metrics.jsonl always, TensorBoard and PNG files by choice."""
+"""Where numbers and pictures go: metrics.jsonl always, TensorBoard and PNG files by choice."""
 
 import json
 import re
@@ -67,7 +67,7 @@ class Pictures(Logger):
 
 
 def _leave_to_caller(args: threading.ExceptHookArgs) -> None:
-    """Keeps quiet of a file's error in a thread: TensorBoard's writer raises it again where it is next used."""
+    """Keeps quiet of a file's error in a thread: TensorBoard's next call raises it again."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 

@@ -26,7 +26,7 @@ def png(figure: Figure) -> bytes:
 
 
 def distribution(pairs: Pairs, method: str) -> Figure:
-    """Returns the histograms of all weights together, float and dequantized: 150 bins, at most over (-2, 2).
+    """Returns histograms of all weights, float and dequantized: 150 bins, at most over (-2, 2).
 
     Args:
         pairs: as for `weights`; at least one.
@@ -56,7 +56,8 @@ def noise(decibels: dict[str, dict[str, float]]) -> Figure:
     """Returns bars of the signal-to-quantization-noise ratio, a group for each layer.
 
     Args:
-        decibels: {what was quantized: {layer: dB}}; where there is no error, and so infinitely many, words say so.
+        decibels: {what was quantized: {layer: dB}}; where there is no error, and so infinitely
+            many, words say so.
     """
     layers = list(dict.fromkeys(name for of_kind in decibels.values() for name in of_kind))
     figure = Figure(figsize=(7, 1.6 + 0.26 * len(layers)), layout="constrained")
@@ -99,7 +100,8 @@ def weights(pairs: Pairs) -> Figure:
     """Returns histograms of each layer's float and dequantized weights, and of its integers.
 
     Args:
-        pairs: {layer: (float weight, quantized weight of the same shape)}; the first eight are shown.
+        pairs: {layer: (float weight, quantized weight of the same shape)}; the first eight are
+            shown.
     """
     shown = list(pairs.items())[:MAX_LAYERS]
     figure = Figure(figsize=(9, 2.2 * len(shown) + 0.6), layout="constrained")
@@ -130,8 +132,9 @@ def weights(pairs: Pairs) -> Figure:
 def bin_edges(values: Tensor, dequantized: Tensor, num_levels: int, most: int = 100) -> list[float]:
     """Returns the edges of histogram bins over both tensors.
 
-    With one scale for all, each bin holds as many of the levels as any other: a count that went up and down with them
-    would look like an effect of quantization. Fewer levels than bins are spikes, as they are.
+    With one scale for all, each bin holds as many of the levels as any other: a count that went up
+    and down with them would look like an effect of quantization. Fewer levels than bins are spikes,
+    as they are.
     """
     first, last = float(dequantized.min()), float(dequantized.max())
     low, high = min(first, float(values.min())), max(last, float(values.max()))

@@ -1,10 +1,10 @@
-"""GPT-2 whole: learned positions, pre-norm blocks, tanh-GELU, tied head; quantizable in eager mode; a KV cache.
+"""GPT-2 whole, quantizable in eager mode: pre-norm blocks, tanh-GELU, tied head; a KV cache.
 
-Each Linear layer stands between its own QuantStub and DeQuantStub. All else stays in float: embeddings, LayerNorm,
-attention with its mask and softmax, GELU, residual sums.
+Each Linear layer stands between its own QuantStub and DeQuantStub. All else stays in float:
+embeddings, LayerNorm, attention with its mask and softmax, GELU, residual sums.
 
-Shapes: B batch, T tokens of one call, S tokens seen by attention (T and those in the cache), C = n_embd, H = n_head,
-D = C / H, V = vocab_size.
+Shapes: B batch, T tokens of one call, S tokens seen by attention (T and those in the cache), C =
+n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 
 import math
@@ -21,8 +21,9 @@ from qtrain.model.sampling import Sampling
 
 
 class KVCache:
-    """Keys and values of the tokens that were read, in one buffer allocated once; and the blocks, as calls that take
-    less time than their modules. For inference only: no dropout, whatever the model's mode.
+    """Keys and values of the tokens that were read, in one buffer allocated once; and the blocks,
+    as calls that take less time than their modules. For inference only: no dropout, whatever the
+    model's mode.
 
     Args:
         model: the GPT2 to cache for, float or quantized; gives sizes, dtype and device.
@@ -51,9 +52,10 @@ class KVCache:
         self.blocks: list[Call] = [block.resolved() for block in model.h]  # type: ignore[operator]
 
     def slots(self, num_tokens: int) -> list[Slot]:
-        """Returns the views that each layer needs to read `num_tokens` more, made for all layers at once.
+        """Returns the views that each layer needs to read `num_tokens` more, all made at once.
 
-        A layer gets its place for new keys and values (2, B, H, T, D), then all its keys and values (B, H, S, D).
+        A layer gets its place for new keys and values (2, B, H, T, D), then all its keys and values
+        (B, H, S, D).
         """
         end = self.length + num_tokens
         if end > self.max_length:
@@ -68,8 +70,8 @@ class KVCache:
 class GPT2(nn.Module):
     """GPT-2 as published; with the default sizes it has 124,439,808 parameters.
 
-    The head is a Linear layer of its own, `lm_head`, without bias, and its weight is the same Parameter as
-    `wte.weight`. A conversion that packs the head leaves the embedding as it is.
+    The head is a Linear layer of its own, `lm_head`, without bias, and its weight is the same
+    Parameter as `wte.weight`. A conversion that packs the head leaves the embedding as it is.
 
     Args:
         vocab_size: V.
@@ -77,9 +79,10 @@ class GPT2(nn.Module):
         n_layer: number of blocks.
         n_head: heads of each block; divides n_embd.
         n_embd: width.
-        dropout: of embeddings, attention weights and what each half of a block adds; 0 <= dropout < 1.
-        pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes replace those given. None: weights
-            are drawn from torch's global generator.
+        dropout: of embeddings, attention weights and what each half of a block adds; 0 <= dropout <
+            1.
+        pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes replace those
+            given. None: weights are drawn from torch's global generator.
 
     Raises:
         ValueError: a parameter is out of range, or `load_gpt2` refuses the checkpoint.
@@ -148,7 +151,7 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws all weights anew as published: normal(0, 0.02), residual projections / sqrt(2 n_layer), no biases."""
+        """Draws all as published: normal(0, 0.02), residual ones / sqrt(2 n_layer), no biases."""
         for name, parameter in self.named_parameters():  # the tied weight comes once
             if parameter.dim() == 2:
                 depth = 2 * self.n_layer if name.endswith("c_proj.weight") else 1
@@ -222,7 +225,8 @@ class GPT2(nn.Module):
             max_new_tokens: tokens to add; with the prompt at most n_positions.
             greedy, temperature, top_k, top_p, repetition_penalty: see `Sampling`.
             seed: of the generator that draws; torch's global one is left alone.
-            stop_token: a row that has drawn it is filled up with it; once all rows have, no more are drawn.
+            stop_token: a row that has drawn it is filled up with it; once all rows have, no more
+                are drawn.
 
         Returns:
             int64 (B, T + n), n <= max_new_tokens.
@@ -246,7 +250,7 @@ class GPT2(nn.Module):
         seed: int = 0,
         stop_token: int | None = None,
     ) -> Iterator[Tensor]:
-        """Returns an iterator over the new tokens, int64 (B, 1) each, as they come; see `generate`."""
+        """Returns an iterator over the new tokens, int64 (B, 1), as they come; see `generate`."""
         _check_request(self, idx.shape[1], max_new_tokens, sampling)
         return self._stream(idx, max_new_tokens, sampling, seed, stop_token)
 

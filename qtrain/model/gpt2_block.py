@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
-        """(B, T, C) -> (B, T, C). mask: bool (T, S), True where a token may look; None for the usual triangle."""
+        """(B, T, C) -> (B, T, C). mask: bool (T, S), True: may look; None: the usual triangle."""
         dropout = self.dropout if self.training else 0.0
         return attend(x, slot, mask, self._project_in, self._project_out, self.n_head, dropout)
 
@@ -60,7 +60,7 @@ def attend(
     n_head: int,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Returns self-attention of x (B, T, C) between two projections, (B, T, C) -> (B, T, 3C) and back."""
+    """Returns self-attention of x (B, T, C), between projections to (B, T, 3C) and back."""
     batch, num_tokens, n_embd = x.shape
     qkv = (
         project_in(x).view(batch, num_tokens, 3, n_head, -1).permute(2, 0, 3, 1, 4)
@@ -162,7 +162,8 @@ def gelu(x: Tensor) -> Tensor:
     """Returns the tanh approximation of GELU, to 1e-6."""
     if x.numel() < 1 << 15 or x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
-    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it takes half of torch's time.
+    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it takes half
+    # of torch's time.
     slope = 2 * math.sqrt(2 / math.pi)
     return (
         torch.addcmul(torch.full((), slope), x, x, value=0.044715 * slope)

@@ -12,7 +12,8 @@ class MLP(nn.Module):
 
     Args:
         hidden: width of both hidden layers.
-        hidden_relu: a ReLU after each hidden layer. The articles' DigitsNet has none, so it is linear throughout.
+        hidden_relu: a ReLU after each hidden layer. The articles' DigitsNet has none, so it is
+            linear throughout.
         output_relu: a ReLU on the logits, as in DigitsNet; it is not fused there, and not here.
 
     Shape: (B, 1, 28, 28) -> (B, 10).

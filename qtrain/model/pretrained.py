@@ -8,7 +8,8 @@ from torch import Tensor
 from qtrain.common.network import hub_answers
 
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-# What qtrain.model.gpt2 computes: a checkpoint that was trained for anything else would load and be wrong.
+# What qtrain.model.gpt2 computes: a checkpoint that was trained for anything else would load and be
+# wrong.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -24,15 +25,17 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Returns the sizes and the weights of a GPT-2 checkpoint, for `qtrain.model.gpt2.GPT2`.
 
     Args:
-        name: a folder written by `save_pretrained`, or a model on the Hugging Face hub such as "gpt2", "gpt2-medium".
+        name: a folder written by `save_pretrained`, or a model on the Hugging Face hub such as
+            "gpt2", "gpt2-medium".
 
     Returns:
         sizes: vocab_size, n_positions, n_layer, n_head, n_embd.
         weights: float32 by GPT2's own keys; Conv1D's [in, out] transposed to Linear's [out, in].
 
     Raises:
-        ValueError: transformers is not installed, the name is no checkpoint, its architecture is not GPT-2's as
-            published, or keys are missing, unexpected or of another shape (all are listed).
+        ValueError: transformers is not installed, the name is no checkpoint, its architecture is
+            not GPT-2's as published, or keys are missing, unexpected or of another shape (all are
+            listed).
     """
     folder = Path(name).expanduser()
     if folder.is_dir():

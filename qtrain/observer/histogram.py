@@ -1,8 +1,9 @@
 """The clipping range of least squared error, searched on a histogram of all that was seen.
 
-The search is that of torch.ao's HistogramObserver, to the same bins: it cuts off ever more values at both ends, a
-hundred thousandth of them at a time, as long as the expected squared error falls. Here stretching the histogram to a
-new range, which takes torch most of its time, costs next to none.
+The search is that of torch.ao's HistogramObserver, to the same bins: it cuts off ever more values
+at both ends, a hundred thousandth of them at a time, as long as the expected squared error falls.
+Here stretching the histogram to a new range, which takes torch most of its time, costs next to
+none.
 """
 
 from bisect import bisect_left, bisect_right
@@ -67,7 +68,8 @@ class HistogramObserver(Observer):
     def _stretched(self, old_low: float, old_high: float, low: float, high: float) -> Tensor:
         """Returns the histogram of old_low..old_high as one of low..high.
 
-        Each bin is spread over UPSAMPLE points; how many lie below each new boundary says how much of it lies there.
+        Each bin is spread over UPSAMPLE points; how many lie below each new boundary says how much
+        of it lies there.
         """
         if old_low == old_high:
             return torch.histc(self.min_val, self.bins, low, high) * self.histogram.sum()
@@ -114,10 +116,10 @@ class HistogramObserver(Observer):
         return first, last
 
     def _squared_error(self, first: int, last: int) -> float:
-        """Returns the squared error of rounding all that was seen to LEVELS values between two bins' outer edges.
+        """Returns the squared error of rounding all seen to LEVELS values between two bins' edges.
 
-        A bin's values count as spread evenly over it. Between two of its points the error, measured from the middle of
-        the level that they round to, is the integral of x^2.
+        A bin's values count as spread evenly over it. Between two of its points the error, measured
+        from the middle of the level that they round to, is the integral of x^2.
         """
         width = (self.max_val.item() - self.min_val.item()) / self.bins
         step = width * (last - first + 1) / LEVELS

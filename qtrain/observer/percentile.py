@@ -1,4 +1,4 @@
-"""Percentile observer: clip the rarest values at both ends, so that outliers do not stretch the scale."""
+"""Percentile observer: clip the rarest values at both ends, so that none stretches the scale."""
 
 from typing import Any
 
@@ -11,12 +11,13 @@ from qtrain.observer.base import Observer, refuse_per_channel
 class PercentileObserver(Observer):
     """Observes a histogram of everything seen, and clips it at a percentile on each side.
 
-    The histogram spans [-limit, limit]; when a larger value comes, limit doubles and neighbouring bins are merged, so
-    that no count is ever moved to a wrong place. The percentiles are exact to one bin: at most 4 * max|x| / bins.
+    The histogram spans [-limit, limit]; when a larger value comes, limit doubles and neighbouring
+    bins are merged, so that no count is ever moved to a wrong place. The percentiles are exact to
+    one bin: at most 4 * max|x| / bins.
 
     Args:
-        percentile: share of values in percent, above 50 and at most 100, that lies below the upper end; as many lie
-            above the lower end. 100 is the plain minimum and maximum.
+        percentile: share of values in percent, above 50 and at most 100, that lies below the upper
+            end; as many lie above the lower end. 100 is the plain minimum and maximum.
         bins: a multiple of 4, up to MOST_BINS.
         qargs: as for `Observer`; per tensor.
 

@@ -27,8 +27,9 @@ class Dynamic(Quantizer):
         engine: "fbgemm", "qnnpack", "x86", "onednn" or "auto".
         weight: what weights are quantized to.
         embedding, head: as for PTQ.
-        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4}; or what these layers
-            are instead, see `layer_format`: "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
+        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4};
+            or what these layers are instead, see `layer_format`: "float", "fp16", "llm_int8",
+            {"method": "weight_only", "bits": 4} ...}.
 
     Raises:
         ValueError: the engine is unknown or refuses a spec; a layer setting is none of these.

@@ -1,4 +1,4 @@
-"""What single Linear layers may be, whatever their method makes of the others: the values of `quant.layers`."""
+"""What single Linear layers may be, whatever the method makes of others: see `quant.layers`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,8 +23,9 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> PackedFormat 
 
     Args:
         pattern: of layer names, for messages.
-        setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of `method`, the fields of `weight`
-            that differ (of weight_only, which is meant without a method), and `threshold` (of llm_int8).
+        setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of `method`, the
+            fields of `weight` that differ (of weight_only, which is meant without a method), and
+            `threshold` (of llm_int8).
         weight: what weight_only quantizes to where the setting does not say otherwise; not settled.
 
     Raises:
@@ -123,7 +124,7 @@ def check_threshold(threshold: Any, prefix: str = "") -> None:
 def settings_of(
     model: nn.Module, layers: dict[str, Any], other_specs: bool = False
 ) -> dict[str, Any]:
-    """Returns {Linear or Embedding layer: its setting} of those that have one, their own or that of what is around.
+    """Returns {Linear or Embedding layer: its setting, or that of what is around it}.
 
     Args:
         model: the float model.

@@ -1,4 +1,4 @@
-"""Quantization-aware training: fake-quantized weights and activations, trained straight through, then converted.
+"""Quantization-aware training: simulated integers, trained straight through, then converted.
 
 B. Jacob et al., arXiv:1712.05877, section 3; R. Krishnamoorthi, arXiv:1806.08342, section 4.
 """
@@ -26,18 +26,22 @@ class QAT(PTQ):
         epochs: epochs of quantization-aware training.
         optimizer, scheduler: factories, as at the top level; they serve this training alone.
         from_scratch: start from the untrained model, not from the trained float model.
-        start_epoch: first epoch with fake quantization of activations and weights; null: never, only observe.
-        freeze_observers_epoch: first epoch in which the ranges of activations stand still; null: never.
-        freeze_batch_norm_epoch: first epoch in which batch-norm statistics stand still; null: never.
-        conv_bn: how convolutions with batch-norm train: "folded", with one convolution, which normalises by the
-            statistics of the quantized weights; "exact", with two, by those of the float weights. See
-            `qtrain.simulate.batch_norm`.
-        convert_every: convert and score the int8 model every so many epochs, at most `epochs`, and keep the best;
-            0: keep the last.
+        start_epoch: first epoch with fake quantization of activations and weights; null: never,
+            only observe.
+        freeze_observers_epoch: first epoch in which the ranges of activations stand still; null:
+            never.
+        freeze_batch_norm_epoch: first epoch in which batch-norm statistics stand still; null:
+            never.
+        conv_bn: how convolutions with batch-norm train: "folded", with one convolution, which
+            normalises by the statistics of the quantized weights; "exact", with two, by those of
+            the float weights. See `qtrain.simulate.batch_norm`.
+        convert_every: convert and score the int8 model every so many epochs, at most `epochs`, and
+            keep the best; 0: keep the last.
         ptq: engine, weight, activation, fake_quantize and layers, as for PTQ.
 
     Raises:
-        ValueError: an epoch out of range, an observer too slow for a training loop, or what PTQ refuses.
+        ValueError: an epoch out of range, an observer too slow for a training loop, or what PTQ
+            refuses.
     """
 
     trains = True

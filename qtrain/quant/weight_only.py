@@ -21,12 +21,15 @@ class WeightOnly(Quantizer):
     """Stores the weights of Linear and, if asked, Embedding layers in fewer bits.
 
     Args:
-        weight: bits 8, 4 or 2; granularity per_channel (auto), per_tensor or per_group; symmetric (auto) or not.
-        embedding: how embeddings are stored: "float", "fp16", or "int8" and "int4" with one scale a row.
-        head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays one with it, in the
-            embedding's format; "separate" becomes a weight of its own, in `weight`'s; "float" stays in float32. With a
-            setting of its own in `layers` it is separate.
-        layers: {pattern of layer names: what these are instead, see `layer_format`: "float", "fp16", {"bits": 4} ...}.
+        weight: bits 8, 4 or 2; granularity per_channel (auto), per_tensor or per_group; symmetric
+            (auto) or not.
+        embedding: how embeddings are stored: "float", "fp16", or "int8" and "int4" with one scale a
+            row.
+        head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays one with
+            it, in the embedding's format; "separate" becomes a weight of its own, in `weight`'s;
+            "float" stays in float32. With a setting of its own in `layers` it is separate.
+        layers: {pattern of layer names: what these are instead, see `layer_format`: "float",
+            "fp16", {"bits": 4} ...}.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.

@@ -28,7 +28,7 @@ def save_weights(path: Path, model: nn.Module) -> int:
 
 @contextmanager
 def kept_engine() -> Iterator[None]:
-    """Puts torch's quantized engine back afterwards: a state dict that does not fit leaves it switched."""
+    """Puts torch's quantized engine back: a state dict that does not fit leaves it switched."""
     before = torch.backends.quantized.engine
     try:
         yield
@@ -99,7 +99,8 @@ def digest(content: Any) -> str:
 class FloatCache:
     """Trained float models by the digest of everything that determines them.
 
-    An entry is a folder: weights.pt, and meta.json with the weights' SHA-256 and what training had to report.
+    An entry is a folder: weights.pt, and meta.json with the weights' SHA-256 and what training had
+    to report.
 
     Args:
         root: the folder of entries.
@@ -121,7 +122,7 @@ class FloatCache:
         self.lock = FileLock(self.folder / "lock")
 
     def load(self, model: nn.Module) -> dict[str, Any] | None:
-        """Fills `model` in place; returns what training had to report, or None where there is no sound entry."""
+        """Fills `model` in place; returns what training had to report, or None if unsound."""
         weights, meta = self.folder / "weights.pt", self.folder / "meta.json"
         if not meta.exists():
             return None
@@ -141,7 +142,7 @@ class FloatCache:
         return training
 
     def save(self, model: nn.Module, training: dict[str, Any]) -> None:
-        """Publishes a trained model; meta.json, written last, makes the entry valid. The lock is held."""
+        """Publishes a trained model, the lock held; writes meta.json last: it makes it valid."""
         try:
             remove_leftovers(self.folder)
             save_weights(self.folder / "weights.pt", model)

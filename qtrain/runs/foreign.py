@@ -1,4 +1,4 @@
-"""Checkpoints as other programs write them: found within what wraps them, and named as the model names its weights."""
+"""Other programs' checkpoints: found within what wraps them, and named as the model's weights."""
 
 import re
 from collections import Counter
@@ -20,7 +20,8 @@ def load_checkpoint(model: nn.Module, path: Path, *, strict: bool) -> list[str]:
     """Loads the weights in a file of anyone's making into `model`, in place.
 
     Args:
-        strict: each weight must fit; else those that do not are left out, as those of a head for other classes.
+        strict: each weight must fit; else those that do not are left out, as those of a head for
+            other classes.
 
     Returns:
         lines that say what was unwrapped, converted and left out.
@@ -41,7 +42,8 @@ def load_checkpoint(model: nn.Module, path: Path, *, strict: bool) -> list[str]:
         notes.append(f"its {', '.join(sorted(types))} weights become those of the model's type")
     hint = "; checkpoint_strict=false leaves out what does not fit" if strict else ""
     load_state(model, state, path, hint)
-    # Two names of one weight, as a head that is tied to an embedding: the last to be loaded has overwritten the other.
+    # Two names of one weight, as a head that is tied to an embedding: the last to be loaded has
+    # overwritten the other.
     untied = [k for k, v in tensors.items() if not _same(v.to(own[k].dtype), own[k])]
     if untied:
         raise ValueError(
@@ -53,7 +55,7 @@ def load_checkpoint(model: nn.Module, path: Path, *, strict: bool) -> list[str]:
 def unwrap(
     state: dict[Any, Any], own: Collection[str], where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the weights by the model's names, as far as they can be recognised, and what was done to get there.
+    """Returns the weights by the model's names, as far as recognised, and what was done for it.
 
     Args:
         own: the model's names.
@@ -98,7 +100,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _prefix(names: Collection[str], own: Collection[str], where: str) -> str:
-    """Returns what stands before the model's names, as "model." of Lightning: under which most of them are found."""
+    """Returns what stands before the model's names, as "model."; the prefix that finds most."""
     counts: Counter[str] = Counter()
     for name in names:
         ends = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
@@ -115,7 +117,7 @@ def _prefix(names: Collection[str], own: Collection[str], where: str) -> str:
 def _fitting(
     state: dict[str, Any], own: dict[str, Tensor], where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns the weights that fit, those of the model's own for all others, and the names of these."""
+    """Returns the weights that fit, the model's own for all others, and the names of these."""
     fits = {
         k: v for k, v in state.items() if k in own and getattr(v, "shape", None) == own[k].shape
     }

@@ -1,4 +1,4 @@
-"""Several processes, one run: each trains on its part of every batch; the first alone scores, converts and writes."""
+"""Several processes, one run: each trains on its part of a batch; the first does all the rest."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ SYNCHRONISED = (
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
-    """Raises ValueError where several ranks cannot agree on what the quantizer's training observes."""
+    """Raises ValueError where ranks cannot agree on what the quantizer's training observes."""
     if num_ranks() == 1 or not quantizer.trains or quantizer.activation is None:
         return
     observer = quantizer.activation.describe()["observer"]
@@ -64,7 +64,7 @@ def group(
     resume: bool,
     follow: Callable[[DictConfig, Path, bool], None],
 ) -> Iterator[Path]:
-    """While entered, `trainer.devices` processes carry out the run; yields the first one's `run_dir`.
+    """While entered, `trainer.devices` processes carry out the run; yields the first's `run_dir`.
 
     The others are started here, unless torchrun has started them.
 

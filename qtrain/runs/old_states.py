@@ -11,8 +11,8 @@ from qtrain.simulate.simulation import leave_float, sites
 def up_to_date_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Returns the state dict of a simulation by the names that `model` has now.
 
-    0.1.0 simulated on torch.ao's modules. Of PTQ it wrote weights that were quantized already: their sites in `model`
-    lose what would do it again.
+    0.1.0 simulated on torch.ao's modules. Of PTQ it wrote weights that were quantized already:
+    their sites in `model` lose what would do it again.
     """
     own = model.state_dict()
     found = {}

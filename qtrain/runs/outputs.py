@@ -93,7 +93,7 @@ def scoring(task: Task, scores: Sequence[Scores]) -> dict[str, Any]:
 
 
 def activation_qparams(simulation: nn.Module, quantized: nn.Module) -> dict[str, dict[str, float]]:
-    """Returns {module: {"scale", "zero_point"}} of every module that puts out a quantized tensor."""
+    """Returns {module: {"scale", "zero_point"}} of all that put out a quantized tensor."""
     found: dict[str, tuple[Any, Any]] = {}
     for name, point in output_points(simulation).items():
         found[name] = point.calculate_qparams()
@@ -236,7 +236,7 @@ def qparams_table(report: Report) -> str:
 
 
 def weight_table(pairs: "Pairs", count: int = 3) -> str:
-    """Returns the first weights of each layer as a Markdown table, with scale, zero point and error."""
+    """Returns each layer's first weights as a Markdown table: scale, zero point and error."""
     lines = [
         "| layer | float | integers | scale | zero point | dequantized | MSE | SQNR, dB |",
         "|---|---|---|---|---|---|---|---|",

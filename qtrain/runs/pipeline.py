@@ -1,4 +1,4 @@
-"""One run: float model, prepare, calibrate, fine-tune, convert; every model scored on the same data."""
+"""One run: float model, prepare, calibrate, fine-tune, convert; all scored on the same data."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -90,7 +90,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
 
 
 def begin(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals) -> Run:
-    """Builds what the run is made of, and tries every stage on a few samples before compute is spent."""
+    """Builds what the run is made of, and tries every stage on a few samples beforehand."""
     reset_peak_memory()
     parts = build(config)
     parts = replace(parts, data=with_fingerprint(config, parts.data))

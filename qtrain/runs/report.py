@@ -21,8 +21,8 @@ FILE_NAME = "report.json"
 DIGESTED = ("float.pt", "quantized.pt", "examples.pt")
 NUMBER = int | float
 SPEC = {"bits": int, "observer": str}
-# What readers rely on, where it is there: a class, [content of a list] or {key of a dict: content}; "*" stands for all
-# other keys. Within a section null may stand for anything.
+# What readers rely on, where it is there: a class, [content of a list] or {key of a dict: content};
+# "*" stands for all other keys. Within a section null may stand for anything.
 SHAPE: dict[str, Any] = {
     "name": str | int,
     "seed": str | int,
@@ -115,7 +115,7 @@ class Report:
         return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
     def save(self, run_dir: Path) -> None:
-        """Writes report.json into `run_dir`, atomically; null stands for what is no finite number."""
+        """Writes report.json into `run_dir`, atomically; null stands for non-finite numbers."""
         write_json(run_dir / FILE_NAME, _finite(asdict(self)))
 
 

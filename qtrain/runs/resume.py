@@ -1,7 +1,8 @@
 """Resuming: the state of a run's training stages on disk, and signals that end a run in good order.
 
-A state is written as a step or an epoch ends, so that a run that is killed at any moment goes on from the last one and
-ends with the same bits. What comes between and after the stages is done again, from the same numbers.
+A state is written as a step or an epoch ends, so that a run that is killed at any moment goes on
+from the last one and ends with the same bits. What comes between and after the stages is done
+again, from the same numbers.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """While entered, SIGINT and SIGTERM raise Interrupted: at once, or at the next step of a training."""
+    """While entered, SIGINT and SIGTERM raise Interrupted: now, or at a training's next step."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
@@ -69,7 +70,7 @@ class Signals:
 
 
 class StageCheckpoint(Checkpoint):
-    """Keeps a stage's state in RUN/resume/<stage>.pt: the SHA-256 of what follows, and what torch.save writes."""
+    """Keeps a stage's state in RUN/resume/<stage>.pt: a SHA-256, then what torch.save writes."""
 
     def __init__(self, progress: "Progress", stage: str) -> None:
         super().__init__()
@@ -240,10 +241,12 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
     """Returns the config and the overrides of a run that can be continued.
 
     Args:
-        extra: what else stood on the command line; it may repeat the run's settings, not change them.
+        extra: what else stood on the command line; it may repeat the run's settings, not change
+            them.
 
     Raises:
-        ValueError: the folder holds no run, a finished one, or a link, or `extra` contradicts its config.
+        ValueError: the folder holds no run, a finished one, or a link, or `extra` contradicts its
+            config.
     """
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(

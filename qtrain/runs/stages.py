@@ -82,7 +82,7 @@ def score(run: Run) -> None:
 
 
 def measure(run: Run) -> None:
-    """Fills the report with scores, sizes, latency and memory; here the truth gate has its last word."""
+    """Fills the report: scores, sizes, latency, memory; the truth gate has its last word."""
     report, quantizer, plan = run.report, run.parts.quantizer, run.prepared.plan
     with run.clock("measurement"):
         _describe(run)
@@ -95,7 +95,7 @@ def measure(run: Run) -> None:
 
 
 def record(run: Run) -> None:
-    """Writes weights, pictures and the report, and removes the states that a resumed run would need."""
+    """Writes weights, pictures and the report, and removes the states to resume from."""
     report, run_dir, quantizer = run.report, run.run_dir, run.parts.quantizer
     with run.clock("records"):
         report.size_bytes["float_file"] = save_weights(run_dir / "float.pt", run.float_model)

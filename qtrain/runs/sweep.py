@@ -1,4 +1,4 @@
-"""The jobs of a sweep: how many run at once, on how many threads, and which of them are already done."""
+"""The jobs of a sweep: how many run at once, on how many threads, and which are done already."""
 
 import logging
 import os
@@ -21,8 +21,9 @@ from qtrain.runs.report import FILE_NAME, Report, load_report, versions
 if TYPE_CHECKING:
     from qtrain.runs.resume import Signals
 
-# Float results depend on the number of threads: in the last bits at first, and after an epoch of training visibly. With
-# one thread a job has the same results under every launcher, alone or beside others; jobs are what uses the cores.
+# Float results depend on the number of threads: in the last bits at first, and after an epoch of
+# training visibly. With one thread a job has the same results under every launcher, alone or beside
+# others; jobs are what uses the cores.
 THREADS = 1
 EXTRAS = ("joblib", "optuna", "submitit", "ray")
 
@@ -34,7 +35,7 @@ class Occupied(ValueError):
 
 
 def extra_for(missing_config: str | None) -> str | None:
-    """Returns what to install for a launcher or sweeper that Hydra does not know, as hydra/launcher/joblib, or None."""
+    """Returns what to install for a launcher or sweeper unknown to Hydra, as hydra/launcher/ray."""
     group, _, choice = (missing_config or "").rpartition("/")
     extra = choice.partition("_")[0]
     if group not in ("hydra/launcher", "hydra/sweeper") or extra not in EXTRAS:
@@ -43,7 +44,7 @@ def extra_for(missing_config: str | None) -> str | None:
 
 
 def grid(hydra_config: DictConfig) -> list[Override] | None:
-    """Returns what a sweep varies and what is the same for all its jobs; None where its sweeper searches."""
+    """Returns what a sweep varies and what is the same for all; None where its sweeper searches."""
     if not hydra_config.sweeper._target_.endswith("BasicSweeper"):
         return None
     preset = [f"{key}={values}" for key, values in (hydra_config.sweeper.params or {}).items()]
@@ -72,7 +73,7 @@ def _values(override: Override) -> list[str]:
 
 
 def jobs_at_once(hydra_config: DictConfig) -> float:
-    """Returns how many jobs of a sweep may run on this machine at the same time; infinity where nothing limits them."""
+    """Returns how many jobs of a sweep may run here at the same time; infinity without a limit."""
     launcher, kind = hydra_config.launcher, hydra_config.launcher._target_.rpartition(".")[2]
     cores = os.cpu_count() or 1
     if kind == "JoblibLauncher":
@@ -106,8 +107,8 @@ def carry_out(
 ) -> Report:
     """Carries out a job in its folder, unless it is done; returns its report.
 
-    A job that was killed goes on from its last state, to the same bits. One that failed begins anew, for what made it
-    fail may have been mended.
+    A job that was killed goes on from its last state, to the same bits. One that failed begins
+    anew, for what made it fail may have been mended.
 
     Raises:
         Occupied: the folder holds a finished run of another config.

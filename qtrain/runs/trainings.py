@@ -95,7 +95,7 @@ def train_float(run: Run) -> None:
 
 
 def finetune(run: Run) -> None:
-    """Carries out the quantizer's own training; leaves the best converted epoch, or the last, on the CPU."""
+    """Carries out the quantizer's training; leaves the best converted epoch, or the last."""
     if run.parts.quantizer.trains:
         with run.clock("finetuning"):
             _finetune(run)

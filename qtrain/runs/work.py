@@ -67,7 +67,7 @@ class Run:
 
 @dataclass(frozen=True)
 class CalibrationInputs:
-    """Forward's arguments for `calib_batches` batches of `calib_split`, untouched by augmentation, again and again."""
+    """Forward's arguments for `calib_batches` batches, without augmentation, again and again."""
 
     config: DictConfig
     parts: Parts

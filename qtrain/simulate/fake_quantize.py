@@ -1,7 +1,7 @@
 """FakeQuantize: observe a tensor, then replace it by what its integers would mean.
 
-One module serves PTQ and QAT, weights and activations, so that calibration, simulation and conversion read the same
-scale and zero point.
+One module serves PTQ and QAT, weights and activations, so that calibration, simulation and
+conversion read the same scale and zero point.
 """
 
 from dataclasses import dataclass
@@ -26,24 +26,29 @@ KERNELS = ("qtrain", "torch")
 
 
 class FakeQuantize(nn.Module):
-    """Observes where `observing`, and returns dequantize(quantize(x)) where `quantizing`, else x itself.
+    """Observes if `observing`; returns dequantize(quantize(x)) if `quantizing`, else x itself.
 
-    x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale, rounding half to even;
-    the gradient is passed straight through inside the clipping range and is 0 outside.
+    x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale,
+    rounding half to even; the gradient is passed straight through inside the clipping range and is
+    0 outside.
 
     Args:
-        observer: an observer of torch's interface: forward(x) records, calculate_qparams() -> (scale, zero_point).
-        kernel: "qtrain", or "torch": torch's kernels and observers, many times slower, as the reference.
-        memoryless: forget the range before each observation. For weights, which are seen whole every time.
+        observer: an observer of torch's interface: forward(x) records, calculate_qparams() ->
+            (scale, zero_point).
+        kernel: "qtrain", or "torch": torch's kernels and observers, many times slower, as the
+            reference.
+        memoryless: forget the range before each observation. For weights, which are seen whole
+            every time.
         observing: whether forward records the tensor's range.
         quantizing: whether forward fake-quantizes.
 
     Attributes:
-        stays: whether scale and zero point are kept (PTQ's weights, an algorithm's choice); else they follow what is
-            observed.
+        stays: whether scale and zero point are kept (PTQ's weights, an algorithm's choice); else
+            they follow what is observed.
         rectifies: whether forward works on relu(x) in place of x.
-        scale_free: whether the largest magnitude of each channel becomes the last integer, on either side: then nothing
-            is clipped, and a channel's integers stay whatever it is multiplied by, but for their sign.
+        scale_free: whether the largest magnitude of each channel becomes the last integer, on
+            either side: then nothing is clipped, and a channel's integers stay whatever it is
+            multiplied by, but for their sign.
 
     Raises:
         ValueError: there is no such kernel.
@@ -86,7 +91,8 @@ class FakeQuantize(nn.Module):
         self.rectifies = False
         self.stays = False
         self._limits: dict[str, Any] = {"quant_min": self.quant_min, "quant_max": self.quant_max}
-        # A min-max observer's work is done here, on the observer's own buffers, which stay the truth.
+        # A min-max observer's work is done here, on the observer's own buffers, which stay the
+        # truth.
         self._folded = kernel == "qtrain" and type(observer) in (
             MinMaxObserver,
             MovingAverageObserver,
@@ -178,7 +184,7 @@ class FakeQuantize(nn.Module):
             self.observer(x)
 
     def quantize_scaled(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """Returns `forward(x * factor) / factor`, but for the products' rounding, without working them out.
+        """Returns `forward(x * factor) / factor`, up to rounding, without these products.
 
         Args:
             x: a layer's weight (C, ...).
@@ -203,7 +209,7 @@ class FakeQuantize(nn.Module):
         return fake_quantize(x, scale, zero_point, **self._limits, axis=0)
 
     def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns (scale, zero_point or None for 0) of what was observed; worked out once an observation.
+        """Returns (scale, zero_point or None for 0) of what was observed; once an observation.
 
         Raises:
             ValueError: nothing was observed.
@@ -270,7 +276,7 @@ class FakeQuantize(nn.Module):
         return float(self.observer.min_val.min()), float(self.observer.max_val.max())
 
     def clip_as_kernels(self) -> None:
-        """Clips, in place, where int8 kernels do: at the ends of uint8, though the scale be made for 0..127."""
+        """Clips, in place, as int8 kernels: at the ends of uint8, if the scale be for 0..127."""
         self.quant_min, self.quant_max = 0, 255
         self._limits = {"quant_min": self.quant_min, "quant_max": self.quant_max}
 
@@ -299,7 +305,7 @@ class FakeQuantize(nn.Module):
 
 @dataclass(slots=True)
 class _Known:
-    """What a FakeQuantize has worked out of its observer's state; apart from the module, whose attributes are slow."""
+    """What a FakeQuantize works out of its observer; no module, whose attributes are slow."""
 
     numbers: tuple[float, int] | None = None  # scale and zero point
     qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None

@@ -1,4 +1,4 @@
-"""Which layers of a model run on quantized tensors: found by running it once, the tensors marked."""
+"""Which layers of a model run on quantized tensors: found by one run with the tensors marked."""
 
 from typing import Any
 

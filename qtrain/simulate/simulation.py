@@ -39,7 +39,8 @@ class Simulation(nn.Module):
 
     Attributes:
         backend: what lowers it, or None.
-        clips_at_type: whether its kernels clip at the ends of uint8, though a scale be made for 0..127.
+        clips_at_type: whether its kernels clip at the ends of uint8, though a scale be made for
+            0..127.
         improvements: what transforms have done to it, for reports.
     """
 
@@ -61,7 +62,7 @@ class Simulation(nn.Module):
         self._twin: list[nn.Module] = []  # hidden from nn.Module: it is no part of the state
 
     def train(self, mode: bool = True) -> "Simulation":
-        """Sets the mode; in eval mode no range of an output moves, for validation data must not move it."""
+        """Sets the mode; in eval mode no output's range moves: validation data must not move it."""
         super().train(mode)
         for point in output_points(self.model).values():
             point.observing = self._observes and mode
@@ -105,7 +106,7 @@ class Simulation(nn.Module):
 
     @property
     def twin(self) -> nn.Module:
-        """The float model, its layers under the names of the sites: as `model` was when transforms began, or is now."""
+        """The float model, its layers named as the sites: from before transforms, or of now."""
         return self._twin[0] if self._twin else self.float_copy()
 
     def keep_twin(self) -> None:
@@ -113,7 +114,7 @@ class Simulation(nn.Module):
         self._twin = [self.float_copy()]
 
     def float_copy(self) -> nn.Module:
-        """Returns a copy of the model as it is now, with its fake quantization off, in eval mode."""
+        """Returns a copy of the model as it is now, with fake quantization off, in eval mode."""
         with self.mode(observing=False, quantizing=False):
             return copy_model(self.model).eval()
 
@@ -130,7 +131,7 @@ class Simulation(nn.Module):
             point.observing = False
 
     def _leave_float(self, inputs: tuple[Any, ...]) -> None:
-        """Takes, in place, the output's format from layers that run in float anyway: a sigmoid behind the last stub.
+        """Takes the format from output layers that run in float anyway: a sigmoid after all stubs.
 
         Only a forward pass shows which these are; the first one does.
         """
@@ -158,7 +159,7 @@ class Simulation(nn.Module):
         self.plan[name] = replace(self.plan[name], output=None)
 
     def leave_float_as(self, plan: dict[str, Any]) -> None:
-        """Takes the output's format from those layers that have none in a report's plan, in place."""
+        """Takes the output's format from the layers that have none in a report's plan, in place."""
         for name, layer in plan.items():
             if layer["output"] is None and name in self.plan and self.plan[name].output is not None:
                 self.leave_float(name)
@@ -167,7 +168,7 @@ class Simulation(nn.Module):
     def inputs(
         self, name: str, batches: Batches, *, of: str = "simulation"
     ) -> Iterator[tuple[Any, ...]]:
-        """Yields what the site of that name is called with, once a batch; until the last, all is quantized.
+        """Yields what the site of that name is called with, once a batch; till then all quantizes.
 
         Args:
             of: the model that runs: "simulation", or "twin".
@@ -186,7 +187,7 @@ class Simulation(nn.Module):
                 hook.remove()
 
     def as_converted(self) -> "Simulation":
-        """Returns a copy that behaves as what `convert` makes: quantizing, in eval mode, with all its layers."""
+        """Returns a copy that behaves as what `convert` makes: quantizing, in eval mode."""
         copied = copy_model(self).eval()
         copied.set_mode(observing=False, quantizing=True)
         for point in output_points(copied.model).values() if self.clips_at_type else ():
@@ -194,7 +195,7 @@ class Simulation(nn.Module):
         return copied._put_others()
 
     def convert(self) -> nn.Module:
-        """Returns the model that runs on integers, on the CPU, in eval mode; the simulation is left alone."""
+        """Returns the model that runs on integers, on the CPU, in eval mode; a new one."""
         copied = copy_model(self)._put_others()
         return copied.model.cpu().eval() if self.backend is None else self.backend.lower(copied)
 
@@ -221,7 +222,7 @@ def leave_float(model: nn.Module, name: str) -> None:
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
-    """Returns {name: site} of a simulation's model, in the order of registration; {} of any other."""
+    """Returns {name: site} of a simulation's model, as registered; {} of any other."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Site)}
 
 
@@ -256,7 +257,8 @@ def execution_order(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
 def integers(point: FakeQuantize, x: Tensor) -> Tensor:
     """Returns the integers that stand for `x`: the one rounding, of the simulation and of backends.
 
-    clamp(round(x * (1 / scale)) + zero_point), as kernels do it: x / scale would round ties otherwise.
+    clamp(round(x * (1 / scale)) + zero_point), as kernels do it: x / scale would round ties
+    otherwise.
 
     Returns:
         int32, of x's shape.

@@ -27,7 +27,7 @@ class Classification:
         return F.cross_entropy(output, batch[1])
 
     def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Returns count, the summed loss, and confusion (C, C): rows are labels, columns predictions."""
+        """Returns count, summed loss, confusion (C, C): rows are labels, columns predictions."""
         labels, num_classes = batch[1], output.shape[1]
         pairs = labels * num_classes + output.argmax(1)
         return {
@@ -72,7 +72,7 @@ class Classification:
         return None
 
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
-        """Returns accuracy in 0..1, the mean loss in nats, wrong predictions per class, the confusion counts."""
+        """Returns accuracy in 0..1, mean loss in nats, wrong ones per class, confusion counts."""
         count, confusion = int(sums["count"]), sums["confusion"]
         return {
             "accuracy": int(confusion.trace()) / count,

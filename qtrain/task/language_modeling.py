@@ -18,7 +18,8 @@ class LanguageModeling:
 
     Args:
         tokenizer: that of the data.
-        prompt: what each model continues, where it can generate; the same for all, with the same seed.
+        prompt: what each model continues, where it can generate; the same for all, with the same
+            seed.
         max_new_tokens: tokens to add; fewer where the model's context is shorter.
         top_k: draw among the k most likely tokens; null: among all.
         seed: of the generator that draws.
@@ -66,7 +67,7 @@ class LanguageModeling:
         return F.cross_entropy(output.flatten(0, 1), batch[1].flatten(), ignore_index=IGNORE)
 
     def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Returns the count of scored tokens, their summed loss in nats, and how many were the most likely."""
+        """Returns how many tokens were scored, their summed loss in nats, and how many were top."""
         targets = batch[1]
         return {
             "count": (targets != IGNORE).sum(),
@@ -91,7 +92,7 @@ class LanguageModeling:
         return self.tokenizer.decode(tokens[0])
 
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
-        """Returns the mean loss in nats, perplexity, accuracy in 0..1; bits per byte where the loader counts bytes."""
+        """Returns mean loss in nats, perplexity, accuracy in 0..1; of known bytes, bits a byte."""
         count, loss = int(sums["count"]), float(sums["loss"])
         num_bytes = getattr(loader, "num_bytes", None)
         return {

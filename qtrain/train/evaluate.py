@@ -13,7 +13,7 @@ from qtrain.task.base import Task
 
 @dataclass(frozen=True)
 class Scores:
-    """Attributes: metrics of the whole split; a score an example (N,), and a loss an example or a batch, on the CPU."""
+    """Metrics of the split; a score an example (N,), and a loss an example or batch, on the CPU."""
 
     metrics: dict[str, Any]
     examples: Tensor

@@ -9,7 +9,7 @@ from qtrain.train import ranks
 
 
 class RunningMean:
-    """Sums losses on the device; reading one, which waits for the device, also checks that it is finite."""
+    """Sums losses on the device; reading one waits for it, and checks that it is finite."""
 
     def __init__(self, device: str, stage: str, epoch: int) -> None:
         self.stage = stage

@@ -105,7 +105,7 @@ class Training:
         log.info(f"{self.stage}: resumed after step {self.step} of {self.total_steps}")
 
     def run_epoch(self, epoch: int) -> bool:
-        """Trains for one epoch, or what is left of it; returns False where it was told to stop, and has saved."""
+        """Trains for one epoch, or the rest of it; returns False if told to stop, having saved."""
         self.mean = RunningMean(self.device, self.stage, epoch)
         ranks.spread_generator(self.device)
         first = self.done
@@ -145,7 +145,7 @@ class Training:
         self._save(epoch + 1, 0)
 
     def _batches(self) -> Iterator[Batch]:
-        """Returns the epoch's batches, in an order drawn now; of an interrupted epoch those that are left."""
+        """Returns the epoch's batches, in an order drawn now; if interrupted, those left."""
         inside = self._inside
         self._at_start = generator_states(self.loader)
         if (

@@ -24,7 +24,7 @@ def check_transforms(transforms: Any) -> list[str]:
 
 
 def improve(simulation: Simulation, transform: Transform, batches: Batches) -> None:
-    """Lets a transform work on a calibrated simulation, in place, and notes what it gained on the first batch."""
+    """Lets a transform work on a calibrated simulation, in place; notes its gain on a batch."""
     first = next(iter(batches))
     before = _decibels(simulation, first)
     transform(simulation, batches)
@@ -37,7 +37,7 @@ def improve(simulation: Simulation, transform: Transform, batches: Batches) -> N
 
 @torch.no_grad()
 def _decibels(simulation: Simulation, inputs: tuple[Tensor, ...]) -> float | None:
-    """Returns the signal-to-noise ratio of the simulation's output, or None where it is no tensor."""
+    """Returns the signal-to-noise ratio of the simulation's output; None if it is no tensor."""
     exact = simulation.twin(*inputs)
     with simulation.mode(observing=False, quantizing=True) as model:
         found = model(*inputs)

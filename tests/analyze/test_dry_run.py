@@ -23,7 +23,7 @@ def quantizer(request, make_ptq, make_qat):
     return (make_ptq if request.param == "ptq" else make_qat)()
 
 
-# ---- layers that cannot run in int8 ----------------------------------------------------------------------------------
+# ---- layers that cannot run in int8 --------------------------------------------------------------
 
 WITHOUT_KERNEL = {
     "batch_norm1d": [nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)],
@@ -266,7 +266,7 @@ def test_a_sound_model_gives_no_warning(model, images, make_ptq, caplog):
     assert caplog.records == []
 
 
-# ---- what a dry run leaves behind ------------------------------------------------------------------------------------
+# ---- what a dry run leaves behind ----------------------------------------------------------------
 
 
 def test_neither_generators_nor_weights_change(quantizer, convnet, images):
@@ -316,7 +316,7 @@ def test_no_hook_is_left_on_a_model_that_was_watched(features):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-# ---- blame -----------------------------------------------------------------------------------------------------------
+# ---- blame ---------------------------------------------------------------------------------------
 
 
 class Failing(nn.Module):
@@ -359,7 +359,7 @@ def test_layers_that_succeeded_are_not_blamed():
             raise ZeroDivisionError
 
 
-# ---- coverage --------------------------------------------------------------------------------------------------------
+# ---- coverage ------------------------------------------------------------------------------------
 
 CONV1, CONV2, LINEAR1, LINEAR2 = 4 * 9, 8 * 4 * 9, 8 * 49 * 8, 10 * 8  # weights of the tiny ConvNet
 MACS = {"conv1": CONV1 * 28 * 28, "conv2": CONV2 * 14 * 14, "linear1": LINEAR1, "linear2": LINEAR2}

@@ -38,7 +38,7 @@ def compare(quantizer, prepared, *inputs, **settings):
 
 
 class Branches(nn.Module):
-    """Inputs with a positive mean take layer a, the others layer b; a spare FloatFunctional is never used."""
+    """Inputs of positive mean take layer a, others layer b; a spare FloatFunctional is unused."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class TwoInputs(nn.Module):
         return self.dequant(self.sum.add(self.linear(self.first(x)), self.second(y)))
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_all_mistakes_are_told_at_once():
     assert keys == ["on_failure", "samples", "max_steps", "max_range_ratio"]
 
 
-# ---- layers that calibration did not reach ---------------------------------------------------------------------------
+# ---- layers that calibration did not reach -------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
@@ -165,7 +165,7 @@ def test_a_float_functional_used_without_calibration_fails_by_name(make_ptq):
             fake(torch.randn(8, 4))
 
 
-# ---- the numbers -----------------------------------------------------------------------------------------------------
+# ---- the numbers ---------------------------------------------------------------------------------
 
 
 def test_sqnr_of_each_layer_is_that_of_the_formula(engine, convnet, images, make_ptq):
@@ -262,7 +262,7 @@ def test_outputs_come_in_the_order_of_execution_of_float_functionals_too(make_pt
     assert not quantized.linear._forward_hooks
 
 
-# ---- simulation against conversion -----------------------------------------------------------------------------------
+# ---- simulation against conversion ---------------------------------------------------------------
 
 
 def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, make_ptq):
@@ -311,7 +311,7 @@ def test_sound_models_pass_on_every_engine(is_qat, engine, model, images, make_p
     assert failures == [] and section["min_sqnr_db"] > 20
 
 
-# ---- inputs unlike those of calibration ------------------------------------------------------------------------------
+# ---- inputs unlike those of calibration ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
@@ -362,7 +362,7 @@ def test_every_input_of_the_model_is_looked_at(which, engine, make_ptq, request)
     )
 
 
-# ---- NaN and infinity ------------------------------------------------------------------------------------------------
+# ---- NaN and infinity ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)

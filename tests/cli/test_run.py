@@ -68,7 +68,7 @@ def reports(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("outputs/**/report.json"))]
 
 
-# ---- which jobs a command line means ---------------------------------------------------------------------------------
+# ---- which jobs a command line means -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_two_runs_in_one_folder_at_once(command, tmp_path):
 
 @pytest.fixture
 def job(monkeypatch, tmp_path):
-    """job(*overrides, metrics=... or error=...): what one job returns to a sweeper, when the run has such metrics."""
+    """job(*overrides, metrics=... or error=...): what a job returns to a sweeper, given these."""
 
     def call(*overrides, metrics=None, error=None):
         def execute(*_, **__):
@@ -249,12 +249,12 @@ def test_one_objective_without_brackets(job):
     assert job(RUN, "objective=quantized.loss", metrics=METRICS) == 1.0
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def mistakes(command, monkeypatch):
-    """mistakes(*arguments): what `qtrain` says before it exits with code 1, having trained nothing."""
+    """mistakes(*arguments): what `qtrain` says before it exits with code 1, untrained."""
 
     def refuse(*_, **__):
         raise AssertionError("training has begun")
@@ -487,7 +487,7 @@ def test_interrupted(command, monkeypatch):
 
 
 def test_a_sweep_is_terminated_as_it_is_interrupted(command, monkeypatch):
-    """A launcher that waits for its workers ends them for an exception; the signal's default would leave them."""
+    """A launcher ends its workers for an exception; the signal's default would leave them."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(cli, "job", lambda: os.kill(os.getpid(), signal.SIGTERM))
     code, text = command("-m", *TINY)
@@ -495,7 +495,7 @@ def test_a_sweep_is_terminated_as_it_is_interrupted(command, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# ---- as a process ----------------------------------------------------------------------------------------------------
+# ---- as a process --------------------------------------------------------------------------------
 
 
 def start(*arguments, cwd, path=()):
@@ -567,7 +567,7 @@ def test_a_model_of_the_users_own(tmp_path, monkeypatch):
     assert expected.std() > 0
 
 
-# ---- what only running shows -----------------------------------------------------------------------------------------
+# ---- what only running shows ---------------------------------------------------------------------
 
 FAULTY = """
 import torch

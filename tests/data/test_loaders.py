@@ -72,7 +72,8 @@ def test_same_batches_and_same_generator_as_torch(monkeypatch, batch_size, chunk
         assert torch.equal(images, their_images)
         assert torch.equal(labels, their_labels)
         assert images.dtype == torch.float32 and labels.dtype == torch.int64
-    # DataLoader draws a seed for its workers in every epoch, in order or not; ours leaves the generator alone in order.
+    # DataLoader draws a seed for its workers in every epoch, in order or not; ours leaves the
+    # generator alone in order.
     assert torch.equal(our_state_after, state_after) == shuffle
 
 

@@ -1,4 +1,4 @@
-"""Text is split where it stands and windowed as documented; the bundled text is the one on its data card."""
+"""Text is split where it stands and windowed as documented; the bundled one is its data card's."""
 
 import hashlib
 import importlib.util
@@ -47,7 +47,7 @@ def whole(loader: Loader) -> Batch:
     return torch.cat(inputs), torch.cat(targets)
 
 
-# ---- windows ---------------------------------------------------------------------------------------------------------
+# ---- windows -------------------------------------------------------------------------------------
 
 
 @settings(derandomize=True, deadline=None)
@@ -106,7 +106,7 @@ def test_calibration_windows_are_mixed_and_never_change() -> None:
     assert first[:, 0].tolist() != sorted(first[:, 0].tolist()) == list(range(0, 992, 8))
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def test_split_is_contiguous_and_complete(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_wrong_options_are_all_named_at_once(tmp_path: Path) -> None:
         )
 
 
-# ---- the bundled text ------------------------------------------------------------------------------------------------
+# ---- the bundled text ----------------------------------------------------------------------------
 
 
 def test_shipped_text_is_the_one_on_its_data_card() -> None:

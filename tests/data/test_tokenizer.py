@@ -17,7 +17,7 @@ MERGES = ["h a", "Ġ d", "ha v", "Ġ ha", "r e", "Ġd re", "Ġdre a", "Ġdrea m"
 
 
 def byte_letters() -> list[str]:
-    """The 256 characters by which GPT-2's vocabulary spells the bytes, as published: printable ones stand for
+    """The 256 characters by which GPT-2 spells the bytes, as published: printable ones stand for
     themselves, the rest are counted up from 256."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
@@ -59,7 +59,8 @@ def test_bpe_merges_in_order_and_is_reversible(folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     check_bpe(tokenizer)
     assert tokenizer.vocab_size == 256 + len(MERGES) + 1
-    # " have" is Ġha + v + e, for "Ġ ha" can still merge when "ha v" cannot; " dream" is one token, number 263.
+    # " have" is Ġha + v + e, for "Ġ ha" can still merge when "ha v" cannot; " dream" is one token,
+    # number 263.
     vocab = json.loads((folder / "vocab.json").read_text())
     assert (
         tokenizer.encode(" dream<|endoftext|>").tolist()

@@ -93,7 +93,8 @@ def test_round_trip_of_reciprocal_scales(method, x):
     )
 
 
-# [-1.2, 3.4]: absmax 127 / 3.4 = 37.3529; zero-point 255 / 4.6 = 55.4348, -(55.4348 * -1.2) - 128 = -61.48 -> -61
+# [-1.2, 3.4]: absmax 127 / 3.4 = 37.3529; zero-point 255 / 4.6 = 55.4348, -(55.4348 * -1.2) - 128 =
+# -61.48 -> -61
 BY_HAND = {
     "absmax": (absmax, [-45, -37, 0, 19, 37, 127], 127 / 3.4, 0),
     "absmax_100": (lambda x: absmax(x, quant_max=100), [-35, -29, 0, 15, 29, 100], 100 / 3.4, 0),
@@ -139,7 +140,7 @@ def test_integers_by_hand(method, integers, scale, zero_point, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_printout_of_a_relu_output(dtype):
-    """Integers, scale, zero point, dequantized and error, by hand: only asymmetric uses every integer."""
+    """Integers, scale, zero point, error, by hand: only asymmetric uses every integer."""
     relu = torch.tensor([0.0, 0.5, 1.0, 3.0, 5.0], dtype=dtype)
     used, wasted = zeropoint(relu), absmax(relu)
     assert used.int_repr.tolist() == [-128, -102, -77, 25, 127]  # 25.5 - 128 = -102.5: half to even

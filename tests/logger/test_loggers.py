@@ -113,7 +113,7 @@ def test_several_loggers_get_everything(tmp_path):
     assert first.calls[0] == ("log", "{'float/train_loss': 0.5, 'float/lr': 0.1}", "7")
 
 
-# ---- what a run shows ------------------------------------------------------------------------------------------------
+# ---- what a run shows ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_scalars_of_a_run(run, events):
 
 
 def test_the_quality_over_epochs_has_one_axis(run, events):
-    """One epoch of float training, two of fine-tuning, which 200 steps cut short, and the test data's at the end."""
+    """An epoch of float training, two of fine-tuning, cut short by 200 steps; then the test's."""
     found = {
         name: events.Scalars(f"{name}") for name in ("val_accuracy/float", "val_accuracy/fake")
     }

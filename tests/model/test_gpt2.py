@@ -1,4 +1,4 @@
-"""GPT2 computes what transformers computes from the same checkpoint, generates as documented, and can be quantized."""
+"""GPT2 computes what transformers does, generates as documented, and can be quantized."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def hf() -> ModuleType:
 
 
 def save_checkpoint(hf: ModuleType, folder: Path, sizes: dict[str, int], **config: Any) -> Any:
-    """Saves a random GPT-2 and returns it. No bias is 0 and no scale is 1, so that each must come to its place."""
+    """Saves a random GPT-2 and returns it; no bias is 0 and no scale 1, so that each must fit."""
     torch.manual_seed(0)
     settings = hf.GPT2Config(
         **sizes, initializer_range=0.1, bos_token_id=0, eos_token_id=None, **config
@@ -73,7 +73,7 @@ def prompt(model: GPT2, batch_size: int = 2, num_tokens: int = 12) -> Tensor:
     )
 
 
-# ---- parity with transformers ----------------------------------------------------------------------------------------
+# ---- parity with transformers --------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def test_the_checkpoints_sizes_take_the_place_of_the_configs_as_documented(
     assert "n_layer" not in caplog.text  # a warning on every job would tell nobody anything
 
 
-# ---- checkpoints that are refused ------------------------------------------------------------------------------------
+# ---- checkpoints that are refused ----------------------------------------------------------------
 
 
 def test_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_an_unreachable_hub_is_told_in_one_line(
         GPT2(pretrained="gpt2")
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 def test_published_sizes() -> None:
@@ -272,7 +272,8 @@ def test_published_initialisation() -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             expected = 0.02 / math.sqrt(8) if name.endswith("c_proj.weight") else 0.02
-            # The standard deviation of n normal samples is off by 1 / sqrt(2 n) of itself: allow five times that.
+            # The standard deviation of n normal samples is off by 1 / sqrt(2 n) of itself: allow
+            # five times that.
             assert parameter.std().item() == pytest.approx(
                 expected, rel=5 / math.sqrt(2 * parameter.numel())
             ), name
@@ -377,7 +378,7 @@ def test_too_long_a_context_is_refused(model: GPT2) -> None:
         model(prompt(model, 1, 9), KVCache(model, max_length=8))
 
 
-# ---- quantization ----------------------------------------------------------------------------------------------------
+# ---- quantization --------------------------------------------------------------------------------
 
 
 def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2) -> None:
@@ -407,7 +408,7 @@ def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2
     assert model.fuse_model(is_qat=False) is None
 
 
-# ---- generation ------------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 
 
 def test_generation_is_a_function_of_its_seed(model: GPT2) -> None:

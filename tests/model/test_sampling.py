@@ -17,7 +17,7 @@ def naive_penalty(row, tokens, penalty):
 
 
 def naive_nucleus(row, p):
-    """The smallest set of tokens, added one by one from the likeliest, whose probability reaches p."""
+    """The smallest set of tokens, from the likeliest on, whose probability reaches p."""
     total = math.fsum(map(math.exp, row))
     kept, sum_ = set(), 0.0
     for index in sorted(range(len(row)), key=lambda index: -row[index]):

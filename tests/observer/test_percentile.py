@@ -33,7 +33,7 @@ def one_bin(observer, *batches):
 
 
 def assert_is_the_quantile(observer, x, *batches):
-    """Compares with torch.quantile; between two samples either may be meant, and a bin is added to each."""
+    """Compares with torch.quantile, to a bin; between two samples either may be meant."""
     low, high = (float(end) for end in observer.range())
     bound, share, x = one_bin(observer, *batches), observer.percentile / 100, x.double()
     for end, q in ((low, 1 - share), (high, share)):
@@ -67,7 +67,7 @@ def test_it_is_torchs_quantile_of_many_numbers(draw, percentile):
     st.data(),
 )
 def test_neither_the_order_nor_the_batches_matter(batches, percentile, data):
-    """Ranges are merged whatever comes first, no count is lost, and the result is the quantile of everything."""
+    """Ranges merge in any order, no count is lost, and the result is everything's quantile."""
     x = torch.tensor([value for batch in batches for value in batch])
     shuffled = data.draw(st.permutations(batches))
     for order in (batches, shuffled, [x.tolist()]):
@@ -86,7 +86,7 @@ def test_neither_the_order_nor_the_batches_matter(batches, percentile, data):
 
 @given(st.integers(0, 60), st.integers(1, 50))
 def test_a_wider_batch_keeps_every_count_in_its_place(doublings, times):
-    """Counts of numbers that are bin edges of every width: nothing may move when neighbours are merged."""
+    """Counts of numbers that are edges of bins of any width: merging must move none."""
     x = torch.tensor([-0.75, -0.25, 0.25, 0.75]).repeat(times)
     observer = observe(x, torch.tensor([float(2**doublings)]), bins=64)
     edges = torch.linspace(-float(observer.limit), float(observer.limit), 65)

@@ -35,7 +35,7 @@ def quantized_layers(model):
     return {n: m for n, m in model.named_modules() if integers.quantized_weight(m) is not None}
 
 
-# ---- against a plain script ------------------------------------------------------------------------------------------
+# ---- against a plain script ----------------------------------------------------------------------
 
 
 def by_hand(model, qconfig, batches, engine):
@@ -146,7 +146,7 @@ def test_an_outlier_costs_minmax_more_than_percentile(mlp, images, make_ptq):
     assert ratios[1] > ratios[0] + 10
 
 
-# ---- calibration -----------------------------------------------------------------------------------------------------
+# ---- calibration ---------------------------------------------------------------------------------
 
 
 def test_calibration_sees_every_batch_and_nothing_else(convnet, images, make_ptq):
@@ -195,7 +195,7 @@ def test_reference_is_the_float_model(model, images, make_ptq):
     torch.testing.assert_close(reference(images), model(images), atol=1e-5, rtol=1e-4)
 
 
-# ---- the simulation --------------------------------------------------------------------------------------------------
+# ---- the simulation ------------------------------------------------------------------------------
 
 
 def test_simulation_agrees_with_the_converted_model(engine, model, images, make_ptq):
@@ -213,7 +213,7 @@ def test_simulation_agrees_with_the_converted_model(engine, model, images, make_
 def test_each_layers_simulation_rounds_as_its_kernel_does(
     bits, ties, engine, model, images, make_ptq, full_range_bits
 ):
-    """Given the same integers, both come to the same but where halfway between two: often, with few weights' values."""
+    """Both come to the same for equal integers but where halfway: often, with few weights."""
     reduce_range = bits > full_range_bits(engine)
     quantizer = make_ptq(engine, weight={"bits": bits}, activation={"reduce_range": reduce_range})
     prepared = calibrated(quantizer, model, images)
@@ -300,7 +300,7 @@ def test_activations_of_n_bits_have_2_to_the_n_values_and_are_a_simulation(
     assert len(values["quant"]) == levels and len(values["conv1"]) <= levels
 
 
-# ---- settings and files ----------------------------------------------------------------------------------------------
+# ---- settings and files --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def modes(points):
     return {(point.observing, point.quantizing) for point in points.values()}
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_settings_are_there_for_the_trainer(make_qat):
     ) == (3, 1, 2, 2)
 
 
-# ---- the schedule ----------------------------------------------------------------------------------------------------
+# ---- the schedule --------------------------------------------------------------------------------
 
 
 def test_fake_quantization_and_freezing_start_at_their_epochs(convnet, images, make_qat):
@@ -137,7 +137,7 @@ def test_before_the_start_it_trains_the_float_model(mlp, images, make_qat):
     assert not torch.allclose(prepared(images), mlp(images))
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def test_it_trains_and_the_loss_falls(engine, model, images, make_qat, train):
@@ -150,7 +150,7 @@ def test_it_trains_and_the_loss_falls(engine, model, images, make_qat, train):
 
 
 def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, make_qat):
-    """d loss / d w is that of the loss at the quantized weight, where the weight is inside its range."""
+    """d loss / d w is the loss's at the quantized weight, where w is inside its range."""
     quantizer = make_qat(weight={"bits": 3}, activation={"reduce_range": False})
     prepared = calibrated(quantizer, mlp, images).train()
     quantizer.on_epoch(prepared, 0)
@@ -181,7 +181,7 @@ def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, mak
 
 @pytest.mark.parametrize("narrow", [True, False])
 def test_in_a_narrow_range_the_largest_weights_have_a_gradient(narrow, mlp, images, make_qat):
-    """In -128..127 the largest weight lies on 127.5, here exactly; it becomes 128, and is clipped."""
+    """In -128..127 the largest weight lies on 127.5, here exactly: at 128 it is clipped."""
     with torch.no_grad():
         mlp.linear1.weight[:, 0] = 127.5
     quantizer = make_qat("fbgemm", weight={"narrow_range": narrow})
@@ -273,7 +273,7 @@ def test_convolutions_of_any_dimension_train(dims, between, make_qat, train, ful
     assert decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 20
 
 
-# ---- simulation and conversion ---------------------------------------------------------------------------------------
+# ---- simulation and conversion -------------------------------------------------------------------
 
 
 def test_simulation_agrees_with_the_converted_model(
@@ -374,7 +374,7 @@ def test_batch_norm_in_a_float_island_is_frozen_too(convnet, images, make_qat):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["mlp", "convnet"])
 def test_a_whole_epoch_ends_with_the_integers_of_torchs_own_modules(model):
-    """With torch's Conv-BN in both: that one rounds differently on, a whole training away from these integers."""
+    """With torch's Conv-BN in both: it rounds differently, a whole training away from ours."""
 
     def epoch(fake_quantize):
         overrides = [

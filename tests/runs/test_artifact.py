@@ -163,7 +163,7 @@ def test_loaded_models_are_independent(runs, images):
     assert second(images).std() > 0
 
 
-# ---- folders that hold no model --------------------------------------------------------------------------------------
+# ---- folders that hold no model ------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def digits(num, seed=0):
 
 @pytest.fixture(autouse=True, scope="module")
 def stand_ins():
-    """Few made-up digits, and no pictures: nobody sees them here, and they would take most of the time."""
+    """Few made-up digits, and no pictures, which would take most of the time."""
     train, test = digits(48), digits(48, seed=1)
 
     def small(root=None, **options):
@@ -71,7 +71,7 @@ def threads():
 
 @cache
 def compose(*overrides):
-    """Settings of a small run; of PTQ, with the observer that takes the least time, unless others are named."""
+    """Settings of a small run; of PTQ, with the quickest observer, unless others are named."""
     plain = not any(
         override.startswith("quant=") or "activation.observer" in override for override in overrides
     )
@@ -104,7 +104,7 @@ def base(tmp_path_factory):
     return run
 
 
-# ---- every setting has an effect -------------------------------------------------------------------------------------
+# ---- every setting has an effect -----------------------------------------------------------------
 
 
 def float_weights(run):
@@ -418,7 +418,7 @@ def test_calibration_data(split, size):
     )
 
 
-# ---- the same again --------------------------------------------------------------------------------------------------
+# ---- the same again ------------------------------------------------------------------------------
 
 METHODS = ["none", "float_finetuned", "ptq", "qat", "dynamic"]
 
@@ -473,7 +473,7 @@ def test_no_training_is_a_choice(tmp_path):
     assert run.report.status == "ok"
 
 
-# ---- fine-tuning -----------------------------------------------------------------------------------------------------
+# ---- fine-tuning ---------------------------------------------------------------------------------
 
 
 def test_the_best_int8_epoch_is_kept(base, tmp_path, monkeypatch):
@@ -485,7 +485,8 @@ def test_the_best_int8_epoch_is_kept(base, tmp_path, monkeypatch):
     assert len({run.quantized for run in after.values()}) == 3
 
     def scripted(qualities):
-        # The float model's comes first; behind each int8 model comes its simulation's, which decides nothing.
+        # The float model's comes first; behind each int8 model comes its simulation's, which
+        # decides nothing.
         remaining = iter(
             [0.5, *(score for quality in qualities for score in (quality, 1 - quality))]
         )
@@ -557,7 +558,7 @@ def test_qat_of_fewer_bits_is_simulated_per_channel(base):
     assert set(report.qparams) == {"quant", "linear1", "linear2", "linear3"}
 
 
-# ---- the cache of float models ---------------------------------------------------------------------------------------
+# ---- the cache of float models -------------------------------------------------------------------
 
 
 def test_cache_spares_the_training(tmp_path, base, caplog):
@@ -692,7 +693,7 @@ def test_the_cache_goes_by_torchs_version(key, usual_key, monkeypatch):
     assert key() != usual_key
 
 
-# ---- what a run leaves behind ----------------------------------------------------------------------------------------
+# ---- what a run leaves behind --------------------------------------------------------------------
 
 CONTRACT = {  # what every reader of a report may rely on
     *(
@@ -850,7 +851,7 @@ def test_files(base):
     assert OmegaConf.load(run.folder / "config.yaml") == compose("quant=ptq")
 
 
-# ---- runs that fail --------------------------------------------------------------------------------------------------
+# ---- runs that fail ------------------------------------------------------------------------------
 
 
 def refused(folder, *overrides, error=TruthError):

@@ -80,7 +80,7 @@ def execute(folder, kind, *overrides, resume=False):
 
 
 def result(folder):
-    """All that must not depend on interruptions: the bits of the weights, the scores, the logged lines."""
+    """All that must not depend on interruptions: the weights' bits, scores, logged lines."""
     report = json.loads((folder / "report.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timeless = [{k: v for k, v in line.items() if not k.startswith("latency")} for line in lines]
@@ -223,7 +223,7 @@ def test_resume_on_the_command_line(tmp_path, monkeypatch, capsys, whole):
         cli.main()
 
 
-# ---- the trainer alone -----------------------------------------------------------------------------------------------
+# ---- the trainer alone ---------------------------------------------------------------------------
 
 
 def fit(progress):
@@ -281,7 +281,7 @@ def test_every_place_with_dropout_accumulation_and_schedule(tmp_path, monkeypatc
     assert rest == lines[len(lines) - len(rest) :]
 
 
-# ---- what cannot be resumed ------------------------------------------------------------------------------------------
+# ---- what cannot be resumed ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

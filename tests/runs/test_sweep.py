@@ -40,7 +40,7 @@ def settings(monkeypatch):
 
 @pytest.fixture
 def launched(settings):
-    """launched(launcher, **settings): the same under a launcher, whose plugin need not be installed."""
+    """launched(launcher, **settings): the same under a launcher, installed or not."""
 
     def make(launcher, overrides=(), **changes):
         config = settings(*overrides)

@@ -1,4 +1,4 @@
-"""Nonsense on the command line ends well, or with a message that names its key; scripts/fuzz.py tries more of it."""
+"""Nonsense on the command line ends well, or names its key; scripts/fuzz.py tries more of it."""
 
 import importlib.util
 import random

@@ -1,4 +1,4 @@
-"""The bundled sample is the file its data card describes, and the script that makes it does what it documents."""
+"""The bundled sample is the file of its data card, and its script does what it documents."""
 
 import hashlib
 import importlib.util
@@ -33,15 +33,16 @@ script = load_script()
 
 
 def images_of(num: int, *, first: int = 0) -> np.ndarray:
-    """Images that differ from one another in every pixel: number `first + i` everywhere, modulo 256."""
+    """Images that differ in every pixel: number `first + i` everywhere, modulo 256."""
     return np.repeat(np.arange(first, first + num, dtype=np.uint8), 784).reshape(-1, 28, 28)
 
 
 def assert_stratified(labels: np.ndarray, num_classes: int) -> None:
     """Every prefix has each class's share of it, and so has every suffix: it is the complement.
 
-    Cutting an order by (i + 0.5) / n_c at rank r leaves n_c * r + e_c samples of class c, |e_c| <= 1/2. Against the
-    share s_c of the prefix's length that is e_c - s_c * sum(e), at most (1 - s_c) / 2 + s_c * (num_classes - 1) / 2.
+    Cutting an order by (i + 0.5) / n_c at rank r leaves n_c * r + e_c samples of class c, |e_c| <=
+    1/2. Against the share s_c of the prefix's length that is e_c - s_c * sum(e), at most (1 - s_c)
+    / 2 + s_c * (num_classes - 1) / 2.
     """
     seen = np.cumsum(labels[:, None] == np.arange(num_classes), axis=0)  # (N, C)
     share = seen[-1] / len(labels)
@@ -132,7 +133,8 @@ def test_train_counts_is_exact_and_proportional(counts: list[int], data: st.Data
 
 
 def test_interleave_sorts_by_rank_then_class() -> None:
-    # Ranks of class 0: 1/4, 3/4; of class 1 (positions 2..5): 1/8, 3/8, 5/8, 7/8; of class 2: 1/4, 3/4.
+    # Ranks of class 0: 1/4, 3/4; of class 1 (positions 2..5): 1/8, 3/8, 5/8, 7/8; of class 2: 1/4,
+    # 3/4.
     np.testing.assert_array_equal(script.interleave([2, 4, 2]), [2, 0, 6, 3, 4, 1, 7, 5])
 
 

@@ -24,7 +24,7 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 @pytest.fixture
 def make(make_qat, between):
-    """make(conv_bn): the simulation of a convolution with batch-norm, its outputs float unless told."""
+    """make(conv_bn): the simulation of Conv-BN, its outputs float unless told."""
 
     def make(conv_bn, dims=2, relu=False, bias=False, momentum=0.1, activations=False, **settings):
         torch.manual_seed(0)
@@ -88,7 +88,7 @@ def take_state(layer, site):
 
 
 def step(layer, x, weights):
-    """Output, gradients (of x and of the parameters) and statistics of one forward and backward pass."""
+    """Output, gradients (of x and of the parameters) and statistics of one pass each way."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
     output = layer(x)
@@ -99,7 +99,7 @@ def step(layer, x, weights):
 
 
 def distances(site, reference, x, weights):
-    """{what: relative distance} of one step of `site` from that of `reference`, both in the state before."""
+    """{what: relative distance} of a step of `site` from `reference`'s, from the same state."""
     take_state(reference, site)
     found, expected = step(site, x, weights), step(reference, x, weights)
     assert found.keys() == expected.keys() and len(found) > 6
@@ -137,7 +137,8 @@ CASES = pytest.mark.parametrize(
 )
 
 
-# In -128..127 a symmetric scale would put the largest weight of each channel on a tie, where the last digit decides.
+# In -128..127 a symmetric scale would put the largest weight of each channel on a tie, where the
+# last digit decides.
 @pytest.mark.parametrize("weight", [{}, {"symmetric": False}], ids=["narrow_range", "asymmetric"])
 @CASES
 def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, weight, make):
@@ -156,7 +157,7 @@ def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, we
 
 @pytest.fixture(params=["torchs_batch_norm", "own_batch_norm"])
 def batch_norm(request, monkeypatch):
-    """Which batch-norm there is behind folded convolutions: torch's, or the one for many numbers."""
+    """Which batch-norm is behind folded convolutions: torch's, or the one for many numbers."""
     if request.param == "own_batch_norm":
         monkeypatch.setattr(module, "MANY", 0)
 
@@ -269,7 +270,7 @@ def test_both_are_torchs_slow_path_where_batch_norm_is_frozen(
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("bits", [3, 8])
 def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularity, make):
-    """torch's kernel rounds the folded weights; dividing by the factor again gives the weights of the convolution."""
+    """torch's kernel rounds the folded weights; dividing them by the factor restores them."""
     weight = {"bits": bits, "symmetric": False, "granularity": granularity}
     model = make("folded", engine="fbgemm", weight=weight)
     layer, x = model.model.body[0], torch.randn(5, 4, 6, 6)

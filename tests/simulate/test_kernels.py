@@ -24,7 +24,7 @@ def torchs(x, scale, zero_point, low, high, axis):
 
 @st.composite
 def cases(draw):
-    """x (C, 16), scale, zero_point, limits, axis; a part of x lies on ties and clipping edges, or just beside."""
+    """x (C, 16), scale, zero_point, limits, axis; parts of x lie on ties and edges, or beside."""
     bits, signed, axis = (
         draw(st.integers(2, 8)),
         draw(st.booleans()),
@@ -108,7 +108,7 @@ def test_ten_thousand_cases_equal_torchs_kernels(case):
 
 
 def just_on_the_edge(integer):
-    """A scale whose inverse times some float32 is exactly where float32 begins to round to more than `integer`."""
+    """A scale by whose inverse some product is just where float32 begins to exceed `integer`."""
     edge = np.float32(integer + 0.5)
     beside = np.nextafter(edge, np.float32(0 if integer % 2 else np.inf))
     whole, _ = (Fraction(float(edge)) + Fraction(float(beside))).as_integer_ratio()

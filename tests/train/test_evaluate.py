@@ -54,7 +54,7 @@ def test_leaves_the_model_as_it_was_but_in_eval_mode():
 
 
 class Spoiler(nn.Module):
-    """Puts out NaN or infinity from the given call on, counted from 0, or where a pixel is large."""
+    """Puts out NaN or infinity from a call on, counted from 0, or where a pixel is large."""
 
     def __init__(self, value, batch):
         super().__init__()

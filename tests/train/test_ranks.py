@@ -70,7 +70,7 @@ def test_one_process_shares_with_nobody():
     assert ranks.share(batch) == (batch, 1.0) and ranks.is_first()
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 SMALL = [
     "trainer=smoke",

@@ -1,4 +1,4 @@
-"""One rank of a training on made-up digits: `python two_ranks.py RANK RANKS RENDEZVOUS OUT`, for test_ranks."""
+"""A rank of a training on made-up digits: `python two_ranks.py RANK RANKS RENDEZVOUS OUT`."""
 
 import sys
 from functools import partial
@@ -29,7 +29,7 @@ class Lines(Logger):
 
 
 def fit(model, accumulate=1, on_epoch=lambda epoch: None):
-    """Trains on 43 images in batches of 7, so that ranks get unequal parts, and the last batch has one image alone."""
+    """Trains on 43 images in batches of 7: ranks get unequal parts, and the last batch has one."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (43, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.arange(43) % 10
@@ -86,7 +86,7 @@ def qat(model, conv_bn="folded"):
 
 
 def everything():
-    """Returns losses and weights of a float training, and losses, qparams and weights of QAT without and with norms."""
+    """Returns losses and weights of float training; with qparams, of QAT without and with norms."""
     torch.manual_seed(3)
     mlp = MLP(hidden=16, hidden_relu=True, output_relu=False)
     found = {"float": fit(mlp), "weights": mlp.state_dict()}

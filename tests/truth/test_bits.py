@@ -1,4 +1,4 @@
-"""Bits and bytes of weights that are fewer than their storage: in the report, whatever stores them."""
+"""Bits and bytes of weights smaller than their storage: in the report, whatever stores them."""
 
 import pytest
 

@@ -18,7 +18,7 @@ SWEEP = ["model=mlp", "trainer=smoke", "threads=1", "measure.repeats=2", "measur
 
 @pytest.fixture
 def compare(capsys):
-    """compare(*arguments): runs `qtrain-compare` in this process; returns (exit code, all that was printed)."""
+    """compare(*arguments): runs `qtrain-compare` in this process; returns (exit code, text)."""
 
     def run(*arguments):
         code = 0
@@ -51,7 +51,7 @@ def sweep(tmp_path_factory):
 
 
 def test_filters_hold_for_the_baseline(compare, sweep, tmp_path):
-    """Each QAT run is held against the PTQ run of its own seed and of the rate that the filter leaves."""
+    """Each QAT run is held against PTQ of its seed, at the rate that the filter leaves."""
     table = tmp_path / "rows.csv"
     options = ["method=qat", "optimizer.lr=0.003", "--baseline", "method=ptq", "--csv", table]
     assert compare(sweep, *options)[0] == 0

@@ -1,4 +1,4 @@
-"""Embeddings and tied heads have their policy: a quantized GPT-2 can be smaller than its Linear layers make it."""
+"""Embeddings and tied heads have their policy: GPT-2 can be smaller than its Linear layers say."""
 
 import pytest
 

@@ -118,7 +118,7 @@ SMALL = ["model=mlp", "trainer=smoke", "threads=1", "logger=none", "measure.repe
 
 @pytest.fixture
 def sweep(command, tmp_path):
-    """sweep(*arguments): the exit code and text of a quick sweep, and the reports of its jobs in their order."""
+    """sweep(*arguments): exit code and text of a quick sweep, and its jobs' reports in order."""
 
     def run(*arguments):
         folder = tmp_path / "sweep"

@@ -1,4 +1,4 @@
-"""Files of runs that are damaged, swapped or hostile: refused by name, in one error, with all other runs kept."""
+"""Files that are damaged, swapped or hostile: refused by name, in one error, other runs kept."""
 
 import csv
 import hashlib
@@ -59,7 +59,7 @@ def change(run_dir, **values):
     (run_dir / "report.json").write_text(json.dumps(report))
 
 
-# ---- digests ---------------------------------------------------------------------------------------------------------
+# ---- digests -------------------------------------------------------------------------------------
 
 
 def test_a_report_notes_the_digests_of_its_files(runs):
@@ -115,7 +115,7 @@ def test_a_report_with_digests_but_not_of_this_file_is_refused(runs):
         qtrain.load(runs / "a")
 
 
-# ---- reports ---------------------------------------------------------------------------------------------------------
+# ---- reports -------------------------------------------------------------------------------------
 
 HOSTILE = {
     "deep": b'{"schema": 1, "status": "ok", "config": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -175,7 +175,7 @@ def test_a_wrong_type_anywhere_costs_no_other_run(runs, compared, values):
     assert f"{runs / 'wrong' / 'report.json'}: not a whole report ({next(iter(values))}" in line
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def test_control_characters_reach_no_terminal_and_no_file(runs, compared):
@@ -226,7 +226,7 @@ def test_no_spreadsheet_finds_a_formula(runs, compared):
     assert all(cell[:1] not in ("=", "@") for cell in cells) and "'@x" in rows[0]
 
 
-# ---- config.yaml -----------------------------------------------------------------------------------------------------
+# ---- config.yaml ---------------------------------------------------------------------------------
 
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{new}: &{new} [{'*' + old}, {'*' + old}]\n"
@@ -287,7 +287,7 @@ def test_torch_never_advises_to_load_without_a_check(runs):
     assert "weights_only" not in str(caught.value) and caught.value.__suppress_context__
 
 
-# ---- many of them ----------------------------------------------------------------------------------------------------
+# ---- many of them --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The gate compares ends: simulation and int8 over all test examples, prepared and float model before training."""
+"""The gate compares ends: simulation and int8 on all test data, prepared and float at first."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def gap(run):
 @pytest.mark.parametrize("quant", ["ptq", "qat"])
 @pytest.mark.parametrize("norm", ["group", "instance"])
 def test_norms_behind_a_convolution_are_right_at_large_batches(job, norm, quant):
-    """torch's kernels are not, for channels-last input: int8 had 12.8 % where its simulation had 95.4 %."""
+    """torch's kernels are not, channels last: int8 had 12.8 %, its simulation 95.4 %."""
     run = job("nets.Normed", f"quant={quant}", norm=norm)
     assert run.code == 0, run.text
     assert gap(run) <= MAX_LOSS_GAP
@@ -76,7 +76,7 @@ def test_the_loss_gap_is_in_the_report(job):
 
 @pytest.mark.parametrize("engine", ["x86", "fbgemm"])
 def test_a_simulation_of_seven_bits_clips_where_the_kernel_does(job, engine):
-    """Calibrated on one batch, activations go beyond the range, to 255 in the kernel: so must the simulation's."""
+    """Calibrated on one batch, activations go up to 255 in the kernel: so must the simulation's."""
     run = job(
         "mlp",
         f"quant.engine={engine}",

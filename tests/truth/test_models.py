@@ -1,4 +1,4 @@
-"""Sound models run; what cannot be right is refused by name before any training, with a remedy that works."""
+"""Sound models run; what cannot be right is refused before training, with a remedy that works."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What stands in the place of a run's file: no pipe is waited for, and no link leads out of the folder."""
+"""What stands in a run's file's place: no pipe is waited for, no link leads out of the folder."""
 
 import os
 import shutil

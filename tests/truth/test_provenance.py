@@ -67,7 +67,7 @@ def test_a_comparison_shows_how_a_killed_run_was_started(job, command, monkeypat
 
 
 def test_a_float_model_trained_as_long_as_qat_stands_beside_it(job):
-    """Both start from the same weights and take the same steps, so that their difference is quantization's."""
+    """Both start from the same weights and take the same steps: only quantization differs."""
     runs = [
         job("mlp", "trainer.epochs=2", f"quant={method}") for method in ("float_finetuned", "qat")
     ]

@@ -21,7 +21,7 @@ CASES = {"Psnr": ("psnr", "dB", True), "Mae": ("mae", "", False)}
 
 @pytest.fixture
 def compared(monkeypatch, capsys):
-    """compared(*arguments): runs `qtrain-compare` with them; returns (exit code, its tables, its warnings)."""
+    """compared(*arguments): runs `qtrain-compare`; returns (exit code, tables, warnings)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["qtrain-compare", *map(str, arguments)])
@@ -37,7 +37,7 @@ def compared(monkeypatch, capsys):
 
 @pytest.fixture
 def jobs(job):
-    """jobs(task): {"float", "int8", "int2": a finished run of each}, in folders next to each other."""
+    """jobs(task): {"float", "int8", "int2": a finished run of each}, side by side."""
 
     def run(task):
         found = {}

@@ -1,4 +1,4 @@
-"""What passes the gate keeps truth.max_loss_gap; what it refuses differs by more when it is run all the same.
+"""What passes the gate keeps truth.max_loss_gap; what it refuses differs by more if run anyway.
 
 But for raw joins: refused for what they do to their tensors, they may do little to the loss.
 """

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends with the bits of one that was not, whatever loads its data."""
+"""A run that was killed and resumed ends with the bits of one that was not, by any loader."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A transform, an observer, a backend and an exporter come from outside the package, through config alone."""
+"""A transform, an observer, a backend and an exporter come from outside, through config alone."""
 
 import json
 

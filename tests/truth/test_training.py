@@ -5,7 +5,7 @@ import pytest
 
 @pytest.mark.parametrize("model, narrow", [("mlp", "true"), ("convnet", "false")])
 def test_weights_written_past_autograd_are_quantized_anew(job, model, narrow):
-    """Their integers were those of the first step ever after, if gradients were set to zero and not dropped."""
+    """Their integers stayed those of the first step if gradients were zeroed, not dropped."""
     plain = [
         f"quant.optimizer.{setting}"
         for setting in ("momentum=0", "weight_decay=0", "fused=false", "lr=0.05")
@@ -28,7 +28,7 @@ def test_weights_written_past_autograd_are_quantized_anew(job, model, narrow):
 
 @pytest.mark.parametrize("quant", ["ptq", "qat"])
 def test_a_forward_that_changes_its_input_leaves_persistent_batches_alone(job, quant):
-    """They are the same tensors in each epoch; changed once an epoch they would drift away from the digits."""
+    """They are the same tensors in each epoch: changed each time they would drift away."""
     settings = [f"quant={quant}", "trainer.epochs=3", "trainer.max_steps=null"]
     runs = [
         job("nets.ChangesItsInput", *settings, f"data._target_=datasets.{kind}_batches")

@@ -29,7 +29,7 @@ class Touch:
 
 @pytest.fixture
 def trace(tmp_path, monkeypatch):
-    """A path at which each gadget leaves something if it runs; the files that it needs lie beside it."""
+    """A path where each gadget leaves something if it runs; its files lie beside it."""
     folder = tmp_path / "gadgets"
     folder.mkdir()
     torch.save(Touch(folder / "trace"), folder / "evil.pt")
@@ -101,7 +101,7 @@ def run_dir(job, kept, tmp_path):
 
 
 def put(run_dir, path, value):
-    """Puts a value into the config of the report and of config.yaml; its key may be a path with dots."""
+    """Puts a value into both the report's config and config.yaml; its key may have dots."""
     report = json.loads((run_dir / "report.json").read_text())
     config = OmegaConf.load(run_dir / "config.yaml")
     for owner in (report["config"], config):
@@ -114,7 +114,7 @@ def put(run_dir, path, value):
 
 
 def refusals(run_dir, command):
-    """What each reader of the folder says, the last of them after the report is gone, so that the run goes on."""
+    """What each reader of the folder says; the last one after the report is gone."""
     said = []
     with pytest.raises(ValueError) as caught:
         qtrain.load(run_dir)

@@ -1,4 +1,4 @@
-"""A setting is applied as it stands, or refused by its name before any compute; nothing is taken and not applied."""
+"""A setting is applied as it stands, or refused by its name before any compute."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_what_cannot_be_applied_is_refused_by_its_name(job, overrides, said):
 
 
 def test_no_message_shows_the_settings_of_a_parent(job):
-    """The optimizer's own message once came with the quantizer's settings, under the optimizer's name."""
+    """The optimizer's message once came with the quantizer's settings, under its own name."""
     outcome = job("mlp", "quant=qat", "+quant.optimizer.amsgard=true")
     line = outcome.text.partition("qtrain: error: ")[2]
     assert "quant.optimizer.amsgard=True" in line and "quant.optimizer.engine" not in line
@@ -137,7 +137,7 @@ def test_the_largest_seed_runs(job):
     assert job("mlp", "seed=4294967295").report["seed"] == 2**32 - 1
 
 
-# ---- few data --------------------------------------------------------------------------------------------------------
+# ---- few data ------------------------------------------------------------------------------------
 
 
 def test_a_test_set_of_one_sample_has_no_standard_error(job):
@@ -195,7 +195,7 @@ def test_data_that_teach_nothing_are_refused(job, settings, said):
 
 
 def test_digits_in_another_size(job):
-    """28 pixels are too few for a network that halves them six times; the fingerprint tells the sizes apart."""
+    """28 pixels are too few to be halved six times; the fingerprint tells the sizes apart."""
     plain, same, large = (job("resnet18", *SMALL, "+data.train=16", "+data.test=4", "quant=none", *size)
                           for size in ([], ["data.size=28"], ["data.size=40"]))  # fmt: skip
     assert [outcome.code for outcome in (plain, same, large)] == [0, 0, 0], large.text
@@ -204,11 +204,11 @@ def test_digits_in_another_size(job):
     assert plain.loss("float") == same.loss("float") != large.loss("float")
 
 
-# ---- the world around ------------------------------------------------------------------------------------------------
+# ---- the world around ----------------------------------------------------------------------------
 
 
 def test_a_float_cache_that_can_only_be_read_is_used(job, tmp_path, monkeypatch):
-    """The entry's folder is said to be read-only, and its lock cannot be made: even root could not write there."""
+    """The entry's folder is said to be read-only, and its lock cannot be made, even by root."""
     cache = f"float_cache={tmp_path}/cache"
     first = job("mlp", cache)
     (lock,) = (tmp_path / "cache").glob("*/lock")

@@ -1,4 +1,4 @@
-"""Folders that vanish, disks that fill up, servers that say nothing: one clear line, and nothing saved is lost."""
+"""Folders vanish, disks fill up, servers are silent: one clear line, and nothing saved is lost."""
 
 import resource
 import socket
@@ -67,7 +67,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(job, command, tmp_path, monkey
 
 @pytest.fixture
 def silent():
-    """A server that takes connections and says nothing: its address, and the connections that it was asked for."""
+    """A server that takes connections and says nothing: its address, and its connections."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = []
 

@@ -9,7 +9,7 @@ from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
 
 
 class CompactLinear(nn.Module):
-    """y = x @ weight.T + bias with a compact weight and float activations: weight-only quantization.
+    """y = x @ weight.T + bias with a compact weight and float activations: weight-only.
 
     Args:
         weight: (N, K); registered here, and wherever else it is used.

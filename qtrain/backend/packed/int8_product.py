@@ -1,9 +1,9 @@
 """Products with an int8 matrix, exact in their sums on every machine.
 
-oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on GPUs. Other x86 CPUs add products of 8 bits in
-pairs and saturate such a sum at 16 bits in silence. There fbgemm's kernel is given unsigned digits of at most 128,
-whose pairs cannot saturate: 2 * 128 * 127 < 2^15. It takes two rows for one, so that many rows are faster in float32,
-as they are on CPUs with neither.
+oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on GPUs. Other x86 CPUs add
+products of 8 bits in pairs and saturate such a sum at 16 bits in silence. There fbgemm's kernel is
+given unsigned digits of at most 128, whose pairs cannot saturate: 2 * 128 * 127 < 2^15. It takes
+two rows for one, so that many rows are faster in float32, as they are on CPUs with neither.
 
 Shapes: x is (M, K), the matrix (N, K), a product (M, N).
 """
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qtrain.backend.torch_ao.binding import use_engine
 
-# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls back to plain loops.
+# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls
+# back to plain loops.
 HAS_ONEDNN = (
     torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
 )
@@ -61,10 +62,10 @@ class Int8Product:
         return product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
 
     def precise(self, x: Tensor) -> Tensor:
-        """Returns the product with x in two digits, rounded by less than 2^-13.9 of each row's largest magnitude.
+        """Returns the product with x in two digits, off by less than 2^-13.9 of each row's largest.
 
-        A digit has 7 bits with fbgemm, and nearly 8 with the kernels of 8 bits by 8, which round by less than 2^-15.9.
-        What is multiplied in float32 is not rounded.
+        A digit has 7 bits with fbgemm, and nearly 8 with the kernels of 8 bits by 8, which round by
+        less than 2^-15.9. What is multiplied in float32 is not rounded.
 
         Args:
             x: float32 (M, K).
@@ -92,7 +93,8 @@ class Int8Product:
                 digits, 1.0, 128, matrix, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
             )
         if self.fbgemm is not None and len(x) <= FEW_ROWS:
-            # The kernel cuts off below 0: what it multiplies is the positive part of x and its negative part.
+            # The kernel cuts off below 0: what it multiplies is the positive part of x and its
+            # negative part.
             parts = _unsigned(torch.cat([x, -x]), 0, self.fbgemm)
             return parts[: len(x)] - parts[len(x) :]
         if _has_gpu_kernel(x, self.integers):
@@ -101,7 +103,7 @@ class Int8Product:
 
 
 def row_magnitudes(x: Tensor) -> Tensor:
-    """Returns the largest magnitude of each row (M, 1), raised to where a fraction of it is still a normal number."""
+    """Returns each row's largest magnitude (M, 1), raised so that a fraction of it is normal."""
     return x.abs().amax(1, keepdim=True).clamp_(min=256 * torch.finfo(x.dtype).tiny)
 
 

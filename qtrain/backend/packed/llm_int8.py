@@ -1,6 +1,7 @@
 """LLM.int8(): 8-bit matrix multiplication in which outlier features stay float.
 
-T. Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv:2208.07339, section 3.
+T. Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
+arXiv:2208.07339, section 3.
 """
 
 import torch
@@ -11,10 +12,11 @@ from qtrain.backend.packed.weight import IntegerWeight
 
 
 class LLMInt8Linear(nn.Module):
-    """y = x @ weight.T + bias, both sides in int8 with one scale a row, save for the columns of x with outliers.
+    """y = x @ weight.T + bias, both in int8 with one scale a row, save for x's columns of outliers.
 
-    A column is an outlier where any of its values is at least `threshold` in magnitude. These columns are multiplied in
-    x's own precision with the dequantized weight; only the others set the scale of x's rows.
+    A column is an outlier where any of its values is at least `threshold` in magnitude. These
+    columns are multiplied in x's own precision with the dequantized weight; only the others set the
+    scale of x's rows.
 
     Args:
         weight: 8 bits, symmetric, per channel, (N, K).

@@ -1,4 +1,4 @@
-"""Weights in fewer bits than float32, stored as they are computed with: the state dict holds no float copy.
+"""Weights in few bits, stored as they are computed with: the state dict holds no float copy.
 
 Shapes: a weight is (N, K), rows N (output features, or entries of an embedding), columns K.
 """
@@ -18,7 +18,7 @@ FEW_ROWS = 4  # up to so many rows of input, float16 kernels of CPUs are faster 
 
 
 def is_narrow(spec: QuantSpec) -> bool:
-    """Tells whether the lowest integer is left out; "auto": of symmetric ones, but not of the four that 2 bits have."""
+    """Tells whether the lowest integer is left out; "auto": if symmetric, above 2 bits."""
     return bool(
         spec.symmetric and spec.bits > 2 if spec.narrow_range == AUTO else spec.narrow_range
     )
@@ -29,8 +29,8 @@ class IntegerWeight(nn.Module):
 
     Args:
         weight: float (N, K).
-        spec: bits; symmetric or not; granularity per_tensor, per_channel (row) or per_group of `group_size` neighbours
-            in a row.
+        spec: bits; symmetric or not; granularity per_tensor, per_channel (row) or per_group of
+            `group_size` neighbours in a row.
 
     Raises:
         ValueError: group_size does not divide K.
@@ -62,7 +62,7 @@ class IntegerWeight(nn.Module):
         )
 
     def _pack(self, integers: Tensor) -> Tensor:
-        """Returns (N, K) integers as bytes (N, ceil(K * bits / 8)): each row begins with a byte of its own."""
+        """Returns (N, K) integers as (N, ceil(K * bits / 8)) bytes: no byte in two rows."""
         if self.bits == 8:
             return integers
         padded = F.pad(integers, (0, -integers.shape[1] % (8 // self.bits)))
@@ -98,8 +98,9 @@ class IntegerWeight(nn.Module):
     def matmul(self, x: Tensor) -> Tensor:
         """Returns x @ weight.T, (..., K) -> (..., N), in x's dtype.
 
-        Symmetric rows are multiplied as integers. x becomes two digits of whole numbers, so that it is rounded by less
-        than 2^-13.9 of each row's largest value, and the sums are exact: as good as float16, at the speed of int8.
+        Symmetric rows are multiplied as integers. x becomes two digits of whole numbers, so that it
+        is rounded by less than 2^-13.9 of each row's largest value, and the sums are exact: as good
+        as float16, at the speed of int8.
         """
         product = self.product()
         if product is None:
@@ -109,7 +110,7 @@ class IntegerWeight(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def product(self) -> Int8Product | None:
-        """Returns what multiplies with these integers; None where rows have several scales or a zero point.
+        """Returns what multiplies with these integers; None if rows have several scales or a zero.
 
         It is made when it is first asked for, and anew whenever the integers have changed or moved.
         """
@@ -135,7 +136,7 @@ class IntegerWeight(nn.Module):
 
 
 class RestoredWeight(IntegerWeight):
-    """Integers in place of a parameter of any shape and layer, which reads them as floats: a parametrization.
+    """Integers in place of any parameter of any layer, which reads floats: a parametrization.
 
     Args:
         int_repr: int8, of any shape.

@@ -19,7 +19,8 @@ ADVICE = "In fuse_model(self, is_qat) call qtrain.fuse(self, [[...]], is_qat=is_
 def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
     """Fuses the named runs of modules (conv, bn, relu ...) of `model` in place.
 
-    What torch has no fusion for is left apart: of Conv-BN-ReLU6 the ReLU6, of Linear-BN-ReLU the ReLU.
+    What torch has no fusion for is left apart: of Conv-BN-ReLU6 the ReLU6, of Linear-BN-ReLU the
+    ReLU.
 
     Raises:
         ValueError: a name is that of no module, or a batch-norm keeps no running statistics.
@@ -89,7 +90,7 @@ def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
 
 
 def unfused_pairs(model: nn.Module) -> list[str]:
-    """Returns "conv + bn" for each convolution of a simulation that a batch-norm is registered right behind."""
+    """Returns "conv + bn" for each convolution with a batch-norm registered right behind it."""
     pairs = []
     for prefix, parent in model.named_modules():
         children = [(name, _float_layer(child)) for name, child in parent.named_children()]

@@ -1,4 +1,4 @@
-"""Which calls of a converted model have no int8 kernel, or one that is wrong: all of them, by running it once."""
+"""Which calls of a converted model have no int8 kernel, or a wrong one: all, by running it once."""
 
 import traceback
 from collections.abc import Callable
@@ -19,13 +19,13 @@ JOINS = ("add", "sub", "mul", "div", "cat", "stack", "matmul", "bmm", "addmm")
 
 
 class KernelProbe(TorchDispatchMode):
-    """While entered, a call without int8 kernel is noted and computed in float, so that the next one shows too.
+    """While entered, a call without int8 kernel is noted and computed in float; the next shows too.
 
     Args:
         model: the converted model.
         layer: returns the name of the layer that runs, "" for the model itself.
-        most_steps: what a join of tensors may be off, in quantization steps (root mean square); requantizing alone
-            costs 0.29.
+        most_steps: what a join of tensors may be off, in quantization steps (root mean square);
+            requantizing alone costs 0.29.
 
     Attributes:
         missing: the calls without a kernel, a line each, in the order of execution.
@@ -92,8 +92,8 @@ def _steps_apart(exact: Tensor, output: Tensor, before: tuple[float, int] | None
     """Returns the root mean square difference in steps of `output`.
 
     Args:
-        before: scale and zero point that a tensor written into had. One written into as a whole has the new ones now;
-            of a slice, the tensor that it belongs to keeps the old ones.
+        before: scale and zero point that a tensor written into had. One written into as a whole has
+            the new ones now; of a slice, the tensor that it belongs to keeps the old ones.
     """
     with _disable_current_modes():
         is_slice = output.untyped_storage().nbytes() > output.numel() * output.element_size()
@@ -119,7 +119,7 @@ def _dequantize(x: Any) -> Any:
 
 
 def _instead(func: Any, args: Any, kwargs: Any, has_quantized: bool) -> Any:
-    """Returns what the call might have come to, good enough for its shape; None where it fails otherwise too."""
+    """Returns what the call might have come to, right in shape; None where it fails otherwise."""
     with _disable_current_modes():
         try:
             if func.namespace == "quantized":

@@ -1,4 +1,4 @@
-"""A float model made ready to be simulated: copied, put right, fused; and the layers that patterns name."""
+"""A float model made ready to be simulated: copied, put right, fused; and layers by pattern."""
 
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -19,7 +19,7 @@ from qtrain.common.copying import copy_model
 
 
 def ready(model: nn.Module, *, is_qat: bool) -> nn.Module:
-    """Returns a fused copy of the float `model`, in train mode for QAT, where batch-norm stays apart.
+    """Returns a fused copy of the float `model`; for QAT in train mode, with batch-norm apart.
 
     Args:
         model: with QuantStub and DeQuantStub; its `fuse_model` is called where it has one.
@@ -36,7 +36,7 @@ def ready(model: nn.Module, *, is_qat: bool) -> nn.Module:
 
 
 def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
-    """Returns {layer name: setting} for {pattern: setting, or None for float}; later patterns hold, and go inwards.
+    """Returns {layer: setting} for {pattern: setting, None for float}; later patterns win, inwards.
 
     Raises:
         ValueError: a pattern matches no layer, or none on which its setting has an effect.

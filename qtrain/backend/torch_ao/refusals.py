@@ -1,4 +1,4 @@
-"""What torch would quantize wrongly in silence, or not at all: put right where that can be, or else refused by name."""
+"""What torch would quantize wrongly, or not at all: put right if possible, else refused by name."""
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -17,7 +17,7 @@ RECURRENT = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
 def refuse_old_norms(model: nn.Module) -> None:
-    """Raises ValueError for a layer whose weight is computed by a hook, which no copy of it would have."""
+    """Raises ValueError for a layer whose weight a hook computes: no copy of it would have one."""
     for name, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             norm = OLD_NORMS.get(type(hook))
@@ -30,7 +30,7 @@ def refuse_old_norms(model: nn.Module) -> None:
 
 
 def refuse_own_qconfigs(model: nn.Module) -> None:
-    """Raises ValueError for a layer that the model's author gave a qconfig; None, the mark of a float layer, may be."""
+    """Raises ValueError for a layer with a qconfig of its author's, but for None: float."""
     for name, module in model.named_modules():
         own = vars(module).get("qconfig")
         if own is not None:
@@ -61,7 +61,7 @@ def bake_parametrizations(model: nn.Module, is_qat: bool) -> None:
 
 
 def separate_shared(model: nn.Module) -> None:
-    """Gives each name of a module without weights (a ReLU, a pooling) a module of its own, in place.
+    """Gives each name of a module without weights (a ReLU, a pooling) its own module, in place.
 
     torch prepares and converts a module under its first name alone.
     """
@@ -138,7 +138,8 @@ def refuse_silent_errors(
 
     Args:
         model: the float model, fused.
-        plan, groups: what its layers are to become; those that stay float are right whatever they are.
+        plan, groups: what its layers are to become; those that stay float are right whatever they
+            are.
         engine: its name.
         conv_transpose: whether its kernels of transposed convolutions are right.
     """
@@ -165,7 +166,7 @@ def refuse_silent_errors(
 def _reason(
     module: nn.Module, layer: LayerPlan | None, engine: str, conv_transpose: bool
 ) -> str | None:
-    """Returns what is wrong with an int8 version of a layer, and what to do; None where all is well."""
+    """Returns what is wrong with an int8 version of a layer, and a remedy; None if all is well."""
     if isinstance(module, nn.MultiheadAttention):
         return (
             "is attention, whose quantizable version computes wrong results (pytorch#67651); write it with nn.Linear "

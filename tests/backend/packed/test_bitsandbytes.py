@@ -1,4 +1,4 @@
-"""LLM.int8() beside bitsandbytes' own, the implementation of the paper's authors (extra `peers`)."""
+"""LLM.int8() beside bitsandbytes' own, by the paper's authors (extra `peers`)."""
 
 import logging
 
@@ -21,7 +21,7 @@ def relative(difference, reference):
 
 @pytest.fixture
 def peers():
-    """peers(threshold): a float layer, ours, theirs; all with the same weights. Theirs warns of float16 in the log."""
+    """peers(threshold): a float layer, ours, theirs, of the same weights; theirs logs a warning."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     exact = nn.Linear(256, 384).eval()
     exact.weight.data = (

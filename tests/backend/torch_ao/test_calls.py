@@ -1,4 +1,4 @@
-"""Modules resolved to plain calls: the same results to the bit, and nothing left out that does something."""
+"""Modules as plain calls: the same results to the bit, and nothing left out that does something."""
 
 import pytest
 import torch

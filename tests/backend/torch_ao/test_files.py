@@ -1,4 +1,4 @@
-"""A simulation and a lowered model outlive the process: pickled, copied, saved, exported, traced."""
+"""A simulation and a lowered model outlive the process: pickled, copied, exported, traced."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""torch.ao's own prepare and convert as the oracle: ours comes to the same integers, scales and outputs, to the bit."""
+"""torch.ao's own conversion as the oracle: ours comes to the same integers and outputs, by bit."""
 
 import copy
 from dataclasses import replace
@@ -258,7 +258,7 @@ def test_the_integers_of_lowered_layers_are_the_simulations(
 
 
 def torch_qat(model, quantizer, engine):
-    """Returns torch's own QAT model of the same settings, on the slow path that divides by no factor."""
+    """Returns torch's own QAT model of the same settings, on the slow path without division."""
 
     def fake_quantize(spec, signed, observer):
         low, high = spec.quant_range(signed)

@@ -1,4 +1,4 @@
-"""What goes wrong silently in torch's eager mode, and that qtrain tells. Most of it is tested where it is handled."""
+"""What goes wrong silently in torch's eager mode, and qtrain tells; more where it is handled."""
 
 import io
 import os
@@ -34,7 +34,7 @@ def compare(quantizer, prepared, *inputs):
     return GATE.compare(*models, inputs)
 
 
-# ---- saturation ------------------------------------------------------------------------------------------------------
+# ---- saturation ----------------------------------------------------------------------------------
 
 SATURATE = """
 import torch
@@ -97,14 +97,14 @@ def test_saturation_without_vnni_is_seen_by_the_gate_and_avoided_by_reduce_range
     assert seen == set(torch_ao.ENGINES) & set(torch.backends.quantized.supported_engines)
 
 
-# ---- numbers that lie ------------------------------------------------------------------------------------------------
+# ---- numbers that lie ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduce_range", [True, False], ids=["0..127", "0..255"])
 def test_inputs_beyond_the_range_are_clipped_alike_by_simulation_and_int8(
     reduce_range, mlp, images, make_ptq
 ):
-    """Why the gate looks at the input's range by itself: kernels clip at 255, and so do the simulations of 0..127."""
+    """Why the gate looks at the input's range: kernels clip at 255, as simulations of 0..127 do."""
     quantizer = make_ptq("fbgemm", activation={"reduce_range": reduce_range})
     prepared = calibrated(quantizer, mlp, images)
     section, failures = compare(quantizer, prepared, 1.5 * images)
@@ -157,7 +157,7 @@ def test_masking_with_minus_infinity_before_dequantization_is_seen(images, make_
             quantizer.calibrate(prepared, [(torch.randn(2, 6, 6),)])
 
 
-# ---- attention, embeddings, tied heads -------------------------------------------------------------------------------
+# ---- attention, embeddings, tied heads -----------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -222,7 +222,7 @@ def test_a_tied_head_is_quantized_beside_a_float_embedding(is_qat, make_ptq, mak
     assert dry_run(model, quantizer, (tokens,))["float_layers"] == {"embed": "set by quant.layers"}
 
 
-# ---- sizes and files -------------------------------------------------------------------------------------------------
+# ---- sizes and files -----------------------------------------------------------------------------
 
 
 def test_sizes_come_of_the_packed_weights(convnet, images, make_ptq):
@@ -243,7 +243,7 @@ def test_a_converted_model_is_kept_as_a_state_dict_without_code_in_it(convnet, i
     assert torch.equal(loaded["conv1.weight"].int_repr(), quantized.conv1.weight().int_repr())
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def test_fake_quantization_stays_exact_under_bfloat16_autocast(convnet, images, make_qat):

@@ -156,7 +156,8 @@ def test_conv1d_trains_with_quantized_weights(
     x = FEATURES[..., 0]
     conv1d = [nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU()]
     model = between(*(conv1d[i] for i in layers), fuse=fuse)
-    # The full range, so that simulation and kernel clip alike what batch-norm puts out of range in eval mode.
+    # The full range, so that simulation and kernel clip alike what batch-norm puts out of range in
+    # eval mode.
     quantizer = make_qat(weight={"bits": full_range_bits()}, activation={"reduce_range": False})
     prepared = train(quantizer, calibrated(quantizer, model, x), x, epochs=2)
     assert list(weight_points(prepared.model)) == ["body.0"]

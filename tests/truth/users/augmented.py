@@ -1,4 +1,4 @@
-"""Digits by torch's DataLoader, in a new order and with new noise every epoch; at sample DIES_AT the process ends."""
+"""Digits by torch's DataLoader, noisy, in new orders; at sample DIES_AT the process ends."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Small random models between stubs, made from a seed: layers, joins, activations, norms, poolings."""
+"""Small random models between stubs, from a seed: layers, joins, activations, norms, poolings."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Data sets of few digits, as a user might bring them: from the bundled ones, by `image_loaders`."""
+"""Data sets of few digits, as a user might bring them: the bundled ones, by `image_loaders`."""
 
 from qtrain.data.loaders import ImageLoader, image_loaders
 from qtrain.data.mnist import mnist_sample

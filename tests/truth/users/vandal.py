@@ -8,7 +8,7 @@ from qtrain.model.mlp import MLP
 
 
 class Vandal(MLP):
-    """In its third training step, once for each `path`: that folder is deleted, that file read, or the disk filled."""
+    """In its third step, once for each `path`: a folder is deleted, a file read, a disk filled."""
 
     done = set()
 
