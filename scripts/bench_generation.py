@@ -147,16 +147,18 @@ def main() -> None:
             {"model": name, "prefill": prefill, "decode": decode, "of_limit": decode / limit}
         )
     print(
-        f"{args.threads} threads, prompt {args.prompt}, {args.rounds} rounds; reads {bandwidth / 1e9:.1f} GB/s"
+        f"{args.threads} threads, prompt {args.prompt}, {args.rounds} rounds; "
+        f"reads {bandwidth / 1e9:.1f} GB/s"
     )
     print(
-        f"{'tokens/s':25} {'prefill':>8} {'ratio':>6} {'decode':>8} {'ratio':>6} {'of the bandwidth limit':>23}"
+        f"{'tokens/s':25} {'prefill':>8} {'ratio':>6} {'decode':>8} {'ratio':>6} "
+        f"{'of the bandwidth limit':>23}"
     )
     for row in rows:
         ratios = [row[key] / rows[0][key] for key in ("prefill", "decode")]
         print(
-            f"{row['model']:25} {row['prefill']:8.0f} {ratios[0]:5.2f}x {row['decode']:8.1f} {ratios[1]:5.2f}x "
-            f"{100 * row['of_limit']:21.0f} %"
+            f"{row['model']:25} {row['prefill']:8.0f} {ratios[0]:5.2f}x {row['decode']:8.1f} "
+            f"{ratios[1]:5.2f}x {100 * row['of_limit']:21.0f} %"
         )
     print(
         json.dumps(

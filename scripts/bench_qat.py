@@ -85,7 +85,8 @@ def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
                 models[name] = make(parts, batches[0])
             except Exception as err:  # what it says to this model is its result here
                 print(
-                    f"  {name} does not take this model: {type(err).__name__}: {str(err).splitlines()[0][:80]}"
+                    f"  {name} does not take this model: {type(err).__name__}: "
+                    f"{str(err).splitlines()[0][:80]}"
                 )
     steps = {name: stepper(model, parts, batches) for name, model in models.items()}
     print(f"{' '.join(overrides)}: one training step, medians of {rounds}")

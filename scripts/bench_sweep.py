@@ -86,7 +86,8 @@ def main() -> None:
         part = slice(start, min(start + 10, jobs))
         wall, own, extra = (statistics.median(found[part]) for found in (walls, stages, over))
         print(
-            f"{f'{part.start}..{part.stop - 1}':>9}  {wall:7.2f}  {own:8.2f}  {extra:10.2f}  {memory[part][-1]:9.0f}"
+            f"{f'{part.start}..{part.stop - 1}':>9}  {wall:7.2f}  {own:8.2f}  {extra:10.2f}  "
+            f"{memory[part][-1]:9.0f}"
         )
     figures = {
         "jobs": jobs,

@@ -108,9 +108,8 @@ def kill_and_resume(
     run = folder / f"kill{number}"
     begun = time.monotonic()
     process = start(f"hydra.run.dir={run}", *SETTINGS, cache)
-    while (
-        not (run / "metrics.jsonl").exists() and process.poll() is None
-    ):  # importing takes most of a short run
+    # Importing takes most of a short run.
+    while not (run / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
     time.sleep(seconds * (number + random.random()) / kills)
     os.killpg(process.pid, signal.SIGKILL)
@@ -190,11 +189,13 @@ def main() -> None:
         same = len({result(run)["float.pt"] for run in runs})
         if (trained, same) != (1, 1):
             sys.exit(
-                f"check_kills: {trained} of {len(runs)} processes trained the float model, {same} different weights"
+                f"check_kills: {trained} of {len(runs)} processes trained the float model, "
+                f"{same} different weights"
             )
         figures |= {"processes": len(runs), "float_trainings": trained}
         print(
-            f"{len(runs)} processes on an empty float cache: {trained} training, the same weights everywhere"
+            f"{len(runs)} processes on an empty float cache: "
+            f"{trained} training, the same weights everywhere"
         )
 
     shutil.rmtree(folder)

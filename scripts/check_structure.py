@@ -104,7 +104,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 def between_folders(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     """Returns the imports between the folders of the package, out of those between modules.
 
-    >>> between_folders({"q": {"q.a.x"}, "q.a.x": {"q.a.y", "q.b.z"}, "q.a.y": set(), "q.b.z": set()})
+    >>> within = {"q": {"q.a.x"}, "q.a.x": {"q.a.y", "q.b.z"}, "q.a.y": set(), "q.b.z": set()}
+    >>> between_folders(within)
     {'q.a': {'q.b'}, 'q.b': set()}
     """
     found: dict[str, set[str]] = {}

@@ -33,12 +33,16 @@ from qtrain.cli import run as cli
 from qtrain.config.command_line import config_dir, hydra_arguments
 from qtrain.data.loaders import DataLoaders, image_loaders
 
-VALUES = """-1 0 1 3 0.5 -0.5 1000000000 1000000000000000000000000000000 1e-300 1e308 true false null nan inf -inf ???
-abc auto ../x / '' [] [1,a] [0.5,2] [[]] {} {a:1} ${nope} ${seed} ${oc.env:HOME}""".split()
+VALUES = """-1 0 1 3 0.5 -0.5 1000000000 1000000000000000000000000000000 1e-300 1e308
+true false null nan inf -inf ??? abc
+auto ../x / '' [] [1,a] [0.5,2] [[]] {} {a:1} ${nope} ${seed} ${oc.env:HOME}""".split()
 VALUES += ["' '", "'a\tb'", "'a\nb'", "'ünïcødé'", "'\x1b[31m'", "x" * 5000, DELETED := "(deleted)"]
-QUICK = """trainer=smoke trainer.max_steps=2 threads=1 logger=none measure.repeats=1 measure.warmup=0
-measure.batch_sizes=[1] float_cache=null truth.on_failure=warn""".split()
-TINY_TEXT = "task=language_modeling model=gpt2_nano model.n_layer=1 model.n_embd=8 model.n_head=2 task.max_new_tokens=2"
+QUICK = """trainer=smoke trainer.max_steps=2 threads=1 logger=none measure.repeats=1
+measure.warmup=0 measure.batch_sizes=[1] float_cache=null truth.on_failure=warn""".split()
+TINY_TEXT = (
+    "task=language_modeling model=gpt2_nano model.n_layer=1 model.n_embd=8 model.n_head=2 "
+    "task.max_new_tokens=2"
+)
 MODELS = (
     "model=mlp model.hidden=4",
     "model=convnet model.width=2 model.hidden=4",
@@ -118,9 +122,8 @@ def outcome(arguments: list[str], key: str, limit: float) -> tuple[str, str]:
             cli.main()
     except SystemExit as stop:
         text = str(stop.code)
-        named = key in text.replace(
-            " ".join(arguments), ""
-        )  # to repeat the whole command line names nothing
+        # To repeat the whole command line names nothing.
+        named = key in text.replace(" ".join(arguments), "")
         return ("refused" if named else "unnamed"), text
     except Hang:
         return "hang", f"longer than {limit} s"
@@ -135,11 +138,8 @@ def fuzz(cases: int, seed: int, limit: float) -> tuple[Counter[str], list[str]]:
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
     digits = mock.patch.multiple("qtrain.data.mnist", mnist=tiny_digits, mnist_sample=tiny_digits)
-    with (
-        digits,
-        tempfile.TemporaryDirectory() as name,
-        chdir(name),
-    ):  # a float cache may get any name
+    # A float cache may get any name.
+    with digits, tempfile.TemporaryDirectory() as name, chdir(name):
         folder = Path(name)
         (folder / "text.txt").write_text(
             "All the world's a stage, and all the men and women merely players. " * 60

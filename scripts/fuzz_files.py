@@ -1,7 +1,10 @@
 """Damages the files of run folders in a thousand ways, and has qtrain's commands read them.
 
-    python scripts/fuzz_files.py mutants [--count 1000]   reports, configs and states: no traceback, no other run lost
-    python scripts/fuzz_files.py flips [--count 400]      one byte of a file of tensors: refused, or the same outputs
+    python scripts/fuzz_files.py mutants [--count 1000]
+    python scripts/fuzz_files.py flips [--count 400]
+
+Mutants are of reports, configs and states: no traceback, and no other run is lost. Flips are of
+one byte of a file of tensors: it is refused, or the outputs are the same.
 
 Prints what went wrong, and ends with code 1 if anything did.
 """
@@ -34,8 +37,8 @@ from qtrain.config import build
 from qtrain.runs import artifact, pipeline, stages
 from qtrain.runs.resume import DIGEST_BYTES, Interrupted, Signals
 
-TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null measure.repeats=1".split()
-TINY += ["measure.warmup=0", "data.val_size=100", "truth.on_failure=warn"]
+TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null".split()
+TINY += ["measure.repeats=1", "measure.warmup=0", "data.val_size=100", "truth.on_failure=warn"]
 STATE = Path("resume", "float.pt")
 JUNK: list[Any] = [
     None,
@@ -159,9 +162,8 @@ def mutate(path: Path, rng: random.Random) -> None:
         path.write_text(json.dumps(mutated_values(json.loads(content), rng)))
     else:
         found = mutated_values(OmegaConf.to_container(OmegaConf.create(content.decode())), rng)
-        path.write_text(
-            json.dumps(found), encoding="utf-8"
-        )  # JSON is YAML, with each string in quotes
+        # JSON is YAML, with each string in quotes.
+        path.write_text(json.dumps(found), encoding="utf-8")
 
 
 def read_report(folder: Path, name: str) -> str:

@@ -230,9 +230,8 @@ def main() -> None:
             * 4 ** ((8 - (bits or 8)) / 2)
             * (2 if kind.get("observer") == "minmax" else 1)
         )
-        flipped = rng.random(NUM_EXAMPLES) < share * np.where(
-            right == 1, 1, 10
-        )  # the wrong ones are near the border
+        # The wrong ones are near the border.
+        flipped = rng.random(NUM_EXAMPLES) < share * np.where(right == 1, 1, 10)
         quantized = np.where(flipped, 1 - right, right).astype(np.uint8)
         simulated = bits is not None and bits < 8
         float_kb = FLOAT_KB[model]

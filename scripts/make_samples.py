@@ -122,7 +122,8 @@ def main() -> None:
     args.output.write_bytes(content)
     print(f"{args.output}: {len(content):,} bytes, MD5 {hashlib.md5(content).hexdigest()}")
     print(
-        f"MD5 of images and labels, unpacked: {hashlib.md5(images.tobytes() + labels.tobytes()).hexdigest()}"
+        "MD5 of images and labels, unpacked: "
+        f"{hashlib.md5(images.tobytes() + labels.tobytes()).hexdigest()}"
     )
     for part, part_labels in (("train", labels[:NUM_TRAIN]), ("test", labels[NUM_TRAIN:])):
         print(f"{part} samples per class:", *np.bincount(part_labels, minlength=NUM_CLASSES))

@@ -33,9 +33,8 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         def hook(module: Any, _inputs: Any, output: Tensor) -> None:
             weight = integers.quantized_weight(module)
             if weight is None:
-                weight = getattr(
-                    module.weight, "data", module.weight
-                )  # of a float16 weight, its tensor
+                # Of a float16 weight, its tensor.
+                weight = getattr(module.weight, "data", module.weight)
             # Each output element is a dot product with one row of the weight; transposed, each
             # input element is multiplied with one.
             elements = _inputs[0] if getattr(module, "transposed", False) else output
@@ -51,9 +50,8 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         own = {id(p): p.numel() for p in module.parameters(recurse=False)}
         if weight is not None:
             int8_params += weight.numel() if id(weight) not in counted else 0
-            counted.add(
-                id(weight) if isinstance(weight, nn.Module) else None
-            )  # ours may be shared; torch makes a view
+            # Ours may be shared; torch makes a view.
+            counted.add(id(weight) if isinstance(weight, nn.Module) else None)
             bias = getattr(module, "bias", None)
             bias = bias() if callable(bias) else bias
             num_biases = 0 if bias is None else bias.numel()

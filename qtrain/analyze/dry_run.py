@@ -69,9 +69,8 @@ def dry_run(
             KernelProbe(quantized, where, most_steps) as probe,
             warnings.catch_warnings(),
         ):
-            warnings.filterwarnings(
-                "ignore", "All inputs of this cat operator"
-            )  # the probe says where, and what to do
+            # The probe says where, and what to do.
+            warnings.filterwarnings("ignore", "All inputs of this cat operator")
             output = quantized(*cloned(inputs))
         if probe.missing:
             raise ValueError("\n".join(f"model: {line}" for line in probe.missing))
@@ -115,16 +114,15 @@ def note_unfused(prepared: nn.Module) -> None:
     more = f" and {len(pairs) - 8} more" if len(pairs) > 8 else ""
     if pairs and output_points(prepared):
         log.info(
-            f"note: fuse_model leaves batch-norms apart from their convolutions: {', '.join(pairs[:8])}{more}"
+            "note: fuse_model leaves batch-norms apart from their convolutions: "
+            f"{', '.join(pairs[:8])}{more}"
         )
 
 
 def _require_savable(quantized: nn.Module, engine: str | None) -> None:
     try:
         torch.save(quantized.state_dict(), io.BytesIO())
-    except (
-        Exception
-    ) as err:  # of packed weights that an engine cannot unpack, whatever torch raises
+    except Exception as err:  # whatever torch raises for packed weights that it cannot unpack
         reason = (str(err) or type(err).__name__).splitlines()[0]
         for name, module in quantized.named_modules():
             try:
@@ -132,7 +130,8 @@ def _require_savable(quantized: nn.Module, engine: str | None) -> None:
             except Exception:
                 layer, why = integers.users_name(quantized, name), reason.rstrip(".")
                 raise ValueError(
-                    f"model: layer {layer} ({type(module).__name__}) cannot be saved with engine {engine} ({why}); "
+                    f"model: layer {layer} ({type(module).__name__}) cannot be saved with engine "
+                    f"{engine} ({why}); "
                     f"use another quant.engine, or keep it float: quant.layers={{{layer}: float}}"
                 ) from err
         raise ValueError(f"model: the converted model cannot be saved ({reason})") from err
@@ -178,7 +177,8 @@ def _single_samples() -> Iterator[None]:
         if "more than 1 value per channel" not in str(err):
             raise
         raise ValueError(
-            f"data.batch_size: batch-norm cannot train on a batch of one sample; let each have more ({err})"
+            "data.batch_size: batch-norm cannot train on a batch of one sample; "
+            f"let each have more ({err})"
         ) from err
 
 
@@ -204,7 +204,8 @@ def _head(batch: Batch, count: int) -> Batch:
 def _check_output(output: Any, when: str) -> None:
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"model: its output {when} is a {type(output).__name__}, and must be a tensor; return the logits alone"
+            f"model: its output {when} is a {type(output).__name__}, and must be a tensor; "
+            "return the logits alone"
         )
 
 
@@ -254,12 +255,14 @@ def _rehearse_scores(model: nn.Module, task: Task, data: DataLoaders) -> None:
     ]
     if missing:
         raise ValueError(
-            f"task: its summary lacks {', '.join(missing)}; it must have the quality ({task.quality}), the loss, and "
-            f"all that `numbers` names, and has {', '.join(summary)}"
+            f"task: its summary lacks {', '.join(missing)}; it must have the quality "
+            f"({task.quality}), the loss, and all that `numbers` names, "
+            f"and has {', '.join(summary)}"
         )
     if len(examples) != len(batch[0]):
         raise ValueError(
-            f"task: examples gives {len(examples)} scores for {len(batch[0])} examples; one each is needed"
+            f"task: examples gives {len(examples)} scores for {len(batch[0])} examples; "
+            "one each is needed"
         )
     try:
         json.dumps(summary)
@@ -284,7 +287,8 @@ def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
         if count > 1:
             name = integers.users_name(prepared, name)
             log.warning(
-                f"layer {name} runs {count} times in one forward pass, and all its outputs share one scale"
+                f"layer {name} runs {count} times in one forward pass, "
+                "and all its outputs share one scale"
             )
 
 

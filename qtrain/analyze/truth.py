@@ -100,9 +100,9 @@ class TruthGate:
         first = _first_difference(before, after, reference)
         at = "" if first is None else f", from layer {first} on"
         return [
-            f"model: fuse_model changes what the model computes{at}: with fake quantization off, its output differs by "
-            f"{100 * error:.3g} % of the float model's. Fuse only layers that follow each other directly, and whose "
-            "output nothing else uses"
+            f"model: fuse_model changes what the model computes{at}: with fake quantization off, "
+            f"its output differs by {100 * error:.3g} % of the float model's. Fuse only layers "
+            "that follow each other directly, and whose output nothing else uses"
         ]
 
     def ends(self, fake: Tensor, quantized: Tensor) -> tuple[dict[str, float], list[str]]:
@@ -126,10 +126,11 @@ class TruthGate:
         if abs(mean) <= limit:
             return section, []
         return section, [
-            f"model: converted, its loss on the test data is {base + mean:.5g}, and its simulation's {base:.5g}: the "
-            f"difference is above {limit:.2g}, what rounding may do (truth.max_loss_gap={self.max_loss_gap:g}). An "
-            "int8 kernel computes something else than its simulation; compare engines, or keep layers float by "
-            "quant.layers, beginning with those of the most steps under truth.fake_vs_quantized in report.json"
+            f"model: converted, its loss on the test data is {base + mean:.5g}, and its "
+            f"simulation's {base:.5g}: the difference is above {limit:.2g}, what rounding may do "
+            f"(truth.max_loss_gap={self.max_loss_gap:g}). An int8 kernel computes something else "
+            "than its simulation; compare engines, or keep layers float by quant.layers, "
+            "beginning with those of the most steps under truth.fake_vs_quantized in report.json"
         ]
 
     def unobserved(self, prepared: nn.Module, auxiliary: frozenset[str] = frozenset()) -> list[str]:
@@ -192,9 +193,10 @@ class TruthGate:
         # Poolings and the like have no observer, and kernels all the same.
         steps = divergence(fake, quantized, names + present(fake, plain), inputs)
         failures = self._out_of_range(reference, points, exact) + [
-            f"layer {name}: converted, it differs from its simulation on the same input by {value:.1f} quantization "
-            f"steps (root mean square), above truth.max_steps={self.max_steps:g}; the accuracy of neither model "
-            f"describes the other. {self._remedy(name, points)}"
+            f"layer {name}: converted, it differs from its simulation on the same input by "
+            f"{value:.1f} quantization steps (root mean square), above "
+            f"truth.max_steps={self.max_steps:g}; "
+            f"the accuracy of neither model describes the other. {self._remedy(name, points)}"
             for name, value in ((integers.users_name(fake, n), v) for n, v in steps.items())
             if value > self.max_steps
         ]
@@ -233,9 +235,10 @@ class TruthGate:
             ratio = (max(high, seen_high) - min(low, seen_low)) / max(high - low, 1e-30)
             if ratio > self.max_range_ratio:
                 failures.append(
-                    f"layer {name}: evaluation inputs span [{seen_low:.3g}, {seen_high:.3g}], calibration saw "
-                    f"[{low:.3g}, {high:.3g}]; {ratio:.2f} times the range is above truth.max_range_ratio="
-                    f"{self.max_range_ratio:g}. Calibrate on data like those that are evaluated"
+                    f"layer {name}: evaluation inputs span [{seen_low:.3g}, {seen_high:.3g}], "
+                    f"calibration saw [{low:.3g}, {high:.3g}]; {ratio:.2f} times the range is "
+                    f"above truth.max_range_ratio={self.max_range_ratio:g}. Calibrate on data like "
+                    "those that are evaluated"
                 )
         return failures
 
@@ -257,8 +260,9 @@ def require_finite_weights(model: nn.Module) -> None:
     for name, value in (*model.named_parameters(), *statistics):
         if is_lazy(value):
             raise TruthError(
-                f"model: layer {name.rpartition('.')[0]} has no weights before it has seen an input; run the model on "
-                "a sample at the end of its __init__, or give the layer its input size"
+                f"model: layer {name.rpartition('.')[0]} has no weights before it has seen an "
+                "input; run the model on a sample at the end of its __init__, "
+                "or give the layer its input size"
             )
         if not value.isfinite().all():
             bad = int((~value.isfinite()).sum())

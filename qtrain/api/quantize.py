@@ -136,8 +136,8 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
     wrong = [type(part).__name__ for part in parts if not isinstance(part, Tensor)]
     if wrong:
         raise ValueError(
-            f"batches: a batch holds a {wrong[0]}; allowed are tensors, tuples of forward's arguments, and "
-            "(inputs, target)"
+            f"batches: a batch holds a {wrong[0]}; "
+            "allowed are tensors, tuples of forward's arguments, and (inputs, target)"
         )
     return tuple(part.detach().cpu() for part in parts)
 

@@ -75,21 +75,23 @@ class Backend:
             )
         if activation.narrow_range:
             problems.append(
-                "activation.narrow_range=true: is for weights, whose integers are signed; leave it at auto"
+                "activation.narrow_range=true: is for weights, whose integers are signed; "
+                "leave it at auto"
             )
         if not weight.symmetric and not self.asymmetric_weights:
             problems.append(
-                f"weight.symmetric=false: engine {self.name} takes weights without a zero point only; "
-                "use symmetric=true, or one of the engines fbgemm, qnnpack, x86"
+                f"weight.symmetric=false: engine {self.name} takes weights without a zero point "
+                "only; use symmetric=true, or one of the engines fbgemm, qnnpack, x86"
             )
         if weight.granularity == "per_group":
             problems.append(
-                f"weight.granularity=per_group: engine {self.name} knows per_tensor and per_channel; allowed are these"
+                "weight.granularity=per_group: "
+                f"engine {self.name} knows per_tensor and per_channel; allowed are these"
             )
         if activation.granularity != "per_tensor":
             problems.append(
-                f"activation.granularity={activation.granularity}: activations have one scale a tensor; "
-                "allowed are per_tensor and auto"
+                f"activation.granularity={activation.granularity}: "
+                "activations have one scale a tensor; allowed are per_tensor and auto"
             )
         for role, spec in (("weight", weight), ("activation", activation)):
             if not any(problem.startswith(f"{role}.") for problem in problems):
@@ -114,7 +116,8 @@ def _try_observer(spec: QuantSpec, role: str) -> list[str]:
     except NotImplementedError:
         name = spec.describe()["observer"]
         return [
-            f"observer={name}: cannot forget what it saw, as weights need; use minmax, moving_average or percentile"
+            f"observer={name}: cannot forget what it saw, as weights need; "
+            "use minmax, moving_average or percentile"
         ]
     except ValueError as err:
         return [

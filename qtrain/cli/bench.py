@@ -92,7 +92,8 @@ def bench(
         for count in threads or [before]:
             torch.set_num_threads(count)
             print(
-                f"\n{count} thread{'s' if count > 1 else ''}, medians of {repeats} in ms with 95 % intervals"
+                f"\n{count} thread{'s' if count > 1 else ''}, "
+                f"medians of {repeats} in ms with 95 % intervals"
             )
             print(f"{'batch':>5}  {'float':>24}  {'quantized':>24}  {'ratio':>20}  run")
             for size in batch_sizes:
@@ -121,11 +122,13 @@ def bench(
                     found[run].append(row)
                     cells = (_cell(row.get(kind)) for kind in ("float", "quantized", "ratio"))
                     print(
-                        f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  {plain(run.name)}"
+                        f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  "
+                        f"{plain(run.name)}"
                     )
                 if others.contended:
                     print(
-                        f"warning: meanwhile other programs used {others.cores:.1f} cores; measure again without them"
+                        f"warning: meanwhile other programs used {others.cores:.1f} cores; "
+                        "measure again without them"
                     )
     finally:
         torch.set_num_threads(before)

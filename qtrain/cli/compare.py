@@ -211,7 +211,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the comparison that was asked for; mistakes end it with a message and code 1."""
-    gc.disable()  # of 5,000 reports nothing goes in circles; to look for some takes a quarter of the time
+    gc.disable()  # 5,000 reports hold no circles, and the search takes a quarter of the time
     try:
         _main(argv)
     finally:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 UNFINISHED = "\ufffd"  # the first bytes of a character, until the others come
 
-EXAMPLE = 'example: qtrain-generate outputs/runs/... --prompt "I have a dream" --top-k 30 --max-new-tokens 40'
+EXAMPLE = (
+    'example: qtrain-generate outputs/runs/... --prompt "I have a dream" '
+    "--top-k 30 --max-new-tokens 40"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,7 +97,8 @@ def generate(
     tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
     if not isinstance(tokenizer, str) or not hasattr(model, "generate"):
         raise ValueError(
-            f"{run}: this run's {type(model).__name__} generates no text; name a run of a language model"
+            f"{run}: this run's {type(model).__name__} generates no text; "
+            "name a run of a language model"
         )
     keep_freed_memory()
     encoder = load_tokenizer(tokenizer)

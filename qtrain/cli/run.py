@@ -168,9 +168,8 @@ def _importing() -> Iterator[None]:
     as another error. What they make stays to the end, and the collector would look through it
     again and again, most of all as Python ends: that took a third of a mistake's time.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python allows handlers there alone
+    # Python allows handlers there alone.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before, is_first = signal.signal(signal.SIGINT, quit_at_once), "torch" not in sys.modules
@@ -193,9 +192,8 @@ def main() -> None:
 
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
-    os.environ.setdefault(
-        "HYDRA_FULL_ERROR", "1"
-    )  # exceptions come here, instead of Hydra printing them
+    # Exceptions come here, instead of Hydra printing them.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         _read_command_line()
@@ -218,9 +216,8 @@ def _read_command_line() -> None:
     options, named = split(sys.argv[1:])
     added = partners(named)
     overrides = hydra_arguments([*named, *added])
-    refuse_choices(
-        overrides
-    )  # first, for Hydra itself stumbles over a number in the place of a file's name
+    # First, for Hydra itself stumbles over a number in the place of a file's name.
+    refuse_choices(overrides)
     overrides, notes = forgive(options, overrides)
     if added:
         notes.append(f"{' '.join(added)}: go with what was named; name others to have others")
@@ -249,10 +246,16 @@ def explain(err: BaseException) -> str:
     from qtrain.runs import sweep
 
     if isinstance(err, FileNotFoundError) and err.filename is not None:
-        return f"{os.fsdecode(err.filename)}: there is no such file or folder; was it deleted while the run was at work?"
+        return (
+            f"{os.fsdecode(err.filename)}: there is no such file or folder; "
+            "was it deleted while the run was at work?"
+        )
     if isinstance(err, OSError) and err.errno is not None:
         where = "" if err.filename is None else f"{os.fsdecode(err.filename)}: "
-        return f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, on disks with room"
+        return (
+            f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, "
+            "on disks with room"
+        )
     missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
     if missing is not None:
         return missing
@@ -272,7 +275,10 @@ def explain(err: BaseException) -> str:
             return f"{cause.full_key}: is missing, and has no default"  # type: ignore[attr-defined]
         if isinstance(cause, InterpolationResolutionError):
             given = [argument for argument in sys.argv[1:] if "${" in argument]
-            return f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; name a key of this config"
+            return (
+                f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; "
+                "name a key of this config"
+            )
         cause = cause.__cause__ or cause.__context__
     if "Error merging override" in str(err) and err.__cause__ is not None:
         return f"{err}: {str(err.__cause__).splitlines()[0]}"

@@ -13,7 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 MOST_BYTES = 64 * 2**20  # of a report, which has a few kilobytes
-OVERRIDES = "overrides.json"  # what stood on a run's command line; a refused second start rewrites Hydra's own record
+# What stood on a run's command line; a refused second start rewrites Hydra's own record.
+OVERRIDES = "overrides.json"
 LOCK = ".lock"  # in the folder of a run, held by the process that is at work there
 
 
@@ -36,10 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as err:  # torch's zip writer turns a failed write into a RuntimeError
+    except (OSError, RuntimeError) as err:  # the latter of torch's zip writer
         reason = err if isinstance(err, OSError) else f"is the disk full? {err}"
         raise OSError(
             f"{path}: could not be written ({reason}); files already there are unchanged"

@@ -48,7 +48,6 @@ def hub_answers() -> bool:
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
-        constants.HF_HUB_OFFLINE = not answers(
-            constants.ENDPOINT
-        )  # else they ask again and again, for minutes
+        # Else they ask again and again, for minutes.
+        constants.HF_HUB_OFFLINE = not answers(constants.ENDPOINT)
     return not constants.HF_HUB_OFFLINE

@@ -146,7 +146,8 @@ def overridden_labels(config: DictConfig) -> list[str]:
             f"choices={shown(config.choices)}: names the files that were chosen, and cannot be set"
         ]
     return [
-        f"choices.{key}={shown(config.choices[key])}: names the file that was chosen, and cannot be set; set {key}="
+        f"choices.{key}={shown(config.choices[key])}: "
+        f"names the file that was chosen, and cannot be set; set {key}="
         for key in config.choices
         if not OmegaConf.is_interpolation(config.choices, key)
     ]
@@ -167,7 +168,8 @@ def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
     for size in SIZES if isinstance(pretrained, str) else ():
         if f"model.{size}" in given:
             lines.append(
-                f"{given[f'model.{size}']}: model.pretrained={shown(pretrained)} has its own; leave it out"
+                f"{given[f'model.{size}']}: model.pretrained={shown(pretrained)} has its own; "
+                "leave it out"
             )
     return lines + _uncalibrated(config, overrides)
 
@@ -200,7 +202,10 @@ def _unresolved(node: Any, path: str = "") -> Iterator[str]:
             continue
         except OmegaConfBaseException as err:
             raw = OmegaConf.to_container(node, resolve=False)
-            yield f"{where}={raw[key]}: {str(err).splitlines()[0]}; name a key of this config, or give a value"  # type: ignore[index]
+            yield (
+                f"{where}={raw[key]}: {str(err).splitlines()[0]}; "  # type: ignore[index]
+                "name a key of this config, or give a value"
+            )
             continue
         if OmegaConf.is_config(child) and not OmegaConf.is_interpolation(node, key):
             yield from _unresolved(child, f"{where}.")
@@ -250,8 +255,8 @@ def build(config: DictConfig) -> Parts:
     task, data = made.get("task"), made.get("data")
     if task is not None:
         problems += [
-            f"objective={path}: allowed are size_bytes, latency_ms, or float, fake or quantized, a dot, and one of "
-            f"{', '.join(task.numbers)}"
+            f"objective={path}: allowed are size_bytes, latency_ms, or float, fake or quantized, "
+            f"a dot, and one of {', '.join(task.numbers)}"
             for path in objectives(config)
             if path not in ("size_bytes", "latency_ms")
             and (
@@ -270,19 +275,22 @@ def build(config: DictConfig) -> Parts:
     if "num_classes" in config.model and labels is not None and not problems:
         if (needed := int(labels.max()) + 1) > config.model.num_classes:
             problems.append(
-                f"model.num_classes={config.model.num_classes}: the labels need at least {needed}; set that"
+                f"model.num_classes={config.model.num_classes}: the labels need at least {needed}; "
+                "set that"
             )
     if data is not None and data.val is None and config.calib_split == "val":
         problems.append(
-            "calib_split=val: there are no validation data; set data.val_size above 0, or use train or test"
+            "calib_split=val: there are no validation data; "
+            "set data.val_size above 0, or use train or test"
         )
     quantizer = made.get("quant")
     problems += check_exporters(made.get("export", []), quantizer)
     if quantizer is not None and quantizer.trains:
         if quantizer.convert_every and data is not None and data.val is None:
             problems.append(
-                f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on validation data, and "
-                "there is none; set data.val_size above 0, or quant.convert_every=0"
+                f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on "
+                "validation data, and there is none; "
+                "set data.val_size above 0, or quant.convert_every=0"
             )
     refuse_config(dict.fromkeys(problems))
     made["quantizer"] = made.pop("quant")
@@ -311,7 +319,8 @@ def _try_spec(quant: DictConfig, role: str) -> list[str]:
         node = OmegaConf.select(quant, path)
         if OmegaConf.is_dict(node) and "_target_" not in node:
             return [
-                f"quant.{path}._target_: is missing; it names what is made of the settings below quant.{path}"
+                f"quant.{path}._target_: is missing; "
+                f"it names what is made of the settings below quant.{path}"
             ]
     try:
         instantiate(quant.get(role), _convert_="all")
@@ -346,10 +355,13 @@ def _explain(key: str, section: DictConfig, err: Exception) -> list[str]:
     if isinstance(cause, TypeError) and "required positional argument" in reason:
         reason += f"; what is called later with more arguments needs {where}._partial_=true"
     if not isinstance(cause, ValueError | TypeError | ImportError):
-        reason = f"{type(cause).__name__}: {reason}"  # a library's own, as an index or memory that it lacks
+        reason = f"{type(cause).__name__}: {reason}"  # a library's own, as an index that it lacks
     own = section if where == key else OmegaConf.select(section, where.removeprefix(f"{key}."))
     if isinstance(cause, URLError | TimeoutError):
-        reason += "; what it downloads is out of reach: go online, or put the files where they would be kept"
+        reason += (
+            "; what it downloads is out of reach: "
+            "go online, or put the files where they would be kept"
+        )
     lines = []
     for line in reason.splitlines():
         if re.match(r"[\w.*]+=", line):  # our own constructors begin with `parameter=value: `

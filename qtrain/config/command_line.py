@@ -80,7 +80,8 @@ def refuse_choices(arguments: list[str]) -> None:
         key = argument.partition("=")[0]
         if re.fullmatch(r"~\w+", key):
             raise ValueError(
-                f"{argument}: every run needs this key; give it another value instead of deleting it"
+                f"{argument}: every run needs this key; "
+                "give it another value instead of deleting it"
             )
         group = Path(config_dir()) / key
         if "=" not in argument or not re.fullmatch(r"\w[\w/]*", key) or not group.is_dir():

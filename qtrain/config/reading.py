@@ -15,16 +15,8 @@ from qtrain.common.shape import misfits
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
 
-MADE = (
-    "task",
-    "data",
-    "model",
-    "quant",
-    "optimizer",
-    "scheduler",
-    "trainer",
-    "truth",
-)  # each has its _target_
+# Each has its _target_.
+MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")
 SECTIONS = (*MADE, "logger", "measure")
 VALUES = (
     "device",
@@ -104,7 +96,8 @@ def read_yaml(path: Path) -> Any:
                 or getattr(event, "tag", None) is not None
             ):
                 raise ValueError(
-                    f"line {event.start_mark.line + 1}: an anchor, an alias or a tag, which no run writes"
+                    f"line {event.start_mark.line + 1}: "
+                    "an anchor, an alias or a tag, which no run writes"
                 )
             level += isinstance(event, yaml.CollectionStartEvent) - isinstance(
                 event, yaml.CollectionEndEvent

@@ -10,16 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from qtrain.backend.find import find
 from qtrain.common.validate import MANY, SEEDS, WIDE, boolean, choice, number, shown, text, whole
 
-MADE = (
-    "task",
-    "data",
-    "model",
-    "quant",
-    "optimizer",
-    "scheduler",
-    "trainer",
-    "truth",
-)  # by their _target_
+# By their _target_.
+MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")
 SECTIONS = (*MADE, "logger", "measure")
 MOST_THREADS = 1024  # of more, OpenMP dies without a word
 
@@ -58,9 +50,8 @@ def find_device(name: Any, key: str = "device") -> str:
         device = torch.device(name) if isinstance(name, str) else None
     except RuntimeError:
         device = None
-    if (
-        device is None or device.type not in there or device.type == "cpu" and name != "cpu"
-    ):  # there is one CPU
+    # There is one CPU.
+    if device is None or device.type not in there or device.type == "cpu" and name != "cpu":
         raise ConfigError(
             f"{key}={shown(name)}: not usable here; allowed are auto, {', '.join(there)}"
         )
@@ -108,11 +99,17 @@ def check_settings(config: DictConfig) -> Iterator[str]:
     if config.checkpoint is not None and not (
         isinstance(config.checkpoint, str) and isfile(config.checkpoint)
     ):
-        yield f"checkpoint={config.checkpoint}: there is no such file; allowed is a state dict, as float.pt of a run"
+        yield (
+            f"checkpoint={config.checkpoint}: there is no such file; "
+            "allowed is a state dict, as float.pt of a run"
+        )
     yield from choice("checkpoint_mode", config.checkpoint_mode, ("use", "finetune"))
     yield from boolean("checkpoint_strict", config.checkpoint_strict)
     if config.checkpoint is None and config.checkpoint_mode == "finetune":
-        yield "checkpoint_mode=finetune: there is nothing to train on from; name a file by checkpoint="
+        yield (
+            "checkpoint_mode=finetune: there is nothing to train on from; "
+            "name a file by checkpoint="
+        )
     if not (config.objective is None or objectives(config)):
         yield f"objective={config.objective}: must be the path of a metric, a list of such, or null"
     if "device" in config.data:
@@ -141,11 +138,15 @@ def _check_measure(measure: Any) -> Iterator[str]:
         yield from (f"measure.{key}: is missing, and has no default" for key in missing)
         return
     for key in set(measure) - set(known):
-        yield f"measure.{key}={shown(measure[key])}: there is no such key; allowed are {', '.join(known)}"
+        yield (
+            f"measure.{key}={shown(measure[key])}: there is no such key; "
+            f"allowed are {', '.join(known)}"
+        )
     sizes = measure.batch_sizes
     if not OmegaConf.is_list(sizes) or not sizes or any(whole("", size, 1, WIDE) for size in sizes):
         yield (
-            f"measure.batch_sizes={shown(sizes)}: must be a list of whole numbers from 1 to {WIDE}, such as [1, 64]"
+            f"measure.batch_sizes={shown(sizes)}: "
+            f"must be a list of whole numbers from 1 to {WIDE}, such as [1, 64]"
         )
     yield from whole("measure.warmup", measure.warmup, 0, MANY)
     yield from whole("measure.repeats", measure.repeats, 1, MANY)
@@ -172,6 +173,9 @@ def _check_optimizer(key: str, settings: Any) -> Iterator[str]:
                 or len(value) != 2
                 or any(number("", b, least=0, below=1) for b in value)
             ):
-                yield f"{where}={shown(value)}: must be two numbers of at least 0 and below 1, such as [0.9, 0.999]"
+                yield (
+                    f"{where}={shown(value)}: "
+                    "must be two numbers of at least 0 and below 1, such as [0.9, 0.999]"
+                )
         elif name in ("fused", "foreach", "nesterov", "amsgrad", "maximize") and value is not None:
             yield from boolean(where, value)

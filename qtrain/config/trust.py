@@ -36,7 +36,8 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
     for path, value in _values(config, "config"):
         if isinstance(value, str) and "${" in value:
             raise ValueError(
-                f"{where}: {plain(path)}={plain(value)}: an interpolation, which no run writes; remove it"
+                f"{where}: {plain(path)}={plain(value)}: an interpolation, which no run writes; "
+                "remove it"
             )
         try:
             problem = _problem(value, packages) if path.endswith("._target_") else None
@@ -150,5 +151,6 @@ def _refusal(package: str, packages: list[str]) -> str:
     names = [*packages, package]
     return (
         "running code of a stranger's choice is not safe; if you know and trust it: "
-        f"qtrain.load(run, trust={names}), the option --trust {' '.join(names)}, or {ENVIRONMENT}={','.join(names)}"
+        f"qtrain.load(run, trust={names}), the option --trust {' '.join(names)}, "
+        f"or {ENVIRONMENT}={','.join(names)}"
     )

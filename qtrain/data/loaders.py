@@ -12,7 +12,8 @@ from torch import Tensor
 from qtrain.common.validate import MANY, choice, number, refuse, whole
 
 Batch = tuple[Tensor, Tensor]
-CHUNK = 8192  # samples normalised at once: big enough to hide the cost of an op, small enough to stay in cache
+# Samples normalised at once: enough to hide the cost of an op, few enough to stay in cache.
+CHUNK = 8192
 
 
 class Loader(Protocol):
@@ -133,7 +134,8 @@ def image_loaders(
     num_train = len(train[1])
     if not num_train or not len(test[1]):
         raise ValueError(
-            f"the data hold {num_train} training and {len(test[1])} test images; each needs at least one"
+            f"the data hold {num_train} training and {len(test[1])} test images; "
+            "each needs at least one"
         )
     refuse(
         whole("batch_size", batch_size, 1, MANY)

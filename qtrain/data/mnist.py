@@ -38,9 +38,8 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
     Raises:
         ValueError: the data can be neither found nor downloaded, or a file is damaged.
     """
-    from torchvision.datasets import (
-        MNIST,
-    )  # imported here: it takes a second that the sample need not wait for
+    # Imported here: it takes a second that the sample need not wait for.
+    from torchvision.datasets import MNIST
 
     raw = Path(root) / "MNIST" / "raw"
     try:
@@ -53,8 +52,11 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
                 "a file in MNIST/raw is damaged; delete that folder and let it be downloaded again"
             )
         else:
-            advice = "there is no MNIST/raw with the four official files, and downloading them failed; name the folder "
-            advice += "by data.root or the environment variable QTRAIN_DATA, or use the bundled data=mnist_sample"
+            advice = (
+                "there is no MNIST/raw with the four official files, and downloading them failed; "
+                "name the folder by data.root or the environment variable QTRAIN_DATA, "
+                "or use the bundled data=mnist_sample"
+            )
         raise ValueError(
             f"root={root}: {advice} ({(str(err) or type(err).__name__).splitlines()[0]})"
         ) from err

@@ -87,9 +87,8 @@ class EvalWindows:
 
     def __iter__(self) -> Iterator[Batch]:
         position = torch.arange(self.context, device=self.tokens.device)
-        step = self.starts.diff(
-            prepend=self.starts[:1] - self.context
-        )  # tokens that a window is the first to score
+        # Tokens that a window is the first to score.
+        step = self.starts.diff(prepend=self.starts[:1] - self.context)
         for part, new in zip(
             self.starts.split(self.batch_size), step.split(self.batch_size), strict=True
         ):
@@ -164,8 +163,8 @@ def text(
     )
     if not problems and val_fraction + test_fraction >= 1:
         problems.append(
-            f"val_fraction={val_fraction}: with test_fraction={test_fraction} nothing is left to train on; "
-            "their sum must be below 1"
+            f"val_fraction={val_fraction}: with test_fraction={test_fraction} nothing is left to "
+            "train on; their sum must be below 1"
         )
     refuse(problems)
     encoder = load_tokenizer(tokenizer)
@@ -180,9 +179,10 @@ def text(
     for origin, name, ids in zip(origins, ("training", "validation", "test"), tokens, strict=True):
         if len(ids) <= context:
             raise ValueError(
-                f"{origin}: its {name} part has {len(ids)} tokens, of the {sum(map(len, tokens))} of the whole "
-                f"text, and must have more than context={context}; use a longer text, a smaller context or "
-                f"other fractions than val_fraction={val_fraction} and test_fraction={test_fraction}"
+                f"{origin}: its {name} part has {len(ids)} tokens, of the {sum(map(len, tokens))} "
+                f"of the whole text, and must have more than context={context}; use a longer text, "
+                f"a smaller context or other fractions than val_fraction={val_fraction} and "
+                f"test_fraction={test_fraction}"
             )
     digest = hashlib.sha256()
     for ids in tokens:
@@ -190,9 +190,8 @@ def text(
     train, val, test = (ids.to(device) for ids in tokens)
 
     def evaluation(ids: Tensor, part: str) -> EvalWindows:
-        num_bytes = len(part.encode()) - encoder.num_bytes(
-            int(ids[0])
-        )  # nothing predicts the first token
+        # Nothing predicts the first token.
+        num_bytes = len(part.encode()) - encoder.num_bytes(int(ids[0]))
         return EvalWindows(
             ids, context=context, stride=stride, batch_size=eval_batch_size, num_bytes=num_bytes
         )
@@ -223,7 +222,8 @@ def read_text(path: str, name: str = "path") -> str:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(
-            f"{name}={path}: there is no such file; name a text file, or use the bundled data=shakespeare"
+            f"{name}={path}: there is no such file; "
+            "name a text file, or use the bundled data=shakespeare"
         )
     try:
         raw = file.read_bytes()

@@ -124,7 +124,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         import tokenizers
     except ImportError as err:
         raise ValueError(
-            f'tokenizer={name}: needs the extra hf (pip install "qtrain[hf]"); tokenizer=bytes does not'
+            f'tokenizer={name}: needs the extra hf (pip install "qtrain[hf]"); '
+            "tokenizer=bytes does not"
         ) from err
     online = folder.is_dir() or hub_answers()
     try:
@@ -138,8 +139,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     except Exception as err:  # the library raises bare Exceptions
         reason = err if online else "the hub does not answer, and it was not downloaded before"
         raise ValueError(
-            f"tokenizer={name}: could not be loaded ({reason}); allowed are bytes, a folder with vocab.json and "
-            "merges.txt, and a model on the Hugging Face hub such as gpt2"
+            f"tokenizer={name}: could not be loaded ({reason}); allowed are bytes, a folder with "
+            "vocab.json and merges.txt, and a model on the Hugging Face hub such as gpt2"
         ) from err
     if backend.token_to_id(END_OF_TEXT) is not None:
         backend.add_special_tokens([END_OF_TEXT])

@@ -16,7 +16,8 @@ def check_exporters(exporters: Any, quantizer: Any) -> list[str]:
     if not isinstance(exporters, list):
         return [f"export={shown(exporters)}: must be a list, such as [torch_export]"]
     problems = [
-        f"export={shown(item)}: must be an Exporter, by the name of a file in conf/exporter or by its _target_"
+        f"export={shown(item)}: must be an Exporter, "
+        "by the name of a file in conf/exporter or by its _target_"
         for item in exporters
         if not isinstance(item, Exporter)
     ]
@@ -50,8 +51,9 @@ def write_and_judge(
     if steps <= exporter.max_steps:
         return section, []
     return section, [
-        f"export: what {exporter.file_name} ({exporter.name}) puts out differs from its simulation by {steps:.3g} "
-        f"quantization steps of the last layer (root mean square), above {exporter.max_steps:g}: do not use it"
+        f"export: what {exporter.file_name} ({exporter.name}) puts out differs from its simulation "
+        f"by {steps:.3g} quantization steps of the last layer (root mean square), "
+        f"above {exporter.max_steps:g}: do not use it"
     ]
 
 

@@ -21,9 +21,8 @@ class TorchExport(Exporter):
 
     def write(self, simulation: Simulation, example: Inputs, path: Path) -> None:
         model = Reference("reference").lower(simulation)
-        example = tuple(
-            torch.cat([x[:1], x[:1]]) for x in example
-        )  # of a batch of one, torch takes the size for fixed
+        # Of a batch of one, torch takes the size for fixed.
+        example = tuple(torch.cat([x[:1], x[:1]]) for x in example)
         batch = torch.export.Dim("batch", min=1)
         shapes = tuple({0: batch} for _ in example)
         try:
@@ -31,9 +30,8 @@ class TorchExport(Exporter):
         except Exception as err:  # whatever torch makes of a forward that it cannot follow
             reason = (str(err).strip() or type(err).__name__).splitlines()[0]
             raise ValueError(f"export: torch.export cannot write this model: {reason}") from err
-        content = (
-            io.BytesIO()
-        )  # torch warns of a file that does not end in .pt2, as one that is not yet whole
+        # torch warns of a file that does not end in .pt2, as one that is not yet whole.
+        content = io.BytesIO()
         torch.export.save(program, content)
         write_atomically(path, lambda new: new.write_bytes(content.getvalue()))
 

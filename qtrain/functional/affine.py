@@ -179,7 +179,9 @@ def asymmetric(
     Raises:
         ValueError: bits, axis or group_size is not allowed, or x holds NaN or inf.
 
-    >>> asymmetric(torch.tensor([-1.2, 0.0, 0.5, 3.4]), 4).int_repr  # scale 4.6 / 15, zero point round(3.9)
+    Here the scale is 4.6 / 15, and the zero point round(3.9):
+
+    >>> asymmetric(torch.tensor([-1.2, 0.0, 0.5, 3.4]), 4).int_repr
     tensor([ 0,  4,  6, 15], dtype=torch.uint8)
 
     After a ReLU all values are positive. A symmetric range spends half its integers on numbers that
@@ -222,9 +224,8 @@ def absmax(x: Tensor, *, quant_max: int = 127) -> Quantized:
     dtype = arithmetic_dtype(-quant_max, quant_max, x.dtype)
     magnitude = torch.maximum(low.abs(), high.abs()).to(dtype)
     magnitude = torch.where(magnitude == 0, 1.0, magnitude)
-    scale = quant_max / magnitude.clamp(
-        min=quant_max * torch.finfo(dtype).tiny
-    )  # denormal: scale stays finite
+    # Denormal: scale stays finite.
+    scale = quant_max / magnitude.clamp(min=quant_max * torch.finfo(dtype).tiny)
     int_repr = _to_integers(scale * x.to(dtype), -quant_max, quant_max)
     zero_point = torch.zeros_like(scale, dtype=torch.int64)
     return Quantized(int_repr, scale, zero_point, _saturate(int_repr.to(dtype) / scale))

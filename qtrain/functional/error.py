@@ -10,8 +10,8 @@ def _pair(reference: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
     """Returns both as flat float64, checked."""
     if reference.shape != approximation.shape:
         raise ValueError(
-            f"reference of shape {list(reference.shape)} and approximation of shape {list(approximation.shape)}: "
-            "the shapes must be equal"
+            f"reference of shape {list(reference.shape)} and approximation of shape "
+            f"{list(approximation.shape)}: the shapes must be equal"
         )
     check_finite(reference, "reference")
     check_finite(approximation, "approximation")

@@ -46,7 +46,8 @@ def pack(values: Tensor, bits: int, *, signed: bool) -> Tensor:
     low, high = int_range(bits, signed)
     if ((values < low) | (values > high)).any():
         raise ValueError(
-            f"values {int(values.min())}..{int(values.max())} do not fit bits={bits}, signed={signed}: {low}..{high}"
+            f"values {int(values.min())}..{int(values.max())} do not fit bits={bits}, "
+            f"signed={signed}: {low}..{high}"
         )
     codes = (values.flatten() & (2**bits - 1)).to(dtype)
     codes = pad(codes, (0, -codes.numel() % values_per_word)).unflatten(0, (-1, values_per_word))
@@ -85,9 +86,8 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
         raise ValueError(
             f"{packed.numel()} bytes, but {bits}-bit values of shape {list(shape)} take {num_bytes}"
         )
-    if (
-        bytes_per_word == 1
-    ):  # shift each value to the top of the byte and back: int8 brings its sign along
+    # Shift each value to the top of the byte and back: int8 brings its sign along.
+    if bytes_per_word == 1:
         words = packed.view(torch.int8 if signed else torch.uint8)
         values = torch.stack(
             [words << (8 - bits * (i + 1)) >> (8 - bits) for i in range(values_per_word)], -1

@@ -18,8 +18,10 @@ def arithmetic_dtype(quant_min: int, quant_max: int, *dtypes: torch.dtype) -> to
 
     float32 holds whole numbers only up to 2^24: 2^31 - 1 would round to 2^31, and overflow.
 
-    >>> arithmetic_dtype(-128, 127, torch.float16), arithmetic_dtype(-(2**31), 2**31 - 1, torch.float32)
-    (torch.float32, torch.float64)
+    >>> arithmetic_dtype(-128, 127, torch.float16)
+    torch.float32
+    >>> arithmetic_dtype(-(2**31), 2**31 - 1, torch.float32)
+    torch.float64
     """
     return (
         torch.float64 if quant_max - quant_min > 255 or torch.float64 in dtypes else torch.float32
@@ -159,8 +161,8 @@ def range_qparams(
         scale (float32) and zero_point (int32), both [1] or [C]; None for a zero_point that is
         always 0.
 
-    >>> range_qparams(torch.tensor(-1.0), torch.tensor(2.0), quant_min=0, quant_max=3, symmetric=False,
-    ...     eps=1e-7)
+    >>> low, high = torch.tensor(-1.0), torch.tensor(2.0)
+    >>> range_qparams(low, high, quant_min=0, quant_max=3, symmetric=False, eps=1e-7)
     (tensor([1.]), tensor([1], dtype=torch.int32))
     """
     if low.ndim == 0:

@@ -15,8 +15,10 @@ def int_range(bits: int, signed: bool, *, restricted: bool = False) -> tuple[int
 
     restricted drops the most negative signed integer, so that the range is symmetric about 0.
 
-    >>> int_range(8, signed=True), int_range(8, signed=False), int_range(4, signed=True, restricted=True)
-    ((-128, 127), (0, 255), (-7, 7))
+    >>> int_range(8, signed=True), int_range(8, signed=False)
+    ((-128, 127), (0, 255))
+    >>> int_range(4, signed=True, restricted=True)
+    (-7, 7)
     """
     if not signed:
         return 0, 2**bits - 1

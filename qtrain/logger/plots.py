@@ -90,9 +90,8 @@ def noise(decibels: dict[str, dict[str, float]]) -> Figure:
     )
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    figure.legend(
-        loc="outside upper right", ncols=len(decibels), fontsize=8
-    )  # bars may fill all of the axes
+    # Bars may fill all of the axes.
+    figure.legend(loc="outside upper right", ncols=len(decibels), fontsize=8)
     return figure
 
 

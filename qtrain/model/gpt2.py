@@ -45,9 +45,8 @@ class KVCache:
             self.max_length,
             model.n_embd // model.n_head,
         )
-        self.buffer = torch.empty(
-            sizes, dtype=like.dtype, device=like.device
-        )  # (n_layer, 2, B, H, max_length, D)
+        # (n_layer, 2, B, H, max_length, D)
+        self.buffer = torch.empty(sizes, dtype=like.dtype, device=like.device)
         self.length = 0
         self.blocks: list[Call] = [block.resolved() for block in model.h]  # type: ignore[operator]
 
@@ -60,7 +59,8 @@ class KVCache:
         end = self.length + num_tokens
         if end > self.max_length:
             raise ValueError(
-                f"max_length={self.max_length}: {end} tokens do not fit this cache; make a longer one"
+                f"max_length={self.max_length}: {end} tokens do not fit this cache; "
+                "make a longer one"
             )
         places = self.buffer[..., self.length : end, :].unbind(0)
         keys, values = self.buffer[..., :end, :].unbind(1)
@@ -124,9 +124,9 @@ class GPT2(nn.Module):
         self.vocab_size, self.n_positions, self.n_layer, self.n_head, self.n_embd = sizes.values()
         _refuse(
             {
-                f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}": self.n_embd
-                % self.n_head
-                == 0
+                f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}": (
+                    self.n_embd % self.n_head == 0
+                )
             }
         )
         self.wte = nn.Embedding(self.vocab_size, self.n_embd)
@@ -141,9 +141,8 @@ class GPT2(nn.Module):
         self.lm_head.weight = self.wte.weight
         for module in self.modules():
             if isinstance(module, nn.Embedding | nn.LayerNorm):
-                module.__dict__["qconfig"] = (
-                    None  # eager mode's mark of a layer that stays in float
-                )
+                # Eager mode's mark of a layer that stays in float.
+                module.__dict__["qconfig"] = None
         if pretrained is None:
             self.init_weights()
         else:
@@ -185,7 +184,8 @@ class GPT2(nn.Module):
                 f"context={start + num_tokens}: must be at most n_positions={self.n_positions}"
             )
             raise ValueError(
-                f"{problem}; shorten the input (data.context), or train with a larger model.n_positions"
+                f"{problem}; shorten the input (data.context), "
+                "or train with a larger model.n_positions"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             blocks: Iterable[Call] = self.h if cache is None else cache.blocks
@@ -290,10 +290,9 @@ def _check_request(model: GPT2, length: int, new: int, sampling: Sampling) -> No
     _refuse(
         {
             "idx: the prompt is empty; give at least one token": length >= 1,
-            f"max_new_tokens={new}: must be at least 1, and a prompt of {length} tokens leaves room for {room} in "
-            f"n_positions={model.n_positions}; ask for fewer, or shorten the prompt": 1
-            <= new
-            <= room,
+            f"max_new_tokens={new}: must be at least 1, and a prompt of {length} tokens leaves "
+            f"room for {room} in n_positions={model.n_positions}; "
+            "ask for fewer, or shorten the prompt": (1 <= new <= room),
             **dict.fromkeys(sampling.mistakes(model.vocab_size), False),
         }
     )

@@ -62,9 +62,8 @@ def attend(
 ) -> Tensor:
     """Returns self-attention of x (B, T, C), between projections to (B, T, 3C) and back."""
     batch, num_tokens, n_embd = x.shape
-    qkv = (
-        project_in(x).view(batch, num_tokens, 3, n_head, -1).permute(2, 0, 3, 1, 4)
-    )  # (3, B, H, T, D)
+    # (3, B, H, T, D)
+    qkv = project_in(x).view(batch, num_tokens, 3, n_head, -1).permute(2, 0, 3, 1, 4)
     if slot is None:
         q, k, v = qkv.unbind(0)  # (B, H, T, D)
     else:

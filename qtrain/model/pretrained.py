@@ -41,13 +41,14 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(
-                f"pretrained={name}: the folder is no checkpoint, for it holds no config.json; name a folder written "
-                "by save_pretrained, or a model on the hub such as gpt2"
+                f"pretrained={name}: the folder is no checkpoint, for it holds no config.json; "
+                "name a folder written by save_pretrained, or a model on the hub such as gpt2"
             )
         name = str(folder)
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(
-            f"pretrained={name}: there is no such folder; name one, or a model on the hub such as gpt2"
+            f"pretrained={name}: there is no such folder; "
+            "name one, or a model on the hub such as gpt2"
         )
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
@@ -66,12 +67,11 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     except Exception as err:  # OSError, ValueError and the file formats' own
         if not online:
             raise ValueError(
-                f"pretrained={name}: the hub does not answer, and the model was not downloaded before; go online, or "
-                "name a folder written by save_pretrained"
+                f"pretrained={name}: the hub does not answer, and the model was not downloaded "
+                "before; go online, or name a folder written by save_pretrained"
             ) from err
-        reason = " ".join(
-            str(err).split()
-        )  # theirs have lines, of which ours would make mistakes of their own
+        # Theirs have lines, of which ours would make mistakes of their own.
+        reason = " ".join(str(err).split())
         raise ValueError(f"pretrained={name}: could not be loaded as GPT-2: {reason}") from err
     _refuse_wrong_keys(name, info, tied=model.lm_head.weight.equal(model.transformer.wte.weight))
     transposed = {
@@ -112,10 +112,11 @@ def _refuse_wrong_keys(name: str, info: dict[str, Any], *, tied: bool) -> None:
     ]
     if not tied:
         lines.append(
-            "mismatch: lm_head.weight has other values than transformer.wte.weight, to which it is tied"
+            "mismatch: lm_head.weight has other values than transformer.wte.weight, "
+            "to which it is tied"
         )
     if lines:
         raise ValueError(
-            f"pretrained={name}: the weights do not fit GPT-2 as its config.json describes it; use an undamaged "
-            "checkpoint\n  " + "\n  ".join(lines)
+            f"pretrained={name}: the weights do not fit GPT-2 as its config.json describes it; "
+            "use an undamaged checkpoint\n  " + "\n  ".join(lines)
         )

@@ -81,10 +81,8 @@ class Observer(nn.Module):
         return scale, zero_point
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in (
-            "min_val",
-            "max_val",
-        ):  # one number in a fresh observer, one a channel in a saved one
+        # One number in a fresh observer, one a channel in a saved one.
+        for name in ("min_val", "max_val"):
             saved = state_dict.get(prefix + name)
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.min_val.device))

@@ -79,9 +79,8 @@ class HistogramObserver(Observer):
         below_each = (boundaries - old_low).mul_(points / (old_high - old_low)).sub_(0.5).ceil_()
         below_each = below_each.clamp_(0, points).long()
         full, part = below_each // UPSAMPLE, below_each % UPSAMPLE
-        counts = F.pad(
-            self.histogram.double(), (1, 1)
-        )  # 0 before the first bin and behind the last
+        # 0 before the first bin and behind the last.
+        counts = F.pad(self.histogram.double(), (1, 1))
         below = counts.cumsum(0)[full] + counts[full + 1] * part / UPSAMPLE
         return below.diff().float()
 

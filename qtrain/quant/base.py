@@ -35,7 +35,7 @@ class Quantizer:
     activation: QuantSpec | None = None
 
     def prepare(self, model: nn.Module) -> Simulation:
-        """Returns the simulation of a copy of the float `model`, to be calibrated, with any sites."""
+        """Returns the simulation of a copy of the float `model`, to be calibrated; maybe bare."""
         return Simulation(torch_ao.copy_model(model)).eval()
 
     def calibrate(self, simulation: Simulation, batches: Batches) -> None:

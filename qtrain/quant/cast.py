@@ -47,7 +47,8 @@ class Cast(Quantizer):
             found = {n: copy.deepcopy(m) for n, m in inside.items() if isinstance(m, WITH_MATRIX)}
             if not found:
                 raise ValueError(
-                    f"quant.layers: {matched} has no matrix to keep in float; name a Linear, Conv or Embedding layer"
+                    f"quant.layers: {matched} has no matrix to keep in float; "
+                    "name a Linear, Conv or Embedding layer"
                 )
             floats |= found
         _cast_between(model.to(self.dtype), self.dtype, torch.float32)

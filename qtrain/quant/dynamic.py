@@ -71,8 +71,8 @@ class Dynamic(Quantizer):
                 continue
             if first.setdefault(id(layer), name) != name:
                 raise ValueError(
-                    f"model: layer {name} is layer {first[id(layer)]} under a second name, and only the first would be "
-                    "converted; register it once"
+                    f"model: layer {name} is layer {first[id(layer)]} under a second name, "
+                    "and only the first would be converted; register it once"
                 )
             found.setdefault(name, own.get(name, self.weight))
         plan = {

@@ -35,8 +35,8 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> PackedFormat 
     method = fields.pop("method", "weight_only")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
-            f"layers.{pattern}={shown(setting)}: must be {', '.join(METHODS)}, or a mapping such as {{bits: 4}} or "
-            "{method: llm_int8, threshold: 5.0}"
+            f"layers.{pattern}={shown(setting)}: must be {', '.join(METHODS)}, "
+            "or a mapping such as {bits: 4} or {method: llm_int8, threshold: 5.0}"
         )
     allowed = {"weight_only": set(vars(weight)), "llm_int8": {"threshold"}}.get(method, set())
     _refuse_unknown(pattern, fields, allowed, method)

@@ -67,9 +67,8 @@ class QAT(PTQ):
             + boolean("from_scratch", from_scratch)
             + choice("conv_bn", conv_bn, sorted(TRAINING))
         )
-        last = (
-            MANY if problems else epochs - 1
-        )  # of a wrong number of epochs, nothing follows for the others
+        # Of a wrong number of epochs, nothing follows for the others.
+        last = MANY if problems else epochs - 1
         problems += (
             whole("start_epoch", start_epoch, 0, last, null=True)
             + whole("freeze_observers_epoch", freeze_observers_epoch, 0, last, null=True)
@@ -83,8 +82,8 @@ class QAT(PTQ):
         else:
             if self.activation.describe()["observer"] == "histogram":
                 problems.append(
-                    "activation.observer=histogram: searches its range anew for each batch of the training; "
-                    "use moving_average or minmax"
+                    "activation.observer=histogram: searches its range anew for each batch of the "
+                    "training; use moving_average or minmax"
                 )
         refuse(problems)
         self.epochs, self.optimizer, self.scheduler = epochs, optimizer, scheduler

@@ -78,7 +78,8 @@ def _report(run_dir: Path, trust: Sequence[str]) -> dict[str, Any]:
     report = load_report(run_dir / FILE_NAME)
     if report["status"] != "ok":
         raise ValueError(
-            f"{run_dir}: this run failed ({plain(str(report.get('error')))}), so there is no model to load"
+            f"{run_dir}: this run failed ({plain(str(report.get('error')))}), "
+            "so there is no model to load"
         )
     report["config"] = up_to_date(report["config"])
     require(report["config"], trust, str(run_dir / FILE_NAME))

@@ -109,8 +109,8 @@ def _prefix(names: Collection[str], own: Collection[str], where: str) -> str:
     if len(best) < 2 or "" in best:
         return "" if not best or "" in best else best[0]
     raise ValueError(
-        f"{where}: holds the model several times, as {', '.join(sorted(best))}; save one of them alone: "
-        "torch.save(model.state_dict(), FILE)"
+        f"{where}: holds the model several times, as {', '.join(sorted(best))}; "
+        "save one of them alone: torch.save(model.state_dict(), FILE)"
     )
 
 

@@ -48,7 +48,10 @@ def announce(config: DictConfig, hydra_config: Any) -> str:
     rest = _seconds(same[0]) - _training(same[0])
     if config.float_cache is None or training < 1:
         return f"{line}; about {duration(rest + training)}, as the last such run"
-    return f"{line}; about {duration(rest)}, and {duration(training)} if the float model is not in the cache"
+    return (
+        f"{line}; about {duration(rest)}, "
+        f"and {duration(training)} if the float model is not in the cache"
+    )
 
 
 def announce_sweep(hydra_config: DictConfig) -> str:

@@ -19,10 +19,8 @@ from qtrain.common.validate import MOST_DEVICES
 from qtrain.quant.base import Quantizer
 from qtrain.train.ranks import from_torchrun, num_ranks
 
-SYNCHRONISED = (
-    "minmax",
-    "moving_average",
-)  # observers for which a batch's extremes stand for the batch
+# Observers for which a batch's extremes stand for the batch.
+SYNCHRONISED = ("minmax", "moving_average")
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
@@ -32,8 +30,8 @@ def check_quantizer(quantizer: Quantizer) -> None:
     observer = quantizer.activation.describe()["observer"]
     if observer not in SYNCHRONISED:
         raise ValueError(
-            f"trainer.devices={num_ranks()}: quant.activation.observer {observer} cannot be synchronised; "
-            f"use {' or '.join(SYNCHRONISED)}, or trainer.devices=1"
+            f"trainer.devices={num_ranks()}: quant.activation.observer {observer} cannot be "
+            f"synchronised; use {' or '.join(SYNCHRONISED)}, or trainer.devices=1"
         )
 
 

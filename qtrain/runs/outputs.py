@@ -304,7 +304,8 @@ def summary(report: Report, quality: Quality) -> list[str]:
         ratio = times["median"] / exact[size]["median"]
         if ratio > 1 and not is_float:
             lines.append(
-                f"note: the quantized model is SLOWER than float at batch {size}: {ratio:.2f} times its latency"
+                f"note: the quantized model is SLOWER than float at batch {size}: "
+                f"{ratio:.2f} times its latency"
             )
     lines += [f"{kind:>21}: {text!r}" for kind, text in report.samples.items()]
     threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
@@ -319,8 +320,8 @@ def summary(report: Report, quality: Quality) -> list[str]:
         if before and after and after > before:
             largest = cover.get("largest_float")
             lines.append(
-                f"note: the quantized file is LARGER than the float one, {after / 1000:.1f} against "
-                f"{before / 1000:.1f} KB"
+                "note: the quantized file is LARGER than the float one, "
+                f"{after / 1000:.1f} against {before / 1000:.1f} KB"
                 + (f"; the largest tensor that stays float is {largest}" if largest else "")
             )
         for reason in dict.fromkeys(cover["float_layers"].values()):

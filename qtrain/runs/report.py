@@ -62,21 +62,17 @@ class Report:
     error: str | None = None
     data_fingerprint: str | None = None  # a digest of the data's content
     quality: str | None = None
-    scoring: dict[str, Any] = field(
-        default_factory=dict
-    )  # which way the quality goes, and how it is shown and tested
+    # Which way the quality goes, and how it is shown and tested.
+    scoring: dict[str, Any] = field(default_factory=dict)
     quant: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(
-        default_factory=dict
-    )  # what each layer becomes; see simulate/plan.py
+    # What each layer becomes; see simulate/plan.py.
+    plan: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
-    transforms: list[Any] = field(
-        default_factory=list
-    )  # what each gained, in decibels of the simulation's output
-    exports: dict[str, Any] = field(
-        default_factory=dict
-    )  # {exporter: file, size, distance from the simulation}
+    # What each gained, in decibels of the simulation's output.
+    transforms: list[Any] = field(default_factory=list)
+    # {exporter: file, size, distance from the simulation}.
+    exports: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
     truth: dict[str, Any] = field(default_factory=dict)
     qparams: dict[str, Any] = field(default_factory=dict)
@@ -186,11 +182,13 @@ def verify(run_dir: Path, report: dict[str, Any], name: str) -> None:
     path, digests = run_dir / name, report.get("sha256")
     if not digests:
         log.warning(
-            f"{path}: not checked, for {FILE_NAME} is of an older version, which noted no SHA-256 of its files"
+            f"{path}: not checked, for {FILE_NAME} is of an older version, "
+            "which noted no SHA-256 of its files"
         )
     elif sha256(path) != digests.get(name):
         raise ValueError(
-            f"{path}: damaged, or of another run: its SHA-256 is not that of {FILE_NAME}; copy it from the run again"
+            f"{path}: damaged, or of another run: its SHA-256 is not that of {FILE_NAME}; "
+            "copy it from the run again"
         )
 
 

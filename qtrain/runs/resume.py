@@ -49,9 +49,8 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python allows handlers there alone
+        # Python allows handlers there alone.
+        if threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._receive)
                 for number in (signal.SIGINT, signal.SIGTERM)
@@ -197,8 +196,9 @@ class Progress:
             ) from None
         if not is_ours:
             raise ValueError(
-                f"resume={self.run_dir}: {path} was written by a run with another config, other data, other code or "
-                f"another torch; put {self.run_dir / 'config.yaml'} and the code back as they were, or {again}"
+                f"resume={self.run_dir}: {path} was written by a run with another config, other "
+                "data, other code or another torch; "
+                f"put {self.run_dir / 'config.yaml'} and the code back as they were, or {again}"
             )
         return state
 
@@ -256,8 +256,9 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
     for path in run_dir.rglob("*"):  # logs are appended to, and cut off
         if path.is_symlink():
             raise ValueError(
-                f"resume={run_dir}: {path} is a symbolic link, which no run makes, and would lead the run's output out "
-                "of its folder; remove it, or put what it points to in its place"
+                f"resume={run_dir}: {path} is a symbolic link, which no run makes, and would lead "
+                "the run's output out of its folder; "
+                "remove it, or put what it points to in its place"
             )
     if (run_dir / FILE_NAME).is_file():
         try:
@@ -275,8 +276,8 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
         raise ValueError(f"resume={run_dir}: {err}") from err
     if not (run_dir / OVERRIDES).is_file():
         raise ValueError(
-            f"resume={run_dir}: begun by qtrain 0.1.0, whose training this version cannot go on with to the same bits; "
-            f"start it again: qtrain {shlex.join(overrides)}"
+            f"resume={run_dir}: begun by qtrain 0.1.0, whose training this version cannot go on "
+            f"with to the same bits; start it again: qtrain {shlex.join(overrides)}"
         )
     for override in extra:
         key, _, value = override.partition("=")
@@ -287,7 +288,7 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
             given, own = value, None
         if override not in overrides and ("=" not in override or given != own):
             raise ValueError(
-                f"resume={run_dir}: {override} is not what the run has ({key}={own}); a run goes on with its own "
-                "config: leave it out, or start another run"
+                f"resume={run_dir}: {override} is not what the run has ({key}={own}); "
+                "a run goes on with its own config: leave it out, or start another run"
             )
     return config, overrides

@@ -48,7 +48,8 @@ def float_key(config: DictConfig, parts: Parts) -> str:
     for text in _texts(content):
         if text.startswith("__main__."):
             raise ValueError(
-                f"float_cache: no change of {text} could be seen; put it into a module, or set it to null"
+                f"float_cache: no change of {text} could be seen; "
+                "put it into a module, or set it to null"
             )
     sources = code(content)
     if _is_own(config):
@@ -158,9 +159,8 @@ def _specs(name: str) -> Iterator[ModuleSpec]:
 def _source(spec: ModuleSpec) -> tuple[str, list[str]]:
     """Returns the SHA-256 of a module's file, and what the module imports."""
     path = str(spec.origin)
-    loaded = getattr(
-        sys.modules.get(spec.name), "__spec__", None
-    )  # another one when it is loaded again
+    # Another one when it is loaded again.
+    loaded = getattr(sys.modules.get(spec.name), "__spec__", None)
     if path not in _sources or _sources[path][0] is not loaded:
         content = Path(path).read_bytes()
         imported = _imports(content, spec.parent) if path.endswith(".py") else []
@@ -171,11 +171,8 @@ def _source(spec: ModuleSpec) -> tuple[str, list[str]]:
 def _imports(content: bytes, package: str | None) -> Iterator[str]:
     try:
         tree = ast.parse(content)
-    except (
-        SyntaxError,
-        ValueError,
-    ):  # named in a function that is not called: a module that cannot be imported
-        return
+    except (SyntaxError, ValueError):
+        return  # no module to import, if a function that is not called names it
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -96,9 +96,15 @@ def crowding(config: DictConfig) -> str | None:
     threads = config.threads or THREADS
     if jobs == float("inf"):
         limit = max(1, cores // threads)
-        return f"all jobs of the sweep start at once on {cores} cores; hydra.sweeper.max_batch_size={limit} limits them"
+        return (
+            f"all jobs of the sweep start at once on {cores} cores; "
+            f"hydra.sweeper.max_batch_size={limit} limits them"
+        )
     if jobs > 1 and jobs * threads > cores:
-        return f"{jobs:.0f} jobs at once with {threads} threads each on {cores} cores will slow each other down"
+        return (
+            f"{jobs:.0f} jobs at once with {threads} threads each on {cores} cores will slow each "
+            "other down"
+        )
     return None
 
 
@@ -121,9 +127,8 @@ def carry_out(
         wanted = OmegaConf.to_yaml(resolve(config))
     except ConfigError:
         wanted = None  # the run will say so, in its report
-    with FileLock(
-        run_dir / LOCK
-    ):  # the process of a sweep that was killed may still be at this job
+    # The process of a sweep that was killed may still be at this job.
+    with FileLock(run_dir / LOCK):
         before = run_dir / "config.yaml"
         is_same = wanted is not None and before.is_file() and before.read_bytes() == wanted.encode()
         try:
@@ -133,8 +138,8 @@ def carry_out(
         if report["status"] == "ok":
             if not is_same or report.get("versions") != versions():
                 raise Occupied(
-                    f"hydra.sweep.dir={run_dir.parent}: {run_dir.name} holds a finished run of another config or "
-                    "version; name another folder, or delete this run"
+                    f"hydra.sweep.dir={run_dir.parent}: {run_dir.name} holds a finished run of "
+                    "another config or version; name another folder, or delete this run"
                 )
             log.info(f"{run_dir.name}: done before, skipped")
             return Report(

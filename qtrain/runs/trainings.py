@@ -65,7 +65,8 @@ def _obtain(run: Run) -> None:
                 if training is not None:
                     seconds = training["seconds"]
                     log.info(
-                        f"float model: out of the cache ({cache.folder}), trained once in {seconds:.1f} s"
+                        f"float model: out of the cache ({cache.folder}), "
+                        f"trained once in {seconds:.1f} s"
                     )
 
 
@@ -121,9 +122,8 @@ def _finetune(run: Run) -> None:
         metrics = val_scores(parts, quantizer.convert(prepared), "cpu")
         scores, fake = {"quantized": metrics}, quantizer.fake(prepared)
         if fake is not None:
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # what is only shown must not change the training
+            # What is only shown must not change the training.
+            with torch.random.fork_rng(devices=[]):
                 scores["fake"] = val_scores(parts, fake.cpu(), "cpu")
         epochs.show(run.logger, parts.task.quality, before + epoch + 1, **scores)
         quality = metrics[f"val_{parts.task.quality}"] * (1 if parts.task.higher_is_better else -1)
@@ -145,9 +145,8 @@ def _finetune(run: Run) -> None:
         on_epoch_end=score,
     )
     if best:
-        quantizer.on_epoch(
-            prepared.train(), best["epoch"]
-        )  # its switches are no part of the weights
+        # Its switches are no part of the weights.
+        quantizer.on_epoch(prepared.train(), best["epoch"])
         prepared.load_state_dict(best["model"])
 
 

@@ -282,7 +282,10 @@ class FakeQuantize(nn.Module):
 
     def extra_repr(self) -> str:
         low, high = self.quant_min, self.quant_max
-        return f"{self.qscheme}, {low}..{high}, observing={self.observing}, quantizing={self.quantizing}"
+        return (
+            f"{self.qscheme}, {low}..{high}, observing={self.observing}, "
+            f"quantizing={self.quantizing}"
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FakeQuantize":
         self._known = _Known()  # tensors among it may be on another device now

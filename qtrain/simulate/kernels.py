@@ -15,15 +15,12 @@ from torch import Tensor
 
 from qtrain.functional.qparams import float32, float32s
 
-HARDTANH_BACKWARD = (
-    torch.ops.aten.hardtanh_backward
-)  # grad strictly between two limits, and 0 elsewhere
-MANY = (
-    1 << 17
-)  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
-HAS_FBGEMM = (
-    "fbgemm" in torch.backends.quantized.supported_engines
-)  # other conversions may round differently
+# grad strictly between two limits, and 0 elsewhere.
+HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward
+# Numbers for which torch's conversions to uint8 and back, and a way back in Python, pay.
+MANY = 1 << 17
+# Other conversions may round differently.
+HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def fake_quantize(
@@ -53,8 +50,9 @@ def fake_quantize(
         quant_max: largest integer.
         axis: of the channels; None: per tensor.
 
-    >>> fake_quantize(torch.tensor([-1.0, 0.25, 0.75, 9.0]), torch.tensor([0.5]), torch.tensor([2]), quant_min=0,
-    ...     quant_max=15)
+    >>> x = torch.tensor([-1.0, 0.25, 0.75, 9.0])
+    >>> scale, zero_point = torch.tensor([0.5]), torch.tensor([2])
+    >>> fake_quantize(x, scale, zero_point, quant_min=0, quant_max=15)
     tensor([-1.0000,  0.0000,  1.0000,  6.5000])
     """
     if x.dtype in (torch.bfloat16, torch.float16):
@@ -164,7 +162,8 @@ def fake_quantize_by_numbers(
         ends: the smallest and the largest number of x, if known, and finite: where nothing is
             clipped, there is less to do; and a large x becomes real integers in between.
 
-    >>> fake_quantize_by_numbers(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 2, quant_min=0, quant_max=15)
+    >>> x = torch.tensor([-1.0, 0.25, 0.75, 9.0])
+    >>> fake_quantize_by_numbers(x, 0.5, 2, quant_min=0, quant_max=15)
     tensor([-1.0000,  0.0000,  1.0000,  6.5000])
     """
     if ends is not None:
@@ -264,9 +263,8 @@ def _clipping_bounds(scale: float, low: int, high: int) -> tuple[float, float, f
     return inverse, -below, above
 
 
-NEXT = (
-    1 + 1.5 * 2**-24
-)  # between half a float32 and one and a half further on, for any that is not denormal
+# Between half a float32 and one and a half further on, for any that is not denormal.
+NEXT = 1 + 1.5 * 2**-24
 
 
 @lru_cache

@@ -190,9 +190,8 @@ class QuantWeighted(Site):
         self.frozen = False
         self.fuses_relu = relu and output_q is not None
         if output_q is not None and relu:
-            output_q.rectifies = (
-                True  # one clamp, and one mask for the gradient, do the work of two
-            )
+            # One clamp, and one mask for the gradient, do the work of two.
+            output_q.rectifies = True
 
     def forward(self, x: Tensor) -> Tensor:
         bn = self._modules["bn"]
@@ -231,7 +230,7 @@ class QuantWeighted(Site):
         owner.bias = nn.Parameter(bias.detach().clone())
 
     def freeze(self, frozen: bool = True) -> None:
-        """Lets batch-norm's statistics stand still until told otherwise; `train()` changes nothing."""
+        """Lets batch-norm's statistics stand still until told otherwise, even in `train()`."""
         self.frozen = frozen
         self.train(self.training)
 

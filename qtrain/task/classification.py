@@ -49,7 +49,8 @@ class Classification:
         labels, shape = batch[1], tuple(output.shape)
         if output.dim() != 2:
             return [
-                f"model: its output has shape {shape}, and classification needs logits (B, C); flatten it"
+                f"model: its output has shape {shape}, and classification needs logits (B, C); "
+                "flatten it"
             ]
         if (
             labels.dim() != 1
@@ -58,13 +59,15 @@ class Classification:
         ):
             kind = str(labels.dtype).removeprefix("torch.")
             return [
-                f"data: labels are {kind} {tuple(labels.shape)}, and classification needs one int64 a sample, (B,)"
+                f"data: labels are {kind} {tuple(labels.shape)}, "
+                "and classification needs one int64 a sample, (B,)"
             ]
         low, high, last = int(labels.min()), int(labels.max()), shape[1] - 1
         if low < 0 or high > last:
             return [
-                f"data: labels reach from {low} to {high}, and the model's output has {shape[1]} classes; labels must "
-                f"lie in 0..{last}: count them from 0, or give the model {high + 1} outputs"
+                f"data: labels reach from {low} to {high}, and the model's output has {shape[1]} "
+                f"classes; labels must lie in 0..{last}: "
+                f"count them from 0, or give the model {high + 1} outputs"
             ]
         return []
 

@@ -51,12 +51,14 @@ class LanguageModeling:
         problems = []
         if there is not None and there < needed:
             problems.append(
-                f"model.vocab_size={there}: must be at least {needed}, the tokens of data.tokenizer; set it to {needed}"
+                f"model.vocab_size={there}: "
+                f"must be at least {needed}, the tokens of data.tokenizer; set it to {needed}"
             )
         length, room = self.prompt.shape[1], getattr(model, "n_positions", None)
         if room is not None and length >= room:
             problems.append(
-                f"task.prompt has {length} tokens, and model.n_positions={room} leaves none to add; shorten the prompt"
+                f"task.prompt has {length} tokens, "
+                f"and model.n_positions={room} leaves none to add; shorten the prompt"
             )
         return problems
 

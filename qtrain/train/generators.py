@@ -34,9 +34,8 @@ def set_generator_states(states: dict[str, Any], loader: Loader) -> None:
 def undisturbed(loader: Loader) -> Iterator[None]:
     """Lets the block draw what follows seed 0; puts back Python's and NumPy's generators too."""
     states, python, numpy = generator_states(loader), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(
-        0
-    )  # torch.manual_seed would reach generators of which no state is kept
+    # torch.manual_seed would reach generators of which no state is kept.
+    torch.default_generator.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
     try:

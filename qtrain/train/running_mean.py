@@ -45,8 +45,9 @@ class RunningMean:
         value = float(ranks.mean(self.recent))
         if not math.isfinite(value):
             raise ValueError(
-                f"{self.stage}: the training loss is {value} in epoch {self.epoch_index + 1}, within the "
-                f"{self.num_recent} batches before step {step}; lower the learning rate, or set trainer.clip_norm"
+                f"{self.stage}: the training loss is {value} in epoch {self.epoch_index + 1}, "
+                f"within the {self.num_recent} batches before step {step}; "
+                "lower the learning rate, or set trainer.clip_norm"
             )
         mean = value / max(self.num_recent, 1)
         self.total, self.count = self.total + value, self.count + self.num_recent

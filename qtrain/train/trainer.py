@@ -163,7 +163,7 @@ def without_single(loader: Loader, model: nn.Module) -> Loader:
     if not is_single or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return loader
     log.warning(
-        f"data.batch_size={size}: the last batch of {len(labels)} samples would be a single one, which batch-norm "
-        "cannot train on; each epoch leaves one sample out"
+        f"data.batch_size={size}: the last batch of {len(labels)} samples would be a single one, "
+        "which batch-norm cannot train on; each epoch leaves one sample out"
     )
     return _WithoutLast(loader)

@@ -148,9 +148,8 @@ class Training:
         """Returns the epoch's batches, in an order drawn now; if interrupted, those left."""
         inside = self._inside
         self._at_start = generator_states(self.loader)
-        if (
-            inside is not None
-        ):  # draw its order again, and pass over the batches that were trained on
+        # Draw its order again, and pass over the batches that were trained on.
+        if inside is not None:
             with restoring(self.stage):
                 self._at_start = inside["at_start"]
                 set_generator_states(self._at_start, self.loader)
@@ -164,9 +163,8 @@ class Training:
     def _learn(self, batch: Batch, index: int) -> None:
         """Adds the gradients of one batch."""
         batch, weight = ranks.share((batch[0].to(self.device), batch[1].to(self.device)))
-        inputs = (
-            x.clone() for x in self.task.inputs(batch)
-        )  # a forward may change them, and data come again
+        # A forward may change them, and data come again.
+        inputs = (x.clone() for x in self.task.inputs(batch))
         loss: Tensor = training_loss(self.task, self.forward(*inputs), batch)
         if weight != 1:
             loss = loss * weight

@@ -17,7 +17,8 @@ def check_transforms(transforms: Any) -> list[str]:
     if not isinstance(transforms, Sequence) or isinstance(transforms, str):
         return [f"transforms={shown(transforms)}: must be a list, such as [correct_bias]"]
     return [
-        f"transforms={shown(item)}: must be a Transform, by the name of a file in conf/transform or by its _target_"
+        f"transforms={shown(item)}: must be a Transform, "
+        "by the name of a file in conf/transform or by its _target_"
         for item in transforms
         if not isinstance(item, Transform)
     ]

@@ -120,8 +120,8 @@ def test_a_raw_plus_is_shown_with_its_place_and_remedy(engine, make_ptq, make_qa
             dry_run(Plus(), make(engine), (X,))
         text = str(err.value)
         assert (
-            "layer block (Block) cannot run in the int8 model: torch has no int8 kernel for aten::add"
-            in text
+            "layer block (Block) cannot run in the int8 model: "
+            "torch has no int8 kernel for aten::add" in text
         )
         assert "FloatFunctional per call site" in text
         assert "test_dry_run.py:" in text and "return x + y" in text

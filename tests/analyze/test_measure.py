@@ -58,12 +58,10 @@ def test_bytes_of_a_converted_model(mlp, make_ptq, images, granularity, qparams)
     quantizer = make_ptq(weight={"granularity": granularity})
     prepared = quantizer.prepare(mlp)
     quantizer.calibrate(prepared, [(images,)])
-    weights = sum(
-        rows * columns + qparams(columns) + 4 * columns for rows, columns in LINEARS
-    )  # int8; biases float
-    outputs = 4 * (
-        4 + 8
-    )  # of the input and the three layers: a float32 scale and a 64-bit zero point
+    # int8; biases float.
+    weights = sum(rows * columns + qparams(columns) + 4 * columns for rows, columns in LINEARS)
+    # Of the input and the three layers: a float32 scale and a 64-bit zero point.
+    outputs = 4 * (4 + 8)
     assert weight_bytes(quantizer.convert(prepared)) == weights + outputs
 
 
@@ -119,9 +117,8 @@ def test_median_and_p90(monkeypatch):
     clock = iter([0.0, 0.001 * 7, *(t for ms in (5, 1, 4, 2, 3) for t in (0.0, ms * 0.001))])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     result = latency({"model": Probe()}, (torch.zeros(1),), batch_sizes=[1], warmup=1, repeats=5)
-    assert result["model"]["1"] == pytest.approx(
-        {"median": 3, "p90": 4.6}
-    )  # the warm-up's 7 ms do not count
+    # The warm-up's 7 ms do not count.
+    assert result["model"]["1"] == pytest.approx({"median": 3, "p90": 4.6})
 
 
 def test_a_batch_is_filled_by_repeating_the_samples():

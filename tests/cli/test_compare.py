@@ -190,7 +190,10 @@ def run_python(code, *args):
 def test_compares_without_torch(write, tmp_path):
     write("a")
     write("b", method="qat", lost=3)
-    code = "import sys; from qtrain.cli.compare import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from qtrain.cli.compare import main; main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules)"
+    )
     done = run_python(
         code, str(tmp_path / "runs"), "--baseline", "method=ptq", "--html", str(tmp_path / "x.html")
     )

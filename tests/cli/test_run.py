@@ -54,9 +54,8 @@ def command(monkeypatch, tmp_path, capsys):
             code = stop.code
         printed = capsys.readouterr()
         text = printed.out + printed.err
-        return (
-            (1, f"{text}{code}") if isinstance(code, str) else (code, text)
-        )  # as Python does it with a text
+        # As Python does it with a text.
+        return (1, f"{text}{code}") if isinstance(code, str) else (code, text)
 
     yield run
     for handler in set(logger.handlers) - set(handlers):
@@ -128,9 +127,8 @@ def test_the_default_experiment_is_a_sweep_that_compares(command, tmp_path):
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert {"comparison.csv", "comparison.png"} <= {path.name for path in folder.iterdir()}
 
-    assert (
-        command(*sweep, "quant=qat", f"hydra.sweep.dir={tmp_path}/outputs/again")[0] == 0
-    )  # narrowed to one method
+    # Narrowed to one method.
+    assert command(*sweep, "quant=qat", f"hydra.sweep.dir={tmp_path}/outputs/again")[0] == 0
     (again,) = reports(tmp_path)[:1]
     assert again["float_from"] == "cache" and again["metrics"] == found[3]["metrics"]
 

@@ -117,7 +117,10 @@ def test_json_is_strict(tmp_path):
 
 
 def test_one_process_alone_works_in_a_folder(tmp_path):
-    script = f"import pathlib, qtrain.common.files, time\nwith qtrain.common.files.alone(pathlib.Path({str(tmp_path)!r})):\n"
+    script = (
+        "import pathlib, qtrain.common.files, time\n"
+        f"with qtrain.common.files.alone(pathlib.Path({str(tmp_path)!r})):\n"
+    )
     script += "    print('there', flush=True)\n    time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
     assert other.stdout.readline() == b"there\n"

@@ -125,9 +125,8 @@ def test_every_job_of_every_experiment_composes_and_binds(experiment):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_job_of_every_experiment_on_digits_runs(experiment, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        "qtrain.logger.plots.weights", lambda *_: None
-    )  # without logger nobody sees them
+    # Without logger nobody sees them.
+    monkeypatch.setattr("qtrain.logger.plots.weights", lambda *_: None)
     monkeypatch.setattr("qtrain.logger.plots.confusion", lambda *_: None)
     quick = ["trainer=smoke", "threads=1", "logger=none", "measure.repeats=1", "measure.warmup=0"]
     for number, job in enumerate(jobs(experiment)):
@@ -146,9 +145,8 @@ def test_every_job_of_every_experiment_on_digits_runs(experiment, monkeypatch, t
         folder = tmp_path / str(number)
         folder.mkdir()
         report = pipeline.execute(settings, folder, job)
-        lagging = settings.quant.get(
-            "from_scratch"
-        )  # averages of ranges, after the three steps that there are here
+        # Averages of ranges, after the three steps that there are here.
+        lagging = settings.quant.get("from_scratch")
         assert report.status == "ok" and (report.truth["ok"] or lagging)
 
 
@@ -327,19 +325,45 @@ MISTAKES = {
     "truth.on_failure=ignore": "truth.on_failure=ignore: allowed are error and warn",
     "quant.weight.bits=9": "quant.weight.bits=9: must be a whole number from 2 to 8",
     "quant.activation.bits=1": "quant.activation.bits=1: must be a whole number from 2 to 8",
-    "quant.weight.symmetric=maybe": "quant.weight.symmetric=maybe: allowed are true, false and auto",
-    "quant.weight.granularity=per_row": "quant.weight.granularity=per_row: allowed are per_tensor, per_channel",
-    "quant.activation.granularity=per_channel": "quant.activation.granularity=per_channel: activations have one scale",
-    "quant.weight.group_size=4": "quant.weight.group_size=4: goes with granularity=per_group, and only with it",
-    "quant.weight.reduce_range=true": "quant.weight.reduce_range=true: only activations are reduced; leave it at auto",
-    "quant.weight.narrow_range=127": "quant.weight.narrow_range=127: allowed are true, false and auto",
-    "quant.activation.narrow_range=true": "quant.activation.narrow_range=true: is for weights, whose integers are",
-    "quant.activation.group_size=4": "quant.activation.group_size=4: goes with granularity=per_group, and only with it",
-    "quant.engine=tensorrt": "quant.engine=tensorrt: allowed are auto, reference, fbgemm, qnnpack, x86, onednn",
-    "quant.layers.linear1=int8": "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, or a mapping",
-    "quant.layers.linear1.bits=9": "quant.layers.linear1.bits=9: must be a whole number from 2 to 8",
-    "trainer.momentum=1": "trainer: Trainer.__init__() got an unexpected keyword argument 'momentum'",
-    "optimizer.momentum=1": "optimizer: Adam.__init__() got an unexpected keyword argument 'momentum'",
+    "quant.weight.symmetric=maybe": (
+        "quant.weight.symmetric=maybe: allowed are true, false and auto"
+    ),
+    "quant.weight.granularity=per_row": (
+        "quant.weight.granularity=per_row: allowed are per_tensor, per_channel"
+    ),
+    "quant.activation.granularity=per_channel": (
+        "quant.activation.granularity=per_channel: activations have one scale"
+    ),
+    "quant.weight.group_size=4": (
+        "quant.weight.group_size=4: goes with granularity=per_group, and only with it"
+    ),
+    "quant.weight.reduce_range=true": (
+        "quant.weight.reduce_range=true: only activations are reduced; leave it at auto"
+    ),
+    "quant.weight.narrow_range=127": (
+        "quant.weight.narrow_range=127: allowed are true, false and auto"
+    ),
+    "quant.activation.narrow_range=true": (
+        "quant.activation.narrow_range=true: is for weights, whose integers are"
+    ),
+    "quant.activation.group_size=4": (
+        "quant.activation.group_size=4: goes with granularity=per_group, and only with it"
+    ),
+    "quant.engine=tensorrt": (
+        "quant.engine=tensorrt: allowed are auto, reference, fbgemm, qnnpack, x86, onednn"
+    ),
+    "quant.layers.linear1=int8": (
+        "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, or a mapping"
+    ),
+    "quant.layers.linear1.bits=9": (
+        "quant.layers.linear1.bits=9: must be a whole number from 2 to 8"
+    ),
+    "trainer.momentum=1": (
+        "trainer: Trainer.__init__() got an unexpected keyword argument 'momentum'"
+    ),
+    "optimizer.momentum=1": (
+        "optimizer: Adam.__init__() got an unexpected keyword argument 'momentum'"
+    ),
     "model._target_=qtrain.model.mlp.Nope": "model: Error loading 'qtrain.model.mlp.Nope'",
 }
 
@@ -401,8 +425,8 @@ def test_an_engine_that_this_machine_lacks(monkeypatch, problems):
     )
     (line,) = problems("quant.engine=fbgemm")
     assert (
-        line
-        == "quant.engine=fbgemm: not supported by torch on this machine; here there are qnnpack, onednn"
+        line == "quant.engine=fbgemm: not supported by torch on this machine; "
+        "here there are qnnpack, onednn"
     )
 
 

@@ -62,9 +62,8 @@ def test_evaluation_scores_every_token_but_the_first_once(data: st.DataObject) -
     inputs, targets = whole(loader)
     assert (len(batches(loader)), inputs.shape[1]) == (-(-len(inputs) // 3), context)
     scored = targets != -100
-    assert targets[scored].tolist() == list(
-        range(1, num_tokens)
-    )  # the tokens are their own positions
+    # The tokens are their own positions.
+    assert targets[scored].tolist() == list(range(1, num_tokens))
     assert (targets == inputs + 1)[scored].all()
     # Beyond the first window, every target has at least context - stride tokens before its input.
     position = torch.arange(context).expand_as(inputs)

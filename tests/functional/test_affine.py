@@ -232,9 +232,8 @@ def test_ends_of_the_range_take_the_ends_of_the_integers(bits, signed, dtype):
     x = torch.tensor([-largest, 0, largest], dtype=dtype)
     low, high = int_range(bits, signed)
     integers = asymmetric(x, bits, signed=signed).int_repr.tolist()
-    assert (
-        integers[2] - integers[0] >= high - low - 1
-    )  # the middle lies on a tie: it may round either way
+    # The middle lies on a tie: it may round either way.
+    assert integers[2] - integers[0] >= high - low - 1
     assert symmetric(x, bits).int_repr.tolist() == [1 - 2 ** (bits - 1), 0, 2 ** (bits - 1) - 1]
 
 

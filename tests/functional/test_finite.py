@@ -42,7 +42,9 @@ def test_message_names_the_tensor_and_counts_each_kind(dtype):
         lambda x: sqnr_db(torch.zeros(2), x),
         lambda x: cosine(torch.zeros(2), x),
     ],
-    ids="absmax zeropoint symmetric asymmetric quantize range low high percentile mse sqnr cosine".split(),
+    ids=(
+        "absmax zeropoint symmetric asymmetric quantize range low high percentile mse sqnr cosine"
+    ).split(),
 )
 def test_every_function_refuses_nan_and_inf(function, bad, count):
     with pytest.raises(ValueError, match=count):

@@ -256,9 +256,8 @@ def test_pictures_and_tables_of_a_run(run, events):
 def test_hparams_of_a_run(events):
     shown = hparams_of(events)
     assert shown.pop("engine") in torch.backends.quantized.supported_engines
-    assert (
-        "_hparams_/experiment" not in events.summary_metadata
-    )  # which would hide what other runs have
+    # Which would hide what other runs have.
+    assert "_hparams_/experiment" not in events.summary_metadata
     assert shown == {
         "batch size": 64,
         "bits": "8/8",

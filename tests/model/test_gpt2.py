@@ -240,7 +240,8 @@ def test_damaged_file_is_refused(hf: ModuleType, tmp_path: Path) -> None:
         (True, ".* We couldn't connect. Check your internet connection."),
         (
             False,
-            "the hub does not answer, and the model was not downloaded before; go online, or name a folder .*",
+            "the hub does not answer, and the model was not downloaded before; "
+            "go online, or name a folder .*",
         ),
     ],
 )
@@ -398,9 +399,8 @@ def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2
         if integers.quantized_weight(module) is not None
     }
     assert packed == linears and len(linears) == 2 * 4 + 1
-    assert converted.wte.weight.equal(
-        model.wte.weight
-    )  # in float, although the head that shares it is packed
+    # In float, although the head that shares it is packed.
+    assert converted.wte.weight.equal(model.wte.weight)
     expected = model(idx).detach()
     error = (converted(idx) - expected).square().mean() / expected.square().mean()
     assert error < 10 ** (-15 / 10)  # 15 dB, what the truth gate asks of a layer

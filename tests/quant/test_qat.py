@@ -279,10 +279,8 @@ def test_convolutions_of_any_dimension_train(dims, between, make_qat, train, ful
 def test_simulation_agrees_with_the_converted_model(
     engine, model, images, make_qat, train, full_range_bits
 ):
-    weight, activation = (
-        {"bits": full_range_bits(engine)},
-        {"reduce_range": False},
-    )  # both clip at 0..255
+    # Both clip at 0..255.
+    weight, activation = {"bits": full_range_bits(engine)}, {"reduce_range": False}
     quantizer = make_qat(engine, weight=weight, activation=activation)
     prepared = train(quantizer, calibrated(quantizer, model, images), images)
     fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
@@ -295,9 +293,8 @@ def test_simulation_agrees_with_the_converted_model(
 def test_converted_weights_are_the_trained_ones_with_batch_norm_folded_in(
     convnet, images, make_qat, train
 ):
-    quantizer = make_qat(
-        "fbgemm"
-    )  # in a narrow range: in -128..127 some would be clipped, or just beside
+    # In a narrow range: in -128..127 some would be clipped, or just beside.
+    quantizer = make_qat("fbgemm")
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
     quantized = quantizer.convert(prepared)
     for name in QUANTIZED:

@@ -83,9 +83,8 @@ def test_a_quarter_of_the_size_and_a_tied_weight_once(make, formula):
     idx = torch.arange(12).view(2, 6)
     quantized = make().convert(Simulation(model))
     parameters = list(model.parameters())  # the tied weight once
-    assert weight_bytes(quantized) == sum(p.numel() for p in parameters) + 8 * len(
-        parameters
-    )  # a scale, a zero point
+    # A scale, a zero point.
+    assert weight_bytes(quantized) == sum(p.numel() for p in parameters) + 8 * len(parameters)
     torch.testing.assert_close(quantized(idx), model(idx), rtol=0, atol=0.1)
     assert coverage(quantized, (idx,), {}) == {
         "params_quantized": 1.0,

@@ -101,9 +101,8 @@ def test_every_byte_is_stored_once(method, embedding, head, stored, types, gpt2,
         for n, m in gpt2.named_modules()
         if isinstance(m, nn.Linear) and n != "lm_head"
     )
-    norms_and_biases = 4 * (
-        sum(p.numel() for p in gpt2.parameters() if p.dim() == 1) + channels
-    )  # and scales
+    # And scales.
+    norms_and_biases = 4 * (sum(p.numel() for p in gpt2.parameters() if p.dim() == 1) + channels)
     assert weight_bytes(quantized) == LINEARS + norms_and_biases + stored
     assert quantized(idx).isfinite().all()
     shared = quantized.lm_head.weight is quantized.wte.weight
@@ -359,6 +358,5 @@ def test_files_of_gpt2_124m(make, limit, tmp_path):
     quantized = converted(make(), model)
     size = save_weights(tmp_path / "quantized.pt", quantized)
     assert weight_bytes(quantized) < size < limit
-    assert (
-        size < weight_bytes(quantized) + 100_000
-    )  # the head's weight, shared, is not written a second time
+    # The head's weight, shared, is not written a second time.
+    assert size < weight_bytes(quantized) + 100_000

@@ -82,12 +82,21 @@ RUNS = [
     f"{CONVNET} quant=fp16",
     f"{CONVNET} quant=bf16",
     f"{CONVNET} quant=fp16 quant.layers.conv1=float",
-    f"{MLP} quant=dynamic quant.layers.linear1=fp16 quant.layers.linear2=llm_int8 quant.layers.linear3.bits=4",
+    (
+        f"{MLP} quant=dynamic quant.layers.linear1=fp16 quant.layers.linear2=llm_int8 "
+        "quant.layers.linear3.bits=4"
+    ),
     f"{CONVNET} quant=llm_int8",
     f"{CONVNET} quant=llm_int8 quant.layers.linear1.bits=4 quant.layers.linear2=fp16",
     f"{CONVNET} quant=weight_only",
-    f"{MLP} quant=weight_only quant.weight.bits=4 quant.weight.symmetric=false quant.layers.linear2=float",
-    f"{MLP} quant=weight_only quant.weight.bits=2 quant.weight.granularity=per_group quant.weight.group_size=4",
+    (
+        f"{MLP} quant=weight_only quant.weight.bits=4 quant.weight.symmetric=false "
+        "quant.layers.linear2=float"
+    ),
+    (
+        f"{MLP} quant=weight_only quant.weight.bits=2 quant.weight.granularity=per_group "
+        "quant.weight.group_size=4"
+    ),
 ]
 
 

@@ -17,7 +17,8 @@ CONF = Path(config_dir())
 PRESETS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 
 
-TARGETS = {  # what Hydra's plugins name in their configs; test_the_plugins_are_those_that_are_known_here
+# What Hydra's plugins name in their configs; test_the_plugins_are_those_that_are_known_here
+TARGETS = {
     "joblib": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
     "submitit_local": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",

@@ -127,9 +127,8 @@ def test_train_counts_is_exact_and_proportional(counts: list[int], data: st.Data
     result = script.train_counts(counts, num_train)
     assert sum(result) == num_train
     for n, k in zip(counts, result, strict=True):
-        assert abs(k * sum(counts) - n * num_train) < sum(
-            counts
-        )  # less than one sample from its share
+        # Less than one sample from its share.
+        assert abs(k * sum(counts) - n * num_train) < sum(counts)
 
 
 def test_interleave_sorts_by_rank_then_class() -> None:
@@ -152,9 +151,8 @@ def test_arrange_keeps_each_class_in_order_and_its_tail_for_testing() -> None:
     assert (images.dtype, labels.dtype) == (np.uint8, np.uint8)
     assert np.bincount(labels[:12]).tolist() == [4, 8]
     for c, original in enumerate(by_class):
-        np.testing.assert_array_equal(
-            images[labels == c], original
-        )  # train rows come first, then the tail
+        # Train rows come first, then the tail.
+        np.testing.assert_array_equal(images[labels == c], original)
 
 
 def test_npz_bytes_are_reproducible_and_load_without_pickle() -> None:

@@ -241,9 +241,8 @@ def test_the_scale_follows_each_observation(name):
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-@pytest.mark.parametrize(
-    "name", ["minmax", "moving_average", "percentile"]
-)  # the histogram cannot forget its range
+# The histogram cannot forget its range.
+@pytest.mark.parametrize("name", ["minmax", "moving_average", "percentile"])
 def test_memoryless_is_a_fresh_observer_every_time(name, granularity):
     if granularity == "per_channel" and name in PER_TENSOR_ONLY:
         pytest.skip("one range a tensor")
@@ -388,9 +387,8 @@ def test_gradients_of_several_batches_add_up_and_weights_are_quantized_anew(kind
         expected = run(make(**WEIGHTS | kind), reference)
         assert all(torch.equal(output, expected) for output in outputs)
         torch.testing.assert_close(weight.grad, 3 * reference.grad)
-        weight.data.add_(
-            weight.grad, alpha=-0.1
-        )  # past autograd, which does not count it as a change
+        # Past autograd, which does not count it as a change.
+        weight.data.add_(weight.grad, alpha=-0.1)
         weight.grad.zero_()
 
 
@@ -400,9 +398,8 @@ def test_gradients_of_several_batches_add_up_and_weights_are_quantized_anew(kind
     ids=["tensor", "channel", "narrow"],
 )
 @pytest.mark.parametrize("observing", [True, False], ids=["observing", "frozen"])
-@pytest.mark.filterwarnings(
-    "ignore:.*should not be instantiated:DeprecationWarning"
-)  # torch 2.9 of itself
+# torch 2.9 warns of itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_it_does_the_same(observing, how):
     module = make(**{"symmetric": True, "signed": True, **how})
     module(torch.tensor([[-1.0, 2.0], [0.5, 0.25]]))

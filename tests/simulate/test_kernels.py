@@ -78,10 +78,8 @@ def check_against_torch(case):
         ends = x.min().item(), x.max().item()
         results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
         rectified = run(lambda x: torchs(x.relu(), scale, zero_point, low, high, axis))
-        for rectify, (wanted, _) in (
-            (False, expected),
-            (True, rectified),
-        ):  # without a gradient, as of a batch's data
+        # Without a gradient, as of a batch's data.
+        for rectify, (wanted, _) in ((False, expected), (True, rectified)):
             assert torch.equal(
                 fake_quantize_by_numbers(x, *numbers, ends=ends, rectify=rectify, **limits), wanted
             )
@@ -168,9 +166,8 @@ def test_large_tensors_keep_integers_where_these_show_what_was_clipped(high, rea
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)], ids=str)
 def test_large_tensors_may_lie_in_memory_in_any_order(order, rectify):
     back = [order.index(axis) for axis in range(4)]
-    x = torch.randn([(16, 8, 32, 64)[axis] for axis in order]).permute(
-        back
-    )  # (16, 8, 32, 64), strided
+    # (16, 8, 32, 64), strided.
+    x = torch.randn([(16, 8, 32, 64)[axis] for axis in order]).permute(back)
     assert x.numel() >= module.MANY
     arguments = {"quant_min": 0, "quant_max": 127, "rectify": rectify}
     grads, outputs = [], []

@@ -136,9 +136,8 @@ def test_accumulation_equals_larger_batches(accumulate, num):
 
 
 def test_steps_with_accumulation_are_optimizer_steps():
-    logger = fit(
-        linear_model(), make_loader(22, 4), accumulate=4, log_every=1
-    )  # 6 batches: 2 steps an epoch
+    # 6 batches: 2 steps an epoch.
+    logger = fit(linear_model(), make_loader(22, 4), accumulate=4, log_every=1)
     assert list(logger.values("float/lr")) == [1, 2, 3, 4]
 
 

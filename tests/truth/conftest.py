@@ -53,9 +53,8 @@ def command(monkeypatch, capsys, tmp_path):
             code = stop.code or 0
         printed = capsys.readouterr()
         text = printed.out + printed.err
-        return (
-            (1, f"{text}{code}") if isinstance(code, str) else (code, text)
-        )  # as Python does it with a text
+        # As Python does it with a text.
+        return (1, f"{text}{code}") if isinstance(code, str) else (code, text)
 
     yield run
     for handler in set(logger.handlers) - set(handlers):

@@ -68,9 +68,8 @@ def test_an_equals_sign_in_a_path(job, trained, tmp_path, name):
 
 
 def test_paths_are_meant_from_the_folder_of_the_start(job, trained, tmp_path):
-    shutil.copy(
-        trained.run_dir / "float.pt", tmp_path / "weights.pt"
-    )  # where the command is started
+    # Where the command is started.
+    shutil.copy(trained.run_dir / "float.pt", tmp_path / "weights.pt")
     run = job("mlp", "quant=ptq", "checkpoint=weights.pt", "hydra.job.chdir=true")
     assert run.code == 0, run.text
     assert run.accuracy("float") == trained.accuracy("float")
@@ -83,7 +82,8 @@ try:
     main()
 except SystemExit as stop:
     print(stop.code)
-print("imported:", [name for name in ("torch", "torch._dynamo", "matplotlib") if name in sys.modules])
+heavy = ("torch", "torch._dynamo", "matplotlib")
+print("imported:", [name for name in heavy if name in sys.modules])
 """
 
 

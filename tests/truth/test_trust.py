@@ -193,9 +193,8 @@ def test_interpolations_are_refused_by_name(run_dir, command, monkeypatch, value
 )
 def test_modules_and_models_of_the_libraries_are_harmless(run_dir, model):
     put(run_dir, "model", model)
-    with pytest.raises(
-        ValueError, match="does not fit the model|cannot be made here"
-    ) as caught:  # it was made
+    # It was made.
+    with pytest.raises(ValueError, match="does not fit the model|cannot be made here") as caught:
         qtrain.load(run_dir)
     assert "trust" not in str(caught.value)
 

@@ -196,8 +196,10 @@ def test_data_that_teach_nothing_are_refused(job, settings, said):
 
 def test_digits_in_another_size(job):
     """28 pixels are too few to be halved six times; the fingerprint tells the sizes apart."""
-    plain, same, large = (job("resnet18", *SMALL, "+data.train=16", "+data.test=4", "quant=none", *size)
-                          for size in ([], ["data.size=28"], ["data.size=40"]))  # fmt: skip
+    plain, same, large = (
+        job("resnet18", *SMALL, "+data.train=16", "+data.test=4", "quant=none", *size)
+        for size in ([], ["data.size=28"], ["data.size=40"])
+    )
     assert [outcome.code for outcome in (plain, same, large)] == [0, 0, 0], large.text
     prints = [outcome.report["data_fingerprint"] for outcome in (plain, same, large)]
     assert prints[0] == prints[1] != prints[2]
@@ -234,14 +236,16 @@ def test_a_float_cache_that_cannot_be_made_is_named(job, tmp_path):
 
 
 def test_the_command_listens_before_it_imports_what_takes_time():
-    script = "import sys; before = set(sys.modules); import qtrain.cli.start; print(len(set(sys.modules) - before))"
+    script = (
+        "import sys; before = set(sys.modules); import qtrain.cli.start; "
+        "print(len(set(sys.modules) - before))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     told = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
-    assert int(told.stdout) <= 8, (
-        told.stderr
-    )  # of 80 that the command itself imports, before Hydra and torch
+    # Of 80 that the command itself imports, before Hydra and torch.
+    assert int(told.stdout) <= 8, told.stderr
 
 
 BEGINNING = "from qtrain.cli.start import main; main()"  # as the installed command

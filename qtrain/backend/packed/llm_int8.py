@@ -31,9 +31,8 @@ class LLMInt8Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.weight, self.bias, self.threshold = weight, bias, threshold
-        weight.data = (
-            weight.data.T.contiguous().T
-        )  # each column in one piece, for outliers are read by columns
+        # Each column in one piece, for outliers are read by columns.
+        weight.data = weight.data.T.contiguous().T
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
@@ -43,9 +42,8 @@ class LLMInt8Linear(nn.Module):
         largest = row_magnitudes(rows)
         if self.threshold is not None and not largest.max() < self.threshold:
             outliers = self.outlier_columns(rows)
-            columns = (
-                self.weight.data.T.index_select(0, outliers) * self.weight.scale.T
-            )  # (outliers, N)
+            # (outliers, N)
+            columns = self.weight.data.T.index_select(0, outliers) * self.weight.scale.T
             inputs = rows.index_select(1, outliers)
             bias = inputs @ columns if bias is None else torch.addmm(bias, inputs, columns)
             rows = rows.index_fill(1, outliers, 0)

@@ -14,7 +14,8 @@ from qtrain.backend.packed.int8_product import Int8Product
 from qtrain.functional import affine, packing
 from qtrain.functional.spec import AUTO, QuantSpec
 
-FEW_ROWS = 4  # up to so many rows of input, float16 kernels of CPUs are faster than a copy of the weight in float32
+# Up to so many rows, float16 kernels of CPUs are faster than a copy of the weight in float32.
+FEW_ROWS = 4
 
 
 def is_narrow(spec: QuantSpec) -> bool:
@@ -39,9 +40,8 @@ class IntegerWeight(nn.Module):
     data: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    _product: tuple[Tensor, Tensor, tuple[int, int], Int8Product] | None = (
-        None  # and what it was made of
-    )
+    # What it was made of comes first.
+    _product: tuple[Tensor, Tensor, tuple[int, int], Int8Product] | None = None
 
     def __init__(self, weight: Tensor, spec: QuantSpec) -> None:
         super().__init__()
@@ -132,7 +132,10 @@ class IntegerWeight(nn.Module):
         return self.__dict__ | {"_product": None}  # a copy makes its own
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.shape)}, bits={self.bits}, scale={tuple(self.scale.shape)}, symmetric={self.signed}"
+        return (
+            f"{tuple(self.shape)}, bits={self.bits}, scale={tuple(self.scale.shape)}, "
+            f"symmetric={self.signed}"
+        )
 
 
 class RestoredWeight(IntegerWeight):

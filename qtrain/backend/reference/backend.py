@@ -93,9 +93,8 @@ class RestoredLayer(nn.Module):
         assert site.weight_q is not None
         weight, bias = site.folded()
         if not site.weight_q.stays:
-            site.weight_q(
-                weight
-            )  # its scale is that of the last forward, and the weight may have moved
+            # Its scale is that of the last forward, and the weight may have moved.
+            site.weight_q(weight)
         scale, zero_point = site.weight_q.calculate_qparams()
         self.axis = site.weight_q.ch_axis if site.weight_q.is_per_channel else None
         self.register_buffer("integers", integers(site.weight_q, weight).to(torch.int8))

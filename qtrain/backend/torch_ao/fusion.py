@@ -45,8 +45,8 @@ def _make_foldable(name: str, layer: nn.Module) -> None:
         return
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError(
-            f"{name} ({type(layer).__name__}) keeps no running statistics, so that it can be folded into no layer; "
-            "set track_running_stats=True"
+            f"{name} ({type(layer).__name__}) keeps no running statistics, "
+            "so that it can be folded into no layer; set track_running_stats=True"
         )
     if not layer.affine:  # torch's fused layers ask for both
         layer.affine = True
@@ -83,7 +83,10 @@ def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
         except Exception as err:
             reason = (str(err) or type(err).__name__).splitlines()[0].strip()
             if "only for eval" in reason:
-                reason = "it fuses for evaluation, by torch's fuse_modules, a model that is to be trained"
+                reason = (
+                    "it fuses for evaluation, by torch's fuse_modules, "
+                    "a model that is to be trained"
+                )
             raise ValueError(
                 f"model: fuse_model of {type(model).__name__} failed: {reason}. {ADVICE}"
             ) from err

@@ -62,8 +62,9 @@ class KernelProbe(TorchDispatchMode):
             name = JOINED[func.name().partition(".")[0]]
             self._note(
                 self.wrong,
-                f"{name} of int8 tensors with different scales gives them all one of these scales, in silence, and is "
-                f"{steps:.1f} steps off; join them by the cat of a qtrain.FloatFunctional of its own{_source()}",
+                f"{name} of int8 tensors with different scales gives them all one of these scales, "
+                f"in silence, and is {steps:.1f} steps off; "
+                f"join them by the cat of a qtrain.FloatFunctional of its own{_source()}",
             )
         return output
 

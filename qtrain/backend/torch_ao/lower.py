@@ -48,8 +48,8 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
             except Exception as err:  # torch names neither the layer nor, often, the reason
                 cause = (str(err) or type(err).__name__).splitlines()[0]
                 raise ValueError(
-                    f"model: layer {name} ({site.kind}) cannot be converted to int8: {cause}. To keep it float: "
-                    f"quant.layers={{{name}: float}}"
+                    f"model: layer {name} ({site.kind}) cannot be converted to int8: "
+                    f"{cause}. To keep it float: quant.layers={{{name}: float}}"
                 ) from err
         return bind_engine(model, engine)
 
@@ -96,9 +96,8 @@ def _weighted(site: QuantWeighted) -> nn.Module:
         return FloatIsland(site, _quantize(site), "its weight stays float")
     weight, bias = site.folded()[0], _bias(site)
     if not site.weight_q.stays:
-        site.weight_q(
-            weight
-        )  # its scale is that of the last forward, and the weight may have moved
+        # Its scale is that of the last forward, and the weight may have moved.
+        site.weight_q(weight)
     new: Any = _empty(site)
     new.set_weight_bias(quantized(site.weight_q, weight), None if bias is None else bias.float())
     new.scale, new.zero_point = _output(site)

@@ -72,7 +72,8 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
         inner = [name for name in matches if name in fused]
         if inner == matches:
             raise ValueError(
-                f"quant.layers.{pattern}: is a part of the fused layer {fused[inner[0]]}; name that one"
+                f"quant.layers.{pattern}: is a part of the fused layer {fused[inner[0]]}; "
+                "name that one"
             )
         matches = [name for name in matches if name not in fused]
         parts = [part for name in matches for part in model.get_submodule(name).modules()]

@@ -23,9 +23,9 @@ def refuse_old_norms(model: nn.Module) -> None:
             norm = OLD_NORMS.get(type(hook))
             if norm is not None:
                 raise ValueError(
-                    f"model: layer {name} ({type(module).__name__}) computes its weight in a hook, of "
-                    f"torch.nn.utils.{norm}; use torch.nn.utils.parametrizations.{norm} for quant=ptq, or take it off "
-                    f"by torch.nn.utils.remove_{norm}"
+                    f"model: layer {name} ({type(module).__name__}) computes its weight in a hook, "
+                    f"of torch.nn.utils.{norm}; use torch.nn.utils.parametrizations.{norm} for "
+                    f"quant=ptq, or take it off by torch.nn.utils.remove_{norm}"
                 )
 
 
@@ -35,9 +35,12 @@ def refuse_own_qconfigs(model: nn.Module) -> None:
         own = vars(module).get("qconfig")
         if own is not None:
             raise ValueError(
-                f"model: layer {name or '(the model)'} ({type(module).__name__}) has a qconfig of its own "
-                f"({own.activation.__name__ if hasattr(own.activation, '__name__') else 'QConfig'} ...), which would "
-                "be ignored; remove it, and say what the layer shall be by quant.layers, or qconfig = None for float"
+                f"model: layer {name or '(the model)'} ({type(module).__name__}) has a qconfig "
+                "of its own "
+                f"({own.activation.__name__ if hasattr(own.activation, '__name__') else 'QConfig'} "
+                "...), which would be ignored; "
+                "remove it, and say what the layer shall be by quant.layers, "
+                "or qconfig = None for float"
             )
 
 
@@ -53,9 +56,10 @@ def bake_parametrizations(model: nn.Module, is_qat: bool) -> None:
         for parameter in list(module.parametrizations):
             if is_qat:
                 raise ValueError(
-                    f"model: {parameter} of layer {name} is parametrized, and QAT would train it as a plain weight; "
-                    "use quant=ptq, or take the parametrization off by torch.nn.utils.parametrize."
-                    f"remove_parametrizations(layer, {parameter!r}, leave_parametrized=True)"
+                    f"model: {parameter} of layer {name} is parametrized, and QAT would train it "
+                    "as a plain weight; use quant=ptq, or take the parametrization off by "
+                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, {parameter!r}, "
+                    "leave_parametrized=True)"
                 )
             parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
 
@@ -124,7 +128,8 @@ def without_kernel(module: nn.Module) -> str | None:
         if mode in ("circular", "replicate") or mode == "reflect" and isinstance(module, nn.Conv3d):
             return f"torch has no int8 {kind} with padding_mode={mode!r}"
     if isinstance(module, nn.PReLU):
-        return "torch has no int8 PReLU that is right"  # its own multiplies positive inputs too, on every engine
+        # torch's own multiplies positive inputs too, on every engine.
+        return "torch has no int8 PReLU that is right"
     return None
 
 
@@ -151,8 +156,8 @@ def refuse_silent_errors(
             continue
         if id(module) in first:
             raise ValueError(
-                f"model: layer {name} is layer {first[id(module)]} under a second name, and only the first would be "
-                "converted; register it once"
+                f"model: layer {name} is layer {first[id(module)]} under a second name, "
+                "and only the first would be converted; register it once"
             )
         first[id(module)] = name
         reason = _reason(module, plan.get(name), engine, conv_transpose)
@@ -169,22 +174,31 @@ def _reason(
     """Returns what is wrong with an int8 version of a layer, and a remedy; None if all is well."""
     if isinstance(module, nn.MultiheadAttention):
         return (
-            "is attention, whose quantizable version computes wrong results (pytorch#67651); write it with nn.Linear "
-            "layers"
+            "is attention, whose quantizable version computes wrong results (pytorch#67651); "
+            "write it with nn.Linear layers"
         )
     if isinstance(module, RECURRENT):
         return "cannot run in the int8 model: torch has no kernel for it; use another layer"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
-        return "keeps running statistics, which torch's int8 kernel ignores; set track_running_stats=False"
+        return (
+            "keeps running statistics, which torch's int8 kernel ignores; "
+            "set track_running_stats=False"
+        )
     if engine == "qnnpack" and isinstance(module, nn.AvgPool2d | nn.AvgPool3d):
         ignored = _ignored_by_qnnpack(module)
         if ignored:
-            return f"has {' and '.join(ignored)}, which the kernel of engine qnnpack ignores; use another engine"
+            return (
+                f"has {' and '.join(ignored)}, which the kernel of engine qnnpack ignores; "
+                "use another engine"
+            )
     if not isinstance(module, CONV_TRANSPOSE):
         return None
     weight = layer and layer.weight
     if isinstance(weight, QuantSpec) and weight.granularity == "per_channel":
-        return "has no per-channel kernel; use quant.weight.granularity=per_tensor with engine fbgemm or qnnpack"
+        return (
+            "has no per-channel kernel; "
+            "use quant.weight.granularity=per_tensor with engine fbgemm or qnnpack"
+        )
     if not conv_transpose:
         return f"comes out wrong with engine {engine}; use fbgemm or qnnpack"
     return None

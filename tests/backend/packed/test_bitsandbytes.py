@@ -24,9 +24,8 @@ def peers():
     """peers(threshold): a float layer, ours, theirs, of the same weights; theirs logs a warning."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     exact = nn.Linear(256, 384).eval()
-    exact.weight.data = (
-        exact.weight.data.half().float()
-    )  # theirs rounds weights to float16 before anything else
+    # Theirs rounds weights to float16 before anything else.
+    exact.weight.data = exact.weight.data.half().float()
     theirs = bitsandbytes.nn.Linear8bitLt(256, 384, has_fp16_weights=False, threshold=6.0)
     theirs.load_state_dict(exact.state_dict())
     theirs = theirs.to("cpu").eval()
@@ -43,8 +42,11 @@ def peers():
 
 
 def inputs(rows, outliers):
-    """Numbers of float16 within 5, and columns of +-40: theirs leaves single outliers out of a row's scale, ours the
-    whole column, which is the same where all of the column is outlying."""
+    """Numbers of float16 within 5, and columns of +-40.
+
+    Theirs leaves single outliers out of a row's scale, ours the whole column, which is the same
+    where all of the column is outlying.
+    """
     x = torch.randn(rows, 256).clamp(-5, 5).half().float()
     x[:, outliers] = x[:, outliers].sign() * 40
     return x
@@ -58,9 +60,8 @@ def test_both_agree_to_the_rounding_of_bitsandbytes_output(rows, outliers, peers
     x = inputs(rows, outliers)
     difference = relative(ours(x) - theirs(x), exact(x))
     assert difference < 2**-9  # theirs has the 8 significant bits of bfloat16 on a CPU
-    assert (
-        difference < relative(ours(x) - exact(x), exact(x)) / 2
-    )  # not merely two approximations of the same thing
+    # Not merely two approximations of the same thing.
+    assert difference < relative(ours(x) - exact(x), exact(x)) / 2
 
 
 @torch.no_grad()

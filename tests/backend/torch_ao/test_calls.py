@@ -62,10 +62,8 @@ def test_a_model_with_a_cache_skips_the_modules_of_its_blocks(gpt2, make_dynamic
     expected = quantized(idx[:, 5:], modules)
     monkeypatch.setattr(type(quantized.h[0].mlp.c_fc), "forward", None)
     monkeypatch.setattr(nn.Dropout, "forward", None)
-    quantized.lm_head, head = (
-        nn.Identity(),
-        quantized.lm_head,
-    )  # the one such layer outside of the blocks
+    # The one such layer outside of the blocks.
+    quantized.lm_head, head = nn.Identity(), quantized.lm_head
     hidden = quantized(idx[:, 5:], cache)
     monkeypatch.undo()
     assert torch.equal(head(hidden), expected)

@@ -40,9 +40,8 @@ class Probe(nn.Module):
         return x
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Please use quant_min and quant_max:UserWarning"
-)  # torch's own qconfigs
+# torch's own qconfigs warn.
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")
 @pytest.mark.filterwarnings(
     "ignore:Default qconfig of oneDNN backend with reduce_range of false:UserWarning"
 )

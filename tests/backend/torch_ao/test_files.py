@@ -112,7 +112,8 @@ def test_copied_convolutions_are_packed_for_their_own_engine(dims, way, between,
 LOAD = """
 import sys, torch
 torch.set_num_threads(1)
-model, images, expected = (f"{sys.argv[1]}/{name}" for name in ("model.pt2", "images.pt", "expected.pt"))
+names = ("model.pt2", "images.pt", "expected.pt")
+model, images, expected = (f"{sys.argv[1]}/{name}" for name in names)
 with torch.no_grad():
     output = torch.export.load(model).module()(torch.load(images))
 assert torch.equal(output, torch.load(expected))

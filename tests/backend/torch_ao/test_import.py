@@ -26,7 +26,10 @@ def test_torchs_deprecation_is_silenced_for_qtrain_alone(mlp, make_ptq):
     mlp.qconfig = tq.default_qconfig
     with pytest.warns(DeprecationWarning, match=torch_ao.DEPRECATED):
         tq.prepare(mlp)
-    script = "import warnings, torch.ao.quantization; before = list(warnings.filters); import qtrain.backend.torch_ao; "
+    script = (
+        "import warnings, torch.ao.quantization; before = list(warnings.filters); "
+        "import qtrain.backend.torch_ao; "
+    )
     check = [sys.executable, "-c", script + "assert before == list(warnings.filters)"]
     subprocess.run(check, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
 

@@ -57,11 +57,13 @@ for engine in torch.backends.quantized.supported_engines:
         continue
     for reduce_range in ("auto", True, False):
         spec = QuantSpec(observer=torch_ao.minmax, reduce_range=reduce_range)
-        weight, options = QuantSpec(observer=torch_ao.minmax), {"layers": {}, "fake_quantize": "qtrain"}
+        weight = QuantSpec(observer=torch_ao.minmax)
+        options = {"layers": {}, "fake_quantize": "qtrain"}
         quantizer = PTQ(engine=engine, weight=weight, activation=spec, **options)
         prepared = quantizer.prepare(model)
         quantizer.calibrate(prepared, [(x,)])
-        models = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+        reference, fake = quantizer.reference(prepared), quantizer.fake(prepared)
+        models = reference, fake, quantizer.convert(prepared)
         section, failures = gate.compare(*models, (x,))
         print(engine, reduce_range, section["min_sqnr_db"], *failures)
 """
