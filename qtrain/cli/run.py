@@ -46,7 +46,7 @@ def one_job(config: "DictConfig") -> Any:
 
         from qtrain.analyze.measure import keep_freed_memory
         from qtrain.common.files import alone
-        from qtrain.config.build import overridden_labels, unused_settings
+        from qtrain.config.mistakes import overridden_labels, unused_settings
         from qtrain.config.settings import objectives, refuse_config
         from qtrain.runs import pipeline, sweep
         from qtrain.runs.resume import Signals

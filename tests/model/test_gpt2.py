@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtrain.backend import integers, torch_ao
-from qtrain.config.build import _explain
+from qtrain.config.mistakes import explain
 from qtrain.data.text import EvalWindows
 from qtrain.functional.spec import QuantSpec
 from qtrain.model.gpt2 import GPT2, KVCache
@@ -188,7 +188,7 @@ def test_every_key_and_shape_is_accounted_for(hf: ModuleType, tmp_path: Path) ->
     assert "mismatch: transformer.ln_f.bias has shape (15,), config.json asks for (16,)" in message
     assert message.count("\n") == 3
     config = OmegaConf.create({"vocab_size": 61, "pretrained": str(tmp_path)})
-    (line,) = _explain("model", config, caught.value)
+    (line,) = explain("model", config, caught.value)
     assert line == f"model.{message}"
 
 
