@@ -176,22 +176,14 @@ class TruthGate:
         names = list(points) or [
             n for n, m in quantized.named_modules() if integers.quantized_weight(m) is not None
         ]
-        plain = [
-            name
-            for name, module in quantized.named_modules()
-            if name
-            and name not in names
-            and not any(True for _ in module.children())
-            and not isinstance(module, nn.Identity | nn.Flatten)
-        ]
         exact, simulated, real = (
             layer_outputs(m, names, inputs) for m in (reference, fake, quantized)
         )
         layers = [name for name in exact if name in real]
         noise = {name: _decibels(exact[name], real[name]) for name in layers}
         gap = {name: _decibels(simulated[name], real[name]) for name in layers}
-        # Poolings and the like have no observer, and kernels all the same.
-        steps = divergence(fake, quantized, names + present(fake, plain), inputs)
+        kernels = present(fake, _unobserved(quantized, names))
+        steps = divergence(fake, quantized, names + kernels, inputs)
         failures = self._out_of_range(reference, points, exact) + [
             f"layer {name}: converted, it differs from its simulation on the same input by "
             f"{value:.1f} quantization steps (root mean square), above "
@@ -241,6 +233,18 @@ class TruthGate:
                     "those that are evaluated"
                 )
         return failures
+
+
+def _unobserved(quantized: nn.Module, names: list[str]) -> list[str]:
+    """Returns the poolings and the like: they have no observer, and kernels all the same."""
+    return [
+        name
+        for name, module in quantized.named_modules()
+        if name
+        and name not in names
+        and not any(True for _ in module.children())
+        and not isinstance(module, nn.Identity | nn.Flatten)
+    ]
 
 
 def _decibels(reference: Tensor, approximation: Tensor) -> float:

@@ -66,26 +66,13 @@ def bench(
     """
     import torch
 
-    from qtrain.analyze import measure
     from qtrain.common.files import write_json
-    from qtrain.runs import artifact
     from qtrain.runs.report import FILE_NAME, load_report
 
-    folders = [
-        run for run in runs if (run / FILE_NAME).is_file() or not run.is_file()
-    ]  # a sweep's own files beside
+    # A sweep's own files may lie beside its runs.
+    folders = [run for run in runs if (run / FILE_NAME).is_file() or not run.is_file()]
     reports = {run: load_report(run / FILE_NAME) for run in folders}
-    models: dict[tuple[Path, str], Any] = {}
-    inputs = {}
-    for run, report in reports.items():
-        models[run, "float"] = artifact.load_float(run, trust)
-        if not report["quant"].get("simulated"):
-            models[run, "quantized"] = artifact.load(run, trust)
-        inputs[run] = artifact.sample_inputs(run, trust)
-        try:
-            models[run, "float"](*inputs[run])
-        except Exception as err:  # a model may raise anything
-            raise ValueError(f"{run}: its model does not take its data ({err})") from err
+    calls = {run: _calls(run, report, trust) for run, report in reports.items()}
     found: dict[Path, list[dict[str, Any]]] = {run: [] for run in reports}
     before = torch.get_num_threads()
     try:
@@ -97,39 +84,8 @@ def bench(
             )
             print(f"{'batch':>5}  {'float':>24}  {'quantized':>24}  {'ratio':>20}  run")
             for size in batch_sizes:
-                calls = {}
-                for (run, kind), model in models.items():
-                    batch = tuple(x[torch.arange(size) % len(x)] for x in inputs[run])
-                    calls[run, kind] = partial(model, *batch)
-                with measure.OtherLoad() as others:
-                    times = dict(
-                        zip(
-                            calls, measure.turns(list(calls.values()), warmup, repeats), strict=True
-                        )
-                    )
-                for run in reports:
-                    row: dict[str, Any] = {
-                        "threads": count,
-                        "batch": size,
-                        "other_load": others.cores,
-                    }
-                    row["float"] = measure.median_interval(times[run, "float"])
-                    if (run, "quantized") in times:
-                        row["quantized"] = measure.median_interval(times[run, "quantized"])
-                        row["ratio"] = measure.median_interval(
-                            times[run, "quantized"] / times[run, "float"]
-                        )
-                    found[run].append(row)
-                    cells = (_cell(row.get(kind)) for kind in ("float", "quantized", "ratio"))
-                    print(
-                        f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  "
-                        f"{plain(run.name)}"
-                    )
-                if others.contended:
-                    print(
-                        f"warning: meanwhile other programs used {others.cores:.1f} cores; "
-                        "measure again without them"
-                    )
+                for run, row in _measure(calls, size, warmup, repeats).items():
+                    found[run].append({"threads": count, **row})
     finally:
         torch.set_num_threads(before)
     for run, report in reports.items():
@@ -141,6 +97,59 @@ def bench(
             if kind in first[0]:
                 report["latency_ms"][kind] = {str(row["batch"]): row[kind] for row in first}
         write_json(run / FILE_NAME, report)
+
+
+def _calls(run: Path, report: dict[str, Any], trust: Sequence[str]) -> dict[str, Any]:
+    """Returns {"float" and, if there is one, "quantized": a call that takes the batch size}."""
+    import torch
+
+    from qtrain.runs import artifact
+
+    models = {"float": artifact.load_float(run, trust)}
+    if not report["quant"].get("simulated"):
+        models["quantized"] = artifact.load(run, trust)
+    inputs = artifact.sample_inputs(run, trust)
+    try:
+        models["float"](*inputs)
+    except Exception as err:  # a model may raise anything
+        raise ValueError(f"{run}: its model does not take its data ({err})") from err
+
+    def call(model: Any, size: int) -> Any:
+        return partial(model, *(x[torch.arange(size) % len(x)] for x in inputs))
+
+    return {kind: partial(call, model) for kind, model in models.items()}
+
+
+def _measure(
+    calls: dict[Path, dict[str, Any]], size: int, warmup: int, repeats: int
+) -> dict[Path, dict[str, Any]]:
+    """Returns, and prints, a row of figures for each run, at one batch size."""
+    from qtrain.analyze import measure
+
+    sized = {
+        (run, kind): call(size) for run, kinds in calls.items() for kind, call in kinds.items()
+    }
+    with measure.OtherLoad() as others:
+        turns = measure.turns(list(sized.values()), warmup, repeats)
+    times = dict(zip(sized, turns, strict=True))
+    rows: dict[Path, dict[str, Any]] = {}
+    for run in calls:
+        row = rows[run] = {"batch": size, "other_load": others.cores}
+        row["float"] = measure.median_interval(times[run, "float"])
+        if (run, "quantized") in times:
+            ratios = times[run, "quantized"] / times[run, "float"]
+            row["quantized"] = measure.median_interval(times[run, "quantized"])
+            row["ratio"] = measure.median_interval(ratios)
+        cells = (_cell(row.get(kind)) for kind in ("float", "quantized", "ratio"))
+        print(
+            f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  {plain(run.name)}"
+        )
+    if others.contended:
+        print(
+            f"warning: meanwhile other programs used {others.cores:.1f} cores; "
+            "measure again without them"
+        )
+    return rows
 
 
 def _cell(interval: dict[str, float] | None) -> str:

@@ -132,11 +132,7 @@ def image_loaders(
         ValueError: names the parameter, its value and what is allowed.
     """
     num_train = len(train[1])
-    if not num_train or not len(test[1]):
-        raise ValueError(
-            f"the data hold {num_train} training and {len(test[1])} test images; "
-            "each needs at least one"
-        )
+    _refuse_empty(num_train, len(test[1]))
     refuse(
         whole("batch_size", batch_size, 1, MANY)
         + whole("eval_batch_size", eval_batch_size, 1, MANY)
@@ -153,9 +149,7 @@ def image_loaders(
     if size is not None:
         train, test = [(_resize(images, size), labels) for images, labels in (train, test)]
 
-    digest = hashlib.sha256()
-    for part in (*train, *test):
-        digest.update(part.cpu().numpy().tobytes())
+    fingerprint = _digest(*train, *test)
     train, test = [
         (images.to(device), labels.to(device, torch.int64)) for images, labels in (train, test)
     ]
@@ -172,5 +166,20 @@ def image_loaders(
         val=loader(train, slice(split, None), eval_batch_size) if val_size else None,
         test=loader(test, slice(None), eval_batch_size),
         calib=loader(train, slice(split), batch_size),
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint,
     )
+
+
+def _refuse_empty(num_train: int, num_test: int) -> None:
+    if not num_train or not num_test:
+        raise ValueError(
+            f"the data hold {num_train} training and {num_test} test images; "
+            "each needs at least one"
+        )
+
+
+def _digest(*parts: Tensor) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()

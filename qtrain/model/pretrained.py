@@ -37,19 +37,7 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
             not GPT-2's as published, or keys are missing, unexpected or of another shape (all are
             listed).
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"pretrained={name}: the folder is no checkpoint, for it holds no config.json; "
-                "name a folder written by save_pretrained, or a model on the hub such as gpt2"
-            )
-        name = str(folder)
-    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ValueError(
-            f"pretrained={name}: there is no such folder; "
-            "name one, or a model on the hub such as gpt2"
-        )
+    name, is_folder = _folder_or_name(name)
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
         from transformers.pytorch_utils import Conv1D
@@ -57,7 +45,7 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
         raise ValueError(
             f'pretrained={name}: needs the extra hf (pip install "qtrain[hf]")'
         ) from err
-    online = folder.is_dir() or hub_answers()
+    online = is_folder or hub_answers()
     try:
         config = AutoConfig.from_pretrained(name)
         _refuse_other_architectures(name, config)
@@ -84,6 +72,24 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
         for key, value in model.state_dict().items()
     }
     return {size: getattr(config, size) for size in SIZES}, weights
+
+
+def _folder_or_name(name: str) -> tuple[str, bool]:
+    """Returns the path of a folder, or a name on the hub, and whether it is a folder."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"pretrained={name}: the folder is no checkpoint, for it holds no config.json; "
+                "name a folder written by save_pretrained, or a model on the hub such as gpt2"
+            )
+        return str(folder), True
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ValueError(
+            f"pretrained={name}: there is no such folder; "
+            "name one, or a model on the hub such as gpt2"
+        )
+    return name, False
 
 
 def _refuse_other_architectures(name: str, config: Any) -> None:
