@@ -24,9 +24,8 @@ GOALS = {
 }
 
 REACHED = {  # where a goal is not reached yet: no worse than this
-    "lines of the longest file": 363,
-    "lines of the longest function": 90,
-    "characters of a code line, mean": 41.2,
+    "lines of the longest file": 337,
+    "characters of a code line, mean": 40.5,
 }
 
 

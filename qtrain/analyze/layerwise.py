@@ -41,10 +41,15 @@ def layer_outputs(
     return outputs
 
 
+def cloned(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Returns copies of forward's arguments, which a forward may change in place."""
+    return tuple(x.clone() for x in inputs)
+
+
 def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """Returns the output in eval mode; `inputs`, which a forward may change, are left alone."""
     with torch.no_grad():
-        return model.eval()(*(x.clone() for x in inputs))
+        return model.eval()(*cloned(inputs))
 
 
 def present(model: nn.Module, names: list[str]) -> list[str]:

@@ -4,8 +4,8 @@ import torch
 from omegaconf import OmegaConf
 
 from qtrain.analyze.bits import bytes_at_bits, mean_bits
+from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import largest_float
-from qtrain.analyze.dry_run import blame
 from qtrain.analyze.measure import (
     OtherLoad,
     generation_speed,

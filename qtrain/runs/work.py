@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from qtrain.analyze.dry_run import cloned
+from qtrain.analyze.layerwise import cloned
 from qtrain.analyze.measure import (
     Stopwatch,
 )

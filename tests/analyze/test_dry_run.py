@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.analyze.dry_run import blame, coverage, dry_run
+from qtrain.analyze.blame import blame
+from qtrain.analyze.dry_run import coverage, dry_run
 from qtrain.analyze.truth import TruthError
 from qtrain.backend import torch_ao
 from qtrain.quant.none import NoQuantizer

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.analyze.dry_run import blame
+from qtrain.analyze.blame import blame
 from qtrain.analyze.truth import (
     TruthError,
     TruthGate,
