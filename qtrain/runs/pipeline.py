@@ -8,9 +8,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from qtrain.analyze.dry_run import dry_run
+from qtrain.analyze.finite import require_finite_weights
 from qtrain.analyze.measure import reset_peak_memory
 from qtrain.analyze.rehearsal import rehearse
-from qtrain.analyze.truth import require_finite_weights
 from qtrain.common.files import OVERRIDES, write_atomically, write_json
 from qtrain.config.build import build, resolve, try_out
 from qtrain.logger.loggers import JsonLines, Loggers

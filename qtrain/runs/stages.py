@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from qtrain.analyze.bits import bytes_at_bits, mean_bits
 from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import largest_float
+from qtrain.analyze.finite import finite_outputs, require_finite_weights
 from qtrain.analyze.measure import (
     OtherLoad,
     generation_speed,
@@ -13,7 +14,6 @@ from qtrain.analyze.measure import (
     peak_memory_bytes,
     weight_bytes,
 )
-from qtrain.analyze.truth import finite_outputs, require_finite_weights
 from qtrain.backend import torch_ao
 from qtrain.common.files import sha256
 from qtrain.exporter.judge import write_and_judge

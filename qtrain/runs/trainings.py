@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtrain.analyze.truth import require_finite_weights
+from qtrain.analyze.finite import require_finite_weights
 from qtrain.backend import torch_ao
 from qtrain.config.build import Parts
 from qtrain.runs import epochs

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.analyze.truth import TruthError, finite_outputs
+from qtrain.analyze.finite import finite_outputs
+from qtrain.analyze.truth import TruthError
 from qtrain.data.loaders import Loader
 from qtrain.task.base import Task
 

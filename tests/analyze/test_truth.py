@@ -6,13 +6,12 @@ import torch
 from torch import nn
 
 from qtrain.analyze.blame import blame
+from qtrain.analyze.finite import finite_outputs, require_finite_weights
 from qtrain.analyze.truth import (
     TruthError,
     TruthGate,
     divergence,
-    finite_outputs,
     layer_outputs,
-    require_finite_weights,
 )
 from qtrain.backend import torch_ao
 from qtrain.functional.spec import QuantSpec

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from qtrain.analyze.dry_run import dry_run
+from qtrain.analyze.finite import finite_outputs, require_finite_weights
 from qtrain.analyze.measure import weight_bytes
-from qtrain.analyze.truth import TruthError, TruthGate, finite_outputs, require_finite_weights
+from qtrain.analyze.truth import TruthError, TruthGate
 from qtrain.backend import torch_ao
 from qtrain.simulate.simulation import output_points, weight_points
 
