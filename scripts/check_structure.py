@@ -24,7 +24,6 @@ GOALS = {
 }
 
 REACHED = {  # where a goal is not reached yet: no worse than this
-    "lines of the longest file": 337,
     "characters of a code line, mean": 40.5,
 }
 

@@ -122,13 +122,8 @@ class GPT2(nn.Module):
         ]
         refuse(problems + number("dropout", dropout, least=0, below=1))
         self.vocab_size, self.n_positions, self.n_layer, self.n_head, self.n_embd = sizes.values()
-        _refuse(
-            {
-                f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}": (
-                    self.n_embd % self.n_head == 0
-                )
-            }
-        )
+        if self.n_embd % self.n_head:
+            refuse([f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}"])
         self.wte = nn.Embedding(self.vocab_size, self.n_embd)
         self.wpe = nn.Embedding(self.n_positions, self.n_embd)
         self.dropout = nn.Dropout(dropout)
@@ -287,18 +282,11 @@ class GPT2(nn.Module):
 
 def _check_request(model: GPT2, length: int, new: int, sampling: Sampling) -> None:
     room = max(model.n_positions - length, 0)
-    _refuse(
-        {
-            "idx: the prompt is empty; give at least one token": length >= 1,
+    lines = [] if length else ["idx: the prompt is empty; give at least one token"]
+    if not 1 <= new <= room:
+        lines.append(
             f"max_new_tokens={new}: must be at least 1, and a prompt of {length} tokens leaves "
             f"room for {room} in n_positions={model.n_positions}; "
-            "ask for fewer, or shorten the prompt": (1 <= new <= room),
-            **dict.fromkeys(sampling.mistakes(model.vocab_size), False),
-        }
-    )
-
-
-def _refuse(rules: dict[str, bool]) -> None:
-    problems = [message for message, holds in rules.items() if not holds]
-    if problems:
-        raise ValueError("\n".join(problems))
+            "ask for fewer, or shorten the prompt"
+        )
+    refuse(lines + sampling.mistakes(model.vocab_size))

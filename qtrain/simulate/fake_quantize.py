@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from qtrain.functional.qparams import range_numbers, range_qparams
@@ -29,8 +29,7 @@ class FakeQuantize(nn.Module):
     """Observes if `observing`; returns dequantize(quantize(x)) if `quantizing`, else x itself.
 
     x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale,
-    rounding half to even; the gradient is passed straight through inside the clipping range and is
-    0 outside.
+    rounding half to even; the gradient passes straight through inside the clipping range alone.
 
     Args:
         observer: an observer of torch's interface: forward(x) records, calculate_qparams() ->
@@ -56,8 +55,8 @@ class FakeQuantize(nn.Module):
     Shapes: x is any tensor; scale and zero_point are [1] per tensor, [C] per channel.
     """
 
-    scale: torch.Tensor
-    zero_point: torch.Tensor
+    scale: Tensor
+    zero_point: Tensor
     observer: Any
 
     def __init__(
@@ -91,12 +90,9 @@ class FakeQuantize(nn.Module):
         self.rectifies = False
         self.stays = False
         self._limits: dict[str, Any] = {"quant_min": self.quant_min, "quant_max": self.quant_max}
-        # A min-max observer's work is done here, on the observer's own buffers, which stay the
-        # truth.
-        self._folded = kernel == "qtrain" and type(observer) in (
-            MinMaxObserver,
-            MovingAverageObserver,
-        )
+        # A min-max observer's work is done here, on its own buffers, which stay the truth.
+        folds = type(observer) in (MinMaxObserver, MovingAverageObserver)
+        self._folded = kernel == "qtrain" and folds
         self._rule = {**self._limits, "symmetric": self.is_symmetric}
         if self._folded:
             self._rule["eps"] = observer.eps
@@ -107,19 +103,15 @@ class FakeQuantize(nn.Module):
         self._last = torch.tensor(float(self.quant_max), device="cpu")
         self._known = _Known()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         output = None
         if self.kernel == "qtrain" and x.dtype == torch.float32 and not is_compiling():
             if self.scale_free:
                 output = self._unclipped(x) if self.observing else None
             # Numbers, where to read one costs nothing.
-            elif (
-                not self.is_per_channel
-                and x.is_cpu
-                and (self._folded or not self.observing)
-                and x.numel()
-            ):
-                output = self._by_numbers(x)
+            elif not self.is_per_channel and x.is_cpu and x.numel():
+                if self._folded or not self.observing:
+                    output = self._by_numbers(x)
         if output is not None:
             return output
         if self.rectifies:
@@ -128,7 +120,7 @@ class FakeQuantize(nn.Module):
             self._observe(x.detach())
         return self._by_tensors(x) if self.quantizing else x
 
-    def _unclipped(self, x: torch.Tensor) -> torch.Tensor:
+    def _unclipped(self, x: Tensor) -> Tensor:
         """Returns what forward does for scale-free weights, in the fewest operations."""
         scale = self.observer.observe_magnitude(x.detach(), self._last)
         known = self._known
@@ -137,7 +129,7 @@ class FakeQuantize(nn.Module):
             return x
         return fake_quantize_unclipped(x, scale.view(-1, *[1] * (x.ndim - 1)))
 
-    def _by_numbers(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _by_numbers(self, x: Tensor) -> Tensor | None:
         """Returns what forward does; None, having changed nothing, where numbers do not do."""
         known, ends = self._known, None
         if self.observing:
@@ -146,11 +138,8 @@ class FakeQuantize(nn.Module):
             if found is None:
                 return None
             ends, observed = found
-            known.observed, known.qparams, known.numbers = (
-                True,
-                None,
-                range_numbers(*observed, **self._rule),
-            )
+            known.observed, known.qparams = True, None
+            known.numbers = range_numbers(*observed, **self._rule)
         if not self.quantizing:
             return F.relu(x) if self.rectifies else x
         if known.numbers is None:
@@ -162,7 +151,7 @@ class FakeQuantize(nn.Module):
             x, *known.numbers, **self._limits, rectify=self.rectifies, ends=ends
         )
 
-    def _by_tensors(self, x: torch.Tensor) -> torch.Tensor:
+    def _by_tensors(self, x: Tensor) -> Tensor:
         scale, zero_point = self._qparams()
         axis = self._axis
         if self.kernel == "qtrain":
@@ -172,7 +161,7 @@ class FakeQuantize(nn.Module):
             return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)  # type: ignore[arg-type]
         return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)  # type: ignore[arg-type]
 
-    def _observe(self, x: torch.Tensor) -> None:
+    def _observe(self, x: Tensor) -> None:
         known = self._known
         known.qparams = known.numbers = None
         if self._folded:
@@ -183,7 +172,7 @@ class FakeQuantize(nn.Module):
                 self.observer.reset_min_max_vals()
             self.observer(x)
 
-    def quantize_scaled(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    def quantize_scaled(self, x: Tensor, factor: Tensor) -> Tensor:
         """Returns `forward(x * factor) / factor`, up to rounding, without these products.
 
         Args:
@@ -194,7 +183,7 @@ class FakeQuantize(nn.Module):
             return x
         if not (self._folded and self.memoryless and self.observing):
             factor = factor.reshape(-1, *[1] * (x.ndim - 1))
-            scaled: torch.Tensor = self(x * factor)
+            scaled: Tensor = self(x * factor)
             return scaled / factor
         known = self._known
         known.qparams = known.numbers = None
@@ -202,13 +191,10 @@ class FakeQuantize(nn.Module):
         if not self.quantizing:
             return x
         scale, zero_point = self._qparams()
-        scale, zero_point = (
-            scale / factor,
-            None if zero_point is None else zero_point.expand(len(factor)),
-        )
-        return fake_quantize(x, scale, zero_point, **self._limits, axis=0)
+        zero_point = None if zero_point is None else zero_point.expand(len(factor))
+        return fake_quantize(x, scale / factor, zero_point, **self._limits, axis=0)
 
-    def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _qparams(self) -> tuple[Tensor, Tensor | None]:
         """Returns (scale, zero_point or None for 0) of what was observed; once an observation.
 
         Raises:
@@ -235,19 +221,16 @@ class FakeQuantize(nn.Module):
                 )
         return known.qparams
 
-    def calculate_qparams(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Returns (scale, zero_point) of what was observed; of nothing, (1, 0)."""
         if self.has_observed():
-            scale, zero_point = self._qparams()
-            self.scale = scale
-            self.zero_point = (
-                torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
-            )
+            self.scale, zero_point = self._qparams()
+            if zero_point is None:
+                zero_point = torch.zeros_like(self.scale, dtype=torch.int32)
+            self.zero_point = zero_point
         return self.scale, self.zero_point
 
-    def stay(
-        self, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None
-    ) -> None:
+    def stay(self, scale: Tensor | None = None, zero_point: Tensor | None = None) -> None:
         """Keeps scale and zero point from now on, in place, whatever becomes of the tensor.
 
         Args:
@@ -311,5 +294,5 @@ class _Known:
     """What a FakeQuantize works out of its observer; no module, whose attributes are slow."""
 
     numbers: tuple[float, int] | None = None  # scale and zero point
-    qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    qparams: tuple[Tensor, Tensor | None] | None = None
     observed: bool = False  # asking the observer again would wait for the device in every step
