@@ -39,8 +39,7 @@ def dry_run(
 
     Raises:
         ValueError: a stage fails; names the layer and the reason.
-        TruthError: the prepared model computes something else, or torch would convert it wrongly in
-            silence.
+        TruthError: the prepared model computes something else, or torch would convert it wrongly.
     """
     torch_ao.refuse_old_norms(model)
     with torch.random.fork_rng(), torch.no_grad():

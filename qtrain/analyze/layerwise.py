@@ -69,8 +69,7 @@ def divergence(
 ) -> dict[str, float]:
     """Returns {layer: RMS difference of `quantized` and `fake`, in steps of its output}.
 
-    Each converted layer gets its simulation's input, so that errors of earlier layers do not add
-    up.
+    Each converted layer gets its simulation's input, so that earlier layers' errors do not add up.
     """
     # Copies, for what comes behind a layer may work in place.
     received: dict[str, Tensor] = {}

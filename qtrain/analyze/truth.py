@@ -157,8 +157,7 @@ class TruthGate:
         """Compares layer outputs of the float, simulated and converted model on the same samples.
 
         Args:
-            reference: the prepared model with its fake quantization off: the float model, fused; or
-                None.
+            reference: the prepared model without fake quantization: float, but fused; or None.
             fake: the fake-quantized model, or None.
             quantized: the converted model.
             inputs: arguments of forward, on the CPU.

@@ -75,8 +75,7 @@ def quantize(
         layers: {pattern of layer names: what they are instead}, as `quant.layers`.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed; or the layer that cannot be
-            quantized.
+        ValueError: names the argument, its value and what is allowed; or the layer at fault.
         TruthError: the result is not what its simulation says.
     """
     refuse(choice("method", method, METHODS) + whole("weight_bits", weight_bits, 2, 8))

@@ -26,15 +26,13 @@ def prepare(
     """Returns a simulation of `model` to be trained, on its device; `model` stays as it is.
 
     Args:
-        model: a float model with QuantStub, DeQuantStub, and a `fuse_model(is_qat)` where it can
-            fuse.
+        model: a float model with QuantStub, DeQuantStub and, to fuse, `fuse_model(is_qat)`.
         batches: to calibrate on before training begins, as for `quantize`.
         engine, weight_bits, layers: as for `quantize`.
         conv_bn: how convolutions with batch-norm train: "folded" or "exact".
 
     Raises:
-        ValueError: names the argument, its value and what is allowed; or the layer that cannot be
-            quantized.
+        ValueError: names the argument, its value and what is allowed; or the layer at fault.
     """
     refuse(whole("weight_bits", weight_bits, 2, 8))
     weight = replace(WEIGHT, bits=weight_bits)

@@ -61,8 +61,7 @@ class Backend:
         """Returns both specs with every "auto" replaced by this engine's rule.
 
         Raises:
-            ValueError: the engine has no kernel for a combination; gives the reason and the legal
-                choices.
+            ValueError: the engine has no kernel for a combination; gives reason and legal choices.
         """
         weight = _settled(weight, symmetric=True, granularity=self.granularity, reduce_range=False)
         activation = _settled(

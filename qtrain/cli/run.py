@@ -85,8 +85,7 @@ def one_job(config: "DictConfig") -> Any:
     except Exception as err:
         if settings.mode == RunMode.RUN:
             raise
-        # One bad job must not end a sweep; its report says what happened, and the sweep's end lists
-        # it.
+        # One bad job must not end a sweep; its report and the sweep's end tell of it.
         log.error(f"job {settings.job.num} failed: {err}")
         return None  # which Optuna takes for a failed trial; of a number that is NaN it dies
     return values[0] if len(values) == 1 else tuple(values)

@@ -25,13 +25,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write: called with the path of a new file, on the same disk, to fill.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; what was at `path` is still
-            there.
+        OSError: the folder cannot be written or the disk is full; what was at `path` stays.
     """
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            # torch.save writes the file's stem before each tensor: one letter keeps small models
-            # small.
+            # torch.save writes the file's stem before each tensor: one letter keeps it small.
             new = Path(folder) / "w"
             write(new)
             with new.open("rb") as file:

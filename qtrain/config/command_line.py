@@ -59,8 +59,7 @@ def _layers(argument: str) -> str:
 def _quoted(argument: str) -> str:
     """Returns KEY=VALUE with quotes around values that hold an equals sign, as epoch=3/last.pt."""
     key, _, value = argument.partition("=")
-    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor the option of a
-    # command.
+    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor an option.
     is_ours = key.startswith("-") or key == "resume" or re.match(r"['\"\[{]|\w+\(", value)
     if "=" not in value or is_ours or "\\" in value or "'" in value:
         return argument

@@ -42,8 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Returns the content of a run's config.yaml.
 
     Raises:
-        ValueError: it is damaged, or names what is neither harmless nor of a package in
-            QTRAIN_TRUST.
+        ValueError: it is damaged, or names what is neither harmless nor in QTRAIN_TRUST.
     """
     content = read_yaml(path)
     content = up_to_date(content)
@@ -84,8 +83,7 @@ def read_yaml(path: Path) -> Any:
     """Returns the plain content of a YAML file; its interpolations are left as they stand.
 
     Raises:
-        ValueError: it is no YAML, or has aliases, which could make it endless, tags, or too many
-            levels.
+        ValueError: it is no YAML, or has aliases (it could be endless), tags, or too many levels.
     """
     level = 0
     try:

@@ -26,8 +26,7 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
         where: what to call the config in messages.
 
     Raises:
-        ValueError: a `_target_`, at any depth, is defined elsewhere, or a value is an
-            interpolation.
+        ValueError: a `_target_`, at any depth, is of elsewhere, or a value is an interpolation.
     """
     if isinstance(trust, str):
         raise ValueError(f"trust={trust}: must be a list of packages, such as [{trust!r}]")

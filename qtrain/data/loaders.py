@@ -30,8 +30,7 @@ class DataLoaders:
 
     Attributes:
         train: batches in a new random order every epoch.
-        val: held out of the training split for choices made during training; None where nothing is
-            held out.
+        val: held out of the training split for choices made during training; or None.
         test: the official test split, for reported numbers only.
         calib: the training split in fixed order with evaluation transforms.
         fingerprint: a digest of the data's content.

@@ -31,8 +31,7 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
     """Returns the official 60,000 training and 10,000 test digits.
 
     Args:
-        root: the folder that holds MNIST/raw; the files are downloaded into it where they are
-            absent.
+        root: the folder that holds MNIST/raw; absent files are downloaded into it.
         options: those of `image_loaders`.
 
     Raises:

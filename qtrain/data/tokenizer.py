@@ -108,8 +108,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             on the Hugging Face hub, such as "gpt2". All but the first need the extra `hf`.
 
     Raises:
-        ValueError: the folder holds no tokenizer, the hub has none of that name, or the extra is
-            not installed.
+        ValueError: folder or hub hold no such tokenizer, or the extra is not installed.
     """
     refuse(text("tokenizer", name))
     if name == "bytes":

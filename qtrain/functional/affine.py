@@ -56,8 +56,8 @@ def quantize(
 
     Args:
         x: any shape, floating point, finite.
-        scale: size of one step, > 0; for x [A, B]: [] per tensor, [A, 1] per channel, [A, B /
-            group_size] per group.
+        scale: size of one step, > 0; for x [A, B]: [] per tensor, [A, 1] per channel,
+            [A, B / group_size] per group.
         zero_point: integers, shaped as scale.
         quant_min: smallest integer.
         quant_max: largest integer.
@@ -140,8 +140,7 @@ def symmetric(
         restricted: leave out the most negative integer; if False, the range gains it and the
             divisor is half more.
         axis: the axis that keeps its own scales; x [A, B], axis 0 -> scale [A, 1].
-        group_size: neighbours along the last axis that share a scale; x [A, B] -> scale [A, B /
-            group_size].
+        group_size: neighbours on the last axis that share a scale; [A, B] -> [A, B / group_size].
 
     Raises:
         ValueError: bits, axis or group_size is not allowed, or x holds NaN or inf.

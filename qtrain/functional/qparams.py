@@ -43,8 +43,8 @@ def value_range(
         per group -> [A, B / group_size].
 
     Raises:
-        ValueError: x holds NaN or inf, axis does not exist, group_size does not divide B, or both
-            are given.
+        ValueError: x holds NaN or inf, there is no such axis, group_size does not divide B, or
+            both are given.
 
     >>> value_range(torch.tensor([[-1.2, 3.4], [0.5, 2.0]]), axis=0)
     (tensor([[-1.2000],
@@ -158,8 +158,7 @@ def range_qparams(
         eps: smallest scale.
 
     Returns:
-        scale (float32) and zero_point (int32), both [1] or [C]; None for a zero_point that is
-        always 0.
+        scale (float32) and zero_point (int32), both [1] or [C]; None for a constant zero_point 0.
 
     >>> low, high = torch.tensor(-1.0), torch.tensor(2.0)
     >>> range_qparams(low, high, quant_min=0, quant_max=3, symmetric=False, eps=1e-7)

@@ -99,8 +99,7 @@ def weights(pairs: Pairs) -> Figure:
     """Returns histograms of each layer's float and dequantized weights, and of its integers.
 
     Args:
-        pairs: {layer: (float weight, quantized weight of the same shape)}; the first eight are
-            shown.
+        pairs: {layer: (float weight, quantized weight of the same shape)}; the first eight count.
     """
     shown = list(pairs.items())[:MAX_LAYERS]
     figure = Figure(figsize=(9, 2.2 * len(shown) + 0.6), layout="constrained")

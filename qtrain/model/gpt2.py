@@ -3,8 +3,8 @@
 Each Linear layer stands between its own QuantStub and DeQuantStub. All else stays in float:
 embeddings, LayerNorm, attention with its mask and softmax, GELU, residual sums.
 
-Shapes: B batch, T tokens of one call, S tokens seen by attention (T and those in the cache), C =
-n_embd, H = n_head, D = C / H, V = vocab_size.
+Shapes: B batch, T tokens of one call, S tokens seen by attention (T and the cache's),
+C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 
 import math
@@ -79,8 +79,7 @@ class GPT2(nn.Module):
         n_layer: number of blocks.
         n_head: heads of each block; divides n_embd.
         n_embd: width.
-        dropout: of embeddings, attention weights and what each half of a block adds; 0 <= dropout <
-            1.
+        dropout: of embeddings, attention weights and what each half of a block adds; in [0, 1).
         pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes replace those
             given. None: weights are drawn from torch's global generator.
 
@@ -220,8 +219,7 @@ class GPT2(nn.Module):
             max_new_tokens: tokens to add; with the prompt at most n_positions.
             greedy, temperature, top_k, top_p, repetition_penalty: see `Sampling`.
             seed: of the generator that draws; torch's global one is left alone.
-            stop_token: a row that has drawn it is filled up with it; once all rows have, no more
-                are drawn.
+            stop_token: a row that has drawn it is filled up with it; once all rows have, it ends.
 
         Returns:
             int64 (B, T + n), n <= max_new_tokens.

@@ -8,8 +8,7 @@ from torch import Tensor
 from qtrain.common.network import hub_answers
 
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-# What qtrain.model.gpt2 computes: a checkpoint that was trained for anything else would load and be
-# wrong.
+# What qtrain.model.gpt2 computes: a checkpoint of anything else would load and be wrong.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

@@ -2,8 +2,7 @@
 
 The search is that of torch.ao's HistogramObserver, to the same bins: it cuts off ever more values
 at both ends, a hundred thousandth of them at a time, as long as the expected squared error falls.
-Here stretching the histogram to a new range, which takes torch most of its time, costs next to
-none.
+Here stretching the histogram to a new range, torch's longest work, costs next to nothing.
 """
 
 from bisect import bisect_left, bisect_right

@@ -16,8 +16,7 @@ class LLMInt8(WeightOnly):
     """Vector-wise int8 with outlier columns in float.
 
     Args:
-        threshold: magnitude from which a feature's column is an outlier; the paper's is 6.0. null:
-            none is.
+        threshold: magnitude from which a feature's column is an outlier; 6.0 in the paper; or null.
         embedding, head: as for `WeightOnly`.
         layers: as for `WeightOnly`; {"bits": 4} means weight_only there.
 

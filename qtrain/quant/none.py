@@ -17,8 +17,7 @@ class FloatFinetuned(Quantizer):
     difference that quantization makes be told from that of the additional epochs.
 
     Args:
-        epochs, optimizer, scheduler, convert_every: as for QAT; the best epoch is that of the float
-            model.
+        epochs, optimizer, scheduler, convert_every: as for QAT, by the float model's scores.
 
     Raises:
         ValueError: an epoch out of range.

@@ -45,8 +45,7 @@ class PTQ(Quantizer):
         weight: what weights are quantized to.
         activation: what activations are quantized to; below the bits of the engine's kernels the
             simulation is the result.
-        fake_quantize: "qtrain", or "torch" for torch's own kernels and observers: the slow
-            reference.
+        fake_quantize: "qtrain", or "torch" for torch's own kernels and observers, the slow ones.
         transforms: what improves the simulation, in this order; see `qtrain.transform`.
         embedding: how embeddings are stored once converted: "float", "fp16", or "int8" and "int4"
             with one scale a row.

@@ -26,12 +26,9 @@ class QAT(PTQ):
         epochs: epochs of quantization-aware training.
         optimizer, scheduler: factories, as at the top level; they serve this training alone.
         from_scratch: start from the untrained model, not from the trained float model.
-        start_epoch: first epoch with fake quantization of activations and weights; null: never,
-            only observe.
-        freeze_observers_epoch: first epoch in which the ranges of activations stand still; null:
-            never.
-        freeze_batch_norm_epoch: first epoch in which batch-norm statistics stand still; null:
-            never.
+        start_epoch: first epoch with fake quantization; null: never, only observe.
+        freeze_observers_epoch: first epoch with the ranges of activations frozen; null: never.
+        freeze_batch_norm_epoch: first epoch with batch-norm statistics frozen; null: never.
         conv_bn: how convolutions with batch-norm train: "folded", with one convolution, which
             normalises by the statistics of the quantized weights; "exact", with two, by those of
             the float weights. See `qtrain.simulate.batch_norm`.
@@ -40,8 +37,7 @@ class QAT(PTQ):
         ptq: engine, weight, activation, fake_quantize and layers, as for PTQ.
 
     Raises:
-        ValueError: an epoch out of range, an observer too slow for a training loop, or what PTQ
-            refuses.
+        ValueError: an epoch out of range, an observer too slow for training, or what PTQ refuses.
     """
 
     trains = True

@@ -241,12 +241,10 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
     """Returns the config and the overrides of a run that can be continued.
 
     Args:
-        extra: what else stood on the command line; it may repeat the run's settings, not change
-            them.
+        extra: what else stood on the command line; it may repeat the run's settings alone.
 
     Raises:
-        ValueError: the folder holds no run, a finished one, or a link, or `extra` contradicts its
-            config.
+        ValueError: the folder holds no run, a finished one, or a link; or `extra` contradicts it.
     """
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(

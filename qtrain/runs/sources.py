@@ -83,8 +83,7 @@ def _is_own(config: DictConfig) -> bool:
 def one_epoch(loader: Loader) -> str:
     """Returns a digest of the epoch after seed 0; where no order is drawn, for any batch size.
 
-    What is no pair of tensors is passed over: the checks before a training say what is wrong with
-    it.
+    What is no pair of tensors is passed over: the checks before a training tell of it.
     """
     with undisturbed(loader):
         pairs = (batch for batch in loader if isinstance(batch, tuple | list))

@@ -34,8 +34,7 @@ class FakeQuantize(nn.Module):
     Args:
         observer: an observer of torch's interface: forward(x) records, calculate_qparams() ->
             (scale, zero_point).
-        kernel: "qtrain", or "torch": torch's kernels and observers, many times slower, as the
-            reference.
+        kernel: "qtrain", or "torch": torch's kernels and observers, the slow reference.
         memoryless: forget the range before each observation. For weights, which are seen whole
             every time.
         observing: whether forward records the tensor's range.

@@ -257,8 +257,7 @@ def execution_order(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
 def integers(point: FakeQuantize, x: Tensor) -> Tensor:
     """Returns the integers that stand for `x`: the one rounding, of the simulation and of backends.
 
-    clamp(round(x * (1 / scale)) + zero_point), as kernels do it: x / scale would round ties
-    otherwise.
+    clamp(round(x * (1 / scale)) + zero_point), as kernels do: x / scale would round ties otherwise.
 
     Returns:
         int32, of x's shape.

@@ -4,8 +4,7 @@ A site owns the parameters of the layer that it stands for, under the same names
 quantizations: `weight_q` of its weight, `output_q` of its output. The same class serves PTQ, in
 eval mode, and QAT, in train mode.
 
-Whether a kernel runs it, or float between two conversions, is a backend's affair: both compute
-this.
+Whether a kernel runs it, or float between conversions, is a backend's affair: both compute this.
 """
 
 from typing import Any

@@ -18,8 +18,7 @@ class LanguageModeling:
 
     Args:
         tokenizer: that of the data.
-        prompt: what each model continues, where it can generate; the same for all, with the same
-            seed.
+        prompt: what each model continues, where it can generate; all with the same seed.
         max_new_tokens: tokens to add; fewer where the model's context is shorter.
         top_k: draw among the k most likely tokens; null: among all.
         seed: of the generator that draws.

@@ -131,8 +131,7 @@ def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
     for point in output_points(model).values():
         hooks += [point.register_forward_pre_hook(observe), point.register_forward_hook(restore)]
     try:
-        # Its own way with buffers is to take the first rank's, and to keep those that it met at
-        # first.
+        # Its own way with buffers is to take the first rank's, and to keep those met at first.
         yield DistributedDataParallel(model, broadcast_buffers=False)
     finally:
         for hook in hooks:

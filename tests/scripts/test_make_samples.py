@@ -132,8 +132,7 @@ def test_train_counts_is_exact_and_proportional(counts: list[int], data: st.Data
 
 
 def test_interleave_sorts_by_rank_then_class() -> None:
-    # Ranks of class 0: 1/4, 3/4; of class 1 (positions 2..5): 1/8, 3/8, 5/8, 7/8; of class 2: 1/4,
-    # 3/4.
+    # Ranks of class 0: 1/4, 3/4; of class 1: 1/8, 3/8, 5/8, 7/8; of class 2: 1/4, 3/4.
     np.testing.assert_array_equal(script.interleave([2, 4, 2]), [2, 0, 6, 3, 4, 1, 7, 5])
 
 

@@ -107,8 +107,7 @@ def test_output_and_gradient_are_those_of_the_formula_and_of_torch(
     )
 
     integers = torch.round(x.detach() / scale[:, None]) + zero[:, None]
-    # torch multiplies by the inverse of the scale: what lies between two integers may go either
-    # way.
+    # torch multiplies by the inverse of the scale: between two integers either may be meant.
     tie = ((x.detach() / scale[:, None]) % 1 - 0.5).abs() < 1e-3
     expected = (
         torch.minimum(torch.maximum(integers, torch.tensor(low)), torch.tensor(high))
@@ -202,8 +201,7 @@ def test_zero_stays_zero_and_error_is_within_half_a_step(values, symmetric, sign
     output = module(x)
     scale = float(module.calculate_qparams()[0])
     assert output[-1] == 0
-    # Symmetric ranges lack half a step at one end (-128 .. 127), so there the error may be a whole
-    # one.
+    # Symmetric ranges lack half a step at one end (-128..127), where the error may be a whole one.
     assert ((output - x).abs() <= scale * (1.001 if symmetric else 0.501) + 1e-6).all()
     torch.testing.assert_close(frozen(module)(output), output)
 

@@ -19,8 +19,7 @@ ADVICE = "In fuse_model(self, is_qat) call qtrain.fuse(self, [[...]], is_qat=is_
 def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
     """Fuses the named runs of modules (conv, bn, relu ...) of `model` in place.
 
-    What torch has no fusion for is left apart: of Conv-BN-ReLU6 the ReLU6, of Linear-BN-ReLU the
-    ReLU.
+    What torch has no fusion for is left apart: ReLU6 of Conv-BN-ReLU6, ReLU of Linear-BN-ReLU.
 
     Raises:
         ValueError: a name is that of no module, or a batch-norm keeps no running statistics.

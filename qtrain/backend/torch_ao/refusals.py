@@ -143,8 +143,7 @@ def refuse_silent_errors(
 
     Args:
         model: the float model, fused.
-        plan, groups: what its layers are to become; those that stay float are right whatever they
-            are.
+        plan, groups: what its layers are to become; those that stay float are right anyway.
         engine: its name.
         conv_transpose: whether its kernels of transposed convolutions are right.
     """

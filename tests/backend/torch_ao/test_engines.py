@@ -120,8 +120,7 @@ def test_every_combination_converts_and_stays_close_or_is_refused(
         quantized.quant.zero_point.item() in (63, 127)
     ) is activation  # the middle of 0..127 or 0..255
     with torch.no_grad():
-        # 6.02 dB a bit, less what four layers add: 7 bits leave some 25 dB, and garbage is below
-        # 10.
+        # 6.02 dB a bit, less what four layers add: 7 bits leave some 25, and garbage below 10.
         assert decibels(convnet(images), quantized(images)) > 22
 
 
