@@ -1,12 +1,13 @@
-"""Generation speed of GPT-2 124M: transformers' fp32, qtrain's fp32, and each of qtrain's formats with real integers.
+"""Generation speed of GPT-2 124M: transformers' and qtrain's fp32, and qtrain's integer formats.
 
     python scripts/bench_generation.py [--threads N] [--rounds N] [--prompt N] [--new N]
 
-Random weights, for values do not matter to speed; batch 1, greedy, with the KV cache. Prefill reads a prompt of 128
-tokens and computes the last one's logits; decoding goes on token by token. The models take turns in one process, in
-each turn several calls of one model in a row; figures are medians of the rounds. A model that reads all of its weights
-for every token decodes at most `bandwidth / bytes of weights` tokens a second; bandwidth is measured in each round,
-by summing 512 MB. transformers (extra `hf`) is left out where it is not installed. The last line is JSON.
+Random weights, for values do not matter to speed; batch 1, greedy, with the KV cache. Prefill reads
+a prompt of 128 tokens and computes the last one's logits; decoding goes on token by token. The
+models take turns in one process, in each turn several calls of one model in a row; figures are
+medians of the rounds. A model that reads all of its weights for every token decodes at most
+`bandwidth / bytes of weights` tokens a second; bandwidth is measured in each round, by summing 512
+MB. transformers (extra `hf`) is left out where it is not installed. The last line is JSON.
 """
 
 import argparse
@@ -29,7 +30,10 @@ ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"]
 METHODS = {
     "qtrain fp32": ["quant=none"],
     "qtrain bf16": ["quant=bf16"],
-    **{f"qtrain dynamic {engine}": ["quant=dynamic", f"quant.engine={engine}"] for engine in ENGINES},
+    **{
+        f"qtrain dynamic {engine}": ["quant=dynamic", f"quant.engine={engine}"]
+        for engine in ENGINES
+    },
     "qtrain weight_only int8": ["quant=weight_only", "quant.embedding=int8"],
     "qtrain weight_only int4": ["quant=weight_only_int4", "quant.embedding=int4"],
     "qtrain llm_int8": ["quant=llm_int8"],
@@ -63,14 +67,19 @@ class Theirs:
         return output.logits[:, -1]
 
     def step(self, token: Tensor) -> Tensor:
-        return self.model(token, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return self.model(
+            token, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
 
 
 def transformers_model(like: GPT2) -> nn.Module:
     """Returns transformers' GPT-2 of the same sizes, with random weights of its own."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {name: getattr(like, name) for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")}
+    sizes = {
+        name: getattr(like, name)
+        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    }
     return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
 
 
@@ -83,7 +92,9 @@ def seconds(call: Callable[[], Any]) -> float:
 def measure(runner: Any, prompt: Tensor, new: int) -> tuple[float, float]:
     """Returns tokens per second of prefill and of decoding."""
     runner.prefill(prompt, 0)
-    prefill = statistics.median(seconds(lambda: runner.prefill(prompt, new + CALLS)) for _ in range(CALLS))
+    prefill = statistics.median(
+        seconds(lambda: runner.prefill(prompt, new + CALLS)) for _ in range(CALLS)
+    )
     token = runner.prefill(prompt[:, :CALLS], new + CALLS).argmax(-1, keepdim=True)
     times = []
     for _ in range(CALLS + new):
@@ -94,14 +105,16 @@ def measure(runner: Any, prompt: Tensor, new: int) -> tuple[float, float]:
 
 
 def read_bytes(model: Any) -> int:
-    """Returns the bytes of the weights that each token reads: all but the embeddings, save where the head is one."""
+    """Returns the bytes of weights that a token reads: embeddings only where the head is one."""
     body = getattr(model, "transformer", model)
     return weight_bytes(nn.ModuleList([body.h, body.ln_f, model.lm_head]))
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
@@ -130,16 +143,28 @@ def main() -> None:
     for name, rates in found.items():
         prefill, decode = (statistics.median(column) for column in zip(*rates, strict=True))
         limit = bandwidth / read_bytes(models[name].model)
-        rows.append({"model": name, "prefill": prefill, "decode": decode, "of_limit": decode / limit})
-    print(f"{args.threads} threads, prompt {args.prompt}, {args.rounds} rounds; reads {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'tokens/s':25} {'prefill':>8} {'ratio':>6} {'decode':>8} {'ratio':>6} {'of the bandwidth limit':>23}")
+        rows.append(
+            {"model": name, "prefill": prefill, "decode": decode, "of_limit": decode / limit}
+        )
+    print(
+        f"{args.threads} threads, prompt {args.prompt}, {args.rounds} rounds; "
+        f"reads {bandwidth / 1e9:.1f} GB/s"
+    )
+    print(
+        f"{'tokens/s':25} {'prefill':>8} {'ratio':>6} {'decode':>8} {'ratio':>6} "
+        f"{'of the bandwidth limit':>23}"
+    )
     for row in rows:
         ratios = [row[key] / rows[0][key] for key in ("prefill", "decode")]
         print(
-            f"{row['model']:25} {row['prefill']:8.0f} {ratios[0]:5.2f}x {row['decode']:8.1f} {ratios[1]:5.2f}x "
-            f"{100 * row['of_limit']:21.0f} %"
+            f"{row['model']:25} {row['prefill']:8.0f} {ratios[0]:5.2f}x {row['decode']:8.1f} "
+            f"{ratios[1]:5.2f}x {100 * row['of_limit']:21.0f} %"
         )
-    print(json.dumps({"threads": args.threads, "bandwidth_gb_s": bandwidth / 1e9, "tokens_per_s": rows}))
+    print(
+        json.dumps(
+            {"threads": args.threads, "bandwidth_gb_s": bandwidth / 1e9, "tokens_per_s": rows}
+        )
+    )
 
 
 if __name__ == "__main__":

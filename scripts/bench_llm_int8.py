@@ -1,10 +1,11 @@
-"""LLM.int8() on the CPU: qtrain's layer against bitsandbytes' Linear8bitLt, both with threshold 6.0 (extra `peers`).
+"""LLM.int8() on the CPU: ours against bitsandbytes' Linear8bitLt, threshold 6.0 (extra `peers`).
 
     python scripts/bench_llm_int8.py [--threads N] [--rounds N]
 
-The four Linear layers of a block of GPT-2 124M, for 1, 16 and 128 rows of float32 input without and with 4 outlier
-columns. Both take turns in one process; figures are medians in ms. bitsandbytes' logger is silent, for it would log a
-warning in every call and lose time by it. The last line is the sums over a block as JSON.
+The four Linear layers of a block of GPT-2 124M, for 1, 16 and 128 rows of float32 input without and
+with 4 outlier columns. Both take turns in one process; figures are medians in ms. bitsandbytes'
+logger is silent, for it would log a warning in every call and lose time by it. The last line is the
+sums over a block as JSON.
 """
 
 import argparse
@@ -21,7 +22,12 @@ from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.functional.spec import QuantSpec
 
-SHAPES = {"c_attn": (768, 2304), "attn.c_proj": (768, 768), "c_fc": (768, 3072), "mlp.c_proj": (3072, 768)}
+SHAPES = {
+    "c_attn": (768, 2304),
+    "attn.c_proj": (768, 768),
+    "c_fc": (768, 3072),
+    "mlp.c_proj": (3072, 768),
+}
 SPEC = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 
 
@@ -39,7 +45,9 @@ def medians(models: dict[str, nn.Module], x: Tensor, rounds: int) -> dict[str, f
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=50)
     args = parser.parse_args()
@@ -50,11 +58,15 @@ def main() -> None:
     layers = {}
     for name, (num_inputs, num_outputs) in SHAPES.items():
         exact = nn.Linear(num_inputs, num_outputs)
-        theirs = bitsandbytes.nn.Linear8bitLt(num_inputs, num_outputs, has_fp16_weights=False, threshold=6.0)
+        theirs = bitsandbytes.nn.Linear8bitLt(
+            num_inputs, num_outputs, has_fp16_weights=False, threshold=6.0
+        )
         theirs.load_state_dict(exact.state_dict())
         ours = LLMInt8Linear(IntegerWeight(exact.weight, SPEC), exact.bias, 6.0)
         layers[name] = {"bitsandbytes": theirs.to("cpu").eval(), "qtrain": ours}
-    print(f"{'layer':>12} {'rows':>5} {'outliers':>8} {'bitsandbytes':>13} {'qtrain':>8} {'ratio':>6}")
+    print(
+        f"{'layer':>12} {'rows':>5} {'outliers':>8} {'bitsandbytes':>13} {'qtrain':>8} {'ratio':>6}"
+    )
     blocks = []
     for rows in (1, 16, 128):
         for outliers in (0, 4):

@@ -1,14 +1,15 @@
-"""What quantization-aware training costs: one QAT step over one float step, of qtrain, of torch.ao and of peers.
+"""What QAT costs: one of its steps over a float step, of qtrain, of torch.ao and of peers.
 
 And what calibration costs: a batch through histogram observers, over a plain forward pass.
 
     python scripts/bench_qat.py [--threads N] [--rounds N] [--cases "convnet, batch 64" ...]
 
-Each candidate takes turns with the float model, a step each, and with no other, whose data it would find in the CPU's
-caches; the float model's own row shows how exact that is. Figures are medians, and ratios are medians of the ratios
-within a turn, which a busy machine disturbs less. Memory is the most that a step allocates at any moment, beyond
-the model. The peers (extra peers: nncf, aimet-torch, brevitas) are measured where they are installed, and take it.
-The last line is the same as JSON.
+Each candidate takes turns with the float model, a step each, and with no other, whose data it would
+find in the CPU's caches; the float model's own row shows how exact that is. Figures are medians,
+and ratios are medians of the ratios within a turn, which a busy machine disturbs less. Memory is
+the most that a step allocates at any moment, beyond the model. The peers (extra peers: nncf,
+aimet-torch, brevitas) are measured where they are installed, and take it. The last line is the same
+as JSON.
 """
 
 import argparse
@@ -28,11 +29,25 @@ from torch.profiler import ProfilerActivity, profile
 from qtrain.analyze.measure import keep_freed_memory, turns
 from qtrain.config.build import Parts, build, compose
 
-IMAGES = {"mlp, batch 10": 10, "mlp, batch 128": 128, "convnet, batch 64": 64, "resnet18, batch 64": 64}
-CASES = {name: [f"model={name.partition(',')[0]}", f"data.batch_size={size}"] for name, size in IMAGES.items()}
+IMAGES = {
+    "mlp, batch 10": 10,
+    "mlp, batch 128": 128,
+    "convnet, batch 64": 64,
+    "resnet18, batch 64": 64,
+}
+CASES = {
+    name: [f"model={name.partition(',')[0]}", f"data.batch_size={size}"]
+    for name, size in IMAGES.items()
+}
 FULL = "qtrain -128..127"  # its weights in torch.ao's integers
 CASES["gpt2_nano, batch 32"] = [
-    *("model=gpt2_nano", "task=language_modeling", "data=shakespeare", "optimizer=adamw", "data.batch_size=32")
+    *(
+        "model=gpt2_nano",
+        "task=language_modeling",
+        "data=shakespeare",
+        "optimizer=adamw",
+        "data.batch_size=32",
+    )
 ]
 
 
@@ -58,13 +73,21 @@ def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
     parts = build(compose("quant=qat", *overrides))
     batches = list(itertools.islice(parts.data.train, 8))
     full = build(compose("quant=qat", "quant.weight.narrow_range=false", *overrides))
-    models = {"float": parts.model.train(), "qtrain": ours(parts), FULL: ours(full), "torch.ao": torch_ao(parts)}
+    models = {
+        "float": parts.model.train(),
+        "qtrain": ours(parts),
+        FULL: ours(full),
+        "torch.ao": torch_ao(parts),
+    }
     for name, make in PEERS.items():
         if importlib.util.find_spec(name):
             try:
                 models[name] = make(parts, batches[0])
             except Exception as err:  # what it says to this model is its result here
-                print(f"  {name} does not take this model: {type(err).__name__}: {str(err).splitlines()[0][:80]}")
+                print(
+                    f"  {name} does not take this model: {type(err).__name__}: "
+                    f"{str(err).splitlines()[0][:80]}"
+                )
     steps = {name: stepper(model, parts, batches) for name, model in models.items()}
     print(f"{' '.join(overrides)}: one training step, medians of {rounds}")
     figures = {}
@@ -75,7 +98,11 @@ def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
             "over_float": round(float((own / baseline).median()), 3),
             "peak_mb": round(peak_bytes(step) / 1e6, 2),
         }
-        print("  {:<16} {ms:8.2f} ms  {over_float:5.2f} times float  {peak_mb:8.2f} MB".format(name, **figures[name]))
+        print(
+            "  {:<16} {ms:8.2f} ms  {over_float:5.2f} times float  {peak_mb:8.2f} MB".format(
+                name, **figures[name]
+            )
+        )
     return figures
 
 
@@ -84,7 +111,10 @@ def measure_calibration(overrides: list[str], rounds: int) -> dict[str, dict[str
     parts = build(compose("quant=ptq", *overrides))
     batches = [parts.task.inputs(batch) for batch in itertools.islice(parts.data.train, 8)]
     model, turn = parts.model.eval(), itertools.cycle(batches)
-    ours, torchs = parts.quantizer.prepare(model), tq.prepare(configured(parts, tq.get_default_qconfig, is_qat=False))
+    ours, torchs = (
+        parts.quantizer.prepare(model),
+        tq.prepare(configured(parts, tq.get_default_qconfig, is_qat=False)),
+    )
     calls = {
         "forward": lambda: model(*next(turn)),
         "qtrain": lambda: parts.quantizer.calibrate(ours, [next(turn)]),
@@ -96,7 +126,9 @@ def measure_calibration(overrides: list[str], rounds: int) -> dict[str, dict[str
     for name, row in zip(calls, times, strict=True):
         ratio = float((row / times[0]).median())
         figures[name] = {"ms": round(float(row.median()), 3), "over_forward": round(ratio, 3)}
-    print(", ".join(f" {name} {figures[name]['over_forward']:.2f}" for name in ("qtrain", "torch.ao")))
+    print(
+        ", ".join(f" {name} {figures[name]['over_forward']:.2f}" for name in ("qtrain", "torch.ao"))
+    )
     return figures
 
 
@@ -114,7 +146,7 @@ def stepper(model: nn.Module, parts: Parts, batches: list[Any]) -> Callable[[], 
 
 
 def peak_bytes(step: Callable[[], None]) -> int:
-    """Returns the most bytes that are allocated at any moment of a step, beyond what was there before."""
+    """Returns the most bytes allocated at any moment of a step, beyond what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     recorded = profiler.profiler.kineto_results.events()
@@ -129,7 +161,7 @@ def ours(parts: Parts) -> nn.Module:
 
 
 def torch_ao(parts: Parts) -> nn.Module:
-    """torch's own recipe: its default QAT qconfig, fused fake quantization, its quick Conv-BN path."""
+    """torch's own recipe: default QAT qconfig, fused fake quantization, quick Conv-BN path."""
     return tq.prepare_qat(configured(parts, tq.get_default_qat_qconfig, is_qat=True))
 
 
@@ -176,7 +208,11 @@ def brevitas(parts: Parts, batch: Any) -> nn.Module:
     return quantize(model).train()
 
 
-PEERS: dict[str, Callable[[Parts, Any], nn.Module]] = {"nncf": nncf, "aimet_torch": aimet, "brevitas": brevitas}
+PEERS: dict[str, Callable[[Parts, Any], nn.Module]] = {
+    "nncf": nncf,
+    "aimet_torch": aimet,
+    "brevitas": brevitas,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
-"""Measures what a sweep adds to its jobs: PTQ jobs on one cached float model, one after another in one process.
+"""What a sweep adds to its jobs: PTQ jobs on one cached float model, in turn in one process.
 
-A job's overhead is the time from its start to the next one's, less the stages of its report. Memory is the process's
-resident set as each job ends. The last line is JSON.
+A job's overhead is the time from its start to the next one's, less the stages of its report. Memory
+is the process's resident set as each job ends. The last line is JSON.
 
     python scripts/bench_sweep.py [--jobs 200] [--folder FOLDER] [OVERRIDE...]
 """
@@ -22,8 +22,18 @@ FIRST = 20  # jobs until everything is imported and allocated
 def sweep(folder: Path, jobs: int, overrides: list[str]) -> list[float]:
     """Runs the sweep; returns the process's memory in MB as each job's report appeared."""
     # Jobs that share their float model, yet are not the same.
-    grid = f"truth.max_range_ratio={','.join(f'{1.25 + number / 1000:.3f}' for number in range(jobs))}"
-    command = [sys.executable, "-m", "qtrain.cli.run", "-m", "quant=ptq", grid, f"hydra.sweep.dir={folder}"]
+    grid = (
+        f"truth.max_range_ratio={','.join(f'{1.25 + number / 1000:.3f}' for number in range(jobs))}"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "qtrain.cli.run",
+        "-m",
+        "quant=ptq",
+        grid,
+        f"hydra.sweep.dir={folder}",
+    ]
     command += [f"float_cache={folder}_cache", *overrides]
     memory: list[float] = []
     with Path(f"{folder}.log").open("w") as output:
@@ -31,7 +41,11 @@ def sweep(folder: Path, jobs: int, overrides: list[str]) -> list[float]:
         while process.poll() is None:
             while len(memory) < jobs and any(folder.glob(f"{len(memory)}_*/report.json")):
                 status = Path(f"/proc/{process.pid}/status").read_text()
-                memory += [int(found[1]) / 1024 for found in [re.search(r"VmRSS:\s+(\d+)", status)] if found]
+                memory += [
+                    int(found[1]) / 1024
+                    for found in [re.search(r"VmRSS:\s+(\d+)", status)]
+                    if found
+                ]
             time.sleep(0.02)
     if process.returncode:
         sys.exit(f"bench_sweep: the sweep ended with {process.returncode}; see {output.name}")
@@ -39,8 +53,12 @@ def sweep(folder: Path, jobs: int, overrides: list[str]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="for all jobs, such as logger=none")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDE", help="for all jobs, such as logger=none"
+    )
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench_sweep"))
     arguments = parser.parse_intermixed_args()
@@ -67,12 +85,16 @@ def main() -> None:
     for start in (FIRST // 2, *range(FIRST, jobs, max(1, (jobs - FIRST) // 6))):
         part = slice(start, min(start + 10, jobs))
         wall, own, extra = (statistics.median(found[part]) for found in (walls, stages, over))
-        print(f"{f'{part.start}..{part.stop - 1}':>9}  {wall:7.2f}  {own:8.2f}  {extra:10.2f}  {memory[part][-1]:9.0f}")
+        print(
+            f"{f'{part.start}..{part.stop - 1}':>9}  {wall:7.2f}  {own:8.2f}  {extra:10.2f}  "
+            f"{memory[part][-1]:9.0f}"
+        )
     figures = {
         "jobs": jobs,
         "overhead_s": round(statistics.median(over[1:]), 3),
         "overhead_s_first_and_last_tenth": [
-            round(statistics.median(part), 3) for part in (over[1 : 1 + jobs // 10], over[-jobs // 10 :])
+            round(statistics.median(part), 3)
+            for part in (over[1 : 1 + jobs // 10], over[-jobs // 10 :])
         ],
         "memory_mb": [round(memory[FIRST - 1]), round(memory[-1])],
         "growth_mb": round(memory[-1] - memory[FIRST - 1], 1),

@@ -1,9 +1,9 @@
-"""Training speed: qtrain's loop against a plain DataLoader loop and a bare loop; a QAT step as in bench_qat.py.
+"""Training speed: qtrain's loop, a plain DataLoader loop, a bare loop; a QAT step as bench_qat.py.
 
     python scripts/bench_training.py [--root FOLDER_OF_MNIST] [--threads N] [--rounds N]
 
-All candidates take turns in one process; each figure is a median over the rounds. Without --root, the loops run on the
-bundled sample. The last line is the same figures as JSON.
+All candidates take turns in one process; each figure is a median over the rounds. Without --root,
+the loops run on the bundled sample. The last line is the same figures as JSON.
 """
 
 import argparse
@@ -34,19 +34,25 @@ Step = Callable[[torch.Tensor, torch.Tensor], Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", default=os.environ.get("QTRAIN_DATA"), help="folder with MNIST/raw")
+    parser.add_argument(
+        "--root", default=os.environ.get("QTRAIN_DATA"), help="folder with MNIST/raw"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as every run does
     data = ["data=mnist", f"data.root={args.root}"] if args.root else ["data=mnist_sample"]
-    figures = {"threads": args.threads, "data": data[0].removeprefix("data="), **loops(data, args.rounds)}
+    figures = {
+        "threads": args.threads,
+        "data": data[0].removeprefix("data="),
+        **loops(data, args.rounds),
+    }
     print(json.dumps({**figures, "qat": measure(CASES["convnet, batch 64"], args.rounds)}))
 
 
 def loops(data: list[str], rounds: int, steps: int = 700) -> dict[str, float]:
-    """Returns iterations per second of three loops that train `mlp` in batches of 10, and their ratios."""
+    """Returns iterations per second of three loops training `mlp` in batches of 10; and ratios."""
     parts = build(compose("model=mlp", "data.batch_size=10", f"trainer.max_steps={steps}", *data))
     candidates = {
         "qtrain": lambda: qtrain_loop(parts),
@@ -78,8 +84,14 @@ def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[st
 
 
 def qtrain_loop(parts: Parts) -> None:
-    options: dict[str, Any] = {"optimizer": parts.optimizer, "scheduler": parts.scheduler, "device": "cpu"}
-    parts.trainer.fit(parts.model, parts.data.train, parts.task, logger=Logger(), stage="bench", **options)
+    options: dict[str, Any] = {
+        "optimizer": parts.optimizer,
+        "scheduler": parts.scheduler,
+        "device": "cpu",
+    }
+    parts.trainer.fit(
+        parts.model, parts.data.train, parts.task, logger=Logger(), stage="bench", **options
+    )
 
 
 class Digits(Dataset[tuple[torch.Tensor, int]]):
@@ -115,7 +127,9 @@ def bare_loop(parts: Parts, steps: int) -> None:
     train(parts.model, batches(), steps, parts.optimizer)
 
 
-def train(model: nn.Module, batches: Iterator[Any], steps: int, make_optimizer: OptimizerFactory) -> None:
+def train(
+    model: nn.Module, batches: Iterator[Any], steps: int, make_optimizer: OptimizerFactory
+) -> None:
     model.train()
     optimizer = make_optimizer(model.parameters())
     for _ in range(steps):

@@ -1,6 +1,7 @@
-"""Kills runs at random moments with SIGKILL, resumes them, and compares their ends with an uninterrupted one by bit.
+"""Kills runs at random moments, resumes them, and compares their ends by bit with unharmed ones.
 
-Also starts eight processes at once on an empty float cache. About 8 minutes on two busy cores. The last line is JSON.
+Also starts eight processes at once on an empty float cache. About 8 minutes on two busy cores. The
+last line is JSON.
 
     python scripts/check_kills.py [--kills 20] [--processes 8] [--folder outputs/check_kills]
 """
@@ -22,14 +23,23 @@ import torch
 
 import qtrain.backend.torch_ao  # noqa: F401, which silences what torch says of quantized tensors
 
-SETTINGS = ["quant=qat", "trainer.epochs=2", "trainer.save_every=20", "model.width=8", "logger=none", "threads=1"]
+SETTINGS = [
+    "quant=qat",
+    "trainer.epochs=2",
+    "trainer.save_every=20",
+    "model.width=8",
+    "logger=none",
+    "threads=1",
+]
 SETTINGS += ["measure.repeats=3", "truth.on_failure=warn"]
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
     """Starts `qtrain` in a process group of its own."""
     command = [sys.executable, "-m", "qtrain.cli.run", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 def finish(process: subprocess.Popen[bytes]) -> str:
@@ -41,19 +51,30 @@ def finish(process: subprocess.Popen[bytes]) -> str:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """Returns what must not depend on kills: digests of the weights, the scores, the logged lines but for times."""
+    """Returns what must not depend on kills: weights' digests, scores, logs but for times."""
     report = json.loads((folder / "report.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("float.pt", "quantized.pt")}
-    kept |= {key: report[key] for key in ("metrics", "truth", "qparams", "difference", "samples", "size_bytes")}
+    kept = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("float.pt", "quantized.pt")
+    }
+    kept |= {
+        key: report[key]
+        for key in ("metrics", "truth", "qparams", "difference", "samples", "size_bytes")
+    }
     timeless = [{k: v for k, v in line.items() if not k.startswith("latency")} for line in lines]
-    return kept | {"lines": timeless, "leftovers": [str(p) for p in folder.rglob(".*.*") if p.is_dir()]}
+    return kept | {
+        "lines": timeless,
+        "leftovers": [str(p) for p in folder.rglob(".*.*") if p.is_dir()],
+    }
 
 
 def check_files(folder: Path) -> None:
-    """Reads every file that a killed run has left; a half-written one raises. A log may end within a line."""
+    """Reads every file that a killed run left; half-written ones raise. A log may end mid-line."""
     for path in folder.rglob("*"):
-        if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if not path.is_file() or any(
+            part.startswith(".") for part in path.relative_to(folder).parts
+        ):
             continue  # temporary files are removed by resume
         if path.suffix == ".json":
             json.loads(path.read_text())
@@ -80,12 +101,15 @@ def stage_of(folder: Path) -> str:
     return "float training" if any("float/" in line for line in lines) else "start"
 
 
-def kill_and_resume(number: int, kills: int, folder: Path, seconds: float, expected: dict[str, Any], cache: str) -> str:
-    """Kills one run at a random moment of its share of a run's `seconds`; returns what it was at."""
+def kill_and_resume(
+    number: int, kills: int, folder: Path, seconds: float, expected: dict[str, Any], cache: str
+) -> str:
+    """Kills one run at a random moment of its share of `seconds`; returns what it was at."""
     run = folder / f"kill{number}"
     begun = time.monotonic()
     process = start(f"hydra.run.dir={run}", *SETTINGS, cache)
-    while not (run / "metrics.jsonl").exists() and process.poll() is None:  # importing takes most of a short run
+    # Importing takes most of a short run.
+    while not (run / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
     time.sleep(seconds * (number + random.random()) / kills)
     os.killpg(process.pid, signal.SIGKILL)
@@ -94,7 +118,9 @@ def kill_and_resume(number: int, kills: int, folder: Path, seconds: float, expec
         return "finished before"
     at = stage_of(run)
     check_files(run)
-    print(f"{number + 1}: killed {time.monotonic() - begun:.1f} s after its start ({at})", flush=True)
+    print(
+        f"{number + 1}: killed {time.monotonic() - begun:.1f} s after its start ({at})", flush=True
+    )
     finish(start(f"resume={run}"))
     found = result(run)
     wrong = [key for key in expected if found[key] != expected[key]]
@@ -104,7 +130,9 @@ def kill_and_resume(number: int, kills: int, folder: Path, seconds: float, expec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path("outputs/check_kills"))
@@ -129,11 +157,18 @@ def main() -> None:
         number = 0
         while sum(at.values()) - at.get("finished before", 0) < arguments.kills:
             cache = "float_cache=null" if number % 2 else f"float_cache={folder / f'cache{number}'}"
-            where = kill_and_resume(number % arguments.kills, arguments.kills, folder, seconds, expected, cache)
+            where = kill_and_resume(
+                number % arguments.kills, arguments.kills, folder, seconds, expected, cache
+            )
             at[where] = at.get(where, 0) + 1
             shutil.rmtree(folder / f"kill{number % arguments.kills}")
             number += 1
-        figures |= {"kills": arguments.kills, "identical": arguments.kills, "killed_at": at, "run_s": round(seconds, 1)}
+        figures |= {
+            "kills": arguments.kills,
+            "identical": arguments.kills,
+            "killed_at": at,
+            "run_s": round(seconds, 1),
+        }
         print(f"{arguments.kills} kills, all resumed to the same bits; killed at: {at}")
 
     if arguments.processes:
@@ -154,10 +189,14 @@ def main() -> None:
         same = len({result(run)["float.pt"] for run in runs})
         if (trained, same) != (1, 1):
             sys.exit(
-                f"check_kills: {trained} of {len(runs)} processes trained the float model, {same} different weights"
+                f"check_kills: {trained} of {len(runs)} processes trained the float model, "
+                f"{same} different weights"
             )
         figures |= {"processes": len(runs), "float_trainings": trained}
-        print(f"{len(runs)} processes on an empty float cache: {trained} training, the same weights everywhere")
+        print(
+            f"{len(runs)} processes on an empty float cache: "
+            f"{trained} training, the same weights everywhere"
+        )
 
     shutil.rmtree(folder)
     print(json.dumps(figures | {"seconds": round(time.monotonic() - began)}))

@@ -1,4 +1,4 @@
-"""Measures the shape of the package against its goals; the exit code is 1 where it is further from one than it was.
+"""Measures the package's shape against its goals; exits with 1 if it is further off than before.
 
     python scripts/check_structure.py
 
@@ -24,9 +24,7 @@ GOALS = {
 }
 
 REACHED = {  # where a goal is not reached yet: no worse than this
-    "lines of the longest file": 320,
-    "lines of the longest function": 84,
-    "characters of a code line, mean": 45.3,
+    "characters of a code line, mean": 40.6,
 }
 
 
@@ -104,7 +102,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 def between_folders(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     """Returns the imports between the folders of the package, out of those between modules.
 
-    >>> between_folders({"q": {"q.a.x"}, "q.a.x": {"q.a.y", "q.b.z"}, "q.a.y": set(), "q.b.z": set()})
+    >>> within = {"q": {"q.a.x"}, "q.a.x": {"q.a.y", "q.b.z"}, "q.a.y": set(), "q.b.z": set()}
+    >>> between_folders(within)
     {'q.a': {'q.b'}, 'q.b': set()}
     """
     found: dict[str, set[str]] = {}
@@ -127,7 +126,11 @@ def main() -> None:
     trees = {name: ast.parse(path.read_text("utf-8")) for name, path in files.items()}
     texts = {name: path.read_text("utf-8") for name, path in files.items()}
     lines = [line for text in texts.values() for line in code_lines(text)]
-    longest = max((size, f"{name}.{function}") for name, tree in trees.items() for function, size in functions(tree))
+    longest = max(
+        (size, f"{name}.{function}")
+        for name, tree in trees.items()
+        for function, size in functions(tree)
+    )
     file_size, file = max((len(text.splitlines()), name) for name, text in texts.items())
     loose = [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
     graph = {name: imports(name, tree, set(trees)) for name, tree in trees.items()}
@@ -145,7 +148,10 @@ def main() -> None:
         "characters of a code line, mean": (round(sum(map(len, lines)) / len(lines), 1), ""),
         "modules loose at the top": (len(loose), " ".join(sorted(loose))),
         "modules in import circles": (sum(map(len, groups)), "; ".join(map(" ".join, groups))),
-        "folders in import circles": (sum(map(len, folder_groups)), "; ".join(map(" ".join, folder_groups))),
+        "folders in import circles": (
+            sum(map(len, folder_groups)),
+            "; ".join(map(" ".join, folder_groups)),
+        ),
         "folders that import torch.ao": (len(torch_ao), " ".join(sorted(torch_ao))),
         "folders without a door sign": (len(unsigned), " ".join(unsigned)),
     }

@@ -2,9 +2,9 @@
 
     .venv/bin/python scripts/fuzz.py [--cases 1000] [--seed 0] [--limit 60]
 
-Each case must end well, or with a message that names the key. Prints those that do not, then a line of JSON with
-counts; the exit code is 1 where there is a traceback, a hang (longer than --limit seconds), or a message that does not
-name its key.
+Each case must end well, or with a message that names the key. Prints those that do not, then a line
+of JSON with counts; the exit code is 1 where there is a traceback, a hang (longer than --limit
+seconds), or a message that does not name its key.
 """
 
 import argparse
@@ -33,12 +33,16 @@ from qtrain.cli import run as cli
 from qtrain.config.command_line import config_dir, hydra_arguments
 from qtrain.data.loaders import DataLoaders, image_loaders
 
-VALUES = """-1 0 1 3 0.5 -0.5 1000000000 1000000000000000000000000000000 1e-300 1e308 true false null nan inf -inf ???
-abc auto ../x / '' [] [1,a] [0.5,2] [[]] {} {a:1} ${nope} ${seed} ${oc.env:HOME}""".split()
+VALUES = """-1 0 1 3 0.5 -0.5 1000000000 1000000000000000000000000000000 1e-300 1e308
+true false null nan inf -inf ??? abc
+auto ../x / '' [] [1,a] [0.5,2] [[]] {} {a:1} ${nope} ${seed} ${oc.env:HOME}""".split()
 VALUES += ["' '", "'a\tb'", "'a\nb'", "'ünïcødé'", "'\x1b[31m'", "x" * 5000, DELETED := "(deleted)"]
-QUICK = """trainer=smoke trainer.max_steps=2 threads=1 logger=none measure.repeats=1 measure.warmup=0
-measure.batch_sizes=[1] float_cache=null truth.on_failure=warn""".split()
-TINY_TEXT = "task=language_modeling model=gpt2_nano model.n_layer=1 model.n_embd=8 model.n_head=2 task.max_new_tokens=2"
+QUICK = """trainer=smoke trainer.max_steps=2 threads=1 logger=none measure.repeats=1
+measure.warmup=0 measure.batch_sizes=[1] float_cache=null truth.on_failure=warn""".split()
+TINY_TEXT = (
+    "task=language_modeling model=gpt2_nano model.n_layer=1 model.n_embd=8 model.n_head=2 "
+    "task.max_new_tokens=2"
+)
 MODELS = (
     "model=mlp model.hidden=4",
     "model=convnet model.width=2 model.hidden=4",
@@ -57,7 +61,9 @@ class Hang(BaseException):
 
 def tiny_digits(root: Any = None, **options: Any) -> DataLoaders:
     """Returns 30 made-up digits in place of MNIST's."""
-    images = torch.randint(0, 256, (40, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (40, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     labels = torch.arange(40) % 10
     return image_loaders((images[:30], labels[:30]), (images[30:], labels[30:]), **options)
 
@@ -116,7 +122,8 @@ def outcome(arguments: list[str], key: str, limit: float) -> tuple[str, str]:
             cli.main()
     except SystemExit as stop:
         text = str(stop.code)
-        named = key in text.replace(" ".join(arguments), "")  # to repeat the whole command line names nothing
+        # To repeat the whole command line names nothing.
+        named = key in text.replace(" ".join(arguments), "")
         return ("refused" if named else "unnamed"), text
     except Hang:
         return "hang", f"longer than {limit} s"
@@ -131,9 +138,12 @@ def fuzz(cases: int, seed: int, limit: float) -> tuple[Counter[str], list[str]]:
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
     digits = mock.patch.multiple("qtrain.data.mnist", mnist=tiny_digits, mnist_sample=tiny_digits)
-    with digits, tempfile.TemporaryDirectory() as name, chdir(name):  # a float cache may get any name
+    # A float cache may get any name.
+    with digits, tempfile.TemporaryDirectory() as name, chdir(name):
         folder = Path(name)
-        (folder / "text.txt").write_text("All the world's a stage, and all the men and women merely players. " * 60)
+        (folder / "text.txt").write_text(
+            "All the world's a stage, and all the men and women merely players. " * 60
+        )
         for number in range(cases):
             base, key, value = draw(rng, folder)
             override = f"~{key}" if value is DELETED else f"{key}={value}"
@@ -151,7 +161,9 @@ def fuzz(cases: int, seed: int, limit: float) -> tuple[Counter[str], list[str]]:
 
 def main() -> None:
     """Runs the cases that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a case may take")
@@ -159,7 +171,16 @@ def main() -> None:
     began = time.monotonic()
     counts, found = fuzz(arguments.cases, arguments.seed, arguments.limit)
     kinds = {kind: counts[kind] for kind in ("ok", "refused", "unnamed", "traceback", "hang")}
-    print(json.dumps({"cases": arguments.cases, "seed": arguments.seed, **kinds, "s": round(time.monotonic() - began)}))
+    print(
+        json.dumps(
+            {
+                "cases": arguments.cases,
+                "seed": arguments.seed,
+                **kinds,
+                "s": round(time.monotonic() - began),
+            }
+        )
+    )
     sys.exit(1 if found else 0)
 
 

@@ -1,7 +1,10 @@
 """Damages the files of run folders in a thousand ways, and has qtrain's commands read them.
 
-    python scripts/fuzz_files.py mutants [--count 1000]   reports, configs and states: no traceback, no other run lost
-    python scripts/fuzz_files.py flips [--count 400]      one byte of a file of tensors: refused, or the same outputs
+    python scripts/fuzz_files.py mutants [--count 1000]
+    python scripts/fuzz_files.py flips [--count 400]
+
+Mutants are of reports, configs and states: no traceback, and no other run is lost. Flips are of
+one byte of a file of tensors: it is refused, or the outputs are the same.
 
 Prints what went wrong, and ends with code 1 if anything did.
 """
@@ -34,8 +37,8 @@ from qtrain.config import build
 from qtrain.runs import artifact, pipeline, stages
 from qtrain.runs.resume import DIGEST_BYTES, Interrupted, Signals
 
-TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null measure.repeats=1".split()
-TINY += ["measure.warmup=0", "data.val_size=100", "truth.on_failure=warn"]
+TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null".split()
+TINY += ["measure.repeats=1", "measure.warmup=0", "data.val_size=100", "truth.on_failure=warn"]
 STATE = Path("resume", "float.pt")
 JUNK: list[Any] = [
     None,
@@ -50,12 +53,26 @@ JUNK: list[Any] = [
     "${oc.env:HOME}",
     "x" * 10**5,
 ]
-JUNK += [-1, 0, 0.5, 10**400, 1e308, float("nan"), float("inf"), [], {}, [[]], [None], {"": None}, {"a": {"b": [1]}}]
+JUNK += [
+    -1,
+    0,
+    0.5,
+    10**400,
+    1e308,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    {"a": {"b": [1]}},
+]
 JUNK += [{"_target_": "os.system"}, {"_target_": 5}, "$\\frac{", "<script>", "9" * 5000]
 
 
 def make_runs(folder: Path) -> None:
-    """Makes a finished run, `done`, and one that was interrupted after its float training, `open`."""
+    """Makes a finished run, `done`, and one interrupted after its float training, `open`."""
     for name in ("done", "open"):
         (folder / name).mkdir(parents=True)
     pipeline.execute(build.compose(*TINY), folder / "done", TINY)
@@ -69,7 +86,7 @@ def make_runs(folder: Path) -> None:
 
 
 def call(command: Callable[..., object], *arguments: str) -> str:
-    """Returns what a command prints; whatever a mistake of the user's does not explain is raised."""
+    """Returns what a command prints; raises what no mistake of the user's explains."""
     root, before, found = (
         logging.getLogger(),
         sys.argv,
@@ -136,13 +153,17 @@ def mutate(path: Path, rng: random.Random) -> None:
         path.write_bytes(mutated_bytes(content, rng))
     elif path.suffix == ".pt":  # a state, with a digest before it, which is made to fit
         state = io.BytesIO()
-        torch.save(mutated_values(torch.load(io.BytesIO(content[DIGEST_BYTES:]), weights_only=True), rng), state)
+        torch.save(
+            mutated_values(torch.load(io.BytesIO(content[DIGEST_BYTES:]), weights_only=True), rng),
+            state,
+        )
         path.write_bytes(hashlib.sha256(state.getvalue()).digest() + state.getvalue())
     elif path.suffix == ".json":
         path.write_text(json.dumps(mutated_values(json.loads(content), rng)))
     else:
         found = mutated_values(OmegaConf.to_container(OmegaConf.create(content.decode())), rng)
-        path.write_text(json.dumps(found), encoding="utf-8")  # JSON is YAML, with each string in quotes
+        # JSON is YAML, with each string in quotes.
+        path.write_text(json.dumps(found), encoding="utf-8")
 
 
 def read_report(folder: Path, name: str) -> str:
@@ -174,7 +195,7 @@ def check(printed: str) -> None:
 
 
 def try_mutants(folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Returns what went wrong with `count` mutants of the runs that `make_runs` made in `folder`."""
+    """Returns what went wrong with `count` mutants of `make_runs`' runs in `folder`."""
     rng, wrong = random.Random(seed), []
     kinds = [("done", "report.json", read_report)] * 3
     kinds += [
@@ -219,9 +240,14 @@ def outputs(folder: Path, file: str) -> Any:
 
 
 def try_flips(folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Returns what went wrong with `count` flipped bytes in the runs that `make_runs` made in `folder`."""
+    """Returns what went wrong with `count` flipped bytes in `make_runs`' runs in `folder`."""
     rng, wrong = random.Random(seed), []
-    places = [("done", "quantized.pt"), ("done", "float.pt"), ("done", "examples.pt"), ("open", str(STATE))]
+    places = [
+        ("done", "quantized.pt"),
+        ("done", "float.pt"),
+        ("done", "examples.pt"),
+        ("open", str(STATE)),
+    ]
     with tempfile.TemporaryDirectory() as place:
         whole = {
             file: outputs(shutil.copytree(folder / run, Path(place, str(i))), file)
@@ -245,7 +271,9 @@ def try_flips(folder: Path, count: int, seed: int = 0) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["mutants", "flips"])
     parser.add_argument("--count", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
@@ -254,7 +282,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_runs(Path(folder))
         wrong = attempt(Path(folder), args.count or count, args.seed)
-    print("\n".join([*wrong, f"{args.count or count} {args.what}, {len(wrong)} of them went wrong"]))
+    print(
+        "\n".join([*wrong, f"{args.count or count} {args.what}, {len(wrong)} of them went wrong"])
+    )
     sys.exit(bool(wrong))
 
 

@@ -2,8 +2,8 @@
 
     python scripts/make_runs.py FOLDER [--count 1000] [--models convnet mobilenet_v2]
 
-The runs form a grid of models, methods, bits, observers, engines, learning rates and seeds; fewer bits and cruder
-methods cost accuracy. One job in a hundred has failed.
+The runs form a grid of models, methods, bits, observers, engines, learning rates and seeds; fewer
+bits and cruder methods cost accuracy. One job in a hundred has failed.
 """
 
 import argparse
@@ -20,7 +20,12 @@ from qtrain.runs.report import Report
 
 NUM_EXAMPLES = 10_000
 FLOAT_KB = {"convnet": 833.5, "mobilenet_v2": 9_120.0}
-COST = {"none": 0.0, "qat": 0.001, "ptq": 0.003, "dynamic": 0.001}  # share of examples newly wrong at 8 bits
+COST = {
+    "none": 0.0,
+    "qat": 0.001,
+    "ptq": 0.003,
+    "dynamic": 0.001,
+}  # share of examples newly wrong at 8 bits
 GRID = {
     "method": ("qat", "ptq"),
     "bits": (8, 6, 4),
@@ -56,15 +61,17 @@ def write_run(
     """Writes one finished run; returns its folder.
 
     Args:
-        scores: what examples.pt holds: "float", "quantized" and perhaps "fake", (N,); uint8 are right-or-wrong scores,
-            floats are losses.
+        scores: what examples.pt holds: "float", "quantized" and perhaps "fake", (N,); uint8 are
+            right-or-wrong scores, floats are losses.
         size_kb, latency_ms: float and quantized.
         other_load: CPU cores that other programs used meanwhile.
         settings: more of the config, laid over its top level.
         curves: points of the training curves.
     """
     folder.mkdir(parents=True)
-    torch.save({kind: torch.from_numpy(values) for kind, values in scores.items()}, folder / "examples.pt")
+    torch.save(
+        {kind: torch.from_numpy(values) for kind, values in scores.items()}, folder / "examples.pt"
+    )
     right_or_wrong = scores["float"].dtype == np.uint8
 
     def metrics(kind: str) -> dict[str, Any] | None:
@@ -74,25 +81,45 @@ def write_run(
         if not right_or_wrong:
             return {"perplexity": float(np.exp(mean)), "loss": mean, "count": len(scores[kind])}
         confusion = [[100] * 10] * 10  # as large as a real one
-        return {"accuracy": mean, "loss": 2 * (1 - mean), "confusion": confusion, "count": len(scores[kind])}
+        return {
+            "accuracy": mean,
+            "loss": 2 * (1 - mean),
+            "confusion": confusion,
+            "count": len(scores[kind]),
+        }
 
     gain = scores["quantized"].astype(float) - scores["float"].astype(float)
-    specs = [width and {"bits": width, "observer": observer, "granularity": "per_tensor"} for width in bits]
+    specs = [
+        width and {"bits": width, "observer": observer, "granularity": "per_tensor"}
+        for width in bits
+    ]
     config = {
         "task": {"_target_": "qtrain.task.classification.Classification"},
-        "data": {"_target_": f"qtrain.data.{data}", "batch_size": 64, "eval_batch_size": 500, "val_size": 1000},
+        "data": {
+            "_target_": f"qtrain.data.{data}",
+            "batch_size": 64,
+            "eval_batch_size": 500,
+            "val_size": 1000,
+        },
         "model": {"_target_": f"qtrain.model.{model}", "width": 16, "hidden": 128},
         "quant": {"_target_": f"qtrain.quant.{method}", "engine": engine, "layers": {}}
         | dict(zip(("weight", "activation"), specs, strict=True)),
         "optimizer": {"_target_": "torch.optim.Adam", "_partial_": True, "lr": lr},
-        "trainer": {"epochs": 3, "max_steps": None, "accumulate": 1, "clip_norm": None, "log_every": 50},
+        "trainer": {
+            "epochs": 3,
+            "max_steps": None,
+            "accumulate": 1,
+            "clip_norm": None,
+            "log_every": 50,
+        },
         "measure": {"batch_sizes": [1, 64], "warmup": 5, "repeats": 50},
         "name": name or f"{model}_{method}",
         "seed": seed,
         "choices": {"model": model, "data": data, "quant": method},
     }
     medians = [
-        t and {size: {"median": t * int(size) ** 0.5, "p90": t * 1.2} for size in ("1", "64")} for t in latency_ms
+        t and {size: {"median": t * int(size) ** 0.5, "p90": t * 1.2} for size in ("1", "64")}
+        for t in latency_ms
     ]
     sizes = [size and round(1000 * size) for size in size_kb]
     Report(
@@ -104,7 +131,13 @@ def write_run(
         data=data,
         data_fingerprint=data_fingerprint,
         quality="accuracy" if right_or_wrong else "perplexity",
-        quant={"method": method, "engine": engine, "weight": specs[0], "activation": specs[1], "simulated": simulated},
+        quant={
+            "method": method,
+            "engine": engine,
+            "weight": specs[0],
+            "activation": specs[1],
+            "simulated": simulated,
+        },
         metrics={kind: metrics(kind) for kind in ("float", "fake", "quantized")},
         difference={
             "accuracy" if right_or_wrong else "perplexity": float(gain.mean()),
@@ -115,7 +148,12 @@ def write_run(
         truth={"sqnr_db": {"conv1": 30.0}, "min_sqnr_db": 30.0, "ok": True, "failures": []},
         qparams={f"layer{i}": {"scale": 0.01, "zero_point": 0} for i in range(20)},
         coverage={"params_quantized": 0.99, "macs_quantized": 1.0, "float_layers": {}},
-        size_bytes={"float": sizes[0], "quantized": sizes[1], "float_file": sizes[0], "quantized_file": sizes[1]},
+        size_bytes={
+            "float": sizes[0],
+            "quantized": sizes[1],
+            "float_file": sizes[0],
+            "quantized_file": sizes[1],
+        },
         latency_ms=dict(zip(("float", "quantized"), medians, strict=True)),
         other_load=other_load,
         threads=2,
@@ -127,13 +165,20 @@ def write_run(
         for step in range(50, 50 * curves + 1, 50):
             for stage in ("float", "qat") if method == "qat" else ("float",):
                 loss = 2.3 * float(np.exp(-step / 400)) + 0.05 + 0.02 * float(np.sin(step + seed))
-                file.write(json.dumps({"step": step, f"{stage}/train_loss": loss, f"{stage}/lr": lr}) + "\n")
+                file.write(
+                    json.dumps({"step": step, f"{stage}/train_loss": loss, f"{stage}/lr": lr})
+                    + "\n"
+                )
                 if step % 500 == 0:
-                    file.write(json.dumps({"step": step, f"{stage}/val_accuracy": 1 - loss / 10}) + "\n")
+                    file.write(
+                        json.dumps({"step": step, f"{stage}/val_accuracy": 1 - loss / 10}) + "\n"
+                    )
     return folder
 
 
-def write_failure(folder: Path, error: str, method: str = "qat", seed: int = 0, **identity: str) -> Path:
+def write_failure(
+    folder: Path, error: str, method: str = "qat", seed: int = 0, **identity: str
+) -> Path:
     """Writes one failed run; returns its folder."""
     folder.mkdir(parents=True)
     identity = {"model": "convnet", "data": "mnist"} | identity
@@ -151,31 +196,52 @@ def write_failure(folder: Path, error: str, method: str = "qat", seed: int = 0, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--models", nargs="+", default=["convnet"], choices=list(FLOAT_KB))
     args = parser.parse_args()
-    kinds = [{}, *(dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values()))]
+    kinds = [
+        {},
+        *(dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())),
+    ]
     rng = np.random.default_rng(0)
-    jobs = ((seed, model, kind) for seed in itertools.count() for model in args.models for kind in kinds)
+    jobs = (
+        (seed, model, kind) for seed in itertools.count() for model in args.models for kind in kinds
+    )
     for number, (seed, model, kind) in enumerate(itertools.islice(jobs, args.count)):
         method = kind.get("method", "none")
         folder = args.folder / f"sweep_{seed}" / f"{number}_{model}_{method}"
         if number % 100 == 99:
-            write_failure(folder, "TruthError: conv1: 3.1 dB between fake and converted", method, seed, model=model)
+            write_failure(
+                folder,
+                "TruthError: conv1: 3.1 dB between fake and converted",
+                method,
+                seed,
+                model=model,
+            )
             continue
         right = (np.arange(NUM_EXAMPLES) % 100 >= 2 + seed % 2).astype(np.uint8)
         bits, latency = kind.get("bits"), 0.4 if model == "convnet" else 9.0
-        share = COST[method] * 4 ** ((8 - (bits or 8)) / 2) * (2 if kind.get("observer") == "minmax" else 1)
-        flipped = rng.random(NUM_EXAMPLES) < share * np.where(right == 1, 1, 10)  # the wrong ones are near the border
+        share = (
+            COST[method]
+            * 4 ** ((8 - (bits or 8)) / 2)
+            * (2 if kind.get("observer") == "minmax" else 1)
+        )
+        # The wrong ones are near the border.
+        flipped = rng.random(NUM_EXAMPLES) < share * np.where(right == 1, 1, 10)
         quantized = np.where(flipped, 1 - right, right).astype(np.uint8)
         simulated = bits is not None and bits < 8
         float_kb = FLOAT_KB[model]
-        speed = {"x86": 0.5, "onednn": 0.6, "fbgemm": 0.7, "qnnpack": 1.3}.get(kind.get("engine", ""), 1.0)
+        speed = {"x86": 0.5, "onednn": 0.6, "fbgemm": 0.7, "qnnpack": 1.3}.get(
+            kind.get("engine", ""), 1.0
+        )
         write_run(
             folder,
-            scores={"float": right, "quantized": quantized} | ({} if method == "none" else {"fake": quantized}),
+            scores={"float": right, "quantized": quantized}
+            | ({} if method == "none" else {"fake": quantized}),
             method=method,
             bits=(bits, bits),
             engine=kind.get("engine"),

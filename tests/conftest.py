@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, reproducible properties, quantizers by a few keywords, tiny models."""
+"""Shared by all tests: one thread, reproducible properties, quantizers in short, tiny models."""
 
 import pytest
 import torch
@@ -31,7 +31,10 @@ def _isolation():
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=[] if name in torch.backends.quantized.supported_engines else pytest.mark.skip)
+        pytest.param(
+            name,
+            marks=[] if name in torch.backends.quantized.supported_engines else pytest.mark.skip,
+        )
         for name in torch_ao.ENGINES
     ]
 )
@@ -42,7 +45,7 @@ def engine(request):
 
 @pytest.fixture
 def full_range_bits():
-    """full_range_bits(engine): bits of weights beside which activations of 0..255 saturate no kernel.
+    """full_range_bits(engine): bits of weights for which activations of 0..255 saturate no kernel.
 
     Without VNNI, x86 CPUs sum two products in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
     """
@@ -93,7 +96,7 @@ def make_dynamic():
 
 
 class Between(nn.Module):
-    """Runs `layers` one after the other between QuantStub and DeQuantStub; fuses the runs given by their indices."""
+    """Runs `layers` in turn between QuantStub and DeQuantStub; fuses runs given by index."""
 
     def __init__(self, *layers, fuse=()):
         super().__init__()
@@ -116,7 +119,7 @@ def between():
 
 
 def lively_batch_norm(model):
-    """Gives every batch-norm statistics and factors that folding cannot ignore; returns the model in eval mode."""
+    """Gives batch-norms statistics that folding cannot ignore; returns the model in eval mode."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             module.running_mean.normal_()
@@ -151,7 +154,7 @@ def images():
 
 @pytest.fixture
 def train():
-    """train(quantizer, prepared, inputs): a few epochs of one gradient step each, as the trainer would run them."""
+    """train(quantizer, prepared, inputs): epochs of one gradient step each, like the trainer's."""
 
     def train(quantizer, prepared, *inputs, epochs=4, lr=0.01):
         optimizer = torch.optim.SGD(prepared.parameters(), lr=lr)

@@ -1,4 +1,4 @@
-"""How many bits weights have, whatever they are stored in: torch keeps 2, 4 and 8 bits in a byte each."""
+"""How many bits weights have, whatever stores them: torch gives 2, 4 and 8 bits a byte each."""
 
 from collections.abc import Iterator
 
@@ -24,12 +24,14 @@ def mean_bits(quantized: nn.Module, plan: Plan) -> float | None:
     return sum(count * bits for count, bits, _ in found) / total if total else None
 
 
-def bytes_at_bits(quantized: nn.Module, plan: Plan, float_model: nn.Module, *, simulated: bool) -> int:
+def bytes_at_bits(
+    quantized: nn.Module, plan: Plan, float_model: nn.Module, *, simulated: bool
+) -> int:
     """Returns the bytes that the model's tensors would take if each weight were stored in its bits.
 
     Args:
         quantized, plan: as for `mean_bits`.
-        float_model: what a simulation is measured by, its scales left out; they are a few bytes a channel.
+        float_model: what a simulation is measured by, its scales left out: a few bytes a channel.
         simulated: whether `quantized` is a simulation's.
     """
     spared = sum(count * (stored - bits) for count, bits, stored in _weights(quantized, plan))
@@ -37,11 +39,13 @@ def bytes_at_bits(quantized: nn.Module, plan: Plan, float_model: nn.Module, *, s
 
 
 def _weights(model: nn.Module, plan: Plan) -> Iterator[tuple[int, int, int]]:
-    """Yields (numbers, bits, bits that each is stored in) of each quantized weight, shared ones once."""
+    """Yields (numbers, bits, stored bits of each) of each quantized weight, shared ones once."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         layer = plan.get(name)
-        planned = layer.weight if layer is not None and isinstance(layer.weight, QuantSpec) else None
+        planned = (
+            layer.weight if layer is not None and isinstance(layer.weight, QuantSpec) else None
+        )
         if isinstance(module, QuantWeighted):
             if planned is not None:
                 yield module.weight.numel(), planned.bits, 32

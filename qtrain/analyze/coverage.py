@@ -17,7 +17,7 @@ Inputs = tuple[Tensor, ...]
 
 
 def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> dict[str, Any]:
-    """Returns the shares of parameters and multiply-accumulates that are quantized, and the layers that are not.
+    """Returns the quantized shares of parameters and multiply-accumulates, and the layers left out.
 
     Biases, which stay float, count among the parameters that are not quantized.
 
@@ -26,21 +26,6 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         inputs: arguments of forward.
         layers: the quantizer's settings by layer, as a reason for a layer to be float.
     """
-    macs: dict[str, int] = {}
-    handles = []
-
-    def count(name: str) -> Any:
-        def hook(module: Any, _inputs: Any, output: Tensor) -> None:
-            weight = integers.quantized_weight(module)
-            if weight is None:
-                weight = getattr(module.weight, "data", module.weight)  # of a float16 weight, its tensor
-            # Each output element is a dot product with one row of the weight; transposed, each input element is
-            # multiplied with one.
-            elements = _inputs[0] if getattr(module, "transposed", False) else output
-            macs[name] = macs.get(name, 0) + elements[0].numel() * weight.shape[1:].numel()
-
-        return hook
-
     int8_params = float_params = 0
     float_layers = {}
     counted: set[int | None] = set()  # a tied weight counts once
@@ -49,7 +34,8 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         own = {id(p): p.numel() for p in module.parameters(recurse=False)}
         if weight is not None:
             int8_params += weight.numel() if id(weight) not in counted else 0
-            counted.add(id(weight) if isinstance(weight, nn.Module) else None)  # ours may be shared; torch makes a view
+            # Ours may be shared; torch makes a view.
+            counted.add(id(weight) if isinstance(weight, nn.Module) else None)
             bias = getattr(module, "bias", None)
             bias = bias() if callable(bias) else bias
             num_biases = 0 if bias is None else bias.numel()
@@ -67,21 +53,45 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
             if not integers.is_quantized(module) and not _is_in_island(name, quantized):
                 float_layers[name] = _why_float(name, module, quantized, layers)
-        if isinstance(module, CompactEmbedding | nn.Embedding) or weight is not None and len(weight.shape) == 1:
-            continue  # an embedding looks up, a norm scales: neither has dot products
-        if weight is not None or isinstance(module, nn.Linear | _ConvNd | CompactLinear):
-            handles.append(module.register_forward_hook(count(name)))
+    return {
+        "params_quantized": int8_params / max(int8_params + float_params, 1),
+        "macs_quantized": _quantized_macs(quantized, inputs),
+        "float_layers": float_layers,
+    }
+
+
+def _quantized_macs(quantized: nn.Module, inputs: Inputs) -> float:
+    """Returns the share of multiply-accumulates whose weight is quantized; runs the model once."""
+    macs = {True: 0, False: 0}
+
+    def count(module: Any, inputs: Any, output: Tensor) -> None:
+        weight = integers.quantized_weight(module)
+        is_quantized = weight is not None
+        if weight is None:
+            # Of a float16 weight, its tensor.
+            weight = getattr(module.weight, "data", module.weight)
+        # Each output element is a dot product with one row of the weight; transposed, each
+        # input element is multiplied with one.
+        elements = inputs[0] if getattr(module, "transposed", False) else output
+        macs[is_quantized] += elements[0].numel() * weight.shape[1:].numel()
+
+    handles = [m.register_forward_hook(count) for m in quantized.modules() if _multiplies(m)]
     try:
         quantized(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    float_macs = sum(n for name, n in macs.items() if integers.quantized_weight(quantized.get_submodule(name)) is None)
-    return {
-        "params_quantized": int8_params / max(int8_params + float_params, 1),
-        "macs_quantized": 1 - float_macs / sum(macs.values()) if any(macs.values()) else 0.0,
-        "float_layers": float_layers,
-    }
+    return 1 - macs[False] / sum(macs.values()) if any(macs.values()) else 0.0
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Tells whether it has dot products: an embedding looks up, a norm scales."""
+    weight = integers.quantized_weight(module)
+    if isinstance(module, CompactEmbedding | nn.Embedding):
+        return False
+    if weight is not None:
+        return len(weight.shape) > 1
+    return isinstance(module, nn.Linear | _ConvNd | CompactLinear)
 
 
 def largest_float(quantized: nn.Module) -> str | None:
@@ -113,7 +123,11 @@ def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[
     if not any(integers.is_quantized(m) for m in quantized.modules()):
         return "nothing is quantized"
     for other, layer in quantized.named_modules():
-        if isinstance(layer, nn.Embedding) and layer is not module and layer.weight is getattr(module, "weight", None):
+        if (
+            isinstance(layer, nn.Embedding)
+            and layer is not module
+            and layer.weight is getattr(module, "weight", None)
+        ):
             return f"shares the weight of {other}"
     if type(module) in torch_ao.CONVERTIBLE:
         return f"{kind} is not quantized by this method"

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtrain.common.copying import cloned
 from qtrain.simulate.simulation import output_points
 
 # Modules that are never called themselves, but by their methods: what these call in the end.
@@ -16,8 +17,10 @@ CALLED_INSTEAD = {
 
 
 @torch.no_grad()
-def layer_outputs(model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Returns {layer: its dequantized output}, in the order of execution; of a layer that runs twice, the last."""
+def layer_outputs(
+    model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
+    """Returns {layer: its dequantized output}, in the order of execution; the last, of several."""
     outputs: dict[str, Tensor] = {}
     handles = []
     for name in names:
@@ -40,9 +43,9 @@ def layer_outputs(model: nn.Module, names: list[str], inputs: tuple[Tensor, ...]
 
 
 def run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """Returns the output in eval mode; `inputs`, which a forward may change in place, are left alone."""
+    """Returns the output in eval mode; `inputs`, which a forward may change, are left alone."""
     with torch.no_grad():
-        return model.eval()(*(x.clone() for x in inputs))
+        return model.eval()(*cloned(inputs))
 
 
 def present(model: nn.Module, names: list[str]) -> list[str]:
@@ -57,16 +60,20 @@ def relative_error(exact: Tensor, other: Tensor) -> float:
 
 
 @torch.no_grad()
-def divergence(fake: nn.Module, quantized: nn.Module, names: list[str], inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """Returns {layer: root mean square difference, in steps of its output, between `quantized` and `fake`}.
+def divergence(
+    fake: nn.Module, quantized: nn.Module, names: list[str], inputs: tuple[Tensor, ...]
+) -> dict[str, float]:
+    """Returns {layer: RMS difference of `quantized` and `fake`, in steps of its output}.
 
-    Each converted layer gets its simulation's input, so that errors of earlier layers do not add up.
+    Each converted layer gets its simulation's input, so that earlier layers' errors do not add up.
     """
     # Copies, for what comes behind a layer may work in place.
     received: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
-    scales = {name: float(point.calculate_qparams()[0]) for name, point in output_points(fake).items()}
+    scales = {
+        name: float(point.calculate_qparams()[0]) for name, point in output_points(fake).items()
+    }
 
     def keep_input(name: str) -> Any:
         def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:

@@ -21,7 +21,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Returns the bytes of all tensors in the state dict, scales and zero points included, shared ones once."""
+    """Returns the bytes of all tensors in the state dict, scales included, shared ones once."""
     seen: set[int] = set()
 
     def count(item: Any) -> int:
@@ -44,9 +44,14 @@ def weight_bytes(model: nn.Module) -> int:
 
 @torch.no_grad()
 def latency(
-    models: dict[str, nn.Module], inputs: tuple[Tensor, ...], *, batch_sizes: list[int], warmup: int, repeats: int
+    models: dict[str, nn.Module],
+    inputs: tuple[Tensor, ...],
+    *,
+    batch_sizes: list[int],
+    warmup: int,
+    repeats: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns {model: {batch size: {"median", "p90"}}} in milliseconds of a forward pass on the CPU.
+    """Returns {model: {batch size: {"median", "p90"}}}, in ms of a forward pass on the CPU.
 
     The models take turns, so that a busy machine slows all of them alike.
 
@@ -58,7 +63,10 @@ def latency(
         batch = tuple(x[torch.arange(size) % len(x)] for x in inputs)
         times = turns([partial(model, *batch) for model in models.values()], warmup, repeats)
         for name, row in zip(models, times, strict=True):
-            result[name][str(size)] = {"median": float(row.median()), "p90": float(row.quantile(0.9))}
+            result[name][str(size)] = {
+                "median": float(row.median()),
+                "p90": float(row.quantile(0.9)),
+            }
     return result
 
 
@@ -77,13 +85,19 @@ def turns(calls: Sequence[Callable[[], Any]], warmup: int, repeats: int) -> Tens
 
 
 def median_interval(values: Tensor) -> dict[str, float]:
-    """Returns {"median", "low", "high", "p90"} of (n,): low and high are the order statistics that hold the median of
-    the distribution, whatever it is, with 95 % confidence (W. J. Conover, Practical Nonparametric Statistics, 3.2).
+    """Returns {"median", "low", "high", "p90"} of (n,): low and high are the order statistics that
+    hold the median of the distribution, whatever it is, with 95 % confidence (W. J. Conover,
+    Practical Nonparametric Statistics, 3.2).
     """
     ordered, n = values.sort().values, len(values)
     half = 0.98 * n**0.5
     low, high = max(round(n / 2 - half) - 1, 0), min(round(n / 2 + half), n - 1)
-    found = {"median": values.median(), "low": ordered[low], "high": ordered[high], "p90": values.quantile(0.9)}
+    found = {
+        "median": values.median(),
+        "low": ordered[low],
+        "high": ordered[high],
+        "p90": values.quantile(0.9),
+    }
     return {name: float(value) for name, value in found.items()}
 
 
@@ -101,7 +115,9 @@ class OtherLoad:
         return self
 
     def __exit__(self, *_: object) -> None:
-        wall, busy = (after - before for after, before in zip(self._now(), self._before, strict=True))
+        wall, busy = (
+            after - before for after, before in zip(self._now(), self._before, strict=True)
+        )
         if busy == busy:  # not NaN
             self.cores = max(0.0, busy / wall) if wall > 0 else 0.0
 
@@ -127,14 +143,16 @@ NEW_TOKENS, ROUNDS = 32, 5
 
 
 def generation_speed(models: dict[str, nn.Module], prompt: Tensor) -> dict[str, float]:
-    """Returns {model: tokens per second} on the CPU, greedy, at batch 1 with the KV cache; {} where none can generate.
+    """Returns {model: tokens per second} on the CPU: greedy, batch 1, with the KV cache.
 
     The models take turns; medians.
 
     Args:
         prompt: int64 (1, 1), the token to begin with.
     """
-    speakers: dict[str, Any] = {name: model for name, model in models.items() if hasattr(model, "generate")}
+    speakers: dict[str, Any] = {
+        name: model for name, model in models.items() if hasattr(model, "generate")
+    }
     rates: dict[str, list[float]] = {name: [] for name in speakers}
     for turn in range(-1, ROUNDS):
         for name, model in speakers.items():
@@ -162,10 +180,11 @@ class Stopwatch:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep what it frees, up to 1 GB, for its next tensors, where the C library is glibc.
+    """Lets this process keep up to 1 GB of what it frees for its next tensors, with glibc.
 
     For processes of qtrain's own: a library leaves its host's memory alone.
-    By default large blocks go back to the system, and each training step begins by asking for them, page by page, anew.
+    By default large blocks go back to the system, and each training step begins by asking for them,
+    page by page, anew.
     """
     with suppress(AttributeError):  # of other C libraries
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
@@ -173,7 +192,7 @@ def keep_freed_memory() -> None:
 
 
 def reset_peak_memory() -> None:
-    """Starts the peak anew, where the system can (Linux, CUDA), so that jobs of one process do not add up."""
+    """Starts the peak anew, where the system can (Linux, CUDA): a process's jobs do not add up."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what `keep_freed_memory` kept
     if torch.cuda.is_available():

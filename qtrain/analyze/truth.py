@@ -2,15 +2,19 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from qtrain.analyze.layerwise import CALLED_INSTEAD, divergence, layer_outputs, present, relative_error, run
+from qtrain.analyze.layerwise import (
+    CALLED_INSTEAD,
+    divergence,
+    layer_outputs,
+    present,
+    relative_error,
+    run,
+)
 from qtrain.backend import integers
 from qtrain.common.validate import MANY, choice, number, refuse, whole
 from qtrain.functional.error import sqnr_db
@@ -20,7 +24,9 @@ from qtrain.simulate.sites import QuantInput
 log = logging.getLogger(__name__)
 
 SAME_FUNCTION = 1e-4  # relative: folding a batch-norm rounds, and costs about 1e-6
-NOT_OBSERVED = "its observer saw no data, so it would be converted with scale 1.0; let calibration run it"
+NOT_OBSERVED = (
+    "its observer saw no data, so it would be converted with scale 1.0; let calibration run it"
+)
 MAX_DB = 200.0  # stands for identical tensors, since JSON has no infinity
 
 
@@ -35,12 +41,15 @@ class TruthGate:
     Args:
         on_failure: "error" ends the run, "warn" reports and goes on.
         samples: samples of the test split that layers are compared on.
-        max_steps: largest root mean square difference, in quantization steps, between what a converted layer and its
-            simulation make of the same input. Kernels that round as they should stay below 0.5; those of engines that
-            reduce the range do not clip where their simulation does, and may be above.
-        max_loss_gap: largest difference between the losses of the converted model and of its simulation, as a share of
-            the latter's; within it, at most 0.5 % and three standard errors of the difference, example by example.
-        max_range_ratio: largest width of the model's input in evaluation, in widths of the calibrated range.
+        max_steps: largest root mean square difference, in quantization steps, between what a
+            converted layer and its simulation make of the same input. Kernels that round as they
+            should stay below 0.5; those of engines that reduce the range do not clip where their
+            simulation does, and may be above.
+        max_loss_gap: largest difference between the losses of the converted model and of its
+            simulation, as a share of the latter's; within it, at most 0.5 % and three standard
+            errors of the difference, example by example.
+        max_range_ratio: largest width of the model's input in evaluation, in widths of the
+            calibrated range.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -68,7 +77,9 @@ class TruthGate:
         for failure in failures:
             log.warning(f"truth: {failure}")
 
-    def same_function(self, model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
+    def same_function(
+        self, model: nn.Module, reference: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> list[str]:
         """Returns a failure if fusing has changed what the float `model` computes.
 
         Args:
@@ -86,13 +97,13 @@ class TruthGate:
         first = _first_difference(before, after, reference)
         at = "" if first is None else f", from layer {first} on"
         return [
-            f"model: fuse_model changes what the model computes{at}: with fake quantization off, its output differs by "
-            f"{100 * error:.3g} % of the float model's. Fuse only layers that follow each other directly, and whose "
-            "output nothing else uses"
+            f"model: fuse_model changes what the model computes{at}: with fake quantization off, "
+            f"its output differs by {100 * error:.3g} % of the float model's. Fuse only layers "
+            "that follow each other directly, and whose output nothing else uses"
         ]
 
     def ends(self, fake: Tensor, quantized: Tensor) -> tuple[dict[str, float], list[str]]:
-        """Compares the losses of the converted model and its simulation over all test examples, in pairs.
+        """Compares the converted model's losses with its simulation's, in pairs, on all test data.
 
         Args:
             fake, quantized: losses (N,) of the same examples, in nats.
@@ -102,22 +113,28 @@ class TruthGate:
         """
         difference = quantized.double() - fake.double()
         mean, base = float(difference.mean()), float(fake.double().mean())
-        error = float(difference.std(correction=1) / len(difference) ** 0.5) if len(difference) > 1 else 0.0
+        error = (
+            float(difference.std(correction=1) / len(difference) ** 0.5)
+            if len(difference) > 1
+            else 0.0
+        )
         limit = min(3 * error + 0.005 * abs(base), self.max_loss_gap * abs(base))
         section = {"mean": mean, "standard_error": error, "limit": limit, "simulation": base}
         if abs(mean) <= limit:
             return section, []
         return section, [
-            f"model: converted, its loss on the test data is {base + mean:.5g}, and its simulation's {base:.5g}: the "
-            f"difference is above {limit:.2g}, what rounding may do (truth.max_loss_gap={self.max_loss_gap:g}). An "
-            "int8 kernel computes something else than its simulation; compare engines, or keep layers float by "
-            "quant.layers, beginning with those of the most steps under truth.fake_vs_quantized in report.json"
+            f"model: converted, its loss on the test data is {base + mean:.5g}, and its "
+            f"simulation's {base:.5g}: the difference is above {limit:.2g}, what rounding may do "
+            f"(truth.max_loss_gap={self.max_loss_gap:g}). An int8 kernel computes something else "
+            "than its simulation; compare engines, or keep layers float by quant.layers, "
+            "beginning with those of the most steps under truth.fake_vs_quantized in report.json"
         ]
 
     def unobserved(self, prepared: nn.Module, auxiliary: frozenset[str] = frozenset()) -> list[str]:
-        """Returns a failure for each layer with weights whose observer saw nothing during calibration.
+        """Returns a failure for each layer with weights whose observer saw nothing in calibration.
 
-        Of layers without, such as a FloatFunctional, some models keep spare ones: they fail when they are used.
+        Of layers without, such as a FloatFunctional, some models keep spare ones: they fail when
+        they are used.
 
         Args:
             auxiliary: layers that run in train mode alone.
@@ -131,12 +148,16 @@ class TruthGate:
         ]
 
     def compare(
-        self, reference: nn.Module | None, fake: nn.Module | None, quantized: nn.Module, inputs: tuple[Tensor, ...]
+        self,
+        reference: nn.Module | None,
+        fake: nn.Module | None,
+        quantized: nn.Module,
+        inputs: tuple[Tensor, ...],
     ) -> tuple[dict[str, Any], list[str]]:
-        """Compares layer outputs of the float, the fake-quantized and the converted model on the same samples.
+        """Compares layer outputs of the float, simulated and converted model on the same samples.
 
         Args:
-            reference: the prepared model with its fake quantization off: the float model, fused; or None.
+            reference: the prepared model without fake quantization: float, but fused; or None.
             fake: the fake-quantized model, or None.
             quantized: the converted model.
             inputs: arguments of forward, on the CPU.
@@ -148,25 +169,22 @@ class TruthGate:
             return {"sqnr_db": {}, "min_sqnr_db": None, "fake_vs_quantized": {}}, []
         points = output_points(reference)
         # Where nothing is observed, as in weight-only quantization: the layers that hold integers.
-        names = list(points) or [n for n, m in quantized.named_modules() if integers.quantized_weight(m) is not None]
-        plain = [
-            name
-            for name, module in quantized.named_modules()
-            if name
-            and name not in names
-            and not any(True for _ in module.children())
-            and not isinstance(module, nn.Identity | nn.Flatten)
+        names = list(points) or [
+            n for n, m in quantized.named_modules() if integers.quantized_weight(m) is not None
         ]
-        exact, simulated, real = (layer_outputs(m, names, inputs) for m in (reference, fake, quantized))
+        exact, simulated, real = (
+            layer_outputs(m, names, inputs) for m in (reference, fake, quantized)
+        )
         layers = [name for name in exact if name in real]
         noise = {name: _decibels(exact[name], real[name]) for name in layers}
         gap = {name: _decibels(simulated[name], real[name]) for name in layers}
-        # Poolings and the like have no observer, and kernels all the same.
-        steps = divergence(fake, quantized, names + present(fake, plain), inputs)
+        kernels = present(fake, _unobserved(quantized, names))
+        steps = divergence(fake, quantized, names + kernels, inputs)
         failures = self._out_of_range(reference, points, exact) + [
-            f"layer {name}: converted, it differs from its simulation on the same input by {value:.1f} quantization "
-            f"steps (root mean square), above truth.max_steps={self.max_steps:g}; the accuracy of neither model "
-            f"describes the other. {self._remedy(name, points)}"
+            f"layer {name}: converted, it differs from its simulation on the same input by "
+            f"{value:.1f} quantization steps (root mean square), above "
+            f"truth.max_steps={self.max_steps:g}; "
+            f"the accuracy of neither model describes the other. {self._remedy(name, points)}"
             for name, value in ((integers.users_name(fake, n), v) for n, v in steps.items())
             if value > self.max_steps
         ]
@@ -184,49 +202,50 @@ class TruthGate:
 
     def _remedy(self, name: str, points: dict[str, Any]) -> str:
         is_full_range = any(getattr(point, "quant_max", 0) == 255 for point in points.values())
-        reduce = "Try quant.activation.reduce_range=true, for sums that saturate; or" if is_full_range else "Try"
+        reduce = (
+            "Try quant.activation.reduce_range=true, for sums that saturate; or"
+            if is_full_range
+            else "Try"
+        )
         return f"{reduce} another quant.engine, or keep it float: quant.layers={{{name}: float}}"
 
-    def _out_of_range(self, model: nn.Module, points: dict[str, Any], exact: dict[str, Tensor]) -> list[str]:
+    def _out_of_range(
+        self, model: nn.Module, points: dict[str, Any], exact: dict[str, Tensor]
+    ) -> list[str]:
         failures = []
         for name, values in exact.items():
-            if not isinstance(model.get_submodule(name), QuantInput) or not hasattr(points[name], "observed_range"):
+            if not isinstance(model.get_submodule(name), QuantInput) or not hasattr(
+                points[name], "observed_range"
+            ):
                 break  # what runs before any layer is the model's input
             low, high = points[name].observed_range()
             seen_low, seen_high = float(values.min()), float(values.max())
             ratio = (max(high, seen_high) - min(low, seen_low)) / max(high - low, 1e-30)
             if ratio > self.max_range_ratio:
                 failures.append(
-                    f"layer {name}: evaluation inputs span [{seen_low:.3g}, {seen_high:.3g}], calibration saw "
-                    f"[{low:.3g}, {high:.3g}]; {ratio:.2f} times the range is above truth.max_range_ratio="
-                    f"{self.max_range_ratio:g}. Calibrate on data like those that are evaluated"
+                    f"layer {name}: evaluation inputs span [{seen_low:.3g}, {seen_high:.3g}], "
+                    f"calibration saw [{low:.3g}, {high:.3g}]; {ratio:.2f} times the range is "
+                    f"above truth.max_range_ratio={self.max_range_ratio:g}. Calibrate on data like "
+                    "those that are evaluated"
                 )
         return failures
+
+
+def _unobserved(quantized: nn.Module, names: list[str]) -> list[str]:
+    """Returns the poolings and the like: they have no observer, and kernels all the same."""
+    return [
+        name
+        for name, module in quantized.named_modules()
+        if name
+        and name not in names
+        and not any(True for _ in module.children())
+        and not isinstance(module, nn.Identity | nn.Flatten)
+    ]
 
 
 def _decibels(reference: Tensor, approximation: Tensor) -> float:
     value = float(sqnr_db(reference, approximation))
     return -MAX_DB if math.isnan(value) else max(min(value, MAX_DB), -MAX_DB)
-
-
-def require_finite_weights(model: nn.Module) -> None:
-    """Raises TruthError where a parameter, a running statistic or a scale is missing, NaN or infinite; names it.
-
-    Other buffers may be: an attention mask, the range of an observer that saw nothing.
-    """
-    # Out of the state dict: a fake quantization works its scale out when it is asked for.
-    statistics = ((n, b) for n, b in model.state_dict().items() if ".running_" in n or n.endswith(".scale"))
-    for name, value in (*model.named_parameters(), *statistics):
-        if is_lazy(value):
-            raise TruthError(
-                f"model: layer {name.rpartition('.')[0]} has no weights before it has seen an input; run the model on "
-                "a sample at the end of its __init__, or give the layer its input size"
-            )
-        if not value.isfinite().all():
-            bad = int((~value.isfinite()).sum())
-            layer, kind = integers.users_name(model, name), name.rpartition(".")[2]
-            layer = layer if layer == name else f"{layer}.{kind}"
-            raise TruthError(f"layer {layer}: {bad} of {value.numel()} weights are NaN or infinite")
 
 
 def _is_layer(name: str, module: nn.Module) -> bool:
@@ -236,8 +255,10 @@ def _is_layer(name: str, module: nn.Module) -> bool:
     return bool(name) and not is_inner and not any(True for _ in module.children())
 
 
-def _first_difference(before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module) -> str | None:
-    """Returns the first layer, in the order of execution, after which the fused model computes something else.
+def _first_difference(
+    before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module
+) -> str | None:
+    """Returns the first layer, as they run, after which the fused model computes something else.
 
     A layer that others were fused into is compared with the last of these.
     """
@@ -253,31 +274,3 @@ def _first_difference(before: dict[str, Tensor], after: dict[str, Tensor], fused
         if exact.shape != after[name].shape or relative_error(exact, after[name]) > SAME_FUNCTION:
             return name
     return None
-
-
-@contextmanager
-def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Iterator[None]:
-    """Raises TruthError as soon as a layer of `model` puts out NaN or infinity; names the layer and the batch."""
-    batch = first_batch - 1
-    handles = []
-
-    def count(*_: Any) -> None:
-        nonlocal batch
-        batch += 1
-
-    def check(name: str) -> Any:
-        def hook(_m: nn.Module, _i: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
-                raise TruthError(f"layer {name}: its output is not finite in {stage}, batch {batch}")
-
-        return hook
-
-    handles.append(model.register_forward_pre_hook(count))
-    for name, module in model.named_modules():
-        if name and ".observer" not in name:
-            handles.append(module.register_forward_hook(check(integers.users_name(model, name))))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -30,8 +30,8 @@ def export(
         exporter: "torch_export" writes model.pt2; or an exporter of one's own.
 
     Returns:
-        {"file", "size_bytes", "steps"}: the last is the distance from the simulation, root mean square, in
-        quantization steps of the last layer.
+        {"file", "size_bytes", "steps"}: the last is the distance from the simulation, root mean
+        square, in quantization steps of the last layer.
 
     Raises:
         ValueError: there is no such exporter, or it cannot write this model.

@@ -65,16 +65,17 @@ def quantize(
     """Returns the quantized model and its report; `model` is left as it is.
 
     Args:
-        model: a float model; for "ptq" with QuantStub and DeQuantStub, and a `fuse_model(is_qat)` where it can fuse.
-        batches: of calibration data: tensors, tuples of forward's arguments, or (inputs, target), whose target is
-            left out. The first 32 are taken; the first one also checks the result.
+        model: a float model; for "ptq" with QuantStub and DeQuantStub, and a `fuse_model(is_qat)`
+            where it can fuse.
+        batches: of calibration data: tensors, tuples of forward's arguments, or (inputs, target),
+            whose target is left out. The first 32 are taken; the first one also checks the result.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
         weight_bits: 2..8; of weight_only 2, 4 or 8.
         layers: {pattern of layer names: what they are instead}, as `quant.layers`.
 
     Raises:
-        ValueError: names the argument, its value and what is allowed; or the layer that cannot be quantized.
+        ValueError: names the argument, its value and what is allowed; or the layer at fault.
         TruthError: the result is not what its simulation says.
     """
     refuse(choice("method", method, METHODS) + whole("weight_bits", weight_bits, 2, 8))
@@ -90,7 +91,9 @@ def quantize(
     quantizer.calibrate(simulation, kept)
     gate.enforce(gate.unobserved(simulation.model))
     converted = quantizer.convert(simulation)
-    truth, failures = gate.compare(quantizer.reference(simulation), quantizer.fake(simulation), converted, sample)
+    truth, failures = gate.compare(
+        quantizer.reference(simulation), quantizer.fake(simulation), converted, sample
+    )
     gate.enforce(failures)
     report = {
         "coverage": coverage(converted, sample, getattr(quantizer, "layers", {})),
@@ -102,7 +105,9 @@ def quantize(
 
 
 def _ptq(engine: str, bits: int, layers: dict[str, Any] | None) -> Quantizer:
-    return PTQ(engine=engine, weight=replace(WEIGHT, bits=bits), activation=ACTIVATION, layers=layers)
+    return PTQ(
+        engine=engine, weight=replace(WEIGHT, bits=bits), activation=ACTIVATION, layers=layers
+    )
 
 
 def _dynamic(engine: str, bits: int, layers: dict[str, Any] | None) -> Quantizer:
@@ -130,13 +135,17 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
     wrong = [type(part).__name__ for part in parts if not isinstance(part, Tensor)]
     if wrong:
         raise ValueError(
-            f"batches: a batch holds a {wrong[0]}; allowed are tensors, tuples of forward's arguments, and "
-            "(inputs, target)"
+            f"batches: a batch holds a {wrong[0]}; "
+            "allowed are tensors, tuples of forward's arguments, and (inputs, target)"
         )
-    return tuple(part.detach().cpu().clone() for part in parts)  # a forward may change its input in place
+    return tuple(
+        part.detach().cpu().clone() for part in parts
+    )  # a forward may change its input in place
 
 
-def moved(batches: Iterable[Any], model: nn.Module, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+def moved(
+    batches: Iterable[Any], model: nn.Module, device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
     """Yields forward's arguments out of each batch, on a device."""
     for batch in batches:
         yield tuple(part.to(device) for part in _arguments(model, batch))

@@ -52,7 +52,7 @@ def sample_inputs(run_dir: str | Path, trust: Sequence[str] = ()) -> tuple[Tenso
 
 
 def compare(*folders: str | Path) -> list[dict[str, Any]]:
-    """Returns a record for each finished run at or under the folders, such as pandas.DataFrame takes.
+    """Returns a record for each finished run at or under the folders, as pandas.DataFrame takes.
 
     Raises:
         ValueError: there is no run.

@@ -23,16 +23,16 @@ def prepare(
     conv_bn: str = "folded",
     layers: dict[str, Any] | None = None,
 ) -> Simulation:
-    """Returns a simulation of `model` to be trained like any module, on the model's device; `model` stays as it is.
+    """Returns a simulation of `model` to be trained, on its device; `model` stays as it is.
 
     Args:
-        model: a float model with QuantStub, DeQuantStub, and a `fuse_model(is_qat)` where it can fuse.
+        model: a float model with QuantStub, DeQuantStub and, to fuse, `fuse_model(is_qat)`.
         batches: to calibrate on before training begins, as for `quantize`.
         engine, weight_bits, layers: as for `quantize`.
         conv_bn: how convolutions with batch-norm train: "folded" or "exact".
 
     Raises:
-        ValueError: names the argument, its value and what is allowed; or the layer that cannot be quantized.
+        ValueError: names the argument, its value and what is allowed; or the layer at fault.
     """
     refuse(whole("weight_bits", weight_bits, 2, 8))
     weight = replace(WEIGHT, bits=weight_bits)
@@ -46,5 +46,5 @@ def prepare(
 
 
 def convert(simulation: Simulation) -> nn.Module:
-    """Returns the int8 model of a trained simulation, on the CPU, in eval mode; the simulation can train on."""
+    """Returns the int8 model of a trained simulation, on the CPU, in eval mode; it can train on."""
     return simulation.convert()

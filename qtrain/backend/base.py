@@ -16,13 +16,15 @@ from qtrain.simulate.simulation import Simulation
 class Backend:
     """The kernels of one engine; a subclass says at least how to `lower`.
 
-    A layer of the lowered model that holds integers has a method or attribute `weight` that knows `shape`, `numel()`,
-    `int_repr()` and `dequantize()`, as torch's quantized tensors do: truth, size and coverage look there.
+    A layer of the lowered model that holds integers has a method or attribute `weight` that knows
+    `shape`, `numel()`, `int_repr()` and `dequantize()`, as torch's quantized tensors do: truth,
+    size and coverage look there.
 
     Args:
         name: of the engine, as `quant.engine` and reports give it.
         granularity: of weights, by default.
-        reduce_range: whether activations leave out the top bit by default, because a 16-bit sum could saturate.
+        reduce_range: whether activations leave out the top bit by default, because a 16-bit sum
+            could saturate.
         asymmetric_weights: whether the kernels take weights with a zero point.
         least_activation_bits: for fewer, the simulation is the result.
         clips_at_type: whether kernels clip at the ends of uint8, though a scale be made for 0..127.
@@ -40,11 +42,11 @@ class Backend:
         return None
 
     def why_float(self, module: nn.Module) -> str | None:
-        """Returns why a float layer has no kernel, so that it runs in float between two conversions; or None."""
+        """Returns why a float layer has no kernel, so that it runs in float; or None."""
         return None
 
     def refuse(self, model: nn.Module, plan: Plan, groups: Groups) -> None:
-        """Raises ValueError for a layer that its kernels would compute wrongly; names it, and what to do.
+        """Raises ValueError for a layer that its kernels compute wrongly; names it, and a remedy.
 
         Args:
             model: the float model, fused.
@@ -52,35 +54,43 @@ class Backend:
         """
 
     def lower(self, simulation: Simulation) -> nn.Module:
-        """Returns the model that runs on integers, on the CPU, in eval mode; the simulation is left alone."""
+        """Returns the model that runs on integers, on the CPU, in eval mode; a new one."""
         raise NotImplementedError
 
     def settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
         """Returns both specs with every "auto" replaced by this engine's rule.
 
         Raises:
-            ValueError: the engine has no kernel for a combination; gives the reason and the legal choices.
+            ValueError: the engine has no kernel for a combination; gives reason and legal choices.
         """
         weight = _settled(weight, symmetric=True, granularity=self.granularity, reduce_range=False)
-        activation = _settled(activation, symmetric=False, granularity="per_tensor", reduce_range=self.reduce_range)
+        activation = _settled(
+            activation, symmetric=False, granularity="per_tensor", reduce_range=self.reduce_range
+        )
         problems = []
         if weight.reduce_range:
-            problems.append("weight.reduce_range=true: only activations are reduced; leave it at auto")
+            problems.append(
+                "weight.reduce_range=true: only activations are reduced; leave it at auto"
+            )
         if activation.narrow_range:
-            problems.append("activation.narrow_range=true: is for weights, whose integers are signed; leave it at auto")
+            problems.append(
+                "activation.narrow_range=true: is for weights, whose integers are signed; "
+                "leave it at auto"
+            )
         if not weight.symmetric and not self.asymmetric_weights:
             problems.append(
-                f"weight.symmetric=false: engine {self.name} takes weights without a zero point only; "
-                "use symmetric=true, or one of the engines fbgemm, qnnpack, x86"
+                f"weight.symmetric=false: engine {self.name} takes weights without a zero point "
+                "only; use symmetric=true, or one of the engines fbgemm, qnnpack, x86"
             )
         if weight.granularity == "per_group":
             problems.append(
-                f"weight.granularity=per_group: engine {self.name} knows per_tensor and per_channel; allowed are these"
+                "weight.granularity=per_group: "
+                f"engine {self.name} knows per_tensor and per_channel; allowed are these"
             )
         if activation.granularity != "per_tensor":
             problems.append(
-                f"activation.granularity={activation.granularity}: activations have one scale a tensor; "
-                "allowed are per_tensor and auto"
+                f"activation.granularity={activation.granularity}: "
+                "activations have one scale a tensor; allowed are per_tensor and auto"
             )
         for role, spec in (("weight", weight), ("activation", activation)):
             if not any(problem.startswith(f"{role}.") for problem in problems):
@@ -105,10 +115,14 @@ def _try_observer(spec: QuantSpec, role: str) -> list[str]:
     except NotImplementedError:
         name = spec.describe()["observer"]
         return [
-            f"observer={name}: cannot forget what it saw, as weights need; use minmax, moving_average or percentile"
+            f"observer={name}: cannot forget what it saw, as weights need; "
+            "use minmax, moving_average or percentile"
         ]
     except ValueError as err:
-        return [line if line.startswith("observer=") else f"observer.{line}" for line in str(err).splitlines()]
+        return [
+            line if line.startswith("observer=") else f"observer.{line}"
+            for line in str(err).splitlines()
+        ]
     return []
 
 

@@ -35,7 +35,9 @@ def find(engine: str | Backend) -> Backend:
     if engine == AUTO:
         engine = torch.backends.quantized.engine
     if not isinstance(engine, str) or engine not in engines():
-        raise ValueError(f"engine={engine}: allowed are auto, {', '.join(engines())}, or a backend with _target_")
+        raise ValueError(
+            f"engine={engine}: allowed are auto, {', '.join(engines())}, or a backend with _target_"
+        )
     if reason := engines()[engine].missing():
         raise ValueError(f"engine={engine}: {reason}")
     return engines()[engine]

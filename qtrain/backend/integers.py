@@ -10,8 +10,8 @@ from qtrain.simulate.sites import Site
 
 
 def quantized_weight(module: nn.Module) -> torch.Tensor | IntegerWeight | None:
-    """Returns the quantized weight of one converted layer, torch's or ours, or None; both know shape, numel(),
-    int_repr() and dequantize().
+    """Returns the quantized weight of one converted layer, torch's or ours, or None; both know
+    shape, numel(), int_repr() and dequantize().
     """
     if (compact := integer_weight(module)) is not None:
         return compact
@@ -26,7 +26,9 @@ def weight_qparams(weight: torch.Tensor | IntegerWeight) -> tuple[float, int]:
     """Returns the scale and the zero point of a quantized weight's first element."""
     if isinstance(weight, IntegerWeight):
         zero_points = weight.zero_point
-        return float(weight.scale.flatten()[0]), 0 if zero_points is None else int(zero_points.flatten()[0])
+        return float(weight.scale.flatten()[0]), 0 if zero_points is None else int(
+            zero_points.flatten()[0]
+        )
     if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         return weight.q_scale(), weight.q_zero_point()
     return float(weight.q_per_channel_scales()[0]), int(weight.q_per_channel_zero_points()[0])
@@ -46,10 +48,12 @@ def users_kind(layer: nn.Module) -> str:
 
 
 def users_name(model: nn.Module, name: str) -> str:
-    """Returns the name that the user knows for layer, parameter or buffer `name` of a simulation or converted model.
+    """Returns the user's name for layer, parameter or buffer `name` of a simulation or its result.
 
     What simulating or keeping float has put inside a layer goes by the layer's own name.
     """
     ends = [i for i, c in enumerate(name) if c == "."]
-    outer = (name[:i] for i in ends if isinstance(model.get_submodule(name[:i]), Site | FloatIsland))
+    outer = (
+        name[:i] for i in ends if isinstance(model.get_submodule(name[:i]), Site | FloatIsland)
+    )
     return next(outer, name)

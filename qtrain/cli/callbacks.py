@@ -21,7 +21,7 @@ def show_in_tensorboard(name: str, picture: Path) -> None:
 
 
 class Comparison(Callback):
-    """Says how far a sweep is, compares its jobs at its end, and makes its exit code say whether all succeeded."""
+    """Tells a sweep's progress, compares its jobs at the end, and exits with 1 if any failed."""
 
     num_jobs: int | None = None  # of the sweep, where it is known
     started = 0.0
@@ -46,17 +46,19 @@ class Comparison(Callback):
         with suppress(OmegaConfBaseException):  # the jobs say what is wrong with the config
             print(announce_sweep(config.hydra), flush=True)
         # sweep=optuna asks for it; Hydra builds the sampler after this.
-        warnings.filterwarnings("ignore", message="``multivariate`` option is an experimental feature")
+        warnings.filterwarnings(
+            "ignore", message="``multivariate`` option is an experimental feature"
+        )
         warning = crowding(config)
         if warning is not None:
             print(f"warning: {warning}", flush=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Prints the comparison; writes comparison.csv, .png and .html beside the jobs, the plot to TensorBoard too.
+        """Prints the comparison; writes comparison.csv, .png, .html, and the plot to TensorBoard.
 
         Raises:
-            SystemExit: 1, if a job failed or the comparison cannot be made. Hydra turns other exceptions of callbacks
-                into warnings.
+            SystemExit: 1, if a job failed or the comparison cannot be made. Hydra turns other
+                exceptions of callbacks into warnings.
         """
         # Imported here, for Hydra imports this module at the start of every run.
         from qtrain.cli.compare import compare, write

@@ -1,4 +1,4 @@
-"""The command `qtrain-compare`: which runs are best, by how much, and whether that is more than chance."""
+"""The command `qtrain-compare`: which runs are best, by how much, and is it more than chance."""
 
 import argparse
 import gc
@@ -58,7 +58,11 @@ class Comparison:
     def warnings(self) -> list[str]:
         """Returns what was skipped and what could not be tested."""
         skipped = [f"skipped {line}" for line in self.found.unreadable]
-        return list(dict.fromkeys(skipped + [plain(line) for section in self.runs for line in section.warnings]))
+        return list(
+            dict.fromkeys(
+                skipped + [plain(line) for section in self.runs for line in section.warnings]
+            )
+        )
 
 
 def compare(
@@ -73,8 +77,8 @@ def compare(
 
     Args:
         filters: texts "key=value" or "key=value,value"; all must hold.
-        baseline: a run's folder, or filters that leave one run for each seed. `filters` hold for it too, but for the
-            keys that it names.
+        baseline: a run's folder, or filters that leave one run for each seed. `filters` hold for it
+            too, but for the keys that it names.
 
     Raises:
         ValueError: nothing is left to compare, or a key is unknown; says what there is.
@@ -86,7 +90,11 @@ def compare(
     if everyone:
         found.runs = keys.select(everyone, wanted)
     elif not found.failures:
-        raise ValueError("\n  ".join([f"{', '.join(map(str, folders))}: no readable run there:", *found.unreadable]))
+        raise ValueError(
+            "\n  ".join(
+                [f"{', '.join(map(str, folders))}: no readable run there:", *found.unreadable]
+            )
+        )
     found.failures = [run for run in found.failures if keys.may_match(run, wanted)]
     bases = set(find_baselines(everyone, baseline, wanted)) if baseline else None
     for key in group_by:
@@ -140,20 +148,28 @@ def _html(comparison: Comparison, path: Path) -> None:
     from qtrain.leaderboard.page import page
 
     groups = [section for section in comparison.sections if section.grouped]
-    path.write_text(page([*groups, *comparison.runs], comparison.found, path.parent), encoding="utf-8")
+    path.write_text(
+        page([*groups, *comparison.runs], comparison.found, path.parent), encoding="utf-8"
+    )
 
 
 def _markdown(comparison: Comparison, path: Path) -> None:
-    path.write_text(render.document(comparison.sections, comparison.found.failures), encoding="utf-8")
+    path.write_text(
+        render.document(comparison.sections, comparison.found.failures), encoding="utf-8"
+    )
 
 
 WRITERS: dict[str, Callable[[Comparison, Path], object]] = {
-    "csv": lambda comparison, path: path.write_text(export.as_csv(comparison.sections), encoding="utf-8"),
+    "csv": lambda comparison, path: path.write_text(
+        export.as_csv(comparison.sections), encoding="utf-8"
+    ),
     "json": lambda comparison, path: path.write_text(
         export.as_json(comparison.sections, comparison.found), encoding="utf-8"
     ),
     "markdown": _markdown,
-    "latex": lambda comparison, path: path.write_text(render.latex(comparison.sections), encoding="utf-8"),
+    "latex": lambda comparison, path: path.write_text(
+        render.latex(comparison.sections), encoding="utf-8"
+    ),
     "html": _html,
     "plot": _plot,
 }
@@ -167,13 +183,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="+", metavar="DIR|KEY=VALUE", help="folders of runs, at any depth, and filters")
     parser.add_argument(
-        "--sort", metavar="KEY", help="sort by any key; qualities best first, others from small to large"
+        "what",
+        nargs="+",
+        metavar="DIR|KEY=VALUE",
+        help="folders of runs, at any depth, and filters",
     )
-    parser.add_argument("--group-by", nargs="+", default=[], metavar="KEY", help="mean and deviation over seeds")
     parser.add_argument(
-        "--baseline", nargs="+", default=[], metavar="DIR|KEY=VALUE", help="a run, or filters that leave one a seed"
+        "--sort",
+        metavar="KEY",
+        help="sort by any key; qualities best first, others from small to large",
+    )
+    parser.add_argument(
+        "--group-by", nargs="+", default=[], metavar="KEY", help="mean and deviation over seeds"
+    )
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        default=[],
+        metavar="DIR|KEY=VALUE",
+        help="a run, or filters that leave one a seed",
     )
     for kind in WRITERS:
         parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=HELP.get(kind))
@@ -181,8 +210,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the comparison that the command line asks for; mistakes end it with a message and code 1."""
-    gc.disable()  # of 5,000 reports nothing goes in circles; to look for some takes a quarter of the time
+    """Prints the comparison that was asked for; mistakes end it with a message and code 1."""
+    gc.disable()  # 5,000 reports hold no circles, and the search takes a quarter of the time
     try:
         _main(argv)
     finally:

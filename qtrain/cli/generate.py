@@ -18,22 +18,36 @@ if TYPE_CHECKING:
 
 UNFINISHED = "\ufffd"  # the first bytes of a character, until the others come
 
-EXAMPLE = 'example: qtrain-generate outputs/runs/... --prompt "I have a dream" --top-k 30 --max-new-tokens 40'
+EXAMPLE = (
+    'example: qtrain-generate outputs/runs/... --prompt "I have a dream" '
+    "--top-k 30 --max-new-tokens 40"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the prompt as the run's converted model continues it; mistakes end it with a message and code 1."""
+    """Prints the prompt as the converted model continues it; mistakes end with code 1."""
     parser = argparse.ArgumentParser("qtrain-generate", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run of a language model")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="the folder of a finished run of a language model"
+    )
     parser.add_argument("--prompt", default="I have a dream")
     parser.add_argument("--max-new-tokens", type=int, default=50)
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=None, help="draw among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, default=None, help="draw among the likeliest that make up p")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens come less often again")
+    parser.add_argument(
+        "--top-p", type=float, default=None, help="draw among the likeliest that make up p"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1: tokens come less often again",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the run may name")
+    parser.add_argument(
+        "--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the run may name"
+    )
     args = parser.parse_args(argv)
     try:
         for text in generate(**vars(args)):
@@ -75,12 +89,17 @@ def generate(
     from qtrain.runs.report import FILE_NAME, load_report
 
     if not (run / FILE_NAME).is_file():
-        raise ValueError(f"{run}: holds no {FILE_NAME}; name the folder of a finished run of a language model")
+        raise ValueError(
+            f"{run}: holds no {FILE_NAME}; name the folder of a finished run of a language model"
+        )
     model: Any = load(run, trust)
     data = load_report(run / FILE_NAME)["config"].get("data")
     tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
     if not isinstance(tokenizer, str) or not hasattr(model, "generate"):
-        raise ValueError(f"{run}: this run's {type(model).__name__} generates no text; name a run of a language model")
+        raise ValueError(
+            f"{run}: this run's {type(model).__name__} generates no text; "
+            "name a run of a language model"
+        )
     keep_freed_memory()
     encoder = load_tokenizer(tokenizer)
     if not prompt:
@@ -97,7 +116,7 @@ def generate(
 
 
 def pieces(encoder: "Tokenizer", tokens: "Tensor", new: "Iterable[Tensor]") -> Iterator[str]:
-    """Yields the text of `tokens` (N,) and of each that follows, (1, 1), once its characters are whole."""
+    """Yields the text of `tokens` (N,) and of each that follows, (1, 1), in whole characters."""
     found, told = tokens.tolist(), 0
     for token in chain([None], new):
         found += [] if token is None else token[0].tolist()

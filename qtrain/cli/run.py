@@ -1,6 +1,7 @@
 """The command `qtrain`.
 
-What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the command quietly from the start.
+What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the command
+quietly from the start.
 """
 
 import gc
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def job() -> None:
-    """Has Hydra read the command line, and run what it asks for: one job, or the jobs of a sweep."""
+    """Has Hydra read the command line, and run what it asks for: one job, or a sweep's."""
     import hydra
 
     hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(one_job)()
@@ -45,7 +46,7 @@ def one_job(config: "DictConfig") -> Any:
 
         from qtrain.analyze.measure import keep_freed_memory
         from qtrain.common.files import alone
-        from qtrain.config.build import overridden_labels, unused_settings
+        from qtrain.config.mistakes import overridden_labels, unused_settings
         from qtrain.config.settings import objectives, refuse_config
         from qtrain.runs import pipeline, sweep
         from qtrain.runs.resume import Signals
@@ -54,7 +55,10 @@ def one_job(config: "DictConfig") -> Any:
     settings = HydraConfig.get()
     if settings.mode != RunMode.RUN and config.threads is None:
         config.threads = sweep.THREADS
-    run_dir, overrides = Path(settings.runtime.output_dir), heed_own_keys(config, settings.overrides.task)
+    run_dir, overrides = (
+        Path(settings.runtime.output_dir),
+        heed_own_keys(config, settings.overrides.task),
+    )
     try:
         refuse_config(overridden_labels(config))
         unused = unused_settings(config, overrides)
@@ -63,20 +67,25 @@ def one_job(config: "DictConfig") -> Any:
         for line in unused:  # other jobs of the sweep may heed them
             log.warning(line)
         keep_freed_memory()
-        with Signals() as signals, alone(run_dir) if settings.mode == RunMode.RUN else nullcontext():
+        with (
+            Signals() as signals,
+            alone(run_dir) if settings.mode == RunMode.RUN else nullcontext(),
+        ):
             if settings.mode == RunMode.RUN:
                 report = pipeline.execute(config, run_dir, overrides, signals=signals)
             else:
                 report = sweep.carry_out(config, run_dir, overrides, signals)
         if not ranks.is_first():  # it has no scores
             return None
-        values = [_select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]]
+        values = [
+            _select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]
+        ]
     except sweep.Occupied:  # no report can say so
         raise
     except Exception as err:
         if settings.mode == RunMode.RUN:
             raise
-        # One bad job must not end a sweep; its report says what happened, and the sweep's end lists it.
+        # One bad job must not end a sweep; its report and the sweep's end tell of it.
         log.error(f"job {settings.job.num} failed: {err}")
         return None  # which Optuna takes for a failed trial; of a number that is NaN it dies
     return values[0] if len(values) == 1 else tuple(values)
@@ -95,7 +104,7 @@ def _announce(config: "DictConfig") -> None:
 
 
 def _select(report: Any, objective: str) -> float:
-    """Returns the number that an objective names; size and latency are those of the converted model."""
+    """Returns the number that an objective names; size and latency are the converted model's."""
     from qtrain.config.settings import ConfigError
 
     found: Any = report.metrics
@@ -103,7 +112,10 @@ def _select(report: Any, objective: str) -> float:
     if objective == "size_bytes":
         found, path = report.size_bytes, ["quantized_file_at_bits"]
     elif objective == "latency_ms":
-        found, path = report.latency_ms, ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"]
+        found, path = (
+            report.latency_ms,
+            ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"],
+        )
     for part in path:
         found = (found or {}).get(part)
     if found is None:
@@ -112,7 +124,7 @@ def _select(report: Any, objective: str) -> float:
 
 
 def continue_run(arguments: list[str]) -> None:
-    """Goes on with the run that `resume=RUN` among the arguments names, in its folder and with its config."""
+    """Goes on with the run that `resume=RUN` names, in its folder and with its config."""
     with _importing():
         from qtrain.analyze.measure import keep_freed_memory
         from qtrain.common.files import alone
@@ -123,18 +135,22 @@ def continue_run(arguments: list[str]) -> None:
 
     named = [argument for argument in arguments if argument.startswith("resume=")]
     run_dir = Path(named[-1].partition("=")[2])
-    config, overrides = open_run(run_dir, [argument for argument in arguments if argument not in named])
+    config, overrides = open_run(
+        run_dir, [argument for argument in arguments if argument not in named]
+    )
     keep_freed_memory()
     # Of torchrun's processes, all of which come here, the first holds the folder for all.
     with Signals() as signals, alone(run_dir) if ranks.is_first() else nullcontext():
         console, file = logging.StreamHandler(sys.stdout), RunLog(run_dir / "qtrain.log")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[console, file], force=True)
+        logging.basicConfig(
+            level=logging.INFO, format="%(message)s", handlers=[console, file], force=True
+        )
         pipeline.execute(config, run_dir, overrides, resume=True, signals=signals)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came where no run listens to it, as where a launcher waits for its workers, which it ends for Ctrl-C."""
+    """SIGTERM came where no run listens, as in a launcher that waits: it ends its workers."""
 
     signum = signal.SIGTERM
 
@@ -151,7 +167,8 @@ def _importing() -> Iterator[None]:
     as another error. What they make stays to the end, and the collector would look through it
     again and again, most of all as Python ends: that took a third of a mistake's time.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
+    # Python allows handlers there alone.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before, is_first = signal.signal(signal.SIGINT, quit_at_once), "torch" not in sys.modules
@@ -167,14 +184,15 @@ def _importing() -> Iterator[None]:
 
 
 def main() -> None:
-    """Runs what the command line names, or the default job; mistakes end it with a message and code 1."""
+    """Runs what the command line names, or the default job; mistakes end it with code 1."""
     with _importing():
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
 
     if len(sys.argv) == 1:
         sys.argv.append(DEFAULT_JOB)
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here, instead of Hydra printing them
+    # Exceptions come here, instead of Hydra printing them.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         _read_command_line()
@@ -197,7 +215,8 @@ def _read_command_line() -> None:
     options, named = split(sys.argv[1:])
     added = partners(named)
     overrides = hydra_arguments([*named, *added])
-    refuse_choices(overrides)  # first, for Hydra itself stumbles over a number in the place of a file's name
+    # First, for Hydra itself stumbles over a number in the place of a file's name.
+    refuse_choices(overrides)
     overrides, notes = forgive(options, overrides)
     if added:
         notes.append(f"{' '.join(added)}: go with what was named; name others to have others")
@@ -207,7 +226,7 @@ def _read_command_line() -> None:
 
 
 def _write_nowhere_in_other_ranks() -> None:
-    """Gives all of torchrun's processes but the first a folder of their own: the first one's is the run's."""
+    """Gives torchrun's processes but the first a folder of their own: the first's is the run's."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
         import atexit
         import shutil
@@ -227,12 +246,14 @@ def explain(err: BaseException) -> str:
 
     if isinstance(err, FileNotFoundError) and err.filename is not None:
         return (
-            f"{os.fsdecode(err.filename)}: there is no such file or folder; was it deleted while the run was at work?"
+            f"{os.fsdecode(err.filename)}: there is no such file or folder; "
+            "was it deleted while the run was at work?"
         )
     if isinstance(err, OSError) and err.errno is not None:
         where = "" if err.filename is None else f"{os.fsdecode(err.filename)}: "
         return (
-            f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, on disks with room"
+            f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, "
+            "on disks with room"
         )
     missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
     if missing is not None:
@@ -244,16 +265,25 @@ def explain(err: BaseException) -> str:
             known = ", ".join(sorted(str(key) for key in node))
             text = f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
             # What is made from this section may take more than its YAML names.
-            return f"{text}; to add it all the same: +{cause.full_key}=VALUE" if "_target_" in node else text  # type: ignore[attr-defined]
+            return (
+                f"{text}; to add it all the same: +{cause.full_key}=VALUE"  # type: ignore[attr-defined]
+                if "_target_" in node
+                else text
+            )
         if str(cause).startswith("Missing key "):
             return f"{cause.full_key}: is missing, and has no default"  # type: ignore[attr-defined]
         if isinstance(cause, InterpolationResolutionError):
             given = [argument for argument in sys.argv[1:] if "${" in argument]
-            return f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; name a key of this config"
+            return (
+                f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; "
+                "name a key of this config"
+            )
         cause = cause.__cause__ or cause.__context__
     if "Error merging override" in str(err) and err.__cause__ is not None:
         return f"{err}: {str(err.__cause__).splitlines()[0]}"
-    if isinstance(err, HydraException) and not any(re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]):
+    if isinstance(err, HydraException) and not any(
+        re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]
+    ):
         return f"{err} (given {' '.join(sys.argv[1:])})"
     return str(err)
 

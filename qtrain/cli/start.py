@@ -1,4 +1,4 @@
-"""The command `qtrain` from its first moment: Ctrl-C ends it quietly while Python imports the rest."""
+"""The command `qtrain` from its first moment: Ctrl-C ends it quietly while Python imports."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""Copies of models, in memory and by pickle, that Python refuses, or leaves tied to their original."""
+"""Copies of models, in memory and by pickle, that Python refuses, or ties to their original."""
 
 import copy
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def copy_model(model: Model) -> Model:
     """Returns a deep copy of `model` that shares nothing with it.
 
-    A model may keep an activation of its last forward pass as an attribute: the copy keeps its values, without the way
-    back, which torch cannot copy. And a parametrized layer has a class of its own: the copy gets another.
+    A model may keep an activation of its last forward pass as an attribute: the copy keeps its
+    values, without the way back, which torch cannot copy. And a parametrized layer has a class of
+    its own: the copy gets another.
     """
     activations = {
         id(tensor): tensor.detach().clone()
@@ -26,13 +27,17 @@ def copy_model(model: Model) -> Model:
     for module in copied.modules():
         if parametrize.is_parametrized(module):
             cls = type(module)
-            own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+            own = {
+                name: value
+                for name, value in vars(cls).items()
+                if name not in ("__dict__", "__weakref__")
+            }
             module.__class__ = type(cls.__name__, cls.__bases__, own)
     return copied
 
 
 def cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns forward's arguments, the tensors among them copied: a forward may change them in place."""
+    """Returns forward's arguments, the tensors among them copied: a forward may change them."""
     return tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 MOST_BYTES = 64 * 2**20  # of a report, which has a few kilobytes
-OVERRIDES = "overrides.json"  # what stood on a run's command line; a refused second start rewrites Hydra's own record
+# What stood on a run's command line; a refused second start rewrites Hydra's own record.
+OVERRIDES = "overrides.json"
 LOCK = ".lock"  # in the folder of a run, held by the process that is at work there
 
 
@@ -24,19 +25,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write: called with the path of a new file, on the same disk, to fill.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; what was at `path` is still there.
+        OSError: the folder cannot be written or the disk is full; what was at `path` stays.
     """
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            # torch.save writes the file's stem before each tensor: one letter keeps small models small.
+            # torch.save writes the file's stem before each tensor: one letter keeps it small.
             new = Path(folder) / "w"
             write(new)
             with new.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(new, path)
-    except (OSError, RuntimeError) as err:  # torch's zip writer turns a failed write into a RuntimeError
+    except (OSError, RuntimeError) as err:  # the latter of torch's zip writer
         reason = err if isinstance(err, OSError) else f"is the disk full? {err}"
-        raise OSError(f"{path}: could not be written ({reason}); files already there are unchanged") from err
+        raise OSError(
+            f"{path}: could not be written ({reason}); files already there are unchanged"
+        ) from err
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -56,13 +59,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_file(path: Path) -> None:
-    """Makes sure that `path` is a file, not a folder, nor a pipe or a device that would be read without end.
+    """Makes sure that `path` is a file: no folder, and no pipe or device to be read without end.
 
     Raises:
         ValueError: it is not, or is not there.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: " + ("is no regular file" if path.exists() else "there is no such file"))
+        raise ValueError(
+            f"{path}: " + ("is no regular file" if path.exists() else "there is no such file")
+        )
 
 
 def read_text(path: Path, most_bytes: int = MOST_BYTES) -> str:
@@ -93,7 +98,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def alone(run_dir: Path) -> Iterator[None]:
-    """While entered, no other process works in `run_dir`; the operating system frees the lock of one that dies.
+    """While entered, no other process works in `run_dir`; the system frees a dead one's lock.
 
     Raises:
         ValueError: one does.

@@ -13,7 +13,7 @@ PATIENCE_S = 5.0
 
 @contextmanager
 def impatient() -> Iterator[None]:
-    """While entered, a download ends where its server is silent for 5 seconds; urllib would wait forever."""
+    """While entered, a download ends if its server is silent for 5 s; urllib would wait forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(PATIENCE_S)
     try:
@@ -24,7 +24,7 @@ def impatient() -> Iterator[None]:
 
 @cache
 def answers(url: str) -> bool:
-    """Tells whether a server answers within 5 seconds, its name's look-up included; asked once in a process."""
+    """Tells whether a server answers within 5 s, its look-up included; asked once in a process."""
     found: list[bool] = []
     # A thread, for no timeout ends the look-up of a name.
     thread = threading.Thread(target=lambda: found.append(_answers(url)), daemon=True)
@@ -44,9 +44,10 @@ def _answers(url: str) -> bool:
 
 
 def hub_answers() -> bool:
-    """Tells whether the Hugging Face hub answers; if not, its libraries look no further than their cache."""
+    """Tells whether the Hugging Face hub answers; if not, its libraries only look in the cache."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
-        constants.HF_HUB_OFFLINE = not answers(constants.ENDPOINT)  # else they ask again and again, for minutes
+        # Else they ask again and again, for minutes.
+        constants.HF_HUB_OFFLINE = not answers(constants.ENDPOINT)
     return not constants.HF_HUB_OFFLINE

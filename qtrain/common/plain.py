@@ -7,7 +7,7 @@ DEEP = (str, dict, list)
 
 
 def plain(content: Any) -> Any:
-    """Returns texts, at any depth of lists and dicts, cut to a bearable length and without control characters.
+    """Returns texts, at any depth of lists and dicts, cut short and without control characters.
 
     >>> plain({"na\\033me": ["a\\nb", 3]})
     {'na�me': ['a�b', 3]}
@@ -28,4 +28,8 @@ def plain_lines(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    return text if text.isprintable() else "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
+    )

@@ -13,7 +13,11 @@ def misfits(found: Any, shape: Any, path: str) -> Iterator[str]:
         yield f"{path} is {str(found)[:80]!r}"
     elif isinstance(shape, list):
         for index, value in enumerate(found):
-            yield from [f"{path}.{index} is null"] if value is None else misfits(value, shape[0], f"{path}.{index}")
+            yield from (
+                [f"{path}.{index} is null"]
+                if value is None
+                else misfits(value, shape[0], f"{path}.{index}")
+            )
     elif isinstance(found, dict) and isinstance(shape, dict):
         for key, value in found.items():
             if key in shape or "*" in shape:

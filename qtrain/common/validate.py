@@ -1,14 +1,14 @@
-"""Checks of single settings, each as strict as its name says: `true` is no number, and 1 is no `true`.
+"""Checks of single settings, as strict as their names: `true` is no number, and 1 is no `true`.
 
-A check returns a list, empty or with one line `name=value: must be ...`, so that checks add up and a constructor
-refuses all mistakes at once.
+A check returns a list, empty or with one line `name=value: must be ...`, so that checks add up and
+a constructor refuses all mistakes at once.
 """
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
-# Bounds beyond which a number cannot be meant, and would end in hours, in no memory, or in torch's integers.
+# Bounds beyond which a number cannot be meant: it would take hours or all memory, or overflow.
 SEEDS = 2**32 - 1  # torch's generator takes no more of a seed on every device
 MANY = 1_000_000  # of epochs, steps, samples, tokens
 WIDE = 16_384  # of layers, channels, samples at once
@@ -60,8 +60,10 @@ def number(
 ) -> list[str]:
     """Checks a finite number within the bounds that are given; with `null`, None too.
 
-    >>> number("lr", float("inf"), above=0), number("share", 2, least=0, most=1), number("share", 1, least=0, most=1)
-    (['lr=inf: must be a finite number above 0'], ['share=2: must be a number from 0 to 1'], [])
+    >>> number("lr", float("inf"), above=0)
+    ['lr=inf: must be a finite number above 0']
+    >>> number("share", 2, least=0, most=1), number("share", 1, least=0, most=1)
+    (['share=2: must be a number from 0 to 1'], [])
     """
     holds = type(value) in (int, float) and math.isfinite(value)
     holds = holds and (above is None or value > above) and (least is None or value >= least)
@@ -89,19 +91,25 @@ def boolean(name: str, value: Any, *others: str) -> list[str]:
 def choice(name: str, value: Any, allowed: Iterable[Any]) -> list[str]:
     """Checks one of a few values, types included.
 
-    >>> choice("channels", 2, (1, 3)), choice("channels", True, (1, 3)), choice("channels", 1, (1, 3))
-    (['channels=2: allowed are 1 and 3'], ['channels=True: allowed are 1 and 3'], [])
+    >>> choice("channels", 2, (1, 3)), choice("channels", 1, (1, 3))
+    (['channels=2: allowed are 1 and 3'], [])
+    >>> choice("channels", True, (1, 3))
+    ['channels=True: allowed are 1 and 3']
     """
     options = list(allowed)
     holds = any(type(value) is type(option) and value == option for option in options)
-    return _line(name, value, f"allowed are {_enumerate([str(option) for option in options])}", holds)
+    return _line(
+        name, value, f"allowed are {_enumerate([str(option) for option in options])}", holds
+    )
 
 
 def text(name: str, value: Any, *, null: bool = False) -> list[str]:
-    """Checks a text that is not empty and holds no zero byte, on which the system's calls end; with `null`, None too.
+    """Checks a text: not empty, no zero byte, which ends it for the system; `null` lets None pass.
 
-    >>> text("path", ""), text("path", 3, null=True)
-    (['path=: must be a text that is not empty'], ['path=3: must be a text that is not empty, or null'])
+    >>> text("path", "")
+    ['path=: must be a text that is not empty']
+    >>> text("path", 3, null=True)
+    ['path=3: must be a text that is not empty, or null']
     """
     holds = isinstance(value, str) and bool(value.strip()) and "\0" not in value
     return _line(name, value, "must be a text that is not empty", holds, null=null)

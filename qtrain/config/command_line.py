@@ -1,13 +1,24 @@
-"""Where the config lies, and how its command line becomes Hydra's; without torch, whose import takes seconds."""
+"""Where the config lies, and how its command line becomes Hydra's; without torch's slow import."""
 
 import re
 from pathlib import Path
 
-VALUED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
+VALUED = (
+    "--config-dir",
+    "-cd",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+)
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Returns a command line's options, as -m, with their values, and its overrides, wherever they stand on it."""
+    """Returns a command line's options, as -m, with their values, and its overrides."""
     options, overrides = [], []
     rest = iter(arguments)
     for argument in rest:
@@ -21,7 +32,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def config_dir() -> str:
-    """Returns the folder of the YAML files: inside the installed package, or else in the checkout."""
+    """Returns the folder of the YAML files: in the installed package, or else in the checkout."""
     package = Path(__file__).parents[1]
     installed = package / "conf"
     return str(installed if installed.is_dir() else package.parent / "conf")
@@ -30,11 +41,14 @@ def config_dir() -> str:
 def hydra_arguments(arguments: list[str]) -> list[str]:
     """Returns a command line of ours in the words that Hydra 1.3 takes.
 
-    It refuses null for a group that the defaults list holds as null, new keys in a mapping without a plus, the quotes
-    around such a key that YAML needs, as in {"*.mlp": float}, and a value with an equals sign without quotes.
+    It refuses null for a group that the defaults list holds as null, new keys in a mapping without
+    a plus, the quotes around such a key that YAML needs, as in {"*.mlp": float}, and a value with
+    an equals sign without quotes.
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
-    kept = [re.sub(r"^(\+*)transform(?=[=.])", r"\1model_transform", a) for a in kept]  # its name in 0.1.0
+    kept = [
+        re.sub(r"^(\+*)transform(?=[=.])", r"\1model_transform", a) for a in kept
+    ]  # its name in 0.1.0
     return [_layers(a) if a.startswith("quant.layers") else _quoted(a) for a in kept]
 
 
@@ -43,9 +57,9 @@ def _layers(argument: str) -> str:
 
 
 def _quoted(argument: str) -> str:
-    """Returns KEY=VALUE with quotes around each value that holds an equals sign, as epoch=3/last.pt."""
+    """Returns KEY=VALUE with quotes around values that hold an equals sign, as epoch=3/last.pt."""
     key, _, value = argument.partition("=")
-    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor the option of a command.
+    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor an option.
     is_ours = key.startswith("-") or key == "resume" or re.match(r"['\"\[{]|\w+\(", value)
     if "=" not in value or is_ours or "\\" in value or "'" in value:
         return argument
@@ -54,7 +68,7 @@ def _quoted(argument: str) -> str:
 
 
 def refuse_choices(arguments: list[str]) -> None:
-    """Raises ValueError where a group is given what names no file, for which Hydra's own message would name no key.
+    """Raises ValueError where a group is given no file's name: Hydra's message would name no key.
 
     A key that every run has cannot be deleted either.
     """
@@ -64,13 +78,19 @@ def refuse_choices(arguments: list[str]) -> None:
     for argument in arguments:
         key = argument.partition("=")[0]
         if re.fullmatch(r"~\w+", key):
-            raise ValueError(f"{argument}: every run needs this key; give it another value instead of deleting it")
+            raise ValueError(
+                f"{argument}: every run needs this key; "
+                "give it another value instead of deleting it"
+            )
         group = Path(config_dir()) / key
         if "=" not in argument or not re.fullmatch(r"\w[\w/]*", key) or not group.is_dir():
             continue
         override = OverridesParser.create().parse_override(argument)
         given = override.value()
         values = getattr(given, "list", [given])  # of a sweep
-        if any(not isinstance(value, str | dict | QuotedString | Glob) or "${" in str(value) for value in values):
+        if any(
+            not isinstance(value, str | dict | QuotedString | Glob) or "${" in str(value)
+            for value in values
+        ):
             known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
             raise ValueError(f"{argument}: must be one of {known}")

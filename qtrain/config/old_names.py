@@ -1,4 +1,4 @@
-"""Names that older versions wrote into configs and runs, and where their objects are defined now."""
+"""Names that older versions wrote into configs and runs, and where their objects are now."""
 
 from typing import Any
 
@@ -20,7 +20,10 @@ def up_to_date(content: Any) -> Any:
         return [up_to_date(value) for value in content]
     if not isinstance(content, dict):
         return content
-    found = {RENAMED.get(key, key) if "choices" in content else key: up_to_date(v) for key, v in content.items()}
+    found = {
+        RENAMED.get(key, key) if "choices" in content else key: up_to_date(v)
+        for key, v in content.items()
+    }
     target = found.get("_target_")
     for old, new in MOVED.items():
         if isinstance(target, str) and target.startswith(old):

@@ -15,9 +15,18 @@ from qtrain.common.shape import misfits
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
 
-MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")  # each has its _target_
+# Each has its _target_.
+MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")
 SECTIONS = (*MADE, "logger", "measure")
-VALUES = ("device", "threads", "checkpoint", "model_transform", "float_cache", "calib_batches", "calib_split")
+VALUES = (
+    "device",
+    "threads",
+    "checkpoint",
+    "model_transform",
+    "float_cache",
+    "calib_batches",
+    "calib_split",
+)
 SHAPE: dict[str, Any] = {
     **{key: {} for key in SECTIONS},
     **{key: object for key in VALUES},  # with mistakes in them the rest of qtrain deals
@@ -33,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Returns the content of a run's config.yaml.
 
     Raises:
-        ValueError: it is damaged, or names what is neither harmless nor of a package in QTRAIN_TRUST.
+        ValueError: it is damaged, or names what is neither harmless nor in QTRAIN_TRUST.
     """
     content = read_yaml(path)
     content = up_to_date(content)
@@ -74,17 +83,29 @@ def read_yaml(path: Path) -> Any:
     """Returns the plain content of a YAML file; its interpolations are left as they stand.
 
     Raises:
-        ValueError: it is no YAML, or has aliases, which could make it endless, tags, or too many levels.
+        ValueError: it is no YAML, or has aliases (it could be endless), tags, or too many levels.
     """
     level = 0
     try:
         text = read_text(path, MOST_BYTES)
         for event in yaml.parse(text, yaml.SafeLoader):
-            if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
-                raise ValueError(f"line {event.start_mark.line + 1}: an anchor, an alias or a tag, which no run writes")
-            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if (
+                getattr(event, "anchor", None) is not None
+                or getattr(event, "tag", None) is not None
+            ):
+                raise ValueError(
+                    f"line {event.start_mark.line + 1}: "
+                    "an anchor, an alias or a tag, which no run writes"
+                )
+            level += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                event, yaml.CollectionEndEvent
+            )
             if level > MOST_LEVELS:
-                raise ValueError(f"line {event.start_mark.line + 1}: more than {MOST_LEVELS} levels")
+                raise ValueError(
+                    f"line {event.start_mark.line + 1}: more than {MOST_LEVELS} levels"
+                )
         return OmegaConf.to_container(OmegaConf.create(text))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as err:
-        raise ValueError(f"{path} is damaged ({' '.join(str(err).split())}); start the run again") from err
+        raise ValueError(
+            f"{path} is damaged ({' '.join(str(err).split())}); start the run again"
+        ) from err

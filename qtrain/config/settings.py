@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from qtrain.backend.find import find
 from qtrain.common.validate import MANY, SEEDS, WIDE, boolean, choice, number, shown, text, whole
 
-MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")  # by their _target_
+# By their _target_.
+MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")
 SECTIONS = (*MADE, "logger", "measure")
 MOST_THREADS = 1024  # of more, OpenMP dies without a word
 
@@ -34,7 +35,14 @@ def find_device(name: Any, key: str = "device") -> str:
     Raises:
         ConfigError: the device is not there.
     """
-    there = [d for d, ok in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if ok]
+    there = [
+        d
+        for d, ok in (
+            ("cuda", torch.cuda.is_available()),
+            ("mps", torch.backends.mps.is_available()),
+        )
+        if ok
+    ]
     there.append("cpu")
     if name == "auto":
         return there[0]
@@ -42,13 +50,16 @@ def find_device(name: Any, key: str = "device") -> str:
         device = torch.device(name) if isinstance(name, str) else None
     except RuntimeError:
         device = None
-    if device is None or device.type not in there or device.type == "cpu" and name != "cpu":  # there is one CPU
-        raise ConfigError(f"{key}={shown(name)}: not usable here; allowed are auto, {', '.join(there)}")
+    # There is one CPU.
+    if device is None or device.type not in there or device.type == "cpu" and name != "cpu":
+        raise ConfigError(
+            f"{key}={shown(name)}: not usable here; allowed are auto, {', '.join(there)}"
+        )
     return name
 
 
 def objectives(config: DictConfig) -> list[str]:
-    """Returns the metrics that a sweeper shall optimize, such as quantized.accuracy; none: the task's own."""
+    """Returns the metrics for a sweeper to optimize, as quantized.accuracy; none: the task's."""
     found = config.objective
     if isinstance(found, str):
         return [found]
@@ -85,12 +96,20 @@ def check_settings(config: DictConfig) -> Iterator[str]:
     yield from text("float_cache", config.float_cache, null=True)
     yield from whole("calib_batches", config.calib_batches, 1, MANY, null=True)
     yield from choice("calib_split", config.calib_split, ("train", "val", "test"))
-    if config.checkpoint is not None and not (isinstance(config.checkpoint, str) and isfile(config.checkpoint)):
-        yield f"checkpoint={config.checkpoint}: there is no such file; allowed is a state dict, as float.pt of a run"
+    if config.checkpoint is not None and not (
+        isinstance(config.checkpoint, str) and isfile(config.checkpoint)
+    ):
+        yield (
+            f"checkpoint={config.checkpoint}: there is no such file; "
+            "allowed is a state dict, as float.pt of a run"
+        )
     yield from choice("checkpoint_mode", config.checkpoint_mode, ("use", "finetune"))
     yield from boolean("checkpoint_strict", config.checkpoint_strict)
     if config.checkpoint is None and config.checkpoint_mode == "finetune":
-        yield "checkpoint_mode=finetune: there is nothing to train on from; name a file by checkpoint="
+        yield (
+            "checkpoint_mode=finetune: there is nothing to train on from; "
+            "name a file by checkpoint="
+        )
     if not (config.objective is None or objectives(config)):
         yield f"objective={config.objective}: must be the path of a metric, a list of such, or null"
     if "device" in config.data:
@@ -119,10 +138,16 @@ def _check_measure(measure: Any) -> Iterator[str]:
         yield from (f"measure.{key}: is missing, and has no default" for key in missing)
         return
     for key in set(measure) - set(known):
-        yield f"measure.{key}={shown(measure[key])}: there is no such key; allowed are {', '.join(known)}"
+        yield (
+            f"measure.{key}={shown(measure[key])}: there is no such key; "
+            f"allowed are {', '.join(known)}"
+        )
     sizes = measure.batch_sizes
     if not OmegaConf.is_list(sizes) or not sizes or any(whole("", size, 1, WIDE) for size in sizes):
-        yield (f"measure.batch_sizes={shown(sizes)}: must be a list of whole numbers from 1 to {WIDE}, such as [1, 64]")
+        yield (
+            f"measure.batch_sizes={shown(sizes)}: "
+            f"must be a list of whole numbers from 1 to {WIDE}, such as [1, 64]"
+        )
     yield from whole("measure.warmup", measure.warmup, 0, MANY)
     yield from whole("measure.repeats", measure.repeats, 1, MANY)
 
@@ -143,7 +168,14 @@ def _check_optimizer(key: str, settings: Any) -> Iterator[str]:
         elif name in ("weight_decay", "eps"):
             yield from number(where, value, least=0, most=1e6)
         elif name == "betas":
-            if not OmegaConf.is_list(value) or len(value) != 2 or any(number("", b, least=0, below=1) for b in value):
-                yield f"{where}={shown(value)}: must be two numbers of at least 0 and below 1, such as [0.9, 0.999]"
+            if (
+                not OmegaConf.is_list(value)
+                or len(value) != 2
+                or any(number("", b, least=0, below=1) for b in value)
+            ):
+                yield (
+                    f"{where}={shown(value)}: "
+                    "must be two numbers of at least 0 and below 1, such as [0.9, 0.999]"
+                )
         elif name in ("fused", "foreach", "nesterov", "amsgrad", "maximize") and value is not None:
             yield from boolean(where, value)

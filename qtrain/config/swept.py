@@ -15,7 +15,7 @@ OPTIONAL = "optional_keys"  # how the command tells its jobs which keys may be l
 
 
 def forgive(options: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
-    """Returns a command line's overrides, the keys that some swept option lacks made optional, with a note each.
+    """Returns the overrides, keys that some swept option lacks made optional, with a note each.
 
     Args:
         options: what begins with a dash, and the values that go with it.
@@ -39,7 +39,9 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
     import hydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    folders = [v for k, v in zip(options, options[1:], strict=False) if k in ("--config-dir", "-cd")]
+    folders = [
+        v for k, v in zip(options, options[1:], strict=False) if k in ("--config-dir", "-cd")
+    ]
     search = [f"hydra.searchpath=['file://{Path(folder).resolve()}']" for folder in folders]
     fixed = [text for text, o in own.items() if _is_group(o) and not o.is_sweep_override()]
     base = hydra.compose("config", [*search, *fixed], return_hydra_config=True)
@@ -59,21 +61,28 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
         if not below or not override.is_sweep_override():
             continue
         chosen = list(override.sweep_string_iterator())
-        configs = {name: hydra.compose("config", [*search, *fixed, f"{group}={name}"]) for name in chosen}
+        configs = {
+            name: hydra.compose("config", [*search, *fixed, f"{group}={name}"]) for name in chosen
+        }
         for text in below:
-            lacks = [name for name, config in configs.items() if not _has(config, own[text].key_or_group)]
+            lacks = [
+                name for name, config in configs.items() if not _has(config, own[text].key_or_group)
+            ]
             if 0 < len(lacks) < len(chosen):
                 lacking[text] = lacks
     if not lacking:
         return list(own), []
     keys = ",".join(own[text].key_or_group for text in lacking)
     kept = [f"++{text}" if text in lacking else text for text in own]
-    notes = [f"{text}: left out for {', '.join(names)}, without this key" for text, names in lacking.items()]
+    notes = [
+        f"{text}: left out for {', '.join(names)}, without this key"
+        for text, names in lacking.items()
+    ]
     return [*kept, f"+{OPTIONAL}=[{keys}]"], notes
 
 
 def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> list[str]:
-    """Removes, in place, the optional keys that a job's own options lack; returns its overrides without them."""
+    """Removes, in place, optional keys that a job's options lack; returns the other overrides."""
     import hydra
     from omegaconf import OmegaConf, open_dict
 
@@ -92,11 +101,13 @@ def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> list[str]:
         with open_dict(config):
             OmegaConf.select(config, section).pop(name)
     others = tuple(f"++{key}=" for key in optional)
-    return plain + [text for text in overrides if text.startswith("++") and not text.startswith(others)]
+    return plain + [
+        text for text in overrides if text.startswith("++") and not text.startswith(others)
+    ]
 
 
 def _is_spelt(key: str, folders: Iterable[str]) -> bool:
-    """Tells whether any YAML file has a key of that last name; to compose all options takes seconds."""
+    """Tells whether any YAML file has a key of that last name; composing them takes seconds."""
     name = re.compile(rf"\b{re.escape(key.rpartition('.')[2])}['\"]?\s*:")
     files = (path for folder in folders for path in Path(folder).rglob("*.yaml"))
     return any(name.search(path.read_text("utf-8", "replace")) for path in files)

@@ -8,7 +8,7 @@ TEXT = {
 
 
 def partners(overrides: list[str]) -> list[str]:
-    """Returns the overrides that go with what a command line names, each with its group's first option.
+    """Returns the overrides that go with what a command line names, each with its group's first.
 
     What it names itself wins, and so does an experiment, which has a model, data and a task.
 

@@ -1,4 +1,4 @@
-"""What a run's folder may name: anyone may have made it, and each `_target_` in it is code that would run."""
+"""What a run's folder may name: anyone may have made it, and each `_target_` in it would run."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from qtrain.common.plain import plain
 ENVIRONMENT = "QTRAIN_TRUST"
 MODELS = "torchvision.models"
 LIBRARIES = ("torch.nn", "torch.optim", "torchvision.transforms", MODELS)
-# Libraries that come with this package: never a user's own, and with much in them that no run's config should call.
+# What comes with this package: never a user's own, and with much in it that no run should call.
 NO_USERS = {
     "torch",
     "torchvision",
@@ -31,7 +31,7 @@ NO_USERS = {
 
 
 def require(config: Any, trust: Sequence[str], where: str) -> None:
-    """Makes sure that `config` names nothing but harmless classes and functions; imports no others to find out.
+    """Makes sure that `config` names only harmless classes and functions; imports no others for it.
 
     Args:
         config: plain dicts, lists and values, from a run's folder.
@@ -39,7 +39,7 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
         where: what to call the config in messages.
 
     Raises:
-        ValueError: a `_target_`, at any depth, is defined elsewhere, or a value is an interpolation.
+        ValueError: a `_target_`, at any depth, is of elsewhere, or a value is an interpolation.
     """
     if isinstance(trust, str):
         raise ValueError(f"trust={trust}: must be a list of packages, such as [{trust!r}]")
@@ -47,7 +47,10 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
     packages = list(dict.fromkeys([*trust, *(name.strip() for name in named if name.strip())]))
     for path, value in _values(config, "config"):
         if isinstance(value, str) and "${" in value:
-            raise ValueError(f"{where}: {plain(path)}={plain(value)}: an interpolation, which no run writes; remove it")
+            raise ValueError(
+                f"{where}: {plain(path)}={plain(value)}: an interpolation, which no run writes; "
+                "remove it"
+            )
         try:
             problem = _problem(value, packages) if path.endswith("._target_") else None
         except ImportError as err:
@@ -69,11 +72,13 @@ def _own_targets() -> frozenset[str]:
     from qtrain.config.build import config_dir
 
     texts = (path.read_text(encoding="utf-8") for path in Path(config_dir()).rglob("*.yaml"))
-    return frozenset(name for text in texts for name in re.findall(r"^\s*_target_: (\S+)", text, re.M))
+    return frozenset(
+        name for text in texts for name in re.findall(r"^\s*_target_: (\S+)", text, re.M)
+    )
 
 
 def _problem(target: Any, packages: list[str]) -> str | None:
-    """Returns why an object of that name must not be made, or None. What counts is where it is defined."""
+    """Returns why an object of that name must not be made, or None; where it is defined counts."""
     if not isinstance(target, str) or not re.fullmatch(r"\w+(\.\w+)+", target):
         return "must be a name such as mypackage.MyNet"
     if target in _own_targets():
@@ -87,7 +92,11 @@ def _problem(target: Any, packages: list[str]) -> str | None:
     module, name = found.__module__, found.__qualname__
     if not (any(_is_in(module, package) for package in packages) or _is_known(found, module)):
         return f"is defined in {module}, and " + _refusal(module.partition(".")[0], packages)
-    return None if _function(_member(module, name)) is _function(found) else f"is not what {module}.{name} is"
+    return (
+        None
+        if _function(_member(module, name)) is _function(found)
+        else f"is not what {module}.{name} is"
+    )
 
 
 def _is_in(name: str, package: str) -> bool:
@@ -95,7 +104,7 @@ def _is_in(name: str, package: str) -> bool:
 
 
 def _member(module: str, name: str) -> Any:
-    """Returns what a module calls so; not by its package, which may call a function as the module."""
+    """Returns what a module calls so; not by its package, which may hide it by a function."""
     found = _import(module)
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -107,7 +116,7 @@ def _function(found: Any) -> Any:
 
 
 def _find(target: str) -> Any:
-    """Returns what has that name, or None where the way there leads through another module's import."""
+    """Returns what has that name, or None where another module's import leads there."""
     first, *others = target.split(".")
     name, found = first, _import(first)
     for part in others:
@@ -128,7 +137,7 @@ def _import(name: str) -> Any:
 
 
 def _is_known(found: Any, module: str) -> bool:
-    """Tells whether it is a module, optimizer or schedule of torch's, or a model or transform of torchvision's."""
+    """Tells whether it is torch's module, optimizer or schedule, or torchvision's own."""
     from torch import nn, optim
 
     kinds: dict[str, Any] = {
@@ -138,7 +147,9 @@ def _is_known(found: Any, module: str) -> bool:
         "torchvision.transforms": object,
     }
     if isinstance(found, type):
-        return any(_is_in(module, library) and issubclass(found, kind) for library, kind in kinds.items())
+        return any(
+            _is_in(module, library) and issubclass(found, kind) for library, kind in kinds.items()
+        )
     if not _is_in(module, MODELS):
         return False
     from torchvision import models
@@ -152,5 +163,6 @@ def _refusal(package: str, packages: list[str]) -> str:
     names = [*packages, package]
     return (
         "running code of a stranger's choice is not safe; if you know and trust it: "
-        f"qtrain.load(run, trust={names}), the option --trust {' '.join(names)}, or {ENVIRONMENT}={','.join(names)}"
+        f"qtrain.load(run, trust={names}), the option --trust {' '.join(names)}, "
+        f"or {ENVIRONMENT}={','.join(names)}"
     )

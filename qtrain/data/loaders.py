@@ -12,7 +12,8 @@ from torch import Tensor
 from qtrain.common.validate import MANY, choice, number, refuse, whole
 
 Batch = tuple[Tensor, Tensor]
-CHUNK = 8192  # samples normalised at once: big enough to hide the cost of an op, small enough to stay in cache
+# Samples normalised at once: enough to hide the cost of an op, few enough to stay in cache.
+CHUNK = 8192
 
 
 class Loader(Protocol):
@@ -29,7 +30,7 @@ class DataLoaders:
 
     Attributes:
         train: batches in a new random order every epoch.
-        val: held out of the training split for choices made during training; None where nothing is held out.
+        val: held out of the training split for choices made during training; or None.
         test: the official test split, for reported numbers only.
         calib: the training split in fixed order with evaluation transforms.
         fingerprint: a digest of the data's content.
@@ -43,7 +44,7 @@ class DataLoaders:
 
 
 def shuffled_indices(num_samples: int) -> Tensor:
-    """Returns the order (num_samples,) that `DataLoader(shuffle=True)` would draw from torch's global generator.
+    """Returns the order (num_samples,) that `DataLoader(shuffle=True)` would draw.
 
     A DataLoader first draws a seed for its workers, then one for its sampler's own generator.
     """
@@ -68,7 +69,15 @@ class ImageLoader:
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, *, batch_size: int, shuffle: bool, mean: float, std: float, channels: int
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        mean: float,
+        std: float,
+        channels: int,
     ) -> None:
         self.images, self.labels = images, labels
         self.batch_size, self.shuffle = batch_size, shuffle
@@ -94,7 +103,8 @@ class ImageLoader:
 def _resize(images: Tensor, size: int) -> Tensor:
     """Returns uint8 images (N, size, size)."""
     parts = [
-        F.interpolate(x[:, None], (size, size), mode="bilinear", antialias=True)[:, 0] for x in images.split(CHUNK)
+        F.interpolate(x[:, None], (size, size), mode="bilinear", antialias=True)[:, 0]
+        for x in images.split(CHUNK)
     ]
     return torch.cat(parts)
 
@@ -112,17 +122,16 @@ def image_loaders(
     size: int | None = None,
     device: str,
 ) -> DataLoaders:
-    """Returns the loaders of an image data set, given as (uint8 images (N, H, W), labels (N,)) a split.
+    """Returns the loaders of an image data set: (uint8 images (N, H, W), labels (N,)) a split.
 
-    The last val_size training samples are held out for validation. With a size, images are resized to that many pixels
-    a side.
+    The last val_size training samples are held out for validation. With a size, images are resized
+    to that many pixels a side.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
     """
     num_train = len(train[1])
-    if not num_train or not len(test[1]):
-        raise ValueError(f"the data hold {num_train} training and {len(test[1])} test images; each needs at least one")
+    _refuse_empty(num_train, len(test[1]))
     refuse(
         whole("batch_size", batch_size, 1, MANY)
         + whole("eval_batch_size", eval_batch_size, 1, MANY)
@@ -133,24 +142,43 @@ def image_loaders(
         + whole("size", size, 8, 512, null=True)
     )
     if train[0].min() == train[0].max():
-        raise ValueError("the training images are all alike, every pixel of one value: there is nothing to learn")
+        raise ValueError(
+            "the training images are all alike, every pixel of one value: there is nothing to learn"
+        )
     if size is not None:
         train, test = [(_resize(images, size), labels) for images, labels in (train, test)]
 
-    digest = hashlib.sha256()
-    for part in (*train, *test):
-        digest.update(part.cpu().numpy().tobytes())
-    train, test = [(images.to(device), labels.to(device, torch.int64)) for images, labels in (train, test)]
+    fingerprint = _digest(*train, *test)
+    train, test = [
+        (images.to(device), labels.to(device, torch.int64)) for images, labels in (train, test)
+    ]
     split = num_train - val_size
 
     def loader(part: Batch, rows: slice, size: int, shuffle: bool = False) -> ImageLoader:
         images, labels = part[0][rows], part[1][rows]
-        return ImageLoader(images, labels, batch_size=size, shuffle=shuffle, mean=mean, std=std, channels=channels)
+        return ImageLoader(
+            images, labels, batch_size=size, shuffle=shuffle, mean=mean, std=std, channels=channels
+        )
 
     return DataLoaders(
         train=loader(train, slice(split), batch_size, shuffle=True),
         val=loader(train, slice(split, None), eval_batch_size) if val_size else None,
         test=loader(test, slice(None), eval_batch_size),
         calib=loader(train, slice(split), batch_size),
-        fingerprint=digest.hexdigest(),
+        fingerprint=fingerprint,
     )
+
+
+def _refuse_empty(num_train: int, num_test: int) -> None:
+    if not num_train or not num_test:
+        raise ValueError(
+            f"the data hold {num_train} training and {num_test} test images; "
+            "each needs at least one"
+        )
+
+
+def _digest(*parts: Tensor) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()

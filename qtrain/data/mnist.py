@@ -18,7 +18,10 @@ def mnist_sample(**options: Any) -> DataLoaders:
     Args:
         options: those of `image_loaders`.
     """
-    with (files("qtrain.data") / "samples" / "mnist_sample.npz").open("rb") as file, np.load(file) as arrays:
+    with (
+        (files("qtrain.data") / "samples" / "mnist_sample.npz").open("rb") as file,
+        np.load(file) as arrays,
+    ):
         images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
     train, test = slice(NUM_SAMPLE_TRAIN), slice(NUM_SAMPLE_TRAIN, None)
     return image_loaders((images[train], labels[train]), (images[test], labels[test]), **options)
@@ -28,13 +31,14 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
     """Returns the official 60,000 training and 10,000 test digits.
 
     Args:
-        root: the folder that holds MNIST/raw; the files are downloaded into it where they are absent.
+        root: the folder that holds MNIST/raw; absent files are downloaded into it.
         options: those of `image_loaders`.
 
     Raises:
         ValueError: the data can be neither found nor downloaded, or a file is damaged.
     """
-    from torchvision.datasets import MNIST  # imported here: it takes a second that the sample need not wait for
+    # Imported here: it takes a second that the sample need not wait for.
+    from torchvision.datasets import MNIST
 
     raw = Path(root) / "MNIST" / "raw"
     try:
@@ -43,9 +47,16 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
             raise ValueError("it holds another number of images than of labels")
     except (OSError, RuntimeError, AssertionError, LookupError, TypeError, ValueError) as err:
         if all((raw / Path(name).stem).is_file() for name, _ in MNIST.resources):
-            advice = "a file in MNIST/raw is damaged; delete that folder and let it be downloaded again"
+            advice = (
+                "a file in MNIST/raw is damaged; delete that folder and let it be downloaded again"
+            )
         else:
-            advice = "there is no MNIST/raw with the four official files, and downloading them failed; name the folder "
-            advice += "by data.root or the environment variable QTRAIN_DATA, or use the bundled data=mnist_sample"
-        raise ValueError(f"root={root}: {advice} ({(str(err) or type(err).__name__).splitlines()[0]})") from err
+            advice = (
+                "there is no MNIST/raw with the four official files, and downloading them failed; "
+                "name the folder by data.root or the environment variable QTRAIN_DATA, "
+                "or use the bundled data=mnist_sample"
+            )
+        raise ValueError(
+            f"root={root}: {advice} ({(str(err) or type(err).__name__).splitlines()[0]})"
+        ) from err
     return image_loaders((train.data, train.targets), (test.data, test.targets), **options)

@@ -66,14 +66,16 @@ class BPETokenizer:
 
     def encode(self, text: str) -> Tensor:
         """Returns the tokens of `text`, int64 (N,)."""
-        return torch.tensor(self.backend.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+        return torch.tensor(
+            self.backend.encode(text, add_special_tokens=False).ids, dtype=torch.int64
+        )
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """Returns the text of (N,) tokens; what is no UTF-8 becomes U+FFFD."""
         return self.backend.decode(torch.as_tensor(tokens).tolist(), skip_special_tokens=False)
 
     def num_bytes(self, token: int) -> int:
-        """Returns the length of the token's name: a byte-level vocabulary spells each byte as one character."""
+        """Returns the token's length in bytes, each a character of a byte-level vocabulary."""
         return len(self.backend.id_to_token(token))
 
 
@@ -102,11 +104,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of that name.
 
     Args:
-        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt; or a model on the Hugging Face
-            hub, such as "gpt2". All but the first need the extra `hf`.
+        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt; or a model
+            on the Hugging Face hub, such as "gpt2". All but the first need the extra `hf`.
 
     Raises:
-        ValueError: the folder holds no tokenizer, the hub has none of that name, or the extra is not installed.
+        ValueError: folder or hub hold no such tokenizer, or the extra is not installed.
     """
     refuse(text("tokenizer", name))
     if name == "bytes":
@@ -121,7 +123,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         import tokenizers
     except ImportError as err:
         raise ValueError(
-            f'tokenizer={name}: needs the extra hf (pip install "qtrain[hf]"); tokenizer=bytes does not'
+            f'tokenizer={name}: needs the extra hf (pip install "qtrain[hf]"); '
+            "tokenizer=bytes does not"
         ) from err
     online = folder.is_dir() or hub_answers()
     try:
@@ -129,12 +132,14 @@ def load_tokenizer(name: str) -> Tokenizer:
             return BPETokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
         if not _holds_bpe(folder):
             return BPETokenizer(tokenizers.Tokenizer.from_pretrained(name))
-        backend = tokenizers.ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        backend = tokenizers.ByteLevelBPETokenizer(
+            str(folder / "vocab.json"), str(folder / "merges.txt")
+        )
     except Exception as err:  # the library raises bare Exceptions
         reason = err if online else "the hub does not answer, and it was not downloaded before"
         raise ValueError(
-            f"tokenizer={name}: could not be loaded ({reason}); allowed are bytes, a folder with vocab.json and "
-            "merges.txt, and a model on the Hugging Face hub such as gpt2"
+            f"tokenizer={name}: could not be loaded ({reason}); allowed are bytes, a folder with "
+            "vocab.json and merges.txt, and a model on the Hugging Face hub such as gpt2"
         ) from err
     if backend.token_to_id(END_OF_TEXT) is not None:
         backend.add_special_tokens([END_OF_TEXT])

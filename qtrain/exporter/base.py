@@ -16,8 +16,9 @@ class Exporter:
     Attributes:
         name: by which reports call it.
         file_name: of what it writes, in the folder of a run.
-        max_steps: largest difference between what the file and the simulation put out, in steps of the last quantized
-            layer, root mean square: a runtime that computes on integers rounds otherwise.
+        max_steps: largest difference between what the file and the simulation put out, in steps of
+            the last quantized layer, root mean square: a runtime that computes on integers rounds
+            otherwise.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Exported files under the truth gate: each is run again, and must put out what its simulation does."""
+"""Exported files under the truth gate: each is run again, and must do as its simulation."""
 
 import tempfile
 from collections.abc import Sequence
@@ -21,17 +21,22 @@ def check_exporters(exporters: Any, quantizer: Any) -> list[str]:
     if not isinstance(exporters, list):
         return [f"export={shown(exporters)}: must be a list, such as [torch_export]"]
     problems = [
-        f"export={shown(item)}: must be an Exporter, by the name of a file in conf/exporter or by its _target_"
+        f"export={shown(item)}: must be an Exporter, "
+        "by the name of a file in conf/exporter or by its _target_"
         for item in exporters
         if not isinstance(item, Exporter)
     ]
     if exporters and quantizer is not None and not quantizer.exports:
-        problems.append("export: this method simulates nothing that could be written; use quant=ptq or qat")
+        problems.append(
+            "export: this method simulates nothing that could be written; use quant=ptq or qat"
+        )
     return problems
 
 
-def rehearse_exports(exporters: Sequence[Exporter], model: nn.Module, quantizer: Quantizer, inputs: Inputs) -> None:
-    """Writes an untrained copy of the model by each exporter, so that what it refuses is known before any training.
+def rehearse_exports(
+    exporters: Sequence[Exporter], model: nn.Module, quantizer: Quantizer, inputs: Inputs
+) -> None:
+    """Writes an untrained copy by each exporter: what it refuses is known before any training.
 
     Raises:
         ValueError: the model cannot be written so; says why.
@@ -57,8 +62,8 @@ def write_and_judge(
         folder: where the file goes.
 
     Returns:
-        {"file", "size_bytes", "steps"} for the report, and the failures. The steps are the root mean square difference
-        in quantization steps of the last layer.
+        {"file", "size_bytes", "steps"} for the report, and the failures. The steps are the root
+        mean square difference in quantization steps of the last layer.
     """
     path = folder / exporter.file_name
     exporter.write(simulation, inputs, path)
@@ -68,8 +73,9 @@ def write_and_judge(
     if steps <= exporter.max_steps:
         return section, []
     return section, [
-        f"export: what {exporter.file_name} ({exporter.name}) puts out differs from its simulation by {steps:.3g} "
-        f"quantization steps of the last layer (root mean square), above {exporter.max_steps:g}: do not use it"
+        f"export: what {exporter.file_name} ({exporter.name}) puts out differs from its simulation "
+        f"by {steps:.3g} quantization steps of the last layer (root mean square), "
+        f"above {exporter.max_steps:g}: do not use it"
     ]
 
 

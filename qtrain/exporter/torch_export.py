@@ -1,4 +1,4 @@
-"""The simulation as a program of torch.export: integers and scales in it, computed with in float, without qtrain."""
+"""The simulation as a torch.export program, without qtrain: it computes with integers in float."""
 
 import io
 from pathlib import Path
@@ -14,19 +14,22 @@ from qtrain.simulate.simulation import Simulation
 
 
 class TorchExport(Exporter):
-    """Writes a .pt2 file, which `torch.export.load` reads in any process; batches may have any size."""
+    """Writes a .pt2 file, for `torch.export.load` in any process; batches of any size."""
 
     name = "torch_export"
     file_name = "model.pt2"
 
     def write(self, simulation: Simulation, example: Inputs, path: Path) -> None:
         model = Reference("reference").lower(simulation)
-        example = tuple(torch.cat([x[:1], x[:1]]) for x in example)  # of a batch of one, torch takes the size for fixed
+        # Of a batch of one, torch takes the size for fixed.
+        example = tuple(torch.cat([x[:1], x[:1]]) for x in example)
         batch = torch.export.Dim("batch", min=1)
         shapes = tuple({0: batch} for _ in example)
         try:
             program = torch.export.export(model, example, dynamic_shapes=shapes)
-            content = io.BytesIO()  # torch warns of a file that does not end in .pt2, as one that is not yet whole
+            content = (
+                io.BytesIO()
+            )  # torch warns of a file that does not end in .pt2, as one that is not yet whole
             torch.export.save(program, content)
         except Exception as err:  # whatever torch makes of a forward that it cannot follow
             reason = (str(err).strip() or type(err).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Clipping: a range that leaves out extreme outliers, so that the integers serve the bulk of the values."""
+"""Clipping: a range without extreme outliers, so that the integers serve the bulk of the values."""
 
 from torch import Tensor
 
@@ -8,7 +8,8 @@ from qtrain.functional.finite import check_finite
 def percentile_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     """Returns (low, high) with at most (100 - percentile) % of the values below and as many above.
 
-    Both are values of x (no interpolation); 100 gives minimum and maximum. Use with `choose_qparams`.
+    Both are values of x (no interpolation); 100 gives minimum and maximum. Use with
+    `choose_qparams`.
 
     Args:
         x: any shape, floating point, finite.
@@ -29,6 +30,7 @@ def percentile_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     check_finite(x)
     if x.numel() == 0:
         return x.sum(), x.sum()
-    num_clipped = int(round((100 - percentile) / 100 * x.numel(), 6))  # rounded: 100 - 99.9 is 0.0999...
+    # Rounded: 100 - 99.9 is 0.0999...
+    num_clipped = int(round((100 - percentile) / 100 * x.numel(), 6))
     flat = x.flatten()
     return flat.kthvalue(num_clipped + 1).values, flat.kthvalue(x.numel() - num_clipped).values

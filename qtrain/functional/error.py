@@ -1,4 +1,4 @@
-"""How far an approximation is from its reference. All sums are in float64, in which squares of float32 fit."""
+"""How far an approximation is from its reference. Sums are in float64: float32's squares fit."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ def _pair(reference: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
     """Returns both as flat float64, checked."""
     if reference.shape != approximation.shape:
         raise ValueError(
-            f"reference of shape {list(reference.shape)} and approximation of shape {list(approximation.shape)}: "
-            "the shapes must be equal"
+            f"reference of shape {list(reference.shape)} and approximation of shape "
+            f"{list(approximation.shape)}: the shapes must be equal"
         )
     check_finite(reference, "reference")
     check_finite(approximation, "approximation")
@@ -19,7 +19,7 @@ def _pair(reference: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled_pair(reference: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns `_pair` over their common largest magnitude, so that no square overflows or vanishes."""
+    """Returns `_pair` over its largest magnitude, so that no square overflows or vanishes."""
     pair = torch.stack(_pair(reference, approximation))
     peak = pair.abs().amax() if pair.numel() else pair.new_ones(())
     reference, approximation = pair / torch.where(peak == 0, 1.0, peak)
@@ -27,7 +27,7 @@ def _scaled_pair(reference: Tensor, approximation: Tensor) -> tuple[Tensor, Tens
 
 
 def mse(reference: Tensor, approximation: Tensor) -> Tensor:
-    """Returns the mean squared error, `mean((reference - approximation)^2)`, float64 []; 0 for empty tensors.
+    """Returns the mean squared error, `mean((reference - approximation)^2)`, float64 []; empty: 0.
 
     Args:
         reference: any shape.
@@ -44,7 +44,9 @@ def mse(reference: Tensor, approximation: Tensor) -> Tensor:
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> Tensor:
-    """Returns the signal-to-quantization-noise ratio, `10 log10(sum reference^2 / sum (reference - approximation)^2)`.
+    """Returns the signal-to-quantization-noise ratio in dB.
+
+    `10 log10(sum reference^2 / sum (reference - approximation)^2)`
 
     Args:
         reference: any shape.

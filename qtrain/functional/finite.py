@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def check_finite(x: Tensor, name: str = "x") -> None:
-    """Raises a ValueError that counts the NaN and inf of a tensor; the only place that waits for the device.
+    """Raises a ValueError that counts a tensor's NaN and inf; nothing else waits for the device.
 
     Args:
         x: any shape and dtype.
@@ -22,5 +22,6 @@ def check_finite(x: Tensor, name: str = "x") -> None:
     if not torch.isfinite(x).all():
         num_nan, num_inf = int(x.isnan().sum()), int(x.isinf().sum())
         raise ValueError(
-            f"{name} of shape {list(x.shape)} holds {num_nan} NaN and {num_inf} inf: all values must be finite"
+            f"{name} of shape {list(x.shape)} holds {num_nan} NaN and {num_inf} inf: "
+            "all values must be finite"
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A binary number format, signed: IEEE-like floating point, or two's complement if it has no exponent.
+    """A signed binary number format: IEEE-like, or two's complement if it has no exponent.
 
     Args:
         name: as in configs and tables.
@@ -41,7 +41,9 @@ class NumberFormat:
     @property
     def largest(self) -> float:
         """Largest finite number: `(2 - 2^-mantissa) * 2^bias`, or `2^mantissa - 1`."""
-        return (2 - 2.0**-self.mantissa) * 2.0**self._bias if self.exponent else 2.0**self.mantissa - 1
+        return (
+            (2 - 2.0**-self.mantissa) * 2.0**self._bias if self.exponent else 2.0**self.mantissa - 1
+        )
 
     @property
     def lowest(self) -> float:
@@ -50,7 +52,7 @@ class NumberFormat:
 
     @property
     def step(self) -> float:
-        """Smallest distance between two numbers: of floats, that next to 0, `2^(1 - bias - mantissa)` (denormal)."""
+        """Smallest distance between two numbers; of floats `2^(1 - bias - mantissa)` (denormal)."""
         return 2.0 ** (1 - self._bias - self.mantissa) if self.exponent else 1.0
 
     @property

@@ -13,19 +13,25 @@ def to_groups(x: Tensor, group_size: int) -> Tensor:
     >>> to_groups(torch.arange(4), 2)
     tensor([[0, 1],
             [2, 3]])
-    >>> to_groups(torch.arange(6), 4)
+    >>> to_groups(torch.arange(6), 4)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    ValueError: group_size=4 does not divide the last dimension, 6, of shape [6]: use one of 1, 2, 3, 6
+    ValueError: group_size=4 does not divide the last dimension, 6, ...: use one of 1, 2, 3, 6
     """
     if x.ndim == 0:
-        raise ValueError(f"group_size={group_size} needs a tensor with at least one dimension, not a single number")
+        raise ValueError(
+            f"group_size={group_size} needs a tensor with at least one dimension, "
+            "not a single number"
+        )
     size = x.shape[-1]
     if group_size < 1 or size % group_size:
-        divisors = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0) or "any size of at least 1"
+        divisors = (
+            ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
+            or "any size of at least 1"
+        )
         raise ValueError(
-            f"group_size={group_size} does not divide the last dimension, {size}, of shape {list(x.shape)}: "
-            f"use one of {divisors}"
+            f"group_size={group_size} does not divide the last dimension, {size}, "
+            f"of shape {list(x.shape)}: use one of {divisors}"
         )
     grouped: Tensor = x.unflatten(-1, (size // group_size, group_size))
     return grouped
@@ -44,8 +50,8 @@ def from_groups(groups: Tensor) -> Tensor:
 def expand_parameter(parameter: Tensor, x: Tensor) -> Tensor:
     """Returns a scale or zero point in a shape that broadcasts against x.
 
-    For x [A, B]: per tensor [] or [1], per channel [A, 1] or [1, B], per group [A, B / group_size], whose
-    elements are repeated group_size times.
+    For x [A, B]: per tensor [] or [1], per channel [A, 1] or [1, B], per group [A, B / group_size],
+    whose elements are repeated group_size times.
 
     Raises:
         ValueError: the shape is none of these, for instance [A], which would broadcast along B.
@@ -64,6 +70,7 @@ def expand_parameter(parameter: Tensor, x: Tensor) -> Tensor:
         if fits and size and x.shape[-1] % size == 0:
             return parameter.repeat_interleave(x.shape[-1] // size, -1)
     raise ValueError(
-        f"a parameter of shape {list(parameter.shape)} does not fit x of shape {list(x.shape)}: for x [A, B], "
-        "per tensor is [], per channel [A, 1] or [1, B], per group [A, B / group_size]"
+        f"a parameter of shape {list(parameter.shape)} does not fit x of shape {list(x.shape)}: "
+        "for x [A, B], per tensor is [], per channel [A, 1] or [1, B], "
+        "per group [A, B / group_size]"
     )

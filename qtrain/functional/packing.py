@@ -1,8 +1,9 @@
 """Packing: 2-, 3- and 4-bit integers stored without gaps in bytes, little-endian.
 
-The tensor is read in row-major order. The first value takes the lowest bits of the first byte, the next one the bits
-above it; negative values are in two's complement. A word is the shortest run of whole bytes that holds whole values:
-4 values of 2 bits in 1 byte, 8 of 3 in 3, 2 of 4 in 1. The last word is filled up with zeros.
+The tensor is read in row-major order. The first value takes the lowest bits of the first byte, the
+next one the bits above it; negative values are in two's complement. A word is the shortest run of
+whole bytes that holds whole values: 4 values of 2 bits in 1 byte, 8 of 3 in 3, 2 of 4 in 1. The
+last word is filled up with zeros.
 """
 
 import math
@@ -17,7 +18,9 @@ from qtrain.functional.spec import int_range
 def _word(bits: int) -> tuple[int, int, torch.dtype]:
     """Returns (values per word, bytes per word, dtype that holds a word)."""
     if bits not in (2, 3, 4):
-        raise ValueError(f"bits={bits}: packed are 2, 3 and 4; wider integers fill bytes of their own")
+        raise ValueError(
+            f"bits={bits}: packed are 2, 3 and 4; wider integers fill bytes of their own"
+        )
     num_bits = math.lcm(bits, 8)
     return num_bits // bits, num_bits // 8, torch.uint8 if num_bits == 8 else torch.int32
 
@@ -43,14 +46,19 @@ def pack(values: Tensor, bits: int, *, signed: bool) -> Tensor:
     low, high = int_range(bits, signed)
     if ((values < low) | (values > high)).any():
         raise ValueError(
-            f"values {int(values.min())}..{int(values.max())} do not fit bits={bits}, signed={signed}: {low}..{high}"
+            f"values {int(values.min())}..{int(values.max())} do not fit bits={bits}, "
+            f"signed={signed}: {low}..{high}"
         )
     codes = (values.flatten() & (2**bits - 1)).to(dtype)
     codes = pad(codes, (0, -codes.numel() % values_per_word)).unflatten(0, (-1, values_per_word))
     words = torch.zeros_like(codes[:, 0])
     for i in range(values_per_word):
         words |= codes[:, i] << (bits * i)
-    return torch.stack([words >> (8 * i) & 255 for i in range(bytes_per_word)], -1).to(torch.uint8).flatten()
+    return (
+        torch.stack([words >> (8 * i) & 255 for i in range(bytes_per_word)], -1)
+        .to(torch.uint8)
+        .flatten()
+    )
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -> Tensor:
@@ -75,10 +83,15 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...], *, signed: bool) -
     num_values = math.prod(shape)
     num_bytes = -(-num_values // values_per_word) * bytes_per_word
     if packed.numel() != num_bytes:
-        raise ValueError(f"{packed.numel()} bytes, but {bits}-bit values of shape {list(shape)} take {num_bytes}")
-    if bytes_per_word == 1:  # shift each value to the top of the byte and back: int8 brings its sign along
+        raise ValueError(
+            f"{packed.numel()} bytes, but {bits}-bit values of shape {list(shape)} take {num_bytes}"
+        )
+    # Shift each value to the top of the byte and back: int8 brings its sign along.
+    if bytes_per_word == 1:
         words = packed.view(torch.int8 if signed else torch.uint8)
-        values = torch.stack([words << (8 - bits * (i + 1)) >> (8 - bits) for i in range(values_per_word)], -1)
+        values = torch.stack(
+            [words << (8 - bits * (i + 1)) >> (8 - bits) for i in range(values_per_word)], -1
+        )
         return values.flatten()[:num_values].reshape(shape)
     parts = packed.to(dtype).unflatten(0, (-1, bytes_per_word))
     words = parts[:, 0].clone()

@@ -1,7 +1,7 @@
-"""Scale and zero point: the range of a tensor, and the affine map of that range onto n-bit integers.
+"""Scale and zero point: a tensor's range, and the affine map of that range onto n-bit integers.
 
-The convention is torch's: `x_q = round(x / scale + zero_point)`, `x_dq = (x_q - zero_point) * scale`. Rounding is
-half to even everywhere.
+The convention is torch's: `x_q = round(x / scale + zero_point)`,
+`x_dq = (x_q - zero_point) * scale`. Rounding is half to even everywhere.
 """
 
 import struct
@@ -14,17 +14,23 @@ from qtrain.functional.grouping import to_groups
 
 
 def arithmetic_dtype(quant_min: int, quant_max: int, *dtypes: torch.dtype) -> torch.dtype:
-    """Returns the dtype to compute in: float64 for integers of more than 8 bits or float64 data, else float32.
+    """Returns the dtype to compute in: float64 for more than 8 bits or float64 data, else float32.
 
     float32 holds whole numbers only up to 2^24: 2^31 - 1 would round to 2^31, and overflow.
 
-    >>> arithmetic_dtype(-128, 127, torch.float16), arithmetic_dtype(-(2**31), 2**31 - 1, torch.float32)
-    (torch.float32, torch.float64)
+    >>> arithmetic_dtype(-128, 127, torch.float16)
+    torch.float32
+    >>> arithmetic_dtype(-(2**31), 2**31 - 1, torch.float32)
+    torch.float64
     """
-    return torch.float64 if quant_max - quant_min > 255 or torch.float64 in dtypes else torch.float32
+    return (
+        torch.float64 if quant_max - quant_min > 255 or torch.float64 in dtypes else torch.float32
+    )
 
 
-def value_range(x: Tensor, *, axis: int | None = None, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+def value_range(
+    x: Tensor, *, axis: int | None = None, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns (low, high), the smallest and largest value; 0 where there is none.
 
     Args:
@@ -37,7 +43,8 @@ def value_range(x: Tensor, *, axis: int | None = None, group_size: int | None = 
         per group -> [A, B / group_size].
 
     Raises:
-        ValueError: x holds NaN or inf, axis does not exist, group_size does not divide B, or both are given.
+        ValueError: x holds NaN or inf, there is no such axis, group_size does not divide B, or
+            both are given.
 
     >>> value_range(torch.tensor([[-1.2, 3.4], [0.5, 2.0]]), axis=0)
     (tensor([[-1.2000],
@@ -45,9 +52,13 @@ def value_range(x: Tensor, *, axis: int | None = None, group_size: int | None = 
             [2.0000]]))
     """
     if axis is not None and group_size is not None:
-        raise ValueError(f"axis={axis} and group_size={group_size}: give one; groups lie along the last axis")
+        raise ValueError(
+            f"axis={axis} and group_size={group_size}: give one; groups lie along the last axis"
+        )
     if axis is not None and not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis={axis}: x of shape {list(x.shape)} has the axes {-x.ndim}..{x.ndim - 1}")
+        raise ValueError(
+            f"axis={axis}: x of shape {list(x.shape)} has the axes {-x.ndim}..{x.ndim - 1}"
+        )
     check_finite(x)
     dims = [-1]
     if group_size is not None:
@@ -69,13 +80,14 @@ def choose_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Returns the (scale, zero_point) that map [low, high] onto the integers quant_min..quant_max.
 
-    asymmetric: `scale = (high - low) / (quant_max - quant_min)`, `zero_point = quant_min + round(-low / scale)`
-    symmetric: `scale = max(|low|, |high|) / ((quant_max - quant_min) / 2)`, zero_point 0, or the middle of an
-    unsigned range. With the restricted range -127..127 the divisor is 127.
+    asymmetric: `scale = (high - low) / (quant_max - quant_min)`,
+    `zero_point = quant_min + round(-low / scale)`
+    symmetric: `scale = max(|low|, |high|) / ((quant_max - quant_min) / 2)`, zero_point 0, or the
+    middle of an unsigned range. With the restricted range -127..127 the divisor is 127.
 
-    The zero point may lie outside quant_min..quant_max: it does for a range that excludes 0. A scale is never finer
-    than 8 eps (2^-20 in float32) of the largest magnitude, where x / scale would lose its fraction, nor below the
-    smallest normal number; an all-zero range gets 1.
+    The zero point may lie outside quant_min..quant_max: it does for a range that excludes 0. A
+    scale is never finer than 8 eps (2^-20 in float32) of the largest magnitude, where x / scale
+    would lose its fraction, nor below the smallest normal number; an all-zero range gets 1.
 
     Args:
         low: smallest values, any shape, as of `value_range`.
@@ -85,7 +97,8 @@ def choose_qparams(
         symmetric: whether positive and negative values get the same range.
 
     Returns:
-        scale (float32, or float64 for more than 8 bits or a float64 range) and zero_point (int64), shaped as low.
+        scale (float32, or float64 for more than 8 bits or a float64 range) and zero_point (int64),
+        shaped as low.
 
     Raises:
         ValueError: low or high holds NaN or inf, as those of an observer that has seen no data.
@@ -104,7 +117,9 @@ def choose_qparams(
     info = torch.finfo(dtype)
     magnitude = torch.maximum(low.abs(), high.abs())
     half_range = magnitude if symmetric else high / 2 - low / 2  # high - low may overflow
-    scale = torch.maximum(half_range / ((quant_max - quant_min) / 2), magnitude * (8 * info.eps)).clamp(min=info.tiny)
+    scale = torch.maximum(
+        half_range / ((quant_max - quant_min) / 2), magnitude * (8 * info.eps)
+    ).clamp(min=info.tiny)
     scale = torch.where(magnitude == 0, 1.0, scale)
     if symmetric:
         zero_point = torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int64)
@@ -117,7 +132,7 @@ _FLOAT, _FLOATS = struct.Struct("f"), struct.Struct("2f")
 
 
 def float32(x: float) -> float:
-    """Returns x rounded to float32: after +, -, * or / of two float32 numbers, what float32 arithmetic gives."""
+    """Returns x rounded to float32: as float32 arithmetic, after one +, -, * or / of two."""
     rounded: float = _FLOAT.unpack(_FLOAT.pack(x))[0]
     return rounded
 
@@ -130,22 +145,23 @@ def float32s(x: float, y: float) -> tuple[float, float]:
 def range_qparams(
     low: Tensor, high: Tensor, *, quant_min: int, quant_max: int, symmetric: bool, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the (scale, zero_point) that torch's observers give to an observed range, without reading a value back.
+    """Returns torch's observers' (scale, zero_point) for a range, without reading a value back.
 
     The range is widened to include 0. asymmetric: `scale = (high - low) / (quant_max - quant_min)`,
-    `zero_point = quant_min - round(low / scale)`; symmetric: `scale = max(-low, high) / ((quant_max - quant_min) / 2)`,
-    zero_point the middle, rounded down for unsigned integers and 0 for signed ones. `choose_qparams` differs in its
-    smallest scale, and in keeping a range that excludes 0.
+    `zero_point = quant_min - round(low / scale)`; symmetric:
+    `scale = max(-low, high) / ((quant_max - quant_min) / 2)`, zero_point the middle, rounded down
+    for unsigned integers and 0 for signed ones. `choose_qparams` differs in its smallest scale, and
+    in keeping a range that excludes 0.
 
     Args:
         low, high: smallest and largest values, [] or [C], float32.
         eps: smallest scale.
 
     Returns:
-        scale (float32) and zero_point (int32), both [1] or [C]; None for a zero_point that is always 0.
+        scale (float32) and zero_point (int32), both [1] or [C]; None for a constant zero_point 0.
 
-    >>> range_qparams(torch.tensor(-1.0), torch.tensor(2.0), quant_min=0, quant_max=3, symmetric=False,
-    ...     eps=1e-7)
+    >>> low, high = torch.tensor(-1.0), torch.tensor(2.0)
+    >>> range_qparams(low, high, quant_min=0, quant_max=3, symmetric=False, eps=1e-7)
     (tensor([1.]), tensor([1], dtype=torch.int32))
     """
     if low.ndim == 0:

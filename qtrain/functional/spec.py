@@ -15,8 +15,10 @@ def int_range(bits: int, signed: bool, *, restricted: bool = False) -> tuple[int
 
     restricted drops the most negative signed integer, so that the range is symmetric about 0.
 
-    >>> int_range(8, signed=True), int_range(8, signed=False), int_range(4, signed=True, restricted=True)
-    ((-128, 127), (0, 255), (-7, 7))
+    >>> int_range(8, signed=True), int_range(8, signed=False)
+    ((-128, 127), (0, 255))
+    >>> int_range(4, signed=True, restricted=True)
+    (-7, 7)
     """
     if not signed:
         return 0, 2**bits - 1
@@ -35,12 +37,18 @@ class FloatFormat:
 
     def describe(self) -> dict[str, Any]:
         """Returns what reports show of a number format."""
-        return {"bits": 16, "symmetric": None, "granularity": None, "group_size": None, "observer": None}
+        return {
+            "bits": 16,
+            "symmetric": None,
+            "granularity": None,
+            "group_size": None,
+            "observer": None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """How one kind of tensor is quantized. "auto" is settled by the engine's rules (`backend.torch_ao.Engine.settle`).
+    """How one kind of tensor is quantized; `backend.torch_ao.Engine.settle` settles "auto".
 
     Args:
         bits: width of the integers, 2..8. They are stored as 8-bit integers by torch's kernels.
@@ -50,8 +58,8 @@ class QuantSpec:
         group_size: neighbours along the last axis that share a scale; only with "per_group".
         observer: the name of a file in conf/observer, its mapping, or a factory of observers.
         reduce_range: leave out the top bit, for kernels whose 16-bit accumulators would saturate.
-        narrow_range: leave out the lowest signed integer: symmetric weights then end exactly at the integers' ends, and
-            none is clipped; or "auto", the method's rule.
+        narrow_range: leave out the lowest signed integer: symmetric weights then end exactly at the
+            integers' ends, and none is clipped; or "auto", the method's rule.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -75,7 +83,9 @@ class QuantSpec:
             + whole("group_size", self.group_size, 1, MANY, null=True)
         )
         if not problems and (self.granularity == "per_group") != (self.group_size is not None):
-            problems.append(f"group_size={self.group_size}: goes with granularity=per_group, and only with it")
+            problems.append(
+                f"group_size={self.group_size}: goes with granularity=per_group, and only with it"
+            )
         if self.observer is not None and not callable(self.observer):
             problems.append(f"observer={self.observer}: must be a callable that makes an observer")
         refuse(problems)

@@ -17,8 +17,13 @@ def as_records(sections: Sequence[Section]) -> list[dict[str, Any]]:
     for section in sections:
         for row in section.rows:
             where = {"model": section.model, "data": section.data, "quality": section.quality.name}
-            folders = {"folders": [plain(str(run.folder)) for run in row.runs]} if section.grouped else {}
-            shown = {"unit": section.quality.unit, "higher_is_better": section.quality.higher_is_better}
+            folders = (
+                {"folders": [plain(str(run.folder)) for run in row.runs]} if section.grouped else {}
+            )
+            shown = {
+                "unit": section.quality.unit,
+                "higher_is_better": section.quality.higher_is_better,
+            }
             records.append(where | row.cells | folders | shown)
     return records
 
@@ -37,7 +42,9 @@ def as_csv(sections: Sequence[Section]) -> str:
 def _no_formula(cell: Any) -> Any:
     """Returns the cell so that no spreadsheet takes a text for a formula and carries it out."""
     return (
-        f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) and not _is_number(cell) else cell
+        f"'{cell}"
+        if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) and not _is_number(cell)
+        else cell
     )
 
 
@@ -52,7 +59,8 @@ def _is_number(text: str) -> bool:
 def as_json(sections: Sequence[Section], found: Found) -> str:
     """Returns all rows, the runs without a result and the skipped files as JSON."""
     failures = [
-        {"folder": plain(str(run.folder)), "error": run.error, "overrides": run.overrides} for run in found.failures
+        {"folder": plain(str(run.folder)), "error": run.error, "overrides": run.overrides}
+        for run in found.failures
     ]
     content = {"rows": as_records(sections), "failures": failures, "unreadable": found.unreadable}
     return json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"

@@ -39,14 +39,18 @@ def to_float(runs: Sequence[Run]) -> tuple[list[Difference | None], list[str]]:
         if run.examples == RIGHT_OR_WRONG and value is not None:
             p = mcnemar(counts["gained"], counts["lost"])
         found.append(None if value is None else Difference(value, run.facts["difference_se"], p))
-    tested = [i for i, run in enumerate(runs) if found[i] is not None and run.examples in (MEAN, LOG)]
+    tested = [
+        i for i, run in enumerate(runs) if found[i] is not None and run.examples in (MEAN, LOG)
+    ]
     differences, warnings = _test_means([(runs[i], "quantized", runs[i], "float") for i in tested])
     for i, difference in zip(tested, differences, strict=True):
         found[i] = difference
     return found, warnings
 
 
-def to_baselines(pairs: Sequence[tuple[Run, Run | None]]) -> tuple[list[Difference | None], list[str]]:
+def to_baselines(
+    pairs: Sequence[tuple[Run, Run | None]],
+) -> tuple[list[Difference | None], list[str]]:
     """Returns each run's difference to its baseline (None where that is missing or itself), and warnings."""
     found: list[Difference | None] = [None] * len(pairs)
     means = []
@@ -67,7 +71,9 @@ def to_baselines(pairs: Sequence[tuple[Run, Run | None]]) -> tuple[list[Differen
         error = run.quality.scale * float(gain.std(ddof=1)) / len(gain) ** 0.5
         p = mcnemar(int((gain > 0).sum()), int((gain < 0).sum()))
         found[i] = Difference(run.quality.scale * float(gain.mean()), error, p)
-    quadruples = [(run, "quantized", base, "quantized") for run, base in (pairs[i] for i in means) if base]
+    quadruples = [
+        (run, "quantized", base, "quantized") for run, base in (pairs[i] for i in means) if base
+    ]
     differences, more = _test_means(quadruples)
     for i, difference in zip(means, differences, strict=True):
         found[i] = difference
@@ -86,7 +92,9 @@ def _test_means(pairs: Sequence[tuple[Run, str, Run, str]]) -> tuple[list[Differ
 
     def flush(length: int) -> None:
         rows = waiting.pop(length)
-        for (i, _), p in zip(rows, paired_bootstrap(np.stack([gain for _, gain in rows])), strict=True):
+        for (i, _), p in zip(
+            rows, paired_bootstrap(np.stack([gain for _, gain in rows])), strict=True
+        ):
             found[i] = Difference(found[i].value, found[i].standard_error, float(p))
 
     for i, (run, kind, base, base_kind) in enumerate(pairs):
@@ -123,7 +131,9 @@ def _gain(run: Run, kind: str, base: Run, base_kind: str) -> "np.ndarray":
 
 @lru_cache(maxsize=32)  # baselines come again and again, one a seed
 def _scores(run: Run) -> "dict[str, np.ndarray]":
-    from qtrain.leaderboard.tensors import read_tensors  # most comparisons do without the examples, and so numpy
+    from qtrain.leaderboard.tensors import (
+        read_tensors,
+    )  # most comparisons do without the examples, and so numpy
 
     path = run.folder / FILE_NAME
     try:
@@ -133,7 +143,9 @@ def _scores(run: Run) -> "dict[str, np.ndarray]":
     except ValueError as err:
         raise ValueError(f"{err}; significance is not tested") from err
     if missing := {"float", "quantized"} - set(scores):
-        raise ValueError(f"{path}: holds no scores named {missing.pop()}; significance is not tested")
+        raise ValueError(
+            f"{path}: holds no scores named {missing.pop()}; significance is not tested"
+        )
     if not all(abs(values.astype("float64").sum()) < LARGEST for values in scores.values()):
         raise ValueError(f"{path}: holds scores that are no numbers; significance is not tested")
     return scores
@@ -142,4 +154,8 @@ def _scores(run: Run) -> "dict[str, np.ndarray]":
 def _unverified(runs: Iterable[Run | None]) -> list[str]:
     """Returns a warning if the examples of a run cannot be verified."""
     count = sum(run is not None and not run.report["sha256"] for run in runs)
-    return [f"not verified: {FILE_NAME}, where a run's report notes no SHA-256, as older versions'"] if count else []
+    return (
+        [f"not verified: {FILE_NAME}, where a run's report notes no SHA-256, as older versions'"]
+        if count
+        else []
+    )

@@ -47,9 +47,15 @@ def _panel(axes: Any, section: Section) -> None:
         if not of_kind:
             continue
         x, y = ([row.cells[key] for row in of_kind] for key in ("kb_at_bits", "quantized"))
-        colour, marker = (FLOAT, "o") if kind == "float" else (COLOURS[index % 7], MARKERS[(index + index // 7) % 7])
+        colour, marker = (
+            (FLOAT, "o")
+            if kind == "float"
+            else (COLOURS[index % 7], MARKERS[(index + index // 7) % 7])
+        )
         alpha = 0.9 if len(rows) < 100 else 0.5
-        axes.scatter(x, y, s=36, linewidths=0, zorder=3, label=kind, color=colour, marker=marker, alpha=alpha)
+        axes.scatter(
+            x, y, s=36, linewidths=0, zorder=3, label=kind, color=colour, marker=marker, alpha=alpha
+        )
     points = [(row.cells["kb_at_bits"], -quality.gain(row.cells["quantized"])) for row in rows]
     # In logarithms a tolerance that is relative is one for all.
     costs = [(math.log(size), cost) for size, cost in points]
@@ -71,7 +77,9 @@ def _panel(axes: Any, section: Section) -> None:
         axes.invert_yaxis()  # better is up
     missing = len(section.rows) - len(rows)
     note = f"\n({missing} simulated, without a size, not shown)" if missing else ""
-    axes.set_title(f"{section.title}{note}", fontsize=10, parse_math=False)  # a $ in a name is no formula
+    axes.set_title(
+        f"{section.title}{note}", fontsize=10, parse_math=False
+    )  # a $ in a name is no formula
     axes.set_xlabel("file size with weights at their bits, KB")
     axes.set_ylabel(f"{quality.name}{', ' + quality.unit if quality.unit else ''}")
     axes.grid(color="0.9", zorder=0)

@@ -56,7 +56,9 @@ class Section:
         return f"{self.model} on {self.data}{by}"
 
 
-def section_of_runs(model: str, data: str, runs: Sequence[Run], bases: Sequence[Run] | None) -> Section:
+def section_of_runs(
+    model: str, data: str, runs: Sequence[Run], bases: Sequence[Run] | None
+) -> Section:
     """Returns a section with a row for each run.
 
     Args:
@@ -115,7 +117,9 @@ def baseline_of(run: Run, bases: Sequence[Run]) -> Run | None:
     return fitting[0] if fitting else bases[0] if len(bases) == 1 else None
 
 
-def find_baselines(runs: Sequence[Run], texts: Sequence[str], wanted: dict[str, list[str]]) -> list[Run]:
+def find_baselines(
+    runs: Sequence[Run], texts: Sequence[str], wanted: dict[str, list[str]]
+) -> list[Run]:
     """Returns the runs that `--baseline` names: by a folder, or by filters.
 
     Args:
@@ -129,7 +133,9 @@ def find_baselines(runs: Sequence[Run], texts: Sequence[str], wanted: dict[str, 
         folder = Path(texts[0]).resolve()
         found = [run for run in runs if run.folder.resolve() == folder]
         if not found:
-            raise ValueError(f"--baseline {texts[0]}: neither a folder of the compared runs nor a filter key=value")
+            raise ValueError(
+                f"--baseline {texts[0]}: neither a folder of the compared runs nor a filter key=value"
+            )
         return found
     named = keys.parse_filters(texts)
     own = {keys.fact(key, None) for key in named}
@@ -167,7 +173,9 @@ def mark_front(section: Section) -> None:
     points: list[pareto.Point | None] = []
     disturbed = is_disturbed(section)
     for row in section.rows:
-        quality, size, latency = (row.cells[key] for key in ("quantized", "kb_at_bits", "latency_ms"))
+        quality, size, latency = (
+            row.cells[key] for key in ("quantized", "kb_at_bits", "latency_ms")
+        )
         if size is None or latency is None:
             points.append(None)
         else:

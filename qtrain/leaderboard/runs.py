@@ -79,13 +79,17 @@ def find(folders: Sequence[Path]) -> Found:
                 found.runs.append(_run(folder, report))
             else:
                 facts, settings = _identity(report), _settings(report)
-                found.failures.append(Failure(folder, plain(error), report["overrides"], facts, settings))
+                found.failures.append(
+                    Failure(folder, plain(error), report["overrides"], facts, settings)
+                )
         except (KeyError, TypeError, ValueError, AttributeError) as err:
             reason = f"not a whole report ({type(err).__name__}: {err})"
             found.unreadable.append(f"{plain(str(folder / FILE_NAME))}: {reason}")
     if not (found.runs or found.failures or found.unreadable):
         names = ", ".join(map(str, folders))
-        raise ValueError(f"{names}: no runs there; name run folders (they hold a {FILE_NAME}) or folders of them")
+        raise ValueError(
+            f"{names}: no runs there; name run folders (they hold a {FILE_NAME}) or folders of them"
+        )
     return found
 
 
@@ -105,7 +109,9 @@ def _natural(name: str) -> list[Any]:
 
 
 def _without_report(folder: Path) -> Failure:
-    from qtrain.config.reading import command_line  # most comparisons do without, and so without OmegaConf
+    from qtrain.config.reading import (
+        command_line,
+    )  # most comparisons do without, and so without OmegaConf
 
     error = "no report: killed, or stopped before it began"
     try:
@@ -129,7 +135,12 @@ def _flatten(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            plain = value is None or isinstance(value, str | int) or isinstance(value, float) and math.isfinite(value)
+            plain = (
+                value is None
+                or isinstance(value, str | int)
+                or isinstance(value, float)
+                and math.isfinite(value)
+            )
             yield prefix + key, value if plain else str(value)
 
 
@@ -139,32 +150,47 @@ def _identity(report: dict[str, Any]) -> dict[str, Any]:
     weight = quant.get("weight") or config.get("weight") or {}
     activation = quant.get("activation") or config.get("activation") or {}
     bits = [spec.get("bits") for spec in (weight, activation)]
-    if quant.get("weight_bits") is not None:  # the mean over layers, which may have bits of their own
+    if (
+        quant.get("weight_bits") is not None
+    ):  # the mean over layers, which may have bits of their own
         bits[0] = f"{_number(quant['weight_bits']):.3g}"
     observer = (quant.get("activation") or quant.get("weight") or {}).get("observer")
     facts = {key: report[key] for key in ("name", "model", "data", "seed")}
     facts |= {"method": quant["method"], "engine": quant.get("engine"), "observer": observer}
     for key, value in facts.items():
-        if not isinstance(value, str | int) and not (value is None and key in ("engine", "observer")):
+        if not isinstance(value, str | int) and not (
+            value is None and key in ("engine", "observer")
+        ):
             raise TypeError(f"{key} is {value!r}")
-    return facts | {"bits": "/".join("-" if n is None else str(n) for n in bits) if any(bits) else None}
+    return facts | {
+        "bits": "/".join("-" if n is None else str(n) for n in bits) if any(bits) else None
+    }
 
 
 def _run(folder: Path, report: dict[str, Any]) -> Run:
     metrics, difference = report["metrics"], report["difference"]
     quality, examples = of_report(report)
     identity = _identity(report)
-    exact, quantized = (quality.scale * _number(metrics[kind][quality.name]) for kind in ("float", "quantized"))
-    fake = None if metrics["fake"] is None else quality.scale * _number(metrics["fake"][quality.name])
+    exact, quantized = (
+        quality.scale * _number(metrics[kind][quality.name]) for kind in ("float", "quantized")
+    )
+    fake = (
+        None if metrics["fake"] is None else quality.scale * _number(metrics["fake"][quality.name])
+    )
     # The mean loss is the perplexity's logarithm: an error of the one is that much of the other, relatively.
     scale = quantized if examples == LOG else quality.scale
     is_float = identity["method"] == "none"
     error = difference["standard_error"] if examples else None  # of a single example there is none
     sizes, latency = report["size_bytes"], report["latency_ms"]
     size = sizes.get("float_file" if is_float else "quantized_file")
-    at_bits = size if is_float else sizes.get("quantized_file_at_bits", size)  # which 0.1.0 did not note
+    at_bits = (
+        size if is_float else sizes.get("quantized_file_at_bits", size)
+    )  # which 0.1.0 did not note
     batch = next(iter(latency.get("float") or {}), None)
-    slow, fast = (_median(latency.get(kind), batch) for kind in ("float", "float" if is_float else "quantized"))
+    slow, fast = (
+        _median(latency.get(kind), batch)
+        for kind in ("float", "float" if is_float else "quantized")
+    )
     facts = identity | {
         "simulated": bool(report["quant"].get("simulated")),
         "float": exact,
@@ -180,14 +206,17 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         "latency_ms": fast,
         "latency_ratio": None if is_float or fast is None or slow is None else fast / slow,
         "contended": (report.get("other_load") or 0) > QUIET,
-        "tokens_per_s": (report.get("tokens_per_s") or {}).get("float" if is_float else "quantized"),
+        "tokens_per_s": (report.get("tokens_per_s") or {}).get(
+            "float" if is_float else "quantized"
+        ),
         "seconds": sum(_number(t) for t in report["time_s"].values()),
     }
     keys = ("coverage", "data_fingerprint", "peak_memory_bytes", "threads", "device", "float_from")
     slim = {key: report.get(key) for key in keys}
     slim["truth"] = {"min_sqnr_db": report["truth"].get("min_sqnr_db")}
     slim["metrics"] = {
-        kind: {k: v for k, v in (found or {}).items() if isinstance(v, int | float)} for kind, found in metrics.items()
+        kind: {k: v for k, v in (found or {}).items() if isinstance(v, int | float)}
+        for kind, found in metrics.items()
     }
     slim["difference"] = {key: int(_number(difference[key])) for key in ("gained", "lost")}
     slim |= {"batch": batch, "sha256": report.get("sha256")}

@@ -32,11 +32,15 @@ def columns(section: Section) -> list[Column]:
     space = " " if unit else ""
     labels = [_label(key) for key in section.labels]
     if section.grouped:
-        labels += [_label("runs")] + ([_label("seeds")] if _differs(rows, lambda row: row.cells["seeds"], 0) else [])
+        labels += [_label("runs")] + (
+            [_label("seeds")] if _differs(rows, lambda row: row.cells["seeds"], 0) else []
+        )
     else:
         labels = [_label(key) for key in ("method", "engine", "bits", "observer")] + labels
         labels += [_label("seed")] if _differs(rows, lambda row: row.cells["seed"]) else []
-        own_name = any(row.cells["name"] != f"{row.cells['model']}_{row.cells['method']}" for row in rows)
+        own_name = any(
+            row.cells["name"] != f"{row.cells['model']}_{row.cells['method']}" for row in rows
+        )
         if own_name and _differs(rows, lambda row: row.cells["name"]):
             labels.insert(0, _label("name"))
         if len({tuple(label.text(row) for label in labels) for row in rows}) < len(rows):
@@ -58,7 +62,11 @@ def columns(section: Section) -> list[Column]:
         *_significance("difference_p", "p", rows),
         _difference("baseline_difference", f"to baseline {spread}", digits),
         *_significance("baseline_difference_p", "p to baseline", rows),
-        *([] if _float_row_has_size(rows) else [_number("float_size_kb", "float KB", 1, hide_float=True)]),
+        *(
+            []
+            if _float_row_has_size(rows)
+            else [_number("float_size_kb", "float KB", 1, hide_float=True)]
+        ),
         _number("size_kb", "file KB", 1),
         *([_number("kb_at_bits", "KB at bits", 1)] if any(map(_is_stored_wider, rows)) else []),
         _number("size_ratio", "size ratio", 2, suffix="x"),
@@ -69,7 +77,9 @@ def columns(section: Section) -> list[Column]:
         _number("seconds", "seconds", 1),
     ]
     found = [column for column in found if any(column.text(row).strip() != NONE for row in rows)]
-    return labels + found + [Column("front", "front", lambda row: FRONT if row.cells["front"] else "")]
+    return (
+        labels + found + [Column("front", "front", lambda row: FRONT if row.cells["front"] else "")]
+    )
 
 
 def _label(key: str) -> Column:
@@ -103,7 +113,9 @@ def _is_int8(row: Row) -> bool:
     return set(bits.split("/")) <= {"8", NONE}
 
 
-def _number(key: str, header: str, digits: int, suffix: str = "", hide_float: bool = False) -> Column:
+def _number(
+    key: str, header: str, digits: int, suffix: str = "", hide_float: bool = False
+) -> Column:
     def text(row: Row) -> str:
         found, sd = row.cells.get(key), row.cells.get(f"{key}_sd")
         if found is None or (hide_float and row.cells.get("method") == "none"):
@@ -120,7 +132,13 @@ def _quantized(row: Row, digits: int) -> str:
         return NONE
     sd = row.cells.get("quantized_sd")
     spread = f" ± {sd:.{digits}f}" if sd is not None else ""
-    mark = " (sim)" if row.cells["simulated"] else " (float)" if row.runs[0].facts["bits"] is None else ""
+    mark = (
+        " (sim)"
+        if row.cells["simulated"]
+        else " (float)"
+        if row.runs[0].facts["bits"] is None
+        else ""
+    )
     return f"{row.cells['quantized']:.{digits}f}{spread}{mark}"
 
 
@@ -164,18 +182,24 @@ def legend(sections: Sequence[Section]) -> list[str]:
         for found in zip(*((s.quality.step, s.quality.name) for s in sections), strict=True)
     )
     runs = [run for section in sections for row in section.rows for run in row.runs]
-    tests = {"exact McNemar test" if run.examples == RIGHT_OR_WRONG else "paired bootstrap" for run in runs}
+    tests = {
+        "exact McNemar test" if run.examples == RIGHT_OR_WRONG else "paired bootstrap"
+        for run in runs
+    }
     if grouped:
         tests.add("over several seeds a t-test with the errors of seeds and of examples added")
     shown = [(column, section) for section in sections for column in columns(section)]
     texts = [column.text(row) for column, section in shown for row in section.rows]
     lines = [
         f"±: {'standard deviation over seeds' if grouped else 'standard error of the difference'}; "
-        f"differences in {steps}, quantized minus float" + (" or baseline" if _has_baseline(sections) else "")
+        f"differences in {steps}, quantized minus float"
+        + (" or baseline" if _has_baseline(sections) else "")
     ]
     for quality in dict.fromkeys(section.quality for section in sections):
         if quality not in KNOWN.values():
-            lines.append(f"{quality.name}: {'higher' if quality.higher_is_better else 'lower'} is better")
+            lines.append(
+                f"{quality.name}: {'higher' if quality.higher_is_better else 'lower'} is better"
+            )
     if any(text.endswith(UNSURE) for text in texts):
         names_of_tests = "; ".join(sorted(tests))
         lines.append(f"{UNSURE}: no significant difference (p >= {ALPHA}, {names_of_tests})")
@@ -185,17 +209,29 @@ def legend(sections: Sequence[Section]) -> list[str]:
             f"puts one of them below {ALPHA} in 1 of {round(1 / ALPHA)} tables at most"
         )
     if any(text.endswith("?") for text in texts):
-        lines.append("?: significance not tested: no scores of examples whose mean is the quality can be compared")
+        lines.append(
+            "?: significance not tested: no scores of examples whose mean is the quality can be compared"
+        )
     if any("(sim)" in text for text in texts):
-        lines.append("(sim): simulated in float; there is no integer model, so neither size nor latency")
+        lines.append(
+            "(sim): simulated in float; there is no integer model, so neither size nor latency"
+        )
     if any("(float)" in text for text in texts):
         lines.append("(float): not quantized, but the float model trained on")
     if any(text.endswith(CONTENDED) for text in texts):
-        lines.append(f"{CONTENDED}: measured while other programs used the CPU; qtrain-bench RUN... measures again")
-    if any(row.cells.get("latency_ratio") is not None for section in sections for row in section.rows):
-        lines.append("float ms: of the float model in the same run, measured in turns with the row's own")
+        lines.append(
+            f"{CONTENDED}: measured while other programs used the CPU; qtrain-bench RUN... measures again"
+        )
+    if any(
+        row.cells.get("latency_ratio") is not None for section in sections for row in section.rows
+    ):
+        lines.append(
+            "float ms: of the float model in the same run, measured in turns with the row's own"
+        )
     if any(_is_stored_wider(row) for section in sections for row in section.rows):
-        lines.append("KB at bits: the file with each weight in its bits, which torch stores in a byte; fronts go by it")
+        lines.append(
+            "KB at bits: the file with each weight in its bits, which torch stores in a byte; fronts go by it"
+        )
     return lines + _front_lines(sections, names)
 
 
@@ -205,7 +241,9 @@ def _front_lines(sections: Sequence[Section], names: str) -> list[str]:
     lines = []
     if False in found:
         tolerance = f"sizes within {SIZE_TOLERANCE:.1%} and latencies within {LATENCY_TOLERANCE:.0%} count as equal"
-        lines.append(f"{FRONT}: on the Pareto front of {names}, size and latency of its table; {tolerance}")
+        lines.append(
+            f"{FRONT}: on the Pareto front of {names}, size and latency of its table; {tolerance}"
+        )
     if True in found:
         where = f"in a table where a latency is marked {CONTENDED}"
         lines.append(f"{FRONT}: on the Pareto front of {names} and size alone {where}")
@@ -213,4 +251,8 @@ def _front_lines(sections: Sequence[Section], names: str) -> list[str]:
 
 
 def _has_baseline(sections: Sequence[Section]) -> bool:
-    return any(row.cells.get("baseline_difference") is not None for section in sections for row in section.rows)
+    return any(
+        row.cells.get("baseline_difference") is not None
+        for section in sections
+        for row in section.rows
+    )

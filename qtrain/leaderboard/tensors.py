@@ -35,7 +35,9 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
                 found = _Unpickler(file, archive, folder).load()
     except Exception as err:  # a damaged pickle can raise anything
         raise ValueError(f"{path}: not readable as tensors ({type(err).__name__}: {err})") from err
-    if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(value, np.ndarray) for value in found.values()
+    ):
         raise ValueError(f"{path}: not readable as tensors (holds something else)")
     return found
 
@@ -50,7 +52,10 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _rebuild
-        if (module, name) == ("collections", "OrderedDict"):  # of hooks, which a saved tensor does not have
+        if (module, name) == (
+            "collections",
+            "OrderedDict",
+        ):  # of hooks, which a saved tensor does not have
             return dict
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
@@ -60,10 +65,14 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, _ = pid
         if kind != "storage":
             raise pickle.UnpicklingError(f"{kind} is not allowed")
-        return np.frombuffer(self.archive.read(f"{self.folder}data/{key}"), np.dtype(dtype).newbyteorder("<"))
+        return np.frombuffer(
+            self.archive.read(f"{self.folder}data/{key}"), np.dtype(dtype).newbyteorder("<")
+        )
 
 
-def _rebuild(storage: np.ndarray, offset: int, size: tuple[int], stride: tuple[int], *_: Any) -> np.ndarray:
+def _rebuild(
+    storage: np.ndarray, offset: int, size: tuple[int], stride: tuple[int], *_: Any
+) -> np.ndarray:
     (length,), (step,) = size, stride
     found = storage[offset::step][:length]
     if len(found) != length:

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: metrics.jsonl always, TensorBoard and PNG files by choice."""
+"""Where numbers and pictures go: metrics.jsonl always, TensorBoard and PNG files by choice."""
 
 import json
 import re
@@ -67,7 +67,7 @@ class Pictures(Logger):
 
 
 def _leave_to_caller(args: threading.ExceptHookArgs) -> None:
-    """Keeps quiet of a file's error in a thread: TensorBoard's writer raises it again where it is next used."""
+    """Keeps quiet of a file's error in a thread: TensorBoard's next call raises it again."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 
@@ -97,7 +97,9 @@ class TensorBoard(Logger):
 
         width, height = struct.unpack(">II", png[16:24])
         image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
-        self.writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        self.writer._get_file_writer().add_summary(
+            Summary(value=[Summary.Value(tag=name, image=image)]), step
+        )
 
     def text(self, name: str, markdown: str, step: int) -> None:
         self.writer.add_text(name, markdown, step)
@@ -106,7 +108,9 @@ class TensorBoard(Logger):
         # SummaryWriter.add_hparams would open a second run; this keeps one run folder one run.
         from torch.utils.tensorboard.summary import hparams
 
-        values = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()}
+        values = {
+            k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()
+        }
         # The first summary lists columns, and TensorBoard takes the list of any one run for all.
         # Without it the columns are what all runs have, those that differ first.
         for summary in hparams(values, {})[1:]:

@@ -26,13 +26,15 @@ def png(figure: Figure) -> bytes:
 
 
 def distribution(pairs: Pairs, method: str) -> Figure:
-    """Returns the histograms of all weights together, float and dequantized: 150 bins, at most over (-2, 2).
+    """Returns histograms of all weights, float and dequantized: 150 bins, at most over (-2, 2).
 
     Args:
         pairs: as for `weights`; at least one.
         method: the quantized weights' name.
     """
-    once = {id(quantized): (exact, quantized) for exact, quantized in pairs.values()}.values()  # a tied weight is one
+    once = {
+        id(quantized): (exact, quantized) for exact, quantized in pairs.values()
+    }.values()  # a tied weight is one
     exact = torch.cat([exact.flatten() for exact, _ in once])
     restored = torch.cat([quantized.dequantize().flatten() for _, quantized in once])
     limit = min(WIDEST, float(exact.abs().max()) or WIDEST)
@@ -40,7 +42,9 @@ def distribution(pairs: Pairs, method: str) -> Figure:
     axes: Any = figure.subplots()
     for values, name, colour in ((exact, "original", "tab:blue"), (restored, method, "tab:red")):
         axes.hist(values.numpy(), 150, range=(-limit, limit), label=name, color=colour, alpha=0.5)
-    axes.set(xlabel="weight", ylabel="count", title=f"{len(exact):,} weights, original and {method}")
+    axes.set(
+        xlabel="weight", ylabel="count", title=f"{len(exact):,} weights, original and {method}"
+    )
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
@@ -52,25 +56,42 @@ def noise(decibels: dict[str, dict[str, float]]) -> Figure:
     """Returns bars of the signal-to-quantization-noise ratio, a group for each layer.
 
     Args:
-        decibels: {what was quantized: {layer: dB}}; where there is no error, and so infinitely many, words say so.
+        decibels: {what was quantized: {layer: dB}}; where there is no error, and so infinitely
+            many, words say so.
     """
     layers = list(dict.fromkeys(name for of_kind in decibels.values() for name in of_kind))
     figure = Figure(figsize=(7, 1.6 + 0.26 * len(layers)), layout="constrained")
     axes: Any = figure.subplots()
     height = 0.8 / len(decibels)
     for index, (kind, of_kind) in enumerate(decibels.items()):
-        bars = [(layers.index(name) + height * index, value) for name, value in of_kind.items() if abs(value) < 1e6]
+        bars = [
+            (layers.index(name) + height * index, value)
+            for name, value in of_kind.items()
+            if abs(value) < 1e6
+        ]
         places, values = zip(*bars, strict=True) if bars else ((), ())
         axes.barh(places, values, height=height, align="edge", label=kind)
         for name, value in of_kind.items():
             if value >= 1e6:
                 place = layers.index(name) + height * (index + 0.5)
-                axes.text(0.3, place, f"{kind}: no error", fontsize=7, va="center", color="0.3", in_layout=False)
+                axes.text(
+                    0.3,
+                    place,
+                    f"{kind}: no error",
+                    fontsize=7,
+                    va="center",
+                    color="0.3",
+                    in_layout=False,
+                )
     axes.set_yticks([row + 0.4 for row in range(len(layers))], layers, fontsize=8)
-    axes.set(ylim=(len(layers), 0), xlabel="signal over quantization noise, dB (more is better; 6 dB are one bit)")
+    axes.set(
+        ylim=(len(layers), 0),
+        xlabel="signal over quantization noise, dB (more is better; 6 dB are one bit)",
+    )
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    figure.legend(loc="outside upper right", ncols=len(decibels), fontsize=8)  # bars may fill all of the axes
+    # Bars may fill all of the axes.
+    figure.legend(loc="outside upper right", ncols=len(decibels), fontsize=8)
     return figure
 
 
@@ -78,7 +99,7 @@ def weights(pairs: Pairs) -> Figure:
     """Returns histograms of each layer's float and dequantized weights, and of its integers.
 
     Args:
-        pairs: {layer: (float weight, quantized weight of the same shape)}; the first eight are shown.
+        pairs: {layer: (float weight, quantized weight of the same shape)}; the first eight count.
     """
     shown = list(pairs.items())[:MAX_LAYERS]
     figure = Figure(figsize=(9, 2.2 * len(shown) + 0.6), layout="constrained")
@@ -89,8 +110,12 @@ def weights(pairs: Pairs) -> Figure:
         dequantized = quantized.dequantize().flatten()
         low, high = int(integers.min()), int(integers.max())
         bins = bin_edges(values, dequantized, high - low + 1)
-        left.hist(values.numpy(), bins, label="float", color="tab:blue", alpha=0.6, histtype="stepfilled")
-        left.hist(dequantized.numpy(), bins, label="dequantized", color="tab:orange", histtype="step")
+        left.hist(
+            values.numpy(), bins, label="float", color="tab:blue", alpha=0.6, histtype="stepfilled"
+        )
+        left.hist(
+            dequantized.numpy(), bins, label="dequantized", color="tab:orange", histtype="step"
+        )
         left.set_title(f"{name}: weights", fontsize=9)
         steps = (torch.arange(low, high + 2) - 0.5).numpy()
         right.hist(integers.numpy(), steps, color="tab:green", histtype="stepfilled")
@@ -105,8 +130,9 @@ def weights(pairs: Pairs) -> Figure:
 def bin_edges(values: Tensor, dequantized: Tensor, num_levels: int, most: int = 100) -> list[float]:
     """Returns the edges of histogram bins over both tensors.
 
-    With one scale for all, each bin holds as many of the levels as any other: a count that went up and down with them
-    would look like an effect of quantization. Fewer levels than bins are spikes, as they are.
+    With one scale for all, each bin holds as many of the levels as any other: a count that went up
+    and down with them would look like an effect of quantization. Fewer levels than bins are spikes,
+    as they are.
     """
     first, last = float(dequantized.min()), float(dequantized.max())
     low, high = min(first, float(values.min())), max(last, float(values.max()))
@@ -117,7 +143,10 @@ def bin_edges(values: Tensor, dequantized: Tensor, num_levels: int, most: int = 
     width = -(-num_levels // most) * step
     start = first - step / 2
     # Floats that were clipped have bins of their own.
-    before, after = max(0, math.ceil((start - low) / width)), math.ceil((max(last + step / 2, high) - start) / width)
+    before, after = (
+        max(0, math.ceil((start - low) / width)),
+        math.ceil((max(last + step / 2, high) - start) / width),
+    )
     return [start + width * i for i in range(-before, after + 1)]
 
 
@@ -131,7 +160,8 @@ def confusion(counts: list[list[int]], title: str) -> Figure:
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axes: Any = figure.subplots()
     mistakes = [
-        [0 if row == column else counts[row][column] for column in range(num_classes)] for row in range(num_classes)
+        [0 if row == column else counts[row][column] for column in range(num_classes)]
+        for row in range(num_classes)
     ]
     peak = max(max(row) for row in mistakes) or 1
     axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=peak)

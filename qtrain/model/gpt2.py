@@ -1,10 +1,10 @@
-"""GPT-2 whole: learned positions, pre-norm blocks, tanh-GELU, tied head; quantizable in eager mode; a KV cache.
+"""GPT-2 whole, quantizable in eager mode: pre-norm blocks, tanh-GELU, tied head; a KV cache.
 
-Each Linear layer stands between its own QuantStub and DeQuantStub. All else stays in float: embeddings, LayerNorm,
-attention with its mask and softmax, GELU, residual sums.
+Each Linear layer stands between its own QuantStub and DeQuantStub. All else stays in float:
+embeddings, LayerNorm, attention with its mask and softmax, GELU, residual sums.
 
-Shapes: B batch, T tokens of one call, S tokens seen by attention (T and those in the cache), C = n_embd, H = n_head,
-D = C / H, V = vocab_size.
+Shapes: B batch, T tokens of one call, S tokens seen by attention (T and the cache's),
+C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 
 import math
@@ -21,8 +21,9 @@ from qtrain.model.sampling import Sampling
 
 
 class KVCache:
-    """Keys and values of the tokens that were read, in one buffer allocated once; and the blocks, as calls that take
-    less time than their modules. For inference only: no dropout, whatever the model's mode.
+    """Keys and values of the tokens that were read, in one buffer allocated once; and the blocks,
+    as calls that take less time than their modules. For inference only: no dropout, whatever the
+    model's mode.
 
     Args:
         model: the GPT2 to cache for, float or quantized; gives sizes, dtype and device.
@@ -36,19 +37,31 @@ class KVCache:
     def __init__(self, model: "GPT2", batch_size: int = 1, max_length: int | None = None) -> None:
         self.max_length = max_length or model.n_positions
         like = model.ln_f.weight
-        sizes = (model.n_layer, 2, batch_size, model.n_head, self.max_length, model.n_embd // model.n_head)
-        self.buffer = torch.empty(sizes, dtype=like.dtype, device=like.device)  # (n_layer, 2, B, H, max_length, D)
+        sizes = (
+            model.n_layer,
+            2,
+            batch_size,
+            model.n_head,
+            self.max_length,
+            model.n_embd // model.n_head,
+        )
+        # (n_layer, 2, B, H, max_length, D)
+        self.buffer = torch.empty(sizes, dtype=like.dtype, device=like.device)
         self.length = 0
         self.blocks: list[Call] = [block.resolved() for block in model.h]  # type: ignore[operator]
 
     def slots(self, num_tokens: int) -> list[Slot]:
-        """Returns the views that each layer needs to read `num_tokens` more, made for all layers at once.
+        """Returns the views that each layer needs to read `num_tokens` more, all made at once.
 
-        A layer gets its place for new keys and values (2, B, H, T, D), then all its keys and values (B, H, S, D).
+        A layer gets its place for new keys and values (2, B, H, T, D), then all its keys and values
+        (B, H, S, D).
         """
         end = self.length + num_tokens
         if end > self.max_length:
-            raise ValueError(f"max_length={self.max_length}: {end} tokens do not fit this cache; make a longer one")
+            raise ValueError(
+                f"max_length={self.max_length}: {end} tokens do not fit this cache; "
+                "make a longer one"
+            )
         places = self.buffer[..., self.length : end, :].unbind(0)
         keys, values = self.buffer[..., :end, :].unbind(1)
         return list(zip(places, keys.unbind(0), values.unbind(0), strict=True))
@@ -57,8 +70,8 @@ class KVCache:
 class GPT2(nn.Module):
     """GPT-2 as published; with the default sizes it has 124,439,808 parameters.
 
-    The head is a Linear layer of its own, `lm_head`, without bias, and its weight is the same Parameter as
-    `wte.weight`. A conversion that packs the head leaves the embedding as it is.
+    The head is a Linear layer of its own, `lm_head`, without bias, and its weight is the same
+    Parameter as `wte.weight`. A conversion that packs the head leaves the embedding as it is.
 
     Args:
         vocab_size: V.
@@ -66,9 +79,9 @@ class GPT2(nn.Module):
         n_layer: number of blocks.
         n_head: heads of each block; divides n_embd.
         n_embd: width.
-        dropout: of embeddings, attention weights and what each half of a block adds; 0 <= dropout < 1.
-        pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes replace those given. None: weights
-            are drawn from torch's global generator.
+        dropout: of embeddings, attention weights and what each half of a block adds; in [0, 1).
+        pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes replace those
+            given. None: weights are drawn from torch's global generator.
 
     Raises:
         ValueError: a parameter is out of range, or `load_gpt2` refuses the checkpoint.
@@ -86,26 +99,44 @@ class GPT2(nn.Module):
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
-        sizes = dict(vocab_size=vocab_size, n_positions=n_positions, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        sizes = dict(
+            vocab_size=vocab_size,
+            n_positions=n_positions,
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+        )
         refuse(text("pretrained", pretrained, null=True))
         if pretrained is not None:
             sizes, weights = load_gpt2(pretrained)
-        most = {"vocab_size": MANY, "n_positions": MANY, "n_layer": 1024, "n_head": 1024, "n_embd": WIDE}
-        problems = [line for name, value in sizes.items() for line in whole(name, value, 1, most[name])]
+        most = {
+            "vocab_size": MANY,
+            "n_positions": MANY,
+            "n_layer": 1024,
+            "n_head": 1024,
+            "n_embd": WIDE,
+        }
+        problems = [
+            line for name, value in sizes.items() for line in whole(name, value, 1, most[name])
+        ]
         refuse(problems + number("dropout", dropout, least=0, below=1))
         self.vocab_size, self.n_positions, self.n_layer, self.n_head, self.n_embd = sizes.values()
-        _refuse({f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}": self.n_embd % self.n_head == 0})
+        if self.n_embd % self.n_head:
+            refuse([f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}"])
         self.wte = nn.Embedding(self.vocab_size, self.n_embd)
         self.wpe = nn.Embedding(self.n_positions, self.n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.h = nn.ModuleList(Block(self.n_embd, self.n_head, dropout) for _ in range(self.n_layer))
+        self.h = nn.ModuleList(
+            Block(self.n_embd, self.n_head, dropout) for _ in range(self.n_layer)
+        )
         self.ln_f = nn.LayerNorm(self.n_embd)
         self.quant_head, self.dequant_head = QuantStub(), DeQuantStub()
         self.lm_head = nn.Linear(self.n_embd, self.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         for module in self.modules():
             if isinstance(module, nn.Embedding | nn.LayerNorm):
-                module.__dict__["qconfig"] = None  # eager mode's mark of a layer that stays in float
+                # Eager mode's mark of a layer that stays in float.
+                module.__dict__["qconfig"] = None
         if pretrained is None:
             self.init_weights()
         else:
@@ -113,7 +144,7 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws all weights anew as published: normal(0, 0.02), residual projections / sqrt(2 n_layer), no biases."""
+        """Draws all as published: normal(0, 0.02), residual ones / sqrt(2 n_layer), no biases."""
         for name, parameter in self.named_parameters():  # the tied weight comes once
             if parameter.dim() == 2:
                 depth = 2 * self.n_layer if name.endswith("c_proj.weight") else 1
@@ -124,7 +155,9 @@ class GPT2(nn.Module):
     def fuse_model(self, is_qat: bool) -> None:
         """Does nothing: no layer follows a Linear directly that torch could fuse with it."""
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None, *, last_only: bool = False) -> Tensor:
+    def forward(
+        self, idx: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> Tensor:
         """Returns the logits of each next token.
 
         Args:
@@ -141,14 +174,21 @@ class GPT2(nn.Module):
         num_tokens = idx.shape[1]
         start = 0 if cache is None else cache.length
         if start + num_tokens > self.n_positions:
-            problem = f"context={start + num_tokens}: must be at most n_positions={self.n_positions}"
-            raise ValueError(f"{problem}; shorten the input (data.context), or train with a larger model.n_positions")
+            problem = (
+                f"context={start + num_tokens}: must be at most n_positions={self.n_positions}"
+            )
+            raise ValueError(
+                f"{problem}; shorten the input (data.context), "
+                "or train with a larger model.n_positions"
+            )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             blocks: Iterable[Call] = self.h if cache is None else cache.blocks
             slots = [None] * self.n_layer if cache is None else cache.slots(num_tokens)
             mask = None
             if start and num_tokens > 1:
-                mask = torch.ones(num_tokens, start + num_tokens, dtype=torch.bool, device=idx.device).tril(start)
+                mask = torch.ones(
+                    num_tokens, start + num_tokens, dtype=torch.bool, device=idx.device
+                ).tril(start)
             position = torch.arange(start, start + num_tokens, device=idx.device)
             x = self.wte(idx) + self.wpe(position)  # (B, T, C)
             x = self.dropout(x) if cache is None else x
@@ -179,7 +219,7 @@ class GPT2(nn.Module):
             max_new_tokens: tokens to add; with the prompt at most n_positions.
             greedy, temperature, top_k, top_p, repetition_penalty: see `Sampling`.
             seed: of the generator that draws; torch's global one is left alone.
-            stop_token: a row that has drawn it is filled up with it; once all rows have, no more are drawn.
+            stop_token: a row that has drawn it is filled up with it; once all rows have, it ends.
 
         Returns:
             int64 (B, T + n), n <= max_new_tokens.
@@ -203,13 +243,18 @@ class GPT2(nn.Module):
         seed: int = 0,
         stop_token: int | None = None,
     ) -> Iterator[Tensor]:
-        """Returns an iterator over the new tokens, int64 (B, 1) each, as they come; see `generate`."""
+        """Returns an iterator over the new tokens, int64 (B, 1), as they come; see `generate`."""
         _check_request(self, idx.shape[1], max_new_tokens, sampling)
         return self._stream(idx, max_new_tokens, sampling, seed, stop_token)
 
     @torch.no_grad()
     def _stream(
-        self, idx: Tensor, max_new_tokens: int, sampling: Sampling, seed: int, stop_token: int | None
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop_token: int | None,
     ) -> Iterator[Tensor]:
         batch_size, num_prompt = idx.shape
         generator = torch.Generator(idx.device).manual_seed(seed)
@@ -235,17 +280,11 @@ class GPT2(nn.Module):
 
 def _check_request(model: GPT2, length: int, new: int, sampling: Sampling) -> None:
     room = max(model.n_positions - length, 0)
-    _refuse(
-        {
-            "idx: the prompt is empty; give at least one token": length >= 1,
-            f"max_new_tokens={new}: must be at least 1, and a prompt of {length} tokens leaves room for {room} in "
-            f"n_positions={model.n_positions}; ask for fewer, or shorten the prompt": 1 <= new <= room,
-            **dict.fromkeys(sampling.mistakes(model.vocab_size), False),
-        }
-    )
-
-
-def _refuse(rules: dict[str, bool]) -> None:
-    problems = [message for message, holds in rules.items() if not holds]
-    if problems:
-        raise ValueError("\n".join(problems))
+    lines = [] if length else ["idx: the prompt is empty; give at least one token"]
+    if not 1 <= new <= room:
+        lines.append(
+            f"max_new_tokens={new}: must be at least 1, and a prompt of {length} tokens leaves "
+            f"room for {room} in n_positions={model.n_positions}; "
+            "ask for fewer, or shorten the prompt"
+        )
+    refuse(lines + sampling.mistakes(model.vocab_size))

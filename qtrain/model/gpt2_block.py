@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from qtrain.backend.torch_ao import DeQuantStub, QuantStub, has_hooks, resolve, same
 
-Slot = tuple[Tensor, Tensor, Tensor]  # where to write new keys and values, all keys, all values: of one layer
+Slot = tuple[
+    Tensor, Tensor, Tensor
+]  # where to write new keys and values, all keys, all values: of one layer
 
 Call = Callable[..., Tensor]
 
@@ -31,7 +33,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
-        """(B, T, C) -> (B, T, C). mask: bool (T, S), True where a token may look; None for the usual triangle."""
+        """(B, T, C) -> (B, T, C). mask: bool (T, S), True: may look; None: the usual triangle."""
         dropout = self.dropout if self.training else 0.0
         return attend(x, slot, mask, self._project_in, self._project_out, self.n_head, dropout)
 
@@ -59,9 +61,10 @@ def attend(
     n_head: int,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Returns self-attention of x (B, T, C) between two projections, (B, T, C) -> (B, T, 3C) and back."""
+    """Returns self-attention of x (B, T, C), between projections to (B, T, 3C) and back."""
     batch, num_tokens, n_embd = x.shape
-    qkv = project_in(x).view(batch, num_tokens, 3, n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+    # (3, B, H, T, D)
+    qkv = project_in(x).view(batch, num_tokens, 3, n_head, -1).permute(2, 0, 3, 1, 4)
     if slot is None:
         q, k, v = qkv.unbind(0)  # (B, H, T, D)
     else:
@@ -70,7 +73,9 @@ def attend(
         q = qkv[0]
     # A single token may look at everything before it: it needs no mask.
     is_causal = mask is None and num_tokens > 1
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+    x = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
+    )
     return project_out(x.transpose(1, 2).reshape(batch, num_tokens, n_embd))
 
 
@@ -156,8 +161,16 @@ def run_block(
 def gelu(x: Tensor) -> Tensor:
     """Returns the tanh approximation of GELU, to 1e-6."""
     is_plain = x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu"
-    if is_plain or is_compiling() or x.numel() < 1 << 15:  # a program of torch.export is for batches of any size
+    if (
+        is_plain or is_compiling() or x.numel() < 1 << 15
+    ):  # a program of torch.export is for batches of any size
         return F.gelu(x, approximate="tanh")
-    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it takes half of torch's time.
+    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it takes half
+    # of torch's time.
     slope = 2 * math.sqrt(2 / math.pi)
-    return torch.addcmul(torch.full((), slope), x, x, value=0.044715 * slope).mul_(x).sigmoid_().mul_(x)
+    return (
+        torch.addcmul(torch.full((), slope), x, x, value=0.044715 * slope)
+        .mul_(x)
+        .sigmoid_()
+        .mul_(x)
+    )

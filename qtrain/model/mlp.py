@@ -12,7 +12,8 @@ class MLP(nn.Module):
 
     Args:
         hidden: width of both hidden layers.
-        hidden_relu: a ReLU after each hidden layer. The articles' DigitsNet has none, so it is linear throughout.
+        hidden_relu: a ReLU after each hidden layer. The articles' DigitsNet has none, so it is
+            linear throughout.
         output_relu: a ReLU on the logits, as in DigitsNet; it is not fused there, and not here.
 
     Shape: (B, 1, 28, 28) -> (B, 10).
@@ -21,7 +22,9 @@ class MLP(nn.Module):
     def __init__(self, *, hidden: int, hidden_relu: bool, output_relu: bool) -> None:
         super().__init__()
         refuse(
-            whole("hidden", hidden, 1, WIDE) + boolean("hidden_relu", hidden_relu) + boolean("output_relu", output_relu)
+            whole("hidden", hidden, 1, WIDE)
+            + boolean("hidden_relu", hidden_relu)
+            + boolean("output_relu", output_relu)
         )
         self.quant = QuantStub()
         self.linear1 = nn.Linear(28 * 28, hidden)

@@ -32,12 +32,15 @@ class Sampling:
         """Returns a line for each setting that is out of range."""
         penalty, p, k = self.repetition_penalty, self.top_p, self.top_k
         rules = {
-            f"temperature={self.temperature}: must be above 0; for the likeliest token use greedy=true": (
-                self.temperature > 0
+            f"temperature={self.temperature}: must be above 0; "
+            "for the likeliest token use greedy=true": (self.temperature > 0),
+            f"top_k={k}: must be 1..vocab_size={vocab_size}, or null for all": (
+                k is None or 1 <= k <= vocab_size
             ),
-            f"top_k={k}: must be 1..vocab_size={vocab_size}, or null for all": (k is None or 1 <= k <= vocab_size),
             f"top_p={p}: must be above 0 and at most 1, or null for all": p is None or 0 < p <= 1,
-            f"repetition_penalty={penalty}: must be above 0; 1 is no penalty": 0 < penalty < float("inf"),
+            f"repetition_penalty={penalty}: must be above 0; 1 is no penalty": (
+                0 < penalty < float("inf")
+            ),
             GREEDY_ALONE: not self.greedy or (self.temperature, k, p) == (1, None, None),
         }
         return [message for message, holds in rules.items() if not holds]

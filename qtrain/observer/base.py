@@ -1,4 +1,4 @@
-"""What every observer is: something that sees tensors, and says which range their integers shall span."""
+"""What every observer is: it sees tensors, and says which range their integers shall span."""
 
 from typing import Any
 
@@ -81,7 +81,8 @@ class Observer(nn.Module):
         return scale, zero_point
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("min_val", "max_val"):  # one number in a fresh observer, one a channel in a saved one
+        # One number in a fresh observer, one a channel in a saved one.
+        for name in ("min_val", "max_val"):
             saved = state_dict.get(prefix + name)
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.min_val.device))
@@ -89,7 +90,7 @@ class Observer(nn.Module):
 
 
 def refuse_per_channel(observer: str, qscheme: torch.qscheme) -> None:
-    """Raises ValueError where an observer that knows one range a tensor is asked for one a channel."""
+    """Raises ValueError where an observer of one range a tensor is asked for one a channel."""
     if qscheme in PER_CHANNEL:
         raise ValueError(
             f"observer={observer}: finds one range a tensor, not one a channel; "
@@ -98,7 +99,7 @@ def refuse_per_channel(observer: str, qscheme: torch.qscheme) -> None:
 
 
 def make_observer(spec: QuantSpec, *, signed: bool) -> Any:
-    """Returns a new observer for a settled spec; signed for weights (qint8), unsigned for activations (quint8)."""
+    """Returns an observer for a settled spec; signed for weights, unsigned for activations."""
     assert spec.observer is not None and AUTO not in (spec.symmetric, spec.granularity), spec
     kind = f"{spec.granularity}_{'symmetric' if spec.symmetric else 'affine'}"
     low, high = spec.quant_range(signed)

@@ -1,8 +1,8 @@
 """The clipping range of least squared error, searched on a histogram of all that was seen.
 
-The search is that of torch.ao's HistogramObserver, to the same bins: it cuts off ever more values at both ends, a
-hundred thousandth of them at a time, as long as the expected squared error falls. Here stretching the histogram to a
-new range, which takes torch most of its time, costs next to none.
+The search is that of torch.ao's HistogramObserver, to the same bins: it cuts off ever more values
+at both ends, a hundred thousandth of them at a time, as long as the expected squared error falls.
+Here stretching the histogram to a new range, torch's longest work, costs next to nothing.
 """
 
 from bisect import bisect_left, bisect_right
@@ -67,7 +67,8 @@ class HistogramObserver(Observer):
     def _stretched(self, old_low: float, old_high: float, low: float, high: float) -> Tensor:
         """Returns the histogram of old_low..old_high as one of low..high.
 
-        Each bin is spread over UPSAMPLE points; how many lie below each new boundary says how much of it lies there.
+        Each bin is spread over UPSAMPLE points; how many lie below each new boundary says how much
+        of it lies there.
         """
         if old_low == old_high:
             return torch.histc(self.min_val, self.bins, low, high) * self.histogram.sum()
@@ -77,7 +78,8 @@ class HistogramObserver(Observer):
         below_each = (boundaries - old_low).mul_(points / (old_high - old_low)).sub_(0.5).ceil_()
         below_each = below_each.clamp_(0, points).long()
         full, part = below_each // UPSAMPLE, below_each % UPSAMPLE
-        counts = F.pad(self.histogram.double(), (1, 1))  # 0 before the first bin and behind the last
+        # 0 before the first bin and behind the last.
+        counts = F.pad(self.histogram.double(), (1, 1))
         below = counts.cumsum(0)[full] + counts[full + 1] * part / UPSAMPLE
         return below.diff().float()
 
@@ -112,10 +114,10 @@ class HistogramObserver(Observer):
         return first, last
 
     def _squared_error(self, first: int, last: int) -> float:
-        """Returns the squared error of rounding all that was seen to LEVELS values between two bins' outer edges.
+        """Returns the squared error of rounding all seen to LEVELS values between two bins' edges.
 
-        A bin's values count as spread evenly over it. Between two of its points the error, measured from the middle of
-        the level that they round to, is the integral of x^2.
+        A bin's values count as spread evenly over it. Between two of its points the error, measured
+        from the middle of the level that they round to, is the integral of x^2.
         """
         width = (self.max_val.item() - self.min_val.item()) / self.bins
         step = width * (last - first + 1) / LEVELS

@@ -10,8 +10,8 @@ from qtrain.observer.minmax import MinMaxObserver
 
 
 class MovingAverageObserver(MinMaxObserver):
-    """Averages minimum and maximum exponentially: old + averaging_constant * (new - old); the first are taken as
-    they are.
+    """Averages minimum and maximum exponentially: old + averaging_constant * (new - old); the first
+    are taken as they are.
 
     Args:
         averaging_constant: above 0 and at most 1, where only the last batch counts.

@@ -10,8 +10,8 @@ from qtrain.simulate.simulation import Batches, Simulation
 class Quantizer:
     """Leaves the model as it is; a method overrides what it changes.
 
-    The pipeline calls `prepare`, `calibrate`, then trains where `trains`, then `convert`. None of them changes the
-    model it is given, except that calibration fills the simulation's observers.
+    The pipeline calls `prepare`, `calibrate`, then trains where `trains`, then `convert`. None of
+    them changes the model it is given, except that calibration fills the simulation's observers.
 
     Attributes:
         calibrates: whether `calibrate` heeds its batches.
@@ -35,17 +35,17 @@ class Quantizer:
     activation: QuantSpec | None = None
 
     def prepare(self, model: nn.Module) -> Simulation:
-        """Returns the simulation of a copy of the float `model`, ready to be calibrated; without sites if need be."""
+        """Returns the simulation of a copy of the float `model`, to be calibrated; maybe bare."""
         return Simulation(torch_ao.copy_model(model)).eval()
 
     def calibrate(self, simulation: Simulation, batches: Batches) -> None:
         """Lets the batches (each the arguments of one forward pass) be observed, in place."""
 
     def on_epoch(self, simulation: Simulation, epoch: int) -> None:
-        """Sets `simulation` (in train mode) up for the epoch, counted from 0, that is about to start."""
+        """Sets `simulation` (in train mode) up for the epoch, from 0, that is about to start."""
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
-        """Returns a model that simulates the integers in float, in eval mode, or None where the method has none."""
+        """Returns what simulates the integers in float, in eval mode; None if there is none."""
         return None
 
     def reference(self, simulation: Simulation) -> nn.Module | None:

@@ -22,7 +22,8 @@ class Cast(Quantizer):
 
     Args:
         dtype: "float16" or "bfloat16".
-        layers: {pattern of layer names: "float"}: these stay in float32, their inputs are cast as they come.
+        layers: {pattern of layer names: "float"}: these stay in float32, their inputs are cast as
+            they come.
 
     Raises:
         ValueError: the dtype is neither, or a layer setting is not "float".
@@ -37,12 +38,17 @@ class Cast(Quantizer):
         model = torch_ao.copy_model(simulation.model).cpu().eval()
         floats: dict[str, nn.Module] = {}
         for matched in torch_ao.match_layers(model, dict.fromkeys(self.layers)):
-            # Layers with a matrix each by itself: what lies between them, as attention, stays in one format.
-            inside = {f"{matched}.{n}" if n else matched: m for n, m in model.get_submodule(matched).named_modules()}
+            # Layers with a matrix each by itself: what lies between them, as attention, stays in
+            # one format.
+            inside = {
+                f"{matched}.{n}" if n else matched: m
+                for n, m in model.get_submodule(matched).named_modules()
+            }
             found = {n: copy.deepcopy(m) for n, m in inside.items() if isinstance(m, WITH_MATRIX)}
             if not found:
                 raise ValueError(
-                    f"quant.layers: {matched} has no matrix to keep in float; name a Linear, Conv or Embedding layer"
+                    f"quant.layers: {matched} has no matrix to keep in float; "
+                    "name a Linear, Conv or Embedding layer"
                 )
             floats |= found
         _cast_between(model.to(self.dtype), self.dtype, torch.float32)

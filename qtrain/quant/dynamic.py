@@ -27,8 +27,9 @@ class Dynamic(Quantizer):
         engine: "fbgemm", "qnnpack", "x86", "onednn" or "auto".
         weight: what weights are quantized to.
         embedding, head: as for PTQ.
-        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4}; or what these layers
-            are instead, see `layer_format`: "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
+        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4};
+            or what these layers are instead, see `layer_format`: "float", "fp16", "llm_int8",
+            {"method": "weight_only", "bits": 4} ...}.
 
     Raises:
         ValueError: the engine is unknown or refuses a spec; a layer setting is none of these.
@@ -56,7 +57,9 @@ class Dynamic(Quantizer):
         return torch_ao.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]
 
     def _setting(self, pattern: str, setting: Any) -> QuantSpec | PackedFormat | None:
-        return spec_or_format(pattern, setting, lambda fields: self._settle(replace(self.weight, **fields)))
+        return spec_or_format(
+            pattern, setting, lambda fields: self._settle(replace(self.weight, **fields))
+        )
 
     def prepare(self, model: nn.Module) -> Simulation:
         own = settings_of(model, self.layers)
@@ -68,16 +71,25 @@ class Dynamic(Quantizer):
                 continue
             if first.setdefault(id(layer), name) != name:
                 raise ValueError(
-                    f"model: layer {name} is layer {first[id(layer)]} under a second name, and only the first would be "
-                    "converted; register it once"
+                    f"model: layer {name} is layer {first[id(layer)]} under a second name, "
+                    "and only the first would be converted; register it once"
                 )
             found.setdefault(name, own.get(name, self.weight))
-        plan = {n: LayerPlan("Linear", weight=form) for n, form in found.items() if isinstance(form, QuantSpec)}
+        plan = {
+            n: LayerPlan("Linear", weight=form)
+            for n, form in found.items()
+            if isinstance(form, QuantSpec)
+        }
         others = {name: form for name, form in found.items() if isinstance(form, PackedFormat)}
-        plan |= {name: form.plan(type(model.get_submodule(name)).__name__) for name, form in others.items()}
+        plan |= {
+            name: form.plan(type(model.get_submodule(name)).__name__)
+            for name, form in others.items()
+        }
         return Simulation(torch_ao.copy_model(model), plan, others).eval()
 
     def convert(self, simulation: Simulation) -> nn.Module:
-        weights = {name: layer.weight for name, layer in simulation.plan.items() if layer.backend is None}
+        weights = {
+            name: layer.weight for name, layer in simulation.plan.items() if layer.backend is None
+        }
         specs = {name: weight for name, weight in weights.items() if isinstance(weight, QuantSpec)}
         return torch_ao.quantize_dynamic(super().convert(simulation), specs, self.engine)

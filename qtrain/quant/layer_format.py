@@ -1,4 +1,4 @@
-"""What single Linear layers may be, whatever their method makes of the others: the values of `quant.layers`."""
+"""What single Linear layers may be, whatever the method makes of others: see `quant.layers`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,8 +23,9 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> PackedFormat 
 
     Args:
         pattern: of layer names, for messages.
-        setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of `method`, the fields of `weight`
-            that differ (of weight_only, which is meant without a method), and `threshold` (of llm_int8).
+        setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of `method`, the
+            fields of `weight` that differ (of weight_only, which is meant without a method), and
+            `threshold` (of llm_int8).
         weight: what weight_only quantizes to where the setting does not say otherwise; not settled.
 
     Raises:
@@ -34,8 +35,8 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> PackedFormat 
     method = fields.pop("method", "weight_only")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
-            f"layers.{pattern}={shown(setting)}: must be {', '.join(METHODS)}, or a mapping such as {{bits: 4}} or "
-            "{method: llm_int8, threshold: 5.0}"
+            f"layers.{pattern}={shown(setting)}: must be {', '.join(METHODS)}, "
+            "or a mapping such as {bits: 4} or {method: llm_int8, threshold: 5.0}"
         )
     allowed = {"weight_only": set(vars(weight)), "llm_int8": {"threshold"}}.get(method, set())
     _refuse_unknown(pattern, fields, allowed, method)
@@ -50,11 +51,15 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> PackedFormat 
     try:
         spec = settle(replace(weight, **fields))
     except ValueError as err:
-        raise ValueError("\n".join(f"layers.{pattern}.{line}" for line in str(err).splitlines())) from err
+        raise ValueError(
+            "\n".join(f"layers.{pattern}.{line}" for line in str(err).splitlines())
+        ) from err
     return PackedFormat("weight_only", spec)
 
 
-def spec_or_format(pattern: str, setting: Any, settle_fields: Callable[[dict[str, Any]], QuantSpec]) -> Any:
+def spec_or_format(
+    pattern: str, setting: Any, settle_fields: Callable[[dict[str, Any]], QuantSpec]
+) -> Any:
     """Returns the spec of a setting like {"bits": 4}, and of any other what `layer_format` does.
 
     Args:
@@ -71,12 +76,18 @@ def spec_or_format(pattern: str, setting: Any, settle_fields: Callable[[dict[str
     try:
         return settle_fields(setting)
     except ValueError as err:
-        raise ValueError("\n".join(f"layers.{pattern}.{line}" for line in str(err).splitlines())) from err
+        raise ValueError(
+            "\n".join(f"layers.{pattern}.{line}" for line in str(err).splitlines())
+        ) from err
 
 
 def _refuse_unknown(pattern: str, fields: dict[str, Any], allowed: set[str], owner: str) -> None:
     has = ", ".join(sorted(allowed)) or "no others"
-    refuse(f"layers.{pattern}.{k}={shown(v)}: {owner} has {has}" for k, v in fields.items() if k not in allowed)
+    refuse(
+        f"layers.{pattern}.{k}={shown(v)}: {owner} has {has}"
+        for k, v in fields.items()
+        if k not in allowed
+    )
 
 
 def read_settings(layers: dict[str, Any], read: Callable[[str, Any], Any]) -> dict[str, Any]:
@@ -100,7 +111,9 @@ def only_float(layers: Any, reason: str) -> list[str]:
     """Checks settings of which "float" is the only one; the reason says why."""
     if problems := mapping("layers", layers):
         return problems
-    return [f"layers.{p}={shown(s)}: must be float; {reason}" for p, s in layers.items() if s != "float"]
+    return [
+        f"layers.{p}={shown(s)}: must be float; {reason}" for p, s in layers.items() if s != "float"
+    ]
 
 
 def check_threshold(threshold: Any, prefix: str = "") -> None:
@@ -108,8 +121,10 @@ def check_threshold(threshold: Any, prefix: str = "") -> None:
     refuse(number(f"{prefix}threshold", threshold, above=0, null=True))
 
 
-def settings_of(model: nn.Module, layers: dict[str, Any], other_specs: bool = False) -> dict[str, Any]:
-    """Returns {Linear or Embedding layer: its setting} of those that have one, their own or that of what is around.
+def settings_of(
+    model: nn.Module, layers: dict[str, Any], other_specs: bool = False
+) -> dict[str, Any]:
+    """Returns {Linear or Embedding layer: its setting, or that of what is around it}.
 
     Args:
         model: the float model.
@@ -125,7 +140,9 @@ def settings_of(model: nn.Module, layers: dict[str, Any], other_specs: bool = Fa
         if setting is None or other_specs and isinstance(setting, QuantSpec):
             continue
         if not any(fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*") for n in linears):
-            raise ValueError(f"quant.layers.{pattern}: has no Linear layer, and this is a setting of theirs")
+            raise ValueError(
+                f"quant.layers.{pattern}: has no Linear layer, and this is a setting of theirs"
+            )
     found = {}
     for name, layer in model.named_modules():
         around = [n for n in own if name == n or name.startswith(f"{n}.")]
@@ -149,7 +166,9 @@ def settle(weight: QuantSpec) -> QuantSpec:
         problems.append("narrow_range=true: goes with symmetric=true; leave it at auto")
     if weight.observer is not None:
         name = weight.describe()["observer"]
-        problems.append(f"observer={name}: weights are taken by their minimum and maximum; leave it at null")
+        problems.append(
+            f"observer={name}: weights are taken by their minimum and maximum; leave it at null"
+        )
     if problems:
         raise ValueError("\n".join(problems))
     weight = replace(

@@ -16,7 +16,7 @@ class LLMInt8(WeightOnly):
     """Vector-wise int8 with outlier columns in float.
 
     Args:
-        threshold: magnitude from which a feature's column is an outlier; the paper's is 6.0. null: none is.
+        threshold: magnitude from which a feature's column is an outlier; 6.0 in the paper; or null.
         embedding, head: as for `WeightOnly`.
         layers: as for `WeightOnly`; {"bits": 4} means weight_only there.
 
@@ -24,11 +24,15 @@ class LLMInt8(WeightOnly):
         ValueError: names the parameter, its value and what is allowed.
     """
 
-    def __init__(self, *, threshold: float | None, embedding: str, head: str, layers: dict[str, Any]) -> None:
+    def __init__(
+        self, *, threshold: float | None, embedding: str, head: str, layers: dict[str, Any]
+    ) -> None:
         problems = []
         for check in (
             lambda: check_threshold(threshold),
-            lambda: super(LLMInt8, self).__init__(weight=LLM_INT8, embedding=embedding, head=head, layers=layers),
+            lambda: super(LLMInt8, self).__init__(
+                weight=LLM_INT8, embedding=embedding, head=head, layers=layers
+            ),
         ):
             try:
                 check()
@@ -36,7 +40,9 @@ class LLMInt8(WeightOnly):
                 problems += str(err).splitlines()
         refuse(problems)
         self.threshold = threshold
-        self.activation = QuantSpec(bits=8, symmetric=True, granularity="per_channel", reduce_range=False)
+        self.activation = QuantSpec(
+            bits=8, symmetric=True, granularity="per_channel", reduce_range=False
+        )
 
     @property
     def linear(self) -> PackedFormat:

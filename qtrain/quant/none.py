@@ -13,11 +13,11 @@ class NoQuantizer(Quantizer):
 class FloatFinetuned(Quantizer):
     """Trains the float model on, for as long as QAT does and in the same way.
 
-    QAT starts from a trained model and trains longer than it. Only beside this model can the difference that
-    quantization makes be told from that of the additional epochs.
+    QAT starts from a trained model and trains longer than it. Only beside this model can the
+    difference that quantization makes be told from that of the additional epochs.
 
     Args:
-        epochs, optimizer, scheduler, convert_every: as for QAT; the best epoch is that of the float model.
+        epochs, optimizer, scheduler, convert_every: as for QAT, by the float model's scores.
 
     Raises:
         ValueError: an epoch out of range.

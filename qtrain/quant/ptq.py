@@ -1,7 +1,7 @@
-"""Static post-training quantization: observe activations on calibration data, then convert weights and activations.
+"""Static post-training quantization: observe calibration data, convert weights and activations.
 
-B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-arXiv:1712.05877, section 2; R. Krishnamoorthi, arXiv:1806.08342, section 3.
+B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference", arXiv:1712.05877, section 2; R. Krishnamoorthi, arXiv:1806.08342, section 3.
 """
 
 from collections.abc import Sequence
@@ -43,20 +43,23 @@ class PTQ(Quantizer):
     Args:
         engine: "fbgemm", "qnnpack", "x86", "onednn", "reference" or "auto"; or a backend.
         weight: what weights are quantized to.
-        activation: what activations are quantized to; below the bits of the engine's kernels the simulation is the
-            result.
-        fake_quantize: "qtrain", or "torch" for torch's own kernels and observers: the slow reference.
+        activation: what activations are quantized to; below the bits of the engine's kernels the
+            simulation is the result.
+        fake_quantize: "qtrain", or "torch" for torch's own kernels and observers, the slow ones.
         transforms: what improves the simulation, in this order; see `qtrain.transform`.
-        embedding: how embeddings are stored once converted: "float", "fp16", or "int8" and "int4" with one scale a row.
-        head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate" is quantized like others, "shared"
-            stays one with it, in the embedding's format, and "float" in float32.
-        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4}; or what these layers
-            are instead, see `layer_format`: "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
-            Until conversion the latter are float, as their inputs and outputs stay.
+        embedding: how embeddings are stored once converted: "float", "fp16", or "int8" and "int4"
+            with one scale a row.
+        head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate" is quantized
+            like others, "shared" stays one with it, in the embedding's format, and "float" in
+            float32.
+        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4};
+            or what these layers are instead, see `layer_format`: "float", "fp16", "llm_int8",
+            {"method": "weight_only", "bits": 4} ...}. Until conversion the latter are float, as
+            their inputs and outputs stay.
 
     Raises:
-        ValueError: the engine is unknown or refuses a spec; there is no such fake quantization; a layer setting is none
-            of these.
+        ValueError: the engine is unknown or refuses a spec; there is no such fake quantization; a
+            layer setting is none of these.
     """
 
     calibrates = True
@@ -91,7 +94,9 @@ class PTQ(Quantizer):
 
         def setting_of(pattern: str, setting: Any) -> QuantSpec | PackedFormat | None:
             return spec_or_format(
-                pattern, setting, lambda fields: self._settle(replace(weight, **fields), activation)[0]
+                pattern,
+                setting,
+                lambda fields: self._settle(replace(weight, **fields), activation)[0],
             )
 
         self.layers = read_settings(layers if layers is not None else {}, setting_of)
@@ -119,7 +124,11 @@ class PTQ(Quantizer):
         self.backend.refuse(model, plan, groups)
         for name, form in packed.items():
             own = form.plan(type(model.get_submodule(name)).__name__)
-            plan[name] = replace(own, output=plan[name].output, reason=plan[name].reason) if name in plan else own
+            plan[name] = (
+                replace(own, output=plan[name].output, reason=plan[name].reason)
+                if name in plan
+                else own
+            )
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
         simulation.backend = self.backend
         simulation.clips_at_type = self.backend.clips_at_type and not self.simulated
@@ -130,7 +139,7 @@ class PTQ(Quantizer):
         return simulation
 
     def _packed(self, model: nn.Module) -> tuple[dict[str, PackedFormat], set[str]]:
-        """Returns {layer: the format that it is packed in at conversion}, and the heads that stay with an embedding."""
+        """Returns {layer: the format it is packed in}, and the heads kept with an embedding."""
         own = settings_of(model, self.layers, other_specs=True)
         found = {name: form for name, form in own.items() if isinstance(form, PackedFormat)}
         floats = {name for name, setting in own.items() if setting is None}
@@ -185,7 +194,7 @@ def observe_weights(model: nn.Module) -> None:
 
 
 def place(model: nn.Module, name: str) -> str:
-    """Returns the name that Linear layer `name` of the float model has now: inside a site, or a fused run of layers."""
+    """Returns Linear layer `name`'s name now: inside a site, or a fused run of layers."""
     for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]:
         if isinstance(model.get_submodule(name[:end]), QuantModule):
             name = f"{name[:end]}.layer{name[end:]}"

@@ -1,6 +1,7 @@
-"""Every parameter stored in int8 and restored in float where it is used: absmax and zero-point quantization.
+"""Every parameter in int8, restored where it is used: absmax and zero-point quantization.
 
-Any layer can be treated so, for it computes in float as before; what is gained is size, not speed. Per tensor.
+Any layer can be treated so, for it computes in float as before; what is gained is size, not speed.
+Per tensor.
 """
 
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class RoundTrip(Quantizer):
     """Stores parameters as integers, each tensor by itself.
 
     Args:
-        scope: "all": every parameter, biases and norms too, as in the articles; "linear": weights of Linear layers.
+        scope: "all": every parameter, biases and norms too, as in the articles; "linear": weights
+            of Linear layers.
         layers: {pattern of layer names: "float"}.
 
     Raises:
@@ -45,7 +47,9 @@ class RoundTrip(Quantizer):
         for layer_name, layer in model.named_modules():
             is_float = any(layer_name == f or layer_name.startswith(f"{f}.") for f in floats)
             for name, parameter in layer.named_parameters(recurse=False):
-                if not is_float and (self.scope == "all" or name == "weight" and isinstance(layer, nn.Linear)):
+                if not is_float and (
+                    self.scope == "all" or name == "weight" and isinstance(layer, nn.Linear)
+                ):
                     chosen.append((layer, name, parameter))
                 else:
                     kept.add(parameter)

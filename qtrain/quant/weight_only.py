@@ -21,12 +21,14 @@ class WeightOnly(Quantizer):
     """Stores the weights of Linear and, if asked, Embedding layers in fewer bits.
 
     Args:
-        weight: bits 8, 4 or 2; granularity per_channel (auto), per_tensor or per_group; symmetric (auto) or not.
-        embedding: how embeddings are stored: "float", "fp16", or "int8" and "int4" with one scale a row.
-        head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays one with it, in the
-            embedding's format; "separate" becomes a weight of its own, in `weight`'s; "float" stays in float32. With a
-            setting of its own in `layers` it is separate.
-        layers: {pattern of layer names: what these are instead, see `layer_format`: "float", "fp16", {"bits": 4} ...}.
+        weight: bits 8, 4 or 2; granularity per_channel (auto), per_tensor or per_group; symmetric
+            (auto) or not.
+        embedding: how embeddings are stored: "float", "fp16", or row by row "int8" or "int4".
+        head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays one with
+            it, in the embedding's format; "separate" becomes a weight of its own, in `weight`'s;
+            "float" stays in float32. With a setting of its own in `layers` it is separate.
+        layers: {pattern of layer names: what these are instead, see `layer_format`: "float",
+            "fp16", {"bits": 4} ...}.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -62,10 +64,15 @@ class WeightOnly(Quantizer):
         own = settings_of(model, self.layers)
         floats = {name for name, setting in own.items() if setting is None}
         found = formats(model, self.embedding, self.head, own, floats)
-        layers = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
+        layers = [
+            (name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear
+        ]
         found |= {name: own.get(name, self.linear) for name, _ in layers if name not in found}
         packed = {name: form for name, form in found.items() if form is not None}
-        plan = {name: form.plan(type(model.get_submodule(name)).__name__) for name, form in packed.items()}
+        plan = {
+            name: form.plan(type(model.get_submodule(name)).__name__)
+            for name, form in packed.items()
+        }
         return Simulation(torch_ao.copy_model(model), plan, packed).eval()
 
     @property
@@ -78,7 +85,9 @@ class WeightOnly(Quantizer):
         for name, layer in self.convert(simulation).named_modules():
             weight = getattr(layer, "weight", None)
             if isinstance(weight, IntegerWeight | HalfWeight):
-                model.get_submodule(name).weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+                model.get_submodule(name).weight = nn.Parameter(
+                    weight.dequantize(), requires_grad=False
+                )
         return model
 
     def reference(self, simulation: Simulation) -> nn.Module | None:

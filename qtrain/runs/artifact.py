@@ -32,7 +32,8 @@ def sample_inputs(run_dir: Path, trust: Sequence[str] = ()) -> tuple[Tensor, ...
     """Returns forward's arguments for the first test batch of the run in `run_dir`, on the CPU.
 
     Raises:
-        ValueError: the folder holds no finished run, or names code that is not trusted, or its data are not there.
+        ValueError: the folder holds no finished run, or names code that is not trusted, or its data
+            are not there.
     """
     report = _report(run_dir, trust)
     with _rebuilding(run_dir, "data"):
@@ -42,17 +43,19 @@ def sample_inputs(run_dir: Path, trust: Sequence[str] = ()) -> tuple[Tensor, ...
 
 
 def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
-    """Returns the converted model of the run in `run_dir`, with predictions bit-identical to the run's.
+    """Returns the converted model of a run, with predictions bit-identical to the run's.
 
-    Its modules are made by the same prepare and convert, uncalibrated, and filled from quantized.pt, which is loaded
-    with `weights_only=True`. The model's own class, named in the run's config, must be importable.
+    Its modules are made by the same prepare and convert, uncalibrated, and filled from
+    quantized.pt, which is loaded with `weights_only=True`. The model's own class, named in the
+    run's config, must be importable.
 
     Args:
-        trust: packages of yours whose code the run may name; torch's and torchvision's modules and what qtrain's own
-            config names are harmless, and all else is refused.
+        trust: packages of yours whose code the run may name; torch's and torchvision's modules and
+            what qtrain's own config names are harmless, and all else is refused.
 
     Raises:
-        ValueError: the folder holds no finished run, names code that is not trusted, or its weights are damaged.
+        ValueError: the folder holds no finished run, names code that is not trusted, or its weights
+            are damaged.
     """
     report = _report(run_dir, trust)
     engine = report["quant"].get("engine")  # what "auto" was where the run was made
@@ -75,7 +78,8 @@ def _report(run_dir: Path, trust: Sequence[str]) -> dict[str, Any]:
     report = load_report(run_dir / FILE_NAME)
     if report["status"] != "ok":
         raise ValueError(
-            f"{run_dir}: this run failed ({plain(str(report.get('error')))}), so there is no model to load"
+            f"{run_dir}: this run failed ({plain(str(report.get('error')))}), "
+            "so there is no model to load"
         )
     report["config"] = up_to_date(report["config"])
     require(report["config"], trust, str(run_dir / FILE_NAME))
@@ -88,16 +92,20 @@ def _make(report: dict[str, Any], key: str, **changes: Any) -> Any:
 
 @contextmanager
 def _rebuilding(run_dir: Path, what: str) -> Iterator[None]:
-    """Draws no random number, and turns whatever a constructor makes of wrong arguments into one error."""
+    """Draws no random number, and makes one error of all that constructors make of arguments."""
     try:
         with torch.random.fork_rng():
             yield
     except Exception as err:
         reason = plain(" ".join(f"{type(err).__name__}: {err}".split()))
-        raise ValueError(f"{run_dir}: the {what} of its {FILE_NAME} cannot be made here ({reason})") from err
+        raise ValueError(
+            f"{run_dir}: the {what} of its {FILE_NAME} cannot be made here ({reason})"
+        ) from err
 
 
-def _fill(model: nn.Module, run_dir: Path, report: dict[str, Any], name: str, rename: Any = None) -> None:
+def _fill(
+    model: nn.Module, run_dir: Path, report: dict[str, Any], name: str, rename: Any = None
+) -> None:
     load_weights(
         model, run_dir / name, rename
     )  # first, for it knows better what is wrong with a file that is cut or no model

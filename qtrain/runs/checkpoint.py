@@ -28,7 +28,7 @@ def save_weights(path: Path, model: nn.Module) -> int:
 
 @contextmanager
 def kept_engine() -> Iterator[None]:
-    """Puts torch's quantized engine back afterwards: a state dict that does not fit leaves it switched."""
+    """Puts torch's quantized engine back: a state dict that does not fit leaves it switched."""
     before = torch.backends.quantized.engine
     try:
         yield
@@ -63,9 +63,13 @@ def read_state(path: Path) -> dict[Any, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # bytes that are no pickle can raise anything
         advice = "; save the weights alone: torch.save(model.state_dict(), FILE)"
-        raise ValueError(f"checkpoint={path}: not a readable state dict ({unreadable(err)}){advice}") from None
+        raise ValueError(
+            f"checkpoint={path}: not a readable state dict ({unreadable(err)}){advice}"
+        ) from None
     if not isinstance(state, dict):
-        raise ValueError(f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict")
+        raise ValueError(
+            f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict"
+        )
     return state
 
 
@@ -82,7 +86,9 @@ def load_state(model: nn.Module, state: dict[str, Any], path: Path, hint: str = 
         with kept_engine():
             model.load_state_dict(state)
     except Exception as err:  # torch takes the keys' being strings for granted
-        raise ValueError(f"checkpoint={path}: does not fit the model ({err}); is it another model's?{hint}") from err
+        raise ValueError(
+            f"checkpoint={path}: does not fit the model ({err}); is it another model's?{hint}"
+        ) from err
 
 
 def digest(content: Any) -> str:
@@ -93,7 +99,8 @@ def digest(content: Any) -> str:
 class FloatCache:
     """Trained float models by the digest of everything that determines them.
 
-    An entry is a folder: weights.pt, and meta.json with the weights' SHA-256 and what training had to report.
+    An entry is a folder: weights.pt, and meta.json with the weights' SHA-256 and what training had
+    to report.
 
     Args:
         root: the folder of entries.
@@ -108,12 +115,14 @@ class FloatCache:
                 return  # a cache to read only, in which nobody writes
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            raise OSError(f"float_cache={root}: {err}; name a folder that can be written, or null") from err
+            raise OSError(
+                f"float_cache={root}: {err}; name a folder that can be written, or null"
+            ) from err
         # The operating system frees the lock of a process that dies.
         self.lock = FileLock(self.folder / "lock")
 
     def load(self, model: nn.Module) -> dict[str, Any] | None:
-        """Fills `model` in place; returns what training had to report, or None where there is no sound entry."""
+        """Fills `model` in place; returns what training had to report, or None if unsound."""
         weights, meta = self.folder / "weights.pt", self.folder / "meta.json"
         if not meta.exists():
             return None
@@ -126,16 +135,20 @@ class FloatCache:
             load_weights(untouched, weights)
             model.load_state_dict(untouched.state_dict())
         except (OSError, ValueError, LookupError, TypeError) as err:
-            log.warning(f"float cache: entry {self.folder} is damaged ({err}) and will be trained again")
+            log.warning(
+                f"float cache: entry {self.folder} is damaged ({err}) and will be trained again"
+            )
             return None
         return training
 
     def save(self, model: nn.Module, training: dict[str, Any]) -> None:
-        """Publishes a trained model; meta.json, written last, makes the entry valid. The lock is held."""
+        """Publishes a trained model, the lock held; writes meta.json last: it makes it valid."""
         try:
             remove_leftovers(self.folder)
             save_weights(self.folder / "weights.pt", model)
             sha256 = hashlib.sha256((self.folder / "weights.pt").read_bytes()).hexdigest()
             write_json(self.folder / "meta.json", {"sha256": sha256, "training": training})
         except OSError as err:
-            raise OSError(f"float_cache={self.root}: {err}; name a folder that can be written, or null") from err
+            raise OSError(
+                f"float_cache={self.root}: {err}; name a folder that can be written, or null"
+            ) from err

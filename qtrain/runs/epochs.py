@@ -14,7 +14,7 @@ KINDS = ("float", "fake", "quantized")
 
 
 def of_float(config: DictConfig, parts: Parts) -> int:
-    """Returns the epochs of the float training, in this run or before; 0 for a checkpoint as it is."""
+    """Returns the epochs of the float training, now or before; 0 for a checkpoint as it is."""
     if config.checkpoint is not None and config.checkpoint_mode == "use":
         return 0
     return parts.trainer.num_epochs(parts.data.train)
@@ -30,7 +30,7 @@ def of_all(config: DictConfig, parts: Parts) -> int:
 
 
 def lay_out(logger: Logger, quality: str) -> None:
-    """Asks for the chart that has them all: of the validation data, and in the end the test data."""
+    """Asks for the chart of them all: of the validation data, and in the end the test data."""
     tags = [f"{name}/{kind}" for name in (f"val_{quality}", quality) for kind in KINDS]
     logger.chart(f"{quality} over epochs", tags)
 

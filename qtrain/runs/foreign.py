@@ -1,4 +1,4 @@
-"""Checkpoints as other programs write them: found within what wraps them, and named as the model names its weights."""
+"""Other programs' checkpoints: found within what wraps them, and named as the model's weights."""
 
 import re
 from collections import Counter
@@ -20,7 +20,8 @@ def load_checkpoint(model: nn.Module, path: Path, *, strict: bool) -> list[str]:
     """Loads the weights in a file of anyone's making into `model`, in place.
 
     Args:
-        strict: each weight must fit; else those that do not are left out, as those of a head for other classes.
+        strict: each weight must fit; else those that do not are left out, as those of a head for
+            other classes.
 
     Returns:
         lines that say what was unwrapped, converted and left out.
@@ -33,21 +34,28 @@ def load_checkpoint(model: nn.Module, path: Path, *, strict: bool) -> list[str]:
     if not strict:
         state, left_out = _fitting(state, own, f"checkpoint={path}")
         notes += left_out
-    tensors = {key: value for key, value in state.items() if key in own and isinstance(value, Tensor)}
+    tensors = {
+        key: value for key, value in state.items() if key in own and isinstance(value, Tensor)
+    }
     types = {str(value.dtype) for key, value in tensors.items() if value.dtype != own[key].dtype}
     if types:
         notes.append(f"its {', '.join(sorted(types))} weights become those of the model's type")
     hint = "; checkpoint_strict=false leaves out what does not fit" if strict else ""
     load_state(model, state, path, hint)
-    # Two names of one weight, as a head that is tied to an embedding: the last to be loaded has overwritten the other.
+    # Two names of one weight, as a head that is tied to an embedding: the last to be loaded has
+    # overwritten the other.
     untied = [k for k, v in tensors.items() if not _same(v.to(own[k].dtype), own[k])]
     if untied:
-        raise ValueError(f"checkpoint={path}: {_named(untied)}: one weight in the model, and several in the file")
+        raise ValueError(
+            f"checkpoint={path}: {_named(untied)}: one weight in the model, and several in the file"
+        )
     return [f"checkpoint={path}: {note}" for note in notes]
 
 
-def unwrap(state: dict[Any, Any], own: Collection[str], where: str) -> tuple[dict[str, Any], list[str]]:
-    """Returns the weights by the model's names, as far as they can be recognised, and what was done to get there.
+def unwrap(
+    state: dict[Any, Any], own: Collection[str], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the weights by the model's names, as far as recognised, and what was done for it.
 
     Args:
         own: the model's names.
@@ -64,25 +72,35 @@ def unwrap(state: dict[Any, Any], own: Collection[str], where: str) -> tuple[dic
             state = state[section]
     names = {key: str(key) if key in own else WRAPPER.sub(r"\1", str(key)) for key in state}
     if any(key != name for key, name in names.items()):
-        notes.append("its names without module. and _orig_mod., which DataParallel and torch.compile add")
+        notes.append(
+            "its names without module. and _orig_mod., which DataParallel and torch.compile add"
+        )
     prefix = _prefix(names.values(), own, where)
     if prefix:
         notes.append(f"its names without {prefix}")
     found = {name.removeprefix(prefix): state[key] for key, name in names.items()}
     kept = [found[name] for name in found if name in own]
     # One weight under two names may be saved twice.
-    twice = {name for name in found if name not in own and any(_same(found[name], other) for other in kept)}
+    twice = {
+        name
+        for name in found
+        if name not in own and any(_same(found[name], other) for other in kept)
+    }
     return {name: value for name, value in found.items() if name not in twice}, notes
 
 
 def _same(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or (a.shape, a.dtype) != (b.shape, b.dtype):
+    if (
+        not isinstance(a, Tensor)
+        or not isinstance(b, Tensor)
+        or (a.shape, a.dtype) != (b.shape, b.dtype)
+    ):
         return False
     return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)  # NaN is refused later, by its name
 
 
 def _prefix(names: Collection[str], own: Collection[str], where: str) -> str:
-    """Returns what stands before the model's names, as "model." of Lightning: under which most of them are found."""
+    """Returns what stands before the model's names, as "model."; the prefix that finds most."""
     counts: Counter[str] = Counter()
     for name in names:
         ends = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
@@ -91,14 +109,18 @@ def _prefix(names: Collection[str], own: Collection[str], where: str) -> str:
     if len(best) < 2 or "" in best:
         return "" if not best or "" in best else best[0]
     raise ValueError(
-        f"{where}: holds the model several times, as {', '.join(sorted(best))}; save one of them alone: "
-        "torch.save(model.state_dict(), FILE)"
+        f"{where}: holds the model several times, as {', '.join(sorted(best))}; "
+        "save one of them alone: torch.save(model.state_dict(), FILE)"
     )
 
 
-def _fitting(state: dict[str, Any], own: dict[str, Tensor], where: str) -> tuple[dict[str, Any], list[str]]:
-    """Returns the weights that fit, those of the model's own for all others, and the names of these."""
-    fits = {k: v for k, v in state.items() if k in own and getattr(v, "shape", None) == own[k].shape}
+def _fitting(
+    state: dict[str, Any], own: dict[str, Tensor], where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns the weights that fit, the model's own for all others, and the names of these."""
+    fits = {
+        k: v for k, v in state.items() if k in own and getattr(v, "shape", None) == own[k].shape
+    }
     if not fits:
         raise ValueError(f"{where}: none of its weights fits the model; is it another model's?")
     lines = []

@@ -1,4 +1,4 @@
-"""What will run, and about how long: told from the reports of earlier runs that lie where this one's will."""
+"""What will run, and about how long: told by reports of earlier runs beside this one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 def announce(config: DictConfig, hydra_config: Any) -> str:
-    """Returns the first line of a run: what it does and, where such a run is known, for how long."""
+    """Returns the first line of a run: what it does and, if one like it is known, for how long."""
     choices = hydra_config.runtime.choices
     epochs, steps, more, _ = kind = [OmegaConf.select(config, key) for key in KIND]
     line = f"{choices.model} on {choices.data}: float for {_count(epochs, 'epoch')}"
@@ -48,15 +48,20 @@ def announce(config: DictConfig, hydra_config: Any) -> str:
     rest = _seconds(same[0]) - _training(same[0])
     if config.float_cache is None or training < 1:
         return f"{line}; about {duration(rest + training)}, as the last such run"
-    return f"{line}; about {duration(rest)}, and {duration(training)} if the float model is not in the cache"
+    return (
+        f"{line}; about {duration(rest)}, "
+        f"and {duration(training)} if the float model is not in the cache"
+    )
 
 
 def announce_sweep(hydra_config: DictConfig) -> str:
-    """Returns the first line of a sweep: what it varies and, where all its jobs are known, for how long."""
+    """Returns the first line of a sweep: what it varies and, if all are known, for how long."""
     found = grid(hydra_config)
     if found is None:
         return f"a search by {hydra_config.runtime.choices['hydra/sweeper']}"
-    varied = " ".join(str(override.input_line) for override in found if override.is_sweep_override())
+    varied = " ".join(
+        str(override.input_line) for override in found if override.is_sweep_override()
+    )
     line = f"{_count(count_jobs(hydra_config), 'job')}: {varied}".removesuffix(": ")
     known: dict[frozenset[str], float] = {}
     for report in _finished(_sweeps(hydra_config)):
@@ -75,7 +80,7 @@ def _count(number: Any, word: str) -> str:
 
 
 def _finished(patterns: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Yields the reports of finished runs, the newest first; patterns: by folder, where they lie below it."""
+    """Yields the reports of finished runs, newest first; patterns: by folder, if below it."""
     paths = [path for folder, pattern in patterns.items() for path in Path(folder).glob(pattern)]
     for path in sorted(paths, key=_written, reverse=True)[:MOST_READ]:
         try:

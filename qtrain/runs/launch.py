@@ -1,4 +1,4 @@
-"""Several processes, one run: each trains on its part of every batch; the first alone scores, converts and writes."""
+"""Several processes, one run: each trains on its part of a batch; the first does all the rest."""
 
 import logging
 import os
@@ -19,28 +19,33 @@ from qtrain.common.validate import MOST_DEVICES
 from qtrain.quant.base import Quantizer
 from qtrain.train.ranks import from_torchrun, num_ranks
 
-SYNCHRONISED = ("minmax", "moving_average")  # observers for which a batch's extremes stand for the batch
+# Observers for which a batch's extremes stand for the batch.
+SYNCHRONISED = ("minmax", "moving_average")
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
-    """Raises ValueError where several ranks cannot agree on what the quantizer's training observes."""
+    """Raises ValueError where ranks cannot agree on what the quantizer's training observes."""
     if num_ranks() == 1 or not quantizer.trains or quantizer.activation is None:
         return
     observer = quantizer.activation.describe()["observer"]
     if observer not in SYNCHRONISED:
         raise ValueError(
-            f"trainer.devices={num_ranks()}: quant.activation.observer {observer} cannot be synchronised; "
-            f"use {' or '.join(SYNCHRONISED)}, or trainer.devices=1"
+            f"trainer.devices={num_ranks()}: quant.activation.observer {observer} cannot be "
+            f"synchronised; use {' or '.join(SYNCHRONISED)}, or trainer.devices=1"
         )
 
 
 def _check_devices(devices: int, device: str) -> None:
     there = {"cuda": torch.cuda.device_count(), "cpu": devices}.get(device, 1)
     if there < devices:
-        raise ValueError(f"trainer.devices={devices}: device={device} is {there}; use fewer, or device=cpu")
+        raise ValueError(
+            f"trainer.devices={devices}: device={device} is {there}; use fewer, or device=cpu"
+        )
     if from_torchrun() and int(os.environ["WORLD_SIZE"]) != devices:
         started = os.environ["WORLD_SIZE"]
-        raise ValueError(f"trainer.devices={devices}: torchrun started {started} processes; the two must agree")
+        raise ValueError(
+            f"trainer.devices={devices}: torchrun started {started} processes; the two must agree"
+        )
 
 
 def _join(ranks: int, number: int, local: int, address: str, device: str) -> None:
@@ -52,9 +57,12 @@ def _join(ranks: int, number: int, local: int, address: str, device: str) -> Non
 
 @contextmanager
 def group(
-    config: DictConfig, run_dir: Path, resume: bool, follow: Callable[[DictConfig, Path, bool], None]
+    config: DictConfig,
+    run_dir: Path,
+    resume: bool,
+    follow: Callable[[DictConfig, Path, bool], None],
 ) -> Iterator[Path]:
-    """While entered, `trainer.devices` processes carry out the run; yields the first one's `run_dir`.
+    """While entered, `trainer.devices` processes carry out the run; yields the first's `run_dir`.
 
     The others are started here, unless torchrun has started them.
 
@@ -70,7 +78,9 @@ def group(
         return
     _check_devices(devices, config.device)
     if from_torchrun():
-        _join(devices, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "env://", config.device)
+        _join(
+            devices, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "env://", config.device
+        )
         named = [str(run_dir)]
         dist.broadcast_object_list(named)
         try:
@@ -102,13 +112,14 @@ def group(
 
 
 def _wait_for(workers: dict[Any, Any]) -> None:
-    """Waits until each worker is ready to join; gloo would wait half an hour for one that has died."""
+    """Waits until each worker is ready to join; gloo would wait half an hour for a dead one."""
     for worker, ready in workers.items():
         while not ready.wait(0.1):
             if not worker.is_alive():
                 raise ValueError(
-                    f"trainer.devices={len(workers) + 1}: a process could not be started (its error stands above); a "
-                    "script of your own must start runs below `if __name__ == '__main__':`"
+                    f"trainer.devices={len(workers) + 1}: a process could not be started (its "
+                    "error stands above); a script of your own must start runs below "
+                    "`if __name__ == '__main__':`"
                 )
 
 

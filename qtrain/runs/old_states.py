@@ -11,13 +11,15 @@ from qtrain.simulate.simulation import leave_float, sites
 def up_to_date_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Returns the state dict of a simulation by the names that `model` has now.
 
-    0.1.0 simulated on torch.ao's modules. Of PTQ it wrote weights that were quantized already: their sites in `model`
-    lose what would do it again.
+    0.1.0 simulated on torch.ao's modules. Of PTQ it wrote weights that were quantized already:
+    their sites in `model` lose what would do it again.
     """
     own = model.state_dict()
     found = {}
     for key, value in state.items():
-        new = key.replace(".activation_post_process.", ".output_q.").replace(".weight_fake_quant.", ".weight_q.")
+        new = key.replace(".activation_post_process.", ".output_q.").replace(
+            ".weight_fake_quant.", ".weight_q."
+        )
         if new not in own:
             new = re.sub(r"\.0\.(weight|bias)$", r".\1", new)  # the first of a fused run
         if not new.endswith(".observer.eps"):

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: facts for the report, TensorBoard, the lines at its end."""
+"""What a run leaves behind for people: facts for the report, and what loggers show."""
 
 import logging
 import subprocess
@@ -18,8 +18,9 @@ from qtrain.functional.error import mse, sqnr_db
 from qtrain.logger.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
 from qtrain.runs.hparams import hparams
-from qtrain.runs.quality import Quality, made_of, of_task
+from qtrain.runs.quality import made_of, of_task
 from qtrain.runs.report import Report
+from qtrain.runs.summary import summary
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import output_points
 from qtrain.simulate.sites import QuantWeighted
@@ -37,7 +38,10 @@ log = logging.getLogger(__name__)
 def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Returns the fields of a report that are known before the run."""
     # Of a list or a mapping, which will be refused, only a plain one can be written down.
-    name, seed = (OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for v in (config.name, config.seed))
+    name, seed = (
+        OmegaConf.to_container(v) if OmegaConf.is_config(v) else v
+        for v in (config.name, config.seed)
+    )
     return {
         "name": name,
         "seed": seed,
@@ -54,7 +58,9 @@ def _git_commit() -> str | None:
     """Returns the commit of the checkout that this package lies in, if it lies in one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -79,20 +85,31 @@ def scoring(task: Task, scores: Sequence[Scores]) -> dict[str, Any]:
     """Returns what a comparison needs to know of a task's quality."""
     quality = of_task(task)
     found = [(score.metrics[quality.name], score.examples.tolist()) for score in scores]
-    shown = {"higher_is_better": quality.higher_is_better, "unit": quality.unit, "scale": quality.scale}
+    shown = {
+        "higher_is_better": quality.higher_is_better,
+        "unit": quality.unit,
+        "scale": quality.scale,
+    }
     return shown | {"examples": made_of(quality, found)}
 
 
 def activation_qparams(simulation: nn.Module, quantized: nn.Module) -> dict[str, dict[str, float]]:
-    """Returns {module: {"scale", "zero_point"}} of every module that puts out a quantized tensor."""
+    """Returns {module: {"scale", "zero_point"}} of all that put out a quantized tensor."""
     found: dict[str, tuple[Any, Any]] = {}
     for name, point in output_points(simulation).items():
         found[name] = point.calculate_qparams()
     for name, module in quantized.named_modules() if not found else ():
         scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
-        if scale is not None and zero_point is not None and not isinstance(module, IntegerWeight | FakeQuantize):
+        if (
+            scale is not None
+            and zero_point is not None
+            and not isinstance(module, IntegerWeight | FakeQuantize)
+        ):
             found[name] = scale, zero_point
-    return {name: {"scale": float(scale), "zero_point": int(zero)} for name, (scale, zero) in found.items()}
+    return {
+        name: {"scale": float(scale), "zero_point": int(zero)}
+        for name, (scale, zero) in found.items()
+    }
 
 
 def write(
@@ -113,7 +130,11 @@ def write(
 
     logger.log(final_scores(report, task.quality), last_epoch)
     logger.log(final_costs(report), 0)
-    names = [name for name, module in quantized.named_modules() if integers.quantized_weight(module) is not None]
+    names = [
+        name
+        for name, module in quantized.named_modules()
+        if integers.quantized_weight(module) is not None
+    ]
     before = reference if reference is not None else float_model
     pairs = {}
     for name in names:
@@ -136,7 +157,11 @@ def write(
         for name, figure in figures(report, pairs, scores):
             logger.image(name, png(figure), 0)
     if report.samples:
-        logger.text("samples", "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()), 0)
+        logger.text(
+            "samples",
+            "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()),
+            0,
+        )
     if report.qparams:
         logger.text("qparams", qparams_table(report), 0)
     logger.hparams(hparams(report))
@@ -144,16 +169,27 @@ def write(
         log.info(line)
 
 
-def figures(report: Report, pairs: "Pairs", scores: dict[str, Scores | None]) -> Iterator[tuple[str, "Figure"]]:
+def figures(
+    report: Report, pairs: "Pairs", scores: dict[str, Scores | None]
+) -> Iterator[tuple[str, "Figure"]]:
     """Yields (name, figure) of the finished run."""
     from qtrain.logger import plots  # matplotlib takes half a second to import
 
     if pairs:
         yield "weights", plots.weights(pairs)
         yield "weight_distribution", plots.distribution(pairs, report.quant["method"])
-        kinds = {"weights": {n: float(sqnr_db(w, q.dequantize().to(w.dtype))) for n, (w, q) in pairs.items()}}
-        activations = {name: value for name, value in report.truth["sqnr_db"].items() if value is not None}
-        yield "quantization_noise", plots.noise(kinds | ({"activations": activations} if activations else {}))
+        kinds = {
+            "weights": {
+                n: float(sqnr_db(w, q.dequantize().to(w.dtype))) for n, (w, q) in pairs.items()
+            }
+        }
+        activations = {
+            name: value for name, value in report.truth["sqnr_db"].items() if value is not None
+        }
+        yield (
+            "quantization_noise",
+            plots.noise(kinds | ({"activations": activations} if activations else {})),
+        )
     for kind, score in scores.items():
         is_new = kind != "quantized" or report.quant["method"] != "none"
         if is_new and score is not None and "confusion" in score.metrics:
@@ -177,10 +213,16 @@ def final_scores(report: Report, quality: str) -> dict[str, float]:
 def final_costs(report: Report) -> dict[str, float]:
     """Returns what the finished run's models cost, by TensorBoard's names."""
     scalars: dict[str, float] = {}
-    scalars |= {f"size_kb/{kind}": size / 1000 for kind, size in report.size_bytes.items() if size is not None}
+    scalars |= {
+        f"size_kb/{kind}": size / 1000
+        for kind, size in report.size_bytes.items()
+        if size is not None
+    }
     scalars |= {f"tokens_per_s/{kind}": rate for kind, rate in report.tokens_per_s.items()}
     for kind, sizes in report.latency_ms.items():
-        scalars |= {f"latency_ms/{kind}_batch_{size}": t["median"] for size, t in (sizes or {}).items()}
+        scalars |= {
+            f"latency_ms/{kind}_batch_{size}": t["median"] for size, t in (sizes or {}).items()
+        }
     return scalars
 
 
@@ -195,7 +237,7 @@ def qparams_table(report: Report) -> str:
 
 
 def weight_table(pairs: "Pairs", count: int = 3) -> str:
-    """Returns the first weights of each layer as a Markdown table, with scale, zero point and error."""
+    """Returns each layer's first weights as a Markdown table: scale, zero point and error."""
     lines = [
         "| layer | float | integers | scale | zero point | dequantized | MSE | SQNR, dB |",
         "|---|---|---|---|---|---|---|---|",
@@ -211,67 +253,3 @@ def weight_table(pairs: "Pairs", count: int = 3) -> str:
         columns += [f"{float(mse(exact, restored)):.1e}", f"{float(sqnr_db(exact, restored)):.1f}"]
         lines.append(f"| {name} | " + " | ".join(columns) + " |")
     return "\n".join(lines)
-
-
-def _seconds(stages: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in stages.items())
-
-
-def wrong_by_class(counts: list[int], most: int = 10) -> str:
-    """Returns how many predictions are wrong in each class or, of many classes, in the worst.
-
-    >>> wrong_by_class([3, 0, 5]), wrong_by_class([3, 0, 5], most=2)
-    ('wrong by class: 3 0 5', 'wrong in the worst 2 of 3 classes: 2: 5, 0: 3')
-    """
-    if len(counts) <= most:
-        return "wrong by class: " + " ".join(map(str, counts))
-    worst = sorted(range(len(counts)), key=lambda index: -counts[index])[:most]
-    shown = ", ".join(f"{index}: {counts[index]}" for index in worst)
-    return f"wrong in the worst {most} of {len(counts)} classes: {shown}"
-
-
-def summary(report: Report, quality: Quality) -> list[str]:
-    """Returns the lines that a person reads at the end of a run."""
-    lines = []
-    is_float = report.quant["weight"] is None  # the float model itself, or the same trained on
-    for kind, metrics in report.metrics.items():
-        if metrics is None or (kind == "quantized" and report.quant["method"] == "none"):
-            continue
-        label = "trained on" if kind == "quantized" and is_float else kind
-        simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
-        size = report.size_bytes.get(f"{kind}_file")
-        facts = [f"{quality.name} {quality.text(metrics[quality.name])}", f"loss {metrics['loss']:.4f}"]
-        facts += [f"{size / 1000:.1f} KB"] if size is not None else []
-        facts += [f"{t['median']:.3f} ms at batch {n}" for n, t in (report.latency_ms.get(kind) or {}).items()]
-        facts += [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
-        lines.append(f"{label + simulated:>21}: " + ", ".join(facts))
-        if "wrong_per_class" in metrics:
-            lines.append(f"{'':>23}{wrong_by_class(metrics['wrong_per_class'])}")
-    exact, real = report.latency_ms["float"], report.latency_ms["quantized"] if not report.quant["simulated"] else {}
-    for size, times in (real or {}).items():
-        ratio = times["median"] / exact[size]["median"]
-        if ratio > 1 and not is_float:
-            lines.append(
-                f"note: the quantized model is SLOWER than float at batch {size}: {ratio:.2f} times its latency"
-            )
-    lines += [f"{kind:>21}: {text!r}" for kind, text in report.samples.items()]
-    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
-    lines.append(f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s))
-    cover = report.coverage
-    if not is_float:
-        lines.append(
-            f"quantized: {100 * cover['params_quantized']:.1f} % of parameters, "
-            f"{100 * cover['macs_quantized']:.1f} % of multiply-accumulates"
-        )
-        before, after = (report.size_bytes.get(f"{kind}_file") for kind in ("float", "quantized"))
-        if before and after and after > before:
-            largest = cover.get("largest_float")
-            lines.append(
-                f"note: the quantized file is LARGER than the float one, {after / 1000:.1f} against "
-                f"{before / 1000:.1f} KB" + (f"; the largest tensor that stays float is {largest}" if largest else "")
-            )
-        for reason in dict.fromkeys(cover["float_layers"].values()):
-            names = [name for name, why in cover["float_layers"].items() if why == reason]
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            lines.append(f"  stays float: {', '.join(names[:8])}{more} ({reason})")
-    return lines

@@ -1,4 +1,4 @@
-"""One run: float model, prepare, calibrate, fine-tune, convert; every model scored on the same data."""
+"""One run: float model, prepare, calibrate, fine-tune, convert; all scored on the same data."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from qtrain.analyze.dry_run import dry_run, rehearse
+from qtrain.analyze.dry_run import dry_run
+from qtrain.analyze.finite import require_finite_weights
 from qtrain.analyze.measure import reset_peak_memory
-from qtrain.analyze.truth import require_finite_weights
+from qtrain.analyze.rehearsal import rehearse
 from qtrain.common.files import OVERRIDES, write_atomically, write_json
 from qtrain.config.build import build, resolve, try_out
 from qtrain.exporter.judge import rehearse_exports
@@ -91,7 +92,7 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
 
 
 def begin(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals) -> Run:
-    """Builds what the run is made of, and tries every stage on a few samples before compute is spent."""
+    """Builds what the run is made of, and tries every stage on a few samples beforehand."""
     reset_peak_memory()
     parts = build(config)
     parts = replace(parts, data=with_fingerprint(config, parts.data))
@@ -107,7 +108,9 @@ def begin(config: DictConfig, run_dir: Path, report: Report, resume: bool, signa
     report.data_fingerprint = parts.data.fingerprint
     sample = parts.task.inputs(next(iter(parts.data.test)))
     sample = tuple(x[: parts.truth.samples].cpu() for x in sample)
-    report.coverage = dry_run(parts.model, parts.quantizer, tuple(x[:2] for x in sample), parts.truth)
+    report.coverage = dry_run(
+        parts.model, parts.quantizer, tuple(x[:2] for x in sample), parts.truth
+    )
     auxiliary = rehearse(parts.model, parts.quantizer, parts.task, parts.data)
     try_out(parts, config)
     rehearse_exports(parts.export, parts.model, parts.quantizer, sample)

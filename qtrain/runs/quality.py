@@ -96,7 +96,8 @@ def made_of(quality: Quality, pairs: Sequence[tuple[float, Sequence[float]]]) ->
     Args:
         pairs: the quality of each model in the report's unit, and its examples' scores.
     """
-    if quality.name == "perplexity":  # the exponential of their mean but for windows that are shorter
+    # The exponential of their mean but for windows that are shorter.
+    if quality.name == "perplexity":
         return LOG
     for value, scores in pairs:
         mean = math.fsum(scores) / max(1, len(scores))

@@ -21,8 +21,8 @@ FILE_NAME = "report.json"
 DIGESTED = ("float.pt", "quantized.pt", "examples.pt")
 NUMBER = int | float
 SPEC = {"bits": int, "observer": str}
-# What readers rely on, where it is there: a class, [content of a list] or {key of a dict: content}; "*" stands for all
-# other keys. Within a section null may stand for anything.
+# What readers rely on, where it is there: a class, [content of a list] or {key of a dict: content};
+# "*" stands for all other keys. Within a section null may stand for anything.
 SHAPE: dict[str, Any] = {
     "name": str | int,
     "seed": str | int,
@@ -62,13 +62,17 @@ class Report:
     error: str | None = None
     data_fingerprint: str | None = None  # a digest of the data's content
     quality: str | None = None
-    scoring: dict[str, Any] = field(default_factory=dict)  # which way the quality goes, and how it is shown and tested
+    # Which way the quality goes, and how it is shown and tested.
+    scoring: dict[str, Any] = field(default_factory=dict)
     quant: dict[str, Any] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)  # what each layer becomes; see simulate/plan.py
+    # What each layer becomes; see simulate/plan.py.
+    plan: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
-    transforms: list[Any] = field(default_factory=list)  # what each gained, in decibels of the simulation's output
-    exports: dict[str, Any] = field(default_factory=dict)  # {exporter: file, size, distance from the simulation}
+    # What each gained, in decibels of the simulation's output.
+    transforms: list[Any] = field(default_factory=list)
+    # {exporter: file, size, distance from the simulation}.
+    exports: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
     truth: dict[str, Any] = field(default_factory=dict)
     qparams: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +92,9 @@ class Report:
 
     def __repr__(self) -> str:
         method, quality = self.quant.get("method"), self.quality
-        found = {kind: scores[quality] for kind, scores in self.metrics.items() if scores and quality}
+        found = {
+            kind: scores[quality] for kind, scores in self.metrics.items() if scores and quality
+        }
         scores = ", ".join(f"{kind} {value:.4g}" for kind, value in found.items())
         return f"Report({self.model} on {self.data}, {method}: {self.status}; {quality} {scores})"
 
@@ -105,7 +111,7 @@ class Report:
         return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
     def save(self, run_dir: Path) -> None:
-        """Writes report.json into `run_dir`, atomically; null stands for what is no finite number."""
+        """Writes report.json into `run_dir`, atomically; null stands for non-finite numbers."""
         write_json(run_dir / FILE_NAME, _finite(asdict(self)))
 
 
@@ -127,7 +133,11 @@ def load_report(path: Path) -> dict[str, Any]:
         content = json.loads(read_text(path), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as err:
         raise ValueError(f"{path}: not readable as JSON ({err})") from err
-    if not isinstance(content, dict) or content.get("schema") not in READABLE or "status" not in content:
+    if (
+        not isinstance(content, dict)
+        or content.get("schema") not in READABLE
+        or "status" not in content
+    ):
         raise ValueError(f"{path}: not a report of schema {' or '.join(map(str, READABLE))}")
     for problem in _problems(content):
         raise ValueError(f"{path}: not a whole report ({plain(problem)})")
@@ -140,10 +150,16 @@ def _refuse_constant(name: str) -> None:
 
 def _problems(report: dict[str, Any]) -> Iterator[str]:
     yield from (f"there is no {key}" for key in SHAPE if key in REQUIRED and key not in report)
-    yield from (f"{key} is too deep, or holds a number beyond {LARGEST}" for key in report if _is_extreme(report[key]))
+    yield from (
+        f"{key} is too deep, or holds a number beyond {LARGEST}"
+        for key in report
+        if _is_extreme(report[key])
+    )
     for key, shape in SHAPE.items():
         if key in report:
-            yield from [f"{key} is null"] if report[key] is None else misfits(report[key], shape, key)
+            yield from (
+                [f"{key} is null"] if report[key] is None else misfits(report[key], shape, key)
+            )
 
 
 def _is_extreme(content: Any, levels: int = MOST_LEVELS) -> bool:
@@ -165,10 +181,14 @@ def verify(run_dir: Path, report: dict[str, Any], name: str) -> None:
     """
     path, digests = run_dir / name, report.get("sha256")
     if not digests:
-        log.warning(f"{path}: not checked, for {FILE_NAME} is of an older version, which noted no SHA-256 of its files")
+        log.warning(
+            f"{path}: not checked, for {FILE_NAME} is of an older version, "
+            "which noted no SHA-256 of its files"
+        )
     elif sha256(path) != digests.get(name):
         raise ValueError(
-            f"{path}: damaged, or of another run: its SHA-256 is not that of {FILE_NAME}; copy it from the run again"
+            f"{path}: damaged, or of another run: its SHA-256 is not that of {FILE_NAME}; "
+            "copy it from the run again"
         )
 
 

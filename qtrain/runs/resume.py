@@ -1,7 +1,8 @@
 """Resuming: the state of a run's training stages on disk, and signals that end a run in good order.
 
-A state is written as a step or an epoch ends, so that a run that is killed at any moment goes on from the last one and
-ends with the same bits. What comes between and after the stages is done again, from the same numbers.
+A state is written as a step or an epoch ends, so that a run that is killed at any moment goes on
+from the last one and ends with the same bits. What comes between and after the stages is done
+again, from the same numbers.
 """
 
 import hashlib
@@ -40,7 +41,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """While entered, SIGINT and SIGTERM raise Interrupted: at once, or at the next step of a training."""
+    """While entered, SIGINT and SIGTERM raise Interrupted: now, or at a training's next step."""
 
     def __init__(self) -> None:
         self.pending: int | None = None
@@ -48,8 +49,12 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers there alone
-            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Python allows handlers there alone.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {
+                number: signal.signal(number, self._receive)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,7 +69,7 @@ class Signals:
 
 
 class StageCheckpoint(Checkpoint):
-    """Keeps a stage's state in RUN/resume/<stage>.pt: the SHA-256 of what follows, and what torch.save writes."""
+    """Keeps a stage's state in RUN/resume/<stage>.pt: a SHA-256, then what torch.save writes."""
 
     def __init__(self, progress: "Progress", stage: str) -> None:
         super().__init__()
@@ -88,7 +93,9 @@ class StageCheckpoint(Checkpoint):
         self.progress.signals.training = True
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, at: TracebackType | None
+    ) -> None:
         signals = self.progress.signals
         signals.training = False
         if kind is None and signals.pending is not None:
@@ -109,7 +116,9 @@ class Progress:
         ValueError: a state is damaged, or of another config.
     """
 
-    def __init__(self, run_dir: Path, key: str, *, resume: bool, signals: Signals, writes: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, key: str, *, resume: bool, signals: Signals, writes: bool = True
+    ) -> None:
         self.run_dir, self.folder, self.key = run_dir, run_dir / FOLDER, key
         self.signals, self.writes = signals, writes
         if not resume:
@@ -146,7 +155,9 @@ class Progress:
             return
         content = io.BytesIO()
         torch.save(
-            state | {"key": self.key, "logs": {path.name: path.stat().st_size for path in self._logs()}}, content
+            state
+            | {"key": self.key, "logs": {path.name: path.stat().st_size for path in self._logs()}},
+            content,
         )
         digest = hashlib.sha256(content.getbuffer()).digest()
         self.folder.mkdir(exist_ok=True)
@@ -163,21 +174,31 @@ class Progress:
         path = self._path(stage)
         if not path.is_file():
             return None
-        again = f"delete the folder {self.folder} to train again from the start, with the same result"
+        again = (
+            f"delete the folder {self.folder} to train again from the start, with the same result"
+        )
         content = path.read_bytes()
         if hashlib.sha256(content[DIGEST_BYTES:]).digest() != content[:DIGEST_BYTES]:
             raise ValueError(f"resume={self.run_dir}: {path} is damaged; {again}")
         try:
-            state = torch.load(io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True)
-            if not (isinstance(state["extra"], dict) and all(type(size) is int for size in state["logs"].values())):
+            state = torch.load(
+                io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True
+            )
+            if not (
+                isinstance(state["extra"], dict)
+                and all(type(size) is int for size in state["logs"].values())
+            ):
                 raise ValueError("it holds no state of a training")
             is_ours = state["key"] == self.key
         except Exception as err:  # bytes that are no pickle can raise anything
-            raise ValueError(f"resume={self.run_dir}: {path} is damaged ({unreadable(err)}); {again}") from None
+            raise ValueError(
+                f"resume={self.run_dir}: {path} is damaged ({unreadable(err)}); {again}"
+            ) from None
         if not is_ours:
             raise ValueError(
-                f"resume={self.run_dir}: {path} was written by a run with another config, other data, other code or "
-                f"another torch; put {self.run_dir / 'config.yaml'} and the code back as they were, or {again}"
+                f"resume={self.run_dir}: {path} was written by a run with another config, other "
+                "data, other code or another torch; "
+                f"put {self.run_dir / 'config.yaml'} and the code back as they were, or {again}"
             )
         return state
 
@@ -205,21 +226,25 @@ def said_how(run_dir: Path) -> Iterator[None]:
         raise
     except OSError as err:
         if not run_dir.is_dir():
-            raise OSError(f"{run_dir}: this folder was deleted while the run was at work; start it again") from err
+            raise OSError(
+                f"{run_dir}: this folder was deleted while the run was at work; start it again"
+            ) from err
         if err.errno is None or err.filename is not None:  # it names its path
             raise
         saved = "files already there are unchanged"
-        raise OSError(f"{run_dir}: could not be written ({err}); {saved}; make room, then {again}") from err
+        raise OSError(
+            f"{run_dir}: could not be written ({err}); {saved}; make room, then {again}"
+        ) from err
 
 
 def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
     """Returns the config and the overrides of a run that can be continued.
 
     Args:
-        extra: what else stood on the command line; it may repeat the run's settings, not change them.
+        extra: what else stood on the command line; it may repeat the run's settings alone.
 
     Raises:
-        ValueError: the folder holds no run, a finished one, or a link, or `extra` contradicts its config.
+        ValueError: the folder holds no run, a finished one, or a link; or `extra` contradicts it.
     """
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(
@@ -229,14 +254,17 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
     for path in run_dir.rglob("*"):  # logs are appended to, and cut off
         if path.is_symlink():
             raise ValueError(
-                f"resume={run_dir}: {path} is a symbolic link, which no run makes, and would lead the run's output out "
-                "of its folder; remove it, or put what it points to in its place"
+                f"resume={run_dir}: {path} is a symbolic link, which no run makes, and would lead "
+                "the run's output out of its folder; "
+                "remove it, or put what it points to in its place"
             )
     if (run_dir / FILE_NAME).is_file():
         try:
             report = load_report(run_dir / FILE_NAME)
         except ValueError as err:
-            raise ValueError(f"resume={run_dir}: {err}; delete that file to go on with the run") from err
+            raise ValueError(
+                f"resume={run_dir}: {err}; delete that file to go on with the run"
+            ) from err
         if report["status"] == "ok":
             raise ValueError(f"resume={run_dir}: this run is finished; see its {FILE_NAME}")
     try:
@@ -246,8 +274,8 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
         raise ValueError(f"resume={run_dir}: {err}") from err
     if not (run_dir / OVERRIDES).is_file():
         raise ValueError(
-            f"resume={run_dir}: begun by qtrain 0.1.0, whose training this version cannot go on with to the same bits; "
-            f"start it again: qtrain {shlex.join(overrides)}"
+            f"resume={run_dir}: begun by qtrain 0.1.0, whose training this version cannot go on "
+            f"with to the same bits; start it again: qtrain {shlex.join(overrides)}"
         )
     for override in extra:
         key, _, value = override.partition("=")
@@ -258,7 +286,7 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
             given, own = value, None
         if override not in overrides and ("=" not in override or given != own):
             raise ValueError(
-                f"resume={run_dir}: {override} is not what the run has ({key}={own}); a run goes on with its own "
-                "config: leave it out, or start another run"
+                f"resume={run_dir}: {override} is not what the run has ({key}={own}); "
+                "a run goes on with its own config: leave it out, or start another run"
             )
     return config, overrides

@@ -1,7 +1,7 @@
-"""Digests of what a float model comes from: code, data and first weights, each read itself, whatever it says of itself.
+"""Digests of what a float model comes from: code, data and first weights, each read itself.
 
-Not seen are modules imported by a name that is computed, installed packages but for their versions, and other files
-that code reads while it trains.
+Not seen are modules imported by a name that is computed, installed packages but for their versions,
+and other files that code reads while it trains.
 """
 
 import ast
@@ -25,14 +25,15 @@ from qtrain.data.loaders import DataLoaders, Loader
 from qtrain.runs.checkpoint import digest
 from qtrain.train.generators import undisturbed
 
-# The quantizer and measurements have no say in the float model; everything else does. Of a checkpoint that is trained
-# on, the weights count, which the model holds by then.
+# The quantizer and measurements have no say in the float model; everything else does. Of a
+# checkpoint that is trained on, the weights count, which the model holds by then.
 SETTINGS = ("model", "data", "task", "trainer", "optimizer", "scheduler", "seed", "device")
 OWN_DATA = ("qtrain.data.mnist.", "qtrain.data.text.")  # their fingerprints are of the content
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = {"site-packages", "dist-packages"}
 
-# By path: the module's spec, the SHA-256, the imports. What runs is the file as it was when the module was loaded.
+# By path: the module's spec, the SHA-256, the imports. What runs is the file as it was when the
+# module was loaded.
 _sources: dict[str, tuple[ModuleSpec | None, str, list[str]]] = {}
 
 
@@ -40,12 +41,16 @@ def float_key(config: DictConfig, parts: Parts) -> str:
     """Returns a digest of all that determines the float model which a run will train.
 
     Raises:
-        ValueError: the model comes from a script or a notebook, whose code has no file that would tell of its changes.
+        ValueError: the model comes from a script or a notebook, whose code has no file that would
+            tell of its changes.
     """
     content: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(SETTINGS)))
     for text in _texts(content):
         if text.startswith("__main__."):
-            raise ValueError(f"float_cache: no change of {text} could be seen; put it into a module, or set it to null")
+            raise ValueError(
+                f"float_cache: no change of {text} could be seen; "
+                "put it into a module, or set it to null"
+            )
     sources = code(content)
     if _is_own(config):
         content["data"].pop("root", None)  # the same data elsewhere are the same data
@@ -76,9 +81,9 @@ def _is_own(config: DictConfig) -> bool:
 
 
 def one_epoch(loader: Loader) -> str:
-    """Returns a digest of the epoch that follows seed 0, whatever the batch size is where no order is drawn.
+    """Returns a digest of the epoch after seed 0; where no order is drawn, for any batch size.
 
-    What is no pair of tensors is passed over: the checks before a training say what is wrong with it.
+    What is no pair of tensors is passed over: the checks before a training tell of it.
     """
     with undisturbed(loader):
         pairs = (batch for batch in loader if isinstance(batch, tuple | list))
@@ -86,7 +91,7 @@ def one_epoch(loader: Loader) -> str:
 
 
 def tensors(named: Iterable[tuple[Any, Any]]) -> str:
-    """Returns a digest of tensors by name; of several with one name, of their rows one after the other."""
+    """Returns a digest of tensors by name; of several of one name, of their rows in turn."""
     hashes: dict[Any, Any] = {}
     kinds = set()
     for name, tensor in named:
@@ -98,16 +103,20 @@ def tensors(named: Iterable[tuple[Any, Any]]) -> str:
 
 
 def code(config: Any) -> dict[str, str | None]:
-    """Returns, by module, the SHA-256 of all source that the pipeline and `config` import, directly or not.
+    """Returns {module: SHA-256} of all source that the pipeline and `config` import, anyhow deep.
 
-    Of this package that is nearly all: a choice of what matters would be wrong one day, and a training too many does no
-    harm. Of installed packages it is the version, where they have one under the name that they are imported by.
+    Of this package that is nearly all: a choice of what matters would be wrong one day, and a
+    training too many does no harm. Of installed packages it is the version, where they have one
+    under the name that they are imported by.
 
     Args:
         config: plain dicts, lists and values; each text that is a dotted name counts.
     """
     found: dict[str, str | None] = {}
-    names = [f"{__package__}.pipeline", *(text for text in _texts(config) if re.fullmatch(r"[^\W\d]\w*(\.\w+)+", text))]
+    names = [
+        f"{__package__}.pipeline",
+        *(text for text in _texts(config) if re.fullmatch(r"[^\W\d]\w*(\.\w+)+", text)),
+    ]
     asked = set(names)
     while names:
         for spec in _specs(names.pop()):
@@ -131,7 +140,7 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def _specs(name: str) -> Iterator[ModuleSpec]:
-    """Yields the specs of the packages above `name` and of itself, where it is a module; imports nothing."""
+    """Yields the specs of the packages above `name`, and its own if a module; imports nothing."""
     path, parts = None, name.split(".")
     if parts[0] in sys.stdlib_module_names:
         return
@@ -149,7 +158,8 @@ def _specs(name: str) -> Iterator[ModuleSpec]:
 def _source(spec: ModuleSpec) -> tuple[str, list[str]]:
     """Returns the SHA-256 of a module's file, and what the module imports."""
     path = str(spec.origin)
-    loaded = getattr(sys.modules.get(spec.name), "__spec__", None)  # another one when it is loaded again
+    # Another one when it is loaded again.
+    loaded = getattr(sys.modules.get(spec.name), "__spec__", None)
     if path not in _sources or _sources[path][0] is not loaded:
         content = Path(path).read_bytes()
         imported = _imports(content, spec.parent) if path.endswith(".py") else []
@@ -160,8 +170,8 @@ def _source(spec: ModuleSpec) -> tuple[str, list[str]]:
 def _imports(content: bytes, package: str | None) -> Iterator[str]:
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError):  # named in a function that is not called: a module that cannot be imported
-        return
+    except (SyntaxError, ValueError):
+        return  # no module to import, if a function that is not called names it
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

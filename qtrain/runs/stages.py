@@ -4,8 +4,9 @@ import torch
 from omegaconf import OmegaConf
 
 from qtrain.analyze.bits import bytes_at_bits, mean_bits
+from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import largest_float
-from qtrain.analyze.dry_run import blame
+from qtrain.analyze.finite import finite_outputs, require_finite_weights
 from qtrain.analyze.measure import (
     OtherLoad,
     generation_speed,
@@ -13,7 +14,6 @@ from qtrain.analyze.measure import (
     peak_memory_bytes,
     weight_bytes,
 )
-from qtrain.analyze.truth import finite_outputs, require_finite_weights
 from qtrain.backend import torch_ao
 from qtrain.common.files import sha256
 from qtrain.exporter.judge import write_and_judge
@@ -39,7 +39,9 @@ def calibrate(run: Run) -> None:
     with run.clock("calibration"), finite_outputs(run.prepared.model, "calibration"):
         run.parts.quantizer.calibrate(run.prepared, CalibrationInputs(run.config, run.parts))
     run.failures += run.parts.truth.unobserved(run.prepared.model, run.auxiliary)
-    run.report.plan = {name: layer.describe() for name, layer in run.prepared.plan.items()}  # settled by a forward pass
+    run.report.plan = {
+        name: layer.describe() for name, layer in run.prepared.plan.items()
+    }  # settled by a forward pass
     run.report.transforms = run.prepared.improvements
     run.parts.truth.enforce(run.failures)
 
@@ -62,10 +64,14 @@ def score(run: Run) -> None:
     with run.clock("evaluation"):
         run.scores = {"float": evaluate(run.float_model, parts.data.test, parts.task)}
         with blame(fake, "fake-quantized"):
-            run.scores["fake"] = None if fake is None else evaluate(fake, parts.data.test, parts.task)
+            run.scores["fake"] = (
+                None if fake is None else evaluate(fake, parts.data.test, parts.task)
+            )
         run.scores["quantized"] = evaluate(quantized, parts.data.test, parts.task)
         shown = {"float": run.float_model, "fake": fake, "quantized": quantized}
-        samples = {name: parts.task.sample(model) for name, model in shown.items() if model is not None}
+        samples = {
+            name: parts.task.sample(model) for name, model in shown.items() if model is not None
+        }
         report.samples = {name: text for name, text in samples.items() if text is not None}
         report.truth, found = parts.truth.compare(run.reference, fake, quantized, run.sample)
         run.failures += found
@@ -78,7 +84,7 @@ def score(run: Run) -> None:
 
 
 def measure(run: Run) -> None:
-    """Fills the report with scores, sizes, latency and memory; here the truth gate has its last word."""
+    """Fills the report: scores, sizes, latency, memory; the truth gate has its last word."""
     report, quantizer, plan = run.report, run.parts.quantizer, run.prepared.plan
     with run.clock("measurement"):
         _describe(run)
@@ -91,7 +97,7 @@ def measure(run: Run) -> None:
 
 
 def record(run: Run) -> None:
-    """Writes weights, pictures and the report, and removes the states that a resumed run would need."""
+    """Writes weights, pictures and the report, and removes the states to resume from."""
     report, run_dir, quantizer = run.report, run.run_dir, run.parts.quantizer
     with run.clock("records"):
         report.size_bytes["float_file"] = save_weights(run_dir / "float.pt", run.float_model)
@@ -101,7 +107,10 @@ def record(run: Run) -> None:
             report.size_bytes |= {"quantized_file": None, "quantized_file_at_bits": at_bits}
         else:
             spared = report.size_bytes["quantized"] - at_bits
-            report.size_bytes |= {"quantized_file": quantized_file, "quantized_file_at_bits": quantized_file - spared}
+            report.size_bytes |= {
+                "quantized_file": quantized_file,
+                "quantized_file_at_bits": quantized_file - spared,
+            }
         outputs.write(
             report,
             run_dir,
@@ -155,7 +164,9 @@ def _describe(run: Run) -> None:
     gain = real.examples.double() - exact.examples.double()
     report.difference = {
         parts.task.quality: real.metrics[parts.task.quality] - exact.metrics[parts.task.quality],
-        "standard_error": float(gain.std(correction=1) / len(gain) ** 0.5) if len(gain) > 1 else None,
+        "standard_error": float(gain.std(correction=1) / len(gain) ** 0.5)
+        if len(gain) > 1
+        else None,
         "gained": int((gain > 0).sum()),
         "lost": int((gain < 0).sum()),
     }

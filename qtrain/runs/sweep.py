@@ -1,4 +1,4 @@
-"""The jobs of a sweep: how many run at once, on how many threads, and which of them are already done."""
+"""The jobs of a sweep: how many run at once, on how many threads, and which are done already."""
 
 import logging
 import os
@@ -21,8 +21,9 @@ from qtrain.runs.report import FILE_NAME, Report, load_report, versions
 if TYPE_CHECKING:
     from qtrain.runs.resume import Signals
 
-# Float results depend on the number of threads: in the last bits at first, and after an epoch of training visibly. With
-# one thread a job has the same results under every launcher, alone or beside others; jobs are what uses the cores.
+# Float results depend on the number of threads: in the last bits at first, and after an epoch of
+# training visibly. With one thread a job has the same results under every launcher, alone or beside
+# others; jobs are what uses the cores.
 THREADS = 1
 EXTRAS = ("joblib", "optuna", "submitit", "ray")
 
@@ -34,7 +35,7 @@ class Occupied(ValueError):
 
 
 def extra_for(missing_config: str | None) -> str | None:
-    """Returns what to install for a launcher or sweeper that Hydra does not know, as hydra/launcher/joblib, or None."""
+    """Returns what to install for a launcher or sweeper unknown to Hydra, as hydra/launcher/ray."""
     group, _, choice = (missing_config or "").rpartition("/")
     extra = choice.partition("_")[0]
     if group not in ("hydra/launcher", "hydra/sweeper") or extra not in EXTRAS:
@@ -43,7 +44,7 @@ def extra_for(missing_config: str | None) -> str | None:
 
 
 def grid(hydra_config: DictConfig) -> list[Override] | None:
-    """Returns what a sweep varies and what is the same for all its jobs; None where its sweeper searches."""
+    """Returns what a sweep varies and what is the same for all; None where its sweeper searches."""
     if not hydra_config.sweeper._target_.endswith("BasicSweeper"):
         return None
     preset = [f"{key}={values}" for key, values in (hydra_config.sweeper.params or {}).items()]
@@ -72,14 +73,16 @@ def _values(override: Override) -> list[str]:
 
 
 def jobs_at_once(hydra_config: DictConfig) -> float:
-    """Returns how many jobs of a sweep may run on this machine at the same time; infinity where nothing limits them."""
+    """Returns how many jobs of a sweep may run here at the same time; infinity without a limit."""
     launcher, kind = hydra_config.launcher, hydra_config.launcher._target_.rpartition(".")[2]
     cores = os.cpu_count() or 1
     if kind == "JoblibLauncher":
         # as joblib reads it: -1 is all cores, -2 all but one
         return launcher.n_jobs if launcher.n_jobs > 0 else max(1, cores + 1 + launcher.n_jobs)
     if kind == "LocalLauncher":
-        batch: Any = hydra_config.sweeper.get("max_batch_size") or hydra_config.sweeper.get("n_jobs")
+        batch: Any = hydra_config.sweeper.get("max_batch_size") or hydra_config.sweeper.get(
+            "n_jobs"
+        )
         return batch or float("inf")
     if kind == "RayLauncher":
         share = launcher.ray.remote.get("num_cpus", 1) or 1
@@ -93,17 +96,25 @@ def crowding(config: DictConfig) -> str | None:
     threads = config.threads or THREADS
     if jobs == float("inf"):
         limit = max(1, cores // threads)
-        return f"all jobs of the sweep start at once on {cores} cores; hydra.sweeper.max_batch_size={limit} limits them"
+        return (
+            f"all jobs of the sweep start at once on {cores} cores; "
+            f"hydra.sweeper.max_batch_size={limit} limits them"
+        )
     if jobs > 1 and jobs * threads > cores:
-        return f"{jobs:.0f} jobs at once with {threads} threads each on {cores} cores will slow each other down"
+        return (
+            f"{jobs:.0f} jobs at once with {threads} threads each on {cores} cores will slow each "
+            "other down"
+        )
     return None
 
 
-def carry_out(config: DictConfig, run_dir: Path, overrides: list[str], signals: "Signals | None" = None) -> Report:
+def carry_out(
+    config: DictConfig, run_dir: Path, overrides: list[str], signals: "Signals | None" = None
+) -> Report:
     """Carries out a job in its folder, unless it is done; returns its report.
 
-    A job that was killed goes on from its last state, to the same bits. One that failed begins anew, for what made it
-    fail may have been mended.
+    A job that was killed goes on from its last state, to the same bits. One that failed begins
+    anew, for what made it fail may have been mended.
 
     Raises:
         Occupied: the folder holds a finished run of another config.
@@ -116,7 +127,8 @@ def carry_out(config: DictConfig, run_dir: Path, overrides: list[str], signals: 
         wanted = OmegaConf.to_yaml(resolve(config))
     except ConfigError:
         wanted = None  # the run will say so, in its report
-    with FileLock(run_dir / LOCK):  # the process of a sweep that was killed may still be at this job
+    # The process of a sweep that was killed may still be at this job.
+    with FileLock(run_dir / LOCK):
         before = run_dir / "config.yaml"
         is_same = wanted is not None and before.is_file() and before.read_bytes() == wanted.encode()
         try:
@@ -126,11 +138,13 @@ def carry_out(config: DictConfig, run_dir: Path, overrides: list[str], signals: 
         if report["status"] == "ok":
             if not is_same or report.get("versions") != versions():
                 raise Occupied(
-                    f"hydra.sweep.dir={run_dir.parent}: {run_dir.name} holds a finished run of another config or "
-                    "version; name another folder, or delete this run"
+                    f"hydra.sweep.dir={run_dir.parent}: {run_dir.name} holds a finished run of "
+                    "another config or version; name another folder, or delete this run"
                 )
             log.info(f"{run_dir.name}: done before, skipped")
-            return Report(**{item.name: report[item.name] for item in fields(Report) if item.name in report})
+            return Report(
+                **{item.name: report[item.name] for item in fields(Report) if item.name in report}
+            )
         if not is_same or report["status"] == "failed":
             shutil.rmtree(run_dir / "resume", ignore_errors=True)
         (run_dir / FILE_NAME).unlink(missing_ok=True)

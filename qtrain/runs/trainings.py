@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtrain.analyze.truth import require_finite_weights
+from qtrain.analyze.finite import require_finite_weights
 from qtrain.backend import torch_ao
 from qtrain.config.build import Parts
 from qtrain.runs import epochs
@@ -52,7 +52,9 @@ def _obtain(run: Run) -> None:
         cache = FloatCache(Path(config.float_cache), float_key(config, parts))
         with cache.lock if ranks.is_first() else nullcontext():
             # What this run has begun, it ends.
-            training = cache.load(model) if ranks.is_first() and not run.progress.has("float") else None
+            training = (
+                cache.load(model) if ranks.is_first() and not run.progress.has("float") else None
+            )
             report.float_from = "training" if training is None else "cache"
             if ranks.decide(training is None, config.device):
                 train_float(run)
@@ -62,7 +64,10 @@ def _obtain(run: Run) -> None:
                 ranks.spread_weights(model)
                 if training is not None:
                     seconds = training["seconds"]
-                    log.info(f"float model: out of the cache ({cache.folder}), trained once in {seconds:.1f} s")
+                    log.info(
+                        f"float model: out of the cache ({cache.folder}), "
+                        f"trained once in {seconds:.1f} s"
+                    )
 
 
 def train_float(run: Run) -> None:
@@ -91,7 +96,7 @@ def train_float(run: Run) -> None:
 
 
 def finetune(run: Run) -> None:
-    """Carries out the quantizer's own training; leaves the best converted epoch, or the last, on the CPU."""
+    """Carries out the quantizer's training; leaves the best converted epoch, or the last."""
     if run.parts.quantizer.trains:
         with run.clock("finetuning"):
             _finetune(run)
@@ -117,7 +122,8 @@ def _finetune(run: Run) -> None:
         metrics = val_scores(parts, quantizer.convert(prepared), "cpu")
         scores, fake = {"quantized": metrics}, quantizer.fake(prepared)
         if fake is not None:
-            with torch.random.fork_rng(devices=[]):  # what is only shown must not change the training
+            # What is only shown must not change the training.
+            with torch.random.fork_rng(devices=[]):
                 scores["fake"] = val_scores(parts, fake.cpu(), "cpu")
         epochs.show(run.logger, parts.task.quality, before + epoch + 1, **scores)
         quality = metrics[f"val_{parts.task.quality}"] * (1 if parts.task.higher_is_better else -1)
@@ -139,7 +145,8 @@ def _finetune(run: Run) -> None:
         on_epoch_end=score,
     )
     if best:
-        quantizer.on_epoch(prepared.train(), best["epoch"])  # its switches are no part of the weights
+        # Its switches are no part of the weights.
+        quantizer.on_epoch(prepared.train(), best["epoch"])
         prepared.load_state_dict(best["model"])
 
 

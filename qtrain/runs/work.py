@@ -20,7 +20,15 @@ from qtrain.runs.resume import Progress
 from qtrain.simulate.simulation import Simulation
 from qtrain.train.evaluate import Scores
 
-CLOCKS = ("float_training", "calibration", "finetuning", "conversion", "evaluation", "measurement", "records")
+CLOCKS = (
+    "float_training",
+    "calibration",
+    "finetuning",
+    "conversion",
+    "evaluation",
+    "measurement",
+    "records",
+)
 
 
 @dataclass
@@ -59,14 +67,18 @@ class Run:
 
 @dataclass(frozen=True)
 class CalibrationInputs:
-    """Forward's arguments for `calib_batches` batches of `calib_split`, untouched by augmentation, again and again."""
+    """Forward's arguments for `calib_batches` batches, without augmentation, again and again."""
 
     config: DictConfig
     parts: Parts
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         data = self.parts.data
-        loaders: dict[str, Loader | None] = {"train": data.calib, "val": data.val, "test": data.test}
+        loaders: dict[str, Loader | None] = {
+            "train": data.calib,
+            "val": data.val,
+            "test": data.test,
+        }
         loader = loaders[self.config.calib_split]
         assert loader is not None, "build() has checked this"
         for inputs, targets in islice(loader, self.config.calib_batches):

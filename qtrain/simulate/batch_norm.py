@@ -1,15 +1,19 @@
-"""Products with batch-norm behind them, in training, without dividing an activation by the batch-norm scale.
+"""Products before batch-norm, in training, with no activation divided by the batch-norm scale.
 
-torch's own layers offer two ways. The quick one divides the convolution's output by gamma / std, a whole activation,
-and NaN where gamma is 0; it normalises by the statistics of the quantized convolution. The slow one normalises by those
-of the float convolution, for which it runs a second one. Here:
+torch's own layers offer two ways. The quick one divides the convolution's output by gamma / std, a
+whole activation, and NaN where gamma is 0; it normalises by the statistics of the quantized
+convolution. The slow one normalises by those of the float convolution, for which it runs a second
+one. Here:
 
-- folded: one convolution, with the quantized weights in the convolution's own scale, and an ordinary batch-norm
-  behind it. The statistics are those of the quantized convolution, so they fit what inference will normalise.
-- exact: what torch's slow way computes, to rounding, in fewer passes over the activations. Two convolutions.
+- folded: one convolution, with the quantized weights in the convolution's own scale, and an
+  ordinary batch-norm behind it. The statistics are those of the quantized convolution, so they fit
+  what inference will normalise.
+- exact: what torch's slow way computes, to rounding, in fewer passes over the activations. Two
+  convolutions.
 
-Both fold batch-norm into the weights as inference does where its statistics are frozen (R. Krishnamoorthi,
-arXiv:1806.08342, section 3.2.2), and train on where gamma is 0. A Linear layer with batch-norm is treated alike.
+Both fold batch-norm into the weights as inference does where its statistics are frozen (R.
+Krishnamoorthi, arXiv:1806.08342, section 3.2.2), and train on where gamma is 0. A Linear layer with
+batch-norm is treated alike.
 """
 
 import math
@@ -29,7 +33,7 @@ def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
 
 
 def running_factor(bn: Any) -> Tensor:
-    """Returns (C,) what inference multiplies by, to the digit what torch's conversion folds into the weights.
+    """Returns (C,) what inference multiplies by, to the digit as torch's conversion folds it.
 
     The largest weights often lie halfway between two integers, where the last digit decides.
     """
@@ -56,7 +60,9 @@ class _BatchNorm(torch.autograd.Function):
     # Returns batch-norm's output, and mean and (biased) variance of each channel.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows, count = x.flatten(2), x.numel() // x.shape[1]
         mean = rows.mean(2).mean(0)
         square = torch.linalg.vector_norm(rows, 2, 2).square_().sum(0)
@@ -70,7 +76,18 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, inverse_std = ctx.saved_tensors
-        arguments = grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, [True, True, True]
+        arguments = (
+            grad,
+            x,
+            weight,
+            None,
+            None,
+            mean,
+            inverse_std,
+            True,
+            ctx.eps,
+            [True, True, True],
+        )
         return *torch.ops.aten.native_batch_norm_backward(*arguments), None
 
 
@@ -89,7 +106,8 @@ def folded(site: Any, x: Tensor) -> Tensor:
     if weight_q is None or weight_q.scale_free:
         weight = site.quantized_weight(weight)
     else:
-        # Batch-norm undoes any factor before it; this one only puts the weights in the scale of inference's integers.
+        # Batch-norm undoes any factor before it; this one only puts the weights in the scale of
+        # inference's integers.
         with torch.no_grad():
             factor = running_factor(bn)
             factor = torch.where(factor == 0, 1, factor)
@@ -97,16 +115,19 @@ def folded(site: Any, x: Tensor) -> Tensor:
     if not _pays(site, x, len(weight)):
         output: Tensor = bn(site.product(x, weight, bias))
         return output
-    # Batch-norm undoes any bias before it, too. This one keeps the output about 0, where sums of squares are exact.
+    # Batch-norm undoes any bias before it, too. This one keeps the output about 0, where sums of
+    # squares are exact.
     running_mean = bn._buffers["running_mean"]
     plain = site.product(x, weight, -running_mean if bias is None else bias - running_mean)
-    output, mean, var = _BatchNorm.apply(plain, bn._parameters["weight"], bn._parameters["bias"], bn.eps)
+    output, mean, var = _BatchNorm.apply(
+        plain, bn._parameters["weight"], bn._parameters["bias"], bn.eps
+    )
     _follow(bn, mean + running_mean, var, plain.numel() // len(mean))
     return output
 
 
 def exact(site: Any, x: Tensor) -> Tensor:
-    """Returns batch_norm(product(x)), normalised by the statistics of the product with float weights."""
+    """Returns batch_norm(product(x)), normalised by the statistics with float weights."""
     bn = site.bn
     plain = site.product(x, site.weight, None)  # (N, C, ...)
     axes = [0, *range(2, plain.ndim)]
@@ -125,7 +146,7 @@ def exact(site: Any, x: Tensor) -> Tensor:
 
 
 def _follow(bn: Any, mean: Tensor, var: Tensor, count: int) -> None:
-    """Moves the running statistics as batch-norm does: by the unbiased variance, averaged over all if no momentum."""
+    """Moves the running statistics as batch-norm: unbiased variance; no momentum: mean of all."""
     seen = bn._buffers  # past nn.Module's attributes, which are slow
     momentum = bn.momentum
     seen["num_batches_tracked"].add_(1)

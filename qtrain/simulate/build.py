@@ -1,4 +1,4 @@
-"""From a float model and a plan to a simulation: layers are found, planned, and replaced by sites."""
+"""From a float model and a plan to a simulation: layers are found, and replaced by sites."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from qtrain.simulate.sites import (
     Site,
 )
 
-# Modules whose output has a range that their input's does not tell. All others hand their input's integers on.
+# Modules whose output has a range that their input's does not tell. All others hand their input's
+# integers on.
 SCALED = (
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -81,7 +82,7 @@ def find_groups(
     floats: Mapping[str, str],
     why_float: Callable[[nn.Module], str | None] = lambda layer: None,
 ) -> Groups:
-    """Returns {name: group} of all that becomes a site, and of the stubs where tensors become float again.
+    """Returns {name: group} of all that becomes a site, and of the stubs back to float.
 
     Args:
         model: the float model, fused.
@@ -119,7 +120,8 @@ def refuse_second_names(model: nn.Module, groups: Groups) -> None:
             continue
         if id(module) in first and not is_float:
             raise ValueError(
-                f"model: layer {name} is layer {first[id(module)]} under a second name, and only the first would be "
+                f"model: layer {name} is layer {first[id(module)]} under a second name, "
+                "and only the first would be "
                 "converted; register it once"
             )
         first[id(module)] = name
@@ -237,7 +239,7 @@ def _is_site(module: nn.Module) -> bool:
 
 
 def is_marked_float(model: nn.Module, name: str) -> bool:
-    """Returns whether the author of `model` marked a layer, or one around it, by `qconfig = None`."""
+    """Returns whether the author marked a layer, or one around it, by `qconfig = None`."""
     ends = [0, *(i for i, c in enumerate(name) if c == "."), len(name)]
     return any(_has_mark(model.get_submodule(name[:end])) for end in ends)
 
@@ -249,5 +251,6 @@ def _has_mark(module: nn.Module) -> bool:
 def _is_float_already(module: nn.Module) -> bool:
     """Returns whether a layer gets float inputs: it has stubs of its own, or takes indices."""
     return any(
-        is_stub(inner, "QuantStub") or isinstance(inner, nn.Embedding | nn.EmbeddingBag) for inner in module.modules()
+        is_stub(inner, "QuantStub") or isinstance(inner, nn.Embedding | nn.EmbeddingBag)
+        for inner in module.modules()
     )

@@ -1,7 +1,7 @@
 """FakeQuantize: observe a tensor, then replace it by what its integers would mean.
 
-One module serves PTQ and QAT, weights and activations, so that calibration, simulation and conversion read the same
-scale and zero point.
+One module serves PTQ and QAT, weights and activations, so that calibration, simulation and
+conversion read the same scale and zero point.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from qtrain.functional.qparams import range_numbers, range_qparams
@@ -26,24 +26,27 @@ KERNELS = ("qtrain", "torch")
 
 
 class FakeQuantize(nn.Module):
-    """Observes where `observing`, and returns dequantize(quantize(x)) where `quantizing`, else x itself.
+    """Observes if `observing`; returns dequantize(quantize(x)) if `quantizing`, else x itself.
 
-    x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale, rounding half to even;
-    the gradient is passed straight through inside the clipping range and is 0 outside.
+    x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale,
+    rounding half to even; the gradient passes straight through inside the clipping range alone.
 
     Args:
-        observer: an observer of torch's interface: forward(x) records, calculate_qparams() -> (scale, zero_point).
-        kernel: "qtrain", or "torch": torch's kernels and observers, many times slower, as the reference.
-        memoryless: forget the range before each observation. For weights, which are seen whole every time.
+        observer: an observer of torch's interface: forward(x) records, calculate_qparams() ->
+            (scale, zero_point).
+        kernel: "qtrain", or "torch": torch's kernels and observers, the slow reference.
+        memoryless: forget the range before each observation. For weights, which are seen whole
+            every time.
         observing: whether forward records the tensor's range.
         quantizing: whether forward fake-quantizes.
 
     Attributes:
-        stays: whether scale and zero point are kept (PTQ's weights, an algorithm's choice); else they follow what is
-            observed.
+        stays: whether scale and zero point are kept (PTQ's weights, an algorithm's choice); else
+            they follow what is observed.
         rectifies: whether forward works on relu(x) in place of x.
-        scale_free: whether the largest magnitude of each channel becomes the last integer, on either side: then nothing
-            is clipped, and a channel's integers stay whatever it is multiplied by, but for their sign.
+        scale_free: whether the largest magnitude of each channel becomes the last integer, on
+            either side: then nothing is clipped, and a channel's integers stay whatever it is
+            multiplied by, but for their sign.
 
     Raises:
         ValueError: there is no such kernel.
@@ -51,12 +54,18 @@ class FakeQuantize(nn.Module):
     Shapes: x is any tensor; scale and zero_point are [1] per tensor, [C] per channel.
     """
 
-    scale: torch.Tensor
-    zero_point: torch.Tensor
+    scale: Tensor
+    zero_point: Tensor
     observer: Any
 
     def __init__(
-        self, observer: Any, *, kernel: str = "qtrain", memoryless: bool = False, observing: bool, quantizing: bool
+        self,
+        observer: Any,
+        *,
+        kernel: str = "qtrain",
+        memoryless: bool = False,
+        observing: bool,
+        quantizing: bool,
     ) -> None:
         if kernel not in KERNELS:
             raise ValueError(f"kernel={kernel}: allowed are {', '.join(KERNELS)}")
@@ -65,8 +74,14 @@ class FakeQuantize(nn.Module):
         self.observing, self.quantizing = observing, quantizing
         self.dtype, self.qscheme = observer.dtype, observer.qscheme
         self.quant_min, self.quant_max = int(observer.quant_min), int(observer.quant_max)
-        self.is_per_channel = self.qscheme in (torch.per_channel_affine, torch.per_channel_symmetric)
-        self.is_symmetric = self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+        self.is_per_channel = self.qscheme in (
+            torch.per_channel_affine,
+            torch.per_channel_symmetric,
+        )
+        self.is_symmetric = self.qscheme in (
+            torch.per_tensor_symmetric,
+            torch.per_channel_symmetric,
+        )
         self.ch_axis = int(getattr(observer, "ch_axis", -1))
         self._axis = self.ch_axis if self.is_per_channel else None
         self.register_buffer("scale", torch.ones(1))
@@ -74,24 +89,28 @@ class FakeQuantize(nn.Module):
         self.rectifies = False
         self.stays = False
         self._limits: dict[str, Any] = {"quant_min": self.quant_min, "quant_max": self.quant_max}
-        # A min-max observer's work is done here, on the observer's own buffers, which stay the truth.
-        self._folded = kernel == "qtrain" and type(observer) in (MinMaxObserver, MovingAverageObserver)
+        # A min-max observer's work is done here, on its own buffers, which stay the truth.
+        folds = type(observer) in (MinMaxObserver, MovingAverageObserver)
+        self._folded = kernel == "qtrain" and folds
         self._rule = {**self._limits, "symmetric": self.is_symmetric}
         if self._folded:
             self._rule["eps"] = observer.eps
         is_narrow = self.is_symmetric and self.quant_min == -self.quant_max
-        self.scale_free = is_narrow and self._folded and memoryless and self.is_per_channel and self.ch_axis == 0
+        self.scale_free = (
+            is_narrow and self._folded and memoryless and self.is_per_channel and self.ch_axis == 0
+        )
         self._last = torch.tensor(float(self.quant_max), device="cpu")
         self._known = _Known()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         output = None
         if self.kernel == "qtrain" and x.dtype == torch.float32 and not is_compiling():
             if self.scale_free:
                 output = self._unclipped(x) if self.observing else None
             # Numbers, where to read one costs nothing.
-            elif not self.is_per_channel and x.is_cpu and (self._folded or not self.observing) and x.numel():
-                output = self._by_numbers(x)
+            elif not self.is_per_channel and x.is_cpu and x.numel():
+                if self._folded or not self.observing:
+                    output = self._by_numbers(x)
         if output is not None:
             return output
         if self.rectifies:
@@ -100,7 +119,7 @@ class FakeQuantize(nn.Module):
             self._observe(x.detach())
         return self._by_tensors(x) if self.quantizing else x
 
-    def _unclipped(self, x: torch.Tensor) -> torch.Tensor:
+    def _unclipped(self, x: Tensor) -> Tensor:
         """Returns what forward does for scale-free weights, in the fewest operations."""
         scale = self.observer.observe_magnitude(x.detach(), self._last)
         known = self._known
@@ -109,7 +128,7 @@ class FakeQuantize(nn.Module):
             return x
         return fake_quantize_unclipped(x, scale.view(-1, *[1] * (x.ndim - 1)))
 
-    def _by_numbers(self, x: torch.Tensor) -> torch.Tensor | None:
+    def _by_numbers(self, x: Tensor) -> Tensor | None:
         """Returns what forward does; None, having changed nothing, where numbers do not do."""
         known, ends = self._known, None
         if self.observing:
@@ -118,7 +137,8 @@ class FakeQuantize(nn.Module):
             if found is None:
                 return None
             ends, observed = found
-            known.observed, known.qparams, known.numbers = True, None, range_numbers(*observed, **self._rule)
+            known.observed, known.qparams = True, None
+            known.numbers = range_numbers(*observed, **self._rule)
         if not self.quantizing:
             return F.relu(x) if self.rectifies else x
         if known.numbers is None:
@@ -126,9 +146,11 @@ class FakeQuantize(nn.Module):
             known.numbers = scale.item(), 0 if zero_point is None else int(zero_point.item())
         if not within_reach(known.numbers[0]):
             return None
-        return fake_quantize_by_numbers(x, *known.numbers, **self._limits, rectify=self.rectifies, ends=ends)
+        return fake_quantize_by_numbers(
+            x, *known.numbers, **self._limits, rectify=self.rectifies, ends=ends
+        )
 
-    def _by_tensors(self, x: torch.Tensor) -> torch.Tensor:
+    def _by_tensors(self, x: Tensor) -> Tensor:
         scale, zero_point = self._qparams()
         axis = self._axis
         if self.kernel == "qtrain":
@@ -138,7 +160,7 @@ class FakeQuantize(nn.Module):
             return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)  # type: ignore[arg-type]
         return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)  # type: ignore[arg-type]
 
-    def _observe(self, x: torch.Tensor) -> None:
+    def _observe(self, x: Tensor) -> None:
         known = self._known
         known.qparams = known.numbers = None
         if self._folded:
@@ -149,8 +171,8 @@ class FakeQuantize(nn.Module):
                 self.observer.reset_min_max_vals()
             self.observer(x)
 
-    def quantize_scaled(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """Returns `forward(x * factor) / factor`, but for the products' rounding, without working them out.
+    def quantize_scaled(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Returns `forward(x * factor) / factor`, up to rounding, without these products.
 
         Args:
             x: a layer's weight (C, ...).
@@ -160,7 +182,7 @@ class FakeQuantize(nn.Module):
             return x
         if not (self._folded and self.memoryless and self.observing):
             factor = factor.reshape(-1, *[1] * (x.ndim - 1))
-            scaled: torch.Tensor = self(x * factor)
+            scaled: Tensor = self(x * factor)
             return scaled / factor
         known = self._known
         known.qparams = known.numbers = None
@@ -168,11 +190,11 @@ class FakeQuantize(nn.Module):
         if not self.quantizing:
             return x
         scale, zero_point = self._qparams()
-        scale, zero_point = scale / factor, None if zero_point is None else zero_point.expand(len(factor))
-        return fake_quantize(x, scale, zero_point, **self._limits, axis=0)
+        zero_point = None if zero_point is None else zero_point.expand(len(factor))
+        return fake_quantize(x, scale / factor, zero_point, **self._limits, axis=0)
 
-    def _qparams(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns (scale, zero_point or None for 0) of what was observed; worked out once an observation.
+    def _qparams(self) -> tuple[Tensor, Tensor | None]:
+        """Returns (scale, zero_point or None for 0) of what was observed; once an observation.
 
         Raises:
             ValueError: nothing was observed.
@@ -183,7 +205,9 @@ class FakeQuantize(nn.Module):
                 known.qparams = self.scale, self.zero_point
                 return known.qparams
             if not self.has_observed():
-                raise ValueError("it runs now, but did not during calibration, so its scale is unknown")
+                raise ValueError(
+                    "it runs now, but did not during calibration, so its scale is unknown"
+                )
             if self._folded:
                 seen = self.observer._buffers  # past nn.Module's attributes, which are slow
                 known.qparams = range_qparams(seen["min_val"], seen["max_val"], **self._rule)
@@ -196,15 +220,16 @@ class FakeQuantize(nn.Module):
                 )
         return known.qparams
 
-    def calculate_qparams(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Returns (scale, zero_point) of what was observed; of nothing, (1, 0)."""
         if self.has_observed():
-            scale, zero_point = self._qparams()
-            self.scale = scale
-            self.zero_point = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
+            self.scale, zero_point = self._qparams()
+            if zero_point is None:
+                zero_point = torch.zeros_like(self.scale, dtype=torch.int32)
+            self.zero_point = zero_point
         return self.scale, self.zero_point
 
-    def stay(self, scale: torch.Tensor | None = None, zero_point: torch.Tensor | None = None) -> None:
+    def stay(self, scale: Tensor | None = None, zero_point: Tensor | None = None) -> None:
         """Keeps scale and zero point from now on, in place, whatever becomes of the tensor.
 
         Args:
@@ -233,13 +258,16 @@ class FakeQuantize(nn.Module):
         return float(self.observer.min_val.min()), float(self.observer.max_val.max())
 
     def clip_as_kernels(self) -> None:
-        """Clips, in place, where int8 kernels do: at the ends of uint8, though the scale be made for 0..127."""
+        """Clips, in place, as int8 kernels: at the ends of uint8, if the scale be for 0..127."""
         self.quant_min, self.quant_max = 0, 255
         self._limits = {"quant_min": self.quant_min, "quant_max": self.quant_max}
 
     def extra_repr(self) -> str:
         low, high = self.quant_min, self.quant_max
-        return f"{self.qscheme}, {low}..{high}, observing={self.observing}, quantizing={self.quantizing}"
+        return (
+            f"{self.qscheme}, {low}..{high}, observing={self.observing}, "
+            f"quantizing={self.quantizing}"
+        )
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FakeQuantize":
         self._known = _Known()  # tensors among it may be on another device now
@@ -262,8 +290,8 @@ class FakeQuantize(nn.Module):
 
 @dataclass(slots=True)
 class _Known:
-    """What a FakeQuantize has worked out of its observer's state; apart from the module, whose attributes are slow."""
+    """What a FakeQuantize works out of its observer; no module, whose attributes are slow."""
 
     numbers: tuple[float, int] | None = None  # scale and zero point
-    qparams: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    qparams: tuple[Tensor, Tensor | None] | None = None
     observed: bool = False  # asking the observer again would wait for the device in every step

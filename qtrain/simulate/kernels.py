@@ -1,7 +1,8 @@
 """Fake quantization with a straight-through gradient, as a chain of elementwise operations.
 
-Forward and gradient are those of torch.fake_quantize_per_tensor_affine and _per_channel_affine bit for bit, at a small
-part of their time: torch's kernels work number by number, these operations are vectorized.
+Forward and gradient are those of torch.fake_quantize_per_tensor_affine and _per_channel_affine bit
+for bit, at a small part of their time: torch's kernels work number by number, these operations are
+vectorized.
 """
 
 import struct
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from qtrain.functional.qparams import float32, float32s
 
-HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward  # grad strictly between two limits, and 0 elsewhere
-MANY = 1 << 17  # numbers for which torch's conversions to uint8 and back, and a way back in Python, pay
-HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines  # other conversions may round differently
+# grad strictly between two limits, and 0 elsewhere.
+HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward
+# Numbers for which torch's conversions to uint8 and back, and a way back in Python, pay.
+MANY = 1 << 17
+# Other conversions may round differently.
+HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def fake_quantize(
@@ -28,23 +32,27 @@ def fake_quantize(
     quant_max: int,
     axis: int | None = None,
 ) -> Tensor:
-    """Returns `(clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max) - zero_point) * scale`.
+    """Returns dequantize(quantize(x)).
 
-    Rounding is half to even. The gradient is passed on where the integer, before it is clamped, lies in
-    quant_min..quant_max, and is 0 elsewhere (B. Jacob et al., arXiv:1712.05877, section 3). NaN stays NaN and infinity
-    is clipped; torch's kernels turn NaN, and per channel every integer beyond 2^63, into quant_min.
+    `(clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max) - zero_point) * scale`
+
+    Rounding is half to even. The gradient is passed on where the integer, before it is clamped,
+    lies in quant_min..quant_max, and is 0 elsewhere (B. Jacob et al., arXiv:1712.05877, section 3).
+    NaN stays NaN and infinity is clipped; torch's kernels turn NaN, and per channel every integer
+    beyond 2^63, into quant_min.
 
     Args:
         x: floating point; half precision is computed, and returned, in float32.
-        scale: size of one step, not 0: one element per tensor, [C] per channel. Below 0 it stands for a tensor that
-            is quantized with its sign changed.
+        scale: size of one step, not 0: one element per tensor, [C] per channel. Below 0 it stands
+            for a tensor that is quantized with its sign changed.
         zero_point: integers, shaped as scale; None: 0.
         quant_min: smallest integer.
         quant_max: largest integer.
         axis: of the channels; None: per tensor.
 
-    >>> fake_quantize(torch.tensor([-1.0, 0.25, 0.75, 9.0]), torch.tensor([0.5]), torch.tensor([2]), quant_min=0,
-    ...     quant_max=15)
+    >>> x = torch.tensor([-1.0, 0.25, 0.75, 9.0])
+    >>> scale, zero_point = torch.tensor([0.5]), torch.tensor([2])
+    >>> fake_quantize(x, scale, zero_point, quant_min=0, quant_max=15)
     tensor([-1.0000,  0.0000,  1.0000,  6.5000])
     """
     if x.dtype in (torch.bfloat16, torch.float16):
@@ -60,11 +68,13 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    # Keeps x, which the operation before it has mostly kept already, and rounds it a second time in backward: a mask
-    # would be one more tensor to write and to hold.
+    # Keeps x, which the operation before it has mostly kept already, and rounds it a second time in
+    # backward: a mask would be one more tensor to write and to hold.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int
+    ) -> Tensor:
         inverse = scale.reciprocal()
         ctx.save_for_backward(x, inverse, zero_point)
         ctx.limits = low, high
@@ -79,7 +89,9 @@ class _FakeQuantize(torch.autograd.Function):
             x_grad = HARDTANH_BACKWARD(grad, _steps(x, inverse, zero_point), low - 0.5, high + 0.5)
         else:
             steps = x * inverse  # its memory takes the result
-            x_grad = HARDTANH_BACKWARD.grad_input(grad, steps, *_rounding_limits(low, high), grad_input=steps)
+            x_grad = HARDTANH_BACKWARD.grad_input(
+                grad, steps, *_rounding_limits(low, high), grad_input=steps
+            )
         return x_grad, None, None, None, None
 
 
@@ -95,7 +107,7 @@ def _steps(x: Tensor, inverse: Tensor, zero_point: Tensor | None) -> Tensor:
 
 
 def fake_quantize_unclipped(x: Tensor, scale: Tensor) -> Tensor:
-    """Returns what `fake_quantize` does where zero_point is 0 and nothing is clipped: the gradient is passed on whole.
+    """Returns `fake_quantize` for zero_point 0 with nothing clipped: the gradient passes whole.
 
     Args:
         x: float32 or float64; of at most quant_max steps of `scale`, and not below quant_min.
@@ -138,7 +150,7 @@ def fake_quantize_by_numbers(
     rectify: bool = False,
     ends: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Returns what `fake_quantize` does per tensor, in half the operations: for where a number costs nothing to read.
+    """Returns `fake_quantize` per tensor, in half the operations: for numbers cheap to read.
 
     A GPU would have to be waited for.
 
@@ -147,23 +159,31 @@ def fake_quantize_by_numbers(
         scale: a float32 number, for which `within_reach` holds.
         zero_point, quant_min, quant_max: as there; quant_min <= zero_point <= quant_max.
         rectify: fake-quantize relu(x), at no cost.
-        ends: the smallest and the largest number of x, if known, and finite: where nothing is clipped, there is less to
-            do; and a large x becomes real integers in between.
+        ends: the smallest and the largest number of x, if known, and finite: where nothing is
+            clipped, there is less to do; and a large x becomes real integers in between.
 
-    >>> fake_quantize_by_numbers(torch.tensor([-1.0, 0.25, 0.75, 9.0]), 0.5, 2, quant_min=0, quant_max=15)
+    >>> x = torch.tensor([-1.0, 0.25, 0.75, 9.0])
+    >>> fake_quantize_by_numbers(x, 0.5, 2, quant_min=0, quant_max=15)
     tensor([-1.0000,  0.0000,  1.0000,  6.5000])
     """
     if ends is not None:
         needs_gradient = x.requires_grad and torch.is_grad_enabled()
-        if HAS_FBGEMM and not (needs_gradient and x.numel() < MANY) and max(-ends[0], ends[1]) < 2**30 * scale:
+        if (
+            HAS_FBGEMM
+            and not (needs_gradient and x.numel() < MANY)
+            and max(-ends[0], ends[1]) < 2**30 * scale
+        ):
             arguments = x, scale, quant_min - zero_point, quant_max - zero_point, rectify, ends
-            result: Tensor = _ByIntegers.apply(*arguments) if needs_gradient else _by_integers(*arguments)[0]
+            result: Tensor = (
+                _ByIntegers.apply(*arguments) if needs_gradient else _by_integers(*arguments)[0]
+            )
             return result
     low, high = quant_min - zero_point, quant_max - zero_point
     inverse, below, above = _clipping_bounds(scale, low, high)
     fits = ends is not None and ends[1] < above and (rectify or below < ends[0])
-    # The gradient is that of a clamp which ends just beside the last numbers that round into the range. What it puts
-    # out is then replaced in its own memory, past autograd: nobody else holds it, for a clamp keeps its input.
+    # The gradient is that of a clamp which ends just beside the last numbers that round into the
+    # range. What it puts out is then replaced in its own memory, past autograd: nobody else holds
+    # it, for a clamp keeps its input.
     output = x.clone() if fits and not rectify else F.hardtanh(x, 0.0 if rectify else below, above)
     steps = output.detach().mul_(inverse).round_()
     (steps if fits else steps.clamp_(low, high)).mul_(scale)
@@ -173,10 +193,11 @@ def fake_quantize_by_numbers(
 def _by_integers(
     x: Tensor, scale: float, low: int, high: int, rectify: bool, ends: tuple[float, float]
 ) -> tuple[Tensor, Tensor | None, tuple[float, float] | None]:
-    """Returns the output, and for the way back what to keep and its limits; neither where nothing was clipped.
+    """Returns the output, what backward keeps, and its limits; neither where nothing was clipped.
 
-    Half the passes over memory: x becomes uint8 in one, and floats again in another. Where the integers leave two of
-    the 256 free, these show what was clipped, and a quarter of x's memory is all that is kept.
+    Half the passes over memory: x becomes uint8 in one, and floats again in another. Where the
+    integers leave two of the 256 free, these show what was clipped, and a quarter of x's memory is
+    all that is kept.
     """
     _, below, above = _clipping_bounds(scale, low, high)
     spare = int(high - low < 254 and not rectify)  # integers free below low, and above high
@@ -210,18 +231,25 @@ class _ByIntegers(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if x.is_quantized:
             x = x.dequantize()  # its memory takes the result
-            return HARDTANH_BACKWARD.grad_input(grad, x, *ctx.limits, grad_input=x), None, None, None, None, None
+            return (
+                HARDTANH_BACKWARD.grad_input(grad, x, *ctx.limits, grad_input=x),
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
         return HARDTANH_BACKWARD(grad, x, *ctx.limits), None, None, None, None, None
 
 
 def within_reach(scale: float) -> bool:
-    """Tells whether `fake_quantize_by_numbers` takes a scale: with it no integer leaves float32's range."""
+    """Tells whether a scale suits `fake_quantize_by_numbers`: integers stay in float32's range."""
     return 1e-30 < scale < 1e30  # False for NaN
 
 
 @lru_cache(4096)  # frozen scales come again in every step
 def _clipping_bounds(scale: float, low: int, high: int) -> tuple[float, float, float]:
-    """Returns 1 / scale, and the float32 next to all x for which round(x / scale) is in low..high, on either side."""
+    """Returns 1 / scale, and the float32 next to all x with round(x / scale) in low..high."""
     inverse = float32(1 / scale)
     (least, low_is_odd), (most, high_is_odd) = _first_product(-low), _first_product(high)
     below, above = float32s(least / inverse, most / inverse)
@@ -235,12 +263,13 @@ def _clipping_bounds(scale: float, low: int, high: int) -> tuple[float, float, f
     return inverse, -below, above
 
 
-NEXT = 1 + 1.5 * 2**-24  # between half a float32 and one and a half further on, for any that is not denormal
+# Between half a float32 and one and a half further on, for any that is not denormal.
+NEXT = 1 + 1.5 * 2**-24
 
 
 @lru_cache
 def _first_product(integer: int) -> tuple[float, bool]:
-    """Returns where the products begin that become, rounded to float32 and then half to even, more than `integer` >= 0.
+    """Returns where the products begin that, rounded to float32, become more than `integer` >= 0.
 
     And whether it is itself such a product, as it is if `integer` is odd.
     """

@@ -1,4 +1,4 @@
-"""Which layers of a model run on quantized tensors: found by running it once, the tensors marked."""
+"""Which layers of a model run on quantized tensors: found by one run with the tensors marked."""
 
 from collections.abc import Collection
 from typing import Any
@@ -14,8 +14,12 @@ class Marked(Tensor):
 
 
 @torch.no_grad()
-def on_marked(model: nn.Module, names: Collection[str], inputs: tuple[Any, ...]) -> dict[str, set[bool]]:
-    """Returns {layer: whether it runs on quantized tensors, in all its calls} of those of `names` that run at all.
+def on_marked(
+    model: nn.Module, names: Collection[str], inputs: tuple[Any, ...]
+) -> dict[str, set[bool]]:
+    """Returns {layer: whether it runs on quantized tensors, in all its calls}.
+
+    Of those of `names` that run at all.
 
     Args:
         model: of a simulation, with its fake quantization off.
@@ -30,8 +34,12 @@ def on_marked(model: nn.Module, names: Collection[str], inputs: tuple[Any, ...])
             handles.append(module.register_forward_hook(lambda *call: call[-1].as_subclass(Tensor)))
         elif name in names:
 
-            def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
-                found.setdefault(name, set()).add(any(isinstance(x, Marked) for x in (*args, *kwargs.values())))
+            def note(
+                _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+            ) -> None:
+                found.setdefault(name, set()).add(
+                    any(isinstance(x, Marked) for x in (*args, *kwargs.values()))
+                )
 
             handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
     try:

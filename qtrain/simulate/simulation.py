@@ -39,7 +39,8 @@ class Simulation(nn.Module):
 
     Attributes:
         backend: what lowers it, or None.
-        clips_at_type: whether its kernels clip at the ends of uint8, though a scale be made for 0..127.
+        clips_at_type: whether its kernels clip at the ends of uint8, though a scale be made for
+            0..127.
         improvements: what transforms have done to it, for reports.
     """
 
@@ -61,7 +62,7 @@ class Simulation(nn.Module):
         self._twin: list[nn.Module] = []  # hidden from nn.Module: it is no part of the state
 
     def train(self, mode: bool = True) -> "Simulation":
-        """Sets the mode; in eval mode no range of an output moves, for validation data must not move it."""
+        """Sets the mode; in eval mode no output's range moves: validation data must not move it."""
         super().train(mode)
         for point in output_points(self.model).values():
             point.observing = self._observes and mode
@@ -105,7 +106,7 @@ class Simulation(nn.Module):
 
     @property
     def twin(self) -> nn.Module:
-        """The float model, its layers under the names of the sites: as `model` was when transforms began, or is now."""
+        """The float model, its layers named as the sites: from before transforms, or of now."""
         return self._twin[0] if self._twin else self.float_copy()
 
     def keep_twin(self) -> None:
@@ -113,7 +114,7 @@ class Simulation(nn.Module):
         self._twin = [self.float_copy()]
 
     def float_copy(self) -> nn.Module:
-        """Returns a copy of the model as it is now, with its fake quantization off, in eval mode."""
+        """Returns a copy of the model as it is now, with fake quantization off, in eval mode."""
         with self.mode(observing=False, quantizing=False):
             return copy_model(self.model).eval()
 
@@ -130,7 +131,7 @@ class Simulation(nn.Module):
             point.observing = False
 
     def _leave_float(self, inputs: tuple[Any, ...]) -> None:
-        """Takes, in place, the output's format from layers that run in float anyway: a sigmoid behind the last stub.
+        """Takes the format from output layers that run in float anyway: a sigmoid after all stubs.
 
         Only a forward pass shows which these are; the first one does.
         """
@@ -146,8 +147,8 @@ class Simulation(nn.Module):
         for name, on_quantized in found.items():
             if self.plan[name].reason and len(on_quantized) > 1:
                 raise ValueError(
-                    f"model: layer {name} ({self.plan[name].kind}) runs both between QuantStub and DeQuantStub and "
-                    "outside of them; register a layer of its own for each place"
+                    f"model: layer {name} ({self.plan[name].kind}) runs both between QuantStub and "
+                    "DeQuantStub and outside of them; register a layer of its own for each place"
                 )
             if True not in on_quantized:
                 self.leave_float(name)
@@ -163,20 +164,26 @@ class Simulation(nn.Module):
         self.plan[name] = replace(self.plan[name], output=None)
 
     def leave_float_as(self, plan: dict[str, Any]) -> None:
-        """Takes the output's format from those layers that have none in a report's plan, in place."""
+        """Takes the output's format from the layers that have none in a report's plan, in place."""
         for name, layer in plan.items():
             if layer["output"] is None and name in self.plan and self.plan[name].output is not None:
                 self.leave_float(name)
         self._knows_regions = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        saved = {name for name in self._of_regions() if f"{prefix}model.{name}.output_q.scale" in state_dict}
+        saved = {
+            name
+            for name in self._of_regions()
+            if f"{prefix}model.{name}.output_q.scale" in state_dict
+        }
         for name in self._of_regions() - saved:  # a forward pass has shown that it runs in float
             self.leave_float(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def inputs(self, name: str, batches: Batches, *, of: str = "simulation") -> Iterator[tuple[Any, ...]]:
-        """Yields what the site of that name is called with, call by call; until the last, all is quantized.
+    def inputs(
+        self, name: str, batches: Batches, *, of: str = "simulation"
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yields what the site of that name is called with, call by call; till then all quantizes.
 
         Args:
             of: the model that runs: "simulation", or "twin".
@@ -184,7 +191,9 @@ class Simulation(nn.Module):
         found: list[tuple[Any, ...]] = []
         with self.mode(observing=False, quantizing=True) as model:
             model = self.twin if of == "twin" else model
-            hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args))
+            hook = model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args: found.append(args)
+            )
             try:
                 for inputs in batches:
                     model(*cloned(inputs))
@@ -194,7 +203,7 @@ class Simulation(nn.Module):
                 hook.remove()
 
     def as_converted(self) -> "Simulation":
-        """Returns a copy that behaves as what `convert` makes: quantizing, in eval mode, with all its layers."""
+        """Returns a copy that behaves as what `convert` makes: quantizing, in eval mode."""
         copied = copy_model(self).eval()
         copied.set_mode(observing=False, quantizing=True)
         for point in output_points(copied.model).values() if self.clips_at_type else ():
@@ -202,7 +211,7 @@ class Simulation(nn.Module):
         return copied._put_others()
 
     def convert(self) -> nn.Module:
-        """Returns the model that runs on integers, on the CPU, in eval mode; the simulation is left alone."""
+        """Returns the model that runs on integers, on the CPU, in eval mode; a new one."""
         copied = copy_model(self)._put_others()
         return copied.model.cpu().eval() if self.backend is None else self.backend.lower(copied)
 
@@ -229,7 +238,7 @@ def leave_float(model: nn.Module, name: str) -> None:
 
 
 def sites(model: nn.Module) -> dict[str, Site]:
-    """Returns {name: site} of a simulation's model, in the order of registration; {} of any other."""
+    """Returns {name: site} of a simulation's model, as registered; {} of any other."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Site)}
 
 
@@ -264,7 +273,7 @@ def execution_order(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
 def integers(point: FakeQuantize, x: Tensor) -> Tensor:
     """Returns the integers that stand for `x`: the one rounding, of the simulation and of backends.
 
-    clamp(round(x * (1 / scale)) + zero_point), as kernels do it: x / scale would round ties otherwise.
+    clamp(round(x * (1 / scale)) + zero_point), as kernels do: x / scale would round ties otherwise.
 
     Returns:
         int32, of x's shape.

@@ -1,9 +1,10 @@
 """Layers of a simulation: each computes in float what a layer on integers will mean.
 
-A site owns the parameters of the layer that it stands for, under the same names, and up to two fake quantizations:
-`weight_q` of its weight, `output_q` of its output. The same class serves PTQ, in eval mode, and QAT, in train mode.
+A site owns the parameters of the layer that it stands for, under the same names, and up to two fake
+quantizations: `weight_q` of its weight, `output_q` of its output. The same class serves PTQ, in
+eval mode, and QAT, in train mode.
 
-Whether a kernel runs it, or float between two conversions, is a backend's affair: both compute this.
+Whether a kernel runs it, or float between conversions, is a backend's affair: both compute this.
 """
 
 from typing import Any
@@ -29,7 +30,9 @@ class Site(nn.Module):
     output_q: FakeQuantize | None
     kind = ""  # what it stands for, as users know it: "Conv2d"
 
-    def __init__(self, *, weight_q: FakeQuantize | None = None, output_q: FakeQuantize | None = None) -> None:
+    def __init__(
+        self, *, weight_q: FakeQuantize | None = None, output_q: FakeQuantize | None = None
+    ) -> None:
         super().__init__()
         self.register_module("weight_q", weight_q)
         self.register_module("output_q", output_q)
@@ -53,7 +56,7 @@ class QuantInput(Site):
 
 
 class QuantOutput(nn.Module):
-    """Where it becomes float again: what stands for a DeQuantStub. No site, for nothing is quantized here."""
+    """Where it becomes float again: stands for a DeQuantStub. No site: nothing is quantized."""
 
     kind = "DeQuantStub"
 
@@ -80,7 +83,7 @@ class QuantModule(Site):
 
 
 class Functional:
-    """The methods of a FloatFunctional, so that the user's forward stays; a subclass says what becomes of results."""
+    """The methods of a FloatFunctional, for the user's forward; subclasses treat the results."""
 
     def _output(self, op: str, value: Tensor) -> Tensor:
         raise NotImplementedError
@@ -108,7 +111,7 @@ class Functional:
 
 
 class QuantFunctional(Functional, Site):
-    """What stands for a FloatFunctional, under its name. Which method it serves is known once it has been called.
+    """Stands for a FloatFunctional, under its name; its first call tells which method it serves.
 
     Attributes:
         ops: the names of the methods that were called; one scale serves them all.
@@ -135,7 +138,9 @@ class QuantEmbedding(Site):
     Shapes: indices, int64 (...) -> (..., embedding_dim).
     """
 
-    def __init__(self, layer: nn.Embedding, *, weight_q: FakeQuantize | None, output_q: FakeQuantize | None) -> None:
+    def __init__(
+        self, layer: nn.Embedding, *, weight_q: FakeQuantize | None, output_q: FakeQuantize | None
+    ) -> None:
         super().__init__(weight_q=weight_q, output_q=output_q)
         self.weight = layer.weight
         self.padding_idx = layer.padding_idx
@@ -184,7 +189,8 @@ class QuantWeighted(Site):
         self.frozen = False
         self.fuses_relu = relu and output_q is not None
         if output_q is not None and relu:
-            output_q.rectifies = True  # one clamp, and one mask for the gradient, do the work of two
+            # One clamp, and one mask for the gradient, do the work of two.
+            output_q.rectifies = True
 
     def forward(self, x: Tensor) -> Tensor:
         bn = self._modules["bn"]
@@ -202,7 +208,7 @@ class QuantWeighted(Site):
         return product(self.layer, x, weight, bias)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
-        """Returns weight and bias as inference computes with them: batch-norm in them, nothing quantized."""
+        """Returns weight and bias as inference has them: batch-norm within, nothing quantized."""
         bn: Any = self.bn
         if bn is None:
             return self.weight, self.bias
@@ -211,18 +217,18 @@ class QuantWeighted(Site):
         return self.weight * batch_norm.along(factor, self.weight, 0), bn.bias - factor * mean
 
     def set_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Replaces the weight, and the bias where one is given, in place of writing to it: it may be tied."""
+        """Replaces the weight, and the bias if given, without writing to it: it may be tied."""
         self.weight = _like(self.weight, weight)
         if bias is not None:
             self.bias = _like(self.bias, bias)
 
     def shift_bias(self, by: Tensor) -> None:
-        """Adds `by`, one number a channel, to the bias that inference computes with; a new parameter holds the sum."""
+        """Adds `by`, one number a channel, to inference's bias; a new parameter holds the sum."""
         owner: Any = self if self.bn is None else self.bn
         owner.bias = _like(owner.bias, by if owner.bias is None else owner.bias + by)
 
     def freeze(self, frozen: bool = True) -> None:
-        """Lets batch-norm's statistics stand still, in place, until told otherwise; `train()` does not undo it."""
+        """Lets batch-norm's statistics stand still until told otherwise, even in `train()`."""
         self.frozen = frozen
         self.train(self.training)
 
@@ -241,7 +247,7 @@ class QuantWeighted(Site):
 
 
 def _taken(layer: nn.Module, name: str) -> nn.Parameter | None:
-    """Returns a parameter of `layer`, which loses it; a parametrization may have left a plain tensor."""
+    """Returns a parameter taken from `layer`; a parametrization may have left a plain tensor."""
     value = getattr(layer, name)
     delattr(layer, name)
     layer.register_parameter(name, None)  # which its repr asks for

@@ -6,11 +6,13 @@ from torch import Tensor, nn
 
 from qtrain.data.loaders import Batch, Loader
 
-AUXILIARY_WEIGHT = 0.3  # C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 5
+AUXILIARY_WEIGHT = (
+    0.3  # C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 5
+)
 
 
 def training_loss(task: "Task", output: Any, batch: Batch) -> Tensor:
-    """Returns the loss of a batch; of several outputs in train mode the first counts whole, auxiliary ones by 0.3."""
+    """Returns the loss of a batch; in train mode auxiliary outputs count too, each by 0.3."""
     if not isinstance(output, tuple):
         return task.loss(output, batch)
     main, *auxiliary = (part for part in output if part is not None)
@@ -31,7 +33,7 @@ class Task(Protocol):
     sample_settings: tuple[str, ...]  # of its config, those that only `sample` heeds
 
     def mistakes(self, model: nn.Module) -> list[str]:
-        """Returns what is wrong with `model` for this task, as `key=value: what is allowed; fix`."""
+        """Returns what is wrong with `model` for this task: `key=value: what is allowed; fix`."""
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Returns the arguments of the model's forward."""
@@ -45,14 +47,15 @@ class Task(Protocol):
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns one score an example (B,), to be compared in pairs between models.
 
-        Differences are tested where the quality is the scores' mean (or is a perplexity, and they are log losses).
+        Differences are tested where the quality is the scores' mean (or is a perplexity, and they
+        are log losses).
         """
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
-        """Returns the loss of each example (B,), for the truth gate; may be missing: then it goes by batches."""
+        """Returns the losses of examples (B,), for the truth gate; if missing: by batches."""
 
     def check_batch(self, output: Tensor, batch: Batch) -> list[str]:
-        """Returns what is wrong with a batch for outputs of this shape, before compute is spent; may be missing."""
+        """Returns what is wrong with a batch for outputs of this shape; may be missing."""
 
     def sample(self, model: nn.Module) -> str | None:
         """Returns a text that shows what `model` does, for people to compare, or None."""

@@ -27,13 +27,15 @@ class Classification:
         return F.cross_entropy(output, batch[1])
 
     def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Returns count, the summed loss, and confusion (C, C): rows are labels, columns predictions."""
+        """Returns count, summed loss, confusion (C, C): rows are labels, columns predictions."""
         labels, num_classes = batch[1], output.shape[1]
         pairs = labels * num_classes + output.argmax(1)
         return {
             "count": torch.tensor(len(labels)),
             "loss": F.cross_entropy(output, labels, reduction="sum").double(),
-            "confusion": torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes),
+            "confusion": torch.bincount(pairs, minlength=num_classes**2).reshape(
+                num_classes, num_classes
+            ),
         }
 
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
@@ -46,15 +48,26 @@ class Classification:
     def check_batch(self, output: Tensor, batch: Batch) -> list[str]:
         labels, shape = batch[1], tuple(output.shape)
         if output.dim() != 2:
-            return [f"model: its output has shape {shape}, and classification needs logits (B, C); flatten it"]
-        if labels.dim() != 1 or labels.is_floating_point() or labels.dtype in (torch.bool, torch.uint8):
+            return [
+                f"model: its output has shape {shape}, and classification needs logits (B, C); "
+                "flatten it"
+            ]
+        if (
+            labels.dim() != 1
+            or labels.is_floating_point()
+            or labels.dtype in (torch.bool, torch.uint8)
+        ):
             kind = str(labels.dtype).removeprefix("torch.")
-            return [f"data: labels are {kind} {tuple(labels.shape)}, and classification needs one int64 a sample, (B,)"]
+            return [
+                f"data: labels are {kind} {tuple(labels.shape)}, "
+                "and classification needs one int64 a sample, (B,)"
+            ]
         low, high, last = int(labels.min()), int(labels.max()), shape[1] - 1
         if low < 0 or high > last:
             return [
-                f"data: labels reach from {low} to {high}, and the model's output has {shape[1]} classes; labels must "
-                f"lie in 0..{last}: count them from 0, or give the model {high + 1} outputs"
+                f"data: labels reach from {low} to {high}, and the model's output has {shape[1]} "
+                f"classes; labels must lie in 0..{last}: "
+                f"count them from 0, or give the model {high + 1} outputs"
             ]
         return []
 
@@ -62,7 +75,7 @@ class Classification:
         return None
 
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
-        """Returns accuracy in 0..1, the mean loss in nats, wrong predictions per class, the confusion counts."""
+        """Returns accuracy in 0..1, mean loss in nats, wrong ones per class, confusion counts."""
         count, confusion = int(sums["count"]), sums["confusion"]
         return {
             "accuracy": int(confusion.trace()) / count,

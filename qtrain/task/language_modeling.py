@@ -18,7 +18,7 @@ class LanguageModeling:
 
     Args:
         tokenizer: that of the data.
-        prompt: what each model continues, where it can generate; the same for all, with the same seed.
+        prompt: what each model continues, where it can generate; all with the same seed.
         max_new_tokens: tokens to add; fewer where the model's context is shorter.
         top_k: draw among the k most likely tokens; null: among all.
         seed: of the generator that draws.
@@ -32,7 +32,9 @@ class LanguageModeling:
     numbers = ("perplexity", "loss", "bits_per_byte", "next_token_accuracy")
     sample_settings: tuple[str, ...] = ("prompt", "max_new_tokens", "top_k", "seed")
 
-    def __init__(self, *, tokenizer: str, prompt: str, max_new_tokens: int, top_k: int | None, seed: int) -> None:
+    def __init__(
+        self, *, tokenizer: str, prompt: str, max_new_tokens: int, top_k: int | None, seed: int
+    ) -> None:
         self.tokenizer = load_tokenizer(tokenizer)
         refuse(
             text("prompt", prompt)
@@ -48,12 +50,14 @@ class LanguageModeling:
         problems = []
         if there is not None and there < needed:
             problems.append(
-                f"model.vocab_size={there}: must be at least {needed}, the tokens of data.tokenizer; set it to {needed}"
+                f"model.vocab_size={there}: "
+                f"must be at least {needed}, the tokens of data.tokenizer; set it to {needed}"
             )
         length, room = self.prompt.shape[1], getattr(model, "n_positions", None)
         if room is not None and length >= room:
             problems.append(
-                f"task.prompt has {length} tokens, and model.n_positions={room} leaves none to add; shorten the prompt"
+                f"task.prompt has {length} tokens, "
+                f"and model.n_positions={room} leaves none to add; shorten the prompt"
             )
         return problems
 
@@ -64,7 +68,7 @@ class LanguageModeling:
         return F.cross_entropy(output.flatten(0, 1), batch[1].flatten(), ignore_index=IGNORE)
 
     def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Returns the count of scored tokens, their summed loss in nats, and how many were the most likely."""
+        """Returns how many tokens were scored, their summed loss in nats, and how many were top."""
         targets = batch[1]
         return {
             "count": (targets != IGNORE).sum(),
@@ -89,7 +93,7 @@ class LanguageModeling:
         return self.tokenizer.decode(tokens[0])
 
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
-        """Returns the mean loss in nats, perplexity, accuracy in 0..1; bits per byte where the loader counts bytes."""
+        """Returns mean loss in nats, perplexity, accuracy in 0..1; of known bytes, bits a byte."""
         count, loss = int(sums["count"]), float(sums["loss"])
         num_bytes = getattr(loader, "num_bytes", None)
         return {
@@ -103,5 +107,7 @@ class LanguageModeling:
 
 def _token_losses(output: Tensor, targets: Tensor) -> Tensor:
     """Returns the loss of each token (B, T), 0 where it is not scored."""
-    losses = F.cross_entropy(output.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    losses = F.cross_entropy(
+        output.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
     return losses.view_as(targets)

@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.analyze.truth import TruthError, finite_outputs
+from qtrain.analyze.finite import finite_outputs
+from qtrain.analyze.truth import TruthError
 from qtrain.data.loaders import Loader
 from qtrain.task.base import Task
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Attributes: metrics of the whole split; a score an example (N,), and a loss an example or a batch, on the CPU."""
+    """Metrics of the split; a score an example (N,), and a loss an example or batch, on the CPU."""
 
     metrics: dict[str, Any]
     examples: Tensor
@@ -31,7 +32,9 @@ def evaluate(model: nn.Module, loader: Loader, task: Task, *, device: str = "cpu
     sums: dict[str, Tensor] = {}
     examples, losses = [], []
     # A task of the user's own may know only the mean loss of a batch.
-    losses_of = getattr(task, "losses", None) or (lambda output, batch: task.loss(output, batch).reshape(1))
+    losses_of = getattr(task, "losses", None) or (
+        lambda output, batch: task.loss(output, batch).reshape(1)
+    )
     for index, batch in enumerate(loader):
         batch = (batch[0].to(device), batch[1].to(device))
         inputs = task.inputs(batch)

@@ -12,9 +12,13 @@ from qtrain.data.loaders import Loader
 
 
 def generator_states(loader: Loader) -> dict[str, Any]:
-    """Returns the states of torch's global generators, and of those that the loader has for itself."""
+    """Returns the states of torch's global generators, and of the loader's own."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda, "own": [own.get_state() for own in _own_generators(loader)]}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": cuda,
+        "own": [own.get_state() for own in _own_generators(loader)],
+    }
 
 
 def set_generator_states(states: dict[str, Any], loader: Loader) -> None:
@@ -28,9 +32,10 @@ def set_generator_states(states: dict[str, Any], loader: Loader) -> None:
 
 @contextmanager
 def undisturbed(loader: Loader) -> Iterator[None]:
-    """Lets the block draw what follows seed 0, and puts the generators back, Python's and NumPy's among them."""
+    """Lets the block draw what follows seed 0; puts back Python's and NumPy's generators too."""
     states, python, numpy = generator_states(loader), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(0)  # torch.manual_seed would reach generators of which no state is kept
+    # torch.manual_seed would reach generators of which no state is kept.
+    torch.default_generator.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
     try:
@@ -42,6 +47,10 @@ def undisturbed(loader: Loader) -> Iterator[None]:
 
 
 def _own_generators(loader: Loader) -> list[torch.Generator]:
-    """Returns the generators where a DataLoader, or one like it, has them; one that it has twice, once."""
-    held = (getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None)))
-    return list(dict.fromkeys(generator for generator in held if isinstance(generator, torch.Generator)))
+    """Returns the generators where a DataLoader, or one like it, has them; each of them once."""
+    held = (
+        getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))
+    )
+    return list(
+        dict.fromkeys(generator for generator in held if isinstance(generator, torch.Generator))
+    )

@@ -1,9 +1,10 @@
-"""What the processes of one training tell each other; with one process, nothing. `qtrain.runs.launch` starts them.
+"""What the processes of one training, started by `qtrain.runs.launch`, tell each other.
 
-Gradients are averaged by torch's DistributedDataParallel. The ranges that activation observers see, and batch-norm's
-running statistics, are made equal in every step, so that all ranks hold the same prepared model. The statistics with
-which batch-norm normalises in training are those of a rank's own part: with batch-norm, more ranks is another training.
-Dropout draws the same masks for every rank's part.
+Gradients are averaged by torch's DistributedDataParallel. The ranges that activation observers see,
+and batch-norm's running statistics, are made equal in every step, so that all ranks hold the same
+prepared model. The statistics with which batch-norm normalises in training are those of a rank's
+own part: with batch-norm, more ranks is another training. Dropout draws the same masks for every
+rank's part.
 """
 
 import os
@@ -42,7 +43,7 @@ def is_first() -> bool:
 
 
 def share(batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], float]:
-    """Returns this rank's part of a batch, and the weight with which its mean enters the mean over ranks."""
+    """Returns this rank's part of a batch, and the weight of its mean in that over ranks."""
     ranks, total = num_ranks(), len(batch[1])
     if ranks == 1:
         return batch, 1.0
@@ -91,7 +92,9 @@ def average_statistics(model: nn.Module) -> None:
     if num_ranks() == 1:
         return
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
+    statistics = [
+        s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None
+    ]
     if statistics:
         means = mean(torch.cat(statistics)).split([len(s) for s in statistics])
         for own, common in zip(statistics, means, strict=True):
@@ -100,7 +103,7 @@ def average_statistics(model: nn.Module) -> None:
 
 @contextmanager
 def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
-    """Yields what to call in place of `model` in a training on all ranks; with one rank, `model` itself."""
+    """Yields what to call in place of `model` on all ranks; with one rank, `model` itself."""
     if num_ranks() == 1:
         yield model
         return
@@ -112,7 +115,9 @@ def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
 
     def observe(point: Any, inputs: tuple[Tensor, ...]) -> None:
         if point.observing:
-            extremes = torch.stack(torch.aminmax(inputs[0].detach())) * torch.tensor([-1, 1], device=inputs[0].device)
+            extremes = torch.stack(torch.aminmax(inputs[0].detach())) * torch.tensor(
+                [-1, 1], device=inputs[0].device
+            )
             dist.all_reduce(extremes, dist.ReduceOp.MAX)
             quantizing, point.quantizing = point.quantizing, False
             point.forward(torch.stack([-extremes[0], extremes[1]]))
@@ -126,7 +131,7 @@ def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
     for point in output_points(model).values():
         hooks += [point.register_forward_pre_hook(observe), point.register_forward_hook(restore)]
     try:
-        # Its own way with buffers is to take the first rank's, and to keep those that it met at first.
+        # Its own way with buffers is to take the first rank's, and to keep those met at first.
         yield DistributedDataParallel(model, broadcast_buffers=False)
     finally:
         for hook in hooks:

@@ -9,7 +9,7 @@ from qtrain.train import ranks
 
 
 class RunningMean:
-    """Sums losses on the device; reading one, which waits for the device, also checks that it is finite."""
+    """Sums losses on the device; reading one waits for it, and checks that it is finite."""
 
     def __init__(self, device: str, stage: str, epoch: int) -> None:
         self.stage = stage
@@ -25,19 +25,29 @@ class RunningMean:
 
     def state(self) -> dict[str, Any]:
         self.recent = ranks.mean(self.recent)
-        return {"recent": self.recent.cpu(), "num_recent": self.num_recent, "total": self.total, "count": self.count}
+        return {
+            "recent": self.recent.cpu(),
+            "num_recent": self.num_recent,
+            "total": self.total,
+            "count": self.count,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.recent.copy_(state["recent"])
-        self.num_recent, self.total, self.count = state["num_recent"], state["total"], state["count"]
+        self.num_recent, self.total, self.count = (
+            state["num_recent"],
+            state["total"],
+            state["count"],
+        )
 
     def take(self, step: int) -> float:
         """Returns the mean loss since the last call."""
         value = float(ranks.mean(self.recent))
         if not math.isfinite(value):
             raise ValueError(
-                f"{self.stage}: the training loss is {value} in epoch {self.epoch_index + 1}, within the "
-                f"{self.num_recent} batches before step {step}; lower the learning rate, or set trainer.clip_norm"
+                f"{self.stage}: the training loss is {value} in epoch {self.epoch_index + 1}, "
+                f"within the {self.num_recent} batches before step {step}; "
+                "lower the learning rate, or set trainer.clip_norm"
             )
         mean = value / max(self.num_recent, 1)
         self.total, self.count = self.total + value, self.count + self.num_recent

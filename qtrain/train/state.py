@@ -1,4 +1,4 @@
-"""What a training can be resumed from, as the loop sees it: where its state goes to and comes from."""
+"""What a training can be resumed from, as the loop sees it: where its state goes and comes from."""
 
 import pickle
 from collections.abc import Iterator
@@ -34,7 +34,9 @@ class Checkpoint:
     def __enter__(self) -> "Checkpoint":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, at: TracebackType | None
+    ) -> None:
         pass
 
 
@@ -49,7 +51,7 @@ def restoring(stage: str) -> Iterator[None]:
 
 
 def unreadable(err: Exception) -> str:
-    """Returns why torch.load failed; not in its words where they advise to load without a check of what is loaded."""
+    """Returns why torch.load failed; not in its words where they advise to load unchecked."""
     if isinstance(err, pickle.UnpicklingError):
         return "it holds something else than tensors and plain values"
     return (str(err) or type(err).__name__).splitlines()[0]

@@ -37,9 +37,10 @@ class Trainer:
         accumulate: batches whose gradients are averaged into one optimizer step.
         clip_norm: largest norm of all gradients together; null: no clipping.
         log_every: optimizer steps between two logged losses. Reading a loss waits for the device.
-        save_every: optimizer steps between two saved states that a run can be resumed from; they are saved as each
-            epoch ends in any case. Null: only then.
-        devices: processes that share every batch: of CPUs, or with a GPU each. See `qtrain.train.ranks`.
+        save_every: optimizer steps between two saved states that a run can be resumed from; they
+            are saved as each epoch ends in any case. Null: only then.
+        devices: processes that share every batch: of CPUs, or with a GPU each. See
+            `qtrain.train.ranks`.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -99,8 +100,8 @@ class Trainer:
 
         Args:
             stage: the name that logged metrics and messages carry.
-            on_epoch_start: called with the epoch, counted from 0, once the model is in train mode; when a training is
-                resumed inside an epoch, called again.
+            on_epoch_start: called with the epoch, counted from 0, once the model is in train mode;
+                when a training is resumed inside an epoch, called again.
             on_epoch_end: called likewise; returns metrics to log with the epoch.
             checkpoint: holds the state to go on from, and takes the states to come.
 
@@ -162,7 +163,7 @@ def without_single(loader: Loader, model: nn.Module) -> Loader:
     if not is_single or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return loader
     log.warning(
-        f"data.batch_size={size}: the last batch of {len(labels)} samples would be a single one, which batch-norm "
-        "cannot train on; each epoch leaves one sample out"
+        f"data.batch_size={size}: the last batch of {len(labels)} samples would be a single one, "
+        "which batch-norm cannot train on; each epoch leaves one sample out"
     )
     return _WithoutLast(loader)

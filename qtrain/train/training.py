@@ -95,7 +95,9 @@ class Training:
             return
         with restoring(self.stage):
             place = state["place"]
-            self.epoch, self.done, self.step = (int(place[key]) for key in ("epoch", "batches", "step"))
+            self.epoch, self.done, self.step = (
+                int(place[key]) for key in ("epoch", "batches", "step")
+            )
             for name, part in self._parts.items():
                 part.load_state_dict(state[name])
             set_generator_states(state["generators"], self.loader)
@@ -103,7 +105,7 @@ class Training:
         log.info(f"{self.stage}: resumed after step {self.step} of {self.total_steps}")
 
     def run_epoch(self, epoch: int) -> bool:
-        """Trains for one epoch, or what is left of it; returns False where it was told to stop, and has saved."""
+        """Trains for one epoch, or the rest of it; returns False if told to stop, having saved."""
         self.mean = RunningMean(self.device, self.stage, epoch)
         ranks.spread_generator(self.device)
         first = self.done
@@ -143,10 +145,11 @@ class Training:
         self._save(epoch + 1, 0)
 
     def _batches(self) -> Iterator[Batch]:
-        """Returns the epoch's batches, in an order drawn now; of an interrupted epoch those that are left."""
+        """Returns the epoch's batches, in an order drawn now; if interrupted, those left."""
         inside = self._inside
         self._at_start = generator_states(self.loader)
-        if inside is not None:  # draw its order again, and pass over the batches that were trained on
+        # Draw its order again, and pass over the batches that were trained on.
+        if inside is not None:
             with restoring(self.stage):
                 self._at_start = inside["at_start"]
                 set_generator_states(self._at_start, self.loader)
@@ -160,7 +163,8 @@ class Training:
     def _learn(self, batch: Batch, index: int) -> None:
         """Adds the gradients of one batch."""
         batch, weight = ranks.share((batch[0].to(self.device), batch[1].to(self.device)))
-        inputs = (x.clone() for x in self.task.inputs(batch))  # a forward may change them, and data come again
+        # A forward may change them, and data come again.
+        inputs = (x.clone() for x in self.task.inputs(batch))
         loss: Tensor = training_loss(self.task, self.forward(*inputs), batch)
         if weight != 1:
             loss = loss * weight

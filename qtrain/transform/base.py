@@ -4,14 +4,15 @@ from qtrain.simulate.simulation import Batches, Simulation
 
 
 class Transform:
-    """Changes a simulation in place, between preparation and conversion; a subclass says how, by `__call__`.
+    """Changes a simulation in place, between preparation and conversion, by its `__call__`.
 
-    Weights are replaced through a site's `set_weight` and `shift_bias`, scales through `weight_q.stay` and
-    `output_q.stay`: what it chooses is what is converted.
+    Weights are replaced through a site's `set_weight` and `shift_bias`, scales through
+    `weight_q.stay` and `output_q.stay`: what it chooses is what is converted.
 
     Attributes:
         name: by which reports call it.
-        before_observation: whether it leaves the float function as it is, and so comes before ranges are observed.
+        before_observation: whether it leaves the float function as it is, and so comes before
+            ranges are observed.
     """
 
     name: str

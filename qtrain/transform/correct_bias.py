@@ -1,7 +1,8 @@
 """Bias correction: quantization shifts the mean of a layer's output, and a bias can take that back.
 
-M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv:1906.04721, section
-4.2, with means over calibration data in place of those that batch-norm implies.
+M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
+arXiv:1906.04721, section 4.2, with means over calibration data in place of those that batch-norm
+implies.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from qtrain.transform.base import Transform
 class CorrectBias(Transform):
     """Adds to each bias the mean of (float output - quantized output), channel by channel.
 
-    Layer by layer in the order of execution, each in the quantized network with the layers before it corrected.
+    Layer by layer in the order of execution, each in the quantized network with the layers before
+    it corrected.
 
     Args:
         batches: of the calibration data, at most.
@@ -53,7 +55,9 @@ def _product(site: QuantWeighted, x: Tensor) -> Tensor:
     """Returns (N, C): the output before ReLU, one row for each vector of channels."""
     weight, bias = site.folded()
     output = site.product(x, site.quantized_weight(weight), bias)
-    kernel_size: Any = getattr(site.layer, "kernel_size", ())  # of a Linear layer the channels come last
+    kernel_size: Any = getattr(
+        site.layer, "kernel_size", ()
+    )  # of a Linear layer the channels come last
     output = output.movedim(-1 - len(kernel_size), -1)
     return output.reshape(-1, output.shape[-1])
 

@@ -18,24 +18,28 @@ def check_transforms(transforms: Any) -> list[str]:
     if not isinstance(transforms, Sequence) or isinstance(transforms, str):
         return [f"transforms={shown(transforms)}: must be a list, such as [correct_bias]"]
     return [
-        f"transforms={shown(item)}: must be a Transform, by the name of a file in conf/transform or by its _target_"
+        f"transforms={shown(item)}: must be a Transform, "
+        "by the name of a file in conf/transform or by its _target_"
         for item in transforms
         if not isinstance(item, Transform)
     ]
 
 
 def improve(simulation: Simulation, transform: Transform, batches: Batches) -> None:
-    """Lets a transform work on a calibrated simulation, in place, and notes what it gained on the first batch."""
+    """Lets a transform work on a calibrated simulation, in place; notes its gain on a batch."""
     first = next(iter(batches))
     before = _decibels(simulation, first)
     transform(simulation, batches)
-    gained = {"name": transform.name, "sqnr_db": {"before": before, "after": _decibels(simulation, first)}}
+    gained = {
+        "name": transform.name,
+        "sqnr_db": {"before": before, "after": _decibels(simulation, first)},
+    }
     simulation.improvements.append(gained)
 
 
 @torch.no_grad()
 def _decibels(simulation: Simulation, inputs: tuple[Tensor, ...]) -> float | None:
-    """Returns the signal-to-noise ratio of the simulation's output, or None where it is no tensor."""
+    """Returns the signal-to-noise ratio of the simulation's output; None if it is no tensor."""
     exact = simulation.twin(*cloned(inputs))
     with simulation.mode(observing=False, quantizing=True) as model:
         found = model(*cloned(inputs))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.analyze.dry_run import blame, coverage, dry_run
+from qtrain.analyze.blame import blame
+from qtrain.analyze.dry_run import coverage, dry_run
 from qtrain.analyze.truth import TruthError
 from qtrain.backend import torch_ao
 from qtrain.quant.none import NoQuantizer
@@ -23,7 +24,7 @@ def quantizer(request, make_ptq, make_qat):
     return (make_ptq if request.param == "ptq" else make_qat)()
 
 
-# ---- layers that cannot run in int8 ----------------------------------------------------------------------------------
+# ---- layers that cannot run in int8 --------------------------------------------------------------
 
 WITHOUT_KERNEL = {
     "batch_norm1d": [nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)],
@@ -40,18 +41,24 @@ WITHOUT_KERNEL = {
 
 
 @pytest.mark.parametrize("case", WITHOUT_KERNEL)
-def test_a_layer_without_an_int8_kernel_runs_in_float_and_coverage_says_so(case, between, engine, make_ptq, make_qat):
+def test_a_layer_without_an_int8_kernel_runs_in_float_and_coverage_says_so(
+    case, between, engine, make_ptq, make_qat
+):
     layers = WITHOUT_KERNEL[case]
     last = f"body.{len(layers) - 1}"
     for make in (make_ptq, make_qat):
         model, quantizer = between(*layers), make(engine)
         found = dry_run(model, quantizer, (X,))
-        assert found["float_layers"][last].startswith(f"torch has no int8 {type(layers[-1]).__name__}")
+        assert found["float_layers"][last].startswith(
+            f"torch has no int8 {type(layers[-1]).__name__}"
+        )
         simulation = quantizer.prepare(model)
         quantizer.calibrate(simulation, [(X,)])
         fake, int8 = quantizer.fake(simulation)(X), quantizer.convert(simulation)(X)
         step = float(simulation.plan and simulation.model.get_submodule(last).output_q.scale)
-        assert (fake - int8).abs().max() < 2.01 * step and (model(X) - int8).norm() < 0.1 * model(X).norm()
+        assert (fake - int8).abs().max() < 2.01 * step and (model(X) - int8).norm() < 0.1 * model(
+            X
+        ).norm()
 
 
 def test_behind_the_last_stub_such_a_layer_is_as_it_was(between, make_ptq):
@@ -65,13 +72,21 @@ def test_behind_the_last_stub_such_a_layer_is_as_it_was(between, make_ptq):
 
 
 def test_a_recurrent_layer_is_refused_with_its_kind(between, quantizer):
-    with pytest.raises(ValueError, match=r"model: layer body\.1 \(GRU\) cannot run in the .*layers={body\.1: float}"):
+    with pytest.raises(
+        ValueError,
+        match=r"model: layer body\.1 \(GRU\) cannot run in the .*layers={body\.1: float}",
+    ):
         dry_run(between(nn.Flatten(2), nn.GRU(64, 4)), quantizer, (X,))
 
 
 def test_an_embedding_stays_float_and_coverage_says_why(make_ptq):
-    model = nn.Sequential(nn.Embedding(9, 4), torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub())
-    for layers, reason in ({}, "Embedding is not quantized by this method"), ({"0": "float"}, "set by quant.layers"):
+    model = nn.Sequential(
+        nn.Embedding(9, 4), torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub()
+    )
+    for layers, reason in (
+        ({}, "Embedding is not quantized by this method"),
+        ({"0": "float"}, "set by quant.layers"),
+    ):
         found = dry_run(model, make_ptq(layers=layers), (torch.arange(9).reshape(1, 9),))
         assert found["float_layers"] == {"0": reason}
 
@@ -90,7 +105,11 @@ class Plus(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.quant, self.dequant, self.block = torch_ao.QuantStub(), torch_ao.DeQuantStub(), self.Block()
+        self.quant, self.dequant, self.block = (
+            torch_ao.QuantStub(),
+            torch_ao.DeQuantStub(),
+            self.Block(),
+        )
 
     def forward(self, x):
         return self.dequant(self.block(self.quant(x)))
@@ -101,13 +120,18 @@ def test_a_raw_plus_is_shown_with_its_place_and_remedy(engine, make_ptq, make_qa
         with pytest.raises(ValueError) as err:
             dry_run(Plus(), make(engine), (X,))
         text = str(err.value)
-        assert "layer block (Block) cannot run in the int8 model: torch has no int8 kernel for aten::add" in text
+        assert (
+            "layer block (Block) cannot run in the int8 model: "
+            "torch has no int8 kernel for aten::add" in text
+        )
         assert "FloatFunctional per call site" in text
         assert "test_dry_run.py:" in text and "return x + y" in text
 
 
 @pytest.mark.parametrize(
-    "operator", [lambda x: x * x, lambda x: x @ x, lambda x: torch.cat([x, x]).sum()], ids=["mul", "matmul", "sum"]
+    "operator",
+    [lambda x: x * x, lambda x: x @ x, lambda x: torch.cat([x, x]).sum()],
+    ids=["mul", "matmul", "sum"],
 )
 def test_other_raw_operators_are_shown_too(operator, make_ptq):
     class Raw(nn.Module):
@@ -118,7 +142,9 @@ def test_other_raw_operators_are_shown_too(operator, make_ptq):
         def forward(self, x):
             return self.dequant(operator(self.quant(x)))
 
-    with pytest.raises(ValueError, match=r"forward of Raw cannot run in the int8 model: .*test_dry_run\.py"):
+    with pytest.raises(
+        ValueError, match=r"forward of Raw cannot run in the int8 model: .*test_dry_run\.py"
+    ):
         dry_run(Raw(), make_ptq(), (X,))
 
 
@@ -127,7 +153,11 @@ class Attention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.quant, self.dequant, self.linear = torch_ao.QuantStub(), torch_ao.DeQuantStub(), nn.Linear(8, 8)
+        self.quant, self.dequant, self.linear = (
+            torch_ao.QuantStub(),
+            torch_ao.DeQuantStub(),
+            nn.Linear(8, 8),
+        )
 
     def forward(self, x):
         x = self.linear(self.quant(x))
@@ -135,7 +165,9 @@ class Attention(nn.Module):
 
 
 def test_scaled_dot_product_attention_on_quantized_tensors_is_shown(quantizer):
-    with pytest.raises(ValueError, match="forward of Attention cannot run in the int8 model: .*scaled_dot_product"):
+    with pytest.raises(
+        ValueError, match="forward of Attention cannot run in the int8 model: .*scaled_dot_product"
+    ):
         dry_run(Attention(), quantizer, (X,))
 
 
@@ -148,7 +180,9 @@ def test_scaled_dot_product_attention_on_quantized_tensors_is_shown(quantizer):
     ids=["no_quant_stub", "layer_after_dequant"],
 )
 def test_a_layer_that_gets_float_inputs_is_named(layers, layer, quantizer):
-    with pytest.raises(ValueError, match=rf"model: layer {layer} \(\w+\) cannot run in the int8 model"):
+    with pytest.raises(
+        ValueError, match=rf"model: layer {layer} \(\w+\) cannot run in the int8 model"
+    ):
         dry_run(nn.Sequential(*layers), quantizer, (X,))
 
 
@@ -159,19 +193,31 @@ def test_an_output_that_is_no_float_tensor_is_refused(make_ptq):
 
 
 def test_a_layer_behind_the_last_stub_can_be_kept_float(make_ptq):
-    model = nn.Sequential(torch_ao.QuantStub(), nn.Conv2d(3, 4, 3), torch_ao.DeQuantStub(), nn.Linear(6, 2))
-    assert dry_run(model, make_ptq(layers={"3": "float"}), (X,))["float_layers"] == {"3": "set by quant.layers"}
+    model = nn.Sequential(
+        torch_ao.QuantStub(), nn.Conv2d(3, 4, 3), torch_ao.DeQuantStub(), nn.Linear(6, 2)
+    )
+    assert dry_run(model, make_ptq(layers={"3": "float"}), (X,))["float_layers"] == {
+        "3": "set by quant.layers"
+    }
 
 
 def test_a_float_model_that_does_not_run_is_told_as_such(quantizer, between):
-    with pytest.raises(ValueError, match=r"model: layer body\.1 \(Linear\) cannot run in the float model"):
+    with pytest.raises(
+        ValueError, match=r"model: layer body\.1 \(Linear\) cannot run in the float model"
+    ):
         dry_run(between(nn.Conv2d(3, 4, 3), nn.Linear(99, 2)), quantizer, (X,))
 
 
 RUNNABLE = {
     "activations": [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.ELU(), nn.Hardswish(), nn.GELU()],
     "fixed_range": [nn.Sigmoid(), nn.Tanh()],
-    "pooling": [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.Upsample(scale_factor=2), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+    "pooling": [
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.Upsample(scale_factor=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ],
     "norms": [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(8)],
     "dropout": [nn.Dropout(0.9)],
     "reflect": [nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")],
@@ -221,7 +267,7 @@ def test_a_sound_model_gives_no_warning(model, images, make_ptq, caplog):
     assert caplog.records == []
 
 
-# ---- what a dry run leaves behind ------------------------------------------------------------------------------------
+# ---- what a dry run leaves behind ----------------------------------------------------------------
 
 
 def test_neither_generators_nor_weights_change(quantizer, convnet, images):
@@ -233,14 +279,20 @@ def test_neither_generators_nor_weights_change(quantizer, convnet, images):
     assert torch.backends.quantized.engine == engine
     assert all(torch.equal(state[name], value) for name, value in convnet.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in convnet.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "qconfig") for m in convnet.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or hasattr(m, "qconfig") for m in convnet.modules()
+    )
 
 
 def test_generators_do_not_change_where_the_forward_pass_draws(quantizer):
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()
-            self.quant, self.linear, self.dequant = torch_ao.QuantStub(), nn.Linear(8, 8), torch_ao.DeQuantStub()
+            self.quant, self.linear, self.dequant = (
+                torch_ao.QuantStub(),
+                nn.Linear(8, 8),
+                torch_ao.DeQuantStub(),
+            )
 
         def forward(self, x):
             return self.dequant(self.linear(self.quant(x + torch.rand_like(x))))
@@ -265,7 +317,7 @@ def test_no_hook_is_left_on_a_model_that_was_watched(features):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-# ---- blame -----------------------------------------------------------------------------------------------------------
+# ---- blame ---------------------------------------------------------------------------------------
 
 
 class Failing(nn.Module):
@@ -277,10 +329,14 @@ class Failing(nn.Module):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("first\nsecond"), KeyError("k"), IndexError()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError("first\nsecond"), KeyError("k"), IndexError()], ids=repr
+)
 def test_an_error_is_blamed_on_the_innermost_layer_and_keeps_its_cause(error):
     model = nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity(), Failing(error)))
-    with pytest.raises(ValueError, match=r"model: layer 1\.1 \(Failing\) cannot run in the some model: ") as caught:
+    with pytest.raises(
+        ValueError, match=r"model: layer 1\.1 \(Failing\) cannot run in the some model: "
+    ) as caught:
         with blame(model, "some"):
             model(X)
     assert caught.value.__cause__ is error and "second" not in str(caught.value)
@@ -304,7 +360,7 @@ def test_layers_that_succeeded_are_not_blamed():
             raise ZeroDivisionError
 
 
-# ---- coverage --------------------------------------------------------------------------------------------------------
+# ---- coverage ------------------------------------------------------------------------------------
 
 CONV1, CONV2, LINEAR1, LINEAR2 = 4 * 9, 8 * 4 * 9, 8 * 49 * 8, 10 * 8  # weights of the tiny ConvNet
 MACS = {"conv1": CONV1 * 28 * 28, "conv2": CONV2 * 14 * 14, "linear1": LINEAR1, "linear2": LINEAR2}
@@ -343,7 +399,9 @@ def test_coverage_of_dynamic_quantization(convnet, images, make_dynamic):
 
 
 def test_each_float_layer_has_its_own_reason(convnet, images, make_dynamic):
-    found = dry_run(convnet, make_dynamic(layers={"linear2": "float"}), (images[:2],))["float_layers"]
+    found = dry_run(convnet, make_dynamic(layers={"linear2": "float"}), (images[:2],))[
+        "float_layers"
+    ]
     assert found["linear2"] == "set by quant.layers"
     assert found["conv1"] == "Conv2d is not quantized by this method"
 
@@ -404,4 +462,6 @@ def test_a_layer_that_runs_twice_counts_twice(make_dynamic):
             return self.b(self.a(self.a(x)))
 
     quantized = converted(make_dynamic(layers={"b": "float"}), Twice())
-    assert coverage(quantized, (torch.randn(2, 4),), {"b": "float"})["macs_quantized"] == pytest.approx(2 / 3)
+    assert coverage(quantized, (torch.randn(2, 4),), {"b": "float"})[
+        "macs_quantized"
+    ] == pytest.approx(2 / 3)

@@ -34,7 +34,9 @@ def test_buffers_count():
 
 
 def test_shared_weights_count_once():
-    model = nn.ModuleList([nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)])
+    model = nn.ModuleList(
+        [nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)]
+    )
     model[2].weight = model[0].weight
     assert weight_bytes(model) == 4 * 64 * 2
 
@@ -56,8 +58,10 @@ def test_bytes_of_a_converted_model(mlp, make_ptq, images, granularity, qparams)
     quantizer = make_ptq(weight={"granularity": granularity})
     prepared = quantizer.prepare(mlp)
     quantizer.calibrate(prepared, [(images,)])
-    weights = sum(rows * columns + qparams(columns) + 4 * columns for rows, columns in LINEARS)  # int8; biases float
-    outputs = 4 * (4 + 8)  # of the input and the three layers: a float32 scale and a 64-bit zero point
+    # int8; biases float.
+    weights = sum(rows * columns + qparams(columns) + 4 * columns for rows, columns in LINEARS)
+    # Of the input and the three layers: a float32 scale and a 64-bit zero point.
+    outputs = 4 * (4 + 8)
     assert weight_bytes(quantizer.convert(prepared)) == weights + outputs
 
 
@@ -71,7 +75,12 @@ def test_bytes_of_a_dynamic_model(mlp, make_dynamic):
 class Probe(nn.Module):
     def __init__(self, name="", log=None, seconds=0.0):
         super().__init__()
-        self.name, self.log, self.seconds, self.batches = name, [] if log is None else log, seconds, []
+        self.name, self.log, self.seconds, self.batches = (
+            name,
+            [] if log is None else log,
+            seconds,
+            [],
+        )
 
     def forward(self, *inputs):
         self.log.append(self.name)
@@ -85,14 +94,20 @@ def test_latency_is_of_both_models_in_turn():
     models = {"float": Probe("float", log), "quantized": Probe("quantized", log)}
     result = latency(models, (torch.zeros(3, 2),), batch_sizes=[1, 64], warmup=2, repeats=5)
     assert log == ["float", "quantized"] * (2 + 5) * 2
-    assert {name: list(sizes) for name, sizes in result.items()} == dict.fromkeys(models, ["1", "64"])
+    assert {name: list(sizes) for name, sizes in result.items()} == dict.fromkeys(
+        models, ["1", "64"]
+    )
     assert all(list(t) == ["median", "p90"] for sizes in result.values() for t in sizes.values())
     assert all(0 < t["median"] <= t["p90"] for sizes in result.values() for t in sizes.values())
 
 
 def test_latency_is_in_milliseconds():
     result = latency(
-        {"slow": Probe(seconds=0.02), "fast": Probe()}, (torch.zeros(1),), batch_sizes=[1], warmup=0, repeats=5
+        {"slow": Probe(seconds=0.02), "fast": Probe()},
+        (torch.zeros(1),),
+        batch_sizes=[1],
+        warmup=0,
+        repeats=5,
     )
     assert 20 <= result["slow"]["1"]["median"] < 2000
     assert result["fast"]["1"]["median"] < result["slow"]["1"]["median"]
@@ -102,7 +117,8 @@ def test_median_and_p90(monkeypatch):
     clock = iter([0.0, 0.001 * 7, *(t for ms in (5, 1, 4, 2, 3) for t in (0.0, ms * 0.001))])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     result = latency({"model": Probe()}, (torch.zeros(1),), batch_sizes=[1], warmup=1, repeats=5)
-    assert result["model"]["1"] == pytest.approx({"median": 3, "p90": 4.6})  # the warm-up's 7 ms do not count
+    # The warm-up's 7 ms do not count.
+    assert result["model"]["1"] == pytest.approx({"median": 3, "p90": 4.6})
 
 
 def test_a_batch_is_filled_by_repeating_the_samples():
@@ -154,7 +170,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
 def test_freed_memory_is_kept_for_the_next_step():
     kept, given_back = (
-        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for how in ("keep", "default")
     )
     assert kept < 100 and given_back > 10_000  # 5 x 20 x 1024 pages
@@ -174,7 +194,11 @@ def test_peak_memory():
 
 def test_generation_speed():
     sizes = {"vocab_size": 20, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
-    models = {"fast": GPT2(**sizes), "slow": GPT2(**{**sizes, "n_layer": 12}), "mute": nn.Linear(1, 1)}
+    models = {
+        "fast": GPT2(**sizes),
+        "slow": GPT2(**{**sizes, "n_layer": 12}),
+        "mute": nn.Linear(1, 1),
+    }
     rates = generation_speed(models, torch.tensor([[3]]))
     assert set(rates) == {"fast", "slow"} and rates["fast"] > 2 * rates["slow"] > 0
     assert generation_speed({"mute": models["mute"]}, torch.tensor([[3]])) == {}

@@ -5,14 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.analyze.dry_run import blame
+from qtrain.analyze.blame import blame
+from qtrain.analyze.finite import finite_outputs, require_finite_weights
 from qtrain.analyze.truth import (
     TruthError,
     TruthGate,
     divergence,
-    finite_outputs,
     layer_outputs,
-    require_finite_weights,
 )
 from qtrain.backend import torch_ao
 from qtrain.functional.spec import QuantSpec
@@ -38,7 +37,7 @@ def compare(quantizer, prepared, *inputs, **settings):
 
 
 class Branches(nn.Module):
-    """Inputs with a positive mean take layer a, the others layer b; a spare FloatFunctional is never used."""
+    """Inputs of positive mean take layer a, others layer b; a spare FloatFunctional is unused."""
 
     def __init__(self):
         super().__init__()
@@ -69,14 +68,18 @@ class Residual(nn.Module):
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.dequant = torch_ao.QuantStub(), torch_ao.QuantStub(), torch_ao.DeQuantStub()
+        self.first, self.second, self.dequant = (
+            torch_ao.QuantStub(),
+            torch_ao.QuantStub(),
+            torch_ao.DeQuantStub(),
+        )
         self.linear, self.sum = nn.Linear(8, 8), torch_ao.FloatFunctional()
 
     def forward(self, x, y):
         return self.dequant(self.sum.add(self.linear(self.first(x)), self.second(y)))
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_all_mistakes_are_told_at_once():
     assert keys == ["on_failure", "samples", "max_steps", "max_range_ratio"]
 
 
-# ---- layers that calibration did not reach ---------------------------------------------------------------------------
+# ---- layers that calibration did not reach -------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
@@ -113,14 +116,22 @@ def test_a_layer_that_calibration_never_took_fails_by_name(is_qat, make_ptq, mak
     quantizer = (make_qat if is_qat else make_ptq)()
     prepared = calibrated(quantizer, Branches().eval(), torch.rand(8, 4))
     (failure,) = TruthGate(**GATE).unobserved(prepared.model)
-    assert failure.startswith("layer b: its observer saw no data") and "quant.layers={b: float}" in failure
+    assert (
+        failure.startswith("layer b: its observer saw no data")
+        and "quant.layers={b: float}" in failure
+    )
     quantizer.calibrate(prepared, [(torch.rand(8, 4),), (-torch.rand(8, 4),)])
     assert TruthGate(**GATE).unobserved(prepared.model) == []
 
 
 def test_without_calibration_every_layer_fails(convnet, make_ptq):
     failures = TruthGate(**GATE).unobserved(make_ptq().prepare(convnet).model)
-    assert [failure.split(":")[0].split()[1] for failure in failures] == ["conv1", "conv2", "linear1", "linear2"]
+    assert [failure.split(":")[0].split()[1] for failure in failures] == [
+        "conv1",
+        "conv2",
+        "linear1",
+        "linear2",
+    ]
 
 
 def test_torch_converts_what_was_never_observed_with_scale_1(make_ptq):
@@ -146,12 +157,14 @@ def test_a_float_functional_used_without_calibration_fails_by_name(make_ptq):
     prepared = calibrated(quantizer, Residual().eval(), torch.rand(8, 4))
     assert TruthGate(**GATE).unobserved(prepared.model) == []
     fake = quantizer.fake(prepared)
-    with pytest.raises(ValueError, match=r"layer sum \(FloatFunctional\) .* did not during calibration"):
+    with pytest.raises(
+        ValueError, match=r"layer sum \(FloatFunctional\) .* did not during calibration"
+    ):
         with blame(fake, "fake-quantized"):
             fake(torch.randn(8, 4))
 
 
-# ---- the numbers -----------------------------------------------------------------------------------------------------
+# ---- the numbers ---------------------------------------------------------------------------------
 
 
 def test_sqnr_of_each_layer_is_that_of_the_formula(engine, convnet, images, make_ptq):
@@ -159,7 +172,11 @@ def test_sqnr_of_each_layer_is_that_of_the_formula(engine, convnet, images, make
     prepared = calibrated(quantizer, convnet, images)
     section, failures = compare(quantizer, prepared, images)
     assert failures == []
-    reference, fake, quantized = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+    reference, fake, quantized = (
+        quantizer.reference(prepared),
+        quantizer.fake(prepared),
+        quantizer.convert(prepared),
+    )
     order = ["quant", "conv1", "conv2", "linear1", "linear2"]
     for key, left in (("sqnr_db", reference), ("fake", fake)):
         found = section["sqnr_db"] if key == "sqnr_db" else section["fake_vs_quantized"]["sqnr_db"]
@@ -168,12 +185,16 @@ def test_sqnr_of_each_layer_is_that_of_the_formula(engine, convnet, images, make
 
         def keep(side, name, outputs=outputs):
             def hook(_m, _i, output):
-                outputs[side, name] = (output.dequantize() if output.is_quantized else output).detach().double()
+                outputs[side, name] = (
+                    (output.dequantize() if output.is_quantized else output).detach().double()
+                )
 
             return hook
 
         for side, model in (("left", left), ("right", quantized)):
-            handles = [getattr(model, name).register_forward_hook(keep(side, name)) for name in order]
+            handles = [
+                getattr(model, name).register_forward_hook(keep(side, name)) for name in order
+            ]
             model(images)
             for handle in handles:
                 handle.remove()
@@ -182,7 +203,9 @@ def test_sqnr_of_each_layer_is_that_of_the_formula(engine, convnet, images, make
             expected = 20 * math.log10(float(exact.norm() / error.norm())) if error.any() else 200
             assert found[name] == pytest.approx(expected, abs=1e-3)
     assert section["min_sqnr_db"] == min(section["sqnr_db"].values())
-    assert section["fake_vs_quantized"]["min_sqnr_db"] == min(section["fake_vs_quantized"]["sqnr_db"].values())
+    assert section["fake_vs_quantized"]["min_sqnr_db"] == min(
+        section["fake_vs_quantized"]["sqnr_db"].values()
+    )
     steps = section["fake_vs_quantized"]["steps"]
     assert [name for name in steps if name in order] == order
     assert section["fake_vs_quantized"]["max_steps"] == max(steps.values())
@@ -199,7 +222,9 @@ def test_planted_noise_is_measured_in_decibels():
             spec = QuantSpec(observer=MinMaxObserver, symmetric=False, granularity="per_tensor")
             observer = make_observer(spec, signed=False)
             observer(torch.tensor([-1.0, 1.0]))
-            self.layer = QuantModule(linear, output_q=FakeQuantize(observer, observing=False, quantizing=False))
+            self.layer = QuantModule(
+                linear, output_q=FakeQuantize(observer, observing=False, quantizing=False)
+            )
 
         def forward(self, x):
             return self.layer(x)
@@ -207,9 +232,14 @@ def test_planted_noise_is_measured_in_decibels():
     models = Known(1.0), Known(1.1), Known(0.9)
     section, (failure,) = TruthGate(**GATE).compare(*models, (torch.eye(4),))
     rms = 0.2 * 0.25**0.5 / (2 / 255)  # a quarter of the numbers is off by 0.2
-    assert section["fake_vs_quantized"]["steps"] == {"layer": pytest.approx(rms, rel=1e-3)} and "layer layer" in failure
+    assert (
+        section["fake_vs_quantized"]["steps"] == {"layer": pytest.approx(rms, rel=1e-3)}
+        and "layer layer" in failure
+    )
     assert section["sqnr_db"] == {"layer": pytest.approx(20, abs=1e-4)}
-    assert section["fake_vs_quantized"]["sqnr_db"] == {"layer": pytest.approx(20 * math.log10(1.1 / 0.2), abs=1e-4)}
+    assert section["fake_vs_quantized"]["sqnr_db"] == {
+        "layer": pytest.approx(20 * math.log10(1.1 / 0.2), abs=1e-4)
+    }
     same, _ = TruthGate(**GATE).compare(models[0], models[0], models[0], (torch.eye(4),))
     assert same["min_sqnr_db"] == 200  # JSON has no infinity
 
@@ -231,7 +261,7 @@ def test_outputs_come_in_the_order_of_execution_of_float_functionals_too(make_pt
     assert not quantized.linear._forward_hooks
 
 
-# ---- simulation against conversion -----------------------------------------------------------------------------------
+# ---- simulation against conversion ---------------------------------------------------------------
 
 
 def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, make_ptq):
@@ -255,12 +285,21 @@ def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, mak
 def test_a_planted_divergence_fails_by_name(mlp, images, make_ptq):
     quantizer = make_ptq("qnnpack")
     prepared = calibrated(quantizer, mlp, images)
-    reference, fake, quantized = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+    reference, fake, quantized = (
+        quantizer.reference(prepared),
+        quantizer.fake(prepared),
+        quantizer.convert(prepared),
+    )
     with torch.no_grad():
         fake.linear3.bias.add_(quantized.linear3.scale * 2)
     _, (failure,) = TruthGate(**GATE).compare(reference, fake, quantized, (images,))
-    assert failure.startswith("layer linear3: converted, it differs from its simulation") and "max_steps=1" in failure
-    _, failures = TruthGate(**{**GATE, "max_steps": 3.0}).compare(reference, fake, quantized, (images,))
+    assert (
+        failure.startswith("layer linear3: converted, it differs from its simulation")
+        and "max_steps=1" in failure
+    )
+    _, failures = TruthGate(**{**GATE, "max_steps": 3.0}).compare(
+        reference, fake, quantized, (images,)
+    )
     assert failures == []
 
 
@@ -271,7 +310,7 @@ def test_sound_models_pass_on_every_engine(is_qat, engine, model, images, make_p
     assert failures == [] and section["min_sqnr_db"] > 20
 
 
-# ---- inputs unlike those of calibration ------------------------------------------------------------------------------
+# ---- inputs unlike those of calibration ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
@@ -281,7 +320,10 @@ def test_inputs_at_one_and_a_half_times_the_calibrated_range_fail_by_name(
     quantizer = (make_qat if is_qat else make_ptq)(engine)
     prepared = calibrated(quantizer, model, images)
     _, failures = compare(quantizer, prepared, 1.5 * images)
-    assert failures[0].startswith("layer quant: evaluation inputs span [") and "1.50 times the range" in failures[0]
+    assert (
+        failures[0].startswith("layer quant: evaluation inputs span [")
+        and "1.50 times the range" in failures[0]
+    )
     low, high = 1.5 * images.min().item(), 1.5 * images.max().item()
     assert f"[{low:.3g}, {high:.3g}]" in failures[0] and "max_range_ratio=1.25" in failures[0]
     _, failures = compare(quantizer, prepared, 1.5 * images, max_range_ratio=1.6)
@@ -294,7 +336,10 @@ def test_a_shift_beyond_the_calibrated_range_fails_too(sign, mlp, images, make_p
     width = (images.max() - images.min()).item()
     prepared = calibrated(quantizer, mlp, images)
     _, failures = compare(quantizer, prepared, images + sign * 0.3 * width)
-    assert failures[0].startswith("layer quant: evaluation inputs span") and "1.30 times" in failures[0]
+    assert (
+        failures[0].startswith("layer quant: evaluation inputs span")
+        and "1.30 times" in failures[0]
+    )
     assert compare(quantizer, prepared, images + sign * 0.2 * width)[1] == []
     assert compare(quantizer, prepared, images * 0.1)[1] == []
 
@@ -310,10 +355,13 @@ def test_every_input_of_the_model_is_looked_at(which, engine, make_ptq, request)
     assert compare(quantizer, prepared, *inputs)[1] == []
     inputs = [x * (3 if i == which else 1) for i, x in enumerate(inputs)]
     _, failures = compare(quantizer, prepared, *inputs)
-    assert any(failure.startswith(f"layer {('first', 'second')[which]}: evaluation inputs") for failure in failures)
+    assert any(
+        failure.startswith(f"layer {('first', 'second')[which]}: evaluation inputs")
+        for failure in failures
+    )
 
 
-# ---- NaN and infinity ------------------------------------------------------------------------------------------------
+# ---- NaN and infinity ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
@@ -326,7 +374,9 @@ def test_a_weight_that_is_not_finite_is_named(name, value, convnet):
         require_finite_weights(convnet)
 
 
-def test_prepared_models_are_checked_past_their_empty_observers(convnet, images, make_ptq, make_qat):
+def test_prepared_models_are_checked_past_their_empty_observers(
+    convnet, images, make_ptq, make_qat
+):
     for quantizer in (make_ptq(), make_qat()):
         require_finite_weights(quantizer.prepare(convnet).model)
         prepared = calibrated(quantizer, convnet, images)
@@ -351,7 +401,9 @@ def test_a_calibration_batch_that_is_not_finite_is_named_with_its_layer(
     with finite_outputs(prepared.model, "calibration"):
         quantizer.calibrate(prepared, batches)
     batches[2][0][3, 0, 5, 5] = value
-    with pytest.raises(TruthError, match="layer quant: its output is not finite in calibration, batch 2"):
+    with pytest.raises(
+        TruthError, match="layer quant: its output is not finite in calibration, batch 2"
+    ):
         with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, batches)
 
@@ -360,7 +412,9 @@ def test_the_layer_where_nan_arises_is_the_one_that_is_named(convnet, images, ma
     quantizer = make_ptq()
     prepared = quantizer.prepare(convnet)
     prepared.model.conv2.weight.data[0, 0, 0, 0] = math.nan
-    with pytest.raises(TruthError, match="layer conv2: its output is not finite in calibration, batch 0"):
+    with pytest.raises(
+        TruthError, match="layer conv2: its output is not finite in calibration, batch 0"
+    ):
         with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(images,)])
 
@@ -370,7 +424,9 @@ def test_a_float_functional_where_infinity_arises_is_named(make_ptq):
     prepared = quantizer.prepare(Residual().eval())
     huge = torch.full((2, 4), -3e38)
     prepared.model.linear.weight.data.copy_(torch.eye(4))
-    with pytest.raises(TruthError, match="layer sum: its output is not finite in calibration, batch 0"):
+    with pytest.raises(
+        TruthError, match="layer sum: its output is not finite in calibration, batch 0"
+    ):
         with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(huge,)])
 

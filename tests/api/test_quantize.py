@@ -104,7 +104,9 @@ def test_mistakes_are_named(net, batches, settings, message):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("method", ["ptq", "dynamic", "weight_only"])
 def test_bits_are_those_asked_for(net, method, bits):
-    weight = integers.quantized_weight(qtrain.quantize(net, [X], method, weight_bits=bits).model.linear)
+    weight = integers.quantized_weight(
+        qtrain.quantize(net, [X], method, weight_bits=bits).model.linear
+    )
     found = weight.int_repr()
     assert found.min() >= -(2 ** (bits - 1)) and found.max() <= 2 ** (bits - 1) - 1
     assert found.abs().max() >= 2 ** (bits - 1) - 1
@@ -132,6 +134,8 @@ def test_a_training_loop_of_ones_own(net):
 
 def test_what_is_imported_is_what_is_used(tmp_path):
     script = "import qtrain, sys; assert 'torch' not in sys.modules; print(qtrain.__version__)"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.strip()
     with pytest.raises(AttributeError, match="has no attribute 'nope'"):
         assert qtrain.nope

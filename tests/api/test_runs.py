@@ -5,7 +5,14 @@ import torch
 
 import qtrain
 
-SMALL = ("model=mlp", "model.hidden=8", "trainer=smoke", "logger=none", "threads=1", "float_cache=null")
+SMALL = (
+    "model=mlp",
+    "model.hidden=8",
+    "trainer=smoke",
+    "logger=none",
+    "threads=1",
+    "float_cache=null",
+)
 QUICK = ("measure.repeats=1", "measure.batch_sizes=[1]", "truth.on_failure=warn")
 
 

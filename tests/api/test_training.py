@@ -10,7 +10,13 @@ import qtrain
 from qtrain.data.mnist import mnist_sample
 from qtrain.model.convnet import ConvNet
 
-QUICK = ["threads=1", "logger=none", "float_cache=null", "measure.repeats=1", "measure.batch_sizes=[1]"]
+QUICK = [
+    "threads=1",
+    "logger=none",
+    "float_cache=null",
+    "measure.repeats=1",
+    "measure.batch_sizes=[1]",
+]
 SMALL = ["model=convnet", "model.width=4", "model.hidden=8"]
 
 
@@ -27,7 +33,13 @@ def test_a_plain_loop_ends_with_the_commands_integers(weight_bits, tmp_path, mon
     state = torch.get_rng_state()
     model.load_state_dict(torch.load("float/float.pt"))
     data = mnist_sample(
-        batch_size=64, eval_batch_size=500, val_size=1000, mean=0.1307, std=0.3081, channels=1, device="cpu"
+        batch_size=64,
+        eval_batch_size=500,
+        val_size=1000,
+        mean=0.1307,
+        std=0.3081,
+        channels=1,
+        device="cpu",
     )
     simulation = qtrain.prepare(model, islice(data.calib, 32), weight_bits=weight_bits)
     optimizer = torch.optim.Adam(simulation.parameters(), lr=1e-4, fused=True)

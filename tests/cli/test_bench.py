@@ -8,7 +8,14 @@ from qtrain.cli import bench
 from qtrain.config import build
 from qtrain.runs import pipeline
 
-QUICK = ["model=mlp", "model.hidden=4", "trainer=smoke", "threads=1", "logger=none", "float_cache=null"]
+QUICK = [
+    "model=mlp",
+    "model.hidden=4",
+    "trainer=smoke",
+    "threads=1",
+    "logger=none",
+    "float_cache=null",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +36,42 @@ def read(run):
 def test_measures_again_and_updates_the_reports(runs, capsys):
     before = [read(run) for run in runs]
     threads = torch.get_num_threads()
-    bench.main([*map(str, runs), "--batch-sizes", "1", "3", "--threads", "1", "2", "--repeats", "7", "--warmup", "1"])
+    bench.main(
+        [
+            *map(str, runs),
+            "--batch-sizes",
+            "1",
+            "3",
+            "--threads",
+            "1",
+            "2",
+            "--repeats",
+            "7",
+            "--warmup",
+            "1",
+        ]
+    )
     assert torch.get_num_threads() == threads
     printed = capsys.readouterr().out
-    assert "1 thread, medians of 7" in printed and "2 threads" in printed and printed.count("  ptq\n") == 4
+    assert (
+        "1 thread, medians of 7" in printed
+        and "2 threads" in printed
+        and printed.count("  ptq\n") == 4
+    )
     for run, old, is_simulated in zip(runs, before, (False, True), strict=True):
         new = read(run)
-        assert [(row["threads"], row["batch"]) for row in new["bench"]] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+        assert [(row["threads"], row["batch"]) for row in new["bench"]] == [
+            (1, 1),
+            (1, 3),
+            (2, 1),
+            (2, 3),
+        ]
         first = new["bench"][0]
         assert first["float"]["low"] <= first["float"]["median"] <= first["float"]["high"]
         assert new["latency_ms"]["float"] == {"1": first["float"], "3": new["bench"][1]["float"]}
-        assert (new["latency_ms"]["quantized"] is None) == is_simulated == ("quantized" not in first)
+        assert (
+            (new["latency_ms"]["quantized"] is None) == is_simulated == ("quantized" not in first)
+        )
         changed = {"bench", "latency_ms", "other_load", "threads"}
         assert all(new[key] == old[key] for key in old if key not in changed)
 

@@ -22,12 +22,16 @@ def sweep(tmp_path):
     scores = {"float": np.ones(50, np.uint8), "quantized": np.ones(50, np.uint8)}
     for number, method in enumerate(("ptq", "qat")):
         script.write_run(tmp_path / "sweep" / f"{number}_{method}", scores=scores, method=method)
-    script.fail = lambda: script.write_failure(tmp_path / "sweep" / "2_bad", "ValueError: lr=-1: must be above 0")
+    script.fail = lambda: script.write_failure(
+        tmp_path / "sweep" / "2_bad", "ValueError: lr=-1: must be above 0"
+    )
     return tmp_path / "sweep", script
 
 
 def end(folder, tensorboard=False):
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}, "logger": {"tensorboard": tensorboard}})
+    config = OmegaConf.create(
+        {"hydra": {"sweep": {"dir": str(folder)}}, "logger": {"tensorboard": tensorboard}}
+    )
     Comparison().on_multirun_end(config, config_name="config")
 
 

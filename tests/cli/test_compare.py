@@ -23,7 +23,9 @@ def write(tmp_path):
     def write(name, /, lost=0, **facts):
         exact, quantized = np.ones((2, 200), np.uint8)
         quantized[:lost] = 0
-        return script.write_run(tmp_path / "runs" / name, scores={"float": exact, "quantized": quantized}, **facts)
+        return script.write_run(
+            tmp_path / "runs" / name, scores={"float": exact, "quantized": quantized}, **facts
+        )
 
     write.fail = lambda name, error: script.write_failure(tmp_path / "runs" / name, error)
     (tmp_path / "runs").mkdir()
@@ -86,7 +88,11 @@ def test_an_empty_folder(command, write):
 
 def test_broken_reports_are_named_and_skipped(write, command, tmp_path):
     write("good")
-    for name, content in {"empty": "", "cut": '{"schema": 1, "sta', "partial": '{"schema": 1, "status": "ok"}'}.items():
+    for name, content in {
+        "empty": "",
+        "cut": '{"schema": 1, "sta',
+        "partial": '{"schema": 1, "status": "ok"}',
+    }.items():
         (tmp_path / "runs" / name).mkdir()
         (tmp_path / "runs" / name / "report.json").write_text(content)
     code, out, err = command("runs")
@@ -108,7 +114,9 @@ def test_failed_runs_are_listed_and_do_not_fail_the_command(write, command):
     write.fail("b", "TruthError: conv1: 3 dB\nmore")
     code, out, _ = command("runs")
     assert code == 0
-    assert out.endswith("1 run without a result:\n  runs/b: TruthError: conv1: 3 dB [quant=qat seed=0]\n")
+    assert out.endswith(
+        "1 run without a result:\n  runs/b: TruthError: conv1: 3 dB [quant=qat seed=0]\n"
+    )
 
 
 def test_nothing_but_failed_runs(write, command):
@@ -130,18 +138,37 @@ def test_data_sets_of_one_name_and_other_content_are_not_compared(write, command
         write(name, data_fingerprint=content)
     _, out, _ = command("runs")
     assert (
-        "convnet on mnist (content 01234567): 2 runs\n" in out and "convnet on mnist (content abcdefgh): 1 run\n" in out
+        "convnet on mnist (content 01234567): 2 runs\n" in out
+        and "convnet on mnist (content abcdefgh): 1 run\n" in out
     )
 
 
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("runs --sort acuracy", ["--sort acuracy: there is no such key; nearest: accuracy\n", "size_kb"]),
-        ("runs --group-by metod", ["--group-by metod: there is no such key; nearest: method, model\n"]),
-        ("runs --group-by method --sort lr", ["--sort lr: there is no such key; nearest: optimizer.lr\n"]),
-        ("runs metod=qat", ["filter metod: there is no such key; nearest: method, model\n", "every key of the config"]),
-        ("runs xyzzy=1", ["filter xyzzy: there is no such key\n", "size_kb", "optimizer.lr", "trainer.epochs"]),
+        (
+            "runs --sort acuracy",
+            ["--sort acuracy: there is no such key; nearest: accuracy\n", "size_kb"],
+        ),
+        (
+            "runs --group-by metod",
+            ["--group-by metod: there is no such key; nearest: method, model\n"],
+        ),
+        (
+            "runs --group-by method --sort lr",
+            ["--sort lr: there is no such key; nearest: optimizer.lr\n"],
+        ),
+        (
+            "runs metod=qat",
+            [
+                "filter metod: there is no such key; nearest: method, model\n",
+                "every key of the config",
+            ],
+        ),
+        (
+            "runs xyzzy=1",
+            ["filter xyzzy: there is no such key\n", "size_kb", "optimizer.lr", "trainer.epochs"],
+        ),
         ("runs method=lsq", ["method=lsq", "ptq"]),
         ("runs --baseline method=lsq", ["--baseline method=lsq", "ptq"]),
         ("method=ptq", ["name at least one folder"]),
@@ -163,8 +190,13 @@ def run_python(code, *args):
 def test_compares_without_torch(write, tmp_path):
     write("a")
     write("b", method="qat", lost=3)
-    code = "import sys; from qtrain.cli.compare import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
-    done = run_python(code, str(tmp_path / "runs"), "--baseline", "method=ptq", "--html", str(tmp_path / "x.html"))
+    code = (
+        "import sys; from qtrain.cli.compare import main; main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = run_python(
+        code, str(tmp_path / "runs"), "--baseline", "method=ptq", "--html", str(tmp_path / "x.html")
+    )
     assert done.returncode == 0, done.stderr.decode()[-300:]
     assert b"-1.50 \xc2\xb1" in done.stdout
 
@@ -181,7 +213,9 @@ def test_a_reader_that_stops_reading_is_no_error(write, tmp_path):
 @pytest.mark.slow
 def test_a_thousand_runs(tmp_path):
     subprocess.run(
-        [sys.executable, SCRIPT, tmp_path / "runs"], check=True, env=os.environ | {"PYTHONPATH": sys.path[0]}
+        [sys.executable, SCRIPT, tmp_path / "runs"],
+        check=True,
+        env=os.environ | {"PYTHONPATH": sys.path[0]},
     )
     code = """
 import json, re, sys, time
@@ -195,7 +229,15 @@ print(json.dumps([time.perf_counter() - start, peak / 1e6]), file=sys.stderr)
 """
     for options in (
         (),
-        ("--baseline", "method=float", "--group-by", "method", "bits", "--html", str(tmp_path / "x.html")),
+        (
+            "--baseline",
+            "method=float",
+            "--group-by",
+            "method",
+            "bits",
+            "--html",
+            str(tmp_path / "x.html"),
+        ),
     ):
         done = run_python(code, str(tmp_path / "runs"), *options)
         seconds, megabytes = json.loads(done.stderr.splitlines()[-1])

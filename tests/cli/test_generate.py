@@ -14,8 +14,20 @@ from qtrain.runs import pipeline
 from qtrain.runs.report import FILE_NAME, load_report
 
 RUN = [
-    *("task=language_modeling", "data=shakespeare", "data.context=16", "data.stride=16", "data.test_fraction=0.001"),
-    *("model=gpt2_nano", "model.n_positions=32", "model.n_layer=1", "model.n_embd=16", "quant=llm_int8"),
+    *(
+        "task=language_modeling",
+        "data=shakespeare",
+        "data.context=16",
+        "data.stride=16",
+        "data.test_fraction=0.001",
+    ),
+    *(
+        "model=gpt2_nano",
+        "model.n_positions=32",
+        "model.n_layer=1",
+        "model.n_embd=16",
+        "quant=llm_int8",
+    ),
     *(
         "trainer.epochs=0",
         "threads=1",
@@ -148,12 +160,23 @@ def test_a_mistake_is_told_before_anything_is_written(run, capsys):
 
 
 def test_a_folder_without_a_run(generate, tmp_path):
-    with pytest.raises(SystemExit, match=r"holds no report\.json; name the folder of a finished run"):
+    with pytest.raises(
+        SystemExit, match=r"holds no report\.json; name the folder of a finished run"
+    ):
         generate(run=tmp_path)
 
 
 def test_a_model_that_writes_no_text(generate, tmp_path):
-    digits = ["model=mlp", "model.hidden=4", "quant=none", "trainer.epochs=0", "threads=1", "logger=none"]
-    pipeline.execute(compose(*digits, "float_cache=null", "measure.repeats=1", "measure.warmup=0"), tmp_path, [])
+    digits = [
+        "model=mlp",
+        "model.hidden=4",
+        "quant=none",
+        "trainer.epochs=0",
+        "threads=1",
+        "logger=none",
+    ]
+    pipeline.execute(
+        compose(*digits, "float_cache=null", "measure.repeats=1", "measure.warmup=0"), tmp_path, []
+    )
     with pytest.raises(SystemExit, match="this run's MLP generates no text"):
         generate(run=tmp_path)

@@ -39,7 +39,9 @@ def command(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this puts it back
     images = torch.randint(0, 256, (40, 28, 28), dtype=torch.uint8)
     train, test = (images[:30], torch.arange(30) % 10), (images[30:], torch.arange(10))
-    monkeypatch.setattr("qtrain.data.mnist.mnist_sample", lambda **options: image_loaders(train, test, **options))
+    monkeypatch.setattr(
+        "qtrain.data.mnist.mnist_sample", lambda **options: image_loaders(train, test, **options)
+    )
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
 
@@ -52,7 +54,8 @@ def command(monkeypatch, tmp_path, capsys):
             code = stop.code
         printed = capsys.readouterr()
         text = printed.out + printed.err
-        return (1, f"{text}{code}") if isinstance(code, str) else (code, text)  # as Python does it with a text
+        # As Python does it with a text.
+        return (1, f"{text}{code}") if isinstance(code, str) else (code, text)
 
     yield run
     for handler in set(logger.handlers) - set(handlers):
@@ -64,7 +67,7 @@ def reports(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("outputs/**/report.json"))]
 
 
-# ---- which jobs a command line means ---------------------------------------------------------------------------------
+# ---- which jobs a command line means -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,9 @@ def test_the_default_job_is_for_no_argument_at_all(monkeypatch, arguments, expec
 
 
 def test_one_run(command, tmp_path):
-    code, text = command(*TINY, "quant=qat", "seed=3", "quant.layers={linear2: float}", "experiment=null")
+    code, text = command(
+        *TINY, "quant=qat", "seed=3", "quant.layers={linear2: float}", "experiment=null"
+    )
     assert code == 0
     (report,) = reports(tmp_path)
     assert (report["status"], report["name"], report["seed"]) == ("ok", "mlp_qat", 3)
@@ -95,7 +100,11 @@ def test_one_run(command, tmp_path):
     assert report["coverage"]["float_layers"] == {"linear2": "set by quant.layers"}
     (folder,) = (tmp_path / "outputs" / "runs").iterdir()
     assert folder.name.endswith("_mlp_qat")
-    assert "quantized: accuracy" in text and "wrong by class" in text and "stays float: linear2" in text
+    assert (
+        "quantized: accuracy" in text
+        and "wrong by class" in text
+        and "stays float: linear2" in text
+    )
     config = (folder / ".hydra" / "overrides.yaml").read_text()
     assert "seed=3" in config
 
@@ -105,7 +114,12 @@ def test_the_default_experiment_is_a_sweep_that_compares(command, tmp_path):
     code, text = command(*sweep)
     assert code == 0
     found = reports(tmp_path)
-    assert [report["quant"]["method"] for report in found] == ["none", "float_finetuned", "ptq", "qat"]
+    assert [report["quant"]["method"] for report in found] == [
+        "none",
+        "float_finetuned",
+        "ptq",
+        "qat",
+    ]
     assert [report["float_from"] for report in found] == ["training", "cache", "cache", "cache"]
     assert len({json.dumps(report["metrics"]["float"]) for report in found}) == 1
     table = text[text.index("mlp on mnist_sample: 4 runs") :]
@@ -113,7 +127,8 @@ def test_the_default_experiment_is_a_sweep_that_compares(command, tmp_path):
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert {"comparison.csv", "comparison.png"} <= {path.name for path in folder.iterdir()}
 
-    assert command(*sweep, "quant=qat", f"hydra.sweep.dir={tmp_path}/outputs/again")[0] == 0  # narrowed to one method
+    # Narrowed to one method.
+    assert command(*sweep, "quant=qat", f"hydra.sweep.dir={tmp_path}/outputs/again")[0] == 0
     (again,) = reports(tmp_path)[:1]
     assert again["float_from"] == "cache" and again["metrics"] == found[3]["metrics"]
 
@@ -122,9 +137,13 @@ def test_one_bad_job_does_not_end_a_sweep(command, tmp_path):
     code, text = command("-m", *TINY, "quant=ptq", "quant.weight.bits=9,8")
     assert code == 1
     bad, good = reports(tmp_path)
-    assert bad["status"] == "failed" and "quant.weight.bits=9: must be a whole number" in bad["error"]
+    assert (
+        bad["status"] == "failed" and "quant.weight.bits=9: must be a whole number" in bad["error"]
+    )
     assert good["status"] == "ok"
-    assert "quant.weight.bits=9: must be a whole number" in text and "1 run without a result" in text
+    assert (
+        "quant.weight.bits=9: must be a whole number" in text and "1 run without a result" in text
+    )
 
 
 def test_a_job_that_does_not_resolve_leaves_a_report_too(command, tmp_path):
@@ -147,7 +166,9 @@ def test_a_sweep_launched_again_does_what_is_left(command, tmp_path, monkeypatch
     monkeypatch.setattr(pipeline, "run", killed)
     assert command(*sweep)[0] == 137 and seen == [0, 1, 2]
     seen.clear()
-    monkeypatch.setattr(pipeline, "run", lambda config, *others: (seen.append(config.seed), run(config, *others)))
+    monkeypatch.setattr(
+        pipeline, "run", lambda config, *others: (seen.append(config.seed), run(config, *others))
+    )
     done = tmp_path / "outputs" / "sweep" / "0_mlp_ptq" / "report.json"
     before = done.read_bytes()
     code, text = command(*sweep)
@@ -172,7 +193,7 @@ def test_two_runs_in_one_folder_at_once(command, tmp_path):
 
 @pytest.fixture
 def job(monkeypatch, tmp_path):
-    """job(*overrides, metrics=... or error=...): what one job returns to a sweeper, when the run has such metrics."""
+    """job(*overrides, metrics=... or error=...): what a job returns to a sweeper, given these."""
 
     def call(*overrides, metrics=None, error=None):
         def execute(*_, **__):
@@ -181,7 +202,10 @@ def job(monkeypatch, tmp_path):
             config = {"measure": {"batch_sizes": [1, 64]}}
             report = Report(name="a", seed=0, config=config, overrides=[], model="b", data="c")
             report.metrics, report.quality = metrics, "accuracy"
-            report.size_bytes, report.latency_ms = {"quantized_file": 2000}, {"quantized": {"1": {"median": 0.5}}}
+            report.size_bytes, report.latency_ms = (
+                {"quantized_file": 2000},
+                {"quantized": {"1": {"median": 0.5}}},
+            )
             return report
 
         monkeypatch.setattr(pipeline, "execute", execute)
@@ -201,7 +225,11 @@ MULTIRUN, RUN = "hydra.mode=MULTIRUN", "hydra.mode=RUN"
 def test_objectives(job):
     assert job(RUN, metrics=METRICS) == 0.75  # the task's own, of the converted model
     assert job(RUN, "objective=[quantized.loss,float.accuracy]", metrics=METRICS) == (1.0, 0.9)
-    assert job(RUN, "objective=[quantized.accuracy,size_bytes,latency_ms]", metrics=METRICS) == (0.75, 2000, 0.5)
+    assert job(RUN, "objective=[quantized.accuracy,size_bytes,latency_ms]", metrics=METRICS) == (
+        0.75,
+        2000,
+        0.5,
+    )
 
 
 def test_a_job_of_a_sweep_that_fails_is_worth_nothing(job):
@@ -219,12 +247,12 @@ def test_one_objective_without_brackets(job):
     assert job(RUN, "objective=quantized.loss", metrics=METRICS) == 1.0
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def mistakes(command, monkeypatch):
-    """mistakes(*arguments): what `qtrain` says before it exits with code 1, having trained nothing."""
+    """mistakes(*arguments): what `qtrain` says before it exits with code 1, untrained."""
 
     def refuse(*_, **__):
         raise AssertionError("training has begun")
@@ -234,7 +262,9 @@ def mistakes(command, monkeypatch):
     def run(*arguments):
         flags = [argument for argument in arguments if argument.startswith("-")]
         settings = QUICK if "model=gpt2_nano" in arguments else TINY
-        code, text = command(*flags, *settings, *(argument for argument in arguments if argument not in flags))
+        code, text = command(
+            *flags, *settings, *(argument for argument in arguments if argument not in flags)
+        )
         assert code == 1
         assert "Traceback" not in text
         assert text.count("qtrain: error: ") == 1
@@ -249,14 +279,26 @@ def mistakes(command, monkeypatch):
         ("model=nope", ["model/nope", "convnet", "mlp", "mobilenet_v2", "resnet18"]),
         ("quant=nope", ["quant/nope", "dynamic", "none", "ptq", "qat"]),
         ("trainer.epoch=3", ["trainer.epoch: there is no such key", "epochs", "max_steps"]),
-        ("quant.weigth.bits=4", ["quant.weigth", "there is no such key", "activation", "engine", "weight"]),
+        (
+            "quant.weigth.bits=4",
+            ["quant.weigth", "there is no such key", "activation", "engine", "weight"],
+        ),
         ("sede=3", ["sede: there is no such key", "device", "seed", "threads"]),
         ("optimizer.lr=-1", ["optimizer.lr=-1: must be a number above 0"]),
         ("data.batch_size=0", ["data.batch_size=0: must be a whole number from 1 to"]),
         ("quant.weight.bits=9", ["quant.weight.bits=9: must be a whole number from 2 to 8"]),
-        ("quant.engine=tpu", ["quant.engine=tpu: allowed are auto, reference, fbgemm, qnnpack, x86, onednn"]),
-        ("quant.weight.observer=nope", ["quant.weight.observer=nope: allowed are histogram, minmax"]),
-        ("quant.layers.linear9=float", ["quant.layers.linear9: matches no layer", "linear1, linear2"]),
+        (
+            "quant.engine=tpu",
+            ["quant.engine=tpu: allowed are auto, reference, fbgemm, qnnpack, x86, onednn"],
+        ),
+        (
+            "quant.weight.observer=nope",
+            ["quant.weight.observer=nope: allowed are histogram, minmax"],
+        ),
+        (
+            "quant.layers.linear9=float",
+            ["quant.layers.linear9: matches no layer", "linear1, linear2"],
+        ),
         ("device=gpu", ["device=gpu: not usable here; allowed are auto", "cpu"]),
         ("checkpoint=missing.pt", ["checkpoint=missing.pt: there is no such file"]),
         ("model.hidden", ["model.hidden"]),
@@ -272,31 +314,58 @@ def test_a_mistake_is_named_with_what_is_allowed(mistakes, argument, words):
 @pytest.mark.parametrize(
     "argument, words",
     [
-        ("data.context=65", ["context=65: must be at most n_positions=64; shorten the input (data.context)"]),
-        ("model.vocab_size=200", ["model.vocab_size=200: must be at least 256, the tokens of data.tokenizer"]),
+        (
+            "data.context=65",
+            ["context=65: must be at most n_positions=64; shorten the input (data.context)"],
+        ),
+        (
+            "model.vocab_size=200",
+            ["model.vocab_size=200: must be at least 256, the tokens of data.tokenizer"],
+        ),
         ("task.top_k=0", ["task.top_k=0: must be a whole number from 1 to 256, or null"]),
         ("task.prompt=''", ["task.prompt=: must be a text that is not empty"]),
         ("data.path=EMPTY", ["data.path=", "the file is empty"]),
         ("data.path=SHORT", ["data.path=", "has 10 tokens", "must have more than context=64"]),
-        ("data.path=nowhere.txt", ["data.path=nowhere.txt: there is no such file", "data=shakespeare"]),
+        (
+            "data.path=nowhere.txt",
+            ["data.path=nowhere.txt: there is no such file", "data=shakespeare"],
+        ),
         ("model.pretrained=./nowhere", ["model.pretrained=./nowhere: there is no such folder"]),
-        ("quant.layers={h.0.attn.c_atn: float}", ["matches no layer; the model has h.0.attn.c_attn", "more"]),
-        ("quant.weight.group_size=48", ["quant.weight.group_size=48 does not divide the last dimension, 128"]),
+        (
+            "quant.layers={h.0.attn.c_atn: float}",
+            ["matches no layer; the model has h.0.attn.c_attn", "more"],
+        ),
+        (
+            "quant.weight.group_size=48",
+            ["quant.weight.group_size=48 does not divide the last dimension, 128"],
+        ),
     ],
     ids=str,
 )
 def test_a_mistake_with_a_language_model(mistakes, tmp_path, argument, words):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("short text.")
-    argument = argument.replace("EMPTY", f"{tmp_path}/empty.txt").replace("SHORT", f"{tmp_path}/short.txt")
+    argument = argument.replace("EMPTY", f"{tmp_path}/empty.txt").replace(
+        "SHORT", f"{tmp_path}/short.txt"
+    )
     data = "data=text" if "data.path" in argument else "data=shakespeare"
-    method = ["quant=weight_only", "quant.weight.granularity=per_group", "quant.weight.group_size=32"]
+    method = [
+        "quant=weight_only",
+        "quant.weight.granularity=per_group",
+        "quant.weight.group_size=32",
+    ]
     text = mistakes("task=language_modeling", data, "model=gpt2_nano", *method, argument)
     assert all(word in text for word in words) and "raise " not in text, text
 
 
 def test_all_mistakes_of_a_config_at_once(mistakes):
-    wrong = ["optimizer.lr=-1", "data.batch_size=0", "quant.weight.bits=9", "trainer.epochs=-1", "model.hidden=0"]
+    wrong = [
+        "optimizer.lr=-1",
+        "data.batch_size=0",
+        "quant.weight.bits=9",
+        "trainer.epochs=-1",
+        "model.hidden=0",
+    ]
     wrong += ["device=gpu", "quant.weight.observer=nope", "quant.activation.observer=none"]
     text = mistakes(*wrong)
     assert all(f"{override}: " in text for override in wrong)
@@ -312,7 +381,10 @@ def test_no_gpu(mistakes, monkeypatch):
 def test_an_engine_that_this_machine_lacks(mistakes, monkeypatch):
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none", "onednn"])
     text = mistakes("quant.engine=qnnpack")
-    assert "quant.engine=qnnpack: not supported by torch on this machine; here there are onednn" in text
+    assert (
+        "quant.engine=qnnpack: not supported by torch on this machine; here there are onednn"
+        in text
+    )
 
 
 def test_an_observer_that_is_refused_per_channel(mistakes):
@@ -360,7 +432,12 @@ def test_truncated_data(mistakes, tmp_path):
 def test_a_wrong_checkpoint(mistakes, tmp_path, kind):
     path = tmp_path / "float.pt"
     torch.manual_seed(0)
-    save_weights(path, nn.Linear(3, 2) if kind == "other_model" else MLP(hidden=4, hidden_relu=True, output_relu=False))
+    save_weights(
+        path,
+        nn.Linear(3, 2)
+        if kind == "other_model"
+        else MLP(hidden=4, hidden_relu=True, output_relu=False),
+    )
     if kind != "other_model":
         path.write_bytes(path.read_bytes()[: 0 if kind == "empty" else 1000])
     before = path.read_bytes()
@@ -370,7 +447,9 @@ def test_a_wrong_checkpoint(mistakes, tmp_path, kind):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("mode", [["hydra.run.dir"], ["-m", "hydra.sweep.dir"]], ids=["run", "sweep"])
+@pytest.mark.parametrize(
+    "mode", [["hydra.run.dir"], ["-m", "hydra.sweep.dir"]], ids=["run", "sweep"]
+)
 def test_an_output_folder_that_cannot_be_made(mistakes, tmp_path, mode):
     (tmp_path / "file").write_text("kept")
     *multirun, key = mode
@@ -406,7 +485,7 @@ def test_interrupted(command, monkeypatch):
 
 
 def test_a_sweep_is_terminated_as_it_is_interrupted(command, monkeypatch):
-    """A launcher that waits for its workers ends them for an exception; the signal's default would leave them."""
+    """A launcher ends its workers for an exception; the signal's default would leave them."""
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(cli, "job", lambda: os.kill(os.getpid(), signal.SIGTERM))
     code, text = command("-m", *TINY)
@@ -414,14 +493,18 @@ def test_a_sweep_is_terminated_as_it_is_interrupted(command, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# ---- as a process ----------------------------------------------------------------------------------------------------
+# ---- as a process --------------------------------------------------------------------------------
 
 
 def start(*arguments, cwd, path=()):
     """Runs Python in a fresh process, where qtrain and the folders of `path` can be imported."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *path]))}
     return subprocess.run(
-        [sys.executable, "-W", "error", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "error", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -460,7 +543,9 @@ torch.save(model(torch.randn(20, 1, 28, 28)), sys.argv[2])
 def test_a_model_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "my" / "conf" / "model").mkdir(parents=True)
     (tmp_path / "my" / "mynet.py").write_text(MYNET)
-    (tmp_path / "my" / "conf" / "model" / "mynet.yaml").write_text("_target_: mynet.MyNet\nwidth: 6\n")
+    (tmp_path / "my" / "conf" / "model" / "mynet.yaml").write_text(
+        "_target_: mynet.MyNet\nwidth: 6\n"
+    )
     arguments = ["--config-dir", "my/conf", "model=mynet", "model.width=5", *QUICK]
     ended = start("-m", "qtrain.cli.run", *arguments, cwd=tmp_path, path=[tmp_path / "my"])
     assert ended.returncode == 0, ended.stderr
@@ -469,7 +554,9 @@ def test_a_model_of_the_users_own(tmp_path, monkeypatch):
     assert report["coverage"]["float_layers"] == {} and report["coverage"]["macs_quantized"] == 1
 
     (folder,) = tmp_path.glob("outputs/runs/*_mynet_ptq")
-    loaded = start("-c", LOAD, str(folder), str(tmp_path / "output.pt"), cwd=tmp_path, path=[tmp_path / "my"])
+    loaded = start(
+        "-c", LOAD, str(folder), str(tmp_path / "output.pt"), cwd=tmp_path, path=[tmp_path / "my"]
+    )
     assert loaded.returncode == 0, loaded.stderr
     monkeypatch.syspath_prepend(tmp_path / "my")
     torch.manual_seed(0)
@@ -478,7 +565,7 @@ def test_a_model_of_the_users_own(tmp_path, monkeypatch):
     assert expected.std() > 0
 
 
-# ---- what only running shows -----------------------------------------------------------------------------------------
+# ---- what only running shows ---------------------------------------------------------------------
 
 FAULTY = """
 import torch
@@ -536,7 +623,9 @@ def faulty(command, tmp_path, monkeypatch):
     ids=["uncalibrated", "nan", "input at 1.5 times the range", "raw plus"],
 )
 @pytest.mark.parametrize("method", ["ptq", "qat"])
-def test_a_planted_fault_ends_the_command_and_names_the_layer(method, argument, words, faulty, tmp_path):
+def test_a_planted_fault_ends_the_command_and_names_the_layer(
+    method, argument, words, faulty, tmp_path
+):
     code, text = faulty(f"quant={method}", argument)
     assert code == 1 and words in text, text
     (report,) = reports(tmp_path)

@@ -32,7 +32,9 @@ def test_writes_and_replaces(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("PytorchStreamWriter failed")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError("no space"), RuntimeError("PytorchStreamWriter failed")], ids=repr
+)
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
@@ -116,7 +118,8 @@ def test_json_is_strict(tmp_path):
 
 def test_one_process_alone_works_in_a_folder(tmp_path):
     script = (
-        f"import pathlib, qtrain.common.files, time\nwith qtrain.common.files.alone(pathlib.Path({str(tmp_path)!r})):\n"
+        "import pathlib, qtrain.common.files, time\n"
+        f"with qtrain.common.files.alone(pathlib.Path({str(tmp_path)!r})):\n"
     )
     script += "    print('there', flush=True)\n    time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)

@@ -10,17 +10,32 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from qtrain.config.build import ConfigError, build, compose, config_dir, find_device, hydra_arguments, try_out
+from qtrain.config.build import (
+    ConfigError,
+    build,
+    compose,
+    config_dir,
+    find_device,
+    hydra_arguments,
+    try_out,
+)
 from qtrain.data.loaders import image_loaders
 from qtrain.runs import pipeline
 
 CONF = Path(config_dir())
 FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
-CHOICES = [(path.parent.name, path.stem) for path in FILES if path.parent.name not in ("experiment", "sweep")]
+CHOICES = [
+    (path.parent.name, path.stem)
+    for path in FILES
+    if path.parent.name not in ("experiment", "sweep")
+]
 EXPERIMENTS = [path.stem for path in FILES if path.parent.name == "experiment"]
 
 
-COMPANIONS = {("data", "text"): ["data.path=FILE"], ("task", "language_modeling"): ["data=shakespeare"]}
+COMPANIONS = {
+    ("data", "text"): ["data.path=FILE"],
+    ("task", "language_modeling"): ["data=shakespeare"],
+}
 LISTS = {"exporter": "export", "transform": "quant.transforms"}  # keys that take names of files
 
 
@@ -44,7 +59,9 @@ def sections(node, path=""):
 
 def assert_binds(settings):
     found = list(sections(settings))
-    assert {"data", "model", "task", "quant", "optimizer", "scheduler", "trainer", "truth"} <= {p for p, _ in found}
+    assert {"data", "model", "task", "quant", "optimizer", "scheduler", "trainer", "truth"} <= {
+        p for p, _ in found
+    }
     for path, section in found:
         target = get_object(section._target_)
         arguments = {key: section[key] for key in section if not str(key).startswith("_")}
@@ -53,7 +70,9 @@ def assert_binds(settings):
         try:
             bound = bind(**arguments)
         except TypeError as err:
-            raise AssertionError(f"{path}: {section._target_} does not take {arguments}: {err}") from err
+            raise AssertionError(
+                f"{path}: {section._target_} does not take {arguments}: {err}"
+            ) from err
         if path == "data" and section._target_.startswith("qtrain.data.mnist."):
             inspect.signature(image_loaders).bind(None, None, **bound.arguments["options"])
 
@@ -87,10 +106,14 @@ def test_qat_takes_any_optimizer_and_scheduler(optimizer, scheduler):
 def jobs(experiment):
     """The command lines of the jobs that an experiment consists of."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = hydra.compose("config", [f"experiment={experiment}"], return_hydra_config=True).hydra
+        settings = hydra.compose(
+            "config", [f"experiment={experiment}"], return_hydra_config=True
+        ).hydra
     grid = settings.sweeper.params or {}
     assert (str(settings.mode) == "RunMode.MULTIRUN") == bool(grid)
-    values = [[f"{key}={value}" for value in str(values).split(",")] for key, values in grid.items()]
+    values = [
+        [f"{key}={value}" for value in str(values).split(",")] for key, values in grid.items()
+    ]
     return [[f"experiment={experiment}", *job] for job in product(*values)]
 
 
@@ -102,14 +125,18 @@ def test_every_job_of_every_experiment_composes_and_binds(experiment):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_job_of_every_experiment_on_digits_runs(experiment, monkeypatch, tmp_path):
-    monkeypatch.setattr("qtrain.logger.plots.weights", lambda *_: None)  # without logger nobody sees them
+    # Without logger nobody sees them.
+    monkeypatch.setattr("qtrain.logger.plots.weights", lambda *_: None)
     monkeypatch.setattr("qtrain.logger.plots.confusion", lambda *_: None)
     quick = ["trainer=smoke", "threads=1", "logger=none", "measure.repeats=1", "measure.warmup=0"]
     for number, job in enumerate(jobs(experiment)):
         settings = compose(*hydra_arguments([*job, *quick]))
         if "mnist" not in settings.data._target_:
             pytest.skip("not on digits")
-        if settings.quant.get("engine", "auto") not in ("auto", *torch.backends.quantized.supported_engines):
+        if settings.quant.get("engine", "auto") not in (
+            "auto",
+            *torch.backends.quantized.supported_engines,
+        ):
             continue
         settings.trainer.epochs = 1  # which the experiment sets after trainer=smoke
         settings.data.val_size = min(settings.data.val_size, 10)
@@ -118,7 +145,8 @@ def test_every_job_of_every_experiment_on_digits_runs(experiment, monkeypatch, t
         folder = tmp_path / str(number)
         folder.mkdir()
         report = pipeline.execute(settings, folder, job)
-        lagging = settings.quant.get("from_scratch")  # averages of ranges, after the three steps that there are here
+        # Averages of ranges, after the three steps that there are here.
+        lagging = settings.quant.get("from_scratch")
         assert report.status == "ok" and (report.truth["ok"] or lagging)
 
 
@@ -126,7 +154,9 @@ def test_every_job_of_every_experiment_on_digits_runs(experiment, monkeypatch, t
 def test_every_experiment_says_what_it_is_for(experiment):
     lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
-    opening = "\n".join(lines[1 : next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    opening = "\n".join(
+        lines[1 : next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    )
     assert re.search(r"#   qtrain\b", opening), "its command is missing"
     assert re.search(r"\b(minutes?|seconds?|hours?)\b", opening), "its duration is missing"
 
@@ -147,7 +177,10 @@ def test_config_dir_is_absolute():
             ["quant.layers={a: float, \"c*\": {bits: 4}, 'h.0.*':fp16}"],
             ["++quant.layers={a: float, c*: {bits: 4}, h.0.*:fp16}"],
         ),
-        (["+quant.layers.linear1=float", "quant.engine=x86"], ["+quant.layers.linear1=float", "quant.engine=x86"]),
+        (
+            ["+quant.layers.linear1=float", "quant.engine=x86"],
+            ["+quant.layers.linear1=float", "quant.engine=x86"],
+        ),
     ],
     ids=str,
 )
@@ -162,7 +195,13 @@ def test_patterns_of_layers_may_be_quoted(quote):
 
 
 def test_compose_is_plain_and_resolved():
-    settings = compose("quant=qat", "model=mlp", "quant.layers.linear1=float", "quant.layers.linear2.bits=4", "seed=7")
+    settings = compose(
+        "quant=qat",
+        "model=mlp",
+        "quant.layers.linear1=float",
+        "quant.layers.linear2.bits=4",
+        "seed=7",
+    )
     assert "hydra" not in settings and "experiment" not in settings
     assert (settings.name, settings.seed) == ("mlp_qat", 7)
     assert settings.choices == {"model": "mlp", "data": "mnist_sample", "quant": "qat"}
@@ -172,9 +211,12 @@ def test_compose_is_plain_and_resolved():
 
 
 def test_an_observer_by_its_name():
-    by_name = compose("quant.weight.observer=moving_average", "quant.activation.observer=percentile").quant
+    by_name = compose(
+        "quant.weight.observer=moving_average", "quant.activation.observer=percentile"
+    ).quant
     by_file = compose(
-        "observer@quant.weight.observer=moving_average", "observer@quant.activation.observer=percentile"
+        "observer@quant.weight.observer=moving_average",
+        "observer@quant.activation.observer=percentile",
     ).quant
     assert by_name == by_file
     assert by_name.activation.observer._target_.endswith("PercentileObserver")
@@ -185,7 +227,9 @@ def test_an_observer_by_its_name():
 def test_unknown_observer(role, name):
     with pytest.raises(ConfigError, match=rf"^quant\.{role}\.observer=") as caught:
         build(compose(f"quant.{role}.observer={name}"))
-    assert "allowed are histogram, minmax, moving_average, percentile, torch_ao_histogram" in str(caught.value)
+    assert "allowed are histogram, minmax, moving_average, percentile, torch_ao_histogram" in str(
+        caught.value
+    )
 
 
 def test_an_interpolation_that_leads_nowhere():
@@ -193,7 +237,7 @@ def test_an_interpolation_that_leads_nowhere():
         compose("name=${nowhere}")
 
 
-# ---- devices ---------------------------------------------------------------------------------------------------------
+# ---- devices -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -206,7 +250,11 @@ def machine(monkeypatch):
 
 
 def test_auto_device(machine):
-    for there, expected in (({}, "cpu"), ({"mps": True}, "mps"), ({"cuda": True, "mps": True}, "cuda")):
+    for there, expected in (
+        ({}, "cpu"),
+        ({"mps": True}, "mps"),
+        ({"cuda": True, "mps": True}, "cuda"),
+    ):
         machine(**there)
         assert find_device("auto") == expected
 
@@ -230,16 +278,18 @@ def test_device_by_name(machine):
 )
 def test_a_device_that_is_not_there(machine, name):
     machine()
-    with pytest.raises(ConfigError, match=f"^device={name}: not usable here; allowed are auto, cpu$"):
+    with pytest.raises(
+        ConfigError, match=f"^device={name}: not usable here; allowed are auto, cpu$"
+    ):
         find_device(name)
 
 
-# ---- building --------------------------------------------------------------------------------------------------------
+# ---- building ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def composed():
-    """Settings of each method, to be changed and built: composing them takes a fifth of a second each."""
+    """Settings of each method, to be changed and built: composing them takes 0.2 s each."""
     few = ["data.val_size=10", "model=mlp", "model.hidden=4"]
     return {method: compose(f"quant={method}", *few) for method in ("ptq", "qat")}
 
@@ -275,19 +325,45 @@ MISTAKES = {
     "truth.on_failure=ignore": "truth.on_failure=ignore: allowed are error and warn",
     "quant.weight.bits=9": "quant.weight.bits=9: must be a whole number from 2 to 8",
     "quant.activation.bits=1": "quant.activation.bits=1: must be a whole number from 2 to 8",
-    "quant.weight.symmetric=maybe": "quant.weight.symmetric=maybe: allowed are true, false and auto",
-    "quant.weight.granularity=per_row": "quant.weight.granularity=per_row: allowed are per_tensor, per_channel",
-    "quant.activation.granularity=per_channel": "quant.activation.granularity=per_channel: activations have one scale",
-    "quant.weight.group_size=4": "quant.weight.group_size=4: goes with granularity=per_group, and only with it",
-    "quant.weight.reduce_range=true": "quant.weight.reduce_range=true: only activations are reduced; leave it at auto",
-    "quant.weight.narrow_range=127": "quant.weight.narrow_range=127: allowed are true, false and auto",
-    "quant.activation.narrow_range=true": "quant.activation.narrow_range=true: is for weights, whose integers are",
-    "quant.activation.group_size=4": "quant.activation.group_size=4: goes with granularity=per_group, and only with it",
-    "quant.engine=tensorrt": "quant.engine=tensorrt: allowed are auto, reference, fbgemm, qnnpack, x86, onednn",
-    "quant.layers.linear1=int8": "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, or a mapping",
-    "quant.layers.linear1.bits=9": "quant.layers.linear1.bits=9: must be a whole number from 2 to 8",
-    "trainer.momentum=1": "trainer: Trainer.__init__() got an unexpected keyword argument 'momentum'",
-    "optimizer.momentum=1": "optimizer: Adam.__init__() got an unexpected keyword argument 'momentum'",
+    "quant.weight.symmetric=maybe": (
+        "quant.weight.symmetric=maybe: allowed are true, false and auto"
+    ),
+    "quant.weight.granularity=per_row": (
+        "quant.weight.granularity=per_row: allowed are per_tensor, per_channel"
+    ),
+    "quant.activation.granularity=per_channel": (
+        "quant.activation.granularity=per_channel: activations have one scale"
+    ),
+    "quant.weight.group_size=4": (
+        "quant.weight.group_size=4: goes with granularity=per_group, and only with it"
+    ),
+    "quant.weight.reduce_range=true": (
+        "quant.weight.reduce_range=true: only activations are reduced; leave it at auto"
+    ),
+    "quant.weight.narrow_range=127": (
+        "quant.weight.narrow_range=127: allowed are true, false and auto"
+    ),
+    "quant.activation.narrow_range=true": (
+        "quant.activation.narrow_range=true: is for weights, whose integers are"
+    ),
+    "quant.activation.group_size=4": (
+        "quant.activation.group_size=4: goes with granularity=per_group, and only with it"
+    ),
+    "quant.engine=tensorrt": (
+        "quant.engine=tensorrt: allowed are auto, reference, fbgemm, qnnpack, x86, onednn"
+    ),
+    "quant.layers.linear1=int8": (
+        "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, or a mapping"
+    ),
+    "quant.layers.linear1.bits=9": (
+        "quant.layers.linear1.bits=9: must be a whole number from 2 to 8"
+    ),
+    "trainer.momentum=1": (
+        "trainer: Trainer.__init__() got an unexpected keyword argument 'momentum'"
+    ),
+    "optimizer.momentum=1": (
+        "optimizer: Adam.__init__() got an unexpected keyword argument 'momentum'"
+    ),
     "model._target_=qtrain.model.mlp.Nope": "model: Error loading 'qtrain.model.mlp.Nope'",
 }
 
@@ -300,7 +376,13 @@ def test_mistakes(problems, override):
 @pytest.mark.parametrize("name", ["histogram", "percentile"])
 def test_an_observer_that_knows_no_channels(name):
     with pytest.raises(ConfigError) as caught:
-        build(compose(f"quant.weight.observer={name}", "quant.weight.granularity=per_channel", "data.val_size=0"))
+        build(
+            compose(
+                f"quant.weight.observer={name}",
+                "quant.weight.granularity=per_channel",
+                "data.val_size=0",
+            )
+        )
     assert str(caught.value) == (
         f"quant.weight.observer={name}: finds one range a tensor, not one a channel; "
         "use observer=minmax or moving_average, or granularity=per_tensor"
@@ -312,12 +394,24 @@ def test_an_observer_that_knows_no_channels(name):
     [
         (["quant.epochs=0"], "quant.epochs=0: must be a whole number from 1 to"),
         (["quant.convert_every=-1"], "quant.convert_every=-1: must be a whole number from 0 to 2"),
-        (["quant.start_epoch=2"], "quant.start_epoch=2: must be a whole number from 0 to 1, or null"),
-        (["quant.freeze_observers_epoch=-1"], "quant.freeze_observers_epoch=-1: must be a whole number from 0 to 1"),
-        (["quant.freeze_batch_norm_epoch=9"], "quant.freeze_batch_norm_epoch=9: must be a whole number from 0 to 1"),
+        (
+            ["quant.start_epoch=2"],
+            "quant.start_epoch=2: must be a whole number from 0 to 1, or null",
+        ),
+        (
+            ["quant.freeze_observers_epoch=-1"],
+            "quant.freeze_observers_epoch=-1: must be a whole number from 0 to 1",
+        ),
+        (
+            ["quant.freeze_batch_norm_epoch=9"],
+            "quant.freeze_batch_norm_epoch=9: must be a whole number from 0 to 1",
+        ),
         (["quant.optimizer.lr=-1"], "quant.optimizer.lr=-1: must be a number above 0"),
         (["quant.scheduler.warmup=2"], "quant.scheduler.warmup=2: must be a number from 0 to 1"),
-        (["data.val_size=0"], "quant.convert_every=1: the best epoch is chosen on validation data, and there is none"),
+        (
+            ["data.val_size=0"],
+            "quant.convert_every=1: the best epoch is chosen on validation data, and there is none",
+        ),
     ],
     ids=str,
 )
@@ -326,21 +420,41 @@ def test_mistakes_in_qat(problems, overrides, message):
 
 
 def test_an_engine_that_this_machine_lacks(monkeypatch, problems):
-    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none", "qnnpack", "onednn"])
+    monkeypatch.setattr(
+        type(torch.backends.quantized), "supported_engines", ["none", "qnnpack", "onednn"]
+    )
     (line,) = problems("quant.engine=fbgemm")
-    assert line == "quant.engine=fbgemm: not supported by torch on this machine; here there are qnnpack, onednn"
+    assert (
+        line == "quant.engine=fbgemm: not supported by torch on this machine; "
+        "here there are qnnpack, onednn"
+    )
 
 
 def test_an_engine_without_kernels_for_a_spec(monkeypatch, problems):
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["onednn"])
     (line,) = problems("quant.engine=onednn", "quant.weight.symmetric=false")
-    assert line.startswith("quant.weight.symmetric=false: engine onednn takes weights without a zero point only")
+    assert line.startswith(
+        "quant.weight.symmetric=false: engine onednn takes weights without a zero point only"
+    )
     assert "fbgemm, qnnpack, x86" in line
 
 
 def test_all_mistakes_at_once(problems):
-    wrong = ["seed=-3", "calib_batches=0", "calib_split=x", "optimizer.lr=-1", "data.batch_size=0", "data.std=0"]
-    wrong += ["quant.weight.bits=9", "trainer.epochs=-1", "trainer.log_every=0", "truth.samples=0", "model.hidden=0"]
+    wrong = [
+        "seed=-3",
+        "calib_batches=0",
+        "calib_split=x",
+        "optimizer.lr=-1",
+        "data.batch_size=0",
+        "data.std=0",
+    ]
+    wrong += [
+        "quant.weight.bits=9",
+        "trainer.epochs=-1",
+        "trainer.log_every=0",
+        "truth.samples=0",
+        "model.hidden=0",
+    ]
     found = problems(*wrong)
     assert {line.split(":")[0] for line in found} == set(wrong)
     assert len(found) == len(wrong)
@@ -383,7 +497,16 @@ def test_mistakes_that_come_too_late(problems, overrides, key):
 def test_the_model_depends_on_nothing_but_the_seed():
     first = build(compose("seed=3", "model=mlp", "data.val_size=10"))
     torch.rand(5)
-    same = build(compose("seed=3", "model=mlp", "quant=qat", "optimizer=sgd", "data.val_size=10", "data.batch_size=7"))
+    same = build(
+        compose(
+            "seed=3",
+            "model=mlp",
+            "quant=qat",
+            "optimizer=sgd",
+            "data.val_size=10",
+            "data.batch_size=7",
+        )
+    )
     other = build(compose("seed=4", "model=mlp", "data.val_size=10"))
 
     torch.manual_seed(3)
@@ -419,7 +542,9 @@ def test_the_readme_has_such_commands():
     assert len(COMMANDS) >= 4
 
 
-@pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.json"], []], ids=str)
+@pytest.mark.parametrize(
+    "files", [["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.json"], []], ids=str
+)
 def test_the_tokenizer_of_a_pretrained_folder_is_taken_from_it(tmp_path, files):
     for name in ("config.json", *files):
         (tmp_path / name).touch()

@@ -26,19 +26,32 @@ OPTIONS = {
 def digits(num, seed=0):
     """Random uint8 images (num, 28, 28); their labels are their places."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (num, 28, 28), dtype=torch.uint8, generator=generator), torch.arange(num)
+    return torch.randint(
+        0, 256, (num, 28, 28), dtype=torch.uint8, generator=generator
+    ), torch.arange(num)
 
 
 def loader(num=50, *, batch_size=7, shuffle=True, channels=1):
     images, labels = digits(num)
-    return ImageLoader(images, labels, batch_size=batch_size, shuffle=shuffle, mean=MEAN, std=STD, channels=channels)
+    return ImageLoader(
+        images,
+        labels,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        mean=MEAN,
+        std=STD,
+        channels=channels,
+    )
 
 
 def torch_loader(num=50, *, batch_size=7, shuffle=True):
     """The usual loader: a Python call a sample, torchvision's transforms."""
     transform = Compose([ToTensor(), Normalize((MEAN,), (STD,))])
     images, labels = digits(num)
-    samples = [(transform(image[..., None].numpy()), int(label)) for image, label in zip(images, labels, strict=True)]
+    samples = [
+        (transform(image[..., None].numpy()), int(label))
+        for image, label in zip(images, labels, strict=True)
+    ]
     return DataLoader(samples, batch_size=batch_size, shuffle=shuffle)
 
 
@@ -59,7 +72,8 @@ def test_same_batches_and_same_generator_as_torch(monkeypatch, batch_size, chunk
         assert torch.equal(images, their_images)
         assert torch.equal(labels, their_labels)
         assert images.dtype == torch.float32 and labels.dtype == torch.int64
-    # DataLoader draws a seed for its workers in every epoch, in order or not; ours leaves the generator alone in order.
+    # DataLoader draws a seed for its workers in every epoch, in order or not; ours leaves the
+    # generator alone in order.
     assert torch.equal(our_state_after, state_after) == shuffle
 
 
@@ -76,7 +90,11 @@ def test_length_is_the_number_of_batches_and_only_the_last_is_smaller(num, batch
     batches = loader(num, batch_size=batch_size, shuffle=shuffle)
     sizes = [len(labels) for _, labels in batches]
     assert len(batches) == len(sizes)
-    assert sizes[:-1] == [batch_size] * (len(sizes) - 1) and sum(sizes) == num and 0 < sizes[-1] <= batch_size
+    assert (
+        sizes[:-1] == [batch_size] * (len(sizes) - 1)
+        and sum(sizes) == num
+        and 0 < sizes[-1] <= batch_size
+    )
 
 
 def test_three_channels_are_equal():
@@ -95,7 +113,9 @@ def test_two_iterations_at_once_do_not_disturb_each_other():
 def test_the_images_stay_as_they_were():
     images, labels = digits(9)
     before = images.clone()
-    for batch, _ in ImageLoader(images, labels, batch_size=4, shuffle=False, mean=MEAN, std=STD, channels=1):
+    for batch, _ in ImageLoader(
+        images, labels, batch_size=4, shuffle=False, mean=MEAN, std=STD, channels=1
+    ):
         batch.zero_()
     assert torch.equal(images, before)
 
@@ -109,7 +129,10 @@ def test_splits():
     assert sorted(labels_of(data.train)) == labels_of(data.calib) == list(range(24))
     assert labels_of(data.val) == list(range(24, 30))  # the last val_size
     assert labels_of(data.test) == list(range(11))
-    sizes = [{len(labels) for _, labels in batches} for batches in (data.train, data.calib, data.val, data.test)]
+    sizes = [
+        {len(labels) for _, labels in batches}
+        for batches in (data.train, data.calib, data.val, data.test)
+    ]
     assert sizes == [{4}, {4}, {6}, {8, 3}]
     expected = (digits(11, seed=1)[0].numpy().astype(np.float64) / 255 - MEAN) / STD
     got = torch.cat([images for images, _ in data.test]).squeeze(1)
@@ -124,13 +147,19 @@ def test_nothing_is_held_out_where_val_size_is_0():
 
 def test_labels_of_any_integer_type():
     images, labels = digits(9)
-    data = image_loaders((images, labels.to(torch.uint8)), (images, labels.to(torch.uint8)), **OPTIONS)
-    assert {labels.dtype for batches in (data.train, data.val, data.test) for _, labels in batches} == {torch.int64}
+    data = image_loaders(
+        (images, labels.to(torch.uint8)), (images, labels.to(torch.uint8)), **OPTIONS
+    )
+    assert {
+        labels.dtype for batches in (data.train, data.val, data.test) for _, labels in batches
+    } == {torch.int64}
 
 
 def test_fingerprint_is_of_the_content():
     def fingerprint(train=None, test=None, **options):
-        return image_loaders(train or digits(30), test or digits(11), **OPTIONS | options).fingerprint
+        return image_loaders(
+            train or digits(30), test or digits(11), **OPTIONS | options
+        ).fingerprint
 
     images, labels = digits(30)
     other_image, other_label = images.clone(), labels.clone()

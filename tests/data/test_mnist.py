@@ -102,7 +102,9 @@ def test_missing_data_without_a_network(root, missing):
         root = root / "nowhere"
     else:
         (root / "MNIST" / "raw" / missing).unlink()
-    with pytest.raises(ValueError, match="there is no MNIST/raw with the four official files") as caught:
+    with pytest.raises(
+        ValueError, match="there is no MNIST/raw with the four official files"
+    ) as caught:
         mnist(root=str(root), **OPTIONS)
     message = str(caught.value)
     assert message.startswith(f"root={root}: ")
@@ -128,7 +130,9 @@ DAMAGE = {
 def test_damaged_file(root, name, damage):
     path = root / "MNIST" / "raw" / name
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="a file in MNIST/raw is damaged; delete that folder") as caught:
+    with pytest.raises(
+        ValueError, match="a file in MNIST/raw is damaged; delete that folder"
+    ) as caught:
         mnist(root=str(root), **OPTIONS)
     assert str(caught.value).startswith(f"root={root}: ")
 
@@ -151,7 +155,10 @@ def sample():
 
 
 def test_sample_sizes(sample):
-    counts = [sum(len(labels) for _, labels in batches) for batches in (sample.train, sample.val, sample.test)]
+    counts = [
+        sum(len(labels) for _, labels in batches)
+        for batches in (sample.train, sample.val, sample.test)
+    ]
     assert counts == [7000, 1000, 2000]
 
 
@@ -160,12 +167,15 @@ def test_sample_splits_do_not_overlap(sample):
         {image.numpy().tobytes() for images, _ in batches for image in images}
         for batches in (sample.calib, sample.val, sample.test)
     ]
-    assert not digests[0] & digests[1] and not digests[0] & digests[2] and not digests[1] & digests[2]
+    assert (
+        not digests[0] & digests[1] and not digests[0] & digests[2] and not digests[1] & digests[2]
+    )
 
 
 def test_sample_is_stratified(sample):
     train, val, test = (
-        np.bincount(contents(batches)[1], minlength=10) for batches in (sample.calib, sample.val, sample.test)
+        np.bincount(contents(batches)[1], minlength=10)
+        for batches in (sample.calib, sample.val, sample.test)
     )
     total = train + val + test
     for part, share in ((train, 0.7), (val, 0.1), (test, 0.2)):
@@ -173,12 +183,16 @@ def test_sample_is_stratified(sample):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("QTRAIN_DATA" not in os.environ, reason="needs the official data: QTRAIN_DATA=FOLDER")
+@pytest.mark.skipif(
+    "QTRAIN_DATA" not in os.environ, reason="needs the official data: QTRAIN_DATA=FOLDER"
+)
 def test_sample_is_the_first_10000_official_training_digits(sample):
     official = mnist(root=os.environ["QTRAIN_DATA"], **OPTIONS)
     images, labels = contents(official.calib)
     assert (len(labels), len(contents(official.test)[1])) == (60_000, 10_000)
-    pairs = [(image.tobytes(), int(label)) for image, label in zip(images[:10_000], labels, strict=False)]
+    pairs = [
+        (image.tobytes(), int(label)) for image, label in zip(images[:10_000], labels, strict=False)
+    ]
     ours = [
         (image.tobytes(), int(label))
         for batches in (sample.calib, sample.val, sample.test)

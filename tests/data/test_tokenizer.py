@@ -17,7 +17,7 @@ MERGES = ["h a", "Ġ d", "ha v", "Ġ ha", "r e", "Ġd re", "Ġdre a", "Ġdrea m"
 
 
 def byte_letters() -> list[str]:
-    """The 256 characters by which GPT-2's vocabulary spells the bytes, as published: printable ones stand for
+    """The 256 characters by which GPT-2 spells the bytes, as published: printable ones stand for
     themselves, the rest are counted up from 256."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
@@ -59,9 +59,14 @@ def test_bpe_merges_in_order_and_is_reversible(folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     check_bpe(tokenizer)
     assert tokenizer.vocab_size == 256 + len(MERGES) + 1
-    # " have" is Ġha + v + e, for "Ġ ha" can still merge when "ha v" cannot; " dream" is one token, number 263.
+    # " have" is Ġha + v + e, for "Ġ ha" can still merge when "ha v" cannot; " dream" is one token,
+    # number 263.
     vocab = json.loads((folder / "vocab.json").read_text())
-    assert tokenizer.encode(" dream<|endoftext|>").tolist() == [vocab["Ġdream"], vocab["<|endoftext|>"]] == [263, 264]
+    assert (
+        tokenizer.encode(" dream<|endoftext|>").tolist()
+        == [vocab["Ġdream"], vocab["<|endoftext|>"]]
+        == [263, 264]
+    )
 
 
 def test_bpe_is_that_of_transformers(folder: Path) -> None:
@@ -77,7 +82,10 @@ def test_bpe_is_that_of_transformers(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("QTRAIN_DATA" not in os.environ, reason="needs GPT-2's vocabulary in $QTRAIN_DATA/gpt2-tokenizer")
+@pytest.mark.skipif(
+    "QTRAIN_DATA" not in os.environ,
+    reason="needs GPT-2's vocabulary in $QTRAIN_DATA/gpt2-tokenizer",
+)
 def test_published_vocabulary() -> None:
     tokenizer = load_tokenizer(str(Path(os.environ["QTRAIN_DATA"]) / "gpt2-tokenizer"))
     check_bpe(tokenizer)
@@ -87,7 +95,9 @@ def test_published_vocabulary() -> None:
 
 def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer=.*must hold tokenizer.json, or vocab.json and merges.txt"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer=.*must hold tokenizer.json, or vocab.json and merges.txt"
+    ):
         load_tokenizer(str(tmp_path))
 
 
@@ -100,5 +110,7 @@ def test_damaged_files_are_refused(folder: Path) -> None:
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r'tokenizer=gpt2: needs the extra hf \(pip install "qtrain\[hf\]"\)'):
+    with pytest.raises(
+        ValueError, match=r'tokenizer=gpt2: needs the extra hf \(pip install "qtrain\[hf\]"\)'
+    ):
         load_tokenizer("gpt2")

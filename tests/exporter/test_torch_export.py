@@ -38,7 +38,9 @@ def test_weights_are_in_the_file_as_integers(mlp, images, tmp_path):
     found = qtrain.quantize(mlp, [images])
     qtrain.export(found.simulation, images, tmp_path)
     held = torch.export.load(tmp_path / "model.pt2").state_dict
-    assert {n for n, x in held.items() if x.dtype == torch.int8} == {f"linear{i}.integers" for i in (1, 2, 3)}
+    assert {n for n, x in held.items() if x.dtype == torch.int8} == {
+        f"linear{i}.integers" for i in (1, 2, 3)
+    }
 
 
 def test_a_file_that_puts_out_something_else_is_refused(mlp, images, tmp_path):
@@ -47,14 +49,20 @@ def test_a_file_that_puts_out_something_else_is_refused(mlp, images, tmp_path):
             return super().run(path, inputs) + 1
 
     found = qtrain.quantize(mlp, [images])
-    with pytest.raises(TruthError, match=r"model\.pt2 \(torch_export\) puts out differs from its simulation by"):
+    with pytest.raises(
+        TruthError, match=r"model\.pt2 \(torch_export\) puts out differs from its simulation by"
+    ):
         qtrain.export(found.simulation, images, tmp_path, Careless())
 
 
 class Several(nn.Module):
     def __init__(self, how):
         super().__init__()
-        self.quant, self.linear, self.dequant = qtrain.QuantStub(), nn.Linear(28, 2), qtrain.DeQuantStub()
+        self.quant, self.linear, self.dequant = (
+            qtrain.QuantStub(),
+            nn.Linear(28, 2),
+            qtrain.DeQuantStub(),
+        )
         self.how = how
 
     def forward(self, x):
@@ -76,8 +84,12 @@ def test_several_outputs_are_compared_one_by_one(how, images, tmp_path):
             qtrain.export(found.simulation, images, tmp_path, Careless())
 
 
-@pytest.mark.parametrize("form", ["float", "fp16", "weight_only", {"method": "weight_only", "bits": 4}])
-def test_layers_in_a_format_of_their_own_are_written_for_batches_of_any_size(form, mlp, images, tmp_path):
+@pytest.mark.parametrize(
+    "form", ["float", "fp16", "weight_only", {"method": "weight_only", "bits": 4}]
+)
+def test_layers_in_a_format_of_their_own_are_written_for_batches_of_any_size(
+    form, mlp, images, tmp_path
+):
     found = qtrain.quantize(mlp, [images], layers={"linear2": form})
     assert qtrain.export(found.simulation, images, tmp_path)["steps"] < 0.01
     program = torch.export.load(tmp_path / "model.pt2").module()
@@ -87,7 +99,9 @@ def test_layers_in_a_format_of_their_own_are_written_for_batches_of_any_size(for
 
 @pytest.mark.parametrize("threshold", [None, 6.0])
 def test_a_kernel_that_no_file_can_hold_is_told(threshold, mlp, images, tmp_path):
-    found = qtrain.quantize(mlp, [images], layers={"linear2": {"method": "llm_int8", "threshold": threshold}})
+    found = qtrain.quantize(
+        mlp, [images], layers={"linear2": {"method": "llm_int8", "threshold": threshold}}
+    )
     with pytest.raises(ValueError, match=r"export: torch\.export cannot write this model: "):
         qtrain.export(found.simulation, images, tmp_path)
 
@@ -106,7 +120,11 @@ def test_a_forward_that_torch_cannot_follow_is_told(images, tmp_path):
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
-            self.quant, self.linear, self.dequant = qtrain.QuantStub(), nn.Linear(28, 2), qtrain.DeQuantStub()
+            self.quant, self.linear, self.dequant = (
+                qtrain.QuantStub(),
+                nn.Linear(28, 2),
+                qtrain.DeQuantStub(),
+            )
 
         def forward(self, x):
             x = self.linear(self.quant(x))

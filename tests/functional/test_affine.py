@@ -3,7 +3,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtrain.functional.affine import Quantized, absmax, asymmetric, dequantize, quantize, symmetric, zeropoint
+from qtrain.functional.affine import (
+    Quantized,
+    absmax,
+    asymmetric,
+    dequantize,
+    quantize,
+    symmetric,
+    zeropoint,
+)
 from qtrain.functional.qparams import choose_qparams, value_range
 from qtrain.functional.spec import int_range
 
@@ -54,12 +62,16 @@ def test_round_trip(method, bits, x):
     quant_min, quant_max = RANGES[method](bits)
     assert ((q.int_repr >= quant_min) & (q.int_repr <= quant_max)).all()
     assert_within_half_a_step(x, q.dequantized, q.scale)
-    assert q.dequantized.dtype == (torch.float64 if bits > 8 or x.dtype == torch.float64 else torch.float32)
+    assert q.dequantized.dtype == (
+        torch.float64 if bits > 8 or x.dtype == torch.float64 else torch.float32
+    )
     again = quantize(q.dequantized, q.scale, q.zero_point, quant_min, quant_max)
     assert torch.equal(again, q.int_repr)
 
 
-@pytest.mark.parametrize("method, bits", [(absmax, None), (zeropoint, None), (asymmetric, 8), (symmetric, 3)])
+@pytest.mark.parametrize(
+    "method, bits", [(absmax, None), (zeropoint, None), (asymmetric, 8), (symmetric, 3)]
+)
 @given(x=tensors())
 @settings(derandomize=True, deadline=None, max_examples=60)
 def test_zero_stays_zero(method, bits, x):
@@ -75,22 +87,46 @@ def test_round_trip_of_reciprocal_scales(method, x):
     q = method(x)
     assert q.int_repr.dtype == torch.int8 and q.scale.isfinite() and q.scale > 0
     assert_within_half_a_step(x, q.dequantized, 1 / q.scale)
-    assert torch.equal((q.dequantized * q.scale + q.zero_point).round().clamp(-128, 127), q.int_repr.to(q.scale.dtype))
+    assert torch.equal(
+        (q.dequantized * q.scale + q.zero_point).round().clamp(-128, 127),
+        q.int_repr.to(q.scale.dtype),
+    )
 
 
-# [-1.2, 3.4]: absmax 127 / 3.4 = 37.3529; zero-point 255 / 4.6 = 55.4348, -(55.4348 * -1.2) - 128 = -61.48 -> -61
+# [-1.2, 3.4]: absmax 127 / 3.4 = 37.3529; zero-point
+# 255 / 4.6 = 55.4348, -(55.4348 * -1.2) - 128 = -61.48 -> -61
 BY_HAND = {
     "absmax": (absmax, [-45, -37, 0, 19, 37, 127], 127 / 3.4, 0),
     "absmax_100": (lambda x: absmax(x, quant_max=100), [-35, -29, 0, 15, 29, 100], 100 / 3.4, 0),
     "zeropoint": (zeropoint, [-128, -116, -61, -33, -6, 127], 255 / 4.6, -61),
-    "zeropoint_200": (lambda x: zeropoint(x, num_steps=200), [-128, -119, -76, -54, -33, 72], 200 / 4.6, -76),
+    "zeropoint_200": (
+        lambda x: zeropoint(x, num_steps=200),
+        [-128, -119, -76, -54, -33, 72],
+        200 / 4.6,
+        -76,
+    ),
     "symmetric_4": (lambda x: symmetric(x, 4), [-2, -2, 0, 1, 2, 7], 3.4 / 7, 0),
     "symmetric_2": (lambda x: symmetric(x, 2), [0, 0, 0, 0, 0, 1], 3.4, 0),
-    "symmetric_2_full_range": (lambda x: symmetric(x, 2, restricted=False), [-1, 0, 0, 0, 0, 1], 3.4 / 1.5, 0),
+    "symmetric_2_full_range": (
+        lambda x: symmetric(x, 2, restricted=False),
+        [-1, 0, 0, 0, 0, 1],
+        3.4 / 1.5,
+        0,
+    ),
     "asymmetric_8": (lambda x: asymmetric(x, 8), [0, 12, 67, 95, 122, 255], 4.6 / 255, 67),
-    "asymmetric_8_signed": (lambda x: asymmetric(x, 8, signed=True), [-128, -116, -61, -33, -6, 127], 4.6 / 255, -61),
+    "asymmetric_8_signed": (
+        lambda x: asymmetric(x, 8, signed=True),
+        [-128, -116, -61, -33, -6, 127],
+        4.6 / 255,
+        -61,
+    ),
     "asymmetric_3": (lambda x: asymmetric(x, 3), [0, 0, 2, 3, 4, 7], 4.6 / 7, 2),
-    "asymmetric_2_signed": (lambda x: asymmetric(x, 2, signed=True), [-2, -2, -1, -1, 0, 1], 4.6 / 3, -1),
+    "asymmetric_2_signed": (
+        lambda x: asymmetric(x, 2, signed=True),
+        [-2, -2, -1, -1, 0, 1],
+        4.6 / 3,
+        -1,
+    ),
 }
 
 
@@ -104,16 +140,20 @@ def test_integers_by_hand(method, integers, scale, zero_point, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_printout_of_a_relu_output(dtype):
-    """Integers, scale, zero point, dequantized and error, by hand: only asymmetric uses every integer."""
+    """Integers, scale, zero point, error, by hand: only asymmetric uses every integer."""
     relu = torch.tensor([0.0, 0.5, 1.0, 3.0, 5.0], dtype=dtype)
     used, wasted = zeropoint(relu), absmax(relu)
     assert used.int_repr.tolist() == [-128, -102, -77, 25, 127]  # 25.5 - 128 = -102.5: half to even
     assert (used.scale.item(), used.zero_point.item()) == (51.0, -128)
-    torch.testing.assert_close(used.dequantized[:3], torch.tensor([0, 26 / 51, 1], dtype=used.scale.dtype))
+    torch.testing.assert_close(
+        used.dequantized[:3], torch.tensor([0, 26 / 51, 1], dtype=used.scale.dtype)
+    )
     assert wasted.int_repr.tolist() == [0, 13, 25, 76, 127]  # 12.7, 25.4, 76.2
     torch.testing.assert_close(
         wasted.dequantized - relu,
-        torch.tensor([0, 13 * 5 / 127 - 0.5, 125 / 127 - 1, 380 / 127 - 3, 0], dtype=wasted.scale.dtype),
+        torch.tensor(
+            [0, 13 * 5 / 127 - 0.5, 125 / 127 - 1, 380 / 127 - 3, 0], dtype=wasted.scale.dtype
+        ),
         atol=1e-6,
         rtol=0,
     )
@@ -121,11 +161,28 @@ def test_printout_of_a_relu_output(dtype):
 
 def test_rounding_is_half_to_even():
     halves = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5])
-    assert quantize(halves, torch.tensor(1.0), torch.tensor(0), -8, 7).tolist() == [-2, -2, 0, 0, 2, 2]
-    assert absmax(torch.cat([halves, torch.tensor([127.0])])).int_repr.tolist() == [-2, -2, 0, 0, 2, 2, 127]
+    assert quantize(halves, torch.tensor(1.0), torch.tensor(0), -8, 7).tolist() == [
+        -2,
+        -2,
+        0,
+        0,
+        2,
+        2,
+    ]
+    assert absmax(torch.cat([halves, torch.tensor([127.0])])).int_repr.tolist() == [
+        -2,
+        -2,
+        0,
+        0,
+        2,
+        2,
+        127,
+    ]
 
 
-@pytest.mark.parametrize("method", [absmax, zeropoint, lambda x: symmetric(x, 4), lambda x: asymmetric(x, 4)])
+@pytest.mark.parametrize(
+    "method", [absmax, zeropoint, lambda x: symmetric(x, 4), lambda x: asymmetric(x, 4)]
+)
 @pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 0.1, 6e4], ids=str)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 0)], ids=str)
 def test_constant_tensors(method, value, shape):
@@ -137,7 +194,9 @@ def test_constant_tensors(method, value, shape):
         assert not q.dequantized.any()
 
 
-@pytest.mark.parametrize("method", [absmax, zeropoint, lambda x: symmetric(x, 4), lambda x: asymmetric(x, 4)])
+@pytest.mark.parametrize(
+    "method", [absmax, zeropoint, lambda x: symmetric(x, 4), lambda x: asymmetric(x, 4)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_denormal_tensors(method, dtype):
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -149,12 +208,20 @@ def test_denormal_tensors(method, dtype):
 
 def test_absmax_of_zeros_has_an_ordinary_scale():
     q = absmax(torch.zeros(3))
-    assert (q.scale.item(), q.int_repr.tolist(), q.dequantized.tolist()) == (127.0, [0, 0, 0], [0.0, 0.0, 0.0])
+    assert (q.scale.item(), q.int_repr.tolist(), q.dequantized.tolist()) == (
+        127.0,
+        [0, 0, 0],
+        [0.0, 0.0, 0.0],
+    )
 
 
 def test_zeropoint_of_a_constant_counts_its_range_as_one():
     q = zeropoint(torch.tensor([5.0, 5.0]))
-    assert (q.scale.item(), q.zero_point.item(), q.int_repr.tolist()) == (255.0, -1403, [-128, -128])
+    assert (q.scale.item(), q.zero_point.item(), q.int_repr.tolist()) == (
+        255.0,
+        -1403,
+        [-128, -128],
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16, 32])
@@ -165,7 +232,8 @@ def test_ends_of_the_range_take_the_ends_of_the_integers(bits, signed, dtype):
     x = torch.tensor([-largest, 0, largest], dtype=dtype)
     low, high = int_range(bits, signed)
     integers = asymmetric(x, bits, signed=signed).int_repr.tolist()
-    assert integers[2] - integers[0] >= high - low - 1  # the middle lies on a tie: it may round either way
+    # The middle lies on a tie: it may round either way.
+    assert integers[2] - integers[0] >= high - low - 1
     assert symmetric(x, bits).int_repr.tolist() == [1 - 2 ** (bits - 1), 0, 2 ** (bits - 1) - 1]
 
 
@@ -189,13 +257,26 @@ def test_integers_are_stored_in_the_smallest_dtype(bits, signed, dtype):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 def test_channels_and_groups_are_quantized_each_alone(method, bits):
-    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [10.0], [100.0], [0.0]])
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1.0], [10.0], [100.0], [0.0]]
+    )
     quantized = METHODS[method]
-    rows, columns, groups = quantized(x, bits, axis=0), quantized(x, bits, axis=1), quantized(x, bits, group_size=3)
+    rows, columns, groups = (
+        quantized(x, bits, axis=0),
+        quantized(x, bits, axis=1),
+        quantized(x, bits, group_size=3),
+    )
     assert (rows.scale.shape, columns.scale.shape, groups.scale.shape) == ((4, 1), (1, 6), (4, 2))
     for q in (rows, columns, groups):
-        assert q.int_repr.shape == q.dequantized.shape == x.shape and q.zero_point.shape == q.scale.shape
-    for got, alone in [(rows.int_repr[1], x[1]), (columns.int_repr[:, 2], x[:, 2]), (groups.int_repr[2, 3:], x[2, 3:])]:
+        assert (
+            q.int_repr.shape == q.dequantized.shape == x.shape
+            and q.zero_point.shape == q.scale.shape
+        )
+    for got, alone in [
+        (rows.int_repr[1], x[1]),
+        (columns.int_repr[:, 2], x[:, 2]),
+        (groups.int_repr[2, 3:], x[2, 3:]),
+    ]:
         assert torch.equal(got, quantized(alone, bits).int_repr)
     assert torch.equal(groups.dequantized[2, 3:], quantized(x[2, 3:], bits).dequantized)
 
@@ -205,7 +286,9 @@ def test_channels_and_groups_are_quantized_each_alone(method, bits):
 def test_strides_do_not_matter(method, where):
     x = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))[::2].t()  # (8, 6)
     assert not x.is_contiguous()
-    for strided, dense in zip(method(x, 4, **where), method(x.contiguous(), 4, **where), strict=True):
+    for strided, dense in zip(
+        method(x, 4, **where), method(x.contiguous(), 4, **where), strict=True
+    ):
         assert torch.equal(strided, dense)
 
 
@@ -226,7 +309,11 @@ def test_other_ranges_are_refused():
 
 def test_a_wider_absmax_computes_in_double():
     q = absmax(torch.tensor([-0.3, 0.7]), quant_max=2**31 - 1)
-    assert q.int_repr.dtype == torch.int32 and q.int_repr[1] == 2**31 - 1 and q.scale.dtype == torch.float64
+    assert (
+        q.int_repr.dtype == torch.int32
+        and q.int_repr[1] == 2**31 - 1
+        and q.scale.dtype == torch.float64
+    )
 
 
 def test_parameters_of_a_model_lose_their_gradient():
@@ -243,7 +330,9 @@ def assert_same_integers(ours, theirs, steps):
     assert near_tie.float().mean() < 0.03  # a symmetric range ends on a tie: 127.5
 
 
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated", "ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:TypedStorage is deprecated", "ignore:torch.quantize_per_tensor:UserWarning"
+)
 @pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8], ids=str)
 @pytest.mark.parametrize("is_symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("axis", [None, 0, 1], ids=["per_tensor", "rows", "columns"])
@@ -269,6 +358,8 @@ def test_agrees_with_torch_quantize(dtype, is_symmetric, axis):
 def test_agrees_with_torch_fake_quantize(bits, signed):
     x = torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 5 - 2
     q, (low, high) = asymmetric(x, bits, signed=signed), int_range(bits, signed)
-    theirs = torch.fake_quantize_per_tensor_affine(x, q.scale.item(), q.zero_point.item(), low, high)
+    theirs = torch.fake_quantize_per_tensor_affine(
+        x, q.scale.item(), q.zero_point.item(), low, high
+    )
     integers = (theirs / q.scale + q.zero_point).round()
     assert_same_integers(q.int_repr, integers, x.double() / q.scale.double())

@@ -6,11 +6,17 @@ from qtrain.functional.qparams import choose_qparams, value_range
 
 
 @pytest.mark.parametrize(
-    "percentile, low, high", [(100, 0, 999), (99.9, 1, 998), (99.99, 0, 999), (99, 10, 989), (50.1, 499, 500)]
+    "percentile, low, high",
+    [(100, 0, 999), (99.9, 1, 998), (99.99, 0, 999), (99, 10, 989), (50.1, 499, 500)],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_clips_as_many_at_each_end(percentile, low, high, dtype):
-    x = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).to(dtype).reshape(50, 20).t()
+    x = (
+        torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+        .to(dtype)
+        .reshape(50, 20)
+        .t()
+    )
     assert [r.item() for r in percentile_range(x, percentile)] == [low, high]
 
 

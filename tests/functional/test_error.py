@@ -14,13 +14,19 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 def test_by_hand(dtype):
     reference, approximation = R.to(dtype).reshape(2, 2), A.to(dtype).reshape(2, 2)
     assert mse(reference, approximation).item() == 1.5 / 4
-    assert sqnr_db(reference, approximation).item() == pytest.approx(10 * math.log10(14.25 / 1.5), rel=1e-12)
-    assert cosine(reference, approximation).item() == pytest.approx(11.5 / math.sqrt(14.25 * 10.25), rel=1e-12)
+    assert sqnr_db(reference, approximation).item() == pytest.approx(
+        10 * math.log10(14.25 / 1.5), rel=1e-12
+    )
+    assert cosine(reference, approximation).item() == pytest.approx(
+        11.5 / math.sqrt(14.25 * 10.25), rel=1e-12
+    )
 
 
 def test_agrees_with_torch():
     torch.testing.assert_close(mse(R, A).float(), torch.nn.functional.mse_loss(A, R))
-    torch.testing.assert_close(cosine(R, A).float(), torch.nn.functional.cosine_similarity(R, A, dim=0))
+    torch.testing.assert_close(
+        cosine(R, A).float(), torch.nn.functional.cosine_similarity(R, A, dim=0)
+    )
 
 
 @pytest.mark.parametrize("factor", [-1e300, 1e-320, 2.0, 1e-30], ids=str)
@@ -70,5 +76,7 @@ def test_each_bit_gains_six_decibels():
 
 @pytest.mark.parametrize("function", [mse, sqnr_db, cosine])
 def test_shapes_that_would_broadcast_are_refused(function):
-    with pytest.raises(ValueError, match=r"reference of shape \[2, 1\] and approximation of shape \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"reference of shape \[2, 1\] and approximation of shape \[2\]"
+    ):
         function(torch.ones(2, 1), torch.ones(2))

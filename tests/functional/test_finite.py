@@ -10,15 +10,22 @@ from qtrain.functional.qparams import choose_qparams, value_range
 ONE = torch.ones(())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_message_names_the_tensor_and_counts_each_kind(dtype):
-    x = torch.tensor([[1.0, float("nan"), float("inf")], [float("nan"), float("nan"), float("-inf")]], dtype=dtype)
+    x = torch.tensor(
+        [[1.0, float("nan"), float("inf")], [float("nan"), float("nan"), float("-inf")]],
+        dtype=dtype,
+    )
     with pytest.raises(ValueError, match=r"weight of shape \[2, 3\] holds 3 NaN and 2 inf"):
         check_finite(x, "weight")
     check_finite(torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype))
 
 
-@pytest.mark.parametrize("bad, count", [(float("nan"), "1 NaN and 0 inf"), (float("-inf"), "0 NaN and 1 inf")])
+@pytest.mark.parametrize(
+    "bad, count", [(float("nan"), "1 NaN and 0 inf"), (float("-inf"), "0 NaN and 1 inf")]
+)
 @pytest.mark.parametrize(
     "function",
     [
@@ -35,7 +42,9 @@ def test_message_names_the_tensor_and_counts_each_kind(dtype):
         lambda x: sqnr_db(torch.zeros(2), x),
         lambda x: cosine(torch.zeros(2), x),
     ],
-    ids="absmax zeropoint symmetric asymmetric quantize range low high percentile mse sqnr cosine".split(),
+    ids=(
+        "absmax zeropoint symmetric asymmetric quantize range low high percentile mse sqnr cosine"
+    ).split(),
 )
 def test_every_function_refuses_nan_and_inf(function, bad, count):
     with pytest.raises(ValueError, match=count):

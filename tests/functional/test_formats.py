@@ -5,7 +5,9 @@ from qtrain.functional.formats import FORMATS, memory_gb
 from qtrain.functional.spec import int_range
 
 
-@pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "name, dtype", [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+)
 def test_floats_agree_with_torch(name, dtype):
     fmt, info = FORMATS[name], torch.finfo(dtype)
     assert (fmt.bits, fmt.bytes) == (info.bits, dtype.itemsize)
@@ -26,7 +28,9 @@ def test_layouts():
     assert all(name == fmt.name for name, fmt in FORMATS.items())
 
 
-@pytest.mark.parametrize("billions, bits, expected", [(70, 32, 336), (70, 16, 168), (7, 8, 8.4), (7, 4, 4.2)])
+@pytest.mark.parametrize(
+    "billions, bits, expected", [(70, 32, 336), (70, 16, 168), (7, 8, 8.4), (7, 4, 4.2)]
+)
 def test_memory_estimates(billions, bits, expected):
     assert memory_gb(billions, bits) == pytest.approx(expected)
     assert memory_gb(billions, bits, overhead=1.0) == pytest.approx(expected / 1.2)

@@ -23,7 +23,10 @@ def test_groups_of_a_non_contiguous_tensor_are_a_view():
 
 @pytest.mark.parametrize("group_size", [5, 0, -3, 24])
 def test_a_size_that_does_not_divide_is_named_with_the_legal_ones(group_size):
-    message = rf"group_size={group_size} does not divide the last dimension, 12, .*use one of 1, 2, 3, 4, 6, 12$"
+    message = (
+        rf"group_size={group_size} does not divide the last dimension, 12, .*"
+        r"use one of 1, 2, 3, 4, 6, 12$"
+    )
     with pytest.raises(ValueError, match=message):
         to_groups(torch.zeros(2, 12), group_size)
 

@@ -14,11 +14,15 @@ from qtrain.functional.spec import int_range
 def test_round_trip(data, bits, signed):
     low, high = int_range(bits, signed)
     shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3)))
-    values = data.draw(st.lists(st.integers(low, high), min_size=math.prod(shape), max_size=math.prod(shape)))
+    values = data.draw(
+        st.lists(st.integers(low, high), min_size=math.prod(shape), max_size=math.prod(shape))
+    )
     x = torch.tensor(values, dtype=torch.int8 if signed else torch.uint8).reshape(shape)
     packed = pack(x, bits, signed=signed)
     word = math.lcm(bits, 8)
-    assert packed.dtype == torch.uint8 and packed.shape == (math.ceil(x.numel() * bits / word) * word // 8,)
+    assert packed.dtype == torch.uint8 and packed.shape == (
+        math.ceil(x.numel() * bits / word) * word // 8,
+    )
     back = unpack(packed, bits, shape, signed=signed)
     assert back.dtype == x.dtype and torch.equal(back, x)
 

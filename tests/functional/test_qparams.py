@@ -30,7 +30,9 @@ X = torch.tensor([[-1.0, 3.0, 2.0, -5.0], [4.0, 0.5, -0.25, 8.0]])
     ],
     ids=["per_tensor", "rows", "columns", "groups_of_2", "group_is_row"],
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_range_of_each_granularity(granularity, low, high, dtype):
     ranges = value_range(X.to(dtype), **granularity)
     assert [r.tolist() for r in ranges] == [low, high]
@@ -111,7 +113,9 @@ def test_parameters_by_hand(bits, signed, restricted, symmetric, scale, zero_poi
 
 
 def test_a_range_without_zero_has_its_zero_point_outside_the_integers():
-    scale, zero_point = choose_qparams(torch.tensor(2.0), torch.tensor(3.0), 0, 255, symmetric=False)
+    scale, zero_point = choose_qparams(
+        torch.tensor(2.0), torch.tensor(3.0), 0, 255, symmetric=False
+    )
     assert (scale.item(), zero_point.item()) == (pytest.approx(1 / 255), -510)
 
 
@@ -119,7 +123,9 @@ def test_a_range_without_zero_has_its_zero_point_outside_the_integers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_extreme_ranges_have_usable_scales(dtype, symmetric):
     info = torch.finfo(dtype)
-    low = torch.tensor([info.min, 0.0, info.smallest_normal * info.eps, -info.smallest_normal], dtype=dtype)
+    low = torch.tensor(
+        [info.min, 0.0, info.smallest_normal * info.eps, -info.smallest_normal], dtype=dtype
+    )
     high = torch.tensor([info.max, 0.0, info.smallest_normal * info.eps, 0.0], dtype=dtype)
     scale, zero_point = choose_qparams(low, high, -128, 127, symmetric=symmetric)
     assert scale.isfinite().all() and (scale >= info.tiny).all()
@@ -136,9 +142,16 @@ def test_arithmetic_is_double_where_single_would_lose_bits():
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
-@given(st.integers(2, 8), st.lists(st.tuples(st.floats(-99, 99, width=32), st.floats(0, 99, width=32)), min_size=1))
-def test_scale_and_zero_point_are_those_of_torchs_observers(granularity, symmetric, signed, bits, ranges):
-    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=torch_ao.minmax)
+@given(
+    st.integers(2, 8),
+    st.lists(st.tuples(st.floats(-99, 99, width=32), st.floats(0, 99, width=32)), min_size=1),
+)
+def test_scale_and_zero_point_are_those_of_torchs_observers(
+    granularity, symmetric, signed, bits, ranges
+):
+    spec = QuantSpec(
+        bits=bits, symmetric=symmetric, granularity=granularity, observer=torch_ao.minmax
+    )
     observer = make_observer(spec, signed=signed)
     x = torch.tensor([[low, low + width] for low, width in ranges])
     observer(x)
@@ -152,7 +165,11 @@ def test_scale_and_zero_point_are_those_of_torchs_observers(granularity, symmetr
     )
     expected = observer.calculate_qparams()
     assert torch.equal(scale, expected[0])
-    assert expected[1].eq(0).all() if zero_point is None else torch.equal(zero_point, expected[1].to(torch.int32))
+    assert (
+        expected[1].eq(0).all()
+        if zero_point is None
+        else torch.equal(zero_point, expected[1].to(torch.int32))
+    )
     if granularity == "per_tensor":
         low, high = observer.min_val.item(), observer.max_val.item()
         limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}

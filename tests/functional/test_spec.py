@@ -93,7 +93,13 @@ def test_every_legal_value_is_taken():
         for granularity in ("auto", *GRANULARITIES):
             size = 4 if granularity == "per_group" else None
             for flag in (True, False, "auto"):
-                spec = QuantSpec(bits=bits, granularity=granularity, group_size=size, symmetric=flag, reduce_range=flag)
+                spec = QuantSpec(
+                    bits=bits,
+                    granularity=granularity,
+                    group_size=size,
+                    symmetric=flag,
+                    reduce_range=flag,
+                )
                 assert (spec.bits, spec.granularity, spec.symmetric) == (bits, granularity, flag)
 
 
@@ -109,10 +115,17 @@ def test_spec_is_frozen_and_takes_keywords_only():
         QuantSpec(8)
 
 
-@pytest.mark.parametrize("factory", [observer, partial(observer, bins=3)], ids=["function", "partial"])
+@pytest.mark.parametrize(
+    "factory", [observer, partial(observer, bins=3)], ids=["function", "partial"]
+)
 def test_description_has_every_field_as_a_plain_value(factory):
     spec = QuantSpec(
-        bits=4, symmetric=False, granularity="per_group", group_size=32, observer=factory, reduce_range=True
+        bits=4,
+        symmetric=False,
+        granularity="per_group",
+        group_size=32,
+        observer=factory,
+        reduce_range=True,
     )
     description = spec.describe()
     assert set(description) == {field.name for field in fields(QuantSpec)}

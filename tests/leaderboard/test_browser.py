@@ -17,18 +17,28 @@ webdriver = pytest.importorskip("selenium.webdriver")
 chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (chromium and chromedriver), reason="chromium and chromedriver are not installed"),
+    pytest.mark.skipif(
+        not (chromium and chromedriver), reason="chromium and chromedriver are not installed"
+    ),
     pytest.mark.filterwarnings("default"),  # selenium's own
 ]
 ROOT = Path(__file__).resolve().parents[2]
-PAINTED = "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
+PAINTED = (
+    "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
+)
 
 
 @pytest.fixture
 def browser(tmp_path):
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    switches = ["headless", "no-sandbox", "disable-gpu", "disable-background-networking", "window-size=1500,1100"]
+    switches = [
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "window-size=1500,1100",
+    ]
     for switch in [*switches, f"user-data-dir={tmp_path / 'profile'}"]:
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -95,7 +105,10 @@ def test_a_thousand_runs(browser, tmp_path):
     shown = column(browser, "file KB")
     assert shown == [f"{size:.1f}" for size in known] + ["-"] * (len(rows) - len(known))
     button.click()
-    assert column(browser, "file KB")[0] == f"{known[-1]:.1f}" and column(browser, "file KB")[-1] == "-"
+    assert (
+        column(browser, "file KB")[0] == f"{known[-1]:.1f}"
+        and column(browser, "file KB")[-1] == "-"
+    )
 
     box = find(browser, "#filter")[0]
     with within_a_second("filter"):
@@ -117,13 +130,17 @@ def test_a_thousand_runs(browser, tmp_path):
     box.clear()
     box.send_keys("nonsense=1")
     browser.execute_async_script(PAINTED)
-    assert find(browser, "#filter-error")[0].text == "no column or varying setting is called nonsense"
+    assert (
+        find(browser, "#filter-error")[0].text == "no column or varying setting is called nonsense"
+    )
     box.clear()
     box.send_keys(" ")
     browser.execute_async_script(PAINTED)
     assert len(column(browser, "folder")) == len(rows)
 
-    name, x, y = browser.execute_script("const p = state.points.at(-1); return [p.row.data.name, p.x, p.y]")
+    name, x, y = browser.execute_script(
+        "const p = state.points.at(-1); return [p.row.data.name, p.x, p.y]"
+    )
     with within_a_second("hover"):
         hover(browser, x, y)
     (tooltip,) = find(browser, "#tooltip")
@@ -140,7 +157,13 @@ def test_what_differs_and_how_it_trained(browser, runs, tmp_path):
     settings = {"optimizer.lr": (0.1, 0.2, 0.1), "engine": ("x86", "x86", "qnnpack")}
     for index, (lr, engine) in enumerate(zip(*settings.values(), strict=True)):
         runs.write(
-            f"run{index}", lr=lr, engine=engine, method="qat", curves=20, lost=index, size_kb=(800.0, 300.0 - index)
+            f"run{index}",
+            lr=lr,
+            engine=engine,
+            method="qat",
+            curves=20,
+            lost=index,
+            size_kb=(800.0, 300.0 - index),
         )
     runs.write("untrained", lost=5, size_kb=(800.0, 400.0))
     runs.fail("bad", "ValueError: <b>no</b>")
@@ -157,14 +180,22 @@ def test_what_differs_and_how_it_trained(browser, runs, tmp_path):
     assert lines == [["optimizer.lr", "0.1", "0.2"]]
     browser.find_elements("css selector", "#table tbody tr")[2].click()
     lines = [row.text.split() for row in find(browser, "#differences tbody tr")]
-    assert lines == [["optimizer.lr", "0.1", "0.2", "0.1"], ["quant.engine", "x86", "x86", "qnnpack"]]
+    assert lines == [
+        ["optimizer.lr", "0.1", "0.2", "0.1"],
+        ["quant.engine", "x86", "x86", "qnnpack"],
+    ]
 
     names = [option.text for option in find(browser, "#series option")]
     assert set(names) == {
-        f"{stage}/{name}" for stage in ("float", "qat") for name in ("train_loss", "lr", "val_accuracy")
+        f"{stage}/{name}"
+        for stage in ("float", "qat")
+        for name in ("train_loss", "lr", "val_accuracy")
     }
     assert len(find(browser, "#curves polyline")) == 3
-    assert all(len(line.get_attribute("points").split()) == 20 for line in find(browser, "#curves polyline"))
+    assert all(
+        len(line.get_attribute("points").split()) == 20
+        for line in find(browser, "#curves polyline")
+    )
 
     # A click on a point selects as one on its row does; the front is what is best at each size.
     x, y = browser.execute_script(
@@ -192,9 +223,17 @@ def test_a_disturbed_latency_takes_no_part_in_a_front(browser, runs, tmp_path):
     write(compare([runs.folder]), html=tmp_path / "x.html")
     browser.get((tmp_path / "x.html").as_uri())
     legend = find(browser, "#plot-legend")[0]
-    assert not find(browser, "#front") and "no front: a latency is marked !, hollow here" in legend.text
-    opacity = "return Object.fromEntries(state.points.map((p, i) => [p.row.data.name, arguments[0][i]]))"
-    circles = [circle.get_attribute("fill-opacity") for circle in find(browser, "#scatter circle[fill-opacity]")]
+    assert (
+        not find(browser, "#front")
+        and "no front: a latency is marked !, hollow here" in legend.text
+    )
+    opacity = (
+        "return Object.fromEntries(state.points.map((p, i) => [p.row.data.name, arguments[0][i]]))"
+    )
+    circles = [
+        circle.get_attribute("fill-opacity")
+        for circle in find(browser, "#scatter circle[fill-opacity]")
+    ]
     assert browser.execute_script(opacity, circles) == {"a": "0.75", "b": "0.1"}
     choose(browser, "#x", "file size, KB")
     assert find(browser, "#front") and "front of these points" in legend.text
@@ -222,14 +261,27 @@ def test_starts_with_an_x_axis_that_varies(browser, runs, tmp_path):
     """Sizes that differ by padding, and latencies within their tolerance, do not vary; seconds always do."""
     for index, lr in enumerate((0.1, 0.01, 0.001)):
         facts = {"size_kb": (800.0, 200 + index / 20), "latency_ms": (0.4, 0.2 + index / 1000)}
-        runs.write(f"run{index}", lr=lr, lost=index, seconds=10.0 + index, overrides=(f"optimizer.lr={lr}",), **facts)
+        runs.write(
+            f"run{index}",
+            lr=lr,
+            lost=index,
+            seconds=10.0 + index,
+            overrides=(f"optimizer.lr={lr}",),
+            **facts,
+        )
     write(compare([runs.folder]), html=tmp_path / "x.html")
     browser.get((tmp_path / "x.html").as_uri())
     names = [option.text for option in find(browser, "#x option")]
     assert names == ["file size, KB", "latency, ms", "optimizer.lr", "time of the run, s"]
     assert find(browser, "#x")[0].get_attribute("value") == "optimizer.lr"
-    places = browser.execute_script("return state.points.map(point => [point.row.data.name, point.x])")
-    assert [name for name, _ in sorted(places, key=lambda place: place[1])] == ["run2", "run1", "run0"]
+    places = browser.execute_script(
+        "return state.points.map(point => [point.row.data.name, point.x])"
+    )
+    assert [name for name, _ in sorted(places, key=lambda place: place[1])] == [
+        "run2",
+        "run1",
+        "run0",
+    ]
     assert not find(browser, "#front")  # no rate is better for being small
     runs.write("small", size_kb=(800.0, 100.0))
     write(compare([runs.folder]), html=tmp_path / "y.html")
@@ -244,12 +296,20 @@ def test_groups_have_error_bars_and_their_runs_a_table_of_their_own(browser, run
     write(compare([runs.folder], group_by=["method"]), html=tmp_path / "x.html")
     browser.get((tmp_path / "x.html").as_uri())
     groups, singles = find(browser, "#sections button")
-    assert (groups.text, singles.text) == ("convnet on mnist by method (2 groups)", "convnet on mnist (4 runs)")
-    assert column(browser, "group") == ["qat", "ptq"] and column(browser, "int8 %") == ["99.00", "97.00 ± 1.00"]
+    assert (groups.text, singles.text) == (
+        "convnet on mnist by method (2 groups)",
+        "convnet on mnist (4 runs)",
+    )
+    assert column(browser, "group") == ["qat", "ptq"] and column(browser, "int8 %") == [
+        "99.00",
+        "97.00 ± 1.00",
+    ]
     # From 96 to 98, and on latency's axis from 0.2 to 0.4 ms too; a single run has no deviation.
     scale = "const p = state.points, y = v => p[0].y + (99 - v) / 2 * (p[1].y - p[0].y); return [y(96), y(98)]"
     (bar,) = find(browser, "#scatter .bar")
-    low, high = (float(number) for number in re.findall(r" ([\d.]+)V([\d.]+)M", bar.get_attribute("d"))[0])
+    low, high = (
+        float(number) for number in re.findall(r" ([\d.]+)V([\d.]+)M", bar.get_attribute("d"))[0]
+    )
     assert [low, high] == pytest.approx(browser.execute_script(scale), abs=0.01)
     choose(browser, "#x", "latency, ms")
     assert len(find(browser, "#scatter .bar")) == 2
@@ -258,7 +318,9 @@ def test_groups_have_error_bars_and_their_runs_a_table_of_their_own(browser, run
     assert [link.text for link in links] == ["b", "a0", "a1", "a2"]
     assert len(find(browser, "#curves polyline")) == 4
     singles.click()
-    assert sorted(column(browser, "folder")) == ["a0", "a1", "a2", "b"] and not find(browser, "#scatter .bar")
+    assert sorted(column(browser, "folder")) == ["a0", "a1", "a2", "b"] and not find(
+        browser, "#scatter .bar"
+    )
 
 
 def test_on_a_telephone(browser, runs, tmp_path):
@@ -267,10 +329,21 @@ def test_on_a_telephone(browser, runs, tmp_path):
         for seed in (0, 1):
             name = f"{seed}_quant=ptq,quant.engine=x86,{model}"
             overrides = ("a.key.that.is.long=1", f"optimizer.lr={seed}")
-            runs.write(name, model=model, seed=seed, curves=3, lr=float(seed), other_load=1.0, overrides=overrides)
+            runs.write(
+                name,
+                model=model,
+                seed=seed,
+                curves=3,
+                lr=float(seed),
+                other_load=1.0,
+                overrides=overrides,
+            )
     runs.fail("a" * 100, "ValueError: " + "long" * 50)
     baseline = [str(runs.folder / "0_quant=ptq,quant.engine=x86,mlp")]
-    write(compare([runs.folder], group_by=["method", "seed"], baseline=baseline), html=tmp_path / "x.html")
+    write(
+        compare([runs.folder], group_by=["method", "seed"], baseline=baseline),
+        html=tmp_path / "x.html",
+    )
     device = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
     browser.get((tmp_path / "x.html").as_uri())
@@ -282,12 +355,17 @@ def test_on_a_telephone(browser, runs, tmp_path):
         assert browser.execute_script(width) == [400, 400]
         browser.execute_script("document.querySelector('.scroll').scrollLeft = 500")
         edge = "return document.querySelector(arguments[0]).getBoundingClientRect().left"
-        edges = [browser.execute_script(edge, place) for place in (".scroll", "#table td", "#table th")]
+        edges = [
+            browser.execute_script(edge, place) for place in (".scroll", "#table td", "#table th")
+        ]
         assert len(set(edges)) == 1
         browser.save_screenshot(tmp_path / f"{title}.png")
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     browser.refresh()
-    assert find(browser, "#sections")[0].is_displayed() and not find(browser, "#tabs")[0].is_displayed()
+    assert (
+        find(browser, "#sections")[0].is_displayed()
+        and not find(browser, "#tabs")[0].is_displayed()
+    )
     print(tmp_path)
 
 
@@ -302,7 +380,9 @@ def test_models_have_tables_of_their_own(browser, runs, tmp_path):
     assert column(browser, "folder") == ["a"]
     second.click()
     assert column(browser, "folder") == ["b", "c"]
-    assert [row.text.split() for row in find(browser, "#differences tbody tr")] == [["optimizer.lr", "0.1", "0.001"]]
+    assert [row.text.split() for row in find(browser, "#differences tbody tr")] == [
+        ["optimizer.lr", "0.1", "0.001"]
+    ]
 
 
 def test_a_page_without_results(browser, runs, tmp_path):

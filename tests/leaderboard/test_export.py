@@ -13,7 +13,11 @@ def test_csv_has_all_rows_in_full_precision(runs):
     runs.none("b", model="mlp")
     rows = list(csv.DictReader(io.StringIO(export.as_csv(compare([runs.folder]).sections))))
     a, b = rows
-    assert (a["folder"], a["method"], a["observer"]) == (str(runs.folder / "a"), "ptq", 'with, "quotes"')
+    assert (a["folder"], a["method"], a["observer"]) == (
+        str(runs.folder / "a"),
+        "ptq",
+        'with, "quotes"',
+    )
     assert float(a["difference"]) == pytest.approx(-0.7, abs=1e-12)
     assert float(a["difference_p"]) == pytest.approx(2 * 10 / 2**9)
     assert float(a["size_kb"]) == 123.456
@@ -29,9 +33,18 @@ def test_json_has_rows_failures_and_what_was_skipped(runs):
     comparison = compare([runs.folder], group_by=["method"])
     content = json.loads(export.as_json(comparison.sections, comparison.found))
     (row,) = content["rows"]
-    assert (row["model"], row["method"], row["quality"], row["runs"]) == ("convnet", "ptq", "accuracy", 2)
+    assert (row["model"], row["method"], row["quality"], row["runs"]) == (
+        "convnet",
+        "ptq",
+        "accuracy",
+        2,
+    )
     assert row["folders"] == [str(runs.folder / "a"), str(runs.folder / "b")]
     assert content["failures"] == [
-        {"folder": str(runs.folder / "c"), "error": "ValueError: no", "overrides": ["quant=qat", "seed=0"]}
+        {
+            "folder": str(runs.folder / "c"),
+            "error": "ValueError: no",
+            "overrides": ["quant=qat", "seed=0"],
+        }
     ]
     assert len(content["unreadable"]) == 1

@@ -39,7 +39,12 @@ def test_nothing_in_the_data_becomes_markup(runs, tmp_path):
     runs.write("plain")
     expected = read(runs, tmp_path)[1].elements
     runs.write(
-        "evil", name=EVIL, observer=EVIL, engine=EVIL, overrides=(f"note={EVIL}",), settings={EVIL: {EVIL: EVIL}}
+        "evil",
+        name=EVIL,
+        observer=EVIL,
+        engine=EVIL,
+        overrides=(f"note={EVIL}",),
+        settings={EVIL: {EVIL: EVIL}},
     )
     runs.fail(EVIL.replace("/", ""), EVIL, method=EVIL)
     (runs.folder / "broken").mkdir()
@@ -62,8 +67,14 @@ def test_a_hostile_title_stays_text(runs, tmp_path):
 def test_needs_no_network(runs, tmp_path):
     runs.write("a")
     path, reader, _ = read(runs, tmp_path)
-    assert not [attributes for _, attributes in reader.elements if "src" in attributes or "href" in attributes]
-    text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    assert not [
+        attributes
+        for _, attributes in reader.elements
+        if "src" in attributes or "href" in attributes
+    ]
+    text = path.read_text(encoding="utf-8").replace(
+        "http://www.w3.org/2000/svg", ""
+    )  # a name, not an address
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest", text)
     assert "default-src 'none'" in text
 
@@ -74,16 +85,22 @@ def test_links_lead_from_the_page_to_the_runs(runs, tmp_path):
         runs.write(name)
     runs.fail("failed:1")
     path, _, data = read(runs, tmp_path)
-    links = {row["name"]: data["runs"][row["runs"][0]]["link"] for row in data["sections"][0]["rows"]}
+    links = {
+        row["name"]: data["runs"][row["runs"][0]]["link"] for row in data["sections"][0]["rows"]
+    }
     links["failed:1"] = data["failures"][0]["link"]
     for name, link in links.items():
-        assert not urlsplit(link).scheme and not urlsplit(link).query and not urlsplit(link).fragment
+        assert (
+            not urlsplit(link).scheme and not urlsplit(link).query and not urlsplit(link).fragment
+        )
         assert Path(path.parent, unquote(link)).resolve() == (runs.folder / name).resolve()
 
 
 def test_groups_have_means_deviations_and_their_runs(runs, tmp_path):
     for seed, lost in enumerate((10, 20, 30)):
-        runs.write(f"a{seed}", lost=lost, seed=seed, lr=0.1, curves=3, size_kb=(800.0, 200.0 + seed))
+        runs.write(
+            f"a{seed}", lost=lost, seed=seed, lr=0.1, curves=3, size_kb=(800.0, 200.0 + seed)
+        )
     runs.write("b", method="qat", lr=0.2, engine=None)
     _, _, data = read(runs, tmp_path, group_by=["method", "engine", "optimizer.lr"])
     groups, singles = data["sections"]
@@ -115,9 +132,18 @@ def test_the_page_has_the_table_and_the_settings_that_differ(runs, tmp_path):
 
 def test_curves_are_thinned_and_keep_the_last_point(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": i, "float/train_loss": 1 / i, "float/lr": 0.1}) for i in range(1, 1001)]
-    lines += ['{"step": 1000, "float/val_accuracy": 0.5}', '{"step": 0, "size_kb/float_file": 0.5}', '{"step": 3, "flo']
-    lines += ['{"step": 3, "accuracy/float": 0.5, "val_accuracy/quantized": 0.5}', "3, {}"]  # of the finished run
+    lines = [
+        json.dumps({"step": i, "float/train_loss": 1 / i, "float/lr": 0.1}) for i in range(1, 1001)
+    ]
+    lines += [
+        '{"step": 1000, "float/val_accuracy": 0.5}',
+        '{"step": 0, "size_kb/float_file": 0.5}',
+        '{"step": 3, "flo',
+    ]
+    lines += [
+        '{"step": 3, "accuracy/float": 0.5, "val_accuracy/quantized": 0.5}',
+        "3, {}",
+    ]  # of the finished run
     path.write_text("\n".join(lines))
     names = {"other": 0}
     found = page._curves(path, 100, names)

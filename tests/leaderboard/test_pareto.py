@@ -11,7 +11,10 @@ def test_front_is_what_the_definition_says(points):
     def dominates(a, b):
         return a is not None and all(x <= y for x, y in zip(a, b, strict=True)) and a != b
 
-    expected = [point is not None and not any(dominates(other, point) for other in points) for point in points]
+    expected = [
+        point is not None and not any(dominates(other, point) for other in points)
+        for point in points
+    ]
     assert front(points) == expected
 
 
@@ -20,7 +23,10 @@ def beats(a, b, tolerances):
     return any(gap > slack for gap, slack in gaps) and all(gap >= -slack for gap, slack in gaps)
 
 
-@given(st.lists(st.none() | st.tuples(small, small, small), max_size=12), st.tuples(small, small, small))
+@given(
+    st.lists(st.none() | st.tuples(small, small, small), max_size=12),
+    st.tuples(small, small, small),
+)
 def test_tolerances(points, tolerances):
     known = [point for point in points if point is not None]
     found = front(points, tolerances)
@@ -32,7 +38,11 @@ def test_tolerances(points, tolerances):
     for i in range(3):  # the best in each coordinate is there
         if known:
             least = min(point[i] for point in known)
-            assert any(on and point[i] == least for point, on in zip(points, found, strict=True) if point is not None)
+            assert any(
+                on and point[i] == least
+                for point, on in zip(points, found, strict=True)
+                if point is not None
+            )
 
 
 def test_no_circle_of_points_leaves_the_front_empty():

@@ -13,7 +13,9 @@ def test_points_and_front(runs, tmp_path):
     comparison = compare([runs.folder])
     (axes,) = scatter(comparison.sections).axes
     found = {
-        tuple(np.round(point, 6)): points.get_label() for points in axes.collections for point in points.get_offsets()
+        tuple(np.round(point, 6)): points.get_label()
+        for points in axes.collections
+        for point in points.get_offsets()
     }
     assert found == {(800.0, 99.0): "float", (200.0, 98.8): "ptq", (300.0, 98.6): "ptq"}
     (front,) = axes.lines
@@ -23,7 +25,9 @@ def test_points_and_front(runs, tmp_path):
     assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("size, on_front", [(200.1, False), (201.0, True)], ids=["padding", "beyond"])
+@pytest.mark.parametrize(
+    "size, on_front", [(200.1, False), (201.0, True)], ids=["padding", "beyond"]
+)
 def test_the_front_has_the_tolerance_of_the_table(runs, size, on_front):
     """Between the smallest and the best, `near` is smaller than the best by its padding, or by more."""
     runs.write("smallest", lost=9, size_kb=(800.0, 150.0))

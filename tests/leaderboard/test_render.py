@@ -33,12 +33,19 @@ def test_latex_is_the_same_table(runs):
     assert header[:5] == ["method", "engine", "bits", "observer", r"float \%"]
     assert len(header) == len(exact) == len(qat) == len(ptq)
     row = dict(zip(header, ptq, strict=True))
-    assert (row["method"], row[r"to float $\pm$ se"], row["p"]) == ("ptq", r"$-$0.80 $\pm$ 0.32", "0.021")
+    assert (row["method"], row[r"to float $\pm$ se"], row["p"]) == (
+        "ptq",
+        r"$-$0.80 $\pm$ 0.32",
+        "0.021",
+    )
     assert dict(zip(header, exact, strict=True))[r"int8 \%"] == "-"
     special = r"{[}a\_b\&c\%\{\}\textbackslash{}\#\$\textasciicircum{}$\sim$\textbar{}"
     assert dict(zip(header, qat, strict=True))["engine"] == special
     assert text.count(r"\begin{tabular}{llll" + "r" * (len(header) - 5) + "l}") == 1
-    assert r"\caption{convnet on mnist}" in text and r"$\sim$: no significant difference (p $\ge$ 0.05" in text
+    assert (
+        r"\caption{convnet on mnist}" in text
+        and r"$\sim$: no significant difference (p $\ge$ 0.05" in text
+    )
 
 
 def test_latex_has_a_table_for_each_section_and_braces_in_pairs(runs):

@@ -53,10 +53,16 @@ def test_filters_hold_for_baselines_but_for_the_keys_that_these_name(runs):
 
     filters = ["method=qat", "engine=qnnpack"]
     assert difference(filters, ["quant=ptq"]) == {"qat_qnnpack": (pytest.approx(2.5),)}
-    assert difference(filters, ["quant=ptq", "engine=x86"]) == {"qat_qnnpack": (pytest.approx(0.5),)}
+    assert difference(filters, ["quant=ptq", "engine=x86"]) == {
+        "qat_qnnpack": (pytest.approx(0.5),)
+    }
     # The float model has no engine, but it has a rate.
-    assert difference([*filters, "optimizer.lr=0.001"], ["method=float"]) == {"qat_qnnpack": (pytest.approx(-0.5),)}
-    with pytest.raises(ValueError, match="of 2 such runs none is left by the filters engine=fbgemm"):
+    assert difference([*filters, "optimizer.lr=0.001"], ["method=float"]) == {
+        "qat_qnnpack": (pytest.approx(-0.5),)
+    }
+    with pytest.raises(
+        ValueError, match="of 2 such runs none is left by the filters engine=fbgemm"
+    ):
         runs.write("qat_fbgemm", engine="fbgemm", method="qat")
         difference(["method=qat", "engine=fbgemm"], ["method=ptq"])
 
@@ -75,9 +81,13 @@ def test_ambiguous_and_missing_baselines(runs):
     runs.write("c", method="qat")
     with pytest.raises(ValueError, match=r"--baseline: 2 runs with seed 0 .*a, .*b.*add filters"):
         compare([runs.folder], baseline=["method=ptq"])
-    with pytest.raises(ValueError, match="2 runs with seed 0"):  # though both are baselines themselves
+    with pytest.raises(
+        ValueError, match="2 runs with seed 0"
+    ):  # though both are baselines themselves
         compare([runs.folder], filters=["method=ptq"], baseline=["method=ptq"])
-    with pytest.raises(ValueError, match="--baseline method=dynamic: no run is left; there is ptq, qat"):
+    with pytest.raises(
+        ValueError, match="--baseline method=dynamic: no run is left; there is ptq, qat"
+    ):
         compare([runs.folder], baseline=["method=dynamic"])
     with pytest.raises(ValueError, match="--baseline nowhere: neither a folder"):
         compare([runs.folder], baseline=["nowhere"])
@@ -92,19 +102,31 @@ def test_without_examples_a_warning_and_no_significance(runs, damage):
         (b / "examples.pt").write_bytes((runs.folder / "other" / "examples.pt").read_bytes())
         compared = [runs.folder / "a", b]
     else:
-        (b / "examples.pt").write_bytes(b"junk") if damage == "broken" else (b / "examples.pt").unlink()
+        (b / "examples.pt").write_bytes(b"junk") if damage == "broken" else (
+            b / "examples.pt"
+        ).unlink()
         compared = [runs.folder]
     comparison = compare(compared, baseline=["method=ptq"])
     (section,) = comparison.sections
-    assert cells(section, "baseline_difference", "baseline_difference_p")["b"] == (pytest.approx(-3.0), None)
-    assert len(section.warnings) == 1 and str(b) in section.warnings[0] and "not tested" in section.warnings[0]
+    assert cells(section, "baseline_difference", "baseline_difference_p")["b"] == (
+        pytest.approx(-3.0),
+        None,
+    )
+    assert (
+        len(section.warnings) == 1
+        and str(b) in section.warnings[0]
+        and "not tested" in section.warnings[0]
+    )
     assert "-3.00 ?" in comparison.text() and "?: significance not tested" in comparison.text()
 
 
 def language_model(seed, shift, n=300):
     rng = np.random.default_rng(seed)
     losses = rng.normal(3, 0.5, n)
-    return {"float": losses.astype(np.float32), "quantized": (losses + rng.normal(shift, 0.02, n)).astype(np.float32)}
+    return {
+        "float": losses.astype(np.float32),
+        "quantized": (losses + rng.normal(shift, 0.02, n)).astype(np.float32),
+    }
 
 
 def test_perplexity_goes_down_and_is_tested_by_the_bootstrap(runs):
@@ -115,7 +137,9 @@ def test_perplexity_goes_down_and_is_tested_by_the_bootstrap(runs):
     (section,) = comparison.sections
     assert [row.runs[0].folder.name for row in section.rows] == ["better", "same", "worse"]
     scores = language_model(0, 0.05)
-    exact, quantized = (np.exp(scores[kind].astype(float).mean()) for kind in ("float", "quantized"))
+    exact, quantized = (
+        np.exp(scores[kind].astype(float).mean()) for kind in ("float", "quantized")
+    )
     difference, error, p = cells(section, "difference", "difference_se", "difference_p")["worse"]
     assert difference == pytest.approx(quantized - exact)
     gain = scores["quantized"].astype(float) - scores["float"]
@@ -132,7 +156,11 @@ def test_groups_are_means_over_seeds(runs):
         runs.write(f"q{seed}", lost=0, seed=seed, wrong=10 * seed, method="qat")
         runs.none(f"f{seed}", seed=seed, wrong=10 * seed)
     (section,) = compare([runs.folder], group_by=["method"], baseline=["method=float"]).sections
-    assert [row.cells["method"] for row in section.rows] == ["none", "qat", "ptq"]  # by quality; float first
+    assert [row.cells["method"] for row in section.rows] == [
+        "none",
+        "qat",
+        "ptq",
+    ]  # by quality; float first
     row = section.rows[-1]
     assert (row.cells["runs"], row.cells["seeds"]) == (6, 3)
     # Each seed's mean of both engines: 12, 20 and 38 of 1,000 lost; 0, 10 and 20 were wrong before.
@@ -142,7 +170,9 @@ def test_groups_are_means_over_seeds(runs):
     assert row.cells["baseline_difference"] == pytest.approx(row.cells["difference"])
     lost = np.array([[10, 14], [20, 20], [36, 40]]) / 1000
     errors = 100 * np.sqrt(lost * (1 - lost) / 999)
-    assert row.cells["difference_p"] == pytest.approx(over_seeds([-1.2, -2.0, -3.8], list(errors.mean(1))))
+    assert row.cells["difference_p"] == pytest.approx(
+        over_seeds([-1.2, -2.0, -3.8], list(errors.mean(1)))
+    )
 
 
 def test_the_float_model_does_not_count_as_quantized(runs):
@@ -150,12 +180,18 @@ def test_the_float_model_does_not_count_as_quantized(runs):
     runs.write("b", lost=30)
     (section,) = compare([runs.folder], group_by=["model"]).sections
     (row,) = section.rows
-    assert (row.cells["runs"], row.cells["quantized"], row.cells["size_kb"]) == (1, pytest.approx(96.0), 200.0)
+    assert (row.cells["runs"], row.cells["quantized"], row.cells["size_kb"]) == (
+        1,
+        pytest.approx(96.0),
+        200.0,
+    )
 
 
 def test_a_group_of_simulated_and_real_runs_has_no_size(runs):
     runs.write("a")
-    runs.write("b", bits=(4, 4), simulated=True, size_kb=(800.0, None), latency_ms=(0.4, None), seed=1)
+    runs.write(
+        "b", bits=(4, 4), simulated=True, size_kb=(800.0, None), latency_ms=(0.4, None), seed=1
+    )
     (section,) = compare([runs.folder], group_by=["method"]).sections
     (row,) = section.rows
     assert row.cells["size_kb"] is None and row.cells["simulated"] and not row.cells["front"]
@@ -182,7 +218,9 @@ def test_texts_of_the_same_name_are_kept_apart(runs):
     }
 
 
-@pytest.mark.parametrize("key, title", [("data.size", "data.size"), ("data._target_", "data._target_")])
+@pytest.mark.parametrize(
+    "key, title", [("data.size", "data.size"), ("data._target_", "data._target_")]
+)
 def test_data_of_one_name_are_told_apart_by_the_setting_that_differs(runs, key, title):
     for name, value in (("a", "28"), ("b", "64")):
         data = {"root": "x", "batch_size": int(value), key.partition(".")[2]: value}
@@ -229,7 +267,9 @@ def test_a_disturbed_run_without_a_latency_disturbs_no_front(runs):
     assert front(compare([runs.folder]).sections[0]) == {"fast", "good"}
 
 
-@pytest.mark.parametrize("latency, on_front", [(0.209, True), (0.211, False)], ids=["within 5 %", "beyond"])
+@pytest.mark.parametrize(
+    "latency, on_front", [(0.209, True), (0.211, False)], ids=["within 5 %", "beyond"]
+)
 def test_latencies_that_are_as_good_as_equal_decide_nothing(runs, latency, on_front):
     """`near` gains nothing over `best`, which is 0.2 ms; it is off the front where it is clearly slower."""
     runs.write("best", latency_ms=(0.4, 0.2))
@@ -237,7 +277,9 @@ def test_latencies_that_are_as_good_as_equal_decide_nothing(runs, latency, on_fr
     assert ("near" in front(compare([runs.folder]).sections[0])) == on_front
 
 
-@pytest.mark.parametrize("size, on_front", [(300.2, True), (301.0, False)], ids=["padding", "beyond"])
+@pytest.mark.parametrize(
+    "size, on_front", [(300.2, True), (301.0, False)], ids=["padding", "beyond"]
+)
 def test_sizes_that_differ_by_padding_decide_nothing(runs, size, on_front):
     runs.write("best", size_kb=(832.9, 300.0), latency_ms=(0.4, 0.2))
     runs.write("near", size_kb=(832.9, size), latency_ms=(0.4, 0.2))
@@ -259,7 +301,10 @@ def test_reports_that_state_their_quality_and_older_ones_share_a_table(runs):
     path.write_text(json.dumps(report | {"scoring": stated}))
     (section,) = compare([runs.folder], baseline=["method=ptq"]).sections
     assert section.title == "convnet on mnist"
-    assert cells(section, "quantized", "baseline_difference_p") == {"old": (99.0, None), "new": (99.0, 1.0)}
+    assert cells(section, "quantized", "baseline_difference_p") == {
+        "old": (99.0, None),
+        "new": (99.0, 1.0),
+    }
 
 
 def test_sorts_by_any_key_qualities_best_first(runs):
@@ -269,7 +314,9 @@ def test_sorts_by_any_key_qualities_best_first(runs):
     runs.none("f", lr=1.0)
 
     def order(key):
-        return "".join(row.runs[0].folder.name for row in compare([runs.folder], sort_by=key).sections[0].rows)
+        return "".join(
+            row.runs[0].folder.name for row in compare([runs.folder], sort_by=key).sections[0].rows
+        )
 
     assert order(None) == "fbac"  # the float model first
     assert order("accuracy") == "fbac"
@@ -283,7 +330,14 @@ def test_groups_are_sorted_by_any_key(runs):
     """By what the table shows, and else by a mean over the group or the text that it shares."""
     for seed in (0, 1):
         runs.write(f"a{seed}", seed=seed, lr=0.03, lost=1, size_kb=(800.0, 300.0))
-        runs.write(f"b{seed}", seed=seed, lr=(0.01, 0.03)[seed], lost=5, engine="onednn", size_kb=(800.0, 100.0))
+        runs.write(
+            f"b{seed}",
+            seed=seed,
+            lr=(0.01, 0.03)[seed],
+            lost=5,
+            engine="onednn",
+            size_kb=(800.0, 100.0),
+        )
         runs.write(f"c{seed}", seed=seed, lr=0.01, lost=9, engine="fbgemm", observer=f"own{seed}")
     runs.none("f", lr=1.0)
 
@@ -291,7 +345,9 @@ def test_groups_are_sorted_by_any_key(runs):
         (section,) = compare([runs.folder], group_by=["engine"], sort_by=key).sections
         return "".join(row.runs[0].folder.name[0] for row in section.rows)
 
-    assert order(None) == order("accuracy") == "fabc"  # the float model first, though no column says so
+    assert (
+        order(None) == order("accuracy") == "fabc"
+    )  # the float model first, though no column says so
     assert order("optimizer.lr") == "cbaf"
     assert order("size") == "bcaf"
     assert order("seeds") == "fabc" and order("quantized_sd") == "abcf"
@@ -301,7 +357,9 @@ def test_groups_are_sorted_by_any_key(runs):
 def test_p_is_corrected_for_the_rows_of_its_table(runs):
     for seed in (0, 1):
         for method, lost in (("ptq", 40), ("qat", 30), ("dynamic", 0)):
-            runs.write(f"{method}{seed}", method=method, lost=lost + seed, gained=10, wrong=10, seed=seed)
+            runs.write(
+                f"{method}{seed}", method=method, lost=lost + seed, gained=10, wrong=10, seed=seed
+            )
         runs.none(f"float{seed}", seed=seed)
     for group_by in ((), ("method",)):
         (section,) = compare([runs.folder], baseline=["method=qat"], group_by=group_by).sections

@@ -23,7 +23,10 @@ def test_facts_in_shown_units(runs):
     # The variance of a difference that is +1 twice, -1 five times and else 0, of 1,000.
     variance = (7 - 1000 * 0.003**2) / 999
     assert run.facts["difference_se"] == pytest.approx(100 * (variance / 1000) ** 0.5)
-    shown = [run.facts[key] for key in ("size_kb", "size_ratio", "latency_ms", "latency_ratio", "seconds", "bits")]
+    shown = [
+        run.facts[key]
+        for key in ("size_kb", "size_ratio", "latency_ms", "latency_ratio", "seconds", "bits")
+    ]
     assert shown == [200.0, 0.25, 0.25, 0.5, 7.0, "8/8"]
 
 
@@ -47,7 +50,9 @@ def test_failed_and_killed_runs(runs):
     assert unfinished.overrides == ["quant=qat", "seed=1"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": 99, "status": "ok"}', "\ud800"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": 99, "status": "ok"}', "\ud800"]
+)
 def test_names_and_skips_broken_reports(runs, content):
     good = runs.write("good")
     (runs.folder / "bad").mkdir()
@@ -64,7 +69,9 @@ def paths(content, prefix=()):
             yield from paths(value, (*prefix, key))
 
 
-@pytest.mark.parametrize("junk", [None, "text", [], {}, -1, float("nan"), {"a": {"b": []}}], ids=repr)
+@pytest.mark.parametrize(
+    "junk", [None, "text", [], {}, -1, float("nan"), {"a": {"b": []}}], ids=repr
+)
 def test_no_field_of_a_report_can_end_the_comparison(runs, tmp_path, junk):
     """Whatever stands in place of one value: the run is compared or named as broken, and the other one is there."""
     report = json.loads((runs.write("a") / "report.json").read_text())
@@ -86,8 +93,17 @@ def test_no_field_of_a_report_can_end_the_comparison(runs, tmp_path, junk):
             warnings.simplefilter("error")
             comparison = compare([runs.folder])
             assert comparison.text()
-            write(comparison, csv=tmp_path / "x.csv", json=tmp_path / "x.json", html=tmp_path / "x.html")
-        seen = len(comparison.found.runs) + len(comparison.found.unreadable) + len(comparison.found.failures)
+            write(
+                comparison,
+                csv=tmp_path / "x.csv",
+                json=tmp_path / "x.json",
+                html=tmp_path / "x.html",
+            )
+        seen = (
+            len(comparison.found.runs)
+            + len(comparison.found.unreadable)
+            + len(comparison.found.failures)
+        )
         assert seen == 2, path
 
 
@@ -95,4 +111,6 @@ def test_an_unknown_quality_without_its_direction_is_named(runs):
     path = runs.write("a") / "report.json"
     path.write_text(path.read_text().replace('"quality": "accuracy"', '"quality": "psnr"'))
     (line,) = find([runs.folder]).unreadable
-    assert "a/report.json" in line and "quality is 'psnr', and no scoring says which way is up" in line
+    assert (
+        "a/report.json" in line and "quality is 'psnr', and no scoring says which way is up" in line
+    )

@@ -116,7 +116,11 @@ def test_mcnemar_finds_a_planted_difference():
 @pytest.mark.parametrize("draw", ["normal", "exponential"])
 def test_bootstrap_raises_5_percent_false_alarms(draw):
     rng, num_trials = np.random.default_rng(0), 1500
-    values = rng.normal(size=(num_trials, 200)) if draw == "normal" else rng.exponential(size=(num_trials, 200)) - 1
+    values = (
+        rng.normal(size=(num_trials, 200))
+        if draw == "normal"
+        else rng.exponential(size=(num_trials, 200)) - 1
+    )
     alarms = np.mean(paired_bootstrap(values, resamples=1000) < ALPHA)
     assert alarms == pytest.approx(ALPHA, abs=3 * math.sqrt(ALPHA * 0.95 / num_trials))
 
@@ -144,7 +148,11 @@ def test_bootstrap_does_not_depend_on_the_scale():
 def test_student_t_is_the_integral_of_its_density(degrees, tails):
     for t in (0.0, 0.3, 1.0, 2.5, 7.0):
         x = np.linspace(0, t, 20_001)
-        log_constant = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
+        log_constant = (
+            math.lgamma((degrees + 1) / 2)
+            - math.lgamma(degrees / 2)
+            - 0.5 * math.log(degrees * math.pi)
+        )
         density = np.exp(log_constant) * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
         assert student_t(t, degrees) == pytest.approx(1 - 2 * np.trapezoid(density, x), abs=1e-7)
         assert student_t(-t, degrees) == student_t(t, degrees)
@@ -158,24 +166,36 @@ def test_two_seeds_that_gain_the_same_example_prove_nothing():
 def test_over_seeds_by_hand(tails):
     # Mean 2, sd 1. Seeds alone: t = 2 sqrt(3), with two degrees of freedom p = 1 - t / sqrt(t^2 + 2).
     t = 2 * math.sqrt(3)
-    assert over_seeds([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == pytest.approx(1 - t / math.sqrt(t * t + 2))
+    assert over_seeds([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == pytest.approx(
+        1 - t / math.sqrt(t * t + 2)
+    )
     # Variances 1 of examples and 1/3 of seeds: t = 2 / sqrt(4/3), degrees (4/3)^2 / ((1/3)^2 / 2) = 32.
-    assert over_seeds([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) == pytest.approx(student_t(math.sqrt(3), 32))
+    assert over_seeds([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) == pytest.approx(
+        student_t(math.sqrt(3), 32)
+    )
     assert over_seeds([-1.0, 1.0], [0.1, 0.1]) == 1
     assert over_seeds([3.0, 3.0], [0.0, 0.0]) == 0
 
 
-@pytest.mark.parametrize("examples, seeds", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)], ids=["examples", "seeds", "both"])
+@pytest.mark.parametrize(
+    "examples, seeds", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)], ids=["examples", "seeds", "both"]
+)
 def test_over_seeds_raises_at_most_5_percent_false_alarms(examples, seeds):
     """Whether the examples, which all seeds share, or the seeds are what the difference happens by."""
     rng, num_trials, num_seeds = np.random.default_rng(0), 3000, 4
     shared = rng.normal(0, examples, (num_trials, 1)) if examples else 0
-    differences = shared + rng.normal(0, seeds, (num_trials, num_seeds)) + np.zeros((num_trials, num_seeds))
-    alarms = np.mean([over_seeds(row, [examples] * num_seeds) < ALPHA for row in differences.tolist()])
+    differences = (
+        shared + rng.normal(0, seeds, (num_trials, num_seeds)) + np.zeros((num_trials, num_seeds))
+    )
+    alarms = np.mean(
+        [over_seeds(row, [examples] * num_seeds) < ALPHA for row in differences.tolist()]
+    )
     error = math.sqrt(ALPHA * 0.95 / num_trials)
     assert alarms <= ALPHA + 3 * error
     if not (examples and seeds):
-        assert alarms >= ALPHA - 3 * error  # nothing is given away where there is only one source of chance
+        assert (
+            alarms >= ALPHA - 3 * error
+        )  # nothing is given away where there is only one source of chance
 
 
 def test_mean_and_sd():

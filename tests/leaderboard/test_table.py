@@ -10,7 +10,11 @@ def read(text):
     lines = text.splitlines()
     rule = next(i for i, line in enumerate(lines) if set(line) == {"-", " "})
     edges = [match.span() for match in re.finditer("-+", lines[rule])]
-    rows = [[line[start:end].strip() for start, end in edges] for line in [lines[rule - 1], *lines[rule + 1 :]] if line]
+    rows = [
+        [line[start:end].strip() for start, end in edges]
+        for line in [lines[rule - 1], *lines[rule + 1 :]]
+        if line
+    ]
     end = next((i for i, line in enumerate(lines[rule + 1 :]) if not line), len(lines))
     return [dict(zip(rows[0], row, strict=True)) for row in rows[1 : end + 1]]
 
@@ -18,23 +22,64 @@ def read(text):
 def test_the_table_of_the_default_job(runs):
     runs.none("float", size_kb=(833.5, 833.5), latency_ms=(0.4, 0.4), seconds=20.0)
     runs.write("ptq", gained=1, lost=9, size_kb=(833.5, 218.7), latency_ms=(0.4, 0.5), seconds=5.0)
-    runs.write("qat", gained=2, lost=3, method="qat", observer="minmax", size_kb=(833.5, 218.7), seconds=9.0)
+    runs.write(
+        "qat",
+        gained=2,
+        lost=3,
+        method="qat",
+        observer="minmax",
+        size_kb=(833.5, 218.7),
+        seconds=9.0,
+    )
     text = compare([runs.folder]).text()
     assert text.startswith("convnet on mnist: 3 runs\n")
     exact, qat, ptq = read(text)
     unknown = dict.fromkeys(
-        ["engine", "bits", "observer", "fake %", "int8 %", "to float ± se", "p", "Holm p", "size ratio"], "-"
+        [
+            "engine",
+            "bits",
+            "observer",
+            "fake %",
+            "int8 %",
+            "to float ± se",
+            "p",
+            "Holm p",
+            "size ratio",
+        ],
+        "-",
     )
     assert exact == unknown | {
-        **{"method": "float", "float %": "99.00", "file KB": "833.5", "ms, batch 1": "0.400", "latency ratio": "-"},
+        **{
+            "method": "float",
+            "float %": "99.00",
+            "file KB": "833.5",
+            "ms, batch 1": "0.400",
+            "latency ratio": "-",
+        },
         **{"float ms": "-", "seconds": "20.0", "front": "*"},
     }
     assert ptq == {
-        **{"method": "ptq", "engine": "x86", "bits": "8/8", "observer": "histogram", "float %": "99.00"},
+        **{
+            "method": "ptq",
+            "engine": "x86",
+            "bits": "8/8",
+            "observer": "histogram",
+            "float %": "99.00",
+        },
         # (1 - 9) of 1,000; p = 22/1024
-        **{"fake %": "98.20", "int8 %": "98.20", "to float ± se": "-0.80 ± 0.32", "file KB": "218.7"},
+        **{
+            "fake %": "98.20",
+            "int8 %": "98.20",
+            "to float ± se": "-0.80 ± 0.32",
+            "file KB": "218.7",
+        },
         **{"p": "0.021", "Holm p": "0.043"},
-        **{"size ratio": "0.26x", "float ms": "0.400", "ms, batch 1": "0.500", "latency ratio": "1.25x"},
+        **{
+            "size ratio": "0.26x",
+            "float ms": "0.400",
+            "ms, batch 1": "0.500",
+            "latency ratio": "1.25x",
+        },
         **{"seconds": "5.0", "front": ""},
     }
     assert (qat["observer"], qat["to float ± se"]) == ("minmax", "-0.10 ± 0.22 ~")
@@ -44,10 +89,27 @@ def test_the_table_of_the_default_job(runs):
 
 def test_only_columns_that_tell_something(runs):
     for name, facts in {"a": {}, "b": {"seed": 1}}.items():
-        runs.write(name, size_kb=(800.0, None), latency_ms=(0.4, None), simulated=True, bits=(4, 4), **facts)
+        runs.write(
+            name,
+            size_kb=(800.0, None),
+            latency_ms=(0.4, None),
+            simulated=True,
+            bits=(4, 4),
+            **facts,
+        )
     first, second = read(compare([runs.folder]).text())
     assert list(first) == [
-        *("method", "engine", "bits", "observer", "seed", "float %", "fake %", "quantized %", "to float ± se"),
+        *(
+            "method",
+            "engine",
+            "bits",
+            "observer",
+            "seed",
+            "float %",
+            "fake %",
+            "quantized %",
+            "to float ± se",
+        ),
         *("p", "seconds", "front"),
     ]
     assert first["quantized %"] == "99.00 (sim)"
@@ -55,8 +117,12 @@ def test_only_columns_that_tell_something(runs):
 
 
 def test_settings_that_vary_get_a_column(runs):
-    runs.write("a", lr=0.1, overrides=("optimizer.lr=0.1", "quant.start_epoch=null", "quant.engine=x86"))
-    runs.write("b", lr=0.2, overrides=("optimizer.lr=0.2", "quant.start_epoch=0", "quant.engine=x86"))
+    runs.write(
+        "a", lr=0.1, overrides=("optimizer.lr=0.1", "quant.start_epoch=null", "quant.engine=x86")
+    )
+    runs.write(
+        "b", lr=0.2, overrides=("optimizer.lr=0.2", "quant.start_epoch=0", "quant.engine=x86")
+    )
     runs.write("c", lr=0.2, overrides=("optimizer.lr=0.2", "calib_batches=4"))
     rows = read(compare([runs.folder], sort_by="optimizer.lr").text())
     shown = [(row["optimizer.lr"], row["quant.start_epoch"], row["calib_batches"]) for row in rows]
@@ -72,7 +138,11 @@ def test_p_beside_what_all_rows_of_the_table_make_of_it(runs):
     runs.write("c", gained=3, lost=3, method="dynamic")
     text = compare([runs.folder], baseline=["method=qat"]).text()
     shown = {row["method"]: (row["p"], row["Holm p"]) for row in read(text)}
-    assert shown == {"ptq": ("<0.001", "<0.001"), "qat": ("0.021", "0.043"), "dynamic": ("1.000", "1.000")}
+    assert shown == {
+        "ptq": ("<0.001", "<0.001"),
+        "qat": ("0.021", "0.043"),
+        "dynamic": ("1.000", "1.000"),
+    }
     assert [row["p to baseline"] for row in read(text) if row["method"] == "qat"] == ["-"]
     assert "Holm p: corrected for all rows of its table" in text
 
@@ -82,7 +152,10 @@ def test_rows_that_look_alike_are_named(runs):
     runs.write("again", gained=1)
     assert [row["run"] for row in read(compare([runs.folder]).text())] == ["again", "once"]
     runs.write("own", name="my_experiment")
-    assert {row["name"] for row in read(compare([runs.folder]).text())} == {"convnet_ptq", "my_experiment"}
+    assert {row["name"] for row in read(compare([runs.folder]).text())} == {
+        "convnet_ptq",
+        "my_experiment",
+    }
 
 
 def test_groups(runs):
@@ -113,7 +186,8 @@ def test_failures_follow_the_tables(runs, count, word):
         runs.fail(f"bad{i}", "ValueError: first line\nsecond line")
     text = compare([runs.folder]).text()
     assert (
-        f"{count} {word} without a result:\n  {runs.folder}/bad0: ValueError: first line [quant=qat seed=0]\n" in text
+        f"{count} {word} without a result:\n  {runs.folder}/bad0: ValueError: first line [quant=qat seed=0]\n"
+        in text
     )
     assert "second line" not in text
 
@@ -145,7 +219,9 @@ def test_every_ratio_follows_from_its_own_row(runs, group_by):
     assert [exact[ratio] for ratio in RATIOS] == ["-", "-"] and len(rows) == (1 if group_by else 2)
     for row in rows:
         for ratio, (part, whole) in RATIOS.items():
-            assert float(row[ratio][:-1]) == pytest.approx(float(row[part]) / float(row[whole]), abs=0.007)
+            assert float(row[ratio][:-1]) == pytest.approx(
+                float(row[part]) / float(row[whole]), abs=0.007
+            )
     if not group_by:
         assert {row["latency ratio"] for row in rows} == {"1.16x", "0.25x"}
 
@@ -162,7 +238,9 @@ def test_the_legend_says_what_each_front_is_of(runs):
         "*: on the Pareto front of accuracy, size and latency of its table; "
         "sizes within 0.1% and latencies within 5% count as equal"
     )
-    disturbed = "*: on the Pareto front of accuracy and size alone in a table where a latency is marked !"
+    disturbed = (
+        "*: on the Pareto front of accuracy and size alone in a table where a latency is marked !"
+    )
     runs.write("quiet")
     text = compare([runs.folder]).text()
     assert exact in text and disturbed not in text

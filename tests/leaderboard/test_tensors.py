@@ -53,7 +53,9 @@ def other_content(path):
     torch.save([1, 2], path)
 
 
-@pytest.mark.parametrize("damage", [truncate, shorten_storage, other_content, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage", [truncate, shorten_storage, other_content, lambda path: path.write_bytes(b"")]
+)
 def test_says_what_is_damaged(tmp_path, damage):
     path = tmp_path / "x.pt"
     torch.save({"a": torch.arange(100)}, path)

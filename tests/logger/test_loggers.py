@@ -113,14 +113,21 @@ def test_several_loggers_get_everything(tmp_path):
     assert first.calls[0] == ("log", "{'float/train_loss': 0.5, 'float/lr': 0.1}", "7")
 
 
-# ---- what a run shows ------------------------------------------------------------------------------------------------
+# ---- what a run shows ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(folder, report) of a QAT run with TensorBoard."""
     folder = tmp_path_factory.mktemp("run")
-    overrides = ["model=mlp", "model.hidden=8", "quant=qat", "trainer=smoke", "threads=1", "float_cache=null"]
+    overrides = [
+        "model=mlp",
+        "model.hidden=8",
+        "quant=qat",
+        "trainer=smoke",
+        "threads=1",
+        "float_cache=null",
+    ]
     overrides += ["quant.epochs=3", "trainer.max_finetuning_steps=200", "trainer.clip_norm=null"]
     settings = build.compose(*overrides, "measure.repeats=1", "scheduler=cosine")
     return folder, pipeline.execute(settings, folder, overrides)
@@ -134,10 +141,18 @@ def events(run):
 def test_scalars_of_a_run(run, events):
     _, report = run
     expected = {
-        *(f"{stage}/{name}" for stage in ("float", "qat") for name in ("train_loss", "lr", "epoch_loss")),
+        *(
+            f"{stage}/{name}"
+            for stage in ("float", "qat")
+            for name in ("train_loss", "lr", "epoch_loss")
+        ),
         *(f"float/{name}" for name in ("val_accuracy", "val_loss")),
         *(f"qat/{name}" for name in ("int8_val_accuracy", "int8_val_loss")),
-        *(f"{name}/{kind}" for name in ("accuracy", "loss") for kind in ("float", "fake", "quantized")),
+        *(
+            f"{name}/{kind}"
+            for name in ("accuracy", "loss")
+            for kind in ("float", "fake", "quantized")
+        ),
         *(f"val_accuracy/{kind}" for kind in ("float", "fake", "quantized")),
         *(f"size_kb/{kind}{suffix}" for kind in ("float", "quantized") for suffix in ("", "_file")),
         *(f"latency_ms/{kind}_batch_{size}" for kind in ("float", "quantized") for size in (1, 64)),
@@ -148,14 +163,20 @@ def test_scalars_of_a_run(run, events):
         assert final[f"accuracy/{kind}"] == pytest.approx(report.metrics[kind]["accuracy"])
         assert final[f"loss/{kind}"] == pytest.approx(report.metrics[kind]["loss"])
     for kind in ("float", "quantized"):
-        assert final[f"size_kb/{kind}_file"] == pytest.approx(report.size_bytes[f"{kind}_file"] / 1000)
-        assert final[f"latency_ms/{kind}_batch_64"] == pytest.approx(report.latency_ms[kind]["64"]["median"])
+        assert final[f"size_kb/{kind}_file"] == pytest.approx(
+            report.size_bytes[f"{kind}_file"] / 1000
+        )
+        assert final[f"latency_ms/{kind}_batch_64"] == pytest.approx(
+            report.latency_ms[kind]["64"]["median"]
+        )
     assert [e.step for e in events.Scalars("float/train_loss")] == [5, 10]
 
 
 def test_the_quality_over_epochs_has_one_axis(run, events):
-    """One epoch of float training, two of fine-tuning, which 200 steps cut short, and the test data's at the end."""
-    found = {name: events.Scalars(f"{name}") for name in ("val_accuracy/float", "val_accuracy/fake")}
+    """An epoch of float training, two of fine-tuning, cut short by 200 steps; then the test's."""
+    found = {
+        name: events.Scalars(f"{name}") for name in ("val_accuracy/float", "val_accuracy/fake")
+    }
     int8 = found["val_accuracy/quantized"] = events.Scalars("val_accuracy/quantized")
     assert {name: [e.step for e in values] for name, values in found.items()} == {
         **{"val_accuracy/float": [1], "val_accuracy/fake": [2, 3], "val_accuracy/quantized": [2, 3]}
@@ -172,20 +193,33 @@ def test_the_quality_over_epochs_has_one_axis(run, events):
 
 def test_metrics_jsonl_has_the_same_scalars(run, events):
     lines = read_lines(run[0])
-    found = {(line["step"], name, value) for line in lines for name, value in line.items() if name != "step"}
+    found = {
+        (line["step"], name, value)
+        for line in lines
+        for name, value in line.items()
+        if name != "step"
+    }
     shown = {(e.step, tag) for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
     assert {(step, name) for step, name, _ in found} == shown
     for step, name, value in found:
-        assert value in [pytest.approx(e.value, rel=1e-5) for e in events.Scalars(name) if e.step == step]
+        assert value in [
+            pytest.approx(e.value, rel=1e-5) for e in events.Scalars(name) if e.step == step
+        ]
 
 
 def test_histograms_of_a_run(run, events):
     layers = {"linear1", "linear2", "linear3"}
     kinds = {f"weights_{kind}/{layer}" for kind in ("float", "quantized") for layer in layers}
-    kinds |= {f"activations_{kind}/{layer}" for kind in ("float", "quantized") for layer in layers | {"quant"}}
+    kinds |= {
+        f"activations_{kind}/{layer}"
+        for kind in ("float", "quantized")
+        for layer in layers | {"quant"}
+    }
     assert kinds == set(events.Tags()["histograms"])
     for layer in layers:
-        before, after = (events.Histograms(f"weights_{kind}/{layer}")[0] for kind in ("float", "quantized"))
+        before, after = (
+            events.Histograms(f"weights_{kind}/{layer}")[0] for kind in ("float", "quantized")
+        )
         assert before.histogram_value.num == after.histogram_value.num > 0
         assert before.histogram_value.max == pytest.approx(after.histogram_value.max, rel=0.02)
         assert before.histogram_value.sum_squares != after.histogram_value.sum_squares
@@ -193,9 +227,16 @@ def test_histograms_of_a_run(run, events):
 
 def test_pictures_and_tables_of_a_run(run, events):
     of_weights = {"weights", "weight_distribution", "quantization_noise"}
-    assert set(events.Tags()["images"]) == of_weights | {"confusion/float", "confusion/fake", "confusion/quantized"}
+    assert set(events.Tags()["images"]) == of_weights | {
+        "confusion/float",
+        "confusion/fake",
+        "confusion/quantized",
+    }
     files = {f"{name.replace('/', '_')}.png" for name in events.Tags()["images"]}
-    assert {path.name for path in (run[0] / "plots").iterdir()} == files | {"weights.md", "qparams.md"}
+    assert {path.name for path in (run[0] / "plots").iterdir()} == files | {
+        "weights.md",
+        "qparams.md",
+    }
     (qparams,) = events.Tensors("qparams/text_summary")
     (weights,) = events.Tensors("weights/text_summary")
     _, report = run
@@ -206,13 +247,17 @@ def test_pictures_and_tables_of_a_run(run, events):
     weight = saved["linear3._packed_params._packed_params"][0]
     integers = ", ".join(str(n) for n in weight.int_repr().flatten()[:3].tolist())
     scale, zero_point = weight.q_per_channel_scales()[0], weight.q_per_channel_zero_points()[0]
-    assert f"| {integers} | {scale:.4g} | {zero_point} |" in weights.tensor_proto.string_val[0].decode()
+    assert (
+        f"| {integers} | {scale:.4g} | {zero_point} |"
+        in weights.tensor_proto.string_val[0].decode()
+    )
 
 
 def test_hparams_of_a_run(events):
     shown = hparams_of(events)
     assert shown.pop("engine") in torch.backends.quantized.supported_engines
-    assert "_hparams_/experiment" not in events.summary_metadata  # which would hide what other runs have
+    # Which would hide what other runs have.
+    assert "_hparams_/experiment" not in events.summary_metadata
     assert shown == {
         "batch size": 64,
         "bits": "8/8",
@@ -236,7 +281,14 @@ def test_hparams_of_a_run(events):
 
 
 def test_what_a_float_run_shows(tmp_path):
-    overrides = ["model=mlp", "model.hidden=8", "quant=none", "trainer=smoke", "threads=1", "float_cache=null"]
+    overrides = [
+        "model=mlp",
+        "model.hidden=8",
+        "quant=none",
+        "trainer=smoke",
+        "threads=1",
+        "float_cache=null",
+    ]
     settings = build.compose(*overrides, "measure.repeats=1", "measure.batch_sizes=[2]")
     pipeline.execute(settings, tmp_path, overrides)
     events = read_events(tmp_path)

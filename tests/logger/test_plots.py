@@ -28,7 +28,9 @@ def test_noise_has_a_bar_for_each_finite_value():
     (axes,) = plots.noise({"weights": weights, "activations": activations}).axes
     found = [sorted(bar.get_width() for bar in bars) for bars in axes.containers]
     assert found == [[40.0], [20.0, 30.0]]
-    assert [text.get_text() for text in axes.texts] == ["weights: no error"] and 1 < axes.texts[0].get_position()[1] < 2
+    assert [text.get_text() for text in axes.texts] == ["weights: no error"] and 1 < axes.texts[
+        0
+    ].get_position()[1] < 2
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["fc1", "fc2", "quant"]
     fc2 = next(bar for bar in axes.containers[1] if bar.get_width() == 20)
@@ -45,7 +47,11 @@ def test_bins_hold_all_weights_and_equally_many_levels(bits, outside):
     assert 40 < len(edges) - 1 <= 160 and edges[0] <= values.min() and values.max() <= edges[-1]
     counts = torch.histogram(dequantized, edges).hist
     assert counts.sum() == len(integers)
-    assert bits < 8 or outside > 2 or set(counts.unique().tolist()) - {0, float(counts[counts > 0][-1])} == {3.0}
+    assert (
+        bits < 8
+        or outside > 2
+        or set(counts.unique().tolist()) - {0, float(counts[counts > 0][-1])} == {3.0}
+    )
 
 
 def test_weights_that_are_all_the_same_have_bins():
@@ -64,5 +70,8 @@ def test_a_model_of_zeros_can_be_drawn():
 @pytest.mark.parametrize("num_classes, texts", [(10, 100), (300, 0)])
 def test_the_counts_of_a_confusion_matrix_are_written_where_they_can_be_read(num_classes, texts):
     (axes,) = plots.confusion(torch.eye(num_classes).int().tolist(), "float").axes
-    assert len(axes.texts) == texts and axes.images[0].get_array().shape == (num_classes, num_classes)
+    assert len(axes.texts) == texts and axes.images[0].get_array().shape == (
+        num_classes,
+        num_classes,
+    )
     assert len(axes.get_xticks()) <= 20

@@ -46,9 +46,14 @@ def test_fusing_changes_no_output(model):
     expected = model(X)
     model.fuse_model()
     torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
-    kinds = [type(model.get_submodule(name)).__name__ for name in ("conv1", "conv2", "linear1", "linear2")]
+    kinds = [
+        type(model.get_submodule(name)).__name__
+        for name in ("conv1", "conv2", "linear1", "linear2")
+    ]
     assert kinds == ["ConvReLU2d", "ConvReLU2d", "LinearReLU", "Linear"]
-    assert {type(m).__name__ for m in (model.bn1, model.bn2, model.relu1, model.relu2, model.relu3)} == {"Identity"}
+    assert {
+        type(m).__name__ for m in (model.bn1, model.bn2, model.relu1, model.relu2, model.relu3)
+    } == {"Identity"}
 
 
 def test_fusing_for_training_keeps_the_statistics_moving(model):

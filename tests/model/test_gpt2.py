@@ -1,4 +1,4 @@
-"""GPT2 computes what transformers computes from the same checkpoint, generates as documented, and can be quantized."""
+"""GPT2 computes what transformers does, generates as documented, and can be quantized."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtrain.backend import integers, torch_ao
-from qtrain.config.build import _explain
+from qtrain.config.mistakes import explain
 from qtrain.data.text import EvalWindows
 from qtrain.functional.spec import QuantSpec
 from qtrain.model.gpt2 import GPT2, KVCache
@@ -37,9 +37,11 @@ def hf() -> ModuleType:
 
 
 def save_checkpoint(hf: ModuleType, folder: Path, sizes: dict[str, int], **config: Any) -> Any:
-    """Saves a random GPT-2 and returns it. No bias is 0 and no scale is 1, so that each must come to its place."""
+    """Saves a random GPT-2 and returns it; no bias is 0 and no scale 1, so that each must fit."""
     torch.manual_seed(0)
-    settings = hf.GPT2Config(**sizes, initializer_range=0.1, bos_token_id=0, eos_token_id=None, **config)
+    settings = hf.GPT2Config(
+        **sizes, initializer_range=0.1, bos_token_id=0, eos_token_id=None, **config
+    )
     model = hf.GPT2LMHeadModel(settings).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -66,10 +68,12 @@ def model() -> GPT2:
 
 
 def prompt(model: GPT2, batch_size: int = 2, num_tokens: int = 12) -> Tensor:
-    return torch.randint(model.vocab_size, (batch_size, num_tokens), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        model.vocab_size, (batch_size, num_tokens), generator=torch.Generator().manual_seed(1)
+    )
 
 
-# ---- parity with transformers ----------------------------------------------------------------------------------------
+# ---- parity with transformers --------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -79,10 +83,16 @@ def test_logits_are_those_of_transformers(pair: tuple[GPT2, Any]) -> None:
     expected = theirs(idx).logits
     assert expected.std() > 0.3  # the comparison means something
     torch.testing.assert_close(ours(idx), expected, atol=1e-4, rtol=0)
-    pieces = {"at once": [ours.n_positions], "token by token": [1] * ours.n_positions, "in pieces": [5, 1, 17, 30]}
+    pieces = {
+        "at once": [ours.n_positions],
+        "token by token": [1] * ours.n_positions,
+        "in pieces": [5, 1, 17, 30],
+    }
     for how, lengths in pieces.items():
         cache = KVCache(ours, batch_size=2)
-        logits = torch.cat([ours(piece, cache) for piece in idx[:, : sum(lengths)].split(lengths, dim=1)], dim=1)
+        logits = torch.cat(
+            [ours(piece, cache) for piece in idx[:, : sum(lengths)].split(lengths, dim=1)], dim=1
+        )
         torch.testing.assert_close(logits, expected[:, : sum(lengths)], atol=1e-4, rtol=0, msg=how)
 
 
@@ -96,15 +106,21 @@ def test_fifty_greedy_tokens_are_those_of_transformers(pair: tuple[GPT2, Any]) -
 
 
 @torch.no_grad()
-def test_perplexity_of_10_000_tokens_is_that_of_an_independent_loop(hf: ModuleType, tmp_path: Path) -> None:
+def test_perplexity_of_10_000_tokens_is_that_of_an_independent_loop(
+    hf: ModuleType, tmp_path: Path
+) -> None:
     theirs = save_checkpoint(hf, tmp_path, TINY)
     ours = GPT2(pretrained=str(tmp_path)).eval()
     context, stride = 48, 20
     tokens = torch.randint(61, (10_000,), generator=torch.Generator().manual_seed(1))
 
     loss = num_targets = 0.0
-    for inputs, targets in EvalWindows(tokens, context=context, stride=stride, batch_size=16, num_bytes=0):
-        loss += F.cross_entropy(ours(inputs).flatten(0, 1), targets.flatten(), reduction="sum").item()
+    for inputs, targets in EvalWindows(
+        tokens, context=context, stride=stride, batch_size=16, num_bytes=0
+    ):
+        loss += F.cross_entropy(
+            ours(inputs).flatten(0, 1), targets.flatten(), reduction="sum"
+        ).item()
         num_targets += (targets != -100).sum().item()
 
     nll, scored, start = [], 0, 0
@@ -125,7 +141,9 @@ def test_both_spellings_of_the_keys_load(hf: ModuleType, tmp_path: Path, prefix:
     if not prefix:  # the way "gpt2" lies on the hub
         theirs.transformer.save_pretrained(tmp_path)
     ours = GPT2(pretrained=str(tmp_path))
-    torch.testing.assert_close(ours.h[1].mlp.c_fc.weight, theirs.transformer.h[1].mlp.c_fc.weight.t())
+    torch.testing.assert_close(
+        ours.h[1].mlp.c_fc.weight, theirs.transformer.h[1].mlp.c_fc.weight.t()
+    )
     assert ours.lm_head.weight is ours.wte.weight
 
 
@@ -139,7 +157,7 @@ def test_the_checkpoints_sizes_take_the_place_of_the_configs_as_documented(
     assert "n_layer" not in caplog.text  # a warning on every job would tell nobody anything
 
 
-# ---- checkpoints that are refused ------------------------------------------------------------------------------------
+# ---- checkpoints that are refused ----------------------------------------------------------------
 
 
 def test_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -149,7 +167,9 @@ def test_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"pretrained=gpt2: needs the extra hf \(pip install \"qtrain\[hf\]\"\)"):
+    with pytest.raises(
+        ValueError, match=r"pretrained=gpt2: needs the extra hf \(pip install \"qtrain\[hf\]\"\)"
+    ):
         GPT2(pretrained="gpt2")
 
 
@@ -168,7 +188,7 @@ def test_every_key_and_shape_is_accounted_for(hf: ModuleType, tmp_path: Path) ->
     assert "mismatch: transformer.ln_f.bias has shape (15,), config.json asks for (16,)" in message
     assert message.count("\n") == 3
     config = OmegaConf.create({"vocab_size": 61, "pretrained": str(tmp_path)})
-    (line,) = _explain("model", config, caught.value)
+    (line,) = explain("model", config, caught.value)
     assert line == f"model.{message}"
 
 
@@ -177,7 +197,9 @@ def test_untied_head_is_refused(hf: ModuleType, tmp_path: Path) -> None:
     weights["lm_head.weight"] = weights["lm_head.weight"] + 1
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="lm_head.weight has other values than transformer.wte.weight"):
+    with pytest.raises(
+        ValueError, match="lm_head.weight has other values than transformer.wte.weight"
+    ):
         GPT2(pretrained=str(tmp_path))
 
 
@@ -194,7 +216,9 @@ def test_untied_head_is_refused(hf: ModuleType, tmp_path: Path) -> None:
         ("model_type", "gpt_neo"),
     ],
 )
-def test_other_architectures_are_refused(hf: ModuleType, tmp_path: Path, key: str, value: Any) -> None:
+def test_other_architectures_are_refused(
+    hf: ModuleType, tmp_path: Path, key: str, value: Any
+) -> None:
     save_checkpoint(hf, tmp_path, TINY)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
@@ -214,7 +238,11 @@ def test_damaged_file_is_refused(hf: ModuleType, tmp_path: Path) -> None:
     "online, said",
     [
         (True, ".* We couldn't connect. Check your internet connection."),
-        (False, "the hub does not answer, and the model was not downloaded before; go online, or name a folder .*"),
+        (
+            False,
+            "the hub does not answer, and the model was not downloaded before; "
+            "go online, or name a folder .*",
+        ),
     ],
 )
 def test_an_unreachable_hub_is_told_in_one_line(
@@ -229,7 +257,7 @@ def test_an_unreachable_hub_is_told_in_one_line(
         GPT2(pretrained="gpt2")
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 def test_published_sizes() -> None:
@@ -245,8 +273,11 @@ def test_published_initialisation() -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             expected = 0.02 / math.sqrt(8) if name.endswith("c_proj.weight") else 0.02
-            # The standard deviation of n normal samples is off by 1 / sqrt(2 n) of itself: allow five times that.
-            assert parameter.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * parameter.numel())), name
+            # The standard deviation of n normal samples is off by 1 / sqrt(2 n) of itself: allow
+            # five times that.
+            assert parameter.std().item() == pytest.approx(
+                expected, rel=5 / math.sqrt(2 * parameter.numel())
+            ), name
         else:
             assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0], name
 
@@ -254,7 +285,9 @@ def test_published_initialisation() -> None:
 def test_head_stays_tied_through_state_dict_and_training(model: GPT2) -> None:
     copy = GPT2(**TINY)
     copy.load_state_dict(model.state_dict())
-    torch.optim.SGD(copy.parameters(), lr=0.1).step(lambda: copy(prompt(copy)).square().mean().backward())
+    torch.optim.SGD(copy.parameters(), lr=0.1).step(
+        lambda: copy(prompt(copy)).square().mean().backward()
+    )
     assert copy.lm_head.weight is copy.wte.weight
     assert not copy.wte.weight.equal(model.wte.weight)
 
@@ -305,10 +338,17 @@ def test_a_cache_stands_for_the_eval_mode() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def testgelu(dtype: torch.dtype) -> None:
-    x = torch.cat([torch.linspace(-12, 12, 2**15 - 6), torch.tensor([0.0, -0.0, 1e-40, 1e30, -1e30, torch.inf])])
+    x = torch.cat(
+        [
+            torch.linspace(-12, 12, 2**15 - 6),
+            torch.tensor([0.0, -0.0, 1e-40, 1e30, -1e30, torch.inf]),
+        ]
+    )
     x = x.to(dtype)
     ours, exact = gelu(x), F.gelu(x.double(), approximate="tanh")
-    torch.testing.assert_close(ours.double(), exact, atol=1e-6 if dtype is torch.float32 else 2e-2, rtol=1e-6)
+    torch.testing.assert_close(
+        ours.double(), exact, atol=1e-6 if dtype is torch.float32 else 2e-2, rtol=1e-6
+    )
     x.requires_grad_()
     assert gelu(x).equal(F.gelu(x, approximate="tanh"))
 
@@ -339,7 +379,7 @@ def test_too_long_a_context_is_refused(model: GPT2) -> None:
         model(prompt(model, 1, 9), KVCache(model, max_length=8))
 
 
-# ---- quantization ----------------------------------------------------------------------------------------------------
+# ---- quantization --------------------------------------------------------------------------------
 
 
 def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2) -> None:
@@ -350,10 +390,17 @@ def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2
     ptq.calibrate(prepared, [(idx,)])
     converted = ptq.convert(prepared)
 
-    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    packed = {name for name, module in converted.named_modules() if integers.quantized_weight(module) is not None}
+    linears = {
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+    }
+    packed = {
+        name
+        for name, module in converted.named_modules()
+        if integers.quantized_weight(module) is not None
+    }
     assert packed == linears and len(linears) == 2 * 4 + 1
-    assert converted.wte.weight.equal(model.wte.weight)  # in float, although the head that shares it is packed
+    # In float, although the head that shares it is packed.
+    assert converted.wte.weight.equal(model.wte.weight)
     expected = model(idx).detach()
     error = (converted(idx) - expected).square().mean() / expected.square().mean()
     assert error < 10 ** (-15 / 10)  # 15 dB, what the truth gate asks of a layer
@@ -361,7 +408,7 @@ def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2
     assert model.fuse_model(is_qat=False) is None
 
 
-# ---- generation ------------------------------------------------------------------------------------------------------
+# ---- generation ----------------------------------------------------------------------------------
 
 
 def test_generation_is_a_function_of_its_seed(model: GPT2) -> None:
@@ -380,7 +427,9 @@ def test_generation_is_a_function_of_its_seed(model: GPT2) -> None:
 def test_a_batch_is_its_rows(model: GPT2) -> None:
     idx = prompt(model, batch_size=3)
     together = model.generate(idx, 40, greedy=True)
-    assert together.tolist() == [model.generate(row[None], 40, greedy=True)[0].tolist() for row in idx]
+    assert together.tolist() == [
+        model.generate(row[None], 40, greedy=True)[0].tolist() for row in idx
+    ]
     assert len(set(together[:, 12:].flatten().tolist())) > 2  # not one token for ever
 
 
@@ -390,10 +439,16 @@ def test_generation_draws_from_the_softmax(model: GPT2) -> None:
     logits = model(idx[:1])[0, -1]
     for top_k, temperature in ((None, 1.0), (5, 0.5)):
         drawn = model.generate(idx, 1, top_k=top_k, temperature=temperature)[:, -1]
-        kept = logits if top_k is None else logits.where(logits >= logits.sort().values[-top_k], -math.inf)
+        kept = (
+            logits
+            if top_k is None
+            else logits.where(logits >= logits.sort().values[-top_k], -math.inf)
+        )
         expected = (kept / temperature).softmax(-1)
         found = drawn.bincount(minlength=model.vocab_size) / num_rows
-        assert ((found - expected).abs() <= 5 * (expected / num_rows).sqrt()).all()  # five standard deviations
+        assert (
+            (found - expected).abs() <= 5 * (expected / num_rows).sqrt()
+        ).all()  # five standard deviations
 
 
 def test_greedy_is_top_1_and_the_limit_of_cold(model: GPT2) -> None:
@@ -434,9 +489,15 @@ def test_generation_leaves_training_mode_as_it_was() -> None:
         ({"top_k": 62}, "top_k=62: must be 1..vocab_size=61"),
         ({"temperature": 0.0}, "temperature=0.0: must be above 0; .* greedy=true"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
-        ({"max_new_tokens": 53}, "max_new_tokens=53: .* 12 tokens leaves room for 52 in n_positions=64; ask for fewer"),
+        (
+            {"max_new_tokens": 53},
+            "max_new_tokens=53: .* 12 tokens leaves room for 52 in n_positions=64; ask for fewer",
+        ),
         ({"idx": torch.zeros(1, 0, dtype=torch.long)}, "the prompt is empty"),
-        ({"idx": torch.zeros(1, 70, dtype=torch.long)}, "prompt of 70 tokens leaves room for 0 in n_positions=64"),
+        (
+            {"idx": torch.zeros(1, 70, dtype=torch.long)},
+            "prompt of 70 tokens leaves room for 0 in n_positions=64",
+        ),
         ({"greedy": True, "top_k": 5}, "greedy=true: leave out temperature, top_k and top_p"),
         ({"greedy": True, "top_p": 0.5}, "greedy=true: leave out temperature, top_k and top_p"),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),

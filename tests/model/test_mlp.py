@@ -30,12 +30,18 @@ def test_the_articles_network_is_linear_up_to_its_output():
     model = mlp(hidden_relu=False, output_relu=True)
     model.relu3 = None
     zero, x, y = model(torch.zeros(1, 1, 28, 28)), X[:2], X[2:4]
-    torch.testing.assert_close(model(2 * x - 3 * y) - zero, 2 * (model(x) - zero) - 3 * (model(y) - zero))
+    torch.testing.assert_close(
+        model(2 * x - 3 * y) - zero, 2 * (model(x) - zero) - 3 * (model(y) - zero)
+    )
 
 
 def test_number_of_parameters():
     weights, biases = 784 * 100 + 100 * 100 + 100 * 10, 100 + 100 + 10
-    assert sum(p.numel() for p in mlp(True, False, hidden=100).parameters()) == weights + biases == 89_610
+    assert (
+        sum(p.numel() for p in mlp(True, False, hidden=100).parameters())
+        == weights + biases
+        == 89_610
+    )
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])

@@ -21,7 +21,9 @@ def test_the_function_stays_and_the_features_stand_out(gpt2):
     idx, planted, seen = torch.randint(0, 20, (3, 8)), copy.deepcopy(gpt2), {}
     plant_outliers(planted, num_channels=2, factor=50.0)
     for name, model in (("before", gpt2), ("after", planted)):
-        model.h[1].mlp.c_fc.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        model.h[1].mlp.c_fc.register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args[0]})
+        )
         seen[f"{name} logits"] = model(idx)
     torch.testing.assert_close(seen["after logits"], seen["before logits"], rtol=1e-4, atol=1e-5)
     ratio = seen["after"] / seen["before"]
@@ -33,8 +35,14 @@ def test_the_function_stays_and_the_features_stand_out(gpt2):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_channels": 0, "factor": 2.0}, r"model_transform\.num_channels=0: must be a whole number from 1 to 16"),
-        ({"num_channels": 1, "factor": 0.0}, r"model_transform\.factor=0.0: must be a number above 0"),
+        (
+            {"num_channels": 0, "factor": 2.0},
+            r"model_transform\.num_channels=0: must be a whole number from 1 to 16",
+        ),
+        (
+            {"num_channels": 1, "factor": 0.0},
+            r"model_transform\.factor=0.0: must be a number above 0",
+        ),
     ],
 )
 def test_refused_settings(options, message, gpt2):
@@ -43,5 +51,7 @@ def test_refused_settings(options, message, gpt2):
 
 
 def test_another_model(mlp):
-    with pytest.raises(ValueError, match="model_transform: plants outliers in a GPT2, but the model is a MLP"):
+    with pytest.raises(
+        ValueError, match="model_transform: plants outliers in a GPT2, but the model is a MLP"
+    ):
         plant_outliers(mlp, num_channels=1, factor=2.0)

@@ -17,7 +17,7 @@ def naive_penalty(row, tokens, penalty):
 
 
 def naive_nucleus(row, p):
-    """The smallest set of tokens, added one by one from the likeliest, whose probability reaches p."""
+    """The smallest set of tokens, from the likeliest on, whose probability reaches p."""
     total = math.fsum(map(math.exp, row))
     kept, sum_ = set(), 0.0
     for index in sorted(range(len(row)), key=lambda index: -row[index]):
@@ -46,7 +46,9 @@ def test_repetition_is_penalized_once_whatever_the_sign(logits, penalty):
     tokens = torch.tensor([[3, 3, 0, 7]])
     expected = naive_penalty(logits[0].tolist(), {3, 0, 7}, penalty)
     torch.testing.assert_close(penalized(logits, tokens, penalty)[0].tolist(), expected)
-    later = Sampling(greedy=True, repetition_penalty=penalty).choose(logits, [tokens[:, :2], tokens[:, 2:]], None)
+    later = Sampling(greedy=True, repetition_penalty=penalty).choose(
+        logits, [tokens[:, :2], tokens[:, 2:]], None
+    )
     assert later.item() == max(range(12), key=lambda index: expected[index])
 
 
@@ -56,7 +58,9 @@ def test_top_p_draws_from_the_nucleus_alone_in_proportion(logits, p, top_k):
     row = logits[0].tolist()
     likeliest = sorted(range(12), key=lambda index: -row[index])[: top_k or 12]
     allowed = {likeliest[index] for index in naive_nucleus([row[token] for token in likeliest], p)}
-    weights = torch.tensor([math.exp(value) if index in allowed else 0.0 for index, value in enumerate(row)])
+    weights = torch.tensor(
+        [math.exp(value) if index in allowed else 0.0 for index, value in enumerate(row)]
+    )
     expected = weights / weights.sum()
     found = drawn(logits, top_p=p, top_k=top_k)
     assert (found[expected == 0] == 0).all()
@@ -78,7 +82,9 @@ def test_processors_of_transformers_say_the_same(logits):
     wanted = theirs.RepetitionPenaltyLogitsProcessor(1.3)(tokens, logits.clone())
     torch.testing.assert_close(penalized(logits, tokens, 1.3), wanted)
     for p in (0.3, 0.7, 0.95):
-        wanted = theirs.TopPLogitsWarper(p)(tokens, theirs.TemperatureLogitsWarper(0.8)(tokens, logits))
+        wanted = theirs.TopPLogitsWarper(p)(
+            tokens, theirs.TemperatureLogitsWarper(0.8)(tokens, logits)
+        )
         found = drawn(logits, top_p=p, temperature=0.8)
         torch.testing.assert_close(found, wanted[0].softmax(-1), atol=0.02, rtol=0)
         assert (found[wanted[0].isinf()] == 0).all()

@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 
 from qtrain.observer.percentile import PercentileObserver
 
-QARGS = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "quant_min": 0, "quant_max": 255}
+QARGS = {
+    "dtype": torch.quint8,
+    "qscheme": torch.per_tensor_affine,
+    "quant_min": 0,
+    "quant_max": 255,
+}
 NUMBERS = st.floats(-1000, 1000, width=32)
 PERCENTILES = st.sampled_from([51.0, 75.0, 90.0, 99.0, 99.9, 100.0]) | st.floats(50.5, 100)
 BINS = st.sampled_from([4, 8, 64, 1024])
@@ -28,11 +33,15 @@ def one_bin(observer, *batches):
 
 
 def assert_is_the_quantile(observer, x, *batches):
-    """Compares with torch.quantile; between two samples either may be meant, and a bin is added to each."""
+    """Compares with torch.quantile, to a bin; between two samples either may be meant."""
     low, high = (float(end) for end in observer.range())
     bound, share, x = one_bin(observer, *batches), observer.percentile / 100, x.double()
     for end, q in ((low, 1 - share), (high, share)):
-        assert x.quantile(q, interpolation="lower") - bound <= end <= x.quantile(q, interpolation="higher") + bound
+        assert (
+            x.quantile(q, interpolation="lower") - bound
+            <= end
+            <= x.quantile(q, interpolation="higher") + bound
+        )
     assert x.min() <= low <= high <= x.max()
 
 
@@ -52,23 +61,32 @@ def test_it_is_torchs_quantile_of_many_numbers(draw, percentile):
     assert_is_the_quantile(observer, x, x)
 
 
-@given(st.lists(st.lists(NUMBERS, min_size=1, max_size=20), min_size=1, max_size=6), PERCENTILES, st.data())
+@given(
+    st.lists(st.lists(NUMBERS, min_size=1, max_size=20), min_size=1, max_size=6),
+    PERCENTILES,
+    st.data(),
+)
 def test_neither_the_order_nor_the_batches_matter(batches, percentile, data):
-    """Ranges are merged whatever comes first, no count is lost, and the result is the quantile of everything."""
+    """Ranges merge in any order, no count is lost, and the result is everything's quantile."""
     x = torch.tensor([value for batch in batches for value in batch])
     shuffled = data.draw(st.permutations(batches))
     for order in (batches, shuffled, [x.tolist()]):
         # A batch of zeros has no magnitude of its own to choose bins by; it has a test below.
-        order = [batch for batch in order if any(batch)] + [batch for batch in order if not any(batch)]
+        order = [batch for batch in order if any(batch)] + [
+            batch for batch in order if not any(batch)
+        ]
         observer = observe(*map(torch.tensor, order), percentile=percentile)
         assert float(observer.counts.sum()) == len(x)
-        assert (float(observer.min_val), float(observer.max_val)) == (float(x.min()), float(x.max()))
+        assert (float(observer.min_val), float(observer.max_val)) == (
+            float(x.min()),
+            float(x.max()),
+        )
         assert_is_the_quantile(observer, x, x)
 
 
 @given(st.integers(0, 60), st.integers(1, 50))
 def test_a_wider_batch_keeps_every_count_in_its_place(doublings, times):
-    """Counts of numbers that are bin edges of every width: nothing may move when neighbours are merged."""
+    """Counts of numbers that are edges of bins of any width: merging must move none."""
     x = torch.tensor([-0.75, -0.25, 0.25, 0.75]).repeat(times)
     observer = observe(x, torch.tensor([float(2**doublings)]), bins=64)
     edges = torch.linspace(-float(observer.limit), float(observer.limit), 65)
@@ -84,14 +102,18 @@ def test_100_percent_is_torchs_minimum_and_maximum(values, bins):
     x = torch.tensor(values)
     reference = tq.MinMaxObserver(**QARGS)
     reference(x)
-    assert observe(x, percentile=100, bins=bins).calculate_qparams() == reference.calculate_qparams()
+    assert (
+        observe(x, percentile=100, bins=bins).calculate_qparams() == reference.calculate_qparams()
+    )
 
 
 def test_outliers_are_clipped_at_the_side_they_are_on():
     x = torch.linspace(-1, 1, 10_001)
     plain = observe(x, percentile=99.9, bins=8192).range()
     low, high = observe(x, torch.tensor([9.0, 10.0]), percentile=99.9, bins=8192).range()
-    assert high == pytest.approx(float(plain[1]), abs=0.01) and low == pytest.approx(float(plain[0]), abs=0.01)
+    assert high == pytest.approx(float(plain[1]), abs=0.01) and low == pytest.approx(
+        float(plain[0]), abs=0.01
+    )
     assert float(observe(x, torch.tensor([10.0]), percentile=100).range()[1]) == 10
 
 
@@ -99,7 +121,9 @@ def test_a_higher_percentile_clips_less():
     x = torch.randn(10_000)
     spans = [
         float(high - low)
-        for low, high in (observe(x, percentile=p, bins=8192).range() for p in (90, 95, 99, 99.9, 100))
+        for low, high in (
+            observe(x, percentile=p, bins=8192).range() for p in (90, 95, 99, 99.9, 100)
+        )
     ]
     assert spans == sorted(set(spans))
 
@@ -114,7 +138,9 @@ def test_more_bins_are_more_exact():
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 def test_scale_and_zero_point_are_those_of_the_clipped_range(symmetric):
     qscheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
-    observer = observe(torch.linspace(-1, 3, 1000), torch.tensor([50.0]), percentile=99, bins=8192, qscheme=qscheme)
+    observer = observe(
+        torch.linspace(-1, 3, 1000), torch.tensor([50.0]), percentile=99, bins=8192, qscheme=qscheme
+    )
     low, high = (float(end) for end in observer.range())
     scale, zero_point = observer.calculate_qparams()
     assert float(scale) == pytest.approx(2 * high / 255 if symmetric else (high - low) / 255)

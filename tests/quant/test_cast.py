@@ -16,7 +16,10 @@ def make(dtype, layers=None):
 def test_half_the_bytes_and_float32_outside(dtype, error, model, images):
     quantized = make(dtype).convert(Simulation(model))
     output = quantized(images)
-    assert output.dtype == torch.float32 and 0 < (output - model(images)).norm() < error * model(images).norm()
+    assert (
+        output.dtype == torch.float32
+        and 0 < (output - model(images)).norm() < error * model(images).norm()
+    )
     assert {p.dtype for p in quantized.parameters()} == {getattr(torch, dtype)}
     assert weight_bytes(quantized) < 0.51 * weight_bytes(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -36,18 +39,24 @@ def test_an_unknown_format():
         make("float8")
 
 
-@pytest.mark.parametrize("layers", [{"lm_head": "float"}, {"h.0": "float"}, {"*c_proj": "float"}], ids=str)
+@pytest.mark.parametrize(
+    "layers", [{"lm_head": "float"}, {"h.0": "float"}, {"*c_proj": "float"}], ids=str
+)
 def test_single_layers_in_float(layers):
     model = GPT2(vocab_size=40, n_positions=8, n_layer=2, n_head=2, n_embd=16)
     quantized, idx = make("float16", layers).convert(Simulation(model)), torch.tensor([[1, 2, 3]])
     dtypes = {
-        n: m.weight.dtype for n, m in quantized.named_modules() if type(m) in (torch.nn.Linear, torch.nn.Embedding)
+        n: m.weight.dtype
+        for n, m in quantized.named_modules()
+        if type(m) in (torch.nn.Linear, torch.nn.Embedding)
     }
     (pattern,) = layers
     kept = {"lm_head": ["lm_head"], "h.0": [n for n in dtypes if n.startswith("h.0.")]}
     expected = kept.get(pattern, [n for n in dtypes if n.endswith("c_proj")])
     assert [n for n, dtype in dtypes.items() if dtype == torch.float32] == expected
-    assert torch.equal(quantized.get_submodule(expected[0]).weight, model.get_submodule(expected[0]).weight)
+    assert torch.equal(
+        quantized.get_submodule(expected[0]).weight, model.get_submodule(expected[0]).weight
+    )
     half = make("float16").convert(Simulation(model))
     assert 0 < (quantized(idx) - half(idx)).abs().max() < 0.01
     assert quantized.generate(idx, 4, greedy=True).shape == (1, 7)  # the cache has one format too
@@ -55,7 +64,9 @@ def test_single_layers_in_float(layers):
 
 def test_each_layer_says_why_it_is_float(convnet, images):
     found = dry_run(convnet, make("float16", {"conv1": "float"}), (images[:2],))["float_layers"]
-    assert found.pop("conv1") == "set by quant.layers" and set(found.values()) == {"kept in float16"}
+    assert found.pop("conv1") == "set by quant.layers" and set(found.values()) == {
+        "kept in float16"
+    }
 
 
 def test_float_layers_that_are_none():

@@ -25,10 +25,16 @@ def weights(model):
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-def test_weights_and_outputs_are_those_of_torchs_quantize_dynamic(granularity, engine, mlp, images, make_dynamic):
+def test_weights_and_outputs_are_those_of_torchs_quantize_dynamic(
+    granularity, engine, mlp, images, make_dynamic
+):
     quantizer = make_dynamic(engine, weight={"granularity": granularity})
     ours = quantizer.convert(quantizer.prepare(mlp))
-    qconfig = tq.default_dynamic_qconfig if granularity == "per_tensor" else tq.per_channel_dynamic_qconfig
+    qconfig = (
+        tq.default_dynamic_qconfig
+        if granularity == "per_tensor"
+        else tq.per_channel_dynamic_qconfig
+    )
     with torch_ao.use_engine(engine):
         theirs = tq.quantize_dynamic(copy.deepcopy(mlp), {nn.Linear: qconfig})
         expected = theirs(images)
@@ -47,7 +53,9 @@ def test_it_stays_close_to_float(engine, model, images, make_dynamic):
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_weights_of_n_bits_have_2_to_the_n_integers(bits, symmetric, mlp, make_dynamic):
-    quantized = converted(make_dynamic("fbgemm", weight={"bits": bits, "symmetric": symmetric}), mlp)
+    quantized = converted(
+        make_dynamic("fbgemm", weight={"bits": bits, "symmetric": symmetric}), mlp
+    )
     integers = quantized.linear1.weight().int_repr()
     assert -(2 ** (bits - 1)) <= integers.min() and integers.max() <= 2 ** (bits - 1) - 1
     assert len(integers.unique()) > 0.9 * 2**bits
@@ -91,7 +99,9 @@ def test_a_layer_inside_a_float_one_stays_float(make_dynamic):
 
 @pytest.mark.parametrize("setting", ["int8", None, {"method": "ptq"}], ids=str)
 def test_layers_have_no_other_setting(setting, make_dynamic):
-    with pytest.raises(ValueError, match=r"layers\.linear1=.*: must be float, fp16, weight_only, llm_int8"):
+    with pytest.raises(
+        ValueError, match=r"layers\.linear1=.*: must be float, fp16, weight_only, llm_int8"
+    ):
         make_dynamic(layers={"linear1": setting})
     with pytest.raises(ValueError, match=r"layers\.linear1\.bits=9: must be a whole number"):
         make_dynamic(layers={"linear1": {"bits": 9}})
@@ -100,11 +110,17 @@ def test_layers_have_no_other_setting(setting, make_dynamic):
 
 
 def test_single_layers_in_fewer_bits_or_by_another_method(mlp, images, make_dynamic):
-    layers = {"linear1": {"bits": 4}, "linear2": "llm_int8", "linear3": {"method": "weight_only", "bits": 4}}
+    layers = {
+        "linear1": {"bits": 4},
+        "linear2": "llm_int8",
+        "linear3": {"method": "weight_only", "bits": 4},
+    }
     quantized = converted(make_dynamic(layers=layers), mlp)
     assert quantized.linear1.weight().int_repr().unique().numel() <= 16
     assert isinstance(quantized.linear2, LLMInt8Linear) and quantized.linear3.weight.bits == 4
-    assert isinstance(converted(make_dynamic(layers={"linear2": "fp16"}), mlp).linear2.weight, HalfWeight)
+    assert isinstance(
+        converted(make_dynamic(layers={"linear2": "fp16"}), mlp).linear2.weight, HalfWeight
+    )
     assert 0 < (quantized(images) - mlp(images)).norm() < 0.3 * mlp(images).norm()
 
 

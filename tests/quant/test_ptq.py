@@ -35,7 +35,7 @@ def quantized_layers(model):
     return {n: m for n, m in model.named_modules() if integers.quantized_weight(m) is not None}
 
 
-# ---- against a plain script ------------------------------------------------------------------------------------------
+# ---- against a plain script ----------------------------------------------------------------------
 
 
 def by_hand(model, qconfig, batches, engine):
@@ -98,17 +98,28 @@ TORCHS_OBSERVERS = {
 @OLD_TORCH_STYLE
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("observer", TORCHS_OBSERVERS)
-def test_settings_give_what_torchs_own_observers_give(observer, granularity, engine, convnet, images, make_ptq):
+def test_settings_give_what_torchs_own_observers_give(
+    observer, granularity, engine, convnet, images, make_ptq
+):
     ours, theirs, arguments = TORCHS_OBSERVERS[observer]
     spec = {"bits": 7, "symmetric": True, "reduce_range": False, "observer": ours}
     quantizer = make_ptq(engine, weight={"bits": 6, "granularity": granularity}, activation=spec)
-    weight_observer = tq.PerChannelMinMaxObserver if granularity == "per_channel" else tq.MinMaxObserver
+    weight_observer = (
+        tq.PerChannelMinMaxObserver if granularity == "per_channel" else tq.MinMaxObserver
+    )
     qconfig = tq.QConfig(
         activation=theirs.with_args(
-            dtype=torch.quint8, qscheme=torch.per_tensor_symmetric, quant_min=0, quant_max=127, **arguments
+            dtype=torch.quint8,
+            qscheme=torch.per_tensor_symmetric,
+            quant_min=0,
+            quant_max=127,
+            **arguments,
         ),
         weight=weight_observer.with_args(
-            dtype=torch.qint8, qscheme=getattr(torch, f"{granularity}_symmetric"), quant_min=-32, quant_max=31
+            dtype=torch.qint8,
+            qscheme=getattr(torch, f"{granularity}_symmetric"),
+            quant_min=-32,
+            quant_max=31,
         ),
     )
     batches = images.split(8)
@@ -135,7 +146,7 @@ def test_an_outlier_costs_minmax_more_than_percentile(mlp, images, make_ptq):
     assert ratios[1] > ratios[0] + 10
 
 
-# ---- calibration -----------------------------------------------------------------------------------------------------
+# ---- calibration ---------------------------------------------------------------------------------
 
 
 def test_calibration_sees_every_batch_and_nothing_else(convnet, images, make_ptq):
@@ -148,7 +159,8 @@ def test_calibration_sees_every_batch_and_nothing_else(convnet, images, make_ptq
     assert points["quant"].observed_range() == (images.min().item(), images.max().item())
     logits = convnet(images)
     torch.testing.assert_close(
-        torch.tensor(points["linear2"].observed_range()), torch.stack([logits.min(), logits.max()]).detach()
+        torch.tensor(points["linear2"].observed_range()),
+        torch.stack([logits.min(), logits.max()]).detach(),
     )
     assert not prepared.training
     assert torch.equal(quantizer.reference(prepared)(images), prepared(images))
@@ -164,7 +176,9 @@ def test_calibration_scales_and_zero_points_by_formula(mlp, images, make_ptq):
     assert quantized.linear1.scale == pytest.approx(hidden.max().item() / 255)
     assert quantized.linear1.zero_point == 0
     weight = mlp.linear3.weight
-    assert quantized.linear3.weight().q_scale() == pytest.approx(2 * weight.abs().max().item() / 255)
+    assert quantized.linear3.weight().q_scale() == pytest.approx(
+        2 * weight.abs().max().item() / 255
+    )
 
 
 def test_reduce_range_halves_the_integers_of_activations(mlp, images, make_ptq):
@@ -181,7 +195,7 @@ def test_reference_is_the_float_model(model, images, make_ptq):
     torch.testing.assert_close(reference(images), model(images), atol=1e-5, rtol=1e-4)
 
 
-# ---- the simulation --------------------------------------------------------------------------------------------------
+# ---- the simulation ------------------------------------------------------------------------------
 
 
 def test_simulation_agrees_with_the_converted_model(engine, model, images, make_ptq):
@@ -193,9 +207,13 @@ def test_simulation_agrees_with_the_converted_model(engine, model, images, make_
     assert steps.square().mean().sqrt() < 1
 
 
-@pytest.mark.parametrize("bits, ties", [(2, 0.5), (4, 0.5), (7, 0.1), (8, 0.1)], ids=["2", "4", "7", "8"])
-def test_each_layers_simulation_rounds_as_its_kernel_does(bits, ties, engine, model, images, make_ptq, full_range_bits):
-    """Given the same integers, both come to the same but where halfway between two: often, with few weights' values."""
+@pytest.mark.parametrize(
+    "bits, ties", [(2, 0.5), (4, 0.5), (7, 0.1), (8, 0.1)], ids=["2", "4", "7", "8"]
+)
+def test_each_layers_simulation_rounds_as_its_kernel_does(
+    bits, ties, engine, model, images, make_ptq, full_range_bits
+):
+    """Both come to the same for equal integers but where halfway: often, with few weights."""
     reduce_range = bits > full_range_bits(engine)
     quantizer = make_ptq(engine, weight={"bits": bits}, activation={"reduce_range": reduce_range})
     prepared = calibrated(quantizer, model, images)
@@ -210,9 +228,15 @@ def test_each_layers_simulation_rounds_as_its_kernel_does(bits, ties, engine, mo
     for name, layer in quantized_layers(quantized).items():
         x, expected = seen[name]
         with torch_ao.use_engine(engine):
-            output = layer(torch.quantize_per_tensor(x, float(source.scale), int(source.zero_point), torch.quint8))
+            output = layer(
+                torch.quantize_per_tensor(
+                    x, float(source.scale), int(source.zero_point), torch.quint8
+                )
+            )
         top = (quantizer.activation.quant_range(signed=False)[1] - layer.zero_point) * layer.scale
-        steps = (output.dequantize().clamp(max=top) - expected) / layer.scale  # kernels clip at 255, reduced or not
+        steps = (
+            output.dequantize().clamp(max=top) - expected
+        ) / layer.scale  # kernels clip at 255, reduced or not
         assert steps.square().mean().sqrt() < ties and steps.abs().max() < 1.01
         source = layer
 
@@ -224,7 +248,13 @@ def test_each_layers_simulation_rounds_as_its_kernel_does(bits, ties, engine, mo
     ids=["symmetric", "asymmetric", "symmetric_fused", "asymmetric_fused"],
 )
 def test_simulated_weights_are_the_converted_ones(symmetric, fused, granularity, between, make_ptq):
-    model = between(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5), fuse=[(0, 1)] if fused else [])
+    model = between(
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+        fuse=[(0, 1)] if fused else [],
+    )
     for bits in range(2, 9):
         weight = {"bits": bits, "symmetric": symmetric, "granularity": granularity}
         quantizer = make_ptq("fbgemm", weight=weight)
@@ -238,7 +268,9 @@ def test_simulated_weights_are_the_converted_ones(symmetric, fused, granularity,
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_weights_of_n_bits_have_2_to_the_n_integers(bits, granularity, symmetric, convnet, images, make_ptq):
+def test_weights_of_n_bits_have_2_to_the_n_integers(
+    bits, granularity, symmetric, convnet, images, make_ptq
+):
     weight = {"bits": bits, "granularity": granularity, "symmetric": symmetric}
     quantizer = make_ptq("fbgemm", weight=weight)
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
@@ -250,7 +282,9 @@ def test_weights_of_n_bits_have_2_to_the_n_integers(bits, granularity, symmetric
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_activations_of_n_bits_have_2_to_the_n_values_and_are_a_simulation(bits, engine, convnet, make_ptq):
+def test_activations_of_n_bits_have_2_to_the_n_values_and_are_a_simulation(
+    bits, engine, convnet, make_ptq
+):
     ramp = torch.linspace(-1, 2, 32 * 784).reshape(32, 1, 28, 28)
     quantizer = make_ptq(engine, activation={"bits": bits})
     assert quantizer.simulated is (bits < 8)
@@ -258,19 +292,25 @@ def test_activations_of_n_bits_have_2_to_the_n_values_and_are_a_simulation(bits,
     values = {}
     for name in ("quant", "conv1"):
         layer = quantizer.fake(prepared).get_submodule(name)
-        layer.register_forward_hook(lambda _m, _i, output, name=name: values.update({name: output.unique()}))
+        layer.register_forward_hook(
+            lambda _m, _i, output, name=name: values.update({name: output.unique()})
+        )
         layer(ramp)
     levels = 2 ** (bits - (bits == 8 and torch_ao.ENGINES[engine].reduce_range))
     assert len(values["quant"]) == levels and len(values["conv1"]) <= levels
 
 
-# ---- settings and files ----------------------------------------------------------------------------------------------
+# ---- settings and files --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "setting, reason",
     [
-        ("int4", r"layers\.conv\*=int4: must be float, fp16, weight_only, llm_int8, or a mapping such as {bits: 4}"),
+        (
+            "int4",
+            r"layers\.conv\*=int4: must be float, fp16, weight_only, llm_int8, "
+            r"or a mapping such as {bits: 4}",
+        ),
         (None, r"layers\.conv\*=None: must be float"),
         ({"bits": 9}, r"layers\.conv\*\.bits=9: must be a whole number from 2 to 8"),
         ({"bit": 4}, r"layers\.conv\*\.bit=4: .* bits, granularity"),
@@ -300,15 +340,23 @@ def test_single_layers_by_another_method(kind, mlp, images, make_ptq, make_qat):
     before = prepared(images)
     quantized, fake = quantizer.convert(prepared), quantizer.fake(prepared)
     for model in (quantized, fake):
-        kinds = {type(m): m for m in model.modules() if isinstance(m, LLMInt8Linear | CompactLinear)}
+        kinds = {
+            type(m): m for m in model.modules() if isinstance(m, LLMInt8Linear | CompactLinear)
+        }
         assert len(kinds) == 2 and kinds[CompactLinear].weight.bits == 4
         torch.testing.assert_close(
             kinds[LLMInt8Linear].weight.dequantize(), 1.1 * mlp.linear1.weight, atol=0.01, rtol=0.01
         )
     assert isinstance(quantized.linear3, nnq.Linear)
-    assert decibels(fake(images), quantized(images)) > 30 and decibels(scaled(mlp, 1.1)(images), quantized(images)) > 10
+    assert (
+        decibels(fake(images), quantized(images)) > 30
+        and decibels(scaled(mlp, 1.1)(images), quantized(images)) > 10
+    )
     assert torch.equal(prepared(images), before)  # both were made of copies
-    assert not any(isinstance(m, LLMInt8Linear | CompactLinear) for m in quantizer.reference(prepared).modules())
+    assert not any(
+        isinstance(m, LLMInt8Linear | CompactLinear)
+        for m in quantizer.reference(prepared).modules()
+    )
 
 
 def scaled(model, factor):
@@ -340,7 +388,9 @@ def test_observers_of_one_range_serve_weights_where_they_can_forget(convnet, ima
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     assert decibels(convnet(images), quantized(images)) > 20
     with pytest.raises(ValueError, match="weight.observer=histogram: cannot forget .*use minmax"):
-        make_ptq(weight={"granularity": "per_tensor", "observer": partial(torch_ao.histogram, bins=64)})
+        make_ptq(
+            weight={"granularity": "per_tensor", "observer": partial(torch_ao.histogram, bins=64)}
+        )
 
 
 def test_a_state_dict_fills_an_uncalibrated_conversion_exactly(engine, model, images, make_ptq):
@@ -367,7 +417,9 @@ def test_settled_specs_are_those_of_the_engine(engine, make_ptq):
     quantizer = make_ptq(engine)
     rules = torch_ao.ENGINES[engine]
     assert (quantizer.engine, quantizer.simulated, quantizer.trains) == (engine, False, False)
-    assert (quantizer.weight, quantizer.activation) == rules.settle(quantizer.weight, quantizer.activation)
+    assert (quantizer.weight, quantizer.activation) == rules.settle(
+        quantizer.weight, quantizer.activation
+    )
     assert quantizer.activation.reduce_range is rules.reduce_range
 
 

@@ -28,7 +28,7 @@ def modes(points):
     return {(point.observing, point.quantizing) for point in points.values()}
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,19 @@ def modes(points):
         ({"convert_every": -1}, "convert_every=-1: must be a whole number from 0 to 4"),
         ({"epochs": 2, "convert_every": 3}, "convert_every=3: must be a whole number from 0 to 2"),
         ({"from_scratch": 1}, "from_scratch=1: allowed are true and false"),
-        ({"epochs": 2, "start_epoch": 2}, "start_epoch=2: must be a whole number from 0 to 1, or null"),
+        (
+            {"epochs": 2, "start_epoch": 2},
+            "start_epoch=2: must be a whole number from 0 to 1, or null",
+        ),
         ({"start_epoch": -1}, "start_epoch=-1: must be a whole number from 0 to 3"),
-        ({"freeze_observers_epoch": 9}, "freeze_observers_epoch=9: must be a whole number from 0 to 3"),
-        ({"freeze_batch_norm_epoch": 4}, "freeze_batch_norm_epoch=4: must be a whole number from 0 to 3"),
+        (
+            {"freeze_observers_epoch": 9},
+            "freeze_observers_epoch=9: must be a whole number from 0 to 3",
+        ),
+        (
+            {"freeze_batch_norm_epoch": 4},
+            "freeze_batch_norm_epoch=4: must be a whole number from 0 to 3",
+        ),
         ({"engine": "gemm"}, "engine=gemm: allowed are"),
         (
             {"activation": {"observer": partial(torch_ao.histogram, bins=64)}},
@@ -57,7 +66,13 @@ def test_mistakes_are_refused_with_what_is_allowed(setting, reason, make_qat):
 
 def test_all_mistakes_are_told_at_once(make_qat):
     with pytest.raises(ValueError) as err:
-        make_qat("onednn", epochs=1, start_epoch=3, convert_every=-2, weight={"symmetric": False, "reduce_range": True})
+        make_qat(
+            "onednn",
+            epochs=1,
+            start_epoch=3,
+            convert_every=-2,
+            weight={"symmetric": False, "reduce_range": True},
+        )
     keys = [line.split("=")[0] for line in str(err.value).splitlines()]
     assert keys[:2] == ["start_epoch", "convert_every"] and "weight.reduce_range" in keys
 
@@ -65,14 +80,21 @@ def test_all_mistakes_are_told_at_once(make_qat):
 def test_settings_are_there_for_the_trainer(make_qat):
     quantizer = make_qat(epochs=3, optimizer=1, scheduler=2, from_scratch=True, convert_every=2)
     assert quantizer.trains and quantizer.from_scratch
-    assert (quantizer.epochs, quantizer.optimizer, quantizer.scheduler, quantizer.convert_every) == (3, 1, 2, 2)
+    assert (
+        quantizer.epochs,
+        quantizer.optimizer,
+        quantizer.scheduler,
+        quantizer.convert_every,
+    ) == (3, 1, 2, 2)
 
 
-# ---- the schedule ----------------------------------------------------------------------------------------------------
+# ---- the schedule --------------------------------------------------------------------------------
 
 
 def test_fake_quantization_and_freezing_start_at_their_epochs(convnet, images, make_qat):
-    quantizer = make_qat(epochs=5, start_epoch=1, freeze_observers_epoch=2, freeze_batch_norm_epoch=3)
+    quantizer = make_qat(
+        epochs=5, start_epoch=1, freeze_observers_epoch=2, freeze_batch_norm_epoch=3
+    )
     prepared = calibrated(quantizer, convnet, images)
     for epoch in range(5):
         prepared.train()
@@ -82,9 +104,15 @@ def test_fake_quantization_and_freezing_start_at_their_epochs(convnet, images, m
         # Weights are seen whole at every step: their range is never frozen.
         assert modes(weight_points(prepared.model)) == {(True, quantizing)}
         assert prepared.model.conv1.bn.training is (epoch < 3)
-        before = prepared.model.conv1.bn.running_mean.clone(), output_points(prepared.model)["conv1"].observed_range()
+        before = (
+            prepared.model.conv1.bn.running_mean.clone(),
+            output_points(prepared.model)["conv1"].observed_range(),
+        )
         prepared(images * (epoch + 2))
-        after = prepared.model.conv1.bn.running_mean, output_points(prepared.model)["conv1"].observed_range()
+        after = (
+            prepared.model.conv1.bn.running_mean,
+            output_points(prepared.model)["conv1"].observed_range(),
+        )
         assert torch.equal(before[0], after[0]) is (epoch >= 3)
         assert (before[1] == after[1]) is (epoch >= 2)
 
@@ -109,7 +137,7 @@ def test_before_the_start_it_trains_the_float_model(mlp, images, make_qat):
     assert not torch.allclose(prepared(images), mlp(images))
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def test_it_trains_and_the_loss_falls(engine, model, images, make_qat, train):
@@ -122,7 +150,7 @@ def test_it_trains_and_the_loss_falls(engine, model, images, make_qat, train):
 
 
 def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, make_qat):
-    """d loss / d w is that of the loss at the quantized weight, where the weight is inside its range."""
+    """d loss / d w is the loss's at the quantized weight, where w is inside its range."""
     quantizer = make_qat(weight={"bits": 3}, activation={"reduce_range": False})
     prepared = calibrated(quantizer, mlp, images).train()
     quantizer.on_epoch(prepared, 0)
@@ -136,17 +164,24 @@ def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, mak
             layer.weight.copy_(point(layer.weight))
     replaced(images).square().sum().backward()
     for name in ("linear1", "linear2", "linear3"):
-        point, weight = prepared.model.get_submodule(name).weight_q, mlp.get_submodule(name).weight.detach()
+        point, weight = (
+            prepared.model.get_submodule(name).weight_q,
+            mlp.get_submodule(name).weight.detach(),
+        )
         scale = point.calculate_qparams()[0].reshape(-1, 1)
         inside = (weight / scale).round().clamp(-4, 3) == (weight / scale).round()
-        tie = ((weight / scale) % 1 - 0.5).abs() < 1e-3  # may be rounded either way, into or out of the range
+        tie = (
+            (weight / scale) % 1 - 0.5
+        ).abs() < 1e-3  # may be rounded either way, into or out of the range
         expected = replaced.get_submodule(name).weight.grad * inside
-        torch.testing.assert_close(prepared.model.get_submodule(name).weight.grad[~tie], expected[~tie])
+        torch.testing.assert_close(
+            prepared.model.get_submodule(name).weight.grad[~tie], expected[~tie]
+        )
 
 
 @pytest.mark.parametrize("narrow", [True, False])
 def test_in_a_narrow_range_the_largest_weights_have_a_gradient(narrow, mlp, images, make_qat):
-    """In -128..127 the largest weight lies on 127.5, here exactly; it becomes 128, and is clipped."""
+    """In -128..127 the largest weight lies on 127.5, here exactly: at 128 it is clipped."""
     with torch.no_grad():
         mlp.linear1.weight[:, 0] = 127.5
     quantizer = make_qat("fbgemm", weight={"narrow_range": narrow})
@@ -159,7 +194,9 @@ def test_in_a_narrow_range_the_largest_weights_have_a_gradient(narrow, mlp, imag
     assert narrow or grad[:, 0].eq(0).all()
 
 
-@pytest.mark.parametrize("bits, symmetric, narrow", [(8, "auto", True), (4, "auto", False), (8, False, False)])
+@pytest.mark.parametrize(
+    "bits, symmetric, narrow", [(8, "auto", True), (4, "auto", False), (8, False, False)]
+)
 def test_the_range_is_narrow_where_that_costs_little(bits, symmetric, narrow, make_qat, make_ptq):
     for setting, expected in (("auto", narrow), (True, True), (False, False)):
         weight = {"bits": bits, "symmetric": symmetric, "narrow_range": setting}
@@ -180,9 +217,12 @@ def test_weight_ranges_are_those_of_the_weights_now(convnet, images, make_qat, t
             prepared.model.linear2.weight.mul_(factor)
         prepared(images)
         expected = prepared.model.linear2.weight.abs().amax(1) / 127
-        torch.testing.assert_close(prepared.model.linear2.weight_q.calculate_qparams()[0], expected.detach())
         torch.testing.assert_close(
-            quantizer.convert(prepared).linear2.weight().q_per_channel_scales().float(), expected.detach()
+            prepared.model.linear2.weight_q.calculate_qparams()[0], expected.detach()
+        )
+        torch.testing.assert_close(
+            quantizer.convert(prepared).linear2.weight().q_per_channel_scales().float(),
+            expected.detach(),
         )
 
 
@@ -194,7 +234,9 @@ def test_an_averaging_observer_does_not_lag_behind_weights(mlp, images, make_qat
         prepared.model.linear1.weight.mul_(5)
     prepared(images)
     scale, _ = prepared.model.linear1.weight_q.calculate_qparams()
-    torch.testing.assert_close(scale, 2 * prepared.model.linear1.weight.detach().abs().amax(1) / 255)
+    torch.testing.assert_close(
+        scale, 2 * prepared.model.linear1.weight.detach().abs().amax(1) / 255
+    )
 
 
 def test_a_batch_norm_factor_of_zero_trains_without_nan(convnet, images, make_qat, train):
@@ -207,7 +249,9 @@ def test_a_batch_norm_factor_of_zero_trains_without_nan(convnet, images, make_qa
     assert quantizer.convert(prepared)(images).isfinite().all()
 
 
-def test_a_batch_norm_factor_of_zero_behind_a_linear_layer_trains_without_nan(between, make_qat, train):
+def test_a_batch_norm_factor_of_zero_behind_a_linear_layer_trains_without_nan(
+    between, make_qat, train
+):
     model = between(nn.Linear(6, 4), nn.BatchNorm1d(4), fuse=[(0, 1)])
     with torch.no_grad():
         model.body[1].weight[0] = 0
@@ -229,11 +273,14 @@ def test_convolutions_of_any_dimension_train(dims, between, make_qat, train, ful
     assert decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 20
 
 
-# ---- simulation and conversion ---------------------------------------------------------------------------------------
+# ---- simulation and conversion -------------------------------------------------------------------
 
 
-def test_simulation_agrees_with_the_converted_model(engine, model, images, make_qat, train, full_range_bits):
-    weight, activation = {"bits": full_range_bits(engine)}, {"reduce_range": False}  # both clip at 0..255
+def test_simulation_agrees_with_the_converted_model(
+    engine, model, images, make_qat, train, full_range_bits
+):
+    # Both clip at 0..255.
+    weight, activation = {"bits": full_range_bits(engine)}, {"reduce_range": False}
     quantizer = make_qat(engine, weight=weight, activation=activation)
     prepared = train(quantizer, calibrated(quantizer, model, images), images)
     fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
@@ -243,8 +290,11 @@ def test_simulation_agrees_with_the_converted_model(engine, model, images, make_
     assert decibels(quantizer.reference(prepared)(images), quantized(images)) > 20
 
 
-def test_converted_weights_are_the_trained_ones_with_batch_norm_folded_in(convnet, images, make_qat, train):
-    quantizer = make_qat("fbgemm")  # in a narrow range: in -128..127 some would be clipped, or just beside
+def test_converted_weights_are_the_trained_ones_with_batch_norm_folded_in(
+    convnet, images, make_qat, train
+):
+    # In a narrow range: in -128..127 some would be clipped, or just beside.
+    quantizer = make_qat("fbgemm")
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
     quantized = quantizer.convert(prepared)
     for name in QUANTIZED:
@@ -281,7 +331,9 @@ def test_simulation_leaves_the_prepared_model_in_its_modes(convnet, images, make
     assert prepared.training and not fake.training and not reference.training
     assert modes(output_points(prepared.model)) == {(False, False)}
     assert modes(weight_points(prepared.model)) == {(True, False)}
-    assert modes(output_points(fake)) == {(False, True)} and modes(weight_points(fake)) == {(True, True)}
+    assert modes(output_points(fake)) == {(False, True)} and modes(weight_points(fake)) == {
+        (True, True)
+    }
     torch.testing.assert_close(reference(images), convnet(images), atol=1e-4, rtol=1e-4)
 
 
@@ -293,7 +345,9 @@ def test_few_bits_of_activation_are_a_simulation(convnet, images, make_qat):
 
 
 def test_weights_train_at_their_layers_bits(convnet, images, make_qat, train):
-    quantizer = make_qat("fbgemm", weight={"bits": 4}, layers={"conv1": "float", "linear2": {"bits": 8}})
+    quantizer = make_qat(
+        "fbgemm", weight={"bits": 4}, layers={"conv1": "float", "linear2": {"bits": 8}}
+    )
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
     points = {name: point.quant_max for name, point in weight_points(prepared.model).items()}
     assert points == {"conv2": 7, "linear1": 7, "linear2": 127}
@@ -317,14 +371,21 @@ def test_batch_norm_in_a_float_island_is_frozen_too(convnet, images, make_qat):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["mlp", "convnet"])
 def test_a_whole_epoch_ends_with_the_integers_of_torchs_own_modules(model):
-    """With torch's Conv-BN in both: that one rounds differently on, a whole training away from these integers."""
+    """With torch's Conv-BN in both: it rounds differently, a whole training away from ours."""
 
     def epoch(fake_quantize):
-        overrides = ["quant=qat", f"quant.fake_quantize={fake_quantize}", "quant.conv_bn=torch", f"model={model}"]
+        overrides = [
+            "quant=qat",
+            f"quant.fake_quantize={fake_quantize}",
+            "quant.conv_bn=torch",
+            f"model={model}",
+        ]
         parts = build(compose(*overrides, "seed=0"))
         torch.manual_seed(0)
         quantizer, task = parts.quantizer, parts.task
-        prepared = calibrated(quantizer, parts.model, *[task.inputs(batch)[0] for batch in islice(parts.data.test, 1)])
+        prepared = calibrated(
+            quantizer, parts.model, *[task.inputs(batch)[0] for batch in islice(parts.data.test, 1)]
+        )
         quantizer.on_epoch(prepared.train(), 0)
         optimizer = torch.optim.Adam(prepared.parameters(), 1e-3)
         for batch in parts.data.train:
@@ -332,8 +393,13 @@ def test_a_whole_epoch_ends_with_the_integers_of_torchs_own_modules(model):
             optimizer.step()
             optimizer.zero_grad()
         converted = quantizer.convert(prepared)
-        layers = {n: m for n, m in converted.named_modules() if integers.quantized_weight(m) is not None}
-        return {n: (integers.quantized_weight(m).int_repr(), m.scale, m.zero_point) for n, m in layers.items()}
+        layers = {
+            n: m for n, m in converted.named_modules() if integers.quantized_weight(m) is not None
+        }
+        return {
+            n: (integers.quantized_weight(m).int_repr(), m.scale, m.zero_point)
+            for n, m in layers.items()
+        }
 
     found, expected = epoch("qtrain"), epoch("torch")
     assert len(found) >= 3 and found.keys() == expected.keys()

@@ -30,8 +30,14 @@ def by_zeropoint(x, num_steps=255):
 
 
 METHODS = {
-    "absmax": (lambda **o: Absmax(**{"quant_max": 127, "scope": "all", "layers": {}, **o}), by_absmax),
-    "zeropoint": (lambda **o: Zeropoint(**{"num_steps": 255, "scope": "all", "layers": {}, **o}), by_zeropoint),
+    "absmax": (
+        lambda **o: Absmax(**{"quant_max": 127, "scope": "all", "layers": {}, **o}),
+        by_absmax,
+    ),
+    "zeropoint": (
+        lambda **o: Zeropoint(**{"num_steps": 255, "scope": "all", "layers": {}, **o}),
+        by_zeropoint,
+    ),
 }
 
 
@@ -40,7 +46,9 @@ def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
     before = copy.deepcopy(convnet.state_dict())
     quantized = make().convert(Simulation(convnet))
     for name, exact in convnet.named_parameters():
-        torch.testing.assert_close(value(quantized, name), formula(exact.data), rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            value(quantized, name), formula(exact.data), rtol=1e-5, atol=1e-6, msg=name
+        )
         assert not torch.equal(value(quantized, name), exact)
     assert all(torch.equal(before[name], value) for name, value in convnet.state_dict().items())
     assert 0 < (quantized(images) - convnet(images)).norm() < 0.2 * convnet(images).norm()
@@ -50,7 +58,11 @@ def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
 def test_linear_layers_alone_or_without_some(make, formula, convnet):
     def changed(**options):
         quantized = make(**options).convert(Simulation(convnet))
-        return {name for name, exact in convnet.named_parameters() if not torch.equal(exact, value(quantized, name))}
+        return {
+            name
+            for name, exact in convnet.named_parameters()
+            if not torch.equal(exact, value(quantized, name))
+        }
 
     assert changed(scope="linear") == {"linear1.weight", "linear2.weight"}
     assert changed(scope="linear", layers={"linear1": "float"}) == {"linear2.weight"}
@@ -71,10 +83,17 @@ def test_a_quarter_of_the_size_and_a_tied_weight_once(make, formula):
     idx = torch.arange(12).view(2, 6)
     quantized = make().convert(Simulation(model))
     parameters = list(model.parameters())  # the tied weight once
-    assert weight_bytes(quantized) == sum(p.numel() for p in parameters) + 8 * len(parameters)  # a scale, a zero point
+    # A scale, a zero point.
+    assert weight_bytes(quantized) == sum(p.numel() for p in parameters) + 8 * len(parameters)
     torch.testing.assert_close(quantized(idx), model(idx), rtol=0, atol=0.1)
-    assert coverage(quantized, (idx,), {}) == {"params_quantized": 1.0, "macs_quantized": 1.0, "float_layers": {}}
-    fresh = make().convert(Simulation(GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32)))
+    assert coverage(quantized, (idx,), {}) == {
+        "params_quantized": 1.0,
+        "macs_quantized": 1.0,
+        "float_layers": {},
+    }
+    fresh = make().convert(
+        Simulation(GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32))
+    )
     fresh.load_state_dict(quantized.state_dict())
     assert torch.equal(fresh(idx), quantized(idx))
 
@@ -84,9 +103,13 @@ def test_a_tied_weight_that_one_layer_keeps_in_float_stays_float(make, formula):
     model = GPT2(vocab_size=64, n_positions=16, n_layer=1, n_head=2, n_embd=32).eval()
     for options in ({"scope": "linear"}, {"layers": {"wte": "float"}}):
         quantized = make(**options).convert(Simulation(model))
-        assert quantized.lm_head.weight is quantized.wte.weight and type(quantized.wte) is nn.Embedding
+        assert (
+            quantized.lm_head.weight is quantized.wte.weight and type(quantized.wte) is nn.Embedding
+        )
         assert torch.equal(quantized.wte.weight, model.wte.weight)
-        float_layers = coverage(quantized, (torch.arange(6)[None],), options.get("layers", {}))["float_layers"]
+        float_layers = coverage(quantized, (torch.arange(6)[None],), options.get("layers", {}))[
+            "float_layers"
+        ]
         assert "wte" in float_layers and "h.0.mlp.c_fc" not in float_layers
 
 

@@ -8,7 +8,14 @@ from qtrain.data.loaders import image_loaders
 from qtrain.runs import pipeline, stages
 
 ENGINES = torch.backends.quantized.supported_engines
-QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", "measure.repeats=1", "measure.warmup=0"]
+QUICK = [
+    "trainer=smoke",
+    "threads=1",
+    "logger=none",
+    "float_cache=null",
+    "measure.repeats=1",
+    "measure.warmup=0",
+]
 SMALL = ["data.val_size=16", "data.batch_size=8", "truth.on_failure=warn"]
 CONVNET, MLP = "model=convnet model.width=2 model.hidden=8", "model=mlp model.hidden=8"
 
@@ -16,7 +23,9 @@ CONVNET, MLP = "model=convnet model.width=2 model.hidden=8", "model=mlp model.hi
 @pytest.fixture(autouse=True, scope="module")
 def stand_ins():
     """Few made-up digits, and no pictures, which would take most of the time."""
-    images = torch.randint(0, 256, (96, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (96, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     labels = torch.arange(96) % 10
     for image, label in zip(images, labels, strict=True):
         image[2 * label : 2 * label + 8] //= 4
@@ -41,7 +50,9 @@ def runs(tmp_path_factory):
             folder, saved = tmp_path_factory.mktemp("run"), {}
             save = stages.save_weights
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(stages, "save_weights", lambda p, m: saved.update({p.name: m}) or save(p, m))
+                patch.setattr(
+                    stages, "save_weights", lambda p, m: saved.update({p.name: m}) or save(p, m)
+                )
                 pipeline.execute(build.compose(*QUICK, *SMALL, *arguments.split()), folder, [])
             made[arguments] = folder, saved["quantized.pt"]
         return made[arguments]
@@ -71,12 +82,21 @@ RUNS = [
     f"{CONVNET} quant=fp16",
     f"{CONVNET} quant=bf16",
     f"{CONVNET} quant=fp16 quant.layers.conv1=float",
-    f"{MLP} quant=dynamic quant.layers.linear1=fp16 quant.layers.linear2=llm_int8 quant.layers.linear3.bits=4",
+    (
+        f"{MLP} quant=dynamic quant.layers.linear1=fp16 quant.layers.linear2=llm_int8 "
+        "quant.layers.linear3.bits=4"
+    ),
     f"{CONVNET} quant=llm_int8",
     f"{CONVNET} quant=llm_int8 quant.layers.linear1.bits=4 quant.layers.linear2=fp16",
     f"{CONVNET} quant=weight_only",
-    f"{MLP} quant=weight_only quant.weight.bits=4 quant.weight.symmetric=false quant.layers.linear2=float",
-    f"{MLP} quant=weight_only quant.weight.bits=2 quant.weight.granularity=per_group quant.weight.group_size=4",
+    (
+        f"{MLP} quant=weight_only quant.weight.bits=4 quant.weight.symmetric=false "
+        "quant.layers.linear2=float"
+    ),
+    (
+        f"{MLP} quant=weight_only quant.weight.bits=2 quant.weight.granularity=per_group "
+        "quant.weight.group_size=4"
+    ),
 ]
 
 
@@ -137,7 +157,9 @@ def test_the_weights_alone_are_read(runs, monkeypatch):
     folder, _ = runs(RUNS[1])
     load, modes = torch.load, []
     monkeypatch.setattr(
-        torch, "load", lambda *a, **options: modes.append(options.get("weights_only")) or load(*a, **options)
+        torch,
+        "load",
+        lambda *a, **options: modes.append(options.get("weights_only")) or load(*a, **options),
     )
     qtrain.load(folder)
     assert modes == [True]
@@ -150,7 +172,7 @@ def test_loaded_models_are_independent(runs, images):
     assert second(images).std() > 0
 
 
-# ---- folders that hold no model --------------------------------------------------------------------------------------
+# ---- folders that hold no model ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -171,7 +193,8 @@ def test_a_run_that_failed(tmp_path):
     with pytest.raises(build.ConfigError):
         pipeline.execute(build.compose(*SMALL, "optimizer.lr=-1"), tmp_path, [])
     with pytest.raises(
-        ValueError, match=r"this run failed \(ConfigError: optimizer.lr=-1.*so there is no model to load"
+        ValueError,
+        match=r"this run failed \(ConfigError: optimizer.lr=-1.*so there is no model to load",
     ):
         qtrain.load(tmp_path)
 

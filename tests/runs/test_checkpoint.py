@@ -19,10 +19,13 @@ def model(width=8, seed=0):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------
 
 
 def test_weights_round_trip(tmp_path):
@@ -36,7 +39,10 @@ def test_weights_round_trip(tmp_path):
 
 
 def test_the_files_name_does_not_change_its_size(tmp_path):
-    sizes = {save_weights(tmp_path / name, model()) for name in ("a.pt", "a_name_of_some_forty_characters_or_so.pt")}
+    sizes = {
+        save_weights(tmp_path / name, model())
+        for name in ("a.pt", "a_name_of_some_forty_characters_or_so.pt")
+    }
     assert len(sizes) == 1
 
 
@@ -68,7 +74,9 @@ def test_a_missing_checkpoint(tmp_path):
         load_weights(model(), tmp_path / "x.pt")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(share=st.floats(0, 0.9999))
 def test_a_truncated_checkpoint(tmp_path, share):
     path = tmp_path / "x.pt"
@@ -78,12 +86,22 @@ def test_a_truncated_checkpoint(tmp_path, share):
         load_weights(model(), path)
 
 
-# ---- float cache -----------------------------------------------------------------------------------------------------
+# ---- float cache ---------------------------------------------------------------------------------
 
 
 def test_digest():
     assert digest({"a": 1, "b": [2, None]}) == digest({"b": [2, None], "a": 1})
-    different = [{}, {"a": 1}, {"a": 2}, {"a": "1"}, {"a": None}, {"a": [1]}, ["a", 1], {"a": 1.5}, {"b": 1}]
+    different = [
+        {},
+        {"a": 1},
+        {"a": 2},
+        {"a": "1"},
+        {"a": None},
+        {"a": [1]},
+        ["a", 1],
+        {"a": 1.5},
+        {"b": 1},
+    ]
     assert len({digest(content) for content in different}) == len(different)
 
 

@@ -52,7 +52,9 @@ def test_a_part_of_the_model_that_was_compiled(tmp_path):
 
 
 def test_half_precision_is_said(tmp_path):
-    [note] = load_checkpoint(found := model(seed=1), saved(tmp_path, model().half().state_dict()), strict=True)
+    [note] = load_checkpoint(
+        found := model(seed=1), saved(tmp_path, model().half().state_dict()), strict=True
+    )
     assert "torch.float16 weights" in note
     assert same(found, model().half().float())
 
@@ -66,7 +68,9 @@ def test_a_head_tied_to_the_embedding_is_saved_twice(tmp_path):
     load_checkpoint(found := make(), saved(tmp_path, {"model": state}), strict=True)
     assert torch.equal(found.wte.weight, state["transformer.wte.weight"])
     state["lm_head.weight"] = state["lm_head.weight"] + 1
-    with pytest.raises(ValueError, match="wte.weight: one weight in the model, and several in the file"):
+    with pytest.raises(
+        ValueError, match="wte.weight: one weight in the model, and several in the file"
+    ):
         load_checkpoint(make(), saved(tmp_path, {"model": state}), strict=True)
 
 

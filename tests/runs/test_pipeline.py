@@ -21,9 +21,20 @@ from qtrain.model.mlp import MLP
 from qtrain.runs import pipeline, stages, trainings, work
 from qtrain.runs.checkpoint import load_weights
 
-SMALL = ["model=mlp", "model.hidden=8", "data.val_size=16", "data.batch_size=8", "data.eval_batch_size=24"]
+SMALL = [
+    "model=mlp",
+    "model.hidden=8",
+    "data.val_size=16",
+    "data.batch_size=8",
+    "data.eval_batch_size=24",
+]
 QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null"]
-QUICK += ["measure.repeats=1", "measure.warmup=0", "measure.batch_sizes=[1]", "truth.on_failure=warn"]
+QUICK += [
+    "measure.repeats=1",
+    "measure.warmup=0",
+    "measure.batch_sizes=[1]",
+    "truth.on_failure=warn",
+]
 
 
 def digits(num, seed=0):
@@ -38,7 +49,7 @@ def digits(num, seed=0):
 
 @pytest.fixture(autouse=True, scope="module")
 def stand_ins():
-    """Few made-up digits, and no pictures: nobody sees them here, and they would take most of the time."""
+    """Few made-up digits, and no pictures, which would take most of the time."""
     train, test = digits(48), digits(48, seed=1)
 
     def small(root=None, **options):
@@ -60,9 +71,13 @@ def threads():
 
 @cache
 def compose(*overrides):
-    """Settings of a small run; of PTQ, with the observer that takes the least time, unless others are named."""
-    plain = not any(override.startswith("quant=") or "activation.observer" in override for override in overrides)
-    return build.compose(*SMALL, *QUICK, *(["quant.activation.observer=minmax"] if plain else []), *overrides)
+    """Settings of a small run; of PTQ, with the quickest observer, unless others are named."""
+    plain = not any(
+        override.startswith("quant=") or "activation.observer" in override for override in overrides
+    )
+    return build.compose(
+        *SMALL, *QUICK, *(["quant.activation.observer=minmax"] if plain else []), *overrides
+    )
 
 
 def execute(folder, *overrides):
@@ -89,7 +104,7 @@ def base(tmp_path_factory):
     return run
 
 
-# ---- every setting has an effect -------------------------------------------------------------------------------------
+# ---- every setting has an effect -----------------------------------------------------------------
 
 
 def float_weights(run):
@@ -126,11 +141,17 @@ def fact(path):
 SGD, COSINE, LONG = "optimizer=sgd", "scheduler=cosine", "trainer.max_steps=null"
 CONVNET = "model=convnet model.width=2"
 QAT, DYNAMIC, X86 = "quant=qat", "quant=dynamic", "quant.engine=x86"
-WEIGHT_ONLY, LLM_INT8, ABSMAX, ZEROPOINT = (f"quant={m}" for m in ("weight_only", "llm_int8", "absmax", "zeropoint"))
-HISTOGRAM, MOVING, PERCENTILE = (
-    f"observer@quant.activation.observer={name}" for name in ("histogram", "moving_average", "percentile")
+WEIGHT_ONLY, LLM_INT8, ABSMAX, ZEROPOINT = (
+    f"quant={m}" for m in ("weight_only", "llm_int8", "absmax", "zeropoint")
 )
-PER_TENSOR, WEIGHT_PERCENTILE = "quant.weight.granularity=per_tensor", "observer@quant.weight.observer=percentile"
+HISTOGRAM, MOVING, PERCENTILE = (
+    f"observer@quant.activation.observer={name}"
+    for name in ("histogram", "moving_average", "percentile")
+)
+PER_TENSOR, WEIGHT_PERCENTILE = (
+    "quant.weight.granularity=per_tensor",
+    "observer@quant.weight.observer=percentile",
+)
 
 SETTINGS = [  # what both runs have, what one of them has in addition, what then differs
     ("", "name=mine", fact("name")),
@@ -183,7 +204,11 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     (HISTOGRAM, "quant.activation.observer.bins=16", scales),
     (MOVING, "quant.activation.observer.averaging_constant=0.9", scales),
     (PERCENTILE, "quant.activation.observer.percentile=90", scales),
-    (f"{PERCENTILE} quant.activation.observer.percentile=90", "quant.activation.observer.bins=16", scales),
+    (
+        f"{PERCENTILE} quant.activation.observer.percentile=90",
+        "quant.activation.observer.bins=16",
+        scales,
+    ),
     ("", "quant.layers={linear2: float}", fact("coverage.float_layers")),
     ("", "quant.layers={linear2: {bits: 4}}", int8_weights),
     (DYNAMIC, "quant.engine=qnnpack", fact("quant.engine")),
@@ -191,7 +216,11 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     (f"{DYNAMIC} {X86}", "quant.weight.symmetric=false", int8_weights),
     (f"{DYNAMIC} {X86}", PER_TENSOR, int8_weights),
     (DYNAMIC, "quant.weight.narrow_range=true", int8_weights),
-    (f"{DYNAMIC} {PER_TENSOR}", f"{WEIGHT_PERCENTILE} quant.weight.observer.percentile=90", int8_weights),
+    (
+        f"{DYNAMIC} {PER_TENSOR}",
+        f"{WEIGHT_PERCENTILE} quant.weight.observer.percentile=90",
+        int8_weights,
+    ),
     (DYNAMIC, "quant.layers={linear2: float}", fact("coverage.float_layers")),
     (f"{QAT} {LONG}", "quant.epochs=3", int8_weights),
     (QAT, "quant.optimizer.lr=0.01", int8_weights),
@@ -229,9 +258,13 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
 ]
 
 
-@pytest.mark.parametrize("common, change, look", SETTINGS, ids=[f"{c} {x}".strip() for c, x, _ in SETTINGS])
+@pytest.mark.parametrize(
+    "common, change, look", SETTINGS, ids=[f"{c} {x}".strip() for c, x, _ in SETTINGS]
+)
 def test_every_setting_changes_something(base, tmp_path, common, change, look):
-    if "engine=" in f"{common} {change}" and not {"x86", "qnnpack"} <= set(torch.backends.quantized.supported_engines):
+    if "engine=" in f"{common} {change}" and not {"x86", "qnnpack"} <= set(
+        torch.backends.quantized.supported_engines
+    ):
         pytest.skip("engines that this machine lacks")
     assert look(base(*common.split())) != look(execute(tmp_path, *common.split(), *_words(change)))
 
@@ -304,12 +337,20 @@ def leaves(node, path=""):
 )
 def test_no_setting_is_left_out(method, choices):
     methods = {"ptq", "qat"} if method == "qat" else {method}  # QAT shares PTQ's
-    known = set(ELSEWHERE) | {"quant.weight.observer.averaging_constant"}  # has no effect on weights, seen whole
+    known = set(ELSEWHERE) | {
+        "quant.weight.observer.averaging_constant"
+    }  # has no effect on weights, seen whole
     for common, change, _ in SETTINGS:
-        of = re.search(r"quant=(\w+)", common.replace("fp16", method if method == "bf16" else "fp16"))
+        of = re.search(
+            r"quant=(\w+)", common.replace("fp16", method if method == "bf16" else "fp16")
+        )
         if (of[1] if of else "ptq") in methods or "quant." not in change:
             known |= {word.split("=")[0] for word in f"{common} {change}".split()}
-    present = {key for choice in ("", *choices) for key in leaves(compose(f"quant={method}", *choice.split()))}
+    present = {
+        key
+        for choice in ("", *choices)
+        for key in leaves(compose(f"quant={method}", *choice.split()))
+    }
     assert {key for key in present - known if not key.startswith("choices.")} == set()
 
 
@@ -326,10 +367,23 @@ def test_data_settings_that_change_no_weight():
 
 
 def test_settings_of_samples_leave_the_cached_float_model_as_it_is(tmp_path):
-    text = ("model=gpt2_nano", "data=shakespeare", "task=language_modeling", "trainer=smoke", "trainer.max_steps=1")
-    smallest = ("model.n_layer=1", "model.n_embd=16", "data.test_fraction=0.001", f"float_cache={tmp_path / 'cache'}")
+    text = (
+        "model=gpt2_nano",
+        "data=shakespeare",
+        "task=language_modeling",
+        "trainer=smoke",
+        "trainer.max_steps=1",
+    )
+    smallest = (
+        "model.n_layer=1",
+        "model.n_embd=16",
+        "data.test_fraction=0.001",
+        f"float_cache={tmp_path / 'cache'}",
+    )
     found = []
-    for number, own in enumerate(["task.prompt=To be", "task.max_new_tokens=3", "trainer.max_steps=2"]):
+    for number, own in enumerate(
+        ["task.prompt=To be", "task.max_new_tokens=3", "trainer.max_steps=2"]
+    ):
         settings = build.compose("quant=fp16", *text, *smallest, own)
         (folder := tmp_path / str(number)).mkdir()
         found.append(pipeline.execute(settings, folder, []).float_from)
@@ -338,9 +392,13 @@ def test_settings_of_samples_leave_the_cached_float_model_as_it_is(tmp_path):
 
 def test_measurements_are_made_as_asked(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(stages, "latency", lambda models, inputs, **options: asked.append(options) or {})
+    monkeypatch.setattr(
+        stages, "latency", lambda models, inputs, **options: asked.append(options) or {}
+    )
     monkeypatch.setattr(stages.outputs, "summary", lambda *_: [])
-    pipeline.execute(compose("measure.repeats=7", "measure.warmup=5", "measure.batch_sizes=[1,2]"), tmp_path, [])
+    pipeline.execute(
+        compose("measure.repeats=7", "measure.warmup=5", "measure.batch_sizes=[1,2]"), tmp_path, []
+    )
     assert asked == [{"repeats": 7, "warmup": 5, "batch_sizes": [1, 2]}]
 
 
@@ -355,10 +413,12 @@ def test_calibration_data(split, size):
         assert len(images) == size and torch.equal(images, expected)
     settings = OmegaConf.merge(settings, {"calib_batches": 1})
     ((first,),) = stages.CalibrationInputs(settings, parts)
-    assert torch.equal(first, expected[: len(first)]) and len(first) == min({"train": 8}.get(split, 24), size)
+    assert torch.equal(first, expected[: len(first)]) and len(first) == min(
+        {"train": 8}.get(split, 24), size
+    )
 
 
-# ---- the same again --------------------------------------------------------------------------------------------------
+# ---- the same again ------------------------------------------------------------------------------
 
 METHODS = ["none", "float_finetuned", "ptq", "qat", "dynamic"]
 
@@ -373,10 +433,13 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(base, tmp_path, method):
     assert again.quantized == first.quantized
     assert again.report.metrics == first.report.metrics
     assert again.report.qparams == first.report.qparams
-    assert (again.folder / "examples.pt").read_bytes() == (first.folder / "examples.pt").read_bytes()
+    assert (again.folder / "examples.pt").read_bytes() == (
+        first.folder / "examples.pt"
+    ).read_bytes()
     times = {"latency_ms", "size_kb"}
     steps = [
-        [{k: v for k, v in line.items() if k.split("/")[0] not in times} for line in r.lines] for r in (first, again)
+        [{k: v for k, v in line.items() if k.split("/")[0] not in times} for line in r.lines]
+        for r in (first, again)
     ]
     assert steps[0] == steps[1]
 
@@ -410,17 +473,23 @@ def test_no_training_is_a_choice(tmp_path):
     assert run.report.status == "ok"
 
 
-# ---- fine-tuning -----------------------------------------------------------------------------------------------------
+# ---- fine-tuning ---------------------------------------------------------------------------------
 
 
 def test_the_best_int8_epoch_is_kept(base, tmp_path, monkeypatch):
     constant = (QAT, LONG, "scheduler@quant.scheduler=constant", "quant.convert_every=0")
-    after = {epochs: execute(tmp_path / str(epochs), *constant, f"quant.epochs={epochs}") for epochs in (1, 2, 3)}
+    after = {
+        epochs: execute(tmp_path / str(epochs), *constant, f"quant.epochs={epochs}")
+        for epochs in (1, 2, 3)
+    }
     assert len({run.quantized for run in after.values()}) == 3
 
     def scripted(qualities):
-        # The float model's comes first; behind each int8 model comes its simulation's, which decides nothing.
-        remaining = iter([0.5, *(score for quality in qualities for score in (quality, 1 - quality))])
+        # The float model's comes first; behind each int8 model comes its simulation's, which
+        # decides nothing.
+        remaining = iter(
+            [0.5, *(score for quality in qualities for score in (quality, 1 - quality))]
+        )
 
         def val_scores(*_):
             return {"val_accuracy": next(remaining), "val_loss": 1.0}
@@ -428,11 +497,20 @@ def test_the_best_int8_epoch_is_kept(base, tmp_path, monkeypatch):
         return val_scores
 
     # Of equals the later, which was trained longer.
-    for qualities, best in (([0.9, 0.2, 0.8], 1), ([0.1, 0.3, 0.2], 2), ([0.1, 0.2, 0.3], 3), ([0.4, 0.4, 0.1], 2)):
+    for qualities, best in (
+        ([0.9, 0.2, 0.8], 1),
+        ([0.1, 0.3, 0.2], 2),
+        ([0.1, 0.2, 0.3], 3),
+        ([0.4, 0.4, 0.1], 2),
+    ):
         monkeypatch.setattr(trainings, "val_scores", scripted(qualities))
-        run = execute(tmp_path / f"best_{qualities}", *constant, "quant.convert_every=1", "quant.epochs=3")
+        run = execute(
+            tmp_path / f"best_{qualities}", *constant, "quant.convert_every=1", "quant.epochs=3"
+        )
         assert run.quantized == after[best].quantized
-        assert [line["qat/int8_val_accuracy"] for line in run.lines if "qat/int8_val_accuracy" in line] == qualities
+        assert [
+            line["qat/int8_val_accuracy"] for line in run.lines if "qat/int8_val_accuracy" in line
+        ] == qualities
 
 
 def test_int8_is_scored_every_so_many_epochs(tmp_path):
@@ -442,12 +520,23 @@ def test_int8_is_scored_every_so_many_epochs(tmp_path):
 
 def test_qat_settings_are_its_own(tmp_path):
     run = execute(
-        tmp_path, QAT, LONG, COSINE, "trainer.epochs=3", "quant.epochs=2", "optimizer.lr=0.1", "trainer.log_every=1"
+        tmp_path,
+        QAT,
+        LONG,
+        COSINE,
+        "trainer.epochs=3",
+        "quant.epochs=2",
+        "optimizer.lr=0.1",
+        "trainer.log_every=1",
     )
-    steps = {stage: [line for line in run.lines if f"{stage}/lr" in line] for stage in ("float", "qat")}
+    steps = {
+        stage: [line for line in run.lines if f"{stage}/lr" in line] for stage in ("float", "qat")
+    }
     assert [len(lines) for lines in steps.values()] == [3 * 4, 2 * 4]
     assert max(line["float/lr"] for line in steps["float"]) == pytest.approx(0.1)
-    assert max(line["qat/lr"] for line in steps["qat"]) == pytest.approx(compose(QAT).quant.optimizer.lr)
+    assert max(line["qat/lr"] for line in steps["qat"]) == pytest.approx(
+        compose(QAT).quant.optimizer.lr
+    )
 
 
 def test_fewer_bits_for_activations_are_simulated(base):
@@ -455,7 +544,11 @@ def test_fewer_bits_for_activations_are_simulated(base):
         report = base(*arguments).report
         assert report.quant["simulated"] is True
         assert report.metrics["quantized"] == report.metrics["fake"]
-        sizes = (report.size_bytes["quantized"], report.size_bytes["quantized_file"], report.latency_ms["quantized"])
+        sizes = (
+            report.size_bytes["quantized"],
+            report.size_bytes["quantized_file"],
+            report.latency_ms["quantized"],
+        )
         assert sizes == (None, None, None)
 
 
@@ -465,7 +558,7 @@ def test_qat_of_fewer_bits_is_simulated_per_channel(base):
     assert set(report.qparams) == {"quant", "linear1", "linear2", "linear3"}
 
 
-# ---- the cache of float models ---------------------------------------------------------------------------------------
+# ---- the cache of float models -------------------------------------------------------------------
 
 
 def test_cache_spares_the_training(tmp_path, base, caplog):
@@ -522,7 +615,9 @@ def key(tmp_path_factory):
     def find(*overrides):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Key) as caught:
             patch.setattr(trainings, "FloatCache", stop)
-            pipeline.execute(compose("float_cache=somewhere", *overrides), tmp_path_factory.mktemp("key"), [])
+            pipeline.execute(
+                compose("float_cache=somewhere", *overrides), tmp_path_factory.mktemp("key"), []
+            )
         return str(caught.value)
 
     return find
@@ -534,12 +629,41 @@ def usual_key(key):
 
 
 RELEVANT = [
-    *("seed=1", "model.hidden=9", "model.output_relu=true", "data.batch_size=7", "data.val_size=15", "data.mean=0.2"),
-    *("optimizer.lr=0.01", SGD, COSINE, "trainer.epochs=2", "trainer.accumulate=2", "trainer.clip_norm=1", "threads=2"),
+    *(
+        "seed=1",
+        "model.hidden=9",
+        "model.output_relu=true",
+        "data.batch_size=7",
+        "data.val_size=15",
+        "data.mean=0.2",
+    ),
+    *(
+        "optimizer.lr=0.01",
+        SGD,
+        COSINE,
+        "trainer.epochs=2",
+        "trainer.accumulate=2",
+        "trainer.clip_norm=1",
+        "threads=2",
+    ),
 ]
 IRRELEVANT = [
-    *("quant=none", QAT, DYNAMIC, "quant.weight.bits=4", "quant.engine=qnnpack", "quant.layers={linear1: float}"),
-    *("calib_batches=1", "calib_split=test", "truth.samples=1", "measure.repeats=2", "name=mine", "logger=tensorboard"),
+    *(
+        "quant=none",
+        QAT,
+        DYNAMIC,
+        "quant.weight.bits=4",
+        "quant.engine=qnnpack",
+        "quant.layers={linear1: float}",
+    ),
+    *(
+        "calib_batches=1",
+        "calib_split=test",
+        "truth.samples=1",
+        "measure.repeats=2",
+        "name=mine",
+        "logger=tensorboard",
+    ),
     *("float_cache=elsewhere", "objective=[float.loss]"),
 ]
 
@@ -558,7 +682,9 @@ def test_the_cache_goes_by_the_datas_content_not_by_their_place(key, monkeypatch
     here, there = (key("data=mnist", f"data.root={place}") for place in ("here", "there"))
     assert here == there
     others = digits(48, seed=2)
-    monkeypatch.setattr("qtrain.data.mnist.mnist", lambda root, **options: image_loaders(others, others, **options))
+    monkeypatch.setattr(
+        "qtrain.data.mnist.mnist", lambda root, **options: image_loaders(others, others, **options)
+    )
     assert key("data=mnist", "data.root=here") != here
 
 
@@ -567,11 +693,34 @@ def test_the_cache_goes_by_torchs_version(key, usual_key, monkeypatch):
     assert key() != usual_key
 
 
-# ---- what a run leaves behind ----------------------------------------------------------------------------------------
+# ---- what a run leaves behind --------------------------------------------------------------------
 
 CONTRACT = {  # what every reader of a report may rely on
-    *("schema", "name", "status", "error", "seed", "config", "overrides", "model", "data", "quant", "metrics", "truth"),
-    *("qparams", "coverage", "size_bytes", "latency_ms", "threads", "time_s", "peak_memory_bytes", "versions", "git"),
+    *(
+        "schema",
+        "name",
+        "status",
+        "error",
+        "seed",
+        "config",
+        "overrides",
+        "model",
+        "data",
+        "quant",
+        "metrics",
+        "truth",
+    ),
+    *(
+        "qparams",
+        "coverage",
+        "size_bytes",
+        "latency_ms",
+        "threads",
+        "time_s",
+        "peak_memory_bytes",
+        "versions",
+        "git",
+    ),
 }
 
 
@@ -587,8 +736,17 @@ def test_report(base, method):
     run = base(f"quant={method}")
     report = strict_json(run.folder / "report.json")
     assert report.keys() >= CONTRACT
-    assert (report["schema"], report["status"], report["error"], report["seed"]) == (2, "ok", None, 0)
-    assert (report["name"], report["model"], report["data"]) == (f"mlp_{method}", "mlp", "mnist_sample")
+    assert (report["schema"], report["status"], report["error"], report["seed"]) == (
+        2,
+        "ok",
+        None,
+        0,
+    )
+    assert (report["name"], report["model"], report["data"]) == (
+        f"mlp_{method}",
+        "mlp",
+        "mnist_sample",
+    )
     assert report["overrides"] == [f"quant={method}"]
     assert report["config"] == OmegaConf.to_container(compose(f"quant={method}"))
     quant = report["quant"]
@@ -625,7 +783,10 @@ def test_report_of_int8_layers(base):
     report = base("quant=ptq").report
     names = {"quant", "linear1", "linear2", "linear3"}
     assert set(report.qparams) == set(report.truth["sqnr_db"]) == names
-    assert all(values["scale"] > 0 and 0 <= values["zero_point"] <= 255 for values in report.qparams.values())
+    assert all(
+        values["scale"] > 0 and 0 <= values["zero_point"] <= 255
+        for values in report.qparams.values()
+    )
     assert report.truth["min_sqnr_db"] == min(report.truth["sqnr_db"].values())
     weights, biases = 784 * 8 + 8 * 8 + 8 * 10, 8 + 8 + 10
     assert report.coverage["params_quantized"] == pytest.approx(weights / (weights + biases))
@@ -643,16 +804,23 @@ def test_sizes(base):
 
 def test_latency_of_both_models(base):
     latency = base("quant=ptq", "measure.batch_sizes=[1,3]").report.latency_ms
-    assert {kind: set(sizes) for kind, sizes in latency.items()} == {"float": {"1", "3"}, "quantized": {"1", "3"}}
-    assert all(0 < times["median"] <= times["p90"] for sizes in latency.values() for times in sizes.values())
+    assert {kind: set(sizes) for kind, sizes in latency.items()} == {
+        "float": {"1", "3"},
+        "quantized": {"1", "3"},
+    }
+    assert all(
+        0 < times["median"] <= times["p90"]
+        for sizes in latency.values()
+        for times in sizes.values()
+    )
 
 
 def test_scores_of_each_example(base):
     run = base("quant=ptq", "quant.weight.bits=2")
     examples = torch.load(run.folder / "examples.pt", weights_only=True)
-    assert {kind: (len(scores), scores.dtype) for kind, scores in examples.items()} == dict.fromkeys(
-        ("float", "fake", "quantized"), (48, torch.uint8)
-    )
+    assert {
+        kind: (len(scores), scores.dtype) for kind, scores in examples.items()
+    } == dict.fromkeys(("float", "fake", "quantized"), (48, torch.uint8))
     for kind, scores in examples.items():
         assert scores.double().mean().item() == pytest.approx(run.report.metrics[kind]["accuracy"])
     pairs = list(zip(examples["float"].tolist(), examples["quantized"].tolist(), strict=True))
@@ -670,12 +838,20 @@ def test_scores_of_each_example(base):
 
 def test_files(base):
     run = base("quant=ptq")
-    names = {"report.json", "metrics.jsonl", "float.pt", "quantized.pt", "examples.pt", "config.yaml", "overrides.json"}
+    names = {
+        "report.json",
+        "metrics.jsonl",
+        "float.pt",
+        "quantized.pt",
+        "examples.pt",
+        "config.yaml",
+        "overrides.json",
+    }
     assert {path.name for path in run.folder.iterdir()} == names
     assert OmegaConf.load(run.folder / "config.yaml") == compose("quant=ptq")
 
 
-# ---- runs that fail --------------------------------------------------------------------------------------------------
+# ---- runs that fail ------------------------------------------------------------------------------
 
 
 def refused(folder, *overrides, error=TruthError):
@@ -705,8 +881,13 @@ def bright_pixels(**options):
 )
 def test_truth_gate(tmp_path, monkeypatch, caplog, setting, words):
     monkeypatch.setattr("qtrain.data.mnist.mnist_sample", bright_pixels)
-    others = ["model=convnet", "quant.engine=qnnpack"]  # whose kernels round otherwise; fbgemm's are equal to the bit
-    assert execute(tmp_path / "default", *others, "truth.on_failure=error").report.truth["ok"] is True
+    others = [
+        "model=convnet",
+        "quant.engine=qnnpack",
+    ]  # whose kernels round otherwise; fbgemm's are equal to the bit
+    assert (
+        execute(tmp_path / "default", *others, "truth.on_failure=error").report.truth["ok"] is True
+    )
 
     report, message = refused(tmp_path / "error", *others, setting, "truth.on_failure=error")
     assert words in message and f"above {setting.replace('1e-6', '1e-06')}" in message
@@ -770,7 +951,9 @@ def full_disk(room):
 def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, room):
     saved = execute(tmp_path)
     assert len(saved.float) > 20_000
-    kept = ["float.pt", "quantized.pt", "examples.pt"] + ([] if room else ["config.yaml", "report.json"])
+    kept = ["float.pt", "quantized.pt", "examples.pt"] + (
+        [] if room else ["config.yaml", "report.json"]
+    )
     before = {name: (tmp_path / name).read_bytes() for name in kept}
     with full_disk(room), pytest.raises(OSError) as caught:
         pipeline.execute(compose("seed=1"), tmp_path, [])

@@ -6,7 +6,14 @@ import torch
 
 from qtrain.runs.report import SCHEMA, Report, load_report, versions
 
-IDENTITY = {"name": "run", "seed": 3, "config": {"a": [1, None]}, "overrides": ["x=1"], "model": "mlp", "data": "mnist"}
+IDENTITY = {
+    "name": "run",
+    "seed": 3,
+    "config": {"a": [1, None]},
+    "overrides": ["x=1"],
+    "model": "mlp",
+    "data": "mnist",
+}
 
 
 def test_round_trip(tmp_path):
@@ -19,8 +26,13 @@ def test_round_trip(tmp_path):
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
-    Report(**IDENTITY, metrics={"float": {"loss": float("nan"), "list": [1.5, float("inf")]}}).save(tmp_path)
-    assert load_report(tmp_path / "report.json")["metrics"]["float"] == {"loss": None, "list": [1.5, None]}
+    Report(**IDENTITY, metrics={"float": {"loss": float("nan"), "list": [1.5, float("inf")]}}).save(
+        tmp_path
+    )
+    assert load_report(tmp_path / "report.json")["metrics"]["float"] == {
+        "loss": None,
+        "list": [1.5, None],
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -37,7 +49,17 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
         json.dumps({"schema": SCHEMA + 1, "status": "ok"}).encode(),
         json.dumps({"schema": SCHEMA}).encode(),
     ],
-    ids=["missing", "empty", "cut", "no_text", "list", "number", "no_keys", "other_schema", "no_status"],
+    ids=[
+        "missing",
+        "empty",
+        "cut",
+        "no_text",
+        "list",
+        "number",
+        "no_keys",
+        "other_schema",
+        "no_status",
+    ],
 )
 def test_what_is_no_report(tmp_path, content):
     path = tmp_path / "report.json"

@@ -24,8 +24,20 @@ from qtrain.train.running_mean import RunningMean
 from qtrain.train.scheduler import cosine
 from qtrain.train.trainer import Trainer
 
-SMALL = ["data.val_size=16", "data.batch_size=8", "data.eval_batch_size=24", "threads=1", "logger=none"]
-SMALL += ["trainer.epochs=2", "trainer.log_every=3", "measure.repeats=1", "measure.warmup=0", "measure.batch_sizes=[1]"]
+SMALL = [
+    "data.val_size=16",
+    "data.batch_size=8",
+    "data.eval_batch_size=24",
+    "threads=1",
+    "logger=none",
+]
+SMALL += [
+    "trainer.epochs=2",
+    "trainer.log_every=3",
+    "measure.repeats=1",
+    "measure.warmup=0",
+    "measure.batch_sizes=[1]",
+]
 SMALL += ["model.width=2", "model.hidden=4", "truth.on_failure=warn", "optimizer.lr=0.01"]
 RUNS = {  # 6 steps an epoch
     "float": ["quant=ptq", "quant.activation.observer=minmax"],
@@ -45,7 +57,9 @@ def stand_ins():
     labels = torch.arange(112) % 10
     split = (images[:64], labels[:64]), (images[64:], labels[64:])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qtrain.data.mnist.mnist_sample", lambda **options: image_loaders(*split, **options))
+        patch.setattr(
+            "qtrain.data.mnist.mnist_sample", lambda **options: image_loaders(*split, **options)
+        )
         patch.setattr("qtrain.logger.plots.weights", lambda *_: None)
         patch.setattr("qtrain.logger.plots.confusion", lambda *_: None)
         yield
@@ -53,18 +67,33 @@ def stand_ins():
 
 def execute(folder, kind, *overrides, resume=False):
     folder.mkdir(exist_ok=True)
-    overrides = [*SMALL, *RUNS[kind], f"float_cache={folder.parent / folder.name}_cache", *overrides]
+    overrides = [
+        *SMALL,
+        *RUNS[kind],
+        f"float_cache={folder.parent / folder.name}_cache",
+        *overrides,
+    ]
     with Signals() as signals:
-        return pipeline.execute(build.compose(*overrides), folder, overrides, resume=resume, signals=signals)
+        return pipeline.execute(
+            build.compose(*overrides), folder, overrides, resume=resume, signals=signals
+        )
 
 
 def result(folder):
-    """All that must not depend on interruptions: the bits of the weights, the scores, the logged lines."""
+    """All that must not depend on interruptions: the weights' bits, scores, logged lines."""
     report = json.loads((folder / "report.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timeless = [{k: v for k, v in line.items() if not k.startswith("latency")} for line in lines]
-    kept = {k: report[k] for k in ("status", "metrics", "truth", "qparams", "difference", "float_from", "size_bytes")}
-    return (folder / "float.pt").read_bytes(), (folder / "quantized.pt").read_bytes(), kept, timeless
+    kept = {
+        k: report[k]
+        for k in ("status", "metrics", "truth", "qparams", "difference", "float_from", "size_bytes")
+    }
+    return (
+        (folder / "float.pt").read_bytes(),
+        (folder / "quantized.pt").read_bytes(),
+        kept,
+        timeless,
+    )
 
 
 def break_at(monkeypatch, batch, how):
@@ -119,12 +148,16 @@ def test_steps_between_two_saves_alone_are_done_again(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             add = RunningMean.add
             steps.clear()
-            patch.setattr(RunningMean, "add", lambda self, loss, add=add: (steps.append(1), add(self, loss)))
+            patch.setattr(
+                RunningMean, "add", lambda self, loss, add=add: (steps.append(1), add(self, loss))
+            )
             execute(folder, "float", f"trainer.save_every={save_every}", resume=True)
         assert len(steps) == expected
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
 def test_a_signal_saves_at_the_next_step(tmp_path, monkeypatch, capsys, number, code):
     folder = tmp_path / "stopped"
     before = signal.getsignal(number)
@@ -144,7 +177,9 @@ def test_a_signal_saves_at_the_next_step(tmp_path, monkeypatch, capsys, number, 
     monkeypatch.setattr(sys, "argv", ["qtrain", f"resume={folder}"])
     with pytest.raises(SystemExit) as stop, root_logger_restored():
         cli.main()
-    assert stop.value.code == code and f"go on with: qtrain resume={folder}" in capsys.readouterr().err
+    assert (
+        stop.value.code == code and f"go on with: qtrain resume={folder}" in capsys.readouterr().err
+    )
 
 
 def folder_state(folder, stage):
@@ -163,7 +198,9 @@ class root_logger_restored:
 
 
 def test_a_signal_outside_a_training_ends_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "CalibrationInputs", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        stages, "CalibrationInputs", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
     with pytest.raises(Interrupted):
         execute(tmp_path / "run", "float")
     assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "interrupted"
@@ -179,24 +216,38 @@ def test_resume_on_the_command_line(tmp_path, monkeypatch, capsys, whole):
         cli.main()
     assert "float: resumed after step 6 of 12" in capsys.readouterr().out
     assert result(folder) == result(whole("float"))
-    with pytest.raises(SystemExit, match=r"resume=.*killed: this run is finished"), root_logger_restored():
+    with (
+        pytest.raises(SystemExit, match=r"resume=.*killed: this run is finished"),
+        root_logger_restored(),
+    ):
         cli.main()
 
 
-# ---- the trainer alone -----------------------------------------------------------------------------------------------
+# ---- the trainer alone ---------------------------------------------------------------------------
 
 
 def fit(progress):
     """Trains a net that draws random numbers in every step, on 23 images in batches of 3."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (23, 6, 6), dtype=torch.uint8, generator=generator)
-    loader = ImageLoader(images, torch.arange(23) % 3, batch_size=3, shuffle=True, mean=0.5, std=0.5, channels=1)
+    loader = ImageLoader(
+        images, torch.arange(23) % 3, batch_size=3, shuffle=True, mean=0.5, std=0.5, channels=1
+    )
     torch.manual_seed(5)
-    layers = nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)
+    layers = (
+        nn.Flatten(),
+        nn.Linear(36, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(8, 3),
+    )
     model, logged = nn.Sequential(*layers), []
     logger = Logger()
     logger.log = lambda metrics, step: logged.append((step, metrics))
-    trainer = Trainer(epochs=3, max_steps=11, accumulate=2, clip_norm=1.0, log_every=3, save_every=1, devices=1)
+    trainer = Trainer(
+        epochs=3, max_steps=11, accumulate=2, clip_norm=1.0, log_every=3, save_every=1, devices=1
+    )
     trainer.fit(
         model,
         loader,
@@ -223,12 +274,14 @@ def test_every_place_with_dropout_accumulation_and_schedule(tmp_path, monkeypatc
         fit(progress("killed"))
     torch.manual_seed(99)
     resumed, rest = fit(progress("killed", resume=True))
-    for (name, expected), value in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+    for (name, expected), value in zip(
+        whole.state_dict().items(), resumed.state_dict().values(), strict=True
+    ):
         assert torch.equal(value, expected), name
     assert rest == lines[len(lines) - len(rest) :]
 
 
-# ---- what cannot be resumed ------------------------------------------------------------------------------------------
+# ---- what cannot be resumed ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +304,9 @@ def test_no_run(tmp_path):
         open_run(tmp_path / "nowhere", [])
 
 
-@pytest.mark.parametrize("extra", ["seed=1", "quant=qat", "trainer.epochs=3", "-m", "nonsense=1", "model.width=null"])
+@pytest.mark.parametrize(
+    "extra", ["seed=1", "quant=qat", "trainer.epochs=3", "-m", "nonsense=1", "model.width=null"]
+)
 def test_settings_that_contradict(killed, extra):
     with pytest.raises(ValueError, match=f"resume=.*: {extra} is not what the run has"):
         open_run(killed, [extra])
@@ -267,13 +322,17 @@ def test_a_damaged_state(killed, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"float.pt is damaged; delete the folder .*resume to train again"):
+    with pytest.raises(
+        ValueError, match=r"float.pt is damaged; delete the folder .*resume to train again"
+    ):
         execute(killed, "float", "float_cache=null", resume=True)
 
 
 def test_a_damaged_report(killed):
     (killed / "report.json").write_text("{")
-    with pytest.raises(ValueError, match=r"report.json: not readable as JSON .*; delete that file to go on"):
+    with pytest.raises(
+        ValueError, match=r"report.json: not readable as JSON .*; delete that file to go on"
+    ):
         open_run(killed, [])
 
 
@@ -318,7 +377,11 @@ def test_tensorboard_shows_every_step_once(tmp_path, monkeypatch):
             folder.glob("events*"), key=lambda path: int(path.name.rpartition(".")[2])
         ):  # of one process
             for event in EventFileLoader(str(path)).Load():
-                found += [(value.tag, event.step) for value in event.summary.value if "train_loss" in value.tag]
+                found += [
+                    (value.tag, event.step)
+                    for value in event.summary.value
+                    if "train_loss" in value.tag
+                ]
         return found
 
     execute(tmp_path / "whole", "float", "logger=tensorboard", "trainer.log_every=1")

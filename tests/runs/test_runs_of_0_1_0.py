@@ -49,13 +49,20 @@ def test_bench_compare_and_generate_take_them(runs, capsys):
 def test_an_unfinished_one_is_refused_by_name(runs):
     (runs / "qat" / "report.json").unlink()
     with pytest.raises(
-        ValueError, match=r"resume=.*qat: begun by qtrain 0\.1\.0, .*; start it again: qtrain quant=qat"
+        ValueError,
+        match=r"resume=.*qat: begun by qtrain 0\.1\.0, .*; start it again: qtrain quant=qat",
     ):
         open_run(runs / "qat", [])
 
 
 def test_old_names_of_classes_lead_to_the_new_ones():
-    old = {"a": [{"_target_": "qtrain.trainer.Trainer", "epochs": 1}], "_target_": "mine.trainer.Trainer"}
-    new = {"a": [{"_target_": "qtrain.train.trainer.Trainer", "epochs": 1}], "_target_": "mine.trainer.Trainer"}
+    old = {
+        "a": [{"_target_": "qtrain.trainer.Trainer", "epochs": 1}],
+        "_target_": "mine.trainer.Trainer",
+    }
+    new = {
+        "a": [{"_target_": "qtrain.train.trainer.Trainer", "epochs": 1}],
+        "_target_": "mine.trainer.Trainer",
+    }
     assert up_to_date(old) == up_to_date(new) == new
     assert not any(name.startswith(old) for name in MOVED.values() for old in MOVED)

@@ -17,7 +17,8 @@ CONF = Path(config_dir())
 PRESETS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 
 
-TARGETS = {  # what Hydra's plugins name in their configs; test_the_plugins_are_those_that_are_known_here
+# What Hydra's plugins name in their configs; test_the_plugins_are_those_that_are_known_here
+TARGETS = {
     "joblib": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
     "submitit_local": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
@@ -40,7 +41,7 @@ def settings(monkeypatch):
 
 @pytest.fixture
 def launched(settings):
-    """launched(launcher, **settings): the same under a launcher, whose plugin need not be installed."""
+    """launched(launcher, **settings): the same under a launcher, installed or not."""
 
     def make(launcher, overrides=(), **changes):
         config = settings(*overrides)
@@ -79,7 +80,10 @@ def test_a_plugin_that_is_missing_is_named(settings, monkeypatch, choice):
         settings(f"hydra/{choice}_nope")  # no plugin has it
     caught.value.missing_cfg_file = caught.value.missing_cfg_file.removesuffix("_nope")
     extra = choice.partition("=")[2].partition("_")[0]
-    assert explain(caught.value) == f"hydra/{choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
+    assert (
+        explain(caught.value)
+        == f"hydra/{choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
+    )
 
 
 def test_an_option_that_no_extra_brings(settings):
@@ -89,7 +93,9 @@ def test_an_option_that_no_extra_brings(settings):
 
 
 def test_every_launcher_and_sweeper_is_an_extra():
-    extras = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((CONF.parent / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert set(sweep.EXTRAS) <= set(extras)
     assert all(f"hydra-{name}" in extras[name][0] for name in sweep.EXTRAS)
 
@@ -129,7 +135,11 @@ def test_jobs_that_would_fight_for_the_cores(launched, capsys, launcher, changes
     Comparison().on_multirun_start(launched(launcher, overrides, **changes))
     first, *others = capsys.readouterr().out.splitlines()
     assert first == "1 job"
-    assert len(others) == 1 and others[0].startswith("warning: ") and words in others[0] if words else others == []
+    assert (
+        len(others) == 1 and others[0].startswith("warning: ") and words in others[0]
+        if words
+        else others == []
+    )
 
 
 @pytest.mark.parametrize("launcher", TARGETS)

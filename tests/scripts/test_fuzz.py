@@ -1,4 +1,4 @@
-"""Nonsense on the command line ends well, or with a message that names its key; scripts/fuzz.py tries more of it."""
+"""Nonsense on the command line ends well, or names its key; scripts/fuzz.py tries more of it."""
 
 import importlib.util
 import random
@@ -25,7 +25,10 @@ def test_nonsense_ends_well_or_is_refused_by_its_key():
 
 
 def test_every_case_can_be_repeated(tmp_path):
-    first, second = ([script.draw(rng, tmp_path) for _ in range(20)] for rng in (random.Random(1), random.Random(1)))
+    first, second = (
+        [script.draw(rng, tmp_path) for _ in range(20)]
+        for rng in (random.Random(1), random.Random(1))
+    )
     assert first == second and len({key for _, key, _ in first}) > 10
 
 

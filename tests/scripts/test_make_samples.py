@@ -1,4 +1,4 @@
-"""The bundled sample is the file its data card describes, and the script that makes it does what it documents."""
+"""The bundled sample is the file of its data card, and its script does what it documents."""
 
 import hashlib
 import importlib.util
@@ -21,7 +21,9 @@ SAMPLES = ROOT / "qtrain" / "data" / "samples"
 
 def load_script() -> ModuleType:
     # scripts/ is no package: what is tested is the file that a user runs.
-    spec = importlib.util.spec_from_file_location("make_samples", ROOT / "scripts" / "make_samples.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_samples", ROOT / "scripts" / "make_samples.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -31,15 +33,16 @@ script = load_script()
 
 
 def images_of(num: int, *, first: int = 0) -> np.ndarray:
-    """Images that differ from one another in every pixel: number `first + i` everywhere, modulo 256."""
+    """Images that differ in every pixel: number `first + i` everywhere, modulo 256."""
     return np.repeat(np.arange(first, first + num, dtype=np.uint8), 784).reshape(-1, 28, 28)
 
 
 def assert_stratified(labels: np.ndarray, num_classes: int) -> None:
     """Every prefix has each class's share of it, and so has every suffix: it is the complement.
 
-    Cutting an order by (i + 0.5) / n_c at rank r leaves n_c * r + e_c samples of class c, |e_c| <= 1/2. Against the
-    share s_c of the prefix's length that is e_c - s_c * sum(e), at most (1 - s_c) / 2 + s_c * (num_classes - 1) / 2.
+    Cutting an order by (i + 0.5) / n_c at rank r leaves n_c * r + e_c samples of class c, |e_c| <=
+    1/2. Against the share s_c of the prefix's length that is e_c - s_c * sum(e), at most (1 - s_c)
+    / 2 + s_c * (num_classes - 1) / 2.
     """
     seen = np.cumsum(labels[:, None] == np.arange(num_classes), axis=0)  # (N, C)
     share = seen[-1] / len(labels)
@@ -79,10 +82,14 @@ def test_shipped_arrays_and_split(sample: tuple[np.ndarray, np.ndarray]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("QTRAIN_DATA" not in os.environ, reason="needs the official MNIST in $QTRAIN_DATA/MNIST/raw")
+@pytest.mark.skipif(
+    "QTRAIN_DATA" not in os.environ, reason="needs the official MNIST in $QTRAIN_DATA/MNIST/raw"
+)
 def test_shipped_digits_are_the_first_official_ones(sample: tuple[np.ndarray, np.ndarray]) -> None:
     raw = Path(os.environ["QTRAIN_DATA"]) / "MNIST" / "raw"
-    images = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)[:10_000]
+    images = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)[
+        :10_000
+    ]
     labels = np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8, offset=8)[:10_000]
     for c in range(10):
         np.testing.assert_array_equal(sample[0][sample[1] == c], images[labels == c])
@@ -120,11 +127,12 @@ def test_train_counts_is_exact_and_proportional(counts: list[int], data: st.Data
     result = script.train_counts(counts, num_train)
     assert sum(result) == num_train
     for n, k in zip(counts, result, strict=True):
-        assert abs(k * sum(counts) - n * num_train) < sum(counts)  # less than one sample from its share
+        # Less than one sample from its share.
+        assert abs(k * sum(counts) - n * num_train) < sum(counts)
 
 
 def test_interleave_sorts_by_rank_then_class() -> None:
-    # Ranks of class 0: 1/4, 3/4; of class 1 (positions 2..5): 1/8, 3/8, 5/8, 7/8; of class 2: 1/4, 3/4.
+    # Ranks of class 0: 1/4, 3/4; of class 1: 1/8, 3/8, 5/8, 7/8; of class 2: 1/4, 3/4.
     np.testing.assert_array_equal(script.interleave([2, 4, 2]), [2, 0, 6, 3, 4, 1, 7, 5])
 
 
@@ -142,7 +150,8 @@ def test_arrange_keeps_each_class_in_order_and_its_tail_for_testing() -> None:
     assert (images.dtype, labels.dtype) == (np.uint8, np.uint8)
     assert np.bincount(labels[:12]).tolist() == [4, 8]
     for c, original in enumerate(by_class):
-        np.testing.assert_array_equal(images[labels == c], original)  # train rows come first, then the tail
+        # Train rows come first, then the tail.
+        np.testing.assert_array_equal(images[labels == c], original)
 
 
 def test_npz_bytes_are_reproducible_and_load_without_pickle() -> None:

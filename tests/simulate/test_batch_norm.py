@@ -24,7 +24,7 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 @pytest.fixture
 def make(make_qat, between):
-    """make(conv_bn): the simulation of a convolution with batch-norm, its outputs float unless told."""
+    """make(conv_bn): the simulation of Conv-BN, its outputs float unless told."""
 
     def make(conv_bn, dims=2, relu=False, bias=False, momentum=0.1, activations=False, **settings):
         torch.manual_seed(0)
@@ -55,12 +55,23 @@ def torchs(site, *, frozen=False):
     )
 
     def own(**_):
-        how = {"kernel": "torch", "memoryless": True, "observing": True, "quantizing": point.quantizing}
+        how = {
+            "kernel": "torch",
+            "memoryless": True,
+            "observing": True,
+            "quantizing": point.quantizing,
+        }
         return FakeQuantize(make_observer(spec, signed=True), **how)
 
     cls = getattr(nniqat, f"ConvBn{'ReLU' * site.relu}{len(conv.kernel_size)}d")
     qconfig = tq.QConfig(activation=nn.Identity, weight=own)
-    layer = cls(conv.in_channels, conv.out_channels, conv.kernel_size, bias=site.bias is not None, qconfig=qconfig)
+    layer = cls(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        bias=site.bias is not None,
+        qconfig=qconfig,
+    )
     layer._enable_slow_path_for_better_numerical_stability = True
     layer.bn.momentum = site.bn.momentum
     layer.train()
@@ -77,7 +88,7 @@ def take_state(layer, site):
 
 
 def step(layer, x, weights):
-    """Output, gradients (of x and of the parameters) and statistics of one forward and backward pass."""
+    """Output, gradients (of x and of the parameters) and statistics of one pass each way."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
     output = layer(x)
@@ -88,7 +99,7 @@ def step(layer, x, weights):
 
 
 def distances(site, reference, x, weights):
-    """{what: relative distance} of one step of `site` from that of `reference`, both in the state before."""
+    """{what: relative distance} of a step of `site` from `reference`'s, from the same state."""
     take_state(reference, site)
     found, expected = step(site, x, weights), step(reference, x, weights)
     assert found.keys() == expected.keys() and len(found) > 6
@@ -99,7 +110,11 @@ def distances(site, reference, x, weights):
         name: float((found[name] - value).norm() / sizes[name].clamp(min=1))
         for name, value in expected.items()
         if value.is_floating_point()
-    } | {name: float(found[name] - value) for name, value in expected.items() if not value.is_floating_point()}
+    } | {
+        name: float(found[name] - value)
+        for name, value in expected.items()
+        if not value.is_floating_point()
+    }
 
 
 def train(prepared, dims, steps=100, frozen=False):
@@ -122,11 +137,19 @@ CASES = pytest.mark.parametrize(
 )
 
 
-# In -128..127 a symmetric scale would put the largest weight of each channel on a tie, where the last digit decides.
+# In -128..127 a symmetric scale would put the largest weight of each channel on a tie, where the
+# last digit decides.
 @pytest.mark.parametrize("weight", [{}, {"symmetric": False}], ids=["narrow_range", "asymmetric"])
 @CASES
 def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, weight, make):
-    shape = {"dims": dims, "relu": relu, "bias": bias, "momentum": momentum, "engine": "fbgemm", "weight": weight}
+    shape = {
+        "dims": dims,
+        "relu": relu,
+        "bias": bias,
+        "momentum": momentum,
+        "engine": "fbgemm",
+        "weight": weight,
+    }
     worst = sorted(max(found.values()) for found in train(make("exact", **shape), dims))
     # Of 65,000 weights, a few may come so close to a tie as to be rounded the other way.
     assert worst[94] < 1e-5 and worst[99] < 1e-2
@@ -134,13 +157,15 @@ def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, we
 
 @pytest.fixture(params=["torchs_batch_norm", "own_batch_norm"])
 def batch_norm(request, monkeypatch):
-    """Which batch-norm there is behind folded convolutions: torch's, or the one for many numbers."""
+    """Which batch-norm is behind folded convolutions: torch's, or the one for many numbers."""
     if request.param == "own_batch_norm":
         monkeypatch.setattr(module, "MANY", 0)
 
 
 @CASES
-def test_folded_is_torchs_slow_path_where_weights_are_not_rounded(dims, relu, bias, momentum, make, batch_norm):
+def test_folded_is_torchs_slow_path_where_weights_are_not_rounded(
+    dims, relu, bias, momentum, make, batch_norm
+):
     shape = {"dims": dims, "relu": relu, "bias": bias, "momentum": momentum}
     prepared = make("folded", **shape)
     prepared.model.body[0].weight_q.quantizing = False
@@ -163,7 +188,9 @@ def test_own_batch_norm_is_torchs(shape, offset):
     reference.zero_grad()
     (reference(expected) * weights).sum().backward()
     torch.testing.assert_close(output.double(), reference(expected), rtol=1e-5, atol=1e-5)
-    for grad, exact in zip(grads, [expected.grad, reference.weight.grad, reference.bias.grad], strict=True):
+    for grad, exact in zip(
+        grads, [expected.grad, reference.weight.grad, reference.bias.grad], strict=True
+    ):
         assert (grad - exact).norm() < 1e-5 * exact.norm()
     axes = [0, *range(2, len(shape))]
     torch.testing.assert_close(mean.double(), x.double().mean(axes), rtol=1e-5, atol=1e-6)
@@ -180,7 +207,12 @@ def test_own_batch_norm_stays_exact_far_from_0(make, monkeypatch):
     layer.bn.running_mean.fill_(1e4)
     layer.weight_q.quantizing = False
     expected = F.batch_norm(
-        F.conv2d(x.double(), layer.weight.double()), None, None, layer.bn.weight.double(), layer.bn.bias.double(), True
+        F.conv2d(x.double(), layer.weight.double()),
+        None,
+        None,
+        layer.bn.weight.double(),
+        layer.bn.bias.double(),
+        True,
     )
     torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(layer.bn.running_mean, torch.full((6,), 1e4), rtol=1e-4, atol=0)
@@ -204,19 +236,33 @@ def test_integers_of_a_narrow_range_need_no_factor(make):
     model = make("folded", engine="fbgemm", weight={"narrow_range": True, "bits": 4})
     layer, x = model.model.body[0], torch.randn(5, 4, 6, 6)
     layer.bn.running_var.uniform_(0.1, 9)
-    factor = (layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()).detach().reshape(-1, 1, 1, 1)
+    factor = (
+        (layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt())
+        .detach()
+        .reshape(-1, 1, 1, 1)
+    )
     assert factor.lt(0).any() and factor.gt(0).any()
     weight = layer.weight.detach() * factor
     scale = weight.abs().flatten(1).amax(1) / 7
-    rounded = torch.fake_quantize_per_channel_affine(weight, scale, torch.zeros(6, dtype=torch.int32), 0, -7, 7)
+    rounded = torch.fake_quantize_per_channel_affine(
+        weight, scale, torch.zeros(6, dtype=torch.int32), 0, -7, 7
+    )
     expected = copy.deepcopy(layer.bn)(F.conv2d(x, rounded / factor))
     torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
 @CASES
-def test_both_are_torchs_slow_path_where_batch_norm_is_frozen(conv_bn, dims, relu, bias, momentum, make):
-    shape = {"dims": dims, "relu": relu, "bias": bias, "momentum": momentum, "freeze_batch_norm_epoch": 0}
+def test_both_are_torchs_slow_path_where_batch_norm_is_frozen(
+    conv_bn, dims, relu, bias, momentum, make
+):
+    shape = {
+        "dims": dims,
+        "relu": relu,
+        "bias": bias,
+        "momentum": momentum,
+        "freeze_batch_norm_epoch": 0,
+    }
     for found in train(make(conv_bn, **shape), dims, steps=20, frozen=True):
         assert max(found.values()) < 1e-5, found
 
@@ -224,12 +270,16 @@ def test_both_are_torchs_slow_path_where_batch_norm_is_frozen(conv_bn, dims, rel
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("bits", [3, 8])
 def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularity, make):
-    """torch's kernel rounds the folded weights; dividing by the factor again gives the weights of the convolution."""
+    """torch's kernel rounds the folded weights; dividing them by the factor restores them."""
     weight = {"bits": bits, "symmetric": False, "granularity": granularity}
     model = make("folded", engine="fbgemm", weight=weight)
     layer, x = model.model.body[0], torch.randn(5, 4, 6, 6)
     x = x * 2 + 1
-    factor = (layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()).detach().reshape(-1, 1, 1, 1)
+    factor = (
+        (layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt())
+        .detach()
+        .reshape(-1, 1, 1, 1)
+    )
     bn, own = copy.deepcopy(layer.bn), layer.weight.detach().clone().requires_grad_()
     spec = QuantSpec(**weight, observer=torch_ao.minmax)
     how = {"kernel": "torch", "memoryless": True, "observing": True, "quantizing": True}
@@ -243,7 +293,9 @@ def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularit
     torch.testing.assert_close(layer.weight.grad, own.grad, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(layer.bn.weight.grad, bn.weight.grad)
     # what conversion will round by
-    for found, wanted in zip(layer.weight_q.calculate_qparams(), rounded.calculate_qparams(), strict=True):
+    for found, wanted in zip(
+        layer.weight_q.calculate_qparams(), rounded.calculate_qparams(), strict=True
+    ):
         torch.testing.assert_close(found, wanted)
 
 
@@ -275,7 +327,9 @@ def test_both_convert_to_the_integers_of_torchs_own_layer(conv_bn, make, make_qa
     ours = make_qat(conv_bn=conv_bn).convert(prepared).body[0]
     theirs = nnq.Conv2d.from_float(reference)
     assert torch.equal(ours.weight().int_repr(), theirs.weight().int_repr())
-    assert torch.equal(ours.bias(), theirs.bias()) and ours.weight().int_repr().unique().numel() > 50
+    assert (
+        torch.equal(ours.bias(), theirs.bias()) and ours.weight().int_repr().unique().numel() > 50
+    )
 
 
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
@@ -293,7 +347,9 @@ def test_linear_layers_train_as_if_they_were_not_fused(conv_bn, between, make_qa
         torch.testing.assert_close(found, expected)
     for output in (found, expected):
         output.square().sum().backward()
-    torch.testing.assert_close(prepared.model.body[0].weight.grad, layers[0].weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        prepared.model.body[0].weight.grad, layers[0].weight.grad, rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(prepared.model.body[0].bn.running_var, layers[1].running_var)
 
 

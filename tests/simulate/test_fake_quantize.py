@@ -47,9 +47,17 @@ def make(
 ):
     if kernel == "torch":
         observer = TORCHS[observer]  # the slow reference is torch's in all of its parts
-    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=observer, narrow_range=narrow)
+    spec = QuantSpec(
+        bits=bits,
+        symmetric=symmetric,
+        granularity=granularity,
+        observer=observer,
+        narrow_range=narrow,
+    )
     observer = make_observer(spec, signed=signed)
-    return FakeQuantize(observer, kernel=kernel, memoryless=memoryless, observing=observing, quantizing=quantizing)
+    return FakeQuantize(
+        observer, kernel=kernel, memoryless=memoryless, observing=observing, quantizing=quantizing
+    )
 
 
 def frozen(module):
@@ -61,7 +69,12 @@ def frozen(module):
 
 KINDS = pytest.mark.parametrize(
     "granularity, symmetric, signed",
-    [(g, s, signed) for g in ("per_tensor", "per_channel") for s in (True, False) for signed in (True, False)],
+    [
+        (g, s, signed)
+        for g in ("per_tensor", "per_channel")
+        for s in (True, False)
+        for signed in (True, False)
+    ],
     ids=lambda value: {True: "yes", False: "no"}.get(value, value),
 )
 
@@ -69,10 +82,14 @@ KINDS = pytest.mark.parametrize(
 @KINDS
 @given(
     bits=st.integers(2, 8),
-    rows=st.lists(st.lists(st.floats(-100, 100, width=16), min_size=3, max_size=3), min_size=1, max_size=4),
+    rows=st.lists(
+        st.lists(st.floats(-100, 100, width=16), min_size=3, max_size=3), min_size=1, max_size=4
+    ),
     stretch=st.floats(0.5, 3),
 )
-def test_output_and_gradient_are_those_of_the_formula_and_of_torch(granularity, symmetric, signed, bits, rows, stretch):
+def test_output_and_gradient_are_those_of_the_formula_and_of_torch(
+    granularity, symmetric, signed, bits, rows, stretch
+):
     observed = torch.tensor(rows)
     module = make(bits=bits, symmetric=symmetric, granularity=granularity, signed=signed)
     module(observed)
@@ -85,14 +102,17 @@ def test_output_and_gradient_are_those_of_the_formula_and_of_torch(granularity, 
     rows_of = observed if granularity == "per_channel" else observed.reshape(1, -1)
     smallest, largest = rows_of.amin(1).clamp(max=0), rows_of.amax(1).clamp(min=0)
     span = 2 * torch.maximum(-smallest, largest) if symmetric else largest - smallest
-    torch.testing.assert_close(scale, (span / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).eps))
+    torch.testing.assert_close(
+        scale, (span / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).eps)
+    )
 
     integers = torch.round(x.detach() / scale[:, None]) + zero[:, None]
-    # torch multiplies by the inverse of the scale: what lies between two integers may go either way.
+    # torch multiplies by the inverse of the scale: between two integers either may be meant.
     tie = ((x.detach() / scale[:, None]) % 1 - 0.5).abs() < 1e-3
-    expected = (torch.minimum(torch.maximum(integers, torch.tensor(low)), torch.tensor(high)) - zero[:, None]) * scale[
-        :, None
-    ]
+    expected = (
+        torch.minimum(torch.maximum(integers, torch.tensor(low)), torch.tensor(high))
+        - zero[:, None]
+    ) * scale[:, None]
     torch.testing.assert_close(output[~tie], expected[~tie])
     assert ((output - expected).abs() <= 1.001 * scale[:, None])[tie].all()
     inside = ((integers >= low) & (integers <= high)).float()
@@ -107,7 +127,13 @@ def test_output_and_gradient_are_those_of_the_formula_and_of_torch(granularity, 
     assert torch.equal(output, reference) and torch.equal(x.grad, again.grad)
 
 
-WEIGHTS = {"granularity": "per_channel", "symmetric": True, "signed": True, "memoryless": True, "narrow": True}
+WEIGHTS = {
+    "granularity": "per_channel",
+    "symmetric": True,
+    "signed": True,
+    "memoryless": True,
+    "narrow": True,
+}
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
@@ -116,7 +142,9 @@ WEIGHTS = {"granularity": "per_channel", "symmetric": True, "signed": True, "mem
 def test_weights_in_a_narrow_range_are_torchs_and_never_clipped(shape, large, bits, seed, exponent):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
     x[1] = 0
-    module, reference = (make(bits=bits, kernel=kernel, **WEIGHTS) for kernel in ("qtrain", "torch"))
+    module, reference = (
+        make(bits=bits, kernel=kernel, **WEIGHTS) for kernel in ("qtrain", "torch")
+    )
     inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
     with (
         mock.patch.object(functional, "MANY", 0 if large else 2**30),
@@ -128,7 +156,9 @@ def test_weights_in_a_narrow_range_are_torchs_and_never_clipped(shape, large, bi
         output.sin().sum().backward()
     assert torch.equal(*outputs) and torch.equal(inputs[0].grad, inputs[1].grad)
     assert torch.equal(inputs[0].grad, outputs[0].cos())  # whole
-    for found, expected in zip(module.calculate_qparams(), reference.calculate_qparams(), strict=True):
+    for found, expected in zip(
+        module.calculate_qparams(), reference.calculate_qparams(), strict=True
+    ):
         assert torch.equal(found, expected)
     for name in ("min_val", "max_val"):
         assert torch.equal(getattr(module.observer, name), getattr(reference.observer, name))
@@ -140,7 +170,9 @@ def test_weights_in_a_narrow_range_are_clipped_once_it_is_frozen():
     x = torch.tensor([[-2.0, 0.25]], requires_grad=True)
     output = frozen(module)(x)
     output.sum().backward()
-    assert output.tolist() == [[-1.0, pytest.approx(0.25, abs=1 / 254)]] and x.grad.tolist() == [[0.0, 1.0]]
+    assert output.tolist() == [[-1.0, pytest.approx(0.25, abs=1 / 254)]] and x.grad.tolist() == [
+        [0.0, 1.0]
+    ]
 
 
 @KINDS
@@ -157,14 +189,19 @@ def test_integers_are_those_of_torchs_quantized_tensors(granularity, symmetric, 
     torch.testing.assert_close(output, quantized.dequantize())
 
 
-@given(st.lists(st.floats(-50, 50, width=16), min_size=1, max_size=20), st.booleans(), st.booleans(), st.integers(2, 8))
+@given(
+    st.lists(st.floats(-50, 50, width=16), min_size=1, max_size=20),
+    st.booleans(),
+    st.booleans(),
+    st.integers(2, 8),
+)
 def test_zero_stays_zero_and_error_is_within_half_a_step(values, symmetric, signed, bits):
     x = torch.tensor([*values, 0.0])
     module = make(symmetric=symmetric, signed=signed, bits=bits)
     output = module(x)
     scale = float(module.calculate_qparams()[0])
     assert output[-1] == 0
-    # Symmetric ranges lack half a step at one end (-128 .. 127), so there the error may be a whole one.
+    # Symmetric ranges lack half a step at one end (-128..127), where the error may be a whole one.
     assert ((output - x).abs() <= scale * (1.001 if symmetric else 0.501) + 1e-6).all()
     torch.testing.assert_close(frozen(module)(output), output)
 
@@ -202,11 +239,17 @@ def test_the_scale_follows_each_observation(name):
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-@pytest.mark.parametrize("name", ["minmax", "moving_average", "percentile"])  # the histogram cannot forget its range
+# The histogram cannot forget its range.
+@pytest.mark.parametrize("name", ["minmax", "moving_average", "percentile"])
 def test_memoryless_is_a_fresh_observer_every_time(name, granularity):
     if granularity == "per_channel" and name in PER_TENSOR_ONLY:
         pytest.skip("one range a tensor")
-    how = {"observer": OBSERVERS[name], "granularity": granularity, "signed": True, "symmetric": True}
+    how = {
+        "observer": OBSERVERS[name],
+        "granularity": granularity,
+        "signed": True,
+        "symmetric": True,
+    }
     module = make(memoryless=True, **how)
     for factor in (1.0, 100.0, 0.01, 3.0):
         x = torch.randn(4, 25) * factor
@@ -242,12 +285,16 @@ def test_nan_makes_no_scale(name):
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_all_zeros_stay_zeros(granularity):
     module = make(granularity=granularity, signed=True, symmetric=True)
-    x = torch.tensor([[0.0, 0.0], [1.0, -1.0]]) if granularity == "per_channel" else torch.zeros(2, 2)
+    x = (
+        torch.tensor([[0.0, 0.0], [1.0, -1.0]])
+        if granularity == "per_channel"
+        else torch.zeros(2, 2)
+    )
     output = module(x)
     assert output.isfinite().all() and torch.equal(output[0], torch.zeros(2))
 
 
-# ---- torch's kernels as the reference --------------------------------------------------------------------------------
+# ---- torch's kernels as the reference ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("memoryless", [False, True], ids=["remembering", "memoryless"])
@@ -282,7 +329,9 @@ def test_nan_is_not_forgotten(name):
 def test_the_kernel_is_that_of_the_setting(monkeypatch):
     called = []
     kernel = torch.fake_quantize_per_tensor_affine
-    monkeypatch.setattr(torch, "fake_quantize_per_tensor_affine", lambda *args: called.append(1) or kernel(*args))
+    monkeypatch.setattr(
+        torch, "fake_quantize_per_tensor_affine", lambda *args: called.append(1) or kernel(*args)
+    )
     for setting, calls in (("qtrain", 0), ("torch", 1)):
         make(kernel=setting)(torch.ones(3))
         assert len(called) == calls
@@ -317,7 +366,9 @@ def test_a_relu_inside_is_a_relu_before(symmetric, name, dtype):
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "conv_bn"])
-@pytest.mark.parametrize("kind", [{}, {"symmetric": False}, {"narrow": False}], ids=["narrow", "asymmetric", "full"])
+@pytest.mark.parametrize(
+    "kind", [{}, {"symmetric": False}, {"narrow": False}], ids=["narrow", "asymmetric", "full"]
+)
 def test_gradients_of_several_batches_add_up_and_weights_are_quantized_anew(kind, scaled):
     module = make(**WEIGHTS | kind)
     factor = torch.tensor([0.5, -2.0, 3.0])
@@ -334,15 +385,19 @@ def test_gradients_of_several_batches_add_up_and_weights_are_quantized_anew(kind
         expected = run(make(**WEIGHTS | kind), reference)
         assert all(torch.equal(output, expected) for output in outputs)
         torch.testing.assert_close(weight.grad, 3 * reference.grad)
-        weight.data.add_(weight.grad, alpha=-0.1)  # past autograd, which does not count it as a change
+        # Past autograd, which does not count it as a change.
+        weight.data.add_(weight.grad, alpha=-0.1)
         weight.grad.zero_()
 
 
 @pytest.mark.parametrize(
-    "how", [{"granularity": "per_tensor"}, {"granularity": "per_channel"}, WEIGHTS], ids=["tensor", "channel", "narrow"]
+    "how",
+    [{"granularity": "per_tensor"}, {"granularity": "per_channel"}, WEIGHTS],
+    ids=["tensor", "channel", "narrow"],
 )
 @pytest.mark.parametrize("observing", [True, False], ids=["observing", "frozen"])
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.9 of itself
+# torch 2.9 warns of itself.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_it_does_the_same(observing, how):
     module = make(**{"symmetric": True, "signed": True, **how})
     module(torch.tensor([[-1.0, 2.0], [0.5, 0.25]]))
@@ -362,7 +417,9 @@ def test_compiled_it_does_the_same(observing, how):
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_under_autocast_it_is_an_island_of_float32(granularity):
-    module, reference = (make(granularity=granularity, observer=OBSERVERS["moving_average"]) for _ in range(2))
+    module, reference = (
+        make(granularity=granularity, observer=OBSERVERS["moving_average"]) for _ in range(2)
+    )
     x = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         y = x @ x

@@ -22,9 +22,13 @@ OBSERVERS = {
 PER_TENSOR_ONLY = ("histogram", "percentile")
 
 
-def make(*, granularity="per_tensor", observer=MinMaxObserver, observing=True, quantizing=True, **fields):
+def make(
+    *, granularity="per_tensor", observer=MinMaxObserver, observing=True, quantizing=True, **fields
+):
     spec = QuantSpec(symmetric=False, granularity=granularity, observer=observer, **fields)
-    return FakeQuantize(make_observer(spec, signed=False), observing=observing, quantizing=quantizing)
+    return FakeQuantize(
+        make_observer(spec, signed=False), observing=observing, quantizing=quantizing
+    )
 
 
 def frozen(module):
@@ -58,7 +62,9 @@ def test_a_state_dict_gives_the_same_module_back(name, granularity):
     for each in (module, copied):  # and it goes on from there
         each.observing = True
     assert torch.equal(copied(other * 3), module(other * 3))
-    assert [len(q) for q in copied.calculate_qparams()] == [6 if granularity == "per_channel" else 1] * 2
+    assert [len(q) for q in copied.calculate_qparams()] == [
+        6 if granularity == "per_channel" else 1
+    ] * 2
 
 
 def test_what_was_observed_but_not_yet_asked_for_survives_saving():

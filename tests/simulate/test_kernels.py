@@ -24,8 +24,12 @@ def torchs(x, scale, zero_point, low, high, axis):
 
 @st.composite
 def cases(draw):
-    """x (C, 16), scale, zero_point, limits, axis; a part of x lies on ties and clipping edges, or just beside."""
-    bits, signed, axis = draw(st.integers(2, 8)), draw(st.booleans()), draw(st.sampled_from([None, 0, 1]))
+    """x (C, 16), scale, zero_point, limits, axis; parts of x lie on ties and edges, or beside."""
+    bits, signed, axis = (
+        draw(st.integers(2, 8)),
+        draw(st.booleans()),
+        draw(st.sampled_from([None, 0, 1])),
+    )
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     low += signed and draw(st.booleans())
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -38,7 +42,9 @@ def cases(draw):
     zero = zero_point.reshape(step.shape)
     whole = torch.randint(low - 3, high + 4, (channels, 16), generator=random) - zero
     kind = torch.randint(0, 6, (channels, 16), generator=random)
-    edge = torch.where(torch.rand(channels, 16, generator=random) < 0.5, low - 0.5, high + 0.5) - zero
+    edge = (
+        torch.where(torch.rand(channels, 16, generator=random) < 0.5, low - 0.5, high + 0.5) - zero
+    )
     noise = torch.randn(channels, 16, generator=random) * (high - low)
     x = torch.where(kind < 2, noise, torch.where(kind < 4, whole + 0.5, edge)) * step
     for value, chosen in ((torch.inf, kind == 3), (-torch.inf, kind == 5)):
@@ -72,8 +78,11 @@ def check_against_torch(case):
         ends = x.min().item(), x.max().item()
         results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
         rectified = run(lambda x: torchs(x.relu(), scale, zero_point, low, high, axis))
-        for rectify, (wanted, _) in ((False, expected), (True, rectified)):  # without a gradient, as of a batch's data
-            assert torch.equal(fake_quantize_by_numbers(x, *numbers, ends=ends, rectify=rectify, **limits), wanted)
+        # Without a gradient, as of a batch's data.
+        for rectify, (wanted, _) in ((False, expected), (True, rectified)):
+            assert torch.equal(
+                fake_quantize_by_numbers(x, *numbers, ends=ends, rectify=rectify, **limits), wanted
+            )
         with mock.patch.object(module, "MANY", 0):  # as for large tensors
             results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
             found = run(fake_quantize_by_numbers, *numbers, ends=ends, rectify=True, **limits)
@@ -97,7 +106,7 @@ def test_ten_thousand_cases_equal_torchs_kernels(case):
 
 
 def just_on_the_edge(integer):
-    """A scale whose inverse times some float32 is exactly where float32 begins to round to more than `integer`."""
+    """A scale by whose inverse some product is just where float32 begins to exceed `integer`."""
     edge = np.float32(integer + 0.5)
     beside = np.nextafter(edge, np.float32(0 if integer % 2 else np.inf))
     whole, _ = (Fraction(float(edge)) + Fraction(float(beside))).as_integer_ratio()
@@ -109,7 +118,11 @@ def just_on_the_edge(integer):
     return None
 
 
-@given(integer=st.integers(0, 255), exponent=st.integers(-20, 20), random=st.floats(2.0**-90, 2.0**90, width=32))
+@given(
+    integer=st.integers(0, 255),
+    exponent=st.integers(-20, 20),
+    random=st.floats(2.0**-90, 2.0**90, width=32),
+)
 def test_bounds_are_the_float32_next_to_what_rounds_into_the_range(integer, exponent, random):
     edgy = just_on_the_edge(integer)
     for scale in [random] + ([] if edgy is None else [edgy * 2.0**exponent]):
@@ -132,9 +145,16 @@ def test_some_bounds_lie_just_on_the_edge():
 )
 def test_large_tensors_keep_integers_where_these_show_what_was_clipped(high, reach, rectify, kept):
     x, saved = torch.empty(module.MANY).uniform_(-reach, reach), []
-    arguments = {"quant_min": 0, "quant_max": high, "rectify": rectify, "ends": (x.min().item(), x.max().item())}
+    arguments = {
+        "quant_min": 0,
+        "quant_max": high,
+        "rectify": rectify,
+        "ends": (x.min().item(), x.max().item()),
+    }
     x.requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor.dtype), tensor)[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (saved.append(tensor.dtype), tensor)[1], lambda t: t
+    ):
         output = fake_quantize_by_numbers(x, 0.01, 64, **arguments)
     assert saved == kept
     (found,) = torch.autograd.grad(output.sum(), x)
@@ -146,13 +166,16 @@ def test_large_tensors_keep_integers_where_these_show_what_was_clipped(high, rea
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)], ids=str)
 def test_large_tensors_may_lie_in_memory_in_any_order(order, rectify):
     back = [order.index(axis) for axis in range(4)]
-    x = torch.randn([(16, 8, 32, 64)[axis] for axis in order]).permute(back)  # (16, 8, 32, 64), strided
+    # (16, 8, 32, 64), strided.
+    x = torch.randn([(16, 8, 32, 64)[axis] for axis in order]).permute(back)
     assert x.numel() >= module.MANY
     arguments = {"quant_min": 0, "quant_max": 127, "rectify": rectify}
     grads, outputs = [], []
     for ends in (None, (x.min().item(), x.max().item())):
         leaf = x.detach().requires_grad_()
-        outputs.append(fake_quantize_by_numbers(leaf, 0.02, 0 if rectify else 64, ends=ends, **arguments))
+        outputs.append(
+            fake_quantize_by_numbers(leaf, 0.02, 0 if rectify else 64, ends=ends, **arguments)
+        )
         grads += torch.autograd.grad((outputs[-1] * x).sum(), leaf)
     assert torch.equal(*outputs) and torch.equal(*grads) and grads[0].count_nonzero() < x.numel()
 
@@ -161,14 +184,20 @@ def test_infinity_is_clipped_and_nan_stays():
     x = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38], requires_grad=True)
     output = fake_quantize(x, torch.tensor([0.5]), torch.tensor([3]), quant_min=0, quant_max=15)
     output.sum().backward()
-    assert output.tolist()[:2] == [6.0, -1.5] and output[2].isnan() and output.tolist()[3:] == [6.0, -1.5]
+    assert (
+        output.tolist()[:2] == [6.0, -1.5]
+        and output[2].isnan()
+        and output.tolist()[3:] == [6.0, -1.5]
+    )
     assert x.grad[[0, 1, 3, 4]].eq(0).all()
 
 
 def test_the_gradient_at_the_clipping_edges():
     """-0.5 rounds to the even 0, inside; 3.5 to 4, outside of 0..3."""
     x = torch.tensor([-0.50001, -0.5, 0.0, 3.0, 3.4999, 3.5], requires_grad=True)
-    fake_quantize(x, torch.tensor([1.0]), torch.tensor([0]), quant_min=0, quant_max=3).sum().backward()
+    fake_quantize(
+        x, torch.tensor([1.0]), torch.tensor([0]), quant_min=0, quant_max=3
+    ).sum().backward()
     assert x.grad.tolist() == [0, 1, 1, 1, 1, 0]
 
 
@@ -176,12 +205,16 @@ def test_the_gradient_at_the_clipping_edges():
 def test_half_precision_is_an_island_of_float32(dtype):
     x = torch.linspace(-3, 3, 50, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        output = fake_quantize(x, torch.tensor([0.013]), torch.tensor([0]), quant_min=-128, quant_max=127)
+        output = fake_quantize(
+            x, torch.tensor([0.013]), torch.tensor([0]), quant_min=-128, quant_max=127
+        )
     assert output.dtype == torch.float32
     expected = torchs(x.detach().float(), torch.tensor([0.013]), torch.tensor([0]), -128, 127, None)
     assert torch.equal(output, expected)
     output.sum().backward()
-    assert x.grad.dtype == dtype and x.grad.sum() == (x.detach().float().abs() < 0.013 * 127.5).sum()
+    assert (
+        x.grad.dtype == dtype and x.grad.sum() == (x.detach().float().abs() < 0.013 * 127.5).sum()
+    )
 
 
 def test_input_stays_as_it_is():
@@ -201,4 +234,6 @@ def test_a_negative_scale_is_a_change_of_sign():
     x = torch.linspace(-9, 9, 50)
     for zero in (None, torch.tensor([3])):
         mirrored = -fake_quantize(-x, torch.tensor([0.5]), zero, quant_min=-8, quant_max=7)
-        assert torch.equal(fake_quantize(x, torch.tensor([-0.5]), zero, quant_min=-8, quant_max=7), mirrored)
+        assert torch.equal(
+            fake_quantize(x, torch.tensor([-0.5]), zero, quant_min=-8, quant_max=7), mirrored
+        )

@@ -22,14 +22,17 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("method", ["ptq", "qat"])
 def test_a_softmax_behind_the_last_stub_stays_float(method, make_ptq, make_qat, engine):
-    """Of 200 classes each has about 1/200, which a step of 1/256 would turn into one step or none."""
+    """Of 200 classes each has about 1/200, which steps of 1/256 turn into one or none."""
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(64, 8)
     quantizer = (make_ptq if method == "ptq" else make_qat)(engine)
     simulation = quantizer.prepare(model)
     quantizer.calibrate(simulation, [(x,)])
     fake, int8 = quantizer.fake(simulation)(x), quantizer.convert(simulation)(x)
-    assert simulation.plan["softmax"].output is None and simulation.plan["inner"].output.scale == 1 / 256
+    assert (
+        simulation.plan["softmax"].output is None
+        and simulation.plan["inner"].output.scale == 1 / 256
+    )
     assert len(fake[0].unique()) > 20
     torch.testing.assert_close(fake, int8, rtol=0.1, atol=0)
     steps = simulation.model.inner(torch.randn(50)) * 256

@@ -37,7 +37,9 @@ def test_frozen_batch_norm_uses_and_keeps_its_statistics(fused, between, make_qa
         prepared.train()
         prepared.freeze_batch_norm(frozen)
         prepared(FEATURES)
-        return not torch.equal(before[0], bn.running_mean) or not torch.equal(before[1], bn.running_var)
+        return not torch.equal(before[0], bn.running_mean) or not torch.equal(
+            before[1], bn.running_var
+        )
 
     for frozen in (False, True, True, False):
         assert moved() is not frozen

@@ -15,7 +15,10 @@ LOADER = [BATCH]  # for tasks that need more of it than the sums
 def cross_entropies():
     """The losses of the four examples, in Python floats."""
     rows = LOGITS.tolist()
-    return [math.log(sum(map(math.exp, row))) - row[label] for row, label in zip(rows, LABELS.tolist(), strict=True)]
+    return [
+        math.log(sum(map(math.exp, row))) - row[label]
+        for row, label in zip(rows, LABELS.tolist(), strict=True)
+    ]
 
 
 def test_inputs_are_the_images():
@@ -53,15 +56,24 @@ def test_summary_by_hand():
 
 def test_sums_over_batches_are_those_of_the_whole():
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(23, 5, generator=generator), torch.randint(0, 5, (23,), generator=generator)
+    logits, labels = (
+        torch.randn(23, 5, generator=generator),
+        torch.randint(0, 5, (23,), generator=generator),
+    )
     whole = TASK.summary(TASK.metrics(logits, (torch.zeros(23), labels)), LOADER)
-    parts = [TASK.metrics(logits[rows], (torch.zeros(1), labels[rows])) for rows in torch.arange(23).split(6)]
+    parts = [
+        TASK.metrics(logits[rows], (torch.zeros(1), labels[rows]))
+        for rows in torch.arange(23).split(6)
+    ]
     sums = {name: sum(part[name] for part in parts) for name in parts[0]}
     summed = TASK.summary(sums, LOADER)
     assert summed.pop("loss") == pytest.approx(whole.pop("loss"), rel=1e-6)
     assert summed == whole
     assert whole["count"] == 23
-    assert whole["accuracy"] == sum(int(row.argmax()) == int(y) for row, y in zip(logits, labels, strict=True)) / 23
+    assert (
+        whole["accuracy"]
+        == sum(int(row.argmax()) == int(y) for row, y in zip(logits, labels, strict=True)) / 23
+    )
 
 
 def test_has_no_sample_to_show():

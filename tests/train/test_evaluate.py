@@ -14,12 +14,16 @@ LABELS = torch.randint(0, 4, (23,), generator=GENERATOR)
 
 
 def make_loader(batch_size):
-    return ImageLoader(IMAGES, LABELS, batch_size=batch_size, shuffle=False, mean=0.5, std=0.25, channels=1)
+    return ImageLoader(
+        IMAGES, LABELS, batch_size=batch_size, shuffle=False, mean=0.5, std=0.25, channels=1
+    )
 
 
 def make_model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(25, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(25, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 100])
@@ -33,7 +37,9 @@ def test_scores_of_the_whole_split(batch_size):
     assert scores.metrics["accuracy"] == right.sum().item() / 23
     assert scores.metrics["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
     assert scores.metrics["count"] == 23
-    assert scores.metrics["wrong_per_class"] == [int((~right & (LABELS == c)).sum()) for c in range(4)]
+    assert scores.metrics["wrong_per_class"] == [
+        int((~right & (LABELS == c)).sum()) for c in range(4)
+    ]
     assert scores.examples.tolist() == right.int().tolist()
 
 
@@ -48,7 +54,7 @@ def test_leaves_the_model_as_it_was_but_in_eval_mode():
 
 
 class Spoiler(nn.Module):
-    """Puts out NaN or infinity from the given call on, counted from 0, or where a pixel is large."""
+    """Puts out NaN or infinity from a call on, counted from 0, or where a pixel is large."""
 
     def __init__(self, value, batch):
         super().__init__()
@@ -64,7 +70,9 @@ class Spoiler(nn.Module):
 def test_an_output_that_is_not_finite_is_an_error_by_layer_and_batch(value, batch):
     model = make_model()
     model.insert(3, Spoiler(value, batch))
-    with pytest.raises(TruthError, match=rf"^layer 3: its output is not finite in evaluation, batch {batch}$"):
+    with pytest.raises(
+        TruthError, match=rf"^layer 3: its output is not finite in evaluation, batch {batch}$"
+    ):
         evaluate(model, make_loader(5), TASK)
 
 

@@ -32,7 +32,9 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     outs = [folder / "0.pt", folder / "1.pt"]
     started = [
-        subprocess.Popen([sys.executable, SCRIPT, str(number), "2", folder / "rendezvous", out], env=ENVIRONMENT)
+        subprocess.Popen(
+            [sys.executable, SCRIPT, str(number), "2", folder / "rendezvous", out], env=ENVIRONMENT
+        )
         for number, out in enumerate(outs)
     ]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
@@ -68,13 +70,22 @@ def test_one_process_shares_with_nobody():
     assert ranks.share(batch) == (batch, 1.0) and ranks.is_first()
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
-SMALL = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", "measure.repeats=1", "model=mlp"]
+SMALL = [
+    "trainer=smoke",
+    "threads=1",
+    "logger=none",
+    "float_cache=null",
+    "measure.repeats=1",
+    "model=mlp",
+]
 
 
 def run(*command):
-    done = subprocess.run([sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -101,26 +112,47 @@ def test_on_the_command_line(tmp_path, how, quant):
 @pytest.mark.slow
 def test_what_cannot_be_distributed(tmp_path):
     settings = [*SMALL, f"hydra.run.dir={tmp_path}", "trainer.devices=2"]
-    code, text = run("-m", "qtrain.cli.run", *settings, "quant=qat", "observer@quant.activation.observer=percentile")
+    code, text = run(
+        "-m",
+        "qtrain.cli.run",
+        *settings,
+        "quant=qat",
+        "observer@quant.activation.observer=percentile",
+    )
     assert code == 1 and "PercentileObserver cannot be synchronised; use minmax" in text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
 def test_interrupted_and_resumed(tmp_path, number, code):
-    settings = [*SMALL, "quant=qat", "trainer.epochs=2", "trainer.max_steps=null", "trainer.save_every=10"]
+    settings = [
+        *SMALL,
+        "quant=qat",
+        "trainer.epochs=2",
+        "trainer.max_steps=null",
+        "trainer.save_every=10",
+    ]
     settings += ["trainer.devices=2", "model.hidden=16"]
     folder, whole = tmp_path / "run", tmp_path / "whole"
     command = [sys.executable, "-m", "qtrain.cli.run", *settings]
-    subprocess.run([*command, f"hydra.run.dir={whole}"], env=ENVIRONMENT, check=True, capture_output=True)
+    subprocess.run(
+        [*command, f"hydra.run.dir={whole}"], env=ENVIRONMENT, check=True, capture_output=True
+    )
     started = subprocess.Popen(
-        [*command, f"hydra.run.dir={folder}"], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, f"hydra.run.dir={folder}"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     while not (folder / "resume" / "qat.pt").exists():
         assert started.poll() is None, started.communicate()[0].decode()
         time.sleep(0.01)
     started.send_signal(number)
-    output = started.communicate(timeout=60)[0].decode()  # the other rank holds the pipe open as long as it lives
+    output = started.communicate(timeout=60)[
+        0
+    ].decode()  # the other rank holds the pipe open as long as it lives
     assert started.returncode == code, output
     assert number == signal.SIGKILL or f"go on with: qtrain resume={folder}" in output
     returncode, text = run("-m", "qtrain.cli.run", f"resume={folder}")
@@ -134,9 +166,17 @@ def test_accuracy_on_the_sample(tmp_path):
     quality = {}
     for devices in (1, 2):
         folder = tmp_path / str(devices)
-        settings = ["quant=qat", "threads=1", "logger=none", "float_cache=null", f"trainer.devices={devices}"]
+        settings = [
+            "quant=qat",
+            "threads=1",
+            "logger=none",
+            "float_cache=null",
+            f"trainer.devices={devices}",
+        ]
         code, text = run("-m", "qtrain.cli.run", *settings, f"hydra.run.dir={folder}")
         assert code == 0, text
-        quality[devices] = json.loads((folder / "report.json").read_text())["metrics"]["quantized"]["accuracy"]
+        quality[devices] = json.loads((folder / "report.json").read_text())["metrics"]["quantized"][
+            "accuracy"
+        ]
     print(quality)
     assert abs(quality[1] - quality[2]) <= 0.003

@@ -38,7 +38,9 @@ def test_cosine_by_its_formula(num_steps, warmup, final):
         0.4 * (final + (1 - final) * math.cos(math.pi / 2 * k / (num_steps - num_warmup)) ** 2)
         for k in range(num_steps - num_warmup)
     ]
-    got = rates(lambda optimizer: cosine(optimizer, num_steps, warmup=warmup, final=final), num_steps)
+    got = rates(
+        lambda optimizer: cosine(optimizer, num_steps, warmup=warmup, final=final), num_steps
+    )
     assert got == pytest.approx(rising + falling, abs=1e-12)
 
 
@@ -51,12 +53,16 @@ def test_cosine_is_what_torch_makes_of_its_parts():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SequentialLR uses its parts in ways that they warn of
         expected = rates(by_torch, 20)
-    assert rates(lambda o: cosine(o, 20, warmup=0.25, final=0.1), 20) == pytest.approx(expected, abs=1e-12)
+    assert rates(lambda o: cosine(o, 20, warmup=0.25, final=0.1), 20) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_cosine_serves_every_parameter_group():
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    optimizer = torch.optim.SGD([{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 2.0}])
+    optimizer = torch.optim.SGD(
+        [{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 2.0}]
+    )
     schedule = cosine(optimizer, 4, warmup=0, final=0)
     for _ in range(2):
         optimizer.step()
@@ -68,7 +74,9 @@ def test_no_steps_at_all():
     cosine(sgd(), 0, warmup=0.05, final=0)
 
 
-@pytest.mark.parametrize("wrong", [{"warmup": -0.1}, {"warmup": 1.1}, {"final": -1}, {"final": 2}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"warmup": -0.1}, {"warmup": 1.1}, {"final": -1}, {"final": 2}], ids=str
+)
 def test_shares_out_of_range(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"^{name}={value}: must be a number from 0 to 1$"):

@@ -41,12 +41,21 @@ def make_loader(num=22, batch_size=4, shuffle=True):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num, 6, 6), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 3, (num,), generator=generator)
-    return ImageLoader(images, labels, batch_size=batch_size, shuffle=shuffle, mean=0.5, std=0.5, channels=1)
+    return ImageLoader(
+        images, labels, batch_size=batch_size, shuffle=shuffle, mean=0.5, std=0.5, channels=1
+    )
 
 
 def make_model():
     torch.manual_seed(5)
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(36, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(8, 3),
+    )
 
 
 def linear_model():
@@ -54,7 +63,9 @@ def linear_model():
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
 
 
-def fit(model, loader=None, *, optimizer=sgd, scheduler=constant, task=None, callbacks=None, **options):
+def fit(
+    model, loader=None, *, optimizer=sgd, scheduler=constant, task=None, callbacks=None, **options
+):
     """Trains from seed 0; returns what was logged."""
     torch.manual_seed(0)
     logger = Recorder()
@@ -97,9 +108,13 @@ def test_equals_a_loop_written_by_hand():
             losses.append(loss.item())
     assert_same(model, expected)
 
-    assert logger.values("float/train_loss") == pytest.approx({s: sum(losses[s - 3 : s]) / 3 for s in (3, 6, 9, 12)})
+    assert logger.values("float/train_loss") == pytest.approx(
+        {s: sum(losses[s - 3 : s]) / 3 for s in (3, 6, 9, 12)}
+    )
     assert logger.values("float/lr") == {step: rates[step - 1] for step in (3, 6, 9, 12)}
-    assert logger.values("float/epoch_loss") == pytest.approx({6: sum(losses[:6]) / 6, 12: sum(losses[6:]) / 6})
+    assert logger.values("float/epoch_loss") == pytest.approx(
+        {6: sum(losses[:6]) / 6, 12: sum(losses[6:]) / 6}
+    )
 
 
 def test_the_log_interval_changes_no_weight():
@@ -109,7 +124,9 @@ def test_the_log_interval_changes_no_weight():
     assert [len(x) for x in lines] == [12 + 2, 1 + 2]  # the last step is logged in any case
 
 
-@pytest.mark.parametrize("accumulate, num", [(3, 24), (4, 24), (99, 24)], ids=["whole_groups", "rest", "one_group"])
+@pytest.mark.parametrize(
+    "accumulate, num", [(3, 24), (4, 24), (99, 24)], ids=["whole_groups", "rest", "one_group"]
+)
 def test_accumulation_equals_larger_batches(accumulate, num):
     model, expected = linear_model(), linear_model()
     fit(model, make_loader(num, 4, shuffle=False), accumulate=accumulate)
@@ -119,7 +136,8 @@ def test_accumulation_equals_larger_batches(accumulate, num):
 
 
 def test_steps_with_accumulation_are_optimizer_steps():
-    logger = fit(linear_model(), make_loader(22, 4), accumulate=4, log_every=1)  # 6 batches: 2 steps an epoch
+    # 6 batches: 2 steps an epoch.
+    logger = fit(linear_model(), make_loader(22, 4), accumulate=4, log_every=1)
     assert list(logger.values("float/lr")) == [1, 2, 3, 4]
 
 
@@ -133,7 +151,9 @@ def test_clipping():
     for clip_norm, factor in ((0.5, 0.5 / norm), (2 * norm, 1.0), (None, 1.0)):
         after = copy.deepcopy(before)
         fit(after, make_loader(shuffle=False), clip_norm=clip_norm, max_steps=1)
-        for p, old, g in zip(after.parameters(), before.parameters(), gradient.parameters(), strict=True):
+        for p, old, g in zip(
+            after.parameters(), before.parameters(), gradient.parameters(), strict=True
+        ):
             torch.testing.assert_close(p, old - 0.1 * factor * g.grad, rtol=1e-4, atol=1e-7)
 
 
@@ -180,7 +200,12 @@ def test_number_of_steps(options, expected):
         callbacks={"on_epoch_start": epochs.append},
         **options,
     )
-    assert len(steps) == promised[0] == expected == Trainer(**OPTIONS | options).num_steps(make_loader())
+    assert (
+        len(steps)
+        == promised[0]
+        == expected
+        == Trainer(**OPTIONS | options).num_steps(make_loader())
+    )
     assert max(logger.values("float/lr"), default=0) == expected
     per_epoch = -(-6 // options.get("accumulate", 1))
     assert epochs == list(range(-(-expected // per_epoch)))
@@ -221,7 +246,10 @@ def test_callbacks():
 def test_says_how_each_epoch_went(caplog):
     with caplog.at_level(logging.INFO, "qtrain"):
         fit(make_model(), callbacks={"on_epoch_end": lambda epoch: {"val_accuracy": 0.125}})
-    assert [line.split(", loss")[0] for line in caplog.messages] == ["float: epoch 1/2", "float: epoch 2/2"]
+    assert [line.split(", loss")[0] for line in caplog.messages] == [
+        "float: epoch 1/2",
+        "float: epoch 2/2",
+    ]
     assert all("val_accuracy 0.1250" in line for line in caplog.messages)
 
 

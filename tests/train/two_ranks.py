@@ -1,4 +1,4 @@
-"""One rank of a training on made-up digits: `python two_ranks.py RANK RANKS RENDEZVOUS OUT`, for test_ranks."""
+"""A rank of a training on made-up digits: `python two_ranks.py RANK RANKS RENDEZVOUS OUT`."""
 
 import sys
 from functools import partial
@@ -29,7 +29,7 @@ class Lines(Logger):
 
 
 def fit(model, accumulate=1, on_epoch=lambda epoch: None):
-    """Trains on 43 images in batches of 7, so that ranks get unequal parts, and the last batch has one image alone."""
+    """Trains on 43 images in batches of 7: ranks get unequal parts, and the last batch has one."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (43, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.arange(43) % 10
@@ -38,7 +38,13 @@ def fit(model, accumulate=1, on_epoch=lambda epoch: None):
     torch.manual_seed(0)
     lines = Lines()
     trainer = Trainer(
-        epochs=2, max_steps=None, accumulate=accumulate, clip_norm=1.0, log_every=1, save_every=2, devices=1
+        epochs=2,
+        max_steps=None,
+        accumulate=accumulate,
+        clip_norm=1.0,
+        log_every=1,
+        save_every=2,
+        devices=1,
     )
     trainer.fit(
         model,
@@ -80,7 +86,7 @@ def qat(model, conv_bn="folded"):
 
 
 def everything():
-    """Returns losses and weights of a float training, and losses, qparams and weights of QAT without and with norms."""
+    """Returns losses and weights of float training; with qparams, of QAT without and with norms."""
     torch.manual_seed(3)
     mlp = MLP(hidden=16, hidden_relu=True, output_relu=False)
     found = {"float": fit(mlp), "weights": mlp.state_dict()}
@@ -100,7 +106,9 @@ def everything():
             "losses": losses,
             "qparams": activation_qparams(quantized, quantized),
             "integers": {
-                n: w.int_repr() for n, m in quantized.named_modules() if (w := integers.quantized_weight(m)) is not None
+                n: w.int_repr()
+                for n, m in quantized.named_modules()
+                if (w := integers.quantized_weight(m)) is not None
             },
         }
     return found
@@ -109,6 +117,8 @@ def everything():
 if __name__ == "__main__":
     number, ranks, rendezvous, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=number, world_size=ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=number, world_size=ranks
+    )
     torch.save(everything(), out)
     dist.destroy_process_group()

@@ -45,7 +45,11 @@ class Twice(nn.Module):
 
     def __init__(self, in_place=False):
         super().__init__()
-        self.quant, self.layer, self.dequant = qtrain.QuantStub(), nn.Linear(20, 5), qtrain.DeQuantStub()
+        self.quant, self.layer, self.dequant = (
+            qtrain.QuantStub(),
+            nn.Linear(20, 5),
+            qtrain.DeQuantStub(),
+        )
         self.in_place = in_place
 
     def forward(self, x):
@@ -98,9 +102,13 @@ def test_deep_layers_are_corrected_on_the_corrected_network(convnet, images):
 
 @torch.no_grad()
 def test_torchs_kernels_take_the_corrected_bias(convnet, images, engine):
-    quantizer, corrected = simulated(convnet, [(images,)], engine=engine, bits=4, transforms=[CorrectBias()])
+    quantizer, corrected = simulated(
+        convnet, [(images,)], engine=engine, bits=4, transforms=[CorrectBias()]
+    )
     converted = quantizer.convert(corrected)
-    torch.testing.assert_close(converted.conv1.bias(), corrected.model.conv1.folded()[1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        converted.conv1.bias(), corrected.model.conv1.folded()[1], atol=1e-6, rtol=1e-5
+    )
     assert sqnr_db(corrected.as_converted()(images), converted(images)) > 30
 
 

@@ -1,4 +1,4 @@
-"""What qtrain promises, tested by its command, report.json and qtrain.load alone: so the tests outlive its modules."""
+"""What qtrain promises: by its command, report.json and qtrain.load, to outlive its modules."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ class Outcome:
 
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
-    """command(*arguments): runs `qtrain` with them in this process; returns (exit code, all that was printed)."""
+    """command(*arguments): runs `qtrain` in this process; returns (exit code, all it printed)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this puts it back
     logger = logging.getLogger()
@@ -53,7 +53,8 @@ def command(monkeypatch, capsys, tmp_path):
             code = stop.code or 0
         printed = capsys.readouterr()
         text = printed.out + printed.err
-        return (1, f"{text}{code}") if isinstance(code, str) else (code, text)  # as Python does it with a text
+        # As Python does it with a text.
+        return (1, f"{text}{code}") if isinstance(code, str) else (code, text)
 
     yield run
     for handler in set(logger.handlers) - set(handlers):
@@ -63,7 +64,7 @@ def command(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def job(command, monkeypatch, tmp_path):
-    """job("module.Model", *overrides, key=value): one quick run on bundled digits of a model from tests/truth/users.
+    """job("module.Model", *overrides, key=value): a quick run of a model from tests/truth/users.
 
     Keywords are arguments of the model. A name without a dot is one of conf/model.
     """

@@ -1,4 +1,4 @@
-"""Bits and bytes of weights that are fewer than their storage: in the report, whatever stores them."""
+"""Bits and bytes of weights smaller than their storage: in the report, whatever stores them."""
 
 import pytest
 
@@ -15,7 +15,9 @@ def found(job, *settings):
     return run.report["quant"]["weight_bits"], run.report["size_bytes"]
 
 
-@pytest.mark.parametrize("settings", [[], ["quant.engine=reference"], ["quant=qat", "quant.epochs=1"]], ids=str)
+@pytest.mark.parametrize(
+    "settings", [[], ["quant.engine=reference"], ["quant=qat", "quant.epochs=1"]], ids=str
+)
 def test_bytes_follow_the_bits(job, settings):
     eight, eight_bytes = found(job, *settings)
     four, four_bytes = found(job, *settings, "quant.weight.bits=4")
@@ -47,12 +49,19 @@ def test_float_has_none(job):
 
 
 def test_tables_and_fronts_go_by_the_bits(job, tmp_path):
-    runs = [job("mlp", "model.hidden=8", setting) for setting in ("quant.weight.bits=8", "quant.weight.bits=4")]
+    runs = [
+        job("mlp", "model.hidden=8", setting)
+        for setting in ("quant.weight.bits=8", "quant.weight.bits=4")
+    ]
     mixed = job("mlp", "model.hidden=8", "quant.layers={linear1: {bits: 2}}")
     rows = {row["bits"]: row for row in qtrain.compare(tmp_path)}
     assert set(rows) == {"8/8", "4/8", "2.13/8"}
-    stored, at_bits = ([rows[bits][key] for bits in ("8/8", "4/8")] for key in ("size_kb", "kb_at_bits"))
+    stored, at_bits = (
+        [rows[bits][key] for bits in ("8/8", "4/8")] for key in ("size_kb", "kb_at_bits")
+    )
     assert stored[0] == pytest.approx(stored[1], rel=0.01) and at_bits[0] == stored[0]
     assert at_bits[0] - at_bits[1] == pytest.approx(ALL / 2 / 1000, rel=0.05)
-    assert mixed.report["quant"]["weight_bits"] == pytest.approx((2 * FIRST + 8 * (SECOND + THIRD)) / ALL)
+    assert mixed.report["quant"]["weight_bits"] == pytest.approx(
+        (2 * FIRST + 8 * (SECOND + THIRD)) / ALL
+    )
     assert runs[0].code == runs[1].code == 0

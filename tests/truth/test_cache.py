@@ -1,4 +1,4 @@
-"""The cache of float models returns the weights that a training would give now, whatever was edited since."""
+"""The cache of float models returns what a training would give now, whatever was edited."""
 
 import importlib
 import sys
@@ -68,7 +68,7 @@ OPTIONS += ["optimizer._target_=own.training.descent", "truth.on_failure=warn"]
 
 @pytest.fixture
 def edit(tmp_path, monkeypatch):
-    """edit(file, old, new, load=True): changes a user's source; the next job loads it, as a new process would."""
+    """edit(file, old, new, load=True): changes a user's source, as the next job loads it."""
     folder = tmp_path / "sources"
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)  # whose times tell seconds apart, no less
@@ -94,13 +94,18 @@ def edit(tmp_path, monkeypatch):
 
 @pytest.fixture
 def train(job, tmp_path):
-    """train(*overrides): where the float model came from and its scores; those of a run without a cache agree."""
+    """train(*overrides): the float model's origin and scores, which agree with no cache's."""
 
     def run(*overrides, check=True, **model):
-        cached = job("own.net.Net", *OPTIONS, f"float_cache={tmp_path / 'cache'}", *overrides, **model)
+        cached = job(
+            "own.net.Net", *OPTIONS, f"float_cache={tmp_path / 'cache'}", *overrides, **model
+        )
         assert cached.code == 0, cached.text
         if check:
-            assert cached.report["metrics"] == job("own.net.Net", *OPTIONS, *overrides, **model).report["metrics"]
+            assert (
+                cached.report["metrics"]
+                == job("own.net.Net", *OPTIONS, *overrides, **model).report["metrics"]
+            )
         return cached.report["float_from"], cached.report["metrics"]["float"]["loss"]
 
     return run

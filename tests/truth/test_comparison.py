@@ -18,7 +18,7 @@ SWEEP = ["model=mlp", "trainer=smoke", "threads=1", "measure.repeats=2", "measur
 
 @pytest.fixture
 def compare(capsys):
-    """compare(*arguments): runs `qtrain-compare` in this process; returns (exit code, all that was printed)."""
+    """compare(*arguments): runs `qtrain-compare` in this process; returns (exit code, text)."""
 
     def run(*arguments):
         code = 0
@@ -51,13 +51,15 @@ def sweep(tmp_path_factory):
 
 
 def test_filters_hold_for_the_baseline(compare, sweep, tmp_path):
-    """Each QAT run is held against the PTQ run of its own seed and of the rate that the filter leaves."""
+    """Each QAT run is held against PTQ of its seed, at the rate that the filter leaves."""
     table = tmp_path / "rows.csv"
     options = ["method=qat", "optimizer.lr=0.003", "--baseline", "method=ptq", "--csv", table]
     assert compare(sweep, *options)[0] == 0
     reports = [json.loads(path.read_text()) for path in sweep.glob("*/report.json")]
     found = {
-        (r["quant"]["method"], r["seed"], r["config"]["optimizer"]["lr"]): r["metrics"]["quantized"]["accuracy"]
+        (r["quant"]["method"], r["seed"], r["config"]["optimizer"]["lr"]): r["metrics"][
+            "quantized"
+        ]["accuracy"]
         for r in reports
     }
     assert len(rows(table)) == 2
@@ -67,11 +69,20 @@ def test_filters_hold_for_the_baseline(compare, sweep, tmp_path):
 
 
 def test_groups_over_seeds_can_be_sorted_corrected_and_typeset(compare, sweep, tmp_path):
-    files = ["--csv", tmp_path / "rows.csv", "--latex", tmp_path / "rows.tex", "--html", tmp_path / "rows.html"]
+    files = [
+        "--csv",
+        tmp_path / "rows.csv",
+        "--latex",
+        tmp_path / "rows.tex",
+        "--html",
+        tmp_path / "rows.html",
+    ]
     groups = ["--group-by", "method", "optimizer.lr", "--sort", "trainer.epochs"]
     assert compare(sweep, *groups, *files)[0] == 0
     assert [row["seeds"] for row in rows(tmp_path / "rows.csv")] == ["2"] * 4
-    _, text = compare(sweep, "--group-by", "optimizer.lr", "--sort", "seed", "--csv", tmp_path / "rows.csv")
+    _, text = compare(
+        sweep, "--group-by", "optimizer.lr", "--sort", "seed", "--csv", tmp_path / "rows.csv"
+    )
     assert "2 groups" in text and "Holm p" in text
     for row in rows(tmp_path / "rows.csv"):
         assert float(row["difference_p"]) <= float(row["difference_p_holm"]) <= 1
@@ -81,9 +92,16 @@ def test_groups_over_seeds_can_be_sorted_corrected_and_typeset(compare, sweep, t
     assert "by method, optimizer.lr" in page and '"name":"qat lr=0.003"' in page
 
 
-@pytest.mark.parametrize("key, near", [("methd", "method"), ("lr", "optimizer.lr"), ("quant.epoch", "quant.epochs")])
+@pytest.mark.parametrize(
+    "key, near", [("methd", "method"), ("lr", "optimizer.lr"), ("quant.epoch", "quant.epochs")]
+)
 def test_a_misspelt_key_is_answered_with_the_nearest(compare, sweep, key, near):
-    for arguments in ([f"{key}=1"], ["--sort", key], ["--group-by", key], ["--baseline", f"{key}=1"]):
+    for arguments in (
+        [f"{key}=1"],
+        ["--sort", key],
+        ["--group-by", key],
+        ["--baseline", f"{key}=1"],
+    ):
         code, text = compare(sweep, *arguments)
         first = next(line for line in text.splitlines() if "there is no such key" in line)
         assert code == 1 and near in first.split("nearest: ")[1].split(", ")
@@ -97,7 +115,10 @@ def test_data_of_one_name_are_told_apart_by_what_differs(compare, job, monkeypat
     settings = "defaults: [mnist_sample, _self_]\n_target_: own_data.digits\n"
     (tmp_path / "conf" / "data" / "own.yaml").write_text(settings)
     own = ["--config-dir", str(tmp_path / "conf"), "data=own", "quant=ptq"]
-    runs = [job("mlp", *own, f"data.mean={mean}", f"data.batch_size={size}") for mean, size in ((0.1, 32), (0.2, 64))]
+    runs = [
+        job("mlp", *own, f"data.mean={mean}", f"data.batch_size={size}")
+        for mean, size in ((0.1, 32), (0.2, 64))
+    ]
     assert all(run.code == 0 for run in runs), runs[0].text
     _, text = compare(*(run.run_dir for run in runs))
     assert "mlp on own (data.mean=0.1): 1 run\n" in text
@@ -122,13 +143,17 @@ def hparams(folder):
                 content = value.metadata.plugin_data.content
                 if value.tag == "_hparams_/session_start_info":
                     given = HParamsPluginData.FromString(content).session_start_info.hparams
-                    found[path.parent.name] = {k: getattr(v, v.WhichOneof("kind")) for k, v in given.items()}
+                    found[path.parent.name] = {
+                        k: getattr(v, v.WhichOneof("kind")) for k, v in given.items()
+                    }
     return list(found.values())
 
 
 def test_what_a_sweep_varies_is_in_tensorboards_hparams(command, tmp_path):
     varied = ["trainer.clip_norm=null,1.0", "optimizer=adam,sgd"]
-    code, text = command("-m", *SWEEP, "quant=ptq", *varied, "float_cache=null", f"hydra.sweep.dir={tmp_path}/sweep")
+    code, text = command(
+        "-m", *SWEEP, "quant=ptq", *varied, "float_cache=null", f"hydra.sweep.dir={tmp_path}/sweep"
+    )
     assert code == 0, text
     found = hparams(tmp_path / "sweep")
     assert len(found) == 4 == len({json.dumps(params, sort_keys=True) for params in found})
@@ -138,16 +163,30 @@ def test_what_a_sweep_varies_is_in_tensorboards_hparams(command, tmp_path):
 
 
 def test_tensorboard_has_the_accuracy_over_all_epochs(job):
-    options = ["quant=qat", "quant.epochs=2", "trainer.epochs=3", "trainer.max_steps=null", "logger=tensorboard"]
+    options = [
+        "quant=qat",
+        "quant.epochs=2",
+        "trainer.epochs=3",
+        "trainer.max_steps=null",
+        "logger=tensorboard",
+    ]
     run = job("mlp", *options)
     assert run.code == 0, run.text
     events = EventAccumulator(str(run.run_dir)).Reload()
     steps = {
         name: [event.step for event in events.Scalars(name)]
-        for name in (f"{part}accuracy/{kind}" for part in ("val_", "") for kind in ("float", "fake", "quantized"))
+        for name in (
+            f"{part}accuracy/{kind}"
+            for part in ("val_", "")
+            for kind in ("float", "fake", "quantized")
+        )
     }
     assert steps == {
-        **{"val_accuracy/float": [1, 2, 3], "val_accuracy/fake": [4, 5], "val_accuracy/quantized": [4, 5]},
+        **{
+            "val_accuracy/float": [1, 2, 3],
+            "val_accuracy/fake": [4, 5],
+            "val_accuracy/quantized": [4, 5],
+        },
         **{"accuracy/float": [5], "accuracy/fake": [5], "accuracy/quantized": [5]},
     }
     for kind in ("float", "fake", "quantized"):

@@ -37,7 +37,11 @@ def test_the_first_line_says_what_will_run_and_later_how_long(job):
     seconds = sum(first.report["time_s"].values())
     again = first_line(job("mlp", "quant=qat", "quant.epochs=1", "seed=1", "optimizer.lr=0.01"))
     assert again == f"{words}; about {seconds:.0f} s, as the last such run"
-    for other in (["quant=qat", "quant.epochs=2"], ["quant=qat", "trainer.max_steps=5"], ["quant=ptq"]):
+    for other in (
+        ["quant=qat", "quant.epochs=2"],
+        ["quant=qat", "trainer.max_steps=5"],
+        ["quant=ptq"],
+    ):
         assert "about" not in first_line(job("mlp", *other))
 
 
@@ -48,25 +52,39 @@ def test_weights_that_are_given_are_not_announced_as_trained(job):
 
 
 def test_a_sweep_says_what_it_varies_and_how_long_its_jobs_took(command, tmp_path):
-    sweep = ["-m", "model=mlp", "trainer=smoke", "logger=none", "measure.repeats=2", "quant=none,ptq"]
+    sweep = [
+        "-m",
+        "model=mlp",
+        "trainer=smoke",
+        "logger=none",
+        "measure.repeats=2",
+        "quant=none,ptq",
+    ]
     lines = []
     for name in ("first", "second", "third"):
         code, text = command(*sweep, f"hydra.sweep.dir={tmp_path}/{name}")
         assert code == 0, text
         lines.append(text.splitlines()[0])
     assert lines[0] == "2 jobs: quant=none,ptq"
-    assert all(re.fullmatch(r"2 jobs: quant=none,ptq; about \d+ s, as these jobs took last", x) for x in lines[1:])
+    assert all(
+        re.fullmatch(r"2 jobs: quant=none,ptq; about \d+ s, as these jobs took last", x)
+        for x in lines[1:]
+    )
     code, text = command(*sweep, "seed=5", f"hydra.sweep.dir={tmp_path}/other")
     assert text.splitlines()[0] == "2 jobs: quant=none,ptq"
 
 
-@pytest.mark.parametrize("broken", ["trainer.epochs=${nope}", "quant.epochs=${nope}", "float_cache=${nope}"])
+@pytest.mark.parametrize(
+    "broken", ["trainer.epochs=${nope}", "quant.epochs=${nope}", "float_cache=${nope}"]
+)
 def test_a_config_that_does_not_resolve_is_refused_by_its_own_message(job, broken):
     run = job("mlp", "quant=qat", broken)
     assert run.code == 1 and f"{broken}: Interpolation key 'nope' not found" in run.text
 
 
-@pytest.mark.parametrize("name, work", [("compare", "compare"), ("bench", "bench"), ("generate", "generate")])
+@pytest.mark.parametrize(
+    "name, work", [("compare", "compare"), ("bench", "bench"), ("generate", "generate")]
+)
 def test_ctrl_c_ends_the_other_commands_in_one_line_too(monkeypatch, capsys, name, work):
     module = importlib.import_module(f"qtrain.cli.{name}")
 

@@ -17,7 +17,11 @@ CONVNET = ["model.width=4", "model.hidden=8"]
 
 def integers(run):
     model = qtrain.load(run.run_dir)
-    return {n: m.weight().int_repr().int() for n, m in model.named_modules() if callable(getattr(m, "weight", None))}
+    return {
+        n: m.weight().int_repr().int()
+        for n, m in model.named_modules()
+        if callable(getattr(m, "weight", None))
+    }
 
 
 @pytest.fixture
@@ -40,14 +44,21 @@ def test_calibration_and_conversion_are_the_cpus(job, weights, observer):
         assert (ours[name] - exact).abs().max() <= 1  # ties may fall either way
         assert (ours[name] != exact).float().mean() < 0.01
     for name, exact in runs["cpu"].report["qparams"].items():
-        assert runs["cuda"].report["qparams"][name]["scale"] == pytest.approx(exact["scale"], rel=0.02)
+        assert runs["cuda"].report["qparams"][name]["scale"] == pytest.approx(
+            exact["scale"], rel=0.02
+        )
     assert runs["cuda"].loss("quantized") == pytest.approx(runs["cpu"].loss("quantized"), rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["qat", "qat_low_bit"])
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
 def test_training_brings_the_loss_down_and_int8_keeps_it(job, weights, method, conv_bn):
-    settings = [f"quant={method}", f"quant.conv_bn={conv_bn}", "quant.epochs=1", "trainer.max_finetuning_steps=60"]
+    settings = [
+        f"quant={method}",
+        f"quant.conv_bn={conv_bn}",
+        "quant.epochs=1",
+        "trainer.max_finetuning_steps=60",
+    ]
     run = job("convnet", *CONVNET, weights, "device=cuda", *settings)
     assert run.code == 0, run.text
     assert run.loss("fake") < run.loss("float")
@@ -58,7 +69,12 @@ def test_training_brings_the_loss_down_and_int8_keeps_it(job, weights, method, c
 def test_a_training_that_was_ended_goes_on_to_the_same_weights(job, command, weights, monkeypatch):
     from qtrain.train.running_mean import RunningMean
 
-    settings = ["quant=qat", "quant.epochs=1", "quant.convert_every=0", "trainer.max_finetuning_steps=8"]
+    settings = [
+        "quant=qat",
+        "quant.epochs=1",
+        "quant.convert_every=0",
+        "trainer.max_finetuning_steps=8",
+    ]
     whole = job("convnet", *CONVNET, weights, "device=cuda", *settings)
     assert whole.code == 0, whole.text
     add, count = RunningMean.add, []
@@ -80,7 +96,9 @@ def test_a_training_that_was_ended_goes_on_to_the_same_weights(job, command, wei
 
 
 def test_a_model_on_the_gpu_is_quantized_and_left_there():
-    model = torch.nn.Sequential(qtrain.QuantStub(), torch.nn.Linear(8, 4), qtrain.DeQuantStub()).cuda()
+    model = torch.nn.Sequential(
+        qtrain.QuantStub(), torch.nn.Linear(8, 4), qtrain.DeQuantStub()
+    ).cuda()
     batches = [torch.randn(16, 8, device="cuda")]
     found = qtrain.quantize(model, batches)
     assert next(model.parameters()).is_cuda

@@ -1,10 +1,16 @@
-"""Embeddings and tied heads have their policy: a quantized GPT-2 can be smaller than its Linear layers make it."""
+"""Embeddings and tied heads have their policy: GPT-2 can be smaller than its Linear layers say."""
 
 import pytest
 
 import qtrain
 
-TEXT = ["task=language_modeling", "data=shakespeare", "model.n_layer=1", "model.n_embd=16", "model.n_head=2"]
+TEXT = [
+    "task=language_modeling",
+    "data=shakespeare",
+    "model.n_layer=1",
+    "model.n_embd=16",
+    "model.n_head=2",
+]
 QAT = ["quant.epochs=1", "quant.convert_every=0"]
 
 
@@ -52,4 +58,8 @@ def test_what_layers_says_of_an_embedding_or_a_head_comes_first(job):
 
 def test_a_policy_that_there_is_not_is_refused(job):
     run = job("gpt2_nano", *TEXT, "quant.embedding=int3", "quant.head=none")
-    assert run.code == 1 and "quant.embedding=int3: allowed are" in run.text and "quant.head=none: " in run.text
+    assert (
+        run.code == 1
+        and "quant.embedding=int3: allowed are" in run.text
+        and "quant.head=none: " in run.text
+    )

@@ -31,7 +31,8 @@ def test_finetune_trains_on_from_the_checkpoint_and_the_cache_sees_it(job, train
     finetune = [cache, "checkpoint_mode=finetune", "trainer.epochs=1"]
     first = job("mlp", "quant=none", cache)
     runs = [
-        job("mlp", f"quant={quant}", *finetune, f"checkpoint={trained.run_dir}/float.pt") for quant in ("none", "ptq")
+        job("mlp", f"quant={quant}", *finetune, f"checkpoint={trained.run_dir}/float.pt")
+        for quant in ("none", "ptq")
     ]
     assert [run.report["float_from"] for run in (first, *runs)] == ["training", "training", "cache"]
     assert runs[0].loss("float") < trained.loss("float")  # after twice the steps
@@ -40,7 +41,9 @@ def test_finetune_trains_on_from_the_checkpoint_and_the_cache_sees_it(job, train
 
 def test_finetune_needs_a_checkpoint(job):
     run = job("mlp", "checkpoint_mode=finetune")
-    assert run.code == 1 and "checkpoint_mode=finetune: there is nothing to train on from" in run.text
+    assert (
+        run.code == 1 and "checkpoint_mode=finetune: there is nothing to train on from" in run.text
+    )
 
 
 def test_a_head_for_other_classes_is_left_out_by_name(job, trained, tmp_path):
@@ -65,7 +68,8 @@ def test_an_equals_sign_in_a_path(job, trained, tmp_path, name):
 
 
 def test_paths_are_meant_from_the_folder_of_the_start(job, trained, tmp_path):
-    shutil.copy(trained.run_dir / "float.pt", tmp_path / "weights.pt")  # where the command is started
+    # Where the command is started.
+    shutil.copy(trained.run_dir / "float.pt", tmp_path / "weights.pt")
     run = job("mlp", "quant=ptq", "checkpoint=weights.pt", "hydra.job.chdir=true")
     assert run.code == 0, run.text
     assert run.accuracy("float") == trained.accuracy("float")
@@ -78,7 +82,8 @@ try:
     main()
 except SystemExit as stop:
     print(stop.code)
-print("imported:", [name for name in ("torch", "torch._dynamo", "matplotlib") if name in sys.modules])
+heavy = ("torch", "torch._dynamo", "matplotlib")
+print("imported:", [name for name in heavy if name in sys.modules])
 """
 
 
@@ -102,7 +107,9 @@ print("imported:", [name for name in ("torch", "torch._dynamo", "matplotlib") if
 def test_words_wait_for_no_import_that_they_do_not_need(argument, imported, tmp_path):
     """torch takes 2 seconds of CPU, what its optimizers import 2.6 more, matplotlib 0.6."""
     words = [argument] if "{" in argument else argument.split()
-    told = subprocess.run([sys.executable, "-c", SLOW, *words], cwd=tmp_path, capture_output=True, text=True)
+    told = subprocess.run(
+        [sys.executable, "-c", SLOW, *words], cwd=tmp_path, capture_output=True, text=True
+    )
     assert told.stdout.splitlines()[-1] == f"imported: {imported}", told.stdout + told.stderr
 
 
@@ -111,12 +118,16 @@ SMALL = ["model=mlp", "trainer=smoke", "threads=1", "logger=none", "measure.repe
 
 @pytest.fixture
 def sweep(command, tmp_path):
-    """sweep(*arguments): the exit code and text of a quick sweep, and the reports of its jobs in their order."""
+    """sweep(*arguments): exit code and text of a quick sweep, and its jobs' reports in order."""
 
     def run(*arguments):
         folder = tmp_path / "sweep"
-        code, text = command(*SMALL, "measure.batch_sizes=[1]", *arguments, f"hydra.sweep.dir={folder}")
-        paths = sorted(folder.glob("*/report.json"), key=lambda path: int(path.parent.name.split("_")[0]))
+        code, text = command(
+            *SMALL, "measure.batch_sizes=[1]", *arguments, f"hydra.sweep.dir={folder}"
+        )
+        paths = sorted(
+            folder.glob("*/report.json"), key=lambda path: int(path.parent.name.split("_")[0])
+        )
         return code, text, [json.loads(path.read_text()) for path in paths]
 
     return run
@@ -153,7 +164,9 @@ def test_each_job_of_a_sweep_says_how_far_it_is(sweep):
 
 
 def test_an_optimizer_and_a_schedule_of_qat_by_name(job):
-    run = job("mlp", "quant=qat", "quant.epochs=1", "quant.optimizer=sgd", "quant.scheduler=constant")
+    run = job(
+        "mlp", "quant=qat", "quant.epochs=1", "quant.optimizer=sgd", "quant.scheduler=constant"
+    )
     assert run.code == 0, run.text
     found = run.report["config"]["quant"]
     assert found["optimizer"]["_target_"] == "torch.optim.SGD" and "Adam" not in str(found)
@@ -168,7 +181,23 @@ def test_an_optimizer_and_a_schedule_of_qat_by_name(job):
 def test_the_limit_of_the_float_training_is_not_that_of_qat(job):
     steps = []
     for limit in ([], ["trainer.max_finetuning_steps=null"], ["trainer.max_finetuning_steps=30"]):
-        run = job("mlp", "quant=qat", "quant.epochs=1", "data.batch_size=100", "trainer.log_every=1", *limit)
-        lines = [json.loads(text) for text in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
-        steps.append({kind: max(x["step"] for x in lines if f"{kind}/train_loss" in x) for kind in ("float", "qat")})
-    assert steps == [{"float": 10, "qat": n} for n in (10, 70, 30)]  # 7,000 digits beside the validation data
+        run = job(
+            "mlp",
+            "quant=qat",
+            "quant.epochs=1",
+            "data.batch_size=100",
+            "trainer.log_every=1",
+            *limit,
+        )
+        lines = [
+            json.loads(text) for text in (run.run_dir / "metrics.jsonl").read_text().splitlines()
+        ]
+        steps.append(
+            {
+                kind: max(x["step"] for x in lines if f"{kind}/train_loss" in x)
+                for kind in ("float", "qat")
+            }
+        )
+    assert steps == [
+        {"float": 10, "qat": n} for n in (10, 70, 30)
+    ]  # 7,000 digits beside the validation data

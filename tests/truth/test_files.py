@@ -1,4 +1,4 @@
-"""Files of runs that are damaged, swapped or hostile: refused by name, in one error, with all other runs kept."""
+"""Files that are damaged, swapped or hostile: refused by name, in one error, other runs kept."""
 
 import csv
 import hashlib
@@ -45,7 +45,11 @@ def compared(capsys):
         except SystemExit as stop:
             code = stop.code
         printed = capsys.readouterr()
-        return (1, printed.out + printed.err + code) if isinstance(code, str) else (code, printed.out + printed.err)
+        return (
+            (1, printed.out + printed.err + code)
+            if isinstance(code, str)
+            else (code, printed.out + printed.err)
+        )
 
     return run
 
@@ -55,13 +59,15 @@ def change(run_dir, **values):
     (run_dir / "report.json").write_text(json.dumps(report))
 
 
-# ---- digests ---------------------------------------------------------------------------------------------------------
+# ---- digests -------------------------------------------------------------------------------------
 
 
 def test_a_report_notes_the_digests_of_its_files(runs):
     found = json.loads((runs / "a" / "report.json").read_text())["sha256"]
     names = {"float.pt", "quantized.pt", "examples.pt"}
-    assert found == {name: hashlib.sha256((runs / "a" / name).read_bytes()).hexdigest() for name in names}
+    assert found == {
+        name: hashlib.sha256((runs / "a" / name).read_bytes()).hexdigest() for name in names
+    }
 
 
 @pytest.mark.parametrize("name", ["float.pt", "quantized.pt"])
@@ -83,7 +89,10 @@ def test_another_runs_examples_are_not_tested_on(runs, compared):
     torch.save(scores, runs / "b" / "examples.pt")
     code, text = compared(*arguments)
     assert code == 0 and "2 runs" in text
-    assert f"{runs / 'b' / 'examples.pt'}: damaged, or of another run" in text and "significance is not tested" in text
+    assert (
+        f"{runs / 'b' / 'examples.pt'}: damaged, or of another run" in text
+        and "significance is not tested" in text
+    )
 
 
 def test_reports_without_digests_load_with_one_warning(runs, caplog, compared):
@@ -106,7 +115,7 @@ def test_a_report_with_digests_but_not_of_this_file_is_refused(runs):
         qtrain.load(runs / "a")
 
 
-# ---- reports ---------------------------------------------------------------------------------------------------------
+# ---- reports -------------------------------------------------------------------------------------
 
 HOSTILE = {
     "deep": b'{"schema": 1, "status": "ok", "config": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -125,7 +134,9 @@ def test_hostile_reports_are_named_and_others_kept(runs, compared, kind):
     (runs / "hostile" / "report.json").write_bytes(HOSTILE[kind])
     code, text = compared(runs)
     assert code == 0 and "2 runs" in text
-    assert [line for line in text.splitlines() if f"{runs / 'hostile' / 'report.json'}: not" in line]
+    assert [
+        line for line in text.splitlines() if f"{runs / 'hostile' / 'report.json'}: not" in line
+    ]
     with pytest.raises(ValueError, match="hostile/report.json: not ") as caught:
         qtrain.load(runs / "hostile")
     assert "\n" not in str(caught.value)
@@ -164,13 +175,18 @@ def test_a_wrong_type_anywhere_costs_no_other_run(runs, compared, values):
     assert f"{runs / 'wrong' / 'report.json'}: not a whole report ({next(iter(values))}" in line
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def test_control_characters_reach_no_terminal_and_no_file(runs, compared):
     name = os.fsdecode(b"e\x1b[2Jvil\n\xff")
     shutil.copytree(runs / "a", runs / name)
-    change(runs / name, name="\x1b]0;pwned\x07\nsecond line\u202e\ud800", model="m\x1b[31m", overrides=["a\x1b=1\n"])
+    change(
+        runs / name,
+        name="\x1b]0;pwned\x07\nsecond line\u202e\ud800",
+        model="m\x1b[31m",
+        overrides=["a\x1b=1\n"],
+    )
     shutil.copytree(runs / "a", runs / f"{name}failed")
     change(runs / f"{name}failed", status="failed", error="\x1b[2Jno\nmore")
     (runs / f"{name}broken").mkdir()
@@ -179,12 +195,20 @@ def test_control_characters_reach_no_terminal_and_no_file(runs, compared):
         (runs / folder / ".hydra").mkdir(parents=True)
         (runs / folder / ".hydra" / "overrides.yaml").write_text("- a=\x1b[2J\n")
     kinds = ("csv", "json", "markdown", "html")
-    code, text = compared(runs, *(f"--{kind}={runs / kind}.txt" for kind in kinds), f"--plot={runs / 'plot.png'}")
+    code, text = compared(
+        runs, *(f"--{kind}={runs / kind}.txt" for kind in kinds), f"--plot={runs / 'plot.png'}"
+    )
     assert code == 0
     contents = [(runs / f"{kind}.txt").read_text(encoding="utf-8") for kind in kinds]
     for content in (text, *contents):
-        assert not {"\x1b", "\x07", "\u202e"} & set(content) and "\\u001b" not in content and "\\ud800" not in content
-        assert not any(line.startswith(("vil", "second line", "more")) for line in content.splitlines())
+        assert (
+            not {"\x1b", "\x07", "\u202e"} & set(content)
+            and "\\u001b" not in content
+            and "\\ud800" not in content
+        )
+        assert not any(
+            line.startswith(("vil", "second line", "more")) for line in content.splitlines()
+        )
     assert "m\ufffd[31m on" in text and "e\ufffd[2Jvil\ufffd\ufffd" in text
 
 
@@ -202,10 +226,11 @@ def test_no_spreadsheet_finds_a_formula(runs, compared):
     assert all(cell[:1] not in ("=", "@") for cell in cells) and "'@x" in rows[0]
 
 
-# ---- config.yaml -----------------------------------------------------------------------------------------------------
+# ---- config.yaml ---------------------------------------------------------------------------------
 
 BOMB = "a: &a [x, x]\n" + "".join(
-    f"{new}: &{new} [{'*' + old}, {'*' + old}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{new}: &{new} [{'*' + old}, {'*' + old}]\n"
+    for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
 CONFIGS = {
     "bomb": (BOMB, "an anchor"),
@@ -228,7 +253,10 @@ def test_hostile_configs_end_in_one_error(runs, command, kind):
     code, text = command(f"resume={runs / 'a'}")
     (line,) = text.strip().splitlines()
     assert (
-        code == 1 and line.startswith("qtrain: error: resume=") and "config.yaml is damaged" in line and words in line
+        code == 1
+        and line.startswith("qtrain: error: resume=")
+        and "config.yaml is damaged" in line
+        and words in line
     )
 
 
@@ -259,7 +287,7 @@ def test_torch_never_advises_to_load_without_a_check(runs):
     assert "weights_only" not in str(caught.value) and caught.value.__suppress_context__
 
 
-# ---- many of them ----------------------------------------------------------------------------------------------------
+# ---- many of them --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

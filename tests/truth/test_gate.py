@@ -1,4 +1,4 @@
-"""The gate compares ends: simulation and int8 over all test examples, prepared and float model before training."""
+"""The gate compares ends: simulation and int8 on all test data, prepared and float at first."""
 
 import pytest
 
@@ -12,14 +12,16 @@ def gap(run):
 @pytest.mark.parametrize("quant", ["ptq", "qat"])
 @pytest.mark.parametrize("norm", ["group", "instance"])
 def test_norms_behind_a_convolution_are_right_at_large_batches(job, norm, quant):
-    """torch's kernels are not, for channels-last input: int8 had 12.8 % where its simulation had 95.4 %."""
+    """torch's kernels are not, channels last: int8 had 12.8 %, its simulation 95.4 %."""
     run = job("nets.Normed", f"quant={quant}", norm=norm)
     assert run.code == 0, run.text
     assert gap(run) <= MAX_LOSS_GAP
     assert run.report["truth"]["sqnr_db"]["norm"] > 15
 
 
-@pytest.mark.parametrize("how, word", [("cat", "torch.cat"), ("stack", "torch.stack"), ("slice", "slice assignment")])
+@pytest.mark.parametrize(
+    "how, word", [("cat", "torch.cat"), ("stack", "torch.stack"), ("slice", "slice assignment")]
+)
 def test_raw_joins_of_different_scales_are_refused_with_their_line(job, how, word):
     run = job("nets.Joined", how=how)
     assert run.code == 1 and "Traceback" not in run.text
@@ -42,12 +44,15 @@ def test_a_refused_join_does_differ_when_the_gate_only_warns(job):
 
 @pytest.mark.parametrize("quant", ["ptq", "qat"])
 @pytest.mark.parametrize(
-    "kind, groups", [("skip", [["bn", "relu"]]), ("skip", [["conv", "bn", "relu"]]), ("plain", [["conv", "relu"]])]
+    "kind, groups",
+    [("skip", [["bn", "relu"]]), ("skip", [["conv", "bn", "relu"]]), ("plain", [["conv", "relu"]])],
 )
 def test_a_fusion_that_changes_the_model_is_refused_before_training(job, kind, groups, quant):
     run = job("nets.Fused", f"quant={quant}", kind=kind, groups=groups)
     assert run.code == 1 and "Traceback" not in run.text
-    assert "fuse_model changes what the model computes" in run.text and "float: epoch" not in run.text
+    assert (
+        "fuse_model changes what the model computes" in run.text and "float: epoch" not in run.text
+    )
 
 
 def test_the_gate_says_from_which_layer_on_a_fusion_is_wrong(job):
@@ -71,8 +76,14 @@ def test_the_loss_gap_is_in_the_report(job):
 
 @pytest.mark.parametrize("engine", ["x86", "fbgemm"])
 def test_a_simulation_of_seven_bits_clips_where_the_kernel_does(job, engine):
-    """Calibrated on one batch, activations go beyond the range, to 255 in the kernel: so must the simulation's."""
-    run = job("mlp", f"quant.engine={engine}", "calib_batches=1", "data.batch_size=2", "truth.max_range_ratio=9")
+    """Calibrated on one batch, activations go up to 255 in the kernel: so must the simulation's."""
+    run = job(
+        "mlp",
+        f"quant.engine={engine}",
+        "calib_batches=1",
+        "data.batch_size=2",
+        "truth.max_range_ratio=9",
+    )
     assert run.code == 0, run.text
     assert gap(run) < 0.005
 

@@ -1,4 +1,4 @@
-"""Layers in float between int8 neighbours, or behind the last stub: runs of them load, and mistakes are named."""
+"""Layers in float between int8 neighbours, or behind the last stub: such runs load."""
 
 import pytest
 import torch
@@ -35,8 +35,14 @@ def test_a_float_layer_called_by_keyword_runs(job):
 
 def test_one_layer_on_both_sides_of_a_stub_is_named(job):
     run = job("nets.Everywhere")
-    assert run.code == 1 and "layer act (SiLU) runs both between QuantStub and DeQuantStub and outside" in run.text
-    assert "register a layer of its own for each place" in run.text and "To keep it float" not in run.text
+    assert (
+        run.code == 1
+        and "layer act (SiLU) runs both between QuantStub and DeQuantStub and outside" in run.text
+    )
+    assert (
+        "register a layer of its own for each place" in run.text
+        and "To keep it float" not in run.text
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "prelu"])

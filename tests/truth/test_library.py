@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 USERS = Path(__file__).parent / "users"
-WORDS = ["model=mlp", "model.hidden=8", "model._target_=host.Watcher", "trainer=smoke", "logger=none"]
+WORDS = [
+    "model=mlp",
+    "model.hidden=8",
+    "model._target_=host.Watcher",
+    "trainer=smoke",
+    "logger=none",
+]
 WORDS += ["threads=1", "float_cache=null", "measure.repeats=2", "measure.batch_sizes=[1]"]
 HOST = """
 import ctypes, signal, sys
@@ -75,12 +81,22 @@ def test_ctrl_c_in_a_host_is_the_hosts_and_the_report_says_so(tmp_path):
 
 
 def test_a_script_without_a_guard_hears_of_it_at_once(tmp_path):
-    """Each process imports the script anew: without a guard it would start runs of its own, and die."""
-    (tmp_path / "script.py").write_text("import sys, qtrain\nqtrain.run(*sys.argv[1:], run_dir='run')\n")
+    """Each process imports the script anew: without a guard it would start runs, and die."""
+    (tmp_path / "script.py").write_text(
+        "import sys, qtrain\nqtrain.run(*sys.argv[1:], run_dir='run')\n"
+    )
     paths = os.pathsep.join([str(USERS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "script.py", *WORDS, "trainer.devices=2"]
     told = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert told.returncode != 0
-    assert "trainer.devices=2: a process could not be started" in told.stderr and "__main__" in told.stderr
+    assert (
+        "trainer.devices=2: a process could not be started" in told.stderr
+        and "__main__" in told.stderr
+    )

@@ -1,4 +1,4 @@
-"""Sound models run; what cannot be right is refused by name before any training, with a remedy that works."""
+"""Sound models run; what cannot be right is refused before training, with a remedy that works."""
 
 import pytest
 import torch
@@ -31,7 +31,9 @@ def test_in_place_activations_are_sound(job, activation, quant):
     assert agrees(job("nets.InPlace", f"quant={quant}", activation=activation))
 
 
-@pytest.mark.parametrize("engine", [e for e in torch.backends.quantized.supported_engines if e != "none"])
+@pytest.mark.parametrize(
+    "engine", [e for e in torch.backends.quantized.supported_engines if e != "none"]
+)
 def test_prelu_is_sound_on_every_engine(job, engine):
     assert agrees(job("nets.InPlace", f"quant.engine={engine}", activation="prelu"))
 
@@ -68,14 +70,26 @@ def test_linear_batch_norm_relu_fuses(job, quant):
 def test_fuse_model_as_most_have_it_needs_no_argument(job):
     groups = [["conv", "bn", "relu"]]
     assert agrees(job("nets.FusedAsTorchDoes", groups=groups))
-    assert refused(job("nets.FusedAsTorchDoes", "quant=qat", groups=groups), "fuse_model", "is_qat=is_qat")
+    assert refused(
+        job("nets.FusedAsTorchDoes", "quant=qat", groups=groups), "fuse_model", "is_qat=is_qat"
+    )
 
 
 def test_what_fuse_model_raises_names_it(job):
     groups = [["conv", "bn", "relu"]]
-    assert refused(job("nets.FusedForEvaluation", "quant=qat", groups=groups), "fuse_model", "fuses for evaluation")
-    assert refused(job("nets.Fused", groups=[["conv1", "bn"]]), "fuse_model", "conv1 is no module of Fused")
-    assert refused(job("nets.Fused", groups=groups, kind="no_statistics"), "bn (BatchNorm2d)", "track_running_stats")
+    assert refused(
+        job("nets.FusedForEvaluation", "quant=qat", groups=groups),
+        "fuse_model",
+        "fuses for evaluation",
+    )
+    assert refused(
+        job("nets.Fused", groups=[["conv1", "bn"]]), "fuse_model", "conv1 is no module of Fused"
+    )
+    assert refused(
+        job("nets.Fused", groups=groups, kind="no_statistics"),
+        "bn (BatchNorm2d)",
+        "track_running_stats",
+    )
 
 
 def test_unfused_batch_norms_are_noted(job):
@@ -88,17 +102,23 @@ def test_unfused_batch_norms_are_noted(job):
 @pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_weights_computed_by_hooks_are_refused_by_name(job, norm, quant):
-    assert refused(job("nets.WeightNormed", f"quant={quant}", norm=norm), "layer fc", norm, "parametrizations")
+    assert refused(
+        job("nets.WeightNormed", f"quant={quant}", norm=norm), "layer fc", norm, "parametrizations"
+    )
 
 
 @pytest.mark.parametrize("norm", ["new_weight_norm", "new_spectral_norm"])
 def test_the_advised_parametrization_works_and_qat_refuses_it(job, norm):
     assert agrees(job("nets.WeightNormed", "quant=ptq", norm=norm))
-    assert refused(job("nets.WeightNormed", "quant=qat", norm=norm), "fc", "remove_parametrizations")
+    assert refused(
+        job("nets.WeightNormed", "quant=qat", norm=norm), "fc", "remove_parametrizations"
+    )
 
 
 def test_an_instance_norm_with_running_statistics_is_refused_and_its_remedy_works(job):
-    assert refused(job("nets.Normed", norm="instance", running=True), "layer norm", "running statistics")
+    assert refused(
+        job("nets.Normed", norm="instance", running=True), "layer norm", "running statistics"
+    )
     run = job("nets.Normed", "+quant.layers.norm=float", norm="instance", running=True)
     assert agrees(run)
 
@@ -141,17 +161,28 @@ def test_recurrent_cells_are_refused_and_their_remedy_is_named(job):
 
 def test_layers_go_by_the_users_names(job):
     """Not by those of the parts that fusing makes, whose advice quant.layers would not take."""
-    run = job("nets.Fused", "data._target_=datasets.huge_calibration", groups=[["conv", "relu"]], kind="straight")
+    run = job(
+        "nets.Fused",
+        "data._target_=datasets.huge_calibration",
+        groups=[["conv", "relu"]],
+        kind="straight",
+    )
     assert refused_late(run, "layer conv: its output is not finite in calibration, batch 1")
     run = job("nets.Volume", "+quant.layers.nope=float")
     assert refused(run, "quant.layers.nope: matches no layer", "layers.0", "layers.2")
 
 
-@pytest.mark.parametrize("kind, reason", [("Conv3d", "cannot be saved"), ("MaxPool3d", "cannot run")])
-def test_layers_that_an_engine_cannot_run_or_save_are_refused_and_their_remedy_works(job, kind, reason):
+@pytest.mark.parametrize(
+    "kind, reason", [("Conv3d", "cannot be saved"), ("MaxPool3d", "cannot run")]
+)
+def test_layers_that_an_engine_cannot_run_or_save_are_refused_and_their_remedy_works(
+    job, kind, reason
+):
     run = job("nets.Volume", "quant.engine=qnnpack", kind=kind)
     assert refused(run, f"layer layers.0 ({kind}) {reason}", "{layers.0: float}", "qnnpack")
-    assert agrees(job("nets.Volume", "quant.engine=qnnpack", "quant.layers={layers.0: float}", kind=kind))
+    assert agrees(
+        job("nets.Volume", "quant.engine=qnnpack", "quant.layers={layers.0: float}", kind=kind)
+    )
     assert agrees(job("nets.Volume", "quant.engine=fbgemm", kind=kind))
 
 
@@ -167,7 +198,9 @@ def test_auxiliary_outputs_train_on_their_weighted_losses(job):
 
 
 @pytest.mark.parametrize(
-    "kind, word", [("dict", "is a dict"), ("map", "(B, C)"), ("few", "has 5 classes")], ids=["dict", "map", "few"]
+    "kind, word",
+    [("dict", "is a dict"), ("map", "(B, C)"), ("few", "has 5 classes")],
+    ids=["dict", "map", "few"],
 )
 def test_outputs_that_are_no_logits_are_refused_before_training(job, kind, word):
     assert refused(job("nets.Output", kind=kind), "output", word)

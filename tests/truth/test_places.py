@@ -1,4 +1,4 @@
-"""What stands in the place of a run's file: no pipe is waited for, and no link leads out of the folder."""
+"""What stands in a run's file's place: no pipe is waited for, no link leads out of the folder."""
 
 import os
 import shutil
@@ -29,7 +29,9 @@ def run_dir(job, kept, tmp_path):
 def test_what_is_no_file_is_not_waited_for(run_dir, kept, name, kind):
     path = run_dir / name
     path.unlink()
-    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](path)
+    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](
+        path
+    )
     words = ["-c", f"import qtrain; qtrain.load({str(run_dir)!r})"]
     if name == "examples.pt":
         words = ["-m", "qtrain.cli.compare", run_dir, kept, "--baseline", kept]

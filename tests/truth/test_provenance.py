@@ -31,7 +31,9 @@ def test_a_refused_second_start_leaves_the_first_ones_records(job, command, monk
     before = killed.report
     assert before["error"] == "SystemExit: killed"
     with FileLock(killed.run_dir / ".lock"):
-        code, text = command("model=convnet", "quant=qat", "seed=4", f"hydra.run.dir={killed.run_dir}")
+        code, text = command(
+            "model=convnet", "quant=qat", "seed=4", f"hydra.run.dir={killed.run_dir}"
+        )
     assert code == 1 and "another process is at work there" in text
     monkeypatch.setenv("QTRAIN_TRUST", "augmented")
     code, text = command(f"resume={killed.run_dir}", "seed=3")
@@ -47,18 +49,28 @@ def test_a_comparison_shows_how_a_killed_run_was_started(job, command, monkeypat
     killed = job("mlp", *SMALL, *LONG, "seed=3")
     (killed.run_dir / "report.json").unlink()  # as SIGKILL leaves a run
     with FileLock(killed.run_dir / ".lock"):
-        assert command("model=convnet", "quant=qat", "seed=4", f"hydra.run.dir={killed.run_dir}")[0] == 1
+        assert (
+            command("model=convnet", "quant=qat", "seed=4", f"hydra.run.dir={killed.run_dir}")[0]
+            == 1
+        )
     assert "seed=4" in (killed.run_dir / ".hydra" / "overrides.yaml").read_text()
     monkeypatch.setattr("sys.argv", ["qtrain-compare", str(killed.run_dir)])
     with pytest.raises(SystemExit, match="1"):
         compare.main()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "no report" in line]
-    assert "seed=3" in line and "trainer.epochs=3" in line and "seed=4" not in line and "convnet" not in line
+    assert (
+        "seed=3" in line
+        and "trainer.epochs=3" in line
+        and "seed=4" not in line
+        and "convnet" not in line
+    )
 
 
 def test_a_float_model_trained_as_long_as_qat_stands_beside_it(job):
-    """Both start from the same weights and take the same steps, so that their difference is quantization's."""
-    runs = [job("mlp", "trainer.epochs=2", f"quant={method}") for method in ("float_finetuned", "qat")]
+    """Both start from the same weights and take the same steps: only quantization differs."""
+    runs = [
+        job("mlp", "trainer.epochs=2", f"quant={method}") for method in ("float_finetuned", "qat")
+    ]
     assert [run.code for run in runs] == [0, 0], runs[0].text
     exact, qat = (run.report for run in runs)
     assert exact["metrics"]["float"] == qat["metrics"]["float"]
@@ -71,7 +83,9 @@ def test_a_float_model_trained_as_long_as_qat_stands_beside_it(job):
     assert rates[0] == rates[1] != []
 
 
-@pytest.mark.parametrize("dtype, largest", [("float32", "table"), ("float64", "table"), ("int64", "quant.scale")])
+@pytest.mark.parametrize(
+    "dtype, largest", [("float32", "table"), ("float64", "table"), ("int64", "quant.scale")]
+)
 def test_the_largest_float_tensor_may_be_a_buffer_and_is_floating_point(job, dtype, largest):
     """Neither whole numbers nor what the file leaves out."""
     run = job("nets.Table", dtype=dtype)

@@ -10,14 +10,18 @@ import pytest
 from qtrain.cli import compare
 
 NET = {"model": "reconstruction.Autoencoder", "hidden": 32}
-JOBS = {"float": ["quant=none"], "int8": ["quant=ptq"], "int2": ["quant=ptq", "quant.weight.bits=2"]}
+JOBS = {
+    "float": ["quant=none"],
+    "int8": ["quant=ptq"],
+    "int2": ["quant=ptq", "quant.weight.bits=2"],
+}
 TRAINED = ["trainer.max_steps=60", "optimizer.lr=0.002", "measure.batch_sizes=[1]"]
 CASES = {"Psnr": ("psnr", "dB", True), "Mae": ("mae", "", False)}
 
 
 @pytest.fixture
 def compared(monkeypatch, capsys):
-    """compared(*arguments): runs `qtrain-compare` with them; returns (exit code, its tables, its warnings)."""
+    """compared(*arguments): runs `qtrain-compare`; returns (exit code, tables, warnings)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["qtrain-compare", *map(str, arguments)])
@@ -33,12 +37,17 @@ def compared(monkeypatch, capsys):
 
 @pytest.fixture
 def jobs(job):
-    """jobs(task): {"float", "int8", "int2": a finished run of each}, in folders next to each other."""
+    """jobs(task): {"float", "int8", "int2": a finished run of each}, side by side."""
 
     def run(task):
         found = {}
         for name, overrides in JOBS.items():
-            overrides = [*overrides, *TRAINED, f"name={name}", f"task._target_=reconstruction.{task}"]
+            overrides = [
+                *overrides,
+                *TRAINED,
+                f"name={name}",
+                f"task._target_=reconstruction.{task}",
+            ]
             found[name] = job(NET["model"], *overrides, hidden=NET["hidden"])
             assert found[name].code == 0, found[name].text
         return found
@@ -63,18 +72,25 @@ def test_a_free_quality_is_compared_the_right_way_up(jobs, compared, tmp_path, t
     assert sign * quality_of(runs["int8"], name) > sign * quality_of(runs["int2"], name)
 
     shown = f"{quality_of(runs['int8'], name):.4g}"
-    assert re.search(rf"quantized: {name} {shown[:4]}\d*{' ' + unit if unit else ''}, loss", runs["int8"].text)
+    assert re.search(
+        rf"quantized: {name} {shown[:4]}\d*{' ' + unit if unit else ''}, loss", runs["int8"].text
+    )
 
     paths = {kind: tmp_path / f"{kind}.png" for kind in ("csv", "json", "html", "plot", "markdown")}
     files = [text for kind, path in paths.items() for text in (f"--{kind}", str(path))]
     code, out, err = compared(tmp_path, *files)
     assert (code, err) == (0, "")
     assert rows_of(out) == ["float", "int8", "int2"]
-    assert f" by {name}: 3 runs" in out and f"{name}: {'higher' if higher else 'lower'} is better" in out
+    assert (
+        f" by {name}: 3 runs" in out
+        and f"{name}: {'higher' if higher else 'lower'} is better" in out
+    )
     header = next(line for line in out.splitlines() if "to float" in line)
     assert f"float {unit} ".strip() in header and f"differences in {unit or name}" in out
     assert "paired bootstrap" in out or "~" not in out
-    assert " ?" not in out and "McNemar" not in out and "%" not in re.sub(r"within [\d.]+%", "", out)
+    assert (
+        " ?" not in out and "McNemar" not in out and "%" not in re.sub(r"within [\d.]+%", "", out)
+    )
 
     for options in (["--sort", name], ["--sort", "quantized"]):
         assert rows_of(compared(tmp_path, *options)[1])[-1] == "int2"
@@ -82,14 +98,18 @@ def test_a_free_quality_is_compared_the_right_way_up(jobs, compared, tmp_path, t
     assert rows_of(compared(tmp_path, "--sort", "difference")[1])[:2] == ["int8", "int2"]
     _, filtered, _ = compared(tmp_path, f"{name}={quality_of(runs['int2'], name)}")
     assert ": 1 run\n" in filtered and " 2/8 " in filtered
-    (group,) = re.findall(r"^ptq .*", compared(tmp_path, "method=ptq", "--group-by", "method")[1], re.M)
+    (group,) = re.findall(
+        r"^ptq .*", compared(tmp_path, "method=ptq", "--group-by", "method")[1], re.M
+    )
     assert f"{(quality_of(runs['int8'], name) + quality_of(runs['int2'], name)) / 2:.3f}" in group
 
     records = list(csv.DictReader(paths["csv"].read_text().splitlines()))
     assert [(row["name"], row["quality"], row["unit"]) for row in records] == [
         (row, name, unit) for row in ("float", "int8", "int2")
     ]
-    assert float(records[1]["quantized"]) == pytest.approx(quality_of(runs["int8"], name), rel=1e-12)
+    assert float(records[1]["quantized"]) == pytest.approx(
+        quality_of(runs["int8"], name), rel=1e-12
+    )
     (_, record, _) = json.loads(paths["json"].read_text())["rows"]
     assert record["higher_is_better"] is higher and record["difference_p"] <= 1
     data = re.search(r'<script id="data"[^>]*>(.*?)</script>', paths["html"].read_text(), re.S)
@@ -101,11 +121,16 @@ def test_a_free_quality_is_compared_the_right_way_up(jobs, compared, tmp_path, t
 
 def test_against_a_baseline_the_means_of_the_examples_are_tested(jobs, compared, tmp_path):
     runs = jobs("Psnr")
-    _, out, err = compared(tmp_path, "--baseline", runs["int8"].run_dir, "--json", tmp_path / "x.json")
+    _, out, err = compared(
+        tmp_path, "--baseline", runs["int8"].run_dir, "--json", tmp_path / "x.json"
+    )
     rows = {row["name"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
     lost = quality_of(runs["int2"], "psnr") - quality_of(runs["int8"], "psnr")
     assert rows["int2"]["baseline_difference"] == pytest.approx(lost)
-    assert rows["int2"]["baseline_difference_p"] < 0.01 and 0 < rows["int2"]["baseline_difference_se"] < -lost
+    assert (
+        rows["int2"]["baseline_difference_p"] < 0.01
+        and 0 < rows["int2"]["baseline_difference_se"] < -lost
+    )
     assert err == "" and "to baseline" in out
 
 
@@ -115,7 +140,9 @@ def test_a_quality_that_is_not_the_mean_of_its_examples_is_not_tested(jobs, comp
     assert rows_of(out) == ["float", "int8", "int2"] and "?: significance not tested" in out
     for row in json.loads((tmp_path / "x.json").read_text())["rows"][1:]:
         assert row["difference_p"] is row["difference_se"] is None
-        exact, real = (quality_of(runs[row["name"]], "psnr", kind) for kind in ("float", "quantized"))
+        exact, real = (
+            quality_of(runs[row["name"]], "psnr", kind) for kind in ("float", "quantized")
+        )
         assert row["difference"] == pytest.approx(real - exact)
 
 

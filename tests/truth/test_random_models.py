@@ -1,4 +1,4 @@
-"""What passes the gate keeps truth.max_loss_gap; what it refuses differs by more when it is run all the same.
+"""What passes the gate keeps truth.max_loss_gap; what it refuses differs by more if run anyway.
 
 But for raw joins: refused for what they do to their tensors, they may do little to the loss.
 """
@@ -13,7 +13,11 @@ MAX_LOSS_GAP = 0.02  # truth.max_loss_gap
 MAX_STEPS = 4.0  # truth.max_steps
 # What torch says of a raw cat, when it is run all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:All inputs of this cat operator:UserWarning")
-ENGINES = [e for e in ("fbgemm", "qnnpack", "x86", "onednn") if e in torch.backends.quantized.supported_engines]
+ENGINES = [
+    e
+    for e in ("fbgemm", "qnnpack", "x86", "onednn")
+    if e in torch.backends.quantized.supported_engines
+]
 
 
 def check(job, seed):
@@ -36,7 +40,9 @@ def check(job, seed):
         assert "model: layer" in run.text or "model: forward" in run.text, run.text
         return "refused by name"
     if "FloatFunctional" in run.text:
-        assert all(float(steps) > MAX_STEPS for steps in re.findall(r"is ([\d.]+) steps off", run.text)), run.text
+        assert all(
+            float(steps) > MAX_STEPS for steps in re.findall(r"is ([\d.]+) steps off", run.text)
+        ), run.text
         return "refused for a raw join"
     gap = anyway.report["truth"]["loss_gap"]
     assert abs(gap["mean"]) > gap["limit"], run.text

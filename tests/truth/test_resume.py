@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends with the bits of one that was not, whatever loads its data."""
+"""A run that was killed and resumed ends with the bits of one that was not, by any loader."""
 
 import json
 
@@ -7,7 +7,10 @@ import pytest
 
 def losses(run):
     lines = map(json.loads, (run.run_dir / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if "loss" in key or key == "step"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if "loss" in key or key == "step"}
+        for line in lines
+    ]
 
 
 @pytest.mark.parametrize("own_generator", [False, True])
@@ -16,9 +19,20 @@ def losses(run):
     "method, stage, dies_at",
     [("qat", "float", 1000), ("qat", "qat", 2500), ("float_finetuned", "finetuning", 2500)],
 )
-def test_a_dataloader_with_augmentation(job, command, monkeypatch, own_generator, method, stage, dies_at):
-    options = ["data._target_=augmented.noisy_digits", f"++data.own_generator={own_generator}", f"quant={method}"]
-    options += ["trainer.max_steps=null", "trainer.epochs=3", "quant.epochs=3", "trainer.save_every=2"]
+def test_a_dataloader_with_augmentation(
+    job, command, monkeypatch, own_generator, method, stage, dies_at
+):
+    options = [
+        "data._target_=augmented.noisy_digits",
+        f"++data.own_generator={own_generator}",
+        f"quant={method}",
+    ]
+    options += [
+        "trainer.max_steps=null",
+        "trainer.epochs=3",
+        "quant.epochs=3",
+        "trainer.save_every=2",
+    ]
     options += ["model.hidden=16", "truth.on_failure=warn"]
     whole = job("mlp", *options)
     assert whole.code == 0, whole.text

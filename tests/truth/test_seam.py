@@ -1,4 +1,4 @@
-"""A transform, an observer, a backend and an exporter come from outside the package, through config alone."""
+"""A transform, an observer, a backend and an exporter come from outside, through config alone."""
 
 import json
 
@@ -9,7 +9,11 @@ import qtrain
 
 def integers(run):
     model = qtrain.load(run.run_dir, trust=["outside"])
-    return {n: m.weight().int_repr() for n, m in model.named_modules() if callable(getattr(m, "weight", None))}
+    return {
+        n: m.weight().int_repr()
+        for n, m in model.named_modules()
+        if callable(getattr(m, "weight", None))
+    }
 
 
 def test_a_transform_changes_the_integers_that_are_converted(job, monkeypatch):
@@ -22,7 +26,9 @@ def test_a_transform_changes_the_integers_that_are_converted(job, monkeypatch):
     before, after = integers(plain), integers(halved)
     for name, exact in before.items():
         expected = (2 * exact.int()).clamp(-128, 127)
-        assert (after[name].int() - expected).abs().max() <= 1 and not torch.equal(after[name], exact)
+        assert (after[name].int() - expected).abs().max() <= 1 and not torch.equal(
+            after[name], exact
+        )
 
 
 def test_an_observer_and_a_transform_go_by_the_names_of_their_files(job, tmp_path):
@@ -55,7 +61,11 @@ def test_an_exporter_writes_its_file_and_is_judged(job):
     run = job("mlp", "model.hidden=8", "export=[{_target_: outside.parts.AsJson}, torch_export]")
     assert run.code == 0, run.text
     found = run.report["exports"]
-    assert set(json.loads((run.run_dir / found["as_json"]["file"]).read_text())) == {"linear1", "linear2", "linear3"}
+    assert set(json.loads((run.run_dir / found["as_json"]["file"]).read_text())) == {
+        "linear1",
+        "linear2",
+        "linear3",
+    }
     assert found["as_json"]["steps"] > 1 and found["torch_export"]["steps"] == 0
     assert (run.run_dir / "model.pt2").stat().st_size == found["torch_export"]["size_bytes"]
 
@@ -63,7 +73,9 @@ def test_an_exporter_writes_its_file_and_is_judged(job):
 def test_what_none_of_them_is_hears_what_is_allowed(job):
     run = job("mlp", "quant.transforms=[biases]", "export=[tflite]")
     assert run.code == 1 and "quant.transforms=biases: " in run.text and "correct_bias" in run.text
-    assert "export=tflite: " in run.text and "torch_export" in run.text and "Traceback" not in run.text
+    assert (
+        "export=tflite: " in run.text and "torch_export" in run.text and "Traceback" not in run.text
+    )
     run = job("mlp", "quant=weight_only", "export=[torch_export]")
     assert run.code == 1 and "use quant=ptq or qat" in run.text
     run = job("mlp", "quant.engine={_target_: torch.nn.ReLU}")
@@ -71,9 +83,17 @@ def test_what_none_of_them_is_hears_what_is_allowed(job):
 
 
 def test_the_reference_runs_activations_of_four_bits(job):
-    run = job("mlp", "model.hidden=8", "quant.engine=reference", "quant.activation.bits=4", "quant.weight.bits=4")
+    run = job(
+        "mlp",
+        "model.hidden=8",
+        "quant.engine=reference",
+        "quant.activation.bits=4",
+        "quant.weight.bits=4",
+    )
     assert run.code == 0, run.text
-    assert run.report["quant"]["simulated"] is False and run.report["size_bytes"]["quantized_file"] > 0
+    assert (
+        run.report["quant"]["simulated"] is False and run.report["size_bytes"]["quantized_file"] > 0
+    )
     assert run.loss("fake") == run.loss("quantized")
     x = qtrain.sample_inputs(run.run_dir)
     assert qtrain.load(run.run_dir)(*x).isfinite().all()

@@ -4,10 +4,20 @@ import json
 
 import pytest
 
-TINY = ["model.n_layer=1", "model.n_embd=16", "model.n_positions=32", "data.context=16", "data.stride=16"]
+TINY = [
+    "model.n_layer=1",
+    "model.n_embd=16",
+    "model.n_positions=32",
+    "data.context=16",
+    "data.stride=16",
+]
 QUICK = ["trainer.epochs=0", "measure.warmup=0"]
 SMALL = ["data=text", "data.path=all.txt"]
-TEXTS = {"all.txt": "To be, or not to be. " * 40, "val.txt": "A horse! " * 20, "test.txt": "Et tu, Brute? " * 30}
+TEXTS = {
+    "all.txt": "To be, or not to be. " * 40,
+    "val.txt": "A horse! " * 20,
+    "test.txt": "Et tu, Brute? " * 30,
+}
 
 
 @pytest.fixture
@@ -20,15 +30,25 @@ def texts(tmp_path):
 @pytest.mark.parametrize(
     "words, found, note",
     [
-        (["model=gpt2_nano"], ("gpt2_nano", "shakespeare"), "data=shakespeare task=language_modeling"),
+        (
+            ["model=gpt2_nano"],
+            ("gpt2_nano", "shakespeare"),
+            "data=shakespeare task=language_modeling",
+        ),
         (["model=gpt2_nano", *SMALL], ("gpt2_nano", "text"), "task=language_modeling"),
         (SMALL, ("gpt2_nano", "text"), "model=gpt2_nano task=language_modeling"),
-        (["task=language_modeling"], ("gpt2_nano", "shakespeare"), "model=gpt2_nano data=shakespeare"),
+        (
+            ["task=language_modeling"],
+            ("gpt2_nano", "shakespeare"),
+            "model=gpt2_nano data=shakespeare",
+        ),
     ],
     ids=["model", "model and data", "data", "task"],
 )
 def test_model_data_and_task_that_belong_together(command, texts, tmp_path, words, found, note):
-    few = ["data.test_fraction=0.001", "data.val_fraction=0.001"] if "data=text" not in words else []
+    few = (
+        ["data.test_fraction=0.001", "data.val_fraction=0.001"] if "data=text" not in words else []
+    )
     quick = ["quant=none", "threads=1", "logger=none", "float_cache=null", "measure.repeats=1"]
     code, text = command(*words, *TINY, *QUICK, *few, *quick, f"hydra.run.dir={tmp_path}/run")
     assert code == 0, text
@@ -44,7 +64,15 @@ def test_what_the_user_names_wins(job, texts):
 
 
 def test_texts_of_their_own_to_validate_and_test_on(job, texts):
-    run = job("gpt2_nano", *SMALL, *TINY, *QUICK, "quant=none", "data.test_path=test.txt", "data.valid_path=val.txt")
+    run = job(
+        "gpt2_nano",
+        *SMALL,
+        *TINY,
+        *QUICK,
+        "quant=none",
+        "data.test_path=test.txt",
+        "data.valid_path=val.txt",
+    )
     assert run.code == 0, run.text
     size = len(TEXTS["test.txt"])
     scored = run.report["metrics"]["float"]
@@ -58,13 +86,22 @@ def test_texts_of_their_own_to_validate_and_test_on(job, texts):
     "words, message",
     [
         (["data.test_path=nowhere.txt"], "data.test_path=nowhere.txt: there is no such file"),
-        (["data.valid_path=short.txt"], "data.valid_path=short.txt: its validation part has 5 tokens"),
+        (
+            ["data.valid_path=short.txt"],
+            "data.valid_path=short.txt: its validation part has 5 tokens",
+        ),
         (
             ["data.test_path=test.txt", "data.test_fraction=0.1"],
             "data.test_fraction=0.1: that text is data.test_path=test.txt, whole; leave it out",
         ),
-        (["data.valid_path=val.txt", "data.val_fraction=0.1"], "data.val_fraction=0.1: that text is data.valid_path"),
-        (["model.pretrained=folder"], "model.n_layer=1: model.pretrained=folder has its own; leave it out"),
+        (
+            ["data.valid_path=val.txt", "data.val_fraction=0.1"],
+            "data.val_fraction=0.1: that text is data.valid_path",
+        ),
+        (
+            ["model.pretrained=folder"],
+            "model.n_layer=1: model.pretrained=folder has its own; leave it out",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -29,13 +29,17 @@ class Touch:
 
 @pytest.fixture
 def trace(tmp_path, monkeypatch):
-    """A path at which each gadget leaves something if it runs; the files that it needs lie beside it."""
+    """A path where each gadget leaves something if it runs; its files lie beside it."""
     folder = tmp_path / "gadgets"
     folder.mkdir()
     torch.save(Touch(folder / "trace"), folder / "evil.pt")
     np.save(folder / "evil.npy", np.array([Touch(folder / "trace")]), allow_pickle=True)
-    (folder / "hubconf.py").write_text(f"import os\nos.mkdir({str(folder / 'trace')!r})\ndef net(): pass\n")
-    (folder / "evil_module.py").write_text(f"import os\nos.mkdir({str(folder / 'trace')!r})\nclass Net: pass\n")
+    (folder / "hubconf.py").write_text(
+        f"import os\nos.mkdir({str(folder / 'trace')!r})\ndef net(): pass\n"
+    )
+    (folder / "evil_module.py").write_text(
+        f"import os\nos.mkdir({str(folder / 'trace')!r})\nclass Net: pass\n"
+    )
     monkeypatch.syspath_prepend(folder)
     yield folder / "trace"
     sys.modules.pop("evil_module", None)
@@ -75,7 +79,9 @@ def made(name, trace):
     found = GADGETS[name]
     arguments = {"_args_": found} if isinstance(found, list) else found
     return json.loads(
-        json.dumps({"_target_": name, **arguments}).replace("TRACE", str(trace)).replace("FOLDER", str(trace.parent))
+        json.dumps({"_target_": name, **arguments})
+        .replace("TRACE", str(trace))
+        .replace("FOLDER", str(trace.parent))
     )
 
 
@@ -95,7 +101,7 @@ def run_dir(job, kept, tmp_path):
 
 
 def put(run_dir, path, value):
-    """Puts a value into the config of the report and of config.yaml; its key may be a path with dots."""
+    """Puts a value into both the report's config and config.yaml; its key may have dots."""
     report = json.loads((run_dir / "report.json").read_text())
     config = OmegaConf.load(run_dir / "config.yaml")
     for owner in (report["config"], config):
@@ -108,7 +114,7 @@ def put(run_dir, path, value):
 
 
 def refusals(run_dir, command):
-    """What each reader of the folder says, the last of them after the report is gone, so that the run goes on."""
+    """What each reader of the folder says; the last one after the report is gone."""
     said = []
     with pytest.raises(ValueError) as caught:
         qtrain.load(run_dir)
@@ -126,7 +132,11 @@ def refusals(run_dir, command):
 @pytest.mark.parametrize("name", GADGETS)
 def test_no_gadget_runs(run_dir, command, trace, name):
     gadget = made(name, trace)
-    nested = {"_target_": "torch.nn.Sequential", "_args_": [[{"deep": gadget}]], "_recursive_": True}
+    nested = {
+        "_target_": "torch.nn.Sequential",
+        "_args_": [[{"deep": gadget}]],
+        "_recursive_": True,
+    }
     for place, value in (
         ("model", gadget),
         ("model", nested),
@@ -148,13 +158,17 @@ def test_a_gadget_in_a_state_does_not_run(run_dir, command, trace):
     content = io.BytesIO()
     torch.save({"key": "?", "logs": {}, "extra": Touch(trace)}, content)
     (run_dir / "resume").mkdir()
-    (run_dir / "resume" / "float.pt").write_bytes(hashlib.sha256(content.getvalue()).digest() + content.getvalue())
+    (run_dir / "resume" / "float.pt").write_bytes(
+        hashlib.sha256(content.getvalue()).digest() + content.getvalue()
+    )
     code, text = command(f"resume={run_dir}")
     assert code == 1 and "float.pt is damaged" in text and "weights_only" not in text
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("value", ["${oc.env:QTRAIN_SECRET}", "a ${oc.decode:1} b", "${seed}", "${hydra:runtime.cwd}"])
+@pytest.mark.parametrize(
+    "value", ["${oc.env:QTRAIN_SECRET}", "a ${oc.decode:1} b", "${seed}", "${hydra:runtime.cwd}"]
+)
 def test_interpolations_are_refused_by_name(run_dir, command, monkeypatch, value):
     monkeypatch.setenv("QTRAIN_SECRET", "hunter2")
     put(run_dir, "name", "x")
@@ -179,7 +193,8 @@ def test_interpolations_are_refused_by_name(run_dir, command, monkeypatch, value
 )
 def test_modules_and_models_of_the_libraries_are_harmless(run_dir, model):
     put(run_dir, "model", model)
-    with pytest.raises(ValueError, match="does not fit the model|cannot be made here") as caught:  # it was made
+    # It was made.
+    with pytest.raises(ValueError, match="does not fit the model|cannot be made here") as caught:
         qtrain.load(run_dir)
     assert "trust" not in str(caught.value)
 
@@ -198,7 +213,11 @@ def test_a_users_own_package_must_be_trusted(users_run, monkeypatch, tmp_path, c
         qtrain.load(users_run)
     assert "config.model._target_=harmless.Net" in str(caught.value)
     assert not (tmp_path / "imported").exists() and "harmless" not in sys.modules
-    for words in ("qtrain.load(run, trust=['harmless'])", "--trust harmless", "QTRAIN_TRUST=harmless"):
+    for words in (
+        "qtrain.load(run, trust=['harmless'])",
+        "--trust harmless",
+        "QTRAIN_TRUST=harmless",
+    ):
         assert words in str(caught.value)
     inputs = torch.randn(3, 1, 28, 28)
     expected = qtrain.load(users_run, trust=["harmless"])(inputs)
@@ -233,7 +252,9 @@ def test_trust_in_a_package_is_no_trust_in_what_it_imports(users_run):
 
 
 def test_trust_must_be_a_list(run_dir):
-    with pytest.raises(ValueError, match=r"trust=harmless: must be a list of packages, such as \['harmless'\]"):
+    with pytest.raises(
+        ValueError, match=r"trust=harmless: must be a list of packages, such as \['harmless'\]"
+    ):
         qtrain.load(run_dir, trust="harmless")
 
 
@@ -245,9 +266,13 @@ def test_each_gadget_would_run(trace, name):
     assert trace.exists()
 
 
-@pytest.mark.parametrize("target", ["hydra.utils.get_method", "numpy.load", "omegaconf.OmegaConf.load"])
+@pytest.mark.parametrize(
+    "target", ["hydra.utils.get_method", "numpy.load", "omegaconf.OmegaConf.load"]
+)
 def test_no_refusal_advises_to_trust_a_library(run_dir, target):
     put(run_dir, "model", {"_target_": target, "path": "x"})
-    with pytest.raises(ValueError, match="no run of qtrain's needs it; do not use this folder") as caught:
+    with pytest.raises(
+        ValueError, match="no run of qtrain's needs it; do not use this folder"
+    ) as caught:
         qtrain.load(run_dir)
     assert "trust=" not in str(caught.value)

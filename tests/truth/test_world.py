@@ -1,4 +1,4 @@
-"""Folders that vanish, disks that fill up, servers that say nothing: one clear line, and nothing saved is lost."""
+"""Folders vanish, disks fill up, servers are silent: one clear line, and nothing saved is lost."""
 
 import resource
 import socket
@@ -13,7 +13,10 @@ from qtrain.common.network import answers
 @pytest.mark.parametrize("logger", ["none", "tensorboard"])
 def test_the_folder_of_a_run_is_deleted(job, tmp_path, logger):
     outcome = job("vandal.Vandal", f"logger={logger}", what="delete", path=str(tmp_path / "run0"))
-    assert outcome.code == 1 and f"qtrain: error: {tmp_path}/run0: this folder was deleted while" in outcome.text
+    assert (
+        outcome.code == 1
+        and f"qtrain: error: {tmp_path}/run0: this folder was deleted while" in outcome.text
+    )
     assert "Traceback" not in outcome.text
 
 
@@ -26,7 +29,10 @@ def test_the_float_cache_is_deleted(job, tmp_path):
 
 def test_a_file_of_the_data_is_deleted(job, tmp_path):
     outcome = job("vandal.Vandal", what="read", path=str(tmp_path / "data" / "7.png"))
-    assert outcome.code == 1 and f"qtrain: error: {tmp_path}/data/7.png: there is no such file" in outcome.text
+    assert (
+        outcome.code == 1
+        and f"qtrain: error: {tmp_path}/data/7.png: there is no such file" in outcome.text
+    )
     assert "hydra.run.dir" not in outcome.text and "Traceback" not in outcome.text
 
 
@@ -35,11 +41,24 @@ def test_a_full_disk_costs_nothing_that_was_saved(job, command, tmp_path, monkey
     """No file can grow beyond 64 bytes, as on a full disk, until there is room again."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        full = job("vandal.Vandal", f"logger={logger}", "trainer.save_every=2", what="fill", path=str(tmp_path))
+        full = job(
+            "vandal.Vandal",
+            f"logger={logger}",
+            "trainer.save_every=2",
+            what="fill",
+            path=str(tmp_path),
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert full.code == 1 and f"qtrain: error: {full.run_dir}" in full.text and "Traceback" not in full.text
-    assert "files already there are unchanged" in full.text and (full.run_dir / "resume" / "float.pt").is_file()
+    assert (
+        full.code == 1
+        and f"qtrain: error: {full.run_dir}" in full.text
+        and "Traceback" not in full.text
+    )
+    assert (
+        "files already there are unchanged" in full.text
+        and (full.run_dir / "resume" / "float.pt").is_file()
+    )
     monkeypatch.setenv("QTRAIN_TRUST", "vandal")
     code, text = command(f"resume={full.run_dir}")
     assert code == 0, text
@@ -48,7 +67,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(job, command, tmp_path, monkey
 
 @pytest.fixture
 def silent():
-    """A server that takes connections and says nothing: its address, and the connections that it was asked for."""
+    """A server that takes connections and says nothing: its address, and its connections."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = []
 
@@ -70,7 +89,11 @@ def test_a_download_from_a_silent_server_ends_soon(job, tmp_path, silent):
     url, taken = silent
     began = time.monotonic()
     outcome = job("downloads.Downloads", url=f"{url}/w.pt", folder=str(tmp_path))
-    assert outcome.code == 1 and "qtrain: error: model: " in outcome.text and "go online" in outcome.text
+    assert (
+        outcome.code == 1
+        and "qtrain: error: model: " in outcome.text
+        and "go online" in outcome.text
+    )
     assert time.monotonic() - began < 30 and len(taken) == 1
 
 

@@ -9,7 +9,7 @@ from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
 
 
 class CompactLinear(nn.Module):
-    """y = x @ weight.T + bias with a compact weight and float activations: weight-only quantization.
+    """y = x @ weight.T + bias with a compact weight and float activations: weight-only.
 
     Args:
         weight: (N, K); registered here, and wherever else it is used.
@@ -43,5 +43,9 @@ class CompactEmbedding(nn.Module):
 
 def integer_weight(module: Any) -> IntegerWeight | None:
     """Returns the integers that a layer's weight is stored as, or None."""
-    weight = module.parametrizations.weight[0] if is_parametrized(module, "weight") else getattr(module, "weight", None)
+    weight = (
+        module.parametrizations.weight[0]
+        if is_parametrized(module, "weight")
+        else getattr(module, "weight", None)
+    )
     return weight if isinstance(weight, IntegerWeight) else None

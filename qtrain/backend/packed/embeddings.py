@@ -27,9 +27,10 @@ def tied_heads(model: nn.Module) -> dict[str, str]:
 def formats(
     model: nn.Module, embedding: str, head: str, own: Container[str], floats: Container[str]
 ) -> dict[str, PackedFormat | None]:
-    """Returns {embedding, or head that is tied to one: what it becomes, None for float}; embeddings first.
+    """Returns {embedding, or head tied to one: what it becomes, None for float}; embeddings first.
 
-    A head that is "separate", or has a setting of its own, is a Linear layer like others, and is left out.
+    A head that is "separate", or has a setting of its own, is a Linear layer like others, and is
+    left out.
 
     Args:
         embedding: "float", "fp16", or "int8" and "int4" with one scale a row.

@@ -1,4 +1,4 @@
-"""What single layers may be, whatever becomes of the others: Linear and Embedding layers over packed weights."""
+"""What single layers may be, whatever others become: Linear and Embedding over packed weights."""
 
 from dataclasses import dataclass
 from typing import Any

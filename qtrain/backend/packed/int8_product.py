@@ -1,9 +1,9 @@
 """Products with an int8 matrix, exact in their sums on every machine.
 
-oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on GPUs. Other x86 CPUs add products of 8 bits in
-pairs and saturate such a sum at 16 bits in silence. There fbgemm's kernel is given unsigned digits of at most 128,
-whose pairs cannot saturate: 2 * 128 * 127 < 2^15. It takes two rows for one, so that many rows are faster in float32,
-as they are on CPUs with neither.
+oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on GPUs. Other x86 CPUs add
+products of 8 bits in pairs and saturate such a sum at 16 bits in silence. There fbgemm's kernel is
+given unsigned digits of at most 128, whose pairs cannot saturate: 2 * 128 * 127 < 2^15. It takes
+two rows for one, so that many rows are faster in float32, as they are on CPUs with neither.
 
 Shapes: x is (M, K), the matrix (N, K), a product (M, N).
 """
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from qtrain.backend.torch_ao.binding import use_engine
 
-# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls back to plain loops.
-HAS_ONEDNN = torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
+# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls
+# back to plain loops.
+HAS_ONEDNN = (
+    torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
+)
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in float32
 
@@ -30,12 +33,19 @@ class Int8Product:
     """
 
     def __init__(self, integers: Tensor, scale: Tensor) -> None:
-        self.integers, self.scale = integers if integers.device.type == "cpu" else integers.contiguous(), scale
+        self.integers, self.scale = (
+            integers if integers.device.type == "cpu" else integers.contiguous(),
+            scale,
+        )
         self.onednn = self.fbgemm = None
         if integers.device.type == "cpu" and HAS_ONEDNN:
             zeros = torch.zeros(len(integers), dtype=torch.int32)
             scales = scale.flatten().float().expand(len(integers)).contiguous()
-            self.onednn = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None), scales, zeros
+            self.onednn = (
+                torch.ops.onednn.qlinear_prepack(integers.contiguous(), None),
+                scales,
+                zeros,
+            )
         elif integers.device.type == "cpu" and HAS_FBGEMM:
             self.fbgemm = _pack(integers, scale)
 
@@ -52,10 +62,10 @@ class Int8Product:
         return product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
 
     def precise(self, x: Tensor) -> Tensor:
-        """Returns the product with x in two digits, rounded by less than 2^-13.9 of each row's largest magnitude.
+        """Returns the product with x in two digits, off by less than 2^-13.9 of each row's largest.
 
-        A digit has 7 bits with fbgemm, and nearly 8 with the kernels of 8 bits by 8, which round by less than 2^-15.9.
-        What is multiplied in float32 is not rounded.
+        A digit has 7 bits with fbgemm, and nearly 8 with the kernels of 8 bits by 8, which round by
+        less than 2^-15.9. What is multiplied in float32 is not rounded.
 
         Args:
             x: float32 (M, K).
@@ -83,7 +93,8 @@ class Int8Product:
                 digits, 1.0, 128, matrix, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
             )
         if self.fbgemm is not None and len(x) <= FEW_ROWS:
-            # The kernel cuts off below 0: what it multiplies is the positive part of x and its negative part.
+            # The kernel cuts off below 0: what it multiplies is the positive part of x and its
+            # negative part.
             parts = _unsigned(torch.cat([x, -x]), 0, self.fbgemm)
             return parts[: len(x)] - parts[len(x) :]
         if _has_gpu_kernel(x, self.integers):
@@ -92,13 +103,15 @@ class Int8Product:
 
 
 def row_magnitudes(x: Tensor) -> Tensor:
-    """Returns the largest magnitude of each row (M, 1), raised to where a fraction of it is still a normal number."""
+    """Returns each row's largest magnitude (M, 1), raised so that a fraction of it is normal."""
     return x.abs().amax(1, keepdim=True).clamp_(min=256 * torch.finfo(x.dtype).tiny)
 
 
 def _has_gpu_kernel(a: Tensor, b: Tensor) -> bool:
     # There is none for a few rows.
-    return a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+    return (
+        a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+    )
 
 
 def _pack(integers: Tensor, scale: Tensor) -> Any:
@@ -113,4 +126,6 @@ def _pack(integers: Tensor, scale: Tensor) -> Any:
 
 def _unsigned(x: Tensor, zero_point: int, packed: Any) -> Tensor:
     """Returns the product with round(x), cut off where x + zero_point is below 0; float32."""
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1.0, zero_point, packed)
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+        x, 1.0, zero_point, packed
+    )

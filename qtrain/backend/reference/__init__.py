@@ -1,4 +1,4 @@
-"""The reference backend: integers are stored, and restored to float for each product; exact, on any machine."""
+"""The reference backend: integers, restored to float for each product; exact, on any machine."""
 
 from qtrain.backend.reference.backend import Reference
 

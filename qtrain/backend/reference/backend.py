@@ -30,7 +30,9 @@ class Reference(Backend):
     @torch.no_grad()
     def lower(self, simulation: Simulation) -> nn.Module:
         model = copy_model(simulation.model).cpu().eval()
-        for name, site in [(n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)]:
+        for name, site in [
+            (n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)
+        ]:
             reason = simulation.plan[name].reason if name in simulation.plan else None
             model.set_submodule(name, _lowered(site, reason))
         return model
@@ -91,7 +93,8 @@ class RestoredLayer(nn.Module):
         assert site.weight_q is not None
         weight, bias = site.folded()
         if not site.weight_q.stays:
-            site.weight_q(weight)  # its scale is that of the last forward, and the weight may have moved
+            # Its scale is that of the last forward, and the weight may have moved.
+            site.weight_q(weight)
         scale, zero_point = site.weight_q.calculate_qparams()
         self.axis = site.weight_q.ch_axis if site.weight_q.is_per_channel else None
         self.register_buffer("integers", integers(site.weight_q, weight).to(torch.int8))
@@ -122,7 +125,9 @@ class RestoredLayer(nn.Module):
         shape = [1] * self.integers.ndim
         if self.axis is not None:
             shape[self.axis] = -1
-        return (self.integers - self.weight_zero_point.reshape(shape)) * self.weight_scale.reshape(shape)
+        return (self.integers - self.weight_zero_point.reshape(shape)) * self.weight_scale.reshape(
+            shape
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         output = product(self.layer, x, self.restored(), self.bias)

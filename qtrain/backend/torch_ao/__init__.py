@@ -1,7 +1,8 @@
-"""torch's eager mode: engines, observers, fusion, and int8 modules. The only package that imports torch.ao.
+"""torch's eager mode: engines, observers, fusion, int8 modules. The only importer of torch.ao.
 
-torch marks its eager mode as deprecated, yet ships it in every release that pyproject.toml admits. Its deprecation
-warnings are silenced here, exactly, and nowhere else: a user of qtrain can do nothing about them.
+torch marks its eager mode as deprecated, yet ships it in every release that pyproject.toml admits.
+Its deprecation warnings are silenced here, exactly, and nowhere else: a user of qtrain can do
+nothing about them.
 """
 
 import copy
@@ -56,8 +57,8 @@ __all__ = [
 apply_patches()
 BACKENDS = ENGINES  # what `backend.find` finds
 
-# torch warns once a process, wherever the first quantized tensor is made or loaded. Make one here, so that no user's
-# line is blamed for it.
+# torch warns once a process, wherever the first quantized tensor is made or loaded. Make one here,
+# so that no user's line is blamed for it.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)
     copy.deepcopy(torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8)).untyped_storage()

@@ -20,7 +20,7 @@ def use_engine(name: str) -> Iterator[None]:
 
 
 class _Bound:
-    """Makes an engine torch's while a model runs or loads: an object, to be pickled with the model."""
+    """Makes an engine torch's while a model runs or loads; an object, to be pickled with it."""
 
     def __init__(self, model: nn.Module, engine: str) -> None:
         self.model = model
@@ -40,9 +40,10 @@ class _Bound:
 
 
 def bind_engine(model: nn.Module, name: str) -> nn.Module:
-    """Returns `model`, changed in place so that it runs, and loads state dicts, under the engine `name`.
+    """Returns `model`, changed in place to run, and load state dicts, under the engine `name`.
 
-    Some kernels (add, pooling) look at the global engine when they run, and weights are packed for it when they load.
+    Some kernels (add, pooling) look at the global engine when they run, and weights are packed for
+    it when they load.
     """
     bound = _Bound(model, name)
     model.register_forward_pre_hook(bound.enter)

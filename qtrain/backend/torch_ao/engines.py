@@ -19,7 +19,8 @@ class Engine(Backend):
     """One engine of torch's int8 kernels.
 
     Args:
-        conv_transpose: whether the kernels of transposed convolutions are right; others compute garbage in silence.
+        conv_transpose: whether the kernels of transposed convolutions are right; others compute
+            garbage in silence.
     """
 
     least_activation_bits: int = 8
@@ -52,8 +53,11 @@ ENGINES = {
         Engine("fbgemm", reduce_range=True),
         Engine("qnnpack", granularity="per_tensor"),
         Engine("x86", reduce_range=True, conv_transpose=False),
-        # oneDNN's own default is the full range, which saturates where the CPU lacks VNNI (7.5 dB instead of 46).
-        Engine("onednn", reduce_range=not _has_vnni(), asymmetric_weights=False, conv_transpose=False),
+        # oneDNN's own default is the full range, which saturates where the CPU lacks VNNI (7.5 dB
+        # instead of 46).
+        Engine(
+            "onednn", reduce_range=not _has_vnni(), asymmetric_weights=False, conv_transpose=False
+        ),
     )
 }
 

@@ -19,7 +19,7 @@ ADVICE = "In fuse_model(self, is_qat) call qtrain.fuse(self, [[...]], is_qat=is_
 def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
     """Fuses the named runs of modules (conv, bn, relu ...) of `model` in place.
 
-    What torch has no fusion for is left apart: of Conv-BN-ReLU6 the ReLU6, of Linear-BN-ReLU the ReLU.
+    What torch has no fusion for is left apart: ReLU6 of Conv-BN-ReLU6, ReLU of Linear-BN-ReLU.
 
     Raises:
         ValueError: a name is that of no module, or a batch-norm keeps no running statistics.
@@ -29,7 +29,9 @@ def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
         missing = [name for name in group if name not in names]
         if missing:
             known = ", ".join(name for name, _ in model.named_children())
-            raise ValueError(f"{', '.join(missing)} is no module of {type(model).__name__}, which has {known}")
+            raise ValueError(
+                f"{', '.join(missing)} is no module of {type(model).__name__}, which has {known}"
+            )
         for name in group:
             _make_foldable(name, model.get_submodule(name))
         fusible = _fusible(model, group, is_qat)
@@ -42,8 +44,8 @@ def _make_foldable(name: str, layer: nn.Module) -> None:
         return
     if layer.running_mean is None or layer.running_var is None:
         raise ValueError(
-            f"{name} ({type(layer).__name__}) keeps no running statistics, so that it can be folded into no layer; "
-            "set track_running_stats=True"
+            f"{name} ({type(layer).__name__}) keeps no running statistics, "
+            "so that it can be folded into no layer; set track_running_stats=True"
         )
     if not layer.affine:  # torch's fused layers ask for both
         layer.affine = True
@@ -80,17 +82,26 @@ def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
         except Exception as err:
             reason = (str(err) or type(err).__name__).splitlines()[0].strip()
             if "only for eval" in reason:
-                reason = "it fuses for evaluation, by torch's fuse_modules, a model that is to be trained"
-            raise ValueError(f"model: fuse_model of {type(model).__name__} failed: {reason}. {ADVICE}") from err
+                reason = (
+                    "it fuses for evaluation, by torch's fuse_modules, "
+                    "a model that is to be trained"
+                )
+            raise ValueError(
+                f"model: fuse_model of {type(model).__name__} failed: {reason}. {ADVICE}"
+            ) from err
 
 
 def unfused_pairs(model: nn.Module) -> list[str]:
-    """Returns "conv + bn" for each convolution of a simulation that a batch-norm is registered right behind."""
+    """Returns "conv + bn" for each convolution with a batch-norm registered right behind it."""
     pairs = []
     for prefix, parent in model.named_modules():
         children = [(name, _float_layer(child)) for name, child in parent.named_children()]
         for (name, layer), (after, norm) in pairwise(children):
-            if isinstance(layer, _ConvNd) and isinstance(norm, _BatchNorm) and layer.out_channels == norm.num_features:
+            if (
+                isinstance(layer, _ConvNd)
+                and isinstance(norm, _BatchNorm)
+                and layer.out_channels == norm.num_features
+            ):
                 dot = f"{prefix}." if prefix else ""
                 pairs.append(f"{dot}{name} + {dot}{after}")
     return pairs

@@ -1,4 +1,4 @@
-"""Which calls of a converted model have no int8 kernel, or one that is wrong: all of them, by running it once."""
+"""Which calls of a converted model have no int8 kernel, or a wrong one: all, by running it once."""
 
 import traceback
 from collections.abc import Callable
@@ -19,13 +19,13 @@ JOINS = ("add", "sub", "mul", "div", "cat", "stack", "matmul", "bmm", "addmm")
 
 
 class KernelProbe(TorchDispatchMode):
-    """While entered, a call without int8 kernel is noted and computed in float, so that the next one shows too.
+    """While entered, a call without int8 kernel is noted and computed in float; the next shows too.
 
     Args:
         model: the converted model.
         layer: returns the name of the layer that runs, "" for the model itself.
-        most_steps: what a join of tensors may be off, in quantization steps (root mean square); requantizing alone
-            costs 0.29.
+        most_steps: what a join of tensors may be off, in quantization steps (root mean square);
+            requantizing alone costs 0.29.
 
     Attributes:
         missing: the calls without a kernel, a line each, in the order of execution.
@@ -40,9 +40,15 @@ class KernelProbe(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        quantized = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and x.is_quantized]
+        quantized = [
+            x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and x.is_quantized
+        ]
         exact = _exact_join(func, args, kwargs) if len(quantized) > 1 else None
-        before = (args[0].q_scale(), args[0].q_zero_point()) if exact is not None and func._schema.is_mutable else None
+        before = (
+            (args[0].q_scale(), args[0].q_zero_point())
+            if exact is not None and func._schema.is_mutable
+            else None
+        )
         try:
             output = func(*args, **kwargs)
         except (RuntimeError, NotImplementedError) as err:
@@ -56,8 +62,9 @@ class KernelProbe(TorchDispatchMode):
             name = JOINED[func.name().partition(".")[0]]
             self._note(
                 self.wrong,
-                f"{name} of int8 tensors with different scales gives them all one of these scales, in silence, and is "
-                f"{steps:.1f} steps off; join them by the cat of a qtrain.FloatFunctional of its own{_source()}",
+                f"{name} of int8 tensors with different scales gives them all one of these scales, "
+                f"in silence, and is {steps:.1f} steps off; "
+                f"join them by the cat of a qtrain.FloatFunctional of its own{_source()}",
             )
         return output
 
@@ -75,7 +82,9 @@ def _exact_join(func: Any, args: Any, kwargs: Any) -> Tensor | None:
     if func.name().partition(".")[0] not in JOINED:
         return None
     with _disable_current_modes():
-        copies = tree_map(lambda x: _dequantize(x.clone()) if isinstance(x, Tensor) else x, (args, kwargs))
+        copies = tree_map(
+            lambda x: _dequantize(x.clone()) if isinstance(x, Tensor) else x, (args, kwargs)
+        )
         output: Tensor = func(*copies[0], **copies[1])
         return output
 
@@ -84,12 +93,14 @@ def _steps_apart(exact: Tensor, output: Tensor, before: tuple[float, int] | None
     """Returns the root mean square difference in steps of `output`.
 
     Args:
-        before: scale and zero point that a tensor written into had. One written into as a whole has the new ones now;
-            of a slice, the tensor that it belongs to keeps the old ones.
+        before: scale and zero point that a tensor written into had. One written into as a whole has
+            the new ones now; of a slice, the tensor that it belongs to keeps the old ones.
     """
     with _disable_current_modes():
         is_slice = output.untyped_storage().nbytes() > output.numel() * output.element_size()
-        scale, zero_point = before if before is not None and is_slice else (output.q_scale(), output.q_zero_point())
+        scale, zero_point = (
+            before if before is not None and is_slice else (output.q_scale(), output.q_zero_point())
+        )
         values = (output.int_repr().float() - zero_point) * scale
         return float(((values - exact) / scale).square().mean().sqrt())
 
@@ -99,7 +110,9 @@ def _quantize(x: Any) -> Any:
         return x
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     scale = max((high - low) / 255, 1e-7)
-    return torch.quantize_per_tensor(x.float().contiguous(), scale, min(max(round(-low / scale), 0), 255), torch.quint8)
+    return torch.quantize_per_tensor(
+        x.float().contiguous(), scale, min(max(round(-low / scale), 0), 255), torch.quint8
+    )
 
 
 def _dequantize(x: Any) -> Any:
@@ -107,14 +120,16 @@ def _dequantize(x: Any) -> Any:
 
 
 def _instead(func: Any, args: Any, kwargs: Any, has_quantized: bool) -> Any:
-    """Returns what the call might have come to, good enough for its shape; None where it fails otherwise too."""
+    """Returns what the call might have come to, right in shape; None where it fails otherwise."""
     with _disable_current_modes():
         try:
             if func.namespace == "quantized":
                 return func(*tree_map(_quantize, args), **tree_map(_quantize, kwargs))
             if not has_quantized:
                 return None
-            output = tree_map(_quantize, func(*tree_map(_dequantize, args), **tree_map(_dequantize, kwargs)))
+            output = tree_map(
+                _quantize, func(*tree_map(_dequantize, args), **tree_map(_dequantize, kwargs))
+            )
         except (RuntimeError, NotImplementedError):  # the caller raises what came first
             return None
         if func._schema.is_mutable and isinstance(args[0], Tensor) and args[0].is_quantized:
@@ -130,14 +145,20 @@ def _reason(func: Any, args: Any, text: str, layer: str) -> str:
     missing = "Could not run" in text or "not implemented" in text
     what = f"torch has no int8 kernel for {op}" if missing else text.strip().splitlines()[0][:200]
     remedy = (
-        f"To keep it float: quant.layers={{{layer}: float}}" if layer else "Put DeQuantStub and QuantStub around it"
+        f"To keep it float: quant.layers={{{layer}: float}}"
+        if layer
+        else "Put DeQuantStub and QuantStub around it"
     )
     if floats and len(floats) < len(tensors):
         what = f"{short} of an int8 tensor and a float one, such as an nn.Parameter"
         remedy = "Give the float one a QuantStub of its own, and use a qtrain.FloatFunctional"
     elif op.startswith("quantized::") and floats:
         what = f"{op} gets a float input"
-        remedy = f"Call a qtrain.QuantStub on it before. {remedy}" if layer else "Call a QuantStub on it before"
+        remedy = (
+            f"Call a qtrain.QuantStub on it before. {remedy}"
+            if layer
+            else "Call a QuantStub on it before"
+        )
     elif short in JOINS:
         what += "; use one qtrain.FloatFunctional per call site in place of the operator"
         remedy = remedy if layer else ""
@@ -147,7 +168,9 @@ def _reason(func: Any, args: Any, text: str, layer: str) -> str:
 def _source() -> str:
     """Returns the line of a forward that is not torch's, which is running now."""
     for frame in reversed(traceback.extract_stack()):
-        own = "/torch/" in frame.filename or frame.filename.endswith(("torch_ao/kernels.py", "torch_ao/int8_layers.py"))
+        own = "/torch/" in frame.filename or frame.filename.endswith(
+            ("torch_ao/kernels.py", "torch_ao/int8_layers.py")
+        )
         if frame.name == "forward" and not own and frame.line:
             return f" [{frame.filename}:{frame.lineno}: {frame.line}]"
     return ""

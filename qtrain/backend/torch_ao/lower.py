@@ -23,7 +23,9 @@ from qtrain.simulate.sites import (
     Site,
 )
 
-Kernel = Callable[[Any, float, int], nn.Module]  # of a float module, and its output's scale and zero point
+Kernel = Callable[
+    [Any, float, int], nn.Module
+]  # of a float module, and its output's scale and zero point
 
 
 @torch.no_grad()
@@ -46,8 +48,8 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
             except Exception as err:  # torch names neither the layer nor, often, the reason
                 cause = (str(err) or type(err).__name__).splitlines()[0]
                 raise ValueError(
-                    f"model: layer {name} ({site.kind}) cannot be converted to int8: {cause}. To keep it float: "
-                    f"quant.layers={{{name}: float}}"
+                    f"model: layer {name} ({site.kind}) cannot be converted to int8: "
+                    f"{cause}. To keep it float: quant.layers={{{name}: float}}"
                 ) from err
         return bind_engine(model, engine)
 
@@ -94,7 +96,8 @@ def _weighted(site: QuantWeighted) -> nn.Module:
         return FloatIsland(site, _quantize(site), "its weight stays float")
     weight, bias = site.folded()[0], _bias(site)
     if not site.weight_q.stays:
-        site.weight_q(weight)  # its scale is that of the last forward, and the weight may have moved
+        # Its scale is that of the last forward, and the weight may have moved.
+        site.weight_q(weight)
     new: Any = _empty(site)
     new.set_weight_bias(quantized(site.weight_q, weight), None if bias is None else bias.float())
     new.scale, new.zero_point = _output(site)
@@ -116,7 +119,9 @@ def quantized(point: FakeQuantize, weight: Tensor) -> Tensor:
     found = integers(point, weight).to(torch.int8)
     scale, zero_point = point.calculate_qparams()
     if point.is_per_channel:
-        return torch._make_per_channel_quantized_tensor(found, scale.double(), zero_point.long(), point.ch_axis)
+        return torch._make_per_channel_quantized_tensor(
+            found, scale.double(), zero_point.long(), point.ch_axis
+        )
     return torch._make_per_tensor_quantized_tensor(found, float(scale), int(zero_point))
 
 
@@ -159,13 +164,21 @@ def _batch_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
 
 def _group_norm(layer: Any, *output: Any) -> nn.Module:
     new: nn.Module = NORMS[nn.GroupNorm](
-        layer.num_groups, layer.num_channels, layer.weight, layer.bias, *output, layer.eps, layer.affine
+        layer.num_groups,
+        layer.num_channels,
+        layer.weight,
+        layer.bias,
+        *output,
+        layer.eps,
+        layer.affine,
     )
     return new
 
 
 def _instance_norm(layer: Any, *output: Any) -> nn.Module:
-    new: nn.Module = NORMS[type(layer)](layer.num_features, layer.weight, layer.bias, *output, layer.eps, layer.affine)
+    new: nn.Module = NORMS[type(layer)](
+        layer.num_features, layer.weight, layer.bias, *output, layer.eps, layer.affine
+    )
     return new
 
 

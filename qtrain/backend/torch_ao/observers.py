@@ -1,4 +1,4 @@
-"""torch's own observers, as factories that the config can name: observer=torch_ao_minmax and the like."""
+"""torch's own observers, as factories for the config: observer=torch_ao_minmax and the like."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def minmax(*, qscheme: torch.qscheme, **qargs: Any) -> nn.Module:
 
 
 def moving_average(*, averaging_constant: float, qscheme: torch.qscheme, **qargs: Any) -> nn.Module:
-    """Returns torch's observer of the exponentially averaged minimum and maximum: old + c * (new - old)."""
+    """Returns torch's observer of exponentially averaged ends: old + c * (new - old)."""
     refuse(number("averaging_constant", averaging_constant, above=0, most=1))
     cls: Any = tq.MovingAverageMinMaxObserver
     if qscheme in PER_CHANNEL:
@@ -27,7 +27,7 @@ def moving_average(*, averaging_constant: float, qscheme: torch.qscheme, **qargs
 
 
 def histogram(*, bins: int, qscheme: torch.qscheme, **qargs: Any) -> nn.Module:
-    """Returns torch's observer that searches the clipping range of least squared error on a histogram."""
+    """Returns torch's observer that seeks the range of least squared error on a histogram."""
     refuse(whole("bins", bins, 2, MOST_BINS))
     refuse_per_channel("torch_ao_histogram", qscheme)
     return tq.HistogramObserver(bins=bins, qscheme=qscheme, **qargs)

@@ -1,4 +1,4 @@
-"""Changes to torch itself: each with what it gains, and where it was measured. QTRAIN_PLAIN=1 leaves torch as it is.
+"""Changes to torch, each with what it gains, measured where. QTRAIN_PLAIN=1 leaves torch as it is.
 
 Results are the same with and without (tests/backend/torch_ao/test_patches.py).
 """
@@ -9,10 +9,10 @@ import torch
 
 
 def spare_packed_weights_an_exception() -> None:
-    """Of each argument of a kernel torch asks for `__torch_function__`; packed weights answer with a C++ exception.
+    """torch asks each kernel argument for `__torch_function__`; packed weights answer by exception.
 
-    They get the attribute, in the form that says that there is no such function: 7 us less in each call of an int8
-    layer (torch 2.14, Xeon with AVX-512).
+    They get the attribute, in the form that says that there is no such function: 7 us less in each
+    call of an int8 layer (torch 2.14, Xeon with AVX-512).
     """
     torch.ScriptObject.__torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[attr-defined]
 

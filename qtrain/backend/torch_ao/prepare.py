@@ -1,4 +1,4 @@
-"""A float model made ready to be simulated: copied, put right, fused; and the layers that patterns name."""
+"""A float model made ready to be simulated: copied, put right, fused; and layers by pattern."""
 
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -19,7 +19,7 @@ from qtrain.common.copying import copy_model
 
 
 def ready(model: nn.Module, *, is_qat: bool) -> nn.Module:
-    """Returns a fused copy of the float `model`, in train mode for QAT, where batch-norm stays apart.
+    """Returns a fused copy of the float `model`; for QAT in train mode, with batch-norm apart.
 
     Args:
         model: with QuantStub and DeQuantStub; its `fuse_model` is called where it has one.
@@ -36,7 +36,7 @@ def ready(model: nn.Module, *, is_qat: bool) -> nn.Module:
 
 
 def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
-    """Returns {layer name: setting} for {pattern: setting, or None for float}; later patterns hold, and go inwards.
+    """Returns {layer: setting} for {pattern: setting, None for float}; later patterns win, inwards.
 
     Raises:
         ValueError: a pattern matches no layer, or none on which its setting has an effect.
@@ -53,25 +53,42 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for pattern, setting in layers.items():
         if pattern in stubs:
-            raise ValueError(f"quant.layers.{pattern}: is a stub, which is no layer; name the layers behind it")
+            raise ValueError(
+                f"quant.layers.{pattern}: is a stub, which is no layer; name the layers behind it"
+            )
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            known = [n for n in names if n not in fused and not isinstance(model.get_submodule(n), nn.Identity)]
+            known = [
+                n
+                for n in names
+                if n not in fused and not isinstance(model.get_submodule(n), nn.Identity)
+            ]
             shown = known
             if len(known) > 20:  # the likeliest to be meant
                 shown = get_close_matches(pattern, known, 10, 0.0) + [f"{len(known) - 10} more"]
-            raise ValueError(f"quant.layers.{pattern}: matches no layer; the model has {', '.join(shown)}")
+            raise ValueError(
+                f"quant.layers.{pattern}: matches no layer; the model has {', '.join(shown)}"
+            )
         inner = [name for name in matches if name in fused]
         if inner == matches:
-            raise ValueError(f"quant.layers.{pattern}: is a part of the fused layer {fused[inner[0]]}; name that one")
+            raise ValueError(
+                f"quant.layers.{pattern}: is a part of the fused layer {fused[inner[0]]}; "
+                "name that one"
+            )
         matches = [name for name in matches if name not in fused]
         parts = [part for name in matches for part in model.get_submodule(name).modules()]
         if all(isinstance(part, nn.Identity) for part in parts):
-            raise ValueError(f"quant.layers.{pattern}: was fused into the layer before it; name that one")
+            raise ValueError(
+                f"quant.layers.{pattern}: was fused into the layer before it; name that one"
+            )
         if setting is not None and not any(isinstance(part, nn.Linear | _ConvNd) for part in parts):
-            raise ValueError(f"quant.layers.{pattern}: has no weights, so only float has an effect on it")
+            raise ValueError(
+                f"quant.layers.{pattern}: has no weights, so only float has an effect on it"
+            )
         for name in matches:
-            found = {n: s for n, s in found.items() if not n.startswith(f"{name}.")} | {name: setting}
+            found = {n: s for n, s in found.items() if not n.startswith(f"{name}.")} | {
+                name: setting
+            }
     floats = [name for name, setting in found.items() if setting is None]
     for name, setting in found.items():
         outer = next((f for f in floats if name.startswith(f"{f}.")), None)

@@ -1,4 +1,4 @@
-"""What torch would quantize wrongly in silence, or not at all: put right where that can be, or else refused by name."""
+"""What torch would quantize wrongly, or not at all: put right if possible, else refused by name."""
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -17,27 +17,30 @@ RECURRENT = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
 def refuse_old_norms(model: nn.Module) -> None:
-    """Raises ValueError for a layer whose weight is computed by a hook, which no copy of it would have."""
+    """Raises ValueError for a layer whose weight a hook computes: no copy of it would have one."""
     for name, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             norm = OLD_NORMS.get(type(hook))
             if norm is not None:
                 raise ValueError(
-                    f"model: layer {name} ({type(module).__name__}) computes its weight in a hook, of "
-                    f"torch.nn.utils.{norm}; use torch.nn.utils.parametrizations.{norm} for quant=ptq, or take it off "
-                    f"by torch.nn.utils.remove_{norm}"
+                    f"model: layer {name} ({type(module).__name__}) computes its weight in a hook, "
+                    f"of torch.nn.utils.{norm}; use torch.nn.utils.parametrizations.{norm} for "
+                    f"quant=ptq, or take it off by torch.nn.utils.remove_{norm}"
                 )
 
 
 def refuse_own_qconfigs(model: nn.Module) -> None:
-    """Raises ValueError for a layer that the model's author gave a qconfig; None, the mark of a float layer, may be."""
+    """Raises ValueError for a layer with a qconfig of its author's, but for None: float."""
     for name, module in model.named_modules():
         own = vars(module).get("qconfig")
         if own is not None:
             raise ValueError(
-                f"model: layer {name or '(the model)'} ({type(module).__name__}) has a qconfig of its own "
-                f"({own.activation.__name__ if hasattr(own.activation, '__name__') else 'QConfig'} ...), which would "
-                "be ignored; remove it, and say what the layer shall be by quant.layers, or qconfig = None for float"
+                f"model: layer {name or '(the model)'} ({type(module).__name__}) has a qconfig "
+                "of its own "
+                f"({own.activation.__name__ if hasattr(own.activation, '__name__') else 'QConfig'} "
+                "...), which would be ignored; "
+                "remove it, and say what the layer shall be by quant.layers, "
+                "or qconfig = None for float"
             )
 
 
@@ -53,15 +56,16 @@ def bake_parametrizations(model: nn.Module, is_qat: bool) -> None:
         for parameter in list(module.parametrizations):
             if is_qat:
                 raise ValueError(
-                    f"model: {parameter} of layer {name} is parametrized, and QAT would train it as a plain weight; "
-                    "use quant=ptq, or take the parametrization off by torch.nn.utils.parametrize."
-                    f"remove_parametrizations(layer, {parameter!r}, leave_parametrized=True)"
+                    f"model: {parameter} of layer {name} is parametrized, and QAT would train it "
+                    "as a plain weight; use quant=ptq, or take the parametrization off by "
+                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, {parameter!r}, "
+                    "leave_parametrized=True)"
                 )
             parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
 
 
 def separate_shared(model: nn.Module) -> None:
-    """Gives each name of a module without weights (a ReLU, a pooling) a module of its own, in place.
+    """Gives each name of a module without weights (a ReLU, a pooling) its own module, in place.
 
     torch prepares and converts a module under its first name alone.
     """
@@ -124,19 +128,22 @@ def without_kernel(module: nn.Module) -> str | None:
         if mode in ("circular", "replicate") or mode == "reflect" and isinstance(module, nn.Conv3d):
             return f"torch has no int8 {kind} with padding_mode={mode!r}"
     if isinstance(module, nn.PReLU):
-        return "torch has no int8 PReLU that is right"  # its own multiplies positive inputs too, on every engine
+        # torch's own multiplies positive inputs too, on every engine.
+        return "torch has no int8 PReLU that is right"
     return None
 
 
 CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: str, conv_transpose: bool) -> None:
+def refuse_silent_errors(
+    model: nn.Module, plan: Plan, groups: Groups, engine: str, conv_transpose: bool
+) -> None:
     """Raises ValueError for a layer that the engine's kernels would compute wrongly, or not at all.
 
     Args:
         model: the float model, fused.
-        plan, groups: what its layers are to become; those that stay float are right whatever they are.
+        plan, groups: what its layers are to become; those that stay float are right anyway.
         engine: its name.
         conv_transpose: whether its kernels of transposed convolutions are right.
     """
@@ -153,26 +160,37 @@ def refuse_silent_errors(model: nn.Module, plan: Plan, groups: Groups, engine: s
             )
 
 
-def _reason(module: nn.Module, layer: LayerPlan | None, engine: str, conv_transpose: bool) -> str | None:
-    """Returns what is wrong with an int8 version of a layer, and what to do; None where all is well."""
+def _reason(
+    module: nn.Module, layer: LayerPlan | None, engine: str, conv_transpose: bool
+) -> str | None:
+    """Returns what is wrong with an int8 version of a layer, and a remedy; None if all is well."""
     if isinstance(module, nn.MultiheadAttention):
         return (
-            "is attention, whose quantizable version computes wrong results (pytorch#67651); write it with nn.Linear "
-            "layers"
+            "is attention, whose quantizable version computes wrong results (pytorch#67651); "
+            "write it with nn.Linear layers"
         )
     if isinstance(module, RECURRENT):
         return "cannot run in the int8 model: torch has no kernel for it; use another layer"
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
-        return "keeps running statistics, which torch's int8 kernel ignores; set track_running_stats=False"
+        return (
+            "keeps running statistics, which torch's int8 kernel ignores; "
+            "set track_running_stats=False"
+        )
     if engine == "qnnpack" and isinstance(module, nn.AvgPool2d | nn.AvgPool3d):
         ignored = _ignored_by_qnnpack(module)
         if ignored:
-            return f"has {' and '.join(ignored)}, which the kernel of engine qnnpack ignores; use another engine"
+            return (
+                f"has {' and '.join(ignored)}, which the kernel of engine qnnpack ignores; "
+                "use another engine"
+            )
     if not isinstance(module, CONV_TRANSPOSE):
         return None
     weight = layer and layer.weight
     if isinstance(weight, QuantSpec) and weight.granularity == "per_channel":
-        return "has no per-channel kernel; use quant.weight.granularity=per_tensor with engine fbgemm or qnnpack"
+        return (
+            "has no per-channel kernel; "
+            "use quant.weight.granularity=per_tensor with engine fbgemm or qnnpack"
+        )
     if not conv_transpose:
         return f"comes out wrong with engine {engine}; use fbgemm or qnnpack"
     return None

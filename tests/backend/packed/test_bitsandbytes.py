@@ -1,4 +1,4 @@
-"""LLM.int8() beside bitsandbytes' own, the implementation of the paper's authors (extra `peers`)."""
+"""LLM.int8() beside bitsandbytes' own, by the paper's authors (extra `peers`)."""
 
 import logging
 
@@ -21,24 +21,32 @@ def relative(difference, reference):
 
 @pytest.fixture
 def peers():
-    """peers(threshold): a float layer, ours, theirs; all with the same weights. Theirs warns of float16 in the log."""
+    """peers(threshold): a float layer, ours, theirs, of the same weights; theirs logs a warning."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     exact = nn.Linear(256, 384).eval()
-    exact.weight.data = exact.weight.data.half().float()  # theirs rounds weights to float16 before anything else
+    # Theirs rounds weights to float16 before anything else.
+    exact.weight.data = exact.weight.data.half().float()
     theirs = bitsandbytes.nn.Linear8bitLt(256, 384, has_fp16_weights=False, threshold=6.0)
     theirs.load_state_dict(exact.state_dict())
     theirs = theirs.to("cpu").eval()
     spec = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 
     def make(threshold=6.0):
-        return exact, LLMInt8Linear(IntegerWeight(exact.weight, spec), exact.bias, threshold), theirs
+        return (
+            exact,
+            LLMInt8Linear(IntegerWeight(exact.weight, spec), exact.bias, threshold),
+            theirs,
+        )
 
     return make
 
 
 def inputs(rows, outliers):
-    """Numbers of float16 within 5, and columns of +-40: theirs leaves single outliers out of a row's scale, ours the
-    whole column, which is the same where all of the column is outlying."""
+    """Numbers of float16 within 5, and columns of +-40.
+
+    Theirs leaves single outliers out of a row's scale, ours the whole column, which is the same
+    where all of the column is outlying.
+    """
     x = torch.randn(rows, 256).clamp(-5, 5).half().float()
     x[:, outliers] = x[:, outliers].sign() * 40
     return x
@@ -52,7 +60,8 @@ def test_both_agree_to_the_rounding_of_bitsandbytes_output(rows, outliers, peers
     x = inputs(rows, outliers)
     difference = relative(ours(x) - theirs(x), exact(x))
     assert difference < 2**-9  # theirs has the 8 significant bits of bfloat16 on a CPU
-    assert difference < relative(ours(x) - exact(x), exact(x)) / 2  # not merely two approximations of the same thing
+    # Not merely two approximations of the same thing.
+    assert difference < relative(ours(x) - exact(x), exact(x)) / 2
 
 
 @torch.no_grad()

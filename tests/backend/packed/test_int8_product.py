@@ -34,11 +34,16 @@ def integers(rows, columns=300):
 @pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
 def test_whole_products_are_exact(rows, make):
     a, b, scale = integers(rows), integers(11), torch.rand(11) + 0.5
-    steps = torch.tensor([0.5, 2.0, 0.25])[torch.arange(rows) % 3][:, None]  # powers of 2: x itself is exact
+    steps = torch.tensor([0.5, 2.0, 0.25])[torch.arange(rows) % 3][
+        :, None
+    ]  # powers of 2: x itself is exact
     a[:, 0] = 127  # so that the step is the row's
     expected = (a.long() @ b.long().T).double() * steps * scale
     largest = 300 * 127**2 * steps * scale  # of a sum; float32 rounds by less than 2^-22 of it
-    assert ((make(b, scale).whole(a * steps, row_magnitudes(a * steps)) - expected).abs() < 2**-22 * largest).all()
+    assert (
+        (make(b, scale).whole(a * steps, row_magnitudes(a * steps)) - expected).abs()
+        < 2**-22 * largest
+    ).all()
 
 
 @pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
@@ -76,8 +81,13 @@ def test_a_weight_that_changes_is_packed_anew_and_copies_stand_alone():
 
 def test_only_symmetric_rows_of_one_scale_are_multiplied_as_integers():
     def product(**fields):
-        return IntegerWeight(torch.randn(4, 8), QuantSpec(**{"symmetric": True, **fields})).product()
+        return IntegerWeight(
+            torch.randn(4, 8), QuantSpec(**{"symmetric": True, **fields})
+        ).product()
 
-    assert product(granularity="per_channel") is not None and product(granularity="per_tensor", bits=4) is not None
+    assert (
+        product(granularity="per_channel") is not None
+        and product(granularity="per_tensor", bits=4) is not None
+    )
     assert product(granularity="per_channel", symmetric=False) is None
     assert product(granularity="per_group", group_size=4) is None

@@ -11,7 +11,9 @@ SPEC = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 def make(threshold=6.0, bias=True):
     weight = torch.randn(16, 24)
     return weight, LLMInt8Linear(
-        IntegerWeight(weight, SPEC), torch.nn.Parameter(torch.randn(16)) if bias else None, threshold
+        IntegerWeight(weight, SPEC),
+        torch.nn.Parameter(torch.randn(16)) if bias else None,
+        threshold,
     )
 
 
@@ -44,7 +46,9 @@ def formula(x, weight, bias, threshold):
 def test_the_papers_formula(threshold, bias):
     weight, layer = make(threshold, bias)
     x = outlying()
-    torch.testing.assert_close(layer(x).double(), formula(x, weight, layer.bias, threshold), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        layer(x).double(), formula(x, weight, layer.bias, threshold), rtol=1e-5, atol=1e-4
+    )
     assert torch.equal(layer(x.view(5, 1, 24)).view(5, 16), layer(x))
 
 

@@ -28,23 +28,40 @@ def by_hand(row, bits, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("granularity, group", [("per_tensor", None), ("per_channel", None), ("per_group", 6)])
+@pytest.mark.parametrize(
+    "granularity, group", [("per_tensor", None), ("per_channel", None), ("per_group", 6)]
+)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_dequantized_as_by_hand_and_stored_in_so_many_bits(bits, granularity, group, symmetric):
     exact = torch.randn(5, 18)
-    compact = IntegerWeight(exact, spec(bits, symmetric=symmetric, granularity=granularity, group_size=group))
-    groups = {"per_tensor": exact.reshape(1, -1), "per_channel": exact, "per_group": exact.reshape(-1, 6)}[granularity]
+    compact = IntegerWeight(
+        exact, spec(bits, symmetric=symmetric, granularity=granularity, group_size=group)
+    )
+    groups = {
+        "per_tensor": exact.reshape(1, -1),
+        "per_channel": exact,
+        "per_group": exact.reshape(-1, 6),
+    }[granularity]
     expected = [by_hand(row, bits, symmetric) for row in groups.double().tolist()]
-    torch.testing.assert_close(compact.dequantize(), torch.tensor(expected).reshape(5, 18), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        compact.dequantize(), torch.tensor(expected).reshape(5, 18), rtol=1e-5, atol=1e-6
+    )
     assert compact.data.nbytes == 5 * math.ceil(18 * bits / 8)
-    assert {tuple(t.shape) for t in compact.state_dict().values()} <= {compact.data.shape, compact.scale.shape}
+    assert {tuple(t.shape) for t in compact.state_dict().values()} <= {
+        compact.data.shape,
+        compact.scale.shape,
+    }
     assert compact.int_repr().shape == compact.shape == exact.shape and compact.numel() == 90
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("granularity, group", [("per_tensor", None), ("per_channel", None), ("per_group", 9)])
+@pytest.mark.parametrize(
+    "granularity, group", [("per_tensor", None), ("per_channel", None), ("per_group", 9)]
+)
 def test_some_rows_are_those_of_the_whole(bits, granularity, group):
-    compact = IntegerWeight(torch.randn(7, 9), spec(bits, symmetric=False, granularity=granularity, group_size=group))
+    compact = IntegerWeight(
+        torch.randn(7, 9), spec(bits, symmetric=False, granularity=granularity, group_size=group)
+    )
     rows = torch.tensor([[3, 0], [6, 3]])
     assert torch.equal(compact.dequantize(rows), compact.dequantize()[rows])
 
@@ -61,7 +78,9 @@ def test_symmetric_products_are_exact_to_two_digits_of_the_input(bits, granulari
     x = torch.randn(2, 3, 40) * torch.tensor([1e-3, 1, 1e3])[:, None]
     exact = x.double() @ compact.dequantize().double().T
     worst = (x.abs().amax(-1, keepdim=True) * 2**-13.9).double() * compact.dequantize().abs().sum(1)
-    assert ((compact.matmul(x) - exact).abs() <= worst + 1e-5 * exact.abs().amax(-1, keepdim=True)).all()
+    assert (
+        (compact.matmul(x) - exact).abs() <= worst + 1e-5 * exact.abs().amax(-1, keepdim=True)
+    ).all()
     assert (compact.matmul(x) - exact).norm() < 3e-4 * exact.norm()
 
 

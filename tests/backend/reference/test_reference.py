@@ -43,7 +43,9 @@ def test_weights_are_those_that_torch_would_restore(bits, symmetric, granularity
         "transposed": (nn.ConvTranspose2d(3, 4, 3), (2, 3, 6, 6)),
         "grouped": (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 6)),
     }[kind]
-    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=MinMaxObserver)
+    spec = QuantSpec(
+        bits=bits, symmetric=symmetric, granularity=granularity, observer=MinMaxObserver
+    )
     net = nn.Sequential(qtrain.QuantStub(), layer, qtrain.DeQuantStub())
     _, found = lowered(net, torch.randn(shape), weight=spec)
     weight = found[1].weight()
@@ -79,5 +81,7 @@ def test_engines_are_found_in_the_folders(engine):
     assert find(engine).name == engine and find("reference").missing() is None
     own = find("reference")
     assert find(own) is own
-    with pytest.raises(ValueError, match="engine=gemm: allowed are auto, .*reference.*, or a backend with _target_"):
+    with pytest.raises(
+        ValueError, match="engine=gemm: allowed are auto, .*reference.*, or a backend with _target_"
+    ):
         find("gemm")

@@ -1,4 +1,4 @@
-"""Modules resolved to plain calls: the same results to the bit, and nothing left out that does something."""
+"""Modules as plain calls: the same results to the bit, and nothing left out that does something."""
 
 import pytest
 import torch
@@ -33,7 +33,9 @@ def same(block, *inputs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layers", [{}, {"*c_fc": "llm_int8"}, {"*c_proj": {"method": "weight_only", "bits": 4}}])
+@pytest.mark.parametrize(
+    "layers", [{}, {"*c_fc": "llm_int8"}, {"*c_proj": {"method": "weight_only", "bits": 4}}]
+)
 def test_blocks_compute_what_their_modules_do(gpt2, layers, make_dynamic, make_ptq):
     x, mask = torch.randn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool).tril()
     same(gpt2.h[0], x, None, mask)
@@ -60,7 +62,8 @@ def test_a_model_with_a_cache_skips_the_modules_of_its_blocks(gpt2, make_dynamic
     expected = quantized(idx[:, 5:], modules)
     monkeypatch.setattr(type(quantized.h[0].mlp.c_fc), "forward", None)
     monkeypatch.setattr(nn.Dropout, "forward", None)
-    quantized.lm_head, head = nn.Identity(), quantized.lm_head  # the one such layer outside of the blocks
+    # The one such layer outside of the blocks.
+    quantized.lm_head, head = nn.Identity(), quantized.lm_head
     hidden = quantized(idx[:, 5:], cache)
     monkeypatch.undo()
     assert torch.equal(head(hidden), expected)

@@ -40,15 +40,23 @@ class Probe(nn.Module):
         return x
 
 
-@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")  # torch's own qconfigs
-@pytest.mark.filterwarnings("ignore:Default qconfig of oneDNN backend with reduce_range of false:UserWarning")
+# torch's own qconfigs warn.
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Default qconfig of oneDNN backend with reduce_range of false:UserWarning"
+)
 @pytest.mark.parametrize("name", torch_ao.ENGINES)
 def test_defaults_are_those_of_torchs_qconfig(name):
     default = tq.get_default_qconfig(name)
     weight, activation = torch_ao.ENGINES[name].settle(SPEC, SPEC)
     qscheme = default.weight().qscheme
-    assert weight.symmetric is True and qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
-    assert weight.granularity == ("per_channel" if qscheme == torch.per_channel_symmetric else "per_tensor")
+    assert weight.symmetric is True and qscheme in (
+        torch.per_tensor_symmetric,
+        torch.per_channel_symmetric,
+    )
+    assert weight.granularity == (
+        "per_channel" if qscheme == torch.per_channel_symmetric else "per_tensor"
+    )
     assert weight.reduce_range is False and weight.narrow_range is False
     assert default.activation().qscheme == torch.per_tensor_affine
     assert (activation.symmetric, activation.granularity) == (False, "per_tensor")
@@ -63,16 +71,29 @@ def test_what_is_set_is_not_overruled(engine):
         activation = QuantSpec(observer=torch_ao.minmax, reduce_range=reduce_range, **fields)
         weight = QuantSpec(observer=torch_ao.minmax, granularity="per_channel", symmetric=True)
         settled = torch_ao.ENGINES[engine].settle(weight, activation)
-        assert [(s.symmetric, s.granularity) for s in settled] == [(True, "per_channel"), (True, "per_tensor")]
+        assert [(s.symmetric, s.granularity) for s in settled] == [
+            (True, "per_channel"),
+            (True, "per_tensor"),
+        ]
         assert settled[1].reduce_range is reduce_range
 
 
 @pytest.mark.parametrize("reduce_range", [True, False, "auto"], ids=["reduced", "full", "auto"])
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("weight", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("activation", [True, False], ids=["symmetric_activation", "asymmetric_activation"])
+@pytest.mark.parametrize(
+    "activation", [True, False], ids=["symmetric_activation", "asymmetric_activation"]
+)
 def test_every_combination_converts_and_stays_close_or_is_refused(
-    engine, granularity, weight, activation, reduce_range, convnet, images, make_ptq, full_range_bits
+    engine,
+    granularity,
+    weight,
+    activation,
+    reduce_range,
+    convnet,
+    images,
+    make_ptq,
+    full_range_bits,
 ):
     bits = 8 if reduce_range else full_range_bits(engine)
     specs = {
@@ -80,18 +101,26 @@ def test_every_combination_converts_and_stays_close_or_is_refused(
         "activation": {"symmetric": activation, "reduce_range": reduce_range},
     }
     if engine == "onednn" and not weight:
-        with pytest.raises(ValueError, match="weight.symmetric=false: engine onednn takes weights without a zero"):
+        with pytest.raises(
+            ValueError, match="weight.symmetric=false: engine onednn takes weights without a zero"
+        ):
             make_ptq(engine, **specs)
         return
     quantizer = make_ptq(engine, **specs)
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     integers = quantized.conv1.weight()
     assert integers.qscheme() == getattr(torch, f"{granularity}_affine")
-    zeros = integers.q_per_channel_zero_points() if granularity == "per_channel" else integers.q_zero_point()
+    zeros = (
+        integers.q_per_channel_zero_points()
+        if granularity == "per_channel"
+        else integers.q_zero_point()
+    )
     assert bool((torch.as_tensor(zeros) == 0).all()) is weight
-    assert (quantized.quant.zero_point.item() in (63, 127)) is activation  # the middle of 0..127 or 0..255
+    assert (
+        quantized.quant.zero_point.item() in (63, 127)
+    ) is activation  # the middle of 0..127 or 0..255
     with torch.no_grad():
-        # 6.02 dB a bit, less what four layers add: 7 bits leave some 25 dB, and garbage is below 10.
+        # 6.02 dB a bit, less what four layers add: 7 bits leave some 25, and garbage below 10.
         assert decibels(convnet(images), quantized(images)) > 22
 
 
@@ -106,8 +135,16 @@ def test_torch_itself_refuses_asymmetric_weights_on_onednn():
 @pytest.mark.parametrize(
     "role, fields, reason",
     [
-        ("weight", {"reduce_range": True}, "weight.reduce_range=true: only activations are reduced"),
-        ("activation", {"granularity": "per_channel"}, "activation.granularity=per_channel: .*allowed are per_tensor"),
+        (
+            "weight",
+            {"reduce_range": True},
+            "weight.reduce_range=true: only activations are reduced",
+        ),
+        (
+            "activation",
+            {"granularity": "per_channel"},
+            "activation.granularity=per_channel: .*allowed are per_tensor",
+        ),
         ("activation", {"narrow_range": True}, "activation.narrow_range=true: is for weights"),
         (
             "weight",
@@ -126,14 +163,21 @@ def test_torch_itself_refuses_asymmetric_weights_on_onednn():
         ),
         (
             "weight",
-            {"granularity": "per_channel", "observer": partial(PercentileObserver, percentile=99.0, bins=64)},
+            {
+                "granularity": "per_channel",
+                "observer": partial(PercentileObserver, percentile=99.0, bins=64),
+            },
             "weight.observer=percentile: .*granularity=per_tensor",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
 )
 def test_what_no_engine_can_do_is_refused_with_the_legal_choices(engine, role, fields, reason):
-    specs = {"weight": SPEC, "activation": SPEC, role: QuantSpec(**{"observer": torch_ao.minmax, **fields})}
+    specs = {
+        "weight": SPEC,
+        "activation": SPEC,
+        role: QuantSpec(**{"observer": torch_ao.minmax, **fields}),
+    }
     with pytest.raises(ValueError, match=reason):
         torch_ao.ENGINES[engine].settle(specs["weight"], specs["activation"])
 
@@ -153,13 +197,17 @@ def test_all_refusals_come_at_once():
 
 def test_an_observers_own_mistake_is_told_with_its_key():
     weight = QuantSpec(observer=partial(torch_ao.moving_average, averaging_constant=0))
-    with pytest.raises(ValueError, match=r"^weight\.observer\.averaging_constant=0: must be a number above 0"):
+    with pytest.raises(
+        ValueError, match=r"^weight\.observer\.averaging_constant=0: must be a number above 0"
+    ):
         torch_ao.ENGINES["fbgemm"].settle(weight, SPEC)
 
 
 def test_few_bits_are_as_many_on_every_engine(engine):
     for bits in range(2, 8):
-        _, activation = torch_ao.ENGINES[engine].settle(SPEC, QuantSpec(observer=torch_ao.minmax, bits=bits))
+        _, activation = torch_ao.ENGINES[engine].settle(
+            SPEC, QuantSpec(observer=torch_ao.minmax, bits=bits)
+        )
         assert activation.quant_range(signed=False) == (0, 2**bits - 1)
 
 
@@ -170,7 +218,9 @@ def test_find_engine(engine):
 
 
 def test_unknown_and_missing_engines_are_refused_with_those_there_are(monkeypatch):
-    with pytest.raises(ValueError, match="engine=gemm: allowed are auto, fbgemm, qnnpack, x86, onednn"):
+    with pytest.raises(
+        ValueError, match="engine=gemm: allowed are auto, fbgemm, qnnpack, x86, onednn"
+    ):
         torch_ao.find_engine("gemm")
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack", "none"])
     with pytest.raises(ValueError, match="engine=fbgemm: not supported .*here there are qnnpack$"):

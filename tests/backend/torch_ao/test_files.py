@@ -1,4 +1,4 @@
-"""A simulation and a lowered model outlive the process: pickled, copied, saved, exported, traced."""
+"""A simulation and a lowered model outlive the process: pickled, copied, exported, traced."""
 
 import copy
 import io
@@ -65,7 +65,9 @@ def test_a_copied_simulation_goes_on_on_its_own(simulation, images):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copied_int8_model_runs_and_loads_under_its_own_engine(way, lowered, images):
     copied, expected = WAYS[way](lowered), lowered(images)
-    other = next(e for e in torch.backends.quantized.supported_engines if e not in ("none", "fbgemm"))
+    other = next(
+        e for e in torch.backends.quantized.supported_engines if e not in ("none", "fbgemm")
+    )
     seen = []
     copied.register_forward_hook(lambda *_: seen.append(torch.backends.quantized.engine))
     with torch_ao.use_engine(other):
@@ -76,7 +78,9 @@ def test_a_copied_int8_model_runs_and_loads_under_its_own_engine(way, lowered, i
 
 def test_a_load_that_fails_leaves_torchs_engine_alone(lowered):
     state = {name: value for name, value in lowered.state_dict().items() if "linear1" not in name}
-    other = next(e for e in torch.backends.quantized.supported_engines if e not in ("none", "fbgemm"))
+    other = next(
+        e for e in torch.backends.quantized.supported_engines if e not in ("none", "fbgemm")
+    )
     with torch_ao.use_engine(other):
         with pytest.raises(KeyError, match="linear1"):
             lowered.load_state_dict(state)
@@ -108,7 +112,8 @@ def test_copied_convolutions_are_packed_for_their_own_engine(dims, way, between,
 LOAD = """
 import sys, torch
 torch.set_num_threads(1)
-model, images, expected = (f"{sys.argv[1]}/{name}" for name in ("model.pt2", "images.pt", "expected.pt"))
+names = ("model.pt2", "images.pt", "expected.pt")
+model, images, expected = (f"{sys.argv[1]}/{name}" for name in names)
 with torch.no_grad():
     output = torch.export.load(model).module()(torch.load(images))
 assert torch.equal(output, torch.load(expected))
@@ -117,7 +122,9 @@ assert not any(name.startswith("qtrain") for name in sys.modules)
 
 
 @torch.no_grad()
-def test_an_exported_simulation_runs_in_a_fresh_process_without_this_package(simulation, images, tmp_path):
+def test_an_exported_simulation_runs_in_a_fresh_process_without_this_package(
+    simulation, images, tmp_path
+):
     torch.export.save(torch.export.export(simulation, (images,)), tmp_path / "model.pt2")
     torch.save(images, tmp_path / "images.pt")
     torch.save(simulation(images), tmp_path / "expected.pt")

@@ -18,7 +18,9 @@ def calibrated(quantizer, model, *inputs):
     return prepared
 
 
-def test_a_converted_model_computes_the_same_whatever_the_current_engine(engine, convnet, images, make_ptq):
+def test_a_converted_model_computes_the_same_whatever_the_current_engine(
+    engine, convnet, images, make_ptq
+):
     quantizer = make_ptq(engine)
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     outputs = []
@@ -29,15 +31,23 @@ def test_a_converted_model_computes_the_same_whatever_the_current_engine(engine,
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
-def test_quantized_weights_and_modules_are_told_from_float_ones(convnet, images, make_ptq, make_qat):
+def test_quantized_weights_and_modules_are_told_from_float_ones(
+    convnet, images, make_ptq, make_qat
+):
     for prepared in (make_ptq().prepare(convnet), make_qat().prepare(convnet)):
         assert not any(integers.is_quantized(module) for module in prepared.modules())
     quantizer = make_ptq(layers={"linear2": "float"})
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     found = {name: integers.quantized_weight(module) for name, module in quantized.named_modules()}
-    assert {name for name, weight in found.items() if weight is not None} == {"conv1", "conv2", "linear1"}
+    assert {name for name, weight in found.items() if weight is not None} == {
+        "conv1",
+        "conv2",
+        "linear1",
+    }
     assert all(weight.dtype == torch.qint8 for weight in found.values() if weight is not None)
-    quantized_modules = {name for name, module in quantized.named_modules() if integers.is_quantized(module)}
+    quantized_modules = {
+        name for name, module in quantized.named_modules() if integers.is_quantized(module)
+    }
     assert {"quant", "conv1", "linear1", "linear2.quant"} < quantized_modules
     assert not {"", "pool", "linear2", "linear2.layer"} & quantized_modules
 
@@ -62,9 +72,14 @@ def test_all_layers_float_is_float_but_for_the_stubs(mlp, images, make_ptq):
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
 def test_bits_by_layer(is_qat, convnet, images, make_ptq, make_qat):
-    quantizer = (make_qat if is_qat else make_ptq)(layers={"conv*": {"bits": 2}, "linear2": {"bits": 4}})
+    quantizer = (make_qat if is_qat else make_ptq)(
+        layers={"conv*": {"bits": 2}, "linear2": {"bits": 4}}
+    )
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
-    span = {name: getattr(quantized, name).weight().int_repr() for name in ("conv1", "conv2", "linear1", "linear2")}
+    span = {
+        name: getattr(quantized, name).weight().int_repr()
+        for name in ("conv1", "conv2", "linear1", "linear2")
+    }
     assert {name: (int(v.min()), int(v.max())) for name, v in span.items()} == {
         "conv1": (-2, 1),
         "conv2": (-2, 1),
@@ -74,9 +89,13 @@ def test_bits_by_layer(is_qat, convnet, images, make_ptq, make_qat):
 
 
 def test_granularity_by_layer(convnet, images, make_ptq):
-    quantizer = make_ptq("fbgemm", layers={"conv*": {"granularity": "per_tensor"}, "linear2": {"symmetric": False}})
+    quantizer = make_ptq(
+        "fbgemm", layers={"conv*": {"granularity": "per_tensor"}, "linear2": {"symmetric": False}}
+    )
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
-    schemes = {name: getattr(quantized, name).weight().qscheme() for name in ("conv1", "conv2", "linear1")}
+    schemes = {
+        name: getattr(quantized, name).weight().qscheme() for name in ("conv1", "conv2", "linear1")
+    }
     assert schemes["conv1"] == schemes["conv2"] == torch.per_tensor_affine
     assert schemes["linear1"] == torch.per_channel_affine
     assert quantized.linear2.weight().q_per_channel_zero_points().any()

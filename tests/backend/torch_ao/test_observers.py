@@ -15,7 +15,11 @@ from qtrain.observer.base import make_observer
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_make_observer_follows_the_spec(bits, granularity, symmetric):
     spec = QuantSpec(
-        observer=torch_ao.minmax, bits=bits, granularity=granularity, symmetric=symmetric, reduce_range=False
+        observer=torch_ao.minmax,
+        bits=bits,
+        granularity=granularity,
+        symmetric=symmetric,
+        reduce_range=False,
     )
     weight, activation = make_observer(spec, signed=True), make_observer(spec, signed=False)
     assert (weight.dtype, activation.dtype) == (torch.qint8, torch.quint8)
@@ -36,27 +40,43 @@ def test_make_observer_follows_the_spec(bits, granularity, symmetric):
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_moving_average_is_a_weighted_sum(constant, granularity):
     factory = partial(torch_ao.moving_average, averaging_constant=constant)
-    observer = make_observer(QuantSpec(observer=factory, granularity=granularity, symmetric=False), signed=True)
+    observer = make_observer(
+        QuantSpec(observer=factory, granularity=granularity, symmetric=False), signed=True
+    )
     batches = torch.randn(5, 3, 7)
     for batch in batches:
         observer(batch)
     highs = batches.amax(2) if granularity == "per_channel" else batches.amax((1, 2))
-    shares = torch.tensor([(1 - constant) ** 4, *(constant * (1 - constant) ** (4 - i) for i in range(1, 5))])
-    torch.testing.assert_close(observer.max_val, (shares @ highs.double().reshape(5, -1).float()).squeeze())
+    shares = torch.tensor(
+        [(1 - constant) ** 4, *(constant * (1 - constant) ** (4 - i) for i in range(1, 5))]
+    )
+    torch.testing.assert_close(
+        observer.max_val, (shares @ highs.double().reshape(5, -1).float()).squeeze()
+    )
 
 
 @pytest.mark.parametrize("constant", [0, -0.1, 1.1, float("nan")])
 def test_moving_average_refuses_a_constant_that_does_not_average(constant):
-    with pytest.raises(ValueError, match=f"averaging_constant={constant}: must be a number above 0 and at most 1"):
+    with pytest.raises(
+        ValueError, match=f"averaging_constant={constant}: must be a number above 0 and at most 1"
+    ):
         torch_ao.moving_average(averaging_constant=constant, qscheme=torch.per_tensor_affine)
 
 
 def test_histogram_is_torchs_and_heeds_its_bins():
-    qargs = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "quant_min": 0, "quant_max": 255}
+    qargs = {
+        "dtype": torch.quint8,
+        "qscheme": torch.per_tensor_affine,
+        "quant_min": 0,
+        "quant_max": 255,
+    }
     x = torch.randn(1000)
     found = []
     for bins in (16, 256):
-        ours, torchs = torch_ao.histogram(bins=bins, **qargs), tq.HistogramObserver(bins=bins, **qargs)
+        ours, torchs = (
+            torch_ao.histogram(bins=bins, **qargs),
+            tq.HistogramObserver(bins=bins, **qargs),
+        )
         ours(x), torchs(x)
         assert ours.calculate_qparams() == torchs.calculate_qparams()
         found.append(ours.calculate_qparams()[0].item())
@@ -65,10 +85,18 @@ def test_histogram_is_torchs_and_heeds_its_bins():
 
 @pytest.mark.parametrize("power, rectified", [(1, False), (1, True), (3, False)])
 def test_histograms_over_many_batches_give_torchs_ranges_to_a_bin(power, rectified):
-    qargs = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "quant_min": 0, "quant_max": 127}
+    qargs = {
+        "dtype": torch.quint8,
+        "qscheme": torch.per_tensor_affine,
+        "quant_min": 0,
+        "quant_max": 127,
+    }
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
-        ours, torchs = torch_ao.histogram(bins=2048, **qargs), tq.HistogramObserver(bins=2048, **qargs)
+        ours, torchs = (
+            torch_ao.histogram(bins=2048, **qargs),
+            tq.HistogramObserver(bins=2048, **qargs),
+        )
         for _ in range(8):
             center, spread = torch.rand(2, generator=generator)
             x = (torch.randn(5000, generator=generator) * (0.5 + spread) + 3 * center) ** power
@@ -77,17 +105,34 @@ def test_histograms_over_many_batches_give_torchs_ranges_to_a_bin(power, rectifi
         assert (ours.min_val, ours.max_val) == (torchs.min_val, torchs.max_val)
         torch.testing.assert_close(ours.histogram.sum(), torchs.histogram.sum())
         width = (torchs.max_val - torchs.min_val) / 2048
-        for found, expected in zip(ours._non_linear_param_search(), torchs._non_linear_param_search(), strict=True):
+        for found, expected in zip(
+            ours._non_linear_param_search(), torchs._non_linear_param_search(), strict=True
+        ):
             assert abs(found - expected) < 1.01 * width
 
 
 def test_a_histogram_takes_constants_and_empty_tensors_and_ignores_infinity():
-    qargs = {"dtype": torch.quint8, "qscheme": torch.per_tensor_affine, "quant_min": 0, "quant_max": 127}
+    qargs = {
+        "dtype": torch.quint8,
+        "qscheme": torch.per_tensor_affine,
+        "quant_min": 0,
+        "quant_max": 127,
+    }
     ours, torchs = torch_ao.histogram(bins=64, **qargs), tq.HistogramObserver(bins=64, **qargs)
-    tensors = [torch.ones(3), torch.ones(2), torch.zeros(0), torch.tensor([-1.0, torch.inf]), torch.arange(9.0)]
+    tensors = [
+        torch.ones(3),
+        torch.ones(2),
+        torch.zeros(0),
+        torch.tensor([-1.0, torch.inf]),
+        torch.arange(9.0),
+    ]
     for observer in (ours, torchs):
         for x in tensors:
-            with pytest.warns(UserWarning, match="inf detected") if x.isinf().any() else nullcontext():
+            with (
+                pytest.warns(UserWarning, match="inf detected")
+                if x.isinf().any()
+                else nullcontext()
+            ):
                 observer(x)
     torch.testing.assert_close(ours.histogram, torchs.histogram)
     assert ours.calculate_qparams() == torchs.calculate_qparams()

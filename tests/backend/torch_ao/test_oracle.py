@@ -1,4 +1,4 @@
-"""torch.ao's own prepare and convert as the oracle: ours comes to the same integers, scales and outputs, to the bit."""
+"""torch.ao's own conversion as the oracle: ours comes to the same integers and outputs, by bit."""
 
 import copy
 from dataclasses import replace
@@ -91,7 +91,11 @@ class MobileNet(Net):
     def build(self):
         self.wide, self.bn = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
         self.swish, self.depthwise = nn.Hardswish(), nn.Conv2d(8, 8, 3, groups=8)
-        self.pool, self.squeeze, self.gate = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Hardsigmoid()
+        self.pool, self.squeeze, self.gate = (
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(8, 8, 1),
+            nn.Hardsigmoid(),
+        )
 
     def body(self, x):
         x = self.depthwise(self.swish(self.bn(self.wide(x))))
@@ -103,7 +107,12 @@ class Norms(Net):
 
     def build(self):
         activations = nn.ELU(), nn.LeakyReLU(0.2), nn.Sigmoid(), nn.Tanh()
-        norms = nn.LayerNorm([4, 6, 6]), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True), nn.BatchNorm2d(4)
+        norms = (
+            nn.LayerNorm([4, 6, 6]),
+            nn.GroupNorm(2, 4),
+            nn.InstanceNorm2d(4, affine=True),
+            nn.BatchNorm2d(4),
+        )
         self.layers = nn.Sequential(nn.Conv2d(4, 4, 1), *norms, *activations)
 
     def body(self, x):
@@ -151,7 +160,9 @@ def make_qconfig(quantizer, activation):
     """Returns torch's qconfig of the same settings, of torch's own observers."""
     weight = replace(quantizer.weight, observer=torch_ao.minmax)
     return tq.QConfig(
-        activation=partial(make_observer, replace(quantizer.activation, observer=activation), signed=False),
+        activation=partial(
+            make_observer, replace(quantizer.activation, observer=activation), signed=False
+        ),
         weight=partial(make_observer, weight, signed=True),
     )
 
@@ -187,7 +198,9 @@ def numbers(value):
 
 
 def assert_same(ours, theirs):
-    found, expected = ({k: numbers(v) for k, v in model.state_dict().items()} for model in (ours, theirs))
+    found, expected = (
+        {k: numbers(v) for k, v in model.state_dict().items()} for model in (ours, theirs)
+    )
     assert found.keys() == expected.keys() and len(found) >= 6
     for name, value in expected.items():
         assert found[name] == value, name
@@ -220,13 +233,19 @@ def test_ptq_is_torchs_to_the_bit(net, observer, is_ours, engine, make_ptq):
 @pytest.mark.parametrize("net", NETS)
 @settings(max_examples=10)
 @given(bits=st.integers(2, 8), seed=st.integers(0, 2**31))
-def test_the_integers_of_lowered_layers_are_the_simulations(net, symmetric, granularity, bits, seed):
+def test_the_integers_of_lowered_layers_are_the_simulations(
+    net, symmetric, granularity, bits, seed
+):
     if net is Transposed and granularity == "per_channel":
         return
     torch.manual_seed(seed)
-    weight = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, observer=MinMaxObserver)
+    weight = QuantSpec(
+        bits=bits, symmetric=symmetric, granularity=granularity, observer=MinMaxObserver
+    )
     activation = QuantSpec(observer=MinMaxObserver)
-    quantizer = PTQ(engine="fbgemm", weight=weight, activation=activation, fake_quantize="qtrain", layers={})
+    quantizer = PTQ(
+        engine="fbgemm", weight=weight, activation=activation, fake_quantize="qtrain", layers={}
+    )
     model, batches = make_net(net)
     prepared = quantizer.prepare(model)
     quantizer.calibrate(prepared, [(batches[0],)])
@@ -239,13 +258,18 @@ def test_the_integers_of_lowered_layers_are_the_simulations(net, symmetric, gran
 
 
 def torch_qat(model, quantizer, engine):
-    """Returns torch's own QAT model of the same settings, on the slow path that divides by no factor."""
+    """Returns torch's own QAT model of the same settings, on the slow path without division."""
 
     def fake_quantize(spec, signed, observer):
         low, high = spec.quant_range(signed)
         scheme = f"{spec.granularity}_{'symmetric' if spec.symmetric else 'affine'}"
         dtype = torch.qint8 if signed else torch.quint8
-        how = {"quant_min": low, "quant_max": high, "dtype": dtype, "qscheme": getattr(torch, scheme)}
+        how = {
+            "quant_min": low,
+            "quant_max": high,
+            "dtype": dtype,
+            "qscheme": getattr(torch, scheme),
+        }
         return tq.FakeQuantize.with_args(observer=observer, **how)
 
     model = copy.deepcopy(model).train()
@@ -268,7 +292,10 @@ def one_step(model, x):
     """Returns the loss, and {parameter of the float model: gradient}."""
     loss = model(x).square().mean()
     loss.backward()
-    grads = {n.removeprefix("model.").replace(".layer.", "."): p.grad for n, p in model.named_parameters()}
+    grads = {
+        n.removeprefix("model.").replace(".layer.", "."): p.grad
+        for n, p in model.named_parameters()
+    }
     return loss.detach(), grads
 
 
@@ -282,7 +309,10 @@ def test_a_step_of_qat_is_torchs(net, frozen, engine, make_qat):
     if frozen:
         ours.freeze_batch_norm()
         theirs.apply(nniqat.freeze_bn_stats)
-    (loss, grads), (expected_loss, expected) = one_step(ours, batches[0]), one_step(theirs, batches[0])
+    (loss, grads), (expected_loss, expected) = (
+        one_step(ours, batches[0]),
+        one_step(theirs, batches[0]),
+    )
     torch.testing.assert_close(loss, expected_loss)
     assert grads.keys() == expected.keys() and len(grads) >= 4
     largest = max(grad.norm() for grad in expected.values())

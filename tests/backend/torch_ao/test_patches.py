@@ -18,8 +18,13 @@ print(hashlib.sha256(b"".join(x.detach().numpy().tobytes() for x in outputs)).he
 
 
 def printed(plain):
-    environment = os.environ | {"QTRAIN_PLAIN": plain, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "QTRAIN_PLAIN": plain,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True
+    )
     return done.stdout.split()
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong silently in torch's eager mode, and that qtrain tells. Most of it is tested where it is handled."""
+"""What goes wrong silently in torch's eager mode, and qtrain tells; more where it is handled."""
 
 import io
 import os
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from qtrain.analyze.dry_run import dry_run
+from qtrain.analyze.finite import finite_outputs, require_finite_weights
 from qtrain.analyze.measure import weight_bytes
-from qtrain.analyze.truth import TruthError, TruthGate, finite_outputs, require_finite_weights
+from qtrain.analyze.truth import TruthError, TruthGate
 from qtrain.backend import torch_ao
 from qtrain.simulate.simulation import output_points, weight_points
 
@@ -34,7 +35,7 @@ def compare(quantizer, prepared, *inputs):
     return GATE.compare(*models, inputs)
 
 
-# ---- saturation ------------------------------------------------------------------------------------------------------
+# ---- saturation ----------------------------------------------------------------------------------
 
 SATURATE = """
 import torch
@@ -57,11 +58,13 @@ for engine in torch.backends.quantized.supported_engines:
         continue
     for reduce_range in ("auto", True, False):
         spec = QuantSpec(observer=torch_ao.minmax, reduce_range=reduce_range)
-        weight, options = QuantSpec(observer=torch_ao.minmax), {"layers": {}, "fake_quantize": "qtrain"}
+        weight = QuantSpec(observer=torch_ao.minmax)
+        options = {"layers": {}, "fake_quantize": "qtrain"}
         quantizer = PTQ(engine=engine, weight=weight, activation=spec, **options)
         prepared = quantizer.prepare(model)
         quantizer.calibrate(prepared, [(x,)])
-        models = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+        reference, fake = quantizer.reference(prepared), quantizer.fake(prepared)
+        models = reference, fake, quantizer.convert(prepared)
         section, failures = gate.compare(*models, (x,))
         print(engine, reduce_range, section["min_sqnr_db"], *failures)
 """
@@ -70,10 +73,22 @@ for engine in torch.backends.quantized.supported_engines:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 CPUs saturate")
 def test_saturation_without_vnni_is_seen_by_the_gate_and_avoided_by_reduce_range():
     has_vnni = torch.cpu._is_vnni_supported()  # oneDNN alone can be told to do without
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run([sys.executable, "-c", SATURATE], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SATURATE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     seen = set()
-    for engine, reduce_range, decibels, *failure in (line.split(maxsplit=3) for line in done.stdout.splitlines()):
+    for engine, reduce_range, decibels, *failure in (
+        line.split(maxsplit=3) for line in done.stdout.splitlines()
+    ):
         seen.add(engine)
         if reduce_range == "auto" and has_vnni and engine == "onednn":
             continue  # the default counts on the VNNI that is kept from it here
@@ -85,12 +100,14 @@ def test_saturation_without_vnni_is_seen_by_the_gate_and_avoided_by_reduce_range
     assert seen == set(torch_ao.ENGINES) & set(torch.backends.quantized.supported_engines)
 
 
-# ---- numbers that lie ------------------------------------------------------------------------------------------------
+# ---- numbers that lie ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduce_range", [True, False], ids=["0..127", "0..255"])
-def test_inputs_beyond_the_range_are_clipped_alike_by_simulation_and_int8(reduce_range, mlp, images, make_ptq):
-    """Why the gate looks at the input's range by itself: kernels clip at 255, and so do the simulations of 0..127."""
+def test_inputs_beyond_the_range_are_clipped_alike_by_simulation_and_int8(
+    reduce_range, mlp, images, make_ptq
+):
+    """Why the gate looks at the input's range: kernels clip at 255, as simulations of 0..127 do."""
     quantizer = make_ptq("fbgemm", activation={"reduce_range": reduce_range})
     prepared = calibrated(quantizer, mlp, images)
     section, failures = compare(quantizer, prepared, 1.5 * images)
@@ -122,20 +139,28 @@ def test_masking_with_minus_infinity_before_dequantization_is_seen(images, make_
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
-            self.quant, self.linear, self.dequant = torch_ao.QuantStub(), nn.Linear(6, 6), torch_ao.DeQuantStub()
+            self.quant, self.linear, self.dequant = (
+                torch_ao.QuantStub(),
+                nn.Linear(6, 6),
+                torch_ao.DeQuantStub(),
+            )
 
         def forward(self, x):
             mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
-            return self.dequant(self.linear(self.quant(x)).masked_fill(mask, -torch.inf)).softmax(-1)
+            return self.dequant(self.linear(self.quant(x)).masked_fill(mask, -torch.inf)).softmax(
+                -1
+            )
 
     quantizer = make_ptq()
     prepared = quantizer.prepare(Masked().eval())
-    with pytest.raises(TruthError, match="layer dequant: its output is not finite in calibration, batch 0"):
+    with pytest.raises(
+        TruthError, match="layer dequant: its output is not finite in calibration, batch 0"
+    ):
         with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(torch.randn(2, 6, 6),)])
 
 
-# ---- attention, embeddings, tied heads -------------------------------------------------------------------------------
+# ---- attention, embeddings, tied heads -----------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -154,7 +179,9 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_attention_of_linear_layers_is_what_the_refusal_promises(is_qat, engine, make_ptq, make_qat):
+def test_attention_of_linear_layers_is_what_the_refusal_promises(
+    is_qat, engine, make_ptq, make_qat
+):
     quantizer = (make_qat if is_qat else make_ptq)(engine)
     model, x = Attention().eval(), torch.randn(4, 6, 8)
     section, failures = compare(quantizer, calibrated(quantizer, model, x), x)
@@ -182,17 +209,23 @@ def test_a_tied_head_is_quantized_beside_a_float_embedding(is_qat, make_ptq, mak
     if is_qat:
         train(quantizer, prepared, tokens)
         assert prepared.model.head.weight is prepared.model.embed.weight  # still one parameter
-    reference, fake, quantized = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+    reference, fake, quantized = (
+        quantizer.reference(prepared),
+        quantizer.fake(prepared),
+        quantizer.convert(prepared),
+    )
     inside = {}
     for kind, each in (("reference", reference), ("fake", fake), ("quantized", quantized)):
         embed = [m for m in each.modules() if isinstance(m, nn.Embedding)]
         inside[kind] = embed[0].weight.detach()
-    assert torch.equal(inside["fake"], inside["reference"]) and torch.equal(inside["quantized"], inside["reference"])
+    assert torch.equal(inside["fake"], inside["reference"]) and torch.equal(
+        inside["quantized"], inside["reference"]
+    )
     assert decibels(reference(tokens), quantized(tokens)) > 25
     assert dry_run(model, quantizer, (tokens,))["float_layers"] == {"embed": "set by quant.layers"}
 
 
-# ---- sizes and files -------------------------------------------------------------------------------------------------
+# ---- sizes and files -----------------------------------------------------------------------------
 
 
 def test_sizes_come_of_the_packed_weights(convnet, images, make_ptq):
@@ -213,7 +246,7 @@ def test_a_converted_model_is_kept_as_a_state_dict_without_code_in_it(convnet, i
     assert torch.equal(loaded["conv1.weight"].int_repr(), quantized.conv1.weight().int_repr())
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def test_fake_quantization_stays_exact_under_bfloat16_autocast(convnet, images, make_qat):

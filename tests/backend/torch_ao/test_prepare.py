@@ -43,7 +43,10 @@ def test_fused_layers_show_their_observers_each_batch_once(convnet, images, make
 def test_prepare_leaves_the_model_alone(is_qat, model, images, make_ptq, make_qat):
     quantizer = make_qat() if is_qat else make_ptq()
     model.train()
-    before, names = copy.deepcopy(model.state_dict()), [(n, type(m)) for n, m in model.named_modules()]
+    before, names = (
+        copy.deepcopy(model.state_dict()),
+        [(n, type(m)) for n, m in model.named_modules()],
+    )
     calibrated(quantizer, model, images)
     assert model.training and not hasattr(model, "qconfig")
     assert names == [(n, type(m)) for n, m in model.named_modules()]
@@ -120,9 +123,13 @@ def test_bits_inside_a_float_layer_are_refused(nested, make_ptq):
         make_ptq(layers={"b": "float", "b.0": {"bits": 4}}).prepare(nested)
 
 
-def test_a_pattern_that_matches_nothing_is_refused_with_the_layers_there_are(convnet, make_ptq, make_qat, make_dynamic):
+def test_a_pattern_that_matches_nothing_is_refused_with_the_layers_there_are(
+    convnet, make_ptq, make_qat, make_dynamic
+):
     for quantizer in (make_ptq(layers={"cnv*": "float"}), make_qat(layers={"cnv*": {"bits": 4}})):
-        with pytest.raises(ValueError, match=r"quant\.layers\.cnv\*: matches no layer; .* conv1, .* linear2"):
+        with pytest.raises(
+            ValueError, match=r"quant\.layers\.cnv\*: matches no layer; .* conv1, .* linear2"
+        ):
             quantizer.prepare(convnet)
     with pytest.raises(ValueError, match=r"quant\.layers\.cnv\*: matches no layer"):
         make_dynamic(layers={"cnv*": "float"}).prepare(convnet)
@@ -130,7 +137,13 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_layers_there_are(con
 
 @pytest.mark.parametrize(
     "layer, setting",
-    [("relu1", "float"), ("bn1", "float"), ("relu1", {"bits": 4}), ("bn1", {"bits": 4}), ("pool", {"bits": 4})],
+    [
+        ("relu1", "float"),
+        ("bn1", "float"),
+        ("relu1", {"bits": 4}),
+        ("bn1", {"bits": 4}),
+        ("pool", {"bits": 4}),
+    ],
     ids=str,
 )
 def test_a_setting_without_effect_is_refused(layer, setting, convnet, make_ptq):
@@ -140,6 +153,8 @@ def test_a_setting_without_effect_is_refused(layer, setting, convnet, make_ptq):
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
 @pytest.mark.parametrize("setting", ["float", {"bits": 4}], ids=["float", "bits"])
-def test_a_setting_for_a_part_of_a_fused_layer_is_refused(setting, is_qat, convnet, make_ptq, make_qat):
+def test_a_setting_for_a_part_of_a_fused_layer_is_refused(
+    setting, is_qat, convnet, make_ptq, make_qat
+):
     with pytest.raises(ValueError, match=r"quant\.layers\.conv1\.0"):
         (make_qat if is_qat else make_ptq)(layers={"conv1.0": setting}).prepare(convnet)

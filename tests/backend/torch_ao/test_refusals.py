@@ -42,7 +42,9 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
 def test_multihead_attention_is_refused(is_qat, make_ptq, make_qat):
-    with pytest.raises(ValueError, match=r"layer attention \(MultiheadAttention\) is attention, .*nn.Linear"):
+    with pytest.raises(
+        ValueError, match=r"layer attention \(MultiheadAttention\) is attention, .*nn.Linear"
+    ):
         (make_qat if is_qat else make_ptq)().prepare(Attention())
 
 
@@ -75,7 +77,10 @@ def test_two_layers_may_share_a_weight(nested, make_ptq, make_qat):
 @pytest.mark.parametrize("dims", TRANSPOSED)
 def test_transposed_convolution_is_refused_per_channel(dims, is_qat, between, make_ptq, make_qat):
     make, model = make_qat if is_qat else make_ptq, between(TRANSPOSED[dims](3, 4, 3))
-    with pytest.raises(ValueError, match=r"layer body\.0 \(ConvTranspose\dd\) has no per-channel kernel; .*per_tensor"):
+    with pytest.raises(
+        ValueError,
+        match=r"layer body\.0 \(ConvTranspose\dd\) has no per-channel kernel; .*per_tensor",
+    ):
         make("fbgemm", weight={"granularity": "per_channel"}).prepare(model)
 
 
@@ -100,7 +105,9 @@ def test_transposed_convolution_per_tensor_is_right_or_refused(engine, between, 
     model = between(nn.ConvTranspose2d(3, 4, 3))
     quantizer = make_ptq(engine, weight={"granularity": "per_tensor"})
     if engine in ("x86", "onednn"):
-        with pytest.raises(ValueError, match=rf"layer body\.0 .* engine {engine}; use fbgemm or qnnpack"):
+        with pytest.raises(
+            ValueError, match=rf"layer body\.0 .* engine {engine}; use fbgemm or qnnpack"
+        ):
             quantizer.prepare(model)
     else:
         quantized = quantizer.convert(calibrated(quantizer, model, FEATURES))
@@ -115,7 +122,9 @@ def test_transposed_convolution_follows_its_own_setting(between, make_ptq):
     assert bits_of(quantizer.prepare(model)) == {"body.0": 8, "body.1": 8}
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding(9, 4), nn.EmbeddingBag(9, 4)], ids=["embedding", "embedding_bag"])
+@pytest.mark.parametrize(
+    "layer", [nn.Embedding(9, 4), nn.EmbeddingBag(9, 4)], ids=["embedding", "embedding_bag"]
+)
 def test_embeddings_stay_float_and_train(layer, make_qat, train):
     model = nn.Sequential(layer, torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub())
     tokens, before = torch.arange(9).reshape(3, 3), layer.weight.detach().clone()
@@ -127,7 +136,9 @@ def test_embeddings_stay_float_and_train(layer, make_qat, train):
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
 def test_an_embedding_set_to_float_runs(is_qat, make_ptq, make_qat):
-    model = nn.Sequential(nn.Embedding(9, 4), torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub()).eval()
+    model = nn.Sequential(
+        nn.Embedding(9, 4), torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub()
+    ).eval()
     tokens = torch.arange(9).reshape(1, 9)
     quantizer = (make_qat if is_qat else make_ptq)(layers={"0": "float"})
     quantized = quantizer.convert(calibrated(quantizer, model, tokens))
@@ -139,11 +150,14 @@ def test_an_embedding_set_to_float_runs(is_qat, make_ptq, make_qat):
     [((0,), []), ((0, 2), []), ((0, 1), [(0, 1)]), ((0, 1, 2), [(0, 1, 2)])],
     ids=["conv", "conv_then_relu", "conv_bn", "conv_bn_relu"],
 )
-def test_conv1d_trains_with_quantized_weights(layers, fuse, between, make_qat, train, full_range_bits):
+def test_conv1d_trains_with_quantized_weights(
+    layers, fuse, between, make_qat, train, full_range_bits
+):
     x = FEATURES[..., 0]
     conv1d = [nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU()]
     model = between(*(conv1d[i] for i in layers), fuse=fuse)
-    # The full range, so that simulation and kernel clip alike what batch-norm puts out of range in eval mode.
+    # The full range, so that simulation and kernel clip alike what batch-norm puts out of range in
+    # eval mode.
     quantizer = make_qat(weight={"bits": full_range_bits()}, activation={"reduce_range": False})
     prepared = train(quantizer, calibrated(quantizer, model, x), x, epochs=2)
     assert list(weight_points(prepared.model)) == ["body.0"]
@@ -171,5 +185,7 @@ def test_activations_of_fixed_range_can_be_trained(activation, between, make_qat
     quantizer = make_qat()
     prepared = train(quantizer, calibrated(quantizer, model, x), x, epochs=1)
     simulated, quantized = quantizer.fake(prepared)(x), quantizer.convert(prepared)(x)
-    assert (simulated - quantized).abs().max() < 1.01 * (1 / 128 if activation is nn.Tanh else 1 / 256)
+    assert (simulated - quantized).abs().max() < 1.01 * (
+        1 / 128 if activation is nn.Tanh else 1 / 256
+    )
     assert decibels(quantizer.reference(prepared)(x), quantized) > 20

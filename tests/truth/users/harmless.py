@@ -1,4 +1,4 @@
-"""A model of a user's own, and a planted trace of its import: what may not be imported leaves none."""
+"""A user's own model, and a planted trace of its import: what must not be imported leaves none."""
 
 import os
 from pathlib import Path

@@ -19,7 +19,11 @@ class Normed(Base):
     def __init__(self, norm="group", running=False):
         super().__init__()
         self.conv = nn.Conv2d(1, 8, 3, stride=4)
-        self.norm = nn.GroupNorm(8, 8) if norm == "group" else nn.InstanceNorm2d(8, track_running_stats=running)
+        self.norm = (
+            nn.GroupNorm(8, 8)
+            if norm == "group"
+            else nn.InstanceNorm2d(8, track_running_stats=running)
+        )
         self.head = nn.Linear(8 * 49, 10)
 
     def forward(self, x):
@@ -60,7 +64,10 @@ class Fused(Base):
     def __init__(self, groups, kind="plain"):
         super().__init__()
         self.groups, self.kind = groups, kind
-        self.conv, self.bn = nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4, affine=kind != "not_affine")
+        self.conv, self.bn = (
+            nn.Conv2d(1, 4, 3, stride=2),
+            nn.BatchNorm2d(4, affine=kind != "not_affine"),
+        )
         if kind == "no_statistics":
             self.bn = nn.BatchNorm2d(4, track_running_stats=False)
         self.relu = nn.ReLU6() if kind == "relu6" else nn.ReLU()
@@ -91,7 +98,12 @@ class FusedForEvaluation(Fused):
 class LinearBN(Base):
     def __init__(self):
         super().__init__()
-        self.fc, self.bn, self.relu, self.head = nn.Linear(784, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10)
+        self.fc, self.bn, self.relu, self.head = (
+            nn.Linear(784, 16),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+            nn.Linear(16, 10),
+        )
 
     def forward(self, x):
         return self.dequant(self.head(self.relu(self.bn(self.fc(self.quant(x).flatten(1))))))
@@ -105,7 +117,13 @@ class InPlace(Base):
 
     def __init__(self, activation="relu"):
         super().__init__()
-        kinds = {"relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "leaky": nn.LeakyReLU, "elu": nn.ELU}
+        kinds = {
+            "relu": nn.ReLU,
+            "relu6": nn.ReLU6,
+            "hardswish": nn.Hardswish,
+            "leaky": nn.LeakyReLU,
+            "elu": nn.ELU,
+        }
         self.conv, self.head = nn.Conv2d(1, 8, 3, stride=2), nn.Linear(8 * 169, 10)
         made = {"functional": F.relu_, "prelu": nn.PReLU()}
         self.act = made.get(activation) or kinds[activation](inplace=True)
@@ -254,7 +272,10 @@ class Pooled(Base):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(1, 4, 3, padding=1)
-        self.pool, self.head = nn.AvgPool2d(7, 7, padding=3, count_include_pad=False), nn.LazyLinear(10)
+        self.pool, self.head = (
+            nn.AvgPool2d(7, 7, padding=3, count_include_pad=False),
+            nn.LazyLinear(10),
+        )
         self(torch.zeros(1, 1, 28, 28))
 
     def forward(self, x):
@@ -288,8 +309,14 @@ class Volume(Base):
 
     def __init__(self, kind="Conv3d"):
         super().__init__()
-        first = nn.Conv3d(1, 4, (1, 3, 3), stride=(1, 3, 3)) if kind == "Conv3d" else nn.MaxPool3d((1, 3, 3))
-        self.layers = nn.Sequential(first, nn.Flatten(), nn.Linear(324 if kind == "Conv3d" else 81, 10))
+        first = (
+            nn.Conv3d(1, 4, (1, 3, 3), stride=(1, 3, 3))
+            if kind == "Conv3d"
+            else nn.MaxPool3d((1, 3, 3))
+        )
+        self.layers = nn.Sequential(
+            first, nn.Flatten(), nn.Linear(324 if kind == "Conv3d" else 81, 10)
+        )
 
     def forward(self, x):
         return self.dequant(self.layers(self.quant(x).unsqueeze(2)))

@@ -1,4 +1,4 @@
-"""Small random models between stubs, made from a seed: layers, joins, activations, norms, poolings."""
+"""Small random models between stubs, from a seed: layers, joins, activations, norms, poolings."""
 
 import random
 
@@ -20,8 +20,14 @@ class RandomNet(nn.Module):
         for index in range(draw.randint(1, 3)):
             width = draw.choice([4, 6, 8])
             stride = draw.choice([1, 2])
-            grouped = channels if channels > 1 and width % channels == 0 and draw.random() < 0.3 else 1
-            self._add(f"conv{index}", nn.Conv2d(channels, width, 3, stride, padding=1, groups=grouped), "layer")
+            grouped = (
+                channels if channels > 1 and width % channels == 0 and draw.random() < 0.3 else 1
+            )
+            self._add(
+                f"conv{index}",
+                nn.Conv2d(channels, width, 3, stride, padding=1, groups=grouped),
+                "layer",
+            )
             channels, size = width, -(-size // stride)
             self._normalise(draw, index, channels)
             self._activate(draw, index)
@@ -29,9 +35,18 @@ class RandomNet(nn.Module):
                 self._join(draw, index, channels)
             channels = self.width_after(channels)
             if size >= 8 and draw.random() < 0.6:
-                pool = draw.choice([nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(6)])
+                pool = draw.choice(
+                    [
+                        nn.MaxPool2d(2),
+                        nn.AvgPool2d(2),
+                        nn.AvgPool2d(3, 2, 1),
+                        nn.AdaptiveAvgPool2d(6),
+                    ]
+                )
                 self._add(f"pool{index}", pool, "layer")
-                size = {nn.AdaptiveAvgPool2d: 6}.get(type(pool), (size + 1) // 2 if pool_pads(pool) else size // 2)
+                size = {nn.AdaptiveAvgPool2d: 6}.get(
+                    type(pool), (size + 1) // 2 if pool_pads(pool) else size // 2
+                )
         self.head = nn.LazyLinear(10)
         self.eval()(torch.zeros(1, 1, 28, 28))
         self.train()
@@ -45,7 +60,13 @@ class RandomNet(nn.Module):
 
     def _normalise(self, draw, index, channels):
         norm = draw.choice(
-            [None, None, nn.BatchNorm2d(channels), nn.GroupNorm(2, channels), nn.InstanceNorm2d(channels)]
+            [
+                None,
+                None,
+                nn.BatchNorm2d(channels),
+                nn.GroupNorm(2, channels),
+                nn.InstanceNorm2d(channels),
+            ]
         )
         if norm is not None:
             self._add(f"norm{index}", norm, "layer")

@@ -1,4 +1,4 @@
-"""Tasks that score how well images come back from a bottleneck, by qualities that qtrain has never heard of."""
+"""Tasks that score how well images come back from a bottleneck, by qualities new to qtrain."""
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ class Psnr(Mae):
 
 
 class PooledPsnr(Psnr):
-    """The peak signal-to-noise ratio of all pixels at once, which is not the mean of the images'."""
+    """The peak signal-to-noise ratio of all pixels at once: not the mean of the images'."""
 
     def summary(self, sums, loader):
         found = super().summary(sums, loader)
@@ -77,4 +77,9 @@ class Wrong(Mae):
     """Each of its parameters may be one that no table can show."""
 
     def __init__(self, *, quality="mae", higher_is_better=False, unit="", scale=1.0):
-        self.quality, self.higher_is_better, self.unit, self.scale = quality, higher_is_better, unit, scale
+        self.quality, self.higher_is_better, self.unit, self.scale = (
+            quality,
+            higher_is_better,
+            unit,
+            scale,
+        )

@@ -1,4 +1,4 @@
-"""Data sets of few digits, as a user might bring them: from the bundled ones, by `image_loaders`."""
+"""Data sets of few digits, as a user might bring them: the bundled ones, by `image_loaders`."""
 
 from qtrain.data.loaders import ImageLoader, image_loaders
 from qtrain.data.mnist import mnist_sample
@@ -11,4 +11,6 @@ def digits(*, train, test, constant=False, **options):
     images, labels = loader.images[: train + test].clone(), loader.labels[: train + test]
     if constant:
         images.fill_(128)
-    return image_loaders((images[:train], labels[:train]), (images[train:], labels[train:]), **options)
+    return image_loaders(
+        (images[:train], labels[:train]), (images[train:], labels[train:]), **options
+    )

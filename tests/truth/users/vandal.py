@@ -8,7 +8,7 @@ from qtrain.model.mlp import MLP
 
 
 class Vandal(MLP):
-    """In its third training step, once for each `path`: that folder is deleted, that file read, or the disk filled."""
+    """In its third step, once for each `path`: a folder is deleted, a file read, a disk filled."""
 
     done = set()
 
@@ -30,4 +30,6 @@ class Vandal(MLP):
         Path(self.path).read_bytes()
 
     def fill(self):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )

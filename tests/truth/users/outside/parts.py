@@ -58,7 +58,11 @@ class AsJson(Exporter):
     max_steps = 1e9
 
     def write(self, simulation, example, path):
-        path.write_text(json.dumps({n: float(p.scale.max()) for n, p in weight_points(simulation.model).items()}))
+        path.write_text(
+            json.dumps(
+                {n: float(p.scale.max()) for n, p in weight_points(simulation.model).items()}
+            )
+        )
 
     def run(self, path, inputs):
         assert json.loads(path.read_text())

@@ -1,0 +1,78 @@
+"""Errors of a user's code, told with the layer and the line where they arose."""
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from qtrain.analyze.truth import TruthError
+from qtrain.backend import integers
+
+
+@contextmanager
+def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
+    """Turns an error inside the block into a ValueError that names the layer where it arose.
+
+    Yields:
+        a function that returns the name of the layer that runs, "" for the model itself.
+    """
+    running: list[str] = []
+    handles = []
+
+    def push(name: str) -> Any:
+        return lambda *_: running.append(name)
+
+    def pop(*_: Any) -> None:
+        running.pop()
+
+    def current() -> str:
+        return integers.users_name(model, running[-1]) if model is not None and running else ""
+
+    for name, module in model.named_modules() if model is not None else ():
+        handles.append(module.register_forward_pre_hook(push(name), prepend=True))
+        handles.append(module.register_forward_hook(pop))
+    try:
+        yield current
+    except Exception as err:
+        if model is None or not running or isinstance(err, TruthError):
+            raise
+        name = current()
+        layer = model.get_submodule(name)
+        where = (
+            f"layer {name} ({integers.users_kind(layer)})"
+            if name
+            else f"forward of {type(layer).__name__}"
+        )
+        raise ValueError(
+            f"model: {where} cannot run in the {kind} model: {_reason(err, name)}"
+        ) from err
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns an error inside the block into a ValueError that begins with `what`."""
+    try:
+        yield
+    except (TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as err:
+        raise ValueError(f"{what}: {_reason(err, '')}") from err
+
+
+def _reason(err: Exception, layer: str) -> str:
+    text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+    # Python's own frames show the line of the model's source at fault.
+    others = ("torch/", "qtrain/simulate/")
+    frames = [
+        f
+        for f in traceback.extract_tb(err.__traceback__)
+        if not any(o in f.filename for o in others)
+    ]
+    source = next((f for f in reversed(frames) if f.name == "forward" and f.line), None)
+    text = text[:400]
+    if source is not None and not (source.line or "").startswith("raise "):
+        text += f" [{source.filename}:{source.lineno}: {source.line}]"
+    return text + (f". To keep it float: quant.layers={{{layer}: float}}" if layer else "")

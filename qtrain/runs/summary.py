@@ -1,0 +1,85 @@
+"""The lines that a person reads at the end of a run."""
+
+from qtrain.runs.quality import Quality
+from qtrain.runs.report import Report
+
+
+def summary(report: Report, quality: Quality) -> list[str]:
+    """Returns the lines that a person reads at the end of a run."""
+    lines = []
+    is_float = report.quant["weight"] is None  # the float model itself, or the same trained on
+    for kind, metrics in report.metrics.items():
+        if metrics is None or (kind == "quantized" and report.quant["method"] == "none"):
+            continue
+        label = "trained on" if kind == "quantized" and is_float else kind
+        simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
+        size = report.size_bytes.get(f"{kind}_file")
+        facts = [
+            f"{quality.name} {quality.text(metrics[quality.name])}",
+            f"loss {metrics['loss']:.4f}",
+        ]
+        facts += [f"{size / 1000:.1f} KB"] if size is not None else []
+        facts += [
+            f"{t['median']:.3f} ms at batch {n}"
+            for n, t in (report.latency_ms.get(kind) or {}).items()
+        ]
+        facts += (
+            [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
+        )
+        lines.append(f"{label + simulated:>21}: " + ", ".join(facts))
+        if "wrong_per_class" in metrics:
+            lines.append(f"{'':>23}{wrong_by_class(metrics['wrong_per_class'])}")
+    exact, real = (
+        report.latency_ms["float"],
+        report.latency_ms["quantized"] if not report.quant["simulated"] else {},
+    )
+    for size, times in (real or {}).items():
+        ratio = times["median"] / exact[size]["median"]
+        if ratio > 1 and not is_float:
+            lines.append(
+                f"note: the quantized model is SLOWER than float at batch {size}: "
+                f"{ratio:.2f} times its latency"
+            )
+    lines += [f"{kind:>21}: {text!r}" for kind, text in report.samples.items()]
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    lines.append(f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s))
+    return lines if is_float else lines + _of_quantization(report)
+
+
+def _of_quantization(report: Report) -> list[str]:
+    """Returns what is quantized, what is not and why, and what that means for the file."""
+    cover = report.coverage
+    lines = [
+        f"quantized: {100 * cover['params_quantized']:.1f} % of parameters, "
+        f"{100 * cover['macs_quantized']:.1f} % of multiply-accumulates"
+    ]
+    before, after = (report.size_bytes.get(f"{kind}_file") for kind in ("float", "quantized"))
+    if before and after and after > before:
+        largest = cover.get("largest_float")
+        lines.append(
+            "note: the quantized file is LARGER than the float one, "
+            f"{after / 1000:.1f} against {before / 1000:.1f} KB"
+            + (f"; the largest tensor that stays float is {largest}" if largest else "")
+        )
+    for reason in dict.fromkeys(cover["float_layers"].values()):
+        names = [name for name, why in cover["float_layers"].items() if why == reason]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        lines.append(f"  stays float: {', '.join(names[:8])}{more} ({reason})")
+    return lines
+
+
+def _seconds(stages: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in stages.items())
+
+
+def wrong_by_class(counts: list[int], most: int = 10) -> str:
+    """Returns how many predictions are wrong in each class or, of many classes, in the worst.
+
+    >>> wrong_by_class([3, 0, 5]), wrong_by_class([3, 0, 5], most=2)
+    ('wrong by class: 3 0 5', 'wrong in the worst 2 of 3 classes: 2: 5, 0: 3')
+    """
+    if len(counts) <= most:
+        return "wrong by class: " + " ".join(map(str, counts))
+    worst = sorted(range(len(counts)), key=lambda index: -counts[index])[:most]
+    shown = ", ".join(f"{index}: {counts[index]}" for index in worst)
+    return f"wrong in the worst {most} of {len(counts)} classes: {shown}"
