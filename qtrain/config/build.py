@@ -102,10 +102,8 @@ def resolve(config: DictConfig) -> DictConfig:
             continue
         value = node[last]
         items = list(value) if OmegaConf.is_list(value) else [value]
-        names = [
-            item for item in items if isinstance(item, str) or item is None and key in NOT_NULL
-        ]
-        if not names:
+        names = [item for item in items if not OmegaConf.is_config(item)]
+        if not names or names == [None] and key not in NOT_NULL:
             continue
         known = GlobalHydra.instance().config_loader().get_group_options(group)
         mistakes += [line for name in names for line in choice(key, name, known)]
@@ -119,7 +117,7 @@ def resolve(config: DictConfig) -> DictConfig:
 
 def _of_group(group: str, known: list[str], item: Any) -> Any:
     """Returns the content of the file that `item` names, or None; no name stays as it is."""
-    if not isinstance(item, str):
+    if OmegaConf.is_config(item):
         return item
     return hydra.compose(f"{group}/{item}")[group] if item in known else None
 

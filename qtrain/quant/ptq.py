@@ -140,7 +140,11 @@ class PTQ(Quantizer):
 
     def _packed(self, model: nn.Module) -> tuple[dict[str, PackedFormat], set[str]]:
         """Returns {layer: the format it is packed in}, and the heads kept with an embedding."""
-        own = settings_of(model, self.layers, other_specs=True)
+        own: dict[str, Any] = {}
+        is_packed = any(isinstance(setting, PackedFormat) for setting in self.layers.values())
+        # By the names before fusing, where they are needed; messages are better behind it.
+        if is_packed or (self.embedding, self.head) != ("float", "separate"):
+            own = settings_of(model, self.layers, other_specs=True)
         found = {name: form for name, form in own.items() if isinstance(form, PackedFormat)}
         floats = {name for name, setting in own.items() if setting is None}
         tied = formats(model, self.embedding, self.head, own, floats)

@@ -59,9 +59,9 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
     """
     report = _report(run_dir, trust)
     engine = report["quant"].get("engine")  # what "auto" was where the run was made
-    if isinstance(report["config"]["quant"].get("engine"), dict):
-        engine = None  # a backend of the user's own
     with _rebuilding(run_dir, "model"):
+        if isinstance(report["config"]["quant"].get("engine"), dict):
+            engine = None  # a backend of the user's own
         model = _make(report, "model")
         quantizer = _make(report, "quant", **({} if engine is None else {"engine": engine}))
         prepared = quantizer.prepare(model)

@@ -15,7 +15,7 @@ from qtrain.common.files import OVERRIDES, write_atomically, write_json
 from qtrain.config.build import build, resolve, try_out
 from qtrain.exporter.judge import rehearse_exports
 from qtrain.logger.loggers import JsonLines, Loggers
-from qtrain.runs import launch, outputs, stages, trainings
+from qtrain.runs import epochs, launch, outputs, stages, trainings
 from qtrain.runs.checkpoint import digest
 from qtrain.runs.quality import of_task
 from qtrain.runs.report import Report
@@ -117,4 +117,5 @@ def begin(config: DictConfig, run_dir: Path, report: Report, resume: bool, signa
     work = Run(config, run_dir, report, parts, progress, sample, auxiliary)
     if ranks.is_first():
         work.logger = Loggers(JsonLines(run_dir), *outputs.extra_loggers(config, run_dir))
+        epochs.lay_out(work.logger, parts.task.quality)
     return work

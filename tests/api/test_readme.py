@@ -13,5 +13,5 @@ def test_the_example_runs_in_ten_lines_and_prints_what_it_says(capsys):
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     torch.manual_seed(0)
     exec(compile(code, "README.md", "exec"), {})
-    (promised,) = re.findall(r"print\(result\)  # (.*)", code)
+    (promised,) = re.findall(r"print\(result\)\n# (.*)", code)
     assert capsys.readouterr().out.strip() == promised

@@ -203,7 +203,7 @@ def job(monkeypatch, tmp_path):
             report = Report(name="a", seed=0, config=config, overrides=[], model="b", data="c")
             report.metrics, report.quality = metrics, "accuracy"
             report.size_bytes, report.latency_ms = (
-                {"quantized_file": 2000},
+                {"quantized_file_at_bits": 2000},
                 {"quantized": {"1": {"median": 0.5}}},
             )
             return report

@@ -931,8 +931,10 @@ def test_an_interrupted_run_leaves_a_report(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "evaluate", interrupt)
-    report, _ = refused(tmp_path, "data.val_size=0", error=KeyboardInterrupt)
-    assert report["error"].startswith("KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.execute(compose("data.val_size=0"), tmp_path, [])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["status"], report["error"]) == ("interrupted", "interrupted")
 
 
 @contextmanager
