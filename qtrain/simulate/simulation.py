@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from qtrain.simulate.plan import FixedSpec, Plan
 from qtrain.simulate.regions import on_marked
 from qtrain.simulate.sites import QuantWeighted, Site
 
-if TYPE_CHECKING:
-    from qtrain.backend.base import Backend
-
 Batches = Iterable[tuple[Any, ...]]  # the arguments of one forward pass each
 
 
@@ -25,6 +22,13 @@ class Replacement(Protocol):
 
     def put(self, model: nn.Module, name: str) -> None:
         """Puts it in the place of layer `name`, in place."""
+
+
+class Lowering(Protocol):
+    """What makes integers of a simulation: a backend, of which nothing else is known here."""
+
+    def lower(self, simulation: "Simulation") -> nn.Module:
+        """Returns the model that runs on integers, on the CPU, in eval mode."""
 
 
 class Simulation(nn.Module):
@@ -54,7 +58,7 @@ class Simulation(nn.Module):
         self.model = model
         self.plan = plan or {}
         self.others = dict(others or {})
-        self.backend: Backend | None = None
+        self.backend: Lowering | None = None
         self._observes = False
         self.clips_at_type = False
         self.improvements: list[dict[str, Any]] = []
