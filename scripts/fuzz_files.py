@@ -228,7 +228,7 @@ def outputs(folder: Path, file: str) -> Any:
         if not (folder / "float.pt").is_file():
             raise ValueError(printed)
         return sha256(folder / "float.pt")
-    if file == "examples.pt":
+    if file == "examples.npz":
         from qtrain.leaderboard.pairs import _scores
         from qtrain.leaderboard.runs import find
 
@@ -245,7 +245,7 @@ def try_flips(folder: Path, count: int, seed: int = 0) -> list[str]:
     places = [
         ("done", "quantized.pt"),
         ("done", "float.pt"),
-        ("done", "examples.pt"),
+        ("done", "examples.npz"),
         ("open", str(STATE)),
     ]
     with tempfile.TemporaryDirectory() as place:

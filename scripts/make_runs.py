@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from qtrain.common.files import sha256
-from qtrain.runs.report import Report
+from qtrain.runs.report import EXAMPLES, Report
 
 NUM_EXAMPLES = 10_000
 FLOAT_KB = {"convnet": 833.5, "mobilenet_v2": 9_120.0}
@@ -61,7 +60,7 @@ def write_run(
     """Writes one finished run; returns its folder.
 
     Args:
-        scores: what examples.pt holds: "float", "quantized" and perhaps "fake", (N,); uint8 are
+        scores: what examples.npz holds: "float", "quantized" and perhaps "fake", (N,); uint8 are
             right-or-wrong scores, floats are losses.
         size_kb, latency_ms: float and quantized.
         other_load: CPU cores that other programs used meanwhile.
@@ -69,9 +68,7 @@ def write_run(
         curves: points of the training curves.
     """
     folder.mkdir(parents=True)
-    torch.save(
-        {kind: torch.from_numpy(values) for kind, values in scores.items()}, folder / "examples.pt"
-    )
+    np.savez(folder / EXAMPLES, **scores)
     right_or_wrong = scores["float"].dtype == np.uint8
 
     def metrics(kind: str) -> dict[str, Any] | None:
@@ -159,7 +156,7 @@ def write_run(
         threads=2,
         device="cpu",
         time_s={"float_training": seconds / 2, "calibration": seconds / 2},
-        sha256={"examples.pt": sha256(folder / "examples.pt")},
+        sha256={EXAMPLES: sha256(folder / EXAMPLES)},
     ).save(folder)
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(50, 50 * curves + 1, 50):

@@ -15,7 +15,6 @@ from qtrain.runs.report import verify
 if TYPE_CHECKING:
     import numpy as np
 
-FILE_NAME = "examples.pt"
 AT_ONCE = 4_000_000  # scores held for the bootstrap
 
 
@@ -131,15 +130,14 @@ def _gain(run: Run, kind: str, base: Run, base_kind: str) -> "np.ndarray":
 
 @lru_cache(maxsize=32)  # baselines come again and again, one a seed
 def _scores(run: Run) -> "dict[str, np.ndarray]":
-    from qtrain.leaderboard.tensors import (
-        read_tensors,
-    )  # most comparisons do without the examples, and so numpy
+    # Most comparisons do without the examples, and so numpy.
+    from qtrain.leaderboard.scores import read_scores, scores_file
 
-    path = run.folder / FILE_NAME
+    path = scores_file(run.folder)
     try:
         if run.report["sha256"]:
-            verify(run.folder, run.report, FILE_NAME)
-        scores = read_tensors(path)
+            verify(run.folder, run.report, path.name)
+        scores = read_scores(path)
     except ValueError as err:
         raise ValueError(f"{err}; significance is not tested") from err
     if missing := {"float", "quantized"} - set(scores):
@@ -155,7 +153,7 @@ def _unverified(runs: Iterable[Run | None]) -> list[str]:
     """Returns a warning if the examples of a run cannot be verified."""
     count = sum(run is not None and not run.report["sha256"] for run in runs)
     return (
-        [f"not verified: {FILE_NAME}, where a run's report notes no SHA-256, as older versions'"]
+        ["not verified: examples, where a run's report notes no SHA-256, as older versions'"]
         if count
         else []
     )

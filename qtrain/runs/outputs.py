@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from qtrain.logger.loggers import Logger, Pictures, TensorBoard
 from qtrain.quant.base import Quantizer
 from qtrain.runs.hparams import hparams
 from qtrain.runs.quality import made_of, of_task
-from qtrain.runs.report import Report
+from qtrain.runs.report import EXAMPLES, Report
 from qtrain.runs.summary import summary
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import output_points
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from qtrain.logger.plots import Pairs
 
 log = logging.getLogger(__name__)
+
+
+def _save(path: Path, arrays: dict[str, "np.ndarray[Any, Any]"]) -> None:
+    with path.open("wb") as file:  # given a name, numpy would append .npz to it
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
@@ -124,9 +129,9 @@ def write(
     sample: tuple[Tensor, ...],
     last_epoch: int,
 ) -> None:
-    """Writes examples.pt, what the loggers show of the finished run, and the lines at its end."""
-    examples = {name: score.examples for name, score in scores.items() if score is not None}
-    write_atomically(run_dir / "examples.pt", lambda new: torch.save(examples, new))
+    """Writes examples.npz, what the loggers show of the finished run, and the lines at its end."""
+    examples = {name: s.examples.numpy() for name, s in scores.items() if s is not None}
+    write_atomically(run_dir / EXAMPLES, lambda new: _save(new, examples))
 
     logger.log(final_scores(report, task.quality), last_epoch)
     logger.log(final_costs(report), 0)

@@ -18,7 +18,9 @@ from qtrain.common.shape import misfits
 SCHEMA = 2  # which only adds to 1: plan
 READABLE = (1, 2)
 FILE_NAME = "report.json"
-DIGESTED = ("float.pt", "quantized.pt", "examples.pt")
+EXAMPLES = "examples.npz"
+OLD_EXAMPLES = "examples.pt"  # of 0.1.0, written by torch
+DIGESTED = ("float.pt", "quantized.pt", EXAMPLES)
 NUMBER = int | float
 SPEC = {"bits": int, "observer": str}
 # What readers rely on, where it is there: a class, [content of a list] or {key of a dict: content};

@@ -14,7 +14,7 @@ def cells(section, *keys):
 
 def test_difference_to_float_needs_no_examples(runs):
     for name, gained, lost in (("a", 3, 9), ("b", 1, 12)):
-        (runs.write(name, gained=gained, lost=lost) / "examples.pt").unlink()
+        (runs.write(name, gained=gained, lost=lost) / "examples.npz").unlink()
     (section,) = compare([runs.folder]).sections
     found = cells(section, "difference", "difference_p")
     assert found["a"] == (pytest.approx(-0.6), mcnemar(3, 9))
@@ -99,11 +99,11 @@ def test_without_examples_a_warning_and_no_significance(runs, damage):
     b = runs.write("b", method="qat", lost=30)
     if damage == "other length":
         runs.write("other", n=500)
-        (b / "examples.pt").write_bytes((runs.folder / "other" / "examples.pt").read_bytes())
+        (b / "examples.npz").write_bytes((runs.folder / "other" / "examples.npz").read_bytes())
         compared = [runs.folder / "a", b]
     else:
-        (b / "examples.pt").write_bytes(b"junk") if damage == "broken" else (
-            b / "examples.pt"
+        (b / "examples.npz").write_bytes(b"junk") if damage == "broken" else (
+            b / "examples.npz"
         ).unlink()
         compared = [runs.folder]
     comparison = compare(compared, baseline=["method=ptq"])

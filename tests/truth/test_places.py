@@ -25,7 +25,7 @@ def run_dir(job, kept, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-@pytest.mark.parametrize("name", ["report.json", "quantized.pt", "examples.pt"])
+@pytest.mark.parametrize("name", ["report.json", "quantized.pt", "examples.npz"])
 def test_what_is_no_file_is_not_waited_for(run_dir, kept, name, kind):
     path = run_dir / name
     path.unlink()
@@ -33,11 +33,11 @@ def test_what_is_no_file_is_not_waited_for(run_dir, kept, name, kind):
         path
     )
     words = ["-c", f"import qtrain; qtrain.load({str(run_dir)!r})"]
-    if name == "examples.pt":
+    if name == "examples.npz":
         words = ["-m", "qtrain.cli.compare", run_dir, kept, "--baseline", kept]
     ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
     assert f"{path}: is no regular file" in ended.stderr
-    assert (ended.returncode == 0) == (name == "examples.pt")  # the rest of the table stands
+    assert (ended.returncode == 0) == (name == "examples.npz")  # the rest of the table stands
 
 
 @pytest.mark.parametrize("name", ["qtrain.log", "metrics.jsonl", "resume", ".lock"])
