@@ -3,7 +3,7 @@
 from torch import nn
 
 from qtrain.backend import torch_ao
-from qtrain.functional.spec import QuantSpec
+from qtrain.functional.spec import FloatFormat, QuantSpec
 from qtrain.simulate.simulation import Batches, Simulation
 
 
@@ -31,8 +31,8 @@ class Quantizer:
     simulated = False
     exports = False
     engine: str | None = None
-    weight: QuantSpec | None = None
-    activation: QuantSpec | None = None
+    weight: QuantSpec | FloatFormat | None = None
+    activation: QuantSpec | FloatFormat | None = None
 
     def prepare(self, model: nn.Module) -> Simulation:
         """Returns the simulation of a copy of the float `model`, to be calibrated; maybe bare."""

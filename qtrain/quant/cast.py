@@ -11,6 +11,7 @@ from qtrain.common.validate import choice, refuse
 from qtrain.functional.spec import FloatFormat
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import only_float
+from qtrain.simulate.plan import LayerPlan
 from qtrain.simulate.simulation import Simulation
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -29,28 +30,47 @@ class Cast(Quantizer):
         ValueError: the dtype is neither, or a layer setting is not "float".
     """
 
+    weight: FloatFormat
+
     def __init__(self, *, dtype: str, layers: dict[str, str]) -> None:
         refuse(choice("dtype", dtype, DTYPES) + only_float(layers, f"all others have {dtype}"))
         self.dtype, self.layers = DTYPES[dtype], layers
-        self.weight = self.activation = FloatFormat(dtype)  # type: ignore[assignment]
+        self.weight = self.activation = FloatFormat(dtype)
 
-    def convert(self, simulation: Simulation) -> nn.Module:
-        model = torch_ao.copy_model(simulation.model).cpu().eval()
-        floats: dict[str, nn.Module] = {}
-        for matched in torch_ao.match_layers(model, dict.fromkeys(self.layers)):
-            # Layers with a matrix each by itself: what lies between them, as attention, stays in
-            # one format.
-            inside = {
-                f"{matched}.{n}" if n else matched: m
-                for n, m in model.get_submodule(matched).named_modules()
-            }
-            found = {n: copy.deepcopy(m) for n, m in inside.items() if isinstance(m, WITH_MATRIX)}
+    def prepare(self, model: nn.Module) -> Simulation:
+        floats = self._floats(model)
+        plan = {
+            name: LayerPlan(type(layer).__name__, weight=self.weight, backend=self.weight.dtype)
+            for name, layer in model.named_modules()
+            if name not in floats and any(True for _ in layer.parameters(recurse=False))
+        }
+        return Simulation(torch_ao.copy_model(model), plan).eval()
+
+    def _floats(self, model: nn.Module) -> set[str]:
+        """Returns the layers that stay in float32.
+
+        Those with a matrix, each by itself: what lies between them, as attention, stays in one
+        format.
+        """
+        floats: set[str] = set()
+        for outer in torch_ao.match_layers(model, dict.fromkeys(self.layers)):
+            modules = model.get_submodule(outer).named_modules(prefix=outer)
+            found = {name for name, module in modules if isinstance(module, WITH_MATRIX)}
             if not found:
                 raise ValueError(
-                    f"quant.layers: {matched} has no matrix to keep in float; "
+                    f"quant.layers: {outer} has no matrix to keep in float; "
                     "name a Linear, Conv or Embedding layer"
                 )
             floats |= found
+        return floats
+
+    def convert(self, simulation: Simulation) -> nn.Module:
+        model = torch_ao.copy_model(simulation.model).cpu().eval()
+        floats = {
+            name: copy.deepcopy(layer)
+            for name, layer in model.named_modules()
+            if isinstance(layer, WITH_MATRIX) and name not in simulation.plan
+        }
         _cast_between(model.to(self.dtype), self.dtype, torch.float32)
         for name, layer in floats.items():
             model.set_submodule(name, _cast_between(layer, torch.float32, self.dtype))

@@ -15,6 +15,7 @@ from qtrain.functional.affine import Quantized
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import only_float
+from qtrain.simulate.plan import LayerPlan
 from qtrain.simulate.simulation import Simulation
 
 SCOPES = ("all", "linear")
@@ -32,6 +33,8 @@ class RoundTrip(Quantizer):
         ValueError: names the parameter, its value and what is allowed.
     """
 
+    method: str
+
     def __init__(self, *, scope: str, layers: dict[str, str]) -> None:
         refuse(choice("scope", scope, SCOPES) + only_float(layers, "each tensor has one format"))
         self.scope, self.layers = scope, layers
@@ -40,16 +43,26 @@ class RoundTrip(Quantizer):
         """Returns the quantized tensor."""
         raise NotImplementedError
 
+    def prepare(self, model: nn.Module) -> Simulation:
+        floats = torch_ao.match_layers(model, dict.fromkeys(self.layers))
+        plan = {
+            name: LayerPlan(type(layer).__name__, weight=self.weight, backend=self.method)
+            for name, layer in model.named_modules()
+            if not any(name == outer or name.startswith(f"{outer}.") for outer in floats)
+            if any(self._is_stored(layer, own) for own, _ in layer.named_parameters(recurse=False))
+        }
+        return Simulation(torch_ao.copy_model(model), plan).eval()
+
+    def _is_stored(self, layer: nn.Module, name: str) -> bool:
+        """Returns whether the scope takes this parameter of a layer."""
+        return self.scope == "all" or name == "weight" and isinstance(layer, nn.Linear)
+
     def convert(self, simulation: Simulation) -> nn.Module:
         model = torch_ao.copy_model(simulation.model).cpu().eval().requires_grad_(False)
-        floats = torch_ao.match_layers(model, dict.fromkeys(self.layers))
         chosen, kept = [], set()
         for layer_name, layer in model.named_modules():
-            is_float = any(layer_name == f or layer_name.startswith(f"{f}.") for f in floats)
             for name, parameter in layer.named_parameters(recurse=False):
-                if not is_float and (
-                    self.scope == "all" or name == "weight" and isinstance(layer, nn.Linear)
-                ):
+                if layer_name in simulation.plan and self._is_stored(layer, name):
                     chosen.append((layer, name, parameter))
                 else:
                     kept.add(parameter)
@@ -70,6 +83,7 @@ class Absmax(RoundTrip):
         scope, layers: see `RoundTrip`.
     """
 
+    method = "absmax"
     weight = QuantSpec(bits=8, symmetric=True, granularity="per_tensor", reduce_range=False)
 
     def __init__(self, *, quant_max: int, scope: str, layers: dict[str, str]) -> None:
@@ -89,6 +103,7 @@ class Zeropoint(RoundTrip):
         scope, layers: see `RoundTrip`.
     """
 
+    method = "zeropoint"
     weight = QuantSpec(bits=8, symmetric=False, granularity="per_tensor", reduce_range=False)
 
     def __init__(self, *, num_steps: int, scope: str, layers: dict[str, str]) -> None:

@@ -5,7 +5,10 @@ from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.measure import weight_bytes
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.cast import Cast
-from qtrain.simulate.simulation import Simulation
+
+
+def converted(method, model):
+    return method.convert(method.prepare(model))
 
 
 def make(dtype, layers=None):
@@ -14,7 +17,7 @@ def make(dtype, layers=None):
 
 @pytest.mark.parametrize("dtype, error", [("float16", 2e-3), ("bfloat16", 2e-2)])
 def test_half_the_bytes_and_float32_outside(dtype, error, model, images):
-    quantized = make(dtype).convert(Simulation(model))
+    quantized = converted(make(dtype), model)
     output = quantized(images)
     assert (
         output.dtype == torch.float32
@@ -28,7 +31,7 @@ def test_half_the_bytes_and_float32_outside(dtype, error, model, images):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_generation(dtype):
     model = GPT2(vocab_size=40, n_positions=8, n_layer=1, n_head=2, n_embd=16)
-    quantized, idx = make(dtype).convert(Simulation(model)), torch.tensor([[1, 2]])
+    quantized, idx = converted(make(dtype), model), torch.tensor([[1, 2]])
     assert quantized.generate(idx, 6, seed=1).shape == (1, 8)
     torch.testing.assert_close(quantized(idx), model(idx), rtol=0.05, atol=0.01)
     assert make(dtype).weight.describe()["bits"] == 16
@@ -44,7 +47,7 @@ def test_an_unknown_format():
 )
 def test_single_layers_in_float(layers):
     model = GPT2(vocab_size=40, n_positions=8, n_layer=2, n_head=2, n_embd=16)
-    quantized, idx = make("float16", layers).convert(Simulation(model)), torch.tensor([[1, 2, 3]])
+    quantized, idx = converted(make("float16", layers), model), torch.tensor([[1, 2, 3]])
     dtypes = {
         n: m.weight.dtype
         for n, m in quantized.named_modules()
@@ -57,7 +60,7 @@ def test_single_layers_in_float(layers):
     assert torch.equal(
         quantized.get_submodule(expected[0]).weight, model.get_submodule(expected[0]).weight
     )
-    half = make("float16").convert(Simulation(model))
+    half = converted(make("float16"), model)
     assert 0 < (quantized(idx) - half(idx)).abs().max() < 0.01
     assert quantized.generate(idx, 4, greedy=True).shape == (1, 7)  # the cache has one format too
 
@@ -72,6 +75,13 @@ def test_each_layer_says_why_it_is_float(convnet, images):
 def test_float_layers_that_are_none():
     model = GPT2(vocab_size=40, n_positions=8, n_layer=1, n_head=2, n_embd=16)
     with pytest.raises(ValueError, match="ln_f has no matrix to keep in float"):
-        make("float16", {"ln_f": "float"}).convert(Simulation(model))
+        converted(make("float16", {"ln_f": "float"}), model)
     with pytest.raises(ValueError, match=r"layers\.h\.0={'bits': 4}: must be float"):
         make("float16", {"h.0": {"bits": 4}})
+
+
+def test_the_plan_names_each_layer_in_half_precision(convnet):
+    plan = make("bfloat16", {"linear2": "float"}).prepare(convnet).plan
+    assert set(plan) == {"conv1", "bn1", "conv2", "bn2", "linear1"}
+    assert {layer.describe()["weight"]["bits"] for layer in plan.values()} == {16}
+    assert {layer.backend for layer in plan.values()} == {"bfloat16"}

@@ -8,7 +8,10 @@ from qtrain.analyze.dry_run import coverage
 from qtrain.analyze.measure import weight_bytes
 from qtrain.model.gpt2 import GPT2
 from qtrain.quant.round_trip import Absmax, Zeropoint
-from qtrain.simulate.simulation import Simulation
+
+
+def converted(method, model):
+    return method.convert(method.prepare(model))
 
 
 def value(model, name):
@@ -44,7 +47,7 @@ METHODS = {
 @pytest.mark.parametrize("make, formula", METHODS.values(), ids=METHODS)
 def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
     before = copy.deepcopy(convnet.state_dict())
-    quantized = make().convert(Simulation(convnet))
+    quantized = converted(make(), convnet)
     for name, exact in convnet.named_parameters():
         torch.testing.assert_close(
             value(quantized, name), formula(exact.data), rtol=1e-5, atol=1e-6, msg=name
@@ -57,7 +60,7 @@ def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
 @pytest.mark.parametrize("make, formula", METHODS.values(), ids=METHODS)
 def test_linear_layers_alone_or_without_some(make, formula, convnet):
     def changed(**options):
-        quantized = make(**options).convert(Simulation(convnet))
+        quantized = converted(make(**options), convnet)
         return {
             name
             for name, exact in convnet.named_parameters()
@@ -70,9 +73,9 @@ def test_linear_layers_alone_or_without_some(make, formula, convnet):
 
 
 def test_other_ranges(convnet):
-    coarse = METHODS["absmax"][0](quant_max=3).convert(Simulation(convnet))
+    coarse = converted(METHODS["absmax"][0](quant_max=3), convnet)
     assert len(coarse.conv1.weight.unique()) <= 7
-    coarse = METHODS["zeropoint"][0](num_steps=5).convert(Simulation(convnet))
+    coarse = converted(METHODS["zeropoint"][0](num_steps=5), convnet)
     assert len(coarse.conv1.weight.unique()) <= 6
 
 
@@ -81,7 +84,7 @@ def test_a_quarter_of_the_size_and_a_tied_weight_once(make, formula):
     torch.manual_seed(0)
     model = GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32).eval()
     idx = torch.arange(12).view(2, 6)
-    quantized = make().convert(Simulation(model))
+    quantized = converted(make(), model)
     parameters = list(model.parameters())  # the tied weight once
     # A scale, a zero point.
     assert weight_bytes(quantized) == sum(p.numel() for p in parameters) + 8 * len(parameters)
@@ -91,9 +94,7 @@ def test_a_quarter_of_the_size_and_a_tied_weight_once(make, formula):
         "macs_quantized": 1.0,
         "float_layers": {},
     }
-    fresh = make().convert(
-        Simulation(GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32))
-    )
+    fresh = converted(make(), GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32))
     fresh.load_state_dict(quantized.state_dict())
     assert torch.equal(fresh(idx), quantized(idx))
 
@@ -102,7 +103,7 @@ def test_a_quarter_of_the_size_and_a_tied_weight_once(make, formula):
 def test_a_tied_weight_that_one_layer_keeps_in_float_stays_float(make, formula):
     model = GPT2(vocab_size=64, n_positions=16, n_layer=1, n_head=2, n_embd=32).eval()
     for options in ({"scope": "linear"}, {"layers": {"wte": "float"}}):
-        quantized = make(**options).convert(Simulation(model))
+        quantized = converted(make(**options), model)
         assert (
             quantized.lm_head.weight is quantized.wte.weight and type(quantized.wte) is nn.Embedding
         )
@@ -125,3 +126,15 @@ def test_a_tied_weight_that_one_layer_keeps_in_float_stays_float(make, formula):
 def test_refused_settings(name, options, message):
     with pytest.raises(ValueError, match=message):
         METHODS[name][0](**options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_plan_names_each_layer_whose_parameters_are_stored(name, convnet):
+    make, _ = METHODS[name]
+    plan = make().prepare(convnet).plan
+    assert set(plan) == {"conv1", "bn1", "conv2", "bn2", "linear1", "linear2"}
+    assert {layer.describe()["weight"]["bits"] for layer in plan.values()} == {8}
+    assert {layer.backend for layer in plan.values()} == {name}
+    assert set(make(scope="linear", layers={"linear2": "float"}).prepare(convnet).plan) == {
+        "linear1"
+    }
