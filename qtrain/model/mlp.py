@@ -37,14 +37,15 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.quant(x.flatten(1))  # (B, 784)
-        for linear, relu in (
-            (self.linear1, self.relu1),
-            (self.linear2, self.relu2),
-            (self.linear3, self.relu3),
-        ):
-            x = linear(x)
-            if relu is not None:
-                x = relu(x)
+        x = self.linear1(x)
+        if self.relu1 is not None:
+            x = self.relu1(x)
+        x = self.linear2(x)
+        if self.relu2 is not None:
+            x = self.relu2(x)
+        x = self.linear3(x)
+        if self.relu3 is not None:
+            x = self.relu3(x)
         return self.dequant(x)  # (B, 10)
 
     def fuse_model(self, is_qat: bool = False) -> None:

@@ -62,6 +62,7 @@ def _holding(cls: Any) -> Any:
 
     own = {
         "engine": "",
+        "__jit_ignored_attributes__": ["engine"],
         "__reduce_ex__": reduced,
         "__deepcopy__": copied,
         "__module__": cls.__module__,

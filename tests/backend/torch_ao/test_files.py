@@ -139,3 +139,16 @@ def test_a_traced_int8_model_computes_the_same(lowered, images):
     with torch_ao.use_engine("fbgemm"):  # a trace is of the kernels alone
         traced = torch.jit.trace(lowered, images[:2])
         assert torch.equal(traced(images), lowered(images))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_scripted_int8_model_computes_the_same(lowered, images, copied, tmp_path):
+    model = copy.deepcopy(lowered) if copied else lowered
+    expected = model(images)
+    with torch_ao.use_engine("fbgemm"):  # whose kernels the script calls by its caller's engine
+        torch.jit.script(model).save(tmp_path / "model.pt")
+        assert torch.equal(torch.jit.load(tmp_path / "model.pt")(images), expected)
+    with torch_ao.use_engine("qnnpack"):  # the model itself holds its engine still
+        assert torch.equal(model(images), expected)
