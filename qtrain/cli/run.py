@@ -7,7 +7,7 @@ quietly from the start.
 import gc
 import logging
 import os
-import re
+import shutil
 import signal
 import sys
 import threading
@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtrain.cli.errors import explain
 from qtrain.cli.interrupt import quit_at_once
 from qtrain.common.plain import plain_lines
 from qtrain.config.command_line import config_dir, hydra_arguments, refuse_choices, split
@@ -55,10 +56,14 @@ def one_job(config: "DictConfig") -> Any:
     settings = HydraConfig.get()
     if settings.mode != RunMode.RUN and config.threads is None:
         config.threads = sweep.THREADS
-    run_dir, overrides = (
-        Path(settings.runtime.output_dir),
-        heed_own_keys(config, settings.overrides.task),
-    )
+    run_dir = Path(settings.runtime.output_dir)
+    overrides, firsts = heed_own_keys(config, settings.overrides.task)
+    if firsts and sweep.is_grid(settings):
+        log.info(f"job {settings.job.num}: the same as that with {' '.join(firsts)}; skipped")
+        shutil.rmtree(
+            run_dir / ".hydra", ignore_errors=True
+        )  # which is what a run without a result has
+        return None
     try:
         refuse_config(overridden_labels(config))
         unused = unused_settings(config, overrides)
@@ -235,57 +240,6 @@ def _write_nowhere_in_other_ranks() -> None:
         nowhere = tempfile.mkdtemp(prefix="qtrain_rank")
         atexit.register(shutil.rmtree, nowhere, ignore_errors=True)
         sys.argv += [f"hydra.run.dir={nowhere}", "hydra/job_logging=disabled"]
-
-
-def explain(err: BaseException) -> str:
-    """Returns an error's text; for an unknown key, with the keys that there are."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import InterpolationResolutionError
-
-    from qtrain.runs import sweep
-
-    if isinstance(err, FileNotFoundError) and err.filename is not None:
-        return (
-            f"{os.fsdecode(err.filename)}: there is no such file or folder; "
-            "was it deleted while the run was at work?"
-        )
-    if isinstance(err, OSError) and err.errno is not None:
-        where = "" if err.filename is None else f"{os.fsdecode(err.filename)}: "
-        return (
-            f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, "
-            "on disks with room"
-        )
-    missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
-    if missing is not None:
-        return missing
-    cause: BaseException | None = err
-    while cause is not None:
-        node = getattr(cause, "parent_node", None)
-        if node is not None and getattr(cause, "full_key", None) and "not in struct" in str(cause):
-            known = ", ".join(sorted(str(key) for key in node))
-            text = f"{cause.full_key}: there is no such key; allowed beside it are {known}"  # type: ignore[attr-defined]
-            # What is made from this section may take more than its YAML names.
-            return (
-                f"{text}; to add it all the same: +{cause.full_key}=VALUE"  # type: ignore[attr-defined]
-                if "_target_" in node
-                else text
-            )
-        if str(cause).startswith("Missing key "):
-            return f"{cause.full_key}: is missing, and has no default"  # type: ignore[attr-defined]
-        if isinstance(cause, InterpolationResolutionError):
-            given = [argument for argument in sys.argv[1:] if "${" in argument]
-            return (
-                f"{', '.join(given) or cause.full_key}: {str(cause).splitlines()[0]}; "
-                "name a key of this config"
-            )
-        cause = cause.__cause__ or cause.__context__
-    if "Error merging override" in str(err) and err.__cause__ is not None:
-        return f"{err}: {str(err.__cause__).splitlines()[0]}"
-    if isinstance(err, HydraException) and not any(
-        re.split(r"[=@]", a)[0] in str(err) for a in sys.argv[1:]
-    ):
-        return f"{err} (given {' '.join(sys.argv[1:])})"
-    return str(err)
 
 
 if __name__ == "__main__":

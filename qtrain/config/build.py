@@ -17,7 +17,7 @@ from torch import nn
 from qtrain.analyze.truth import TruthGate
 from qtrain.common.network import impatient
 from qtrain.common.validate import SEEDS, choice, whole
-from qtrain.config.command_line import config_dir, hydra_arguments
+from qtrain.config.command_line import NAMED, config_dir, hydra_arguments
 from qtrain.config.mistakes import disagreements, explain, refusals, spec_mistakes, unresolved
 from qtrain.config.old_names import up_to_date
 from qtrain.config.settings import (
@@ -36,14 +36,7 @@ from qtrain.task.base import Task
 from qtrain.train.trainer import OptimizerFactory, SchedulerFactory, Trainer
 
 PATHS = ("checkpoint", "float_cache", "data.path", "data.valid_path", "data.test_path", "data.root")
-NAMED = {  # keys that take the name of a file in a group, or a list with such names
-    "quant.weight.observer": "observer",
-    "quant.activation.observer": "observer",
-    "quant.optimizer": "optimizer",
-    "quant.scheduler": "scheduler",
-    "quant.transforms": "transform",
-    "export": "exporter",
-}
+LISTS = {"quant.transforms": "transform", "export": "exporter"}  # with such names
 NOT_NULL = ("quant.optimizer", "quant.scheduler", "export")
 # What is made, in this order; the model last, for it draws from the generator.
 PARTS = (
@@ -95,7 +88,7 @@ def resolve(config: DictConfig) -> DictConfig:
     if OmegaConf.select(config, "data.tokenizer") == AUTO:
         config.data.tokenizer = own_tokenizer(OmegaConf.select(config, "model.pretrained"))
     config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
-    for key, group in NAMED.items():
+    for key, group in (NAMED | LISTS).items():
         section, _, last = key.rpartition(".")
         node = OmegaConf.select(config, section) if section else config
         if not OmegaConf.is_dict(node) or last not in node or OmegaConf.is_dict(node[last]):

@@ -17,6 +17,15 @@ VALUED = (
 )
 
 
+CALLS = "choice|range|interval|glob|shuffle|sort|tag|int|float|bool|str|json_str|extend_list"
+NAMED = {  # keys that take the name of a file in a group
+    "quant.weight.observer": "observer",
+    "quant.activation.observer": "observer",
+    "quant.optimizer": "optimizer",
+    "quant.scheduler": "scheduler",
+}
+
+
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Returns a command line's options, as -m, with their values, and its overrides."""
     options, overrides = [], []
@@ -49,7 +58,20 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     kept = [
         re.sub(r"^(\+*)transform(?=[=.])", r"\1model_transform", a) for a in kept
     ]  # its name in 0.1.0
-    return [_layers(a) if a.startswith("quant.layers") else _quoted(a) for a in kept]
+    kept = [_layers(a) if a.startswith("quant.layers") else _quoted(a) for a in kept]
+    return [_of_group(a, kept) for a in kept]
+
+
+def _of_group(argument: str, all_of_them: list[str]) -> str:
+    """Returns quant.optimizer=NAME as Hydra's choice of a file where settings of it are named too.
+
+    Else the name would take their place, or they that of the settings of another file.
+    """
+    key, _, name = argument.partition("=")
+    if key not in NAMED or name == "null" or not re.fullmatch(r"[\w,]+", name):
+        return argument
+    has_settings = any(re.match(rf"\+*{re.escape(key)}\.", other) for other in all_of_them)
+    return f"{NAMED[key]}@{argument}" if has_settings else argument
 
 
 def _layers(argument: str) -> str:
@@ -57,13 +79,13 @@ def _layers(argument: str) -> str:
 
 
 def _quoted(argument: str) -> str:
-    """Returns KEY=VALUE with quotes around values that hold an equals sign, as epoch=3/last.pt."""
+    """Returns KEY=VALUE with quotes around values that hold = or ( ), as `epoch=3 (1).pt`."""
     key, _, value = argument.partition("=")
     # Not what has quotes, is a list, a mapping or a function of Hydra's; nor an option.
-    is_ours = key.startswith("-") or key == "resume" or re.match(r"['\"\[{]|\w+\(", value)
-    if "=" not in value or is_ours or "\\" in value or "'" in value:
+    is_ours = key.startswith("-") or key == "resume" or re.match(rf"['\"\[{{]|({CALLS})\(", value)
+    if not re.search("[=()]", value) or is_ours or "\\" in value or "'" in value:
         return argument
-    parts = (f"'{part}'" if "=" in part else part for part in value.split(","))
+    parts = (f"'{part}'" if re.search("[=()]", part) else part for part in value.split(","))
     return f"{key}={','.join(parts)}"
 
 

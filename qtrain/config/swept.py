@@ -72,7 +72,9 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
                 lacking[text] = lacks
     if not lacking:
         return list(own), []
-    keys = ",".join(own[text].key_or_group for text in lacking)
+    keys = ",".join(
+        f"[{own[text].key_or_group},{_quoted(_values(own[text])[0])}]" for text in lacking
+    )
     kept = [f"++{text}" if text in lacking else text for text in own]
     notes = [
         f"{text}: left out for {', '.join(names)}, without this key"
@@ -81,29 +83,71 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
     return [*kept, f"+{OPTIONAL}=[{keys}]"], notes
 
 
-def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> list[str]:
-    """Removes, in place, optional keys that a job's options lack; returns the other overrides."""
+def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Removes, in place, optional keys that a job's options lack.
+
+    Returns:
+        the other overrides, and what the sweep's first job that is the same has in their place:
+        nothing, if that is this job.
+    """
     import hydra
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
 
     overrides = list(overrides)
     with open_dict(config):
         optional = config.pop(OPTIONAL, ())
     if not optional:
-        return overrides
+        return overrides, []
     plain = [text for text in overrides if not text.startswith(("++", f"+{OPTIONAL}="))]
     own = hydra.compose("config", plain)
-    for key in optional:
+    firsts = []
+    for key, first in optional:
+        given = [text.removeprefix("++") for text in overrides if text.startswith(f"++{key}=")]
         if _has(own, key):
-            plain += [text[2:] for text in overrides if text.startswith(f"++{key}=")]
+            plain += given
             continue
-        section, _, name = key.rpartition(".")
+        if given and given[-1] != f"{key}={first}":
+            firsts.append(f"{key}={first}")
+        _remove(config, own, key)
+    others = tuple(f"++{key}=" for key, _ in optional)
+    plain += [text for text in overrides if text.startswith("++") and not text.startswith(others)]
+    return plain, firsts
+
+
+def _remove(config: "DictConfig", own: "DictConfig", key: str) -> None:
+    """Takes a key out of `config`, in place, with the sections around it that `own` lacks too."""
+    from omegaconf import OmegaConf, open_dict
+
+    parts = key.split(".")
+    prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    outermost = next(prefix for prefix in prefixes if not _has(own, prefix))
+    if _has(config, outermost):
+        section, _, name = outermost.rpartition(".")
         with open_dict(config):
             OmegaConf.select(config, section).pop(name)
-    others = tuple(f"++{key}=" for key in optional)
-    return plain + [
-        text for text in overrides if text.startswith("++") and not text.startswith(others)
-    ]
+
+
+def _values(override: "Override") -> list[str]:
+    if not override.is_sweep_override():
+        return [override.get_value_element_as_str()]
+    return [str(value) for value in override.sweep_string_iterator()]
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def options_with(key: str) -> list[str]:
+    """Returns the options of the group at the start of `key` whose config has this key."""
+    import hydra
+
+    group = key.partition(".")[0]
+    names = sorted(path.stem for path in (Path(config_dir()) / group).glob("*.yaml"))
+    if not names or not _is_spelt(key, [config_dir()]):
+        return []
+    with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
+        return [name for name in names if _has(hydra.compose("config", [f"{group}={name}"]), key)]
 
 
 def _is_spelt(key: str, folders: Iterable[str]) -> bool:

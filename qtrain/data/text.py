@@ -197,6 +197,11 @@ def _refuse_short(
 ) -> None:
     for origin, name, ids in zip(origins, ("training", "validation", "test"), tokens, strict=True):
         if len(ids) <= context:
+            if not origin.startswith("path="):
+                raise ValueError(
+                    f"{origin}: has {len(ids)} tokens, and must have more than context={context}; "
+                    "use a longer text or a smaller context"
+                )
             raise ValueError(
                 f"{origin}: its {name} part has {len(ids)} tokens, of the {sum(map(len, tokens))} "
                 f"of the whole text, and must have more than context={context}; use a longer text, "

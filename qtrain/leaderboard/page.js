@@ -210,7 +210,8 @@ function showDifferences(rows, total) {
     .filter(([, found]) => new Set(found).size > 1);
   const note = total > rows.length ? `the first ${rows.length} of ${total}; ` : "";
   const text = lines.length ? "settings that differ" : rows.length > 1 ? "their settings are the same" : "select another one to see what differs";
-  const head = rows.map((row, i) => make("th", { title: row.data.name }, swatch(lineColour(i)), row.data.name));
+  const colours = lineColours(rows);
+  const head = rows.map((row, i) => make("th", { title: row.data.name }, swatch(colours[i]), row.data.name));
   const links = rows.map(row => make("td", { class: "runs" }, make("div", {}, ...runsOf(row.data)
     .flatMap(run => [make("a", { href: run.link, title: run.link }, run.name), " "]))));
   const runs = section().unit === "group" ? [make("tr", {}, make("td", {}, "runs"), ...links)] : [];

@@ -160,13 +160,18 @@ function nearest(svg, points, event, reach) {
   return best;
 }
 
-const lineColour = index => [...COLOURS, FLOAT][index] ?? `hsl(${index * 47} 45% 55%)`;
+// The scatter's colours where they tell the rows apart.
+function lineColours(rows) {
+  const column = Number($("colour").value), colours = palette(column);
+  const own = rows.map(row => colours.get(row.data.cells[column]));
+  return new Set(own).size === rows.length ? own : rows.map((_, i) => [...COLOURS, FLOAT][i] ?? `hsl(${i * 47} 45% 55%)`);
+}
 let linePoints = [];
 
 function showCurves(rows) {
-  const index = $("series").value, svg = $("curves");
+  const index = $("series").value, svg = $("curves"), colours = lineColours(rows);
   const lines = rows.flatMap((row, i) => runsOf(row.data)
-    .map(run => ({ name: run.name, colour: lineColour(i), curve: run.curves[index] })).filter(line => line.curve));
+    .map(run => ({ name: run.name, colour: colours[i], curve: run.curves[index] })).filter(line => line.curve));
   const known = $("series").options.length > 0 && rows.length > 0;
   $("curve-controls").hidden = !known;
   svg.toggleAttribute("hidden", !known);

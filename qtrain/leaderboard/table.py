@@ -209,9 +209,10 @@ def legend(sections: Sequence[Section]) -> list[str]:
             f"puts one of them below {ALPHA} in 1 of {round(1 / ALPHA)} tables at most"
         )
     if any(text.endswith("?") for text in texts):
-        lines.append(
-            "?: significance not tested: no scores of examples whose mean is the quality can be compared"
-        )
+        reason = "no scores of examples whose mean is the quality can be compared"
+        if grouped:
+            reason += ", or several runs of one seed, which tell nothing of others"
+        lines.append(f"?: significance not tested: {reason}")
     if any("(sim)" in text for text in texts):
         lines.append(
             "(sim): simulated in float; there is no integer model, so neither size nor latency"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qtrain.runs.checkpoint import load_state, read_state
 
 SECTIONS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
+MASK = re.compile(r"\.attn\.(?:masked_)?bias$")  # of attention, in older GPT-2 files
 WRAPPER = re.compile(r"(^|\.)(?:module|_orig_mod)\.")  # of DataParallel and torch.compile
 MOST_NAMED, MOST_LEVELS = 5, 3
 
@@ -41,6 +42,12 @@ def load_checkpoint(model: nn.Module, path: Path, *, strict: bool) -> list[str]:
     if types:
         notes.append(f"its {', '.join(sorted(types))} weights become those of the model's type")
     hint = "; checkpoint_strict=false leaves out what does not fit" if strict else ""
+    transposed = [k for k, v in tensors.items() if v.ndim == 2 and v.shape != own[k].shape]
+    if transposed and all(tensors[k].T.shape == own[k].shape for k in transposed):
+        hint = (
+            "; its Linear weights lie transposed, as in Hugging Face's GPT-2: "
+            "model.pretrained=FOLDER reads such a model"
+        )
     load_state(model, state, path, hint)
     # Two names of one weight, as a head that is tied to an embedding: the last to be loaded has
     # overwritten the other.
@@ -79,6 +86,9 @@ def unwrap(
     if prefix:
         notes.append(f"its names without {prefix}")
     found = {name.removeprefix(prefix): state[key] for key, name in names.items()}
+    if masks := {name for name in found if MASK.search(name) and name not in own}:
+        notes.append("without the masks of attention, which are no weights")
+        found = {name: value for name, value in found.items() if name not in masks}
     kept = [found[name] for name in found if name in own]
     # One weight under two names may be saved twice.
     twice = {

@@ -30,11 +30,14 @@ def announce(config: DictConfig, hydra_config: Any) -> str:
     """Returns the first line of a run: what it does and, if one like it is known, for how long."""
     choices = hydra_config.runtime.choices
     epochs, steps, more, _ = kind = [OmegaConf.select(config, key) for key in KIND]
-    line = f"{choices.model} on {choices.data}: float for {_count(epochs, 'epoch')}"
-    if steps is not None:
-        line += f", at most {_count(steps, 'step')}"
-    if config.checkpoint is not None and config.checkpoint_mode == "use":
-        line = f"{choices.model} on {choices.data}: float from {config.checkpoint}"
+    is_trained = config.checkpoint is None or config.checkpoint_mode != "use"
+    line = f"{choices.model} on {choices.data}: float"
+    if config.checkpoint is not None:
+        line += f" from {config.checkpoint}" + ", trained on" * is_trained
+    if is_trained:
+        line += f" for {_count(epochs, 'epoch')}"
+        if steps is not None:
+            line += f", at most {_count(steps, 'step')}"
     if choices.quant != "none":
         line += f", then {choices.quant}"
     if more is not None:
@@ -44,8 +47,12 @@ def announce(config: DictConfig, hydra_config: Any) -> str:
     same = [report for report in _finished(folders) if _kind(report) == wanted]
     if not same:
         return line
-    training = next((_training(report) for report in same if _training(report)), 0.0)
+    training = next((_training(report) for report in same if _training(report)), None)
     rest = _seconds(same[0]) - _training(same[0])
+    if not is_trained:
+        return f"{line}; about {duration(rest)}, as the last such run"
+    if training is None:  # all such runs had their float model from elsewhere
+        return line
     if config.float_cache is None or training < 1:
         return f"{line}; about {duration(rest + training)}, as the last such run"
     return (
@@ -92,11 +99,16 @@ def _finished(patterns: dict[str, str]) -> Iterator[dict[str, Any]]:
 
 
 def _runs(hydra_config: Any) -> dict[str, str]:
-    return {str(Path(str(hydra_config.run.dir)).parent): f"*/{FILE_NAME}"}
+    return {str(_from_start(hydra_config, hydra_config.run.dir).parent): f"*/{FILE_NAME}"}
 
 
 def _sweeps(hydra_config: Any) -> dict[str, str]:
-    return {str(Path(str(hydra_config.sweep.dir)).parent): f"*/*/{FILE_NAME}"}
+    return {str(_from_start(hydra_config, hydra_config.sweep.dir).parent): f"*/*/{FILE_NAME}"}
+
+
+def _from_start(hydra_config: Any, folder: Any) -> Path:
+    """Returns a folder as meant from that of the start, which hydra.job.chdir has left."""
+    return Path(str(hydra_config.runtime.cwd or ".")) / str(folder)
 
 
 def _written(path: Path) -> float:

@@ -43,9 +43,14 @@ def extra_for(missing_config: str | None) -> str | None:
     return f"{group}={choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
 
 
+def is_grid(hydra_config: Any) -> bool:
+    """Returns whether a sweep's jobs are all combinations of values; else its sweeper searches."""
+    return bool(hydra_config.sweeper._target_.endswith("BasicSweeper"))
+
+
 def grid(hydra_config: DictConfig) -> list[Override] | None:
     """Returns what a sweep varies and what is the same for all; None where its sweeper searches."""
-    if not hydra_config.sweeper._target_.endswith("BasicSweeper"):
+    if not is_grid(hydra_config):
         return None
     preset = [f"{key}={values}" for key, values in (hydra_config.sweeper.params or {}).items()]
     found = OverridesParser.create().parse_overrides([*preset, *hydra_config.overrides.task])

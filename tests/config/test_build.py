@@ -171,6 +171,8 @@ def test_config_dir_is_absolute():
         (["qtrain"], ["qtrain"]),
         (["qtrain", "experiment=null", "seed=1"], ["qtrain", "seed=1"]),
         (["sweep=null", "experiment=seed_ptq"], ["experiment=seed_ptq"]),
+        (["checkpoint=run (1).pt"], ["checkpoint='run (1).pt'"]),
+        (["seed=choice(1,2)"], ["seed=choice(1,2)"]),
         (["quant.layers={linear1: float}"], ["++quant.layers={linear1: float}"]),
         (["quant.layers.linear1=float"], ["++quant.layers.linear1=float"]),
         (

@@ -110,3 +110,24 @@ def test_nothing_fits(tmp_path):
 def test_code_is_not_run_and_the_way_out_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"save the weights alone: torch\.save\(model\.state_dict"):
         load_checkpoint(model(), saved(tmp_path, {"model": nn.Linear}), strict=True)
+
+
+def test_masks_of_older_files_are_no_weights(tmp_path):
+    own = GPT2(vocab_size=20, n_positions=8, n_layer=2, n_head=2, n_embd=8)
+    state = own.state_dict()
+    for layer in range(2):
+        state[f"h.{layer}.attn.bias"] = torch.ones(8, 8).tril().view(1, 1, 8, 8)
+        state[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    found = GPT2(vocab_size=20, n_positions=8, n_layer=2, n_head=2, n_embd=8)
+    [note] = load_checkpoint(found, saved(tmp_path, state), strict=True)
+    assert "without the masks of attention" in note and same(found, own)
+
+
+def test_transposed_weights_lead_to_the_reader_that_takes_them(tmp_path):
+    own = GPT2(vocab_size=20, n_positions=8, n_layer=1, n_head=2, n_embd=8)
+    state = {
+        f"transformer.{name}": value.T if ".c_" in name and value.ndim == 2 else value
+        for name, value in own.state_dict().items()
+    }
+    with pytest.raises(ValueError, match="lie transposed.*model.pretrained=FOLDER"):
+        load_checkpoint(own, saved(tmp_path, state), strict=True)

@@ -9,7 +9,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from qtrain.cli.callbacks import Comparison
-from qtrain.cli.run import explain
+from qtrain.cli.errors import explain
 from qtrain.config.build import config_dir
 from qtrain.runs import sweep
 

@@ -51,6 +51,22 @@ def test_weights_that_are_given_are_not_announced_as_trained(job):
     assert first_line(run) == f"mlp on mnist_sample: float from {weights}, then ptq"
 
 
+def test_times_count_the_training_where_there_is_one(job):
+    weights = job("mlp", "quant=none").run_dir / "float.pt"
+    given = ["quant=ptq", f"checkpoint={weights}"]
+    job("mlp", *given)
+    line = f"mlp on mnist_sample: float from {weights}, then ptq; about "
+    assert re.fullmatch(
+        f"{re.escape(line)}.* s, as the last such run", first_line(job("mlp", *given))
+    )
+    # Of these runs none has trained: how long that takes is not known.
+    assert "about" not in first_line(job("mlp", "quant=ptq"))
+    trained_on = first_line(job("mlp", *given, "checkpoint_mode=finetune"))
+    assert trained_on.startswith(
+        f"mlp on mnist_sample: float from {weights}, trained on for 1 epoch, at most 10 steps"
+    )
+
+
 def test_a_sweep_says_what_it_varies_and_how_long_its_jobs_took(command, tmp_path):
     sweep = [
         "-m",

@@ -152,7 +152,31 @@ def test_a_key_that_no_swept_method_has_stays_a_mistake(sweep, job):
     assert code == 1 and "quant.epoch: there is no such key" in text
     alone = job("mlp", "quant=ptq", "quant.epochs=1")
     assert alone.code == 1 and "quant.epochs: there is no such key" in alone.text
-    assert "to add it all the same: +quant.epochs=VALUE" in alone.text
+    assert "quant=float_finetuned, quant=qat, quant=qat_low_bit have it" in alone.text
+
+
+def test_settings_of_a_section_that_one_swept_method_has_are_left_out_with_it(sweep):
+    code, text, (ptq, qat) = sweep("-m", "quant=ptq,qat", "quant.optimizer.lr=0.05")
+    assert code == 0, text
+    assert "optimizer" not in ptq["config"]["quant"]
+    assert qat["config"]["quant"]["optimizer"]["lr"] == 0.05
+
+
+def test_jobs_that_differ_in_what_is_left_out_alone_run_once(sweep):
+    code, text, reports = sweep("-m", "quant=ptq,qat", "quant.epochs=1,2")
+    assert code == 0, text
+    found = [(r["quant"]["method"], r["config"]["quant"].get("epochs")) for r in reports]
+    assert found == [("ptq", None), ("qat", 1), ("qat", 2)]
+    assert "job 1: the same as that with quant.epochs=1; skipped" in text
+    assert "3 runs" in text and "without a result" not in text
+
+
+def test_a_misspelt_key_is_answered_with_the_nearest(job):
+    found = job("mlp", "trainer.epohcs=3")
+    assert found.code == 1
+    assert "trainer.epohcs: there is no such key; nearest: epochs; allowed" in found.text
+    assert "+trainer.epohcs" not in found.text
+    assert "all the same: +trainer.foo=VALUE" in job("mlp", "trainer.foo=3").text
 
 
 def test_each_job_of_a_sweep_says_how_far_it_is(sweep):
@@ -176,6 +200,25 @@ def test_an_optimizer_and_a_schedule_of_qat_by_name(job):
         assert wrong.code == 1
         assert f"quant.optimizer={shown}: allowed are adam, adamw and sgd\n" in wrong.text
         assert f"quant.scheduler={shown}: allowed are constant and cosine" in wrong.text
+
+
+@pytest.mark.parametrize("turn", [1, -1], ids=["name first", "setting first"])
+@pytest.mark.parametrize(
+    "name, setting, found",
+    [
+        ("optimizer=sgd", "optimizer.lr=0.05", {"_target_": "torch.optim.SGD", "lr": 0.05}),
+        ("scheduler=cosine", "scheduler.warmup=0.2", {"warmup": 0.2}),
+        ("activation.observer=percentile", "activation.observer.percentile=97", {"percentile": 97}),
+    ],
+)
+def test_a_name_and_a_setting_of_what_it_names_go_together(job, name, setting, found, turn):
+    words = [f"quant.{name}", f"quant.{setting}"][::turn]
+    run = job("mlp", "quant=qat", "quant.epochs=1", *words)
+    assert run.code == 0, run.text
+    section = run.report["config"]["quant"]
+    for part in name.partition("=")[0].split("."):
+        section = section[part]
+    assert found.items() <= section.items()
 
 
 def test_the_limit_of_the_float_training_is_not_that_of_qat(job):

@@ -88,7 +88,7 @@ def test_texts_of_their_own_to_validate_and_test_on(job, texts):
         (["data.test_path=nowhere.txt"], "data.test_path=nowhere.txt: there is no such file"),
         (
             ["data.valid_path=short.txt"],
-            "data.valid_path=short.txt: its validation part has 5 tokens",
+            "data.valid_path=short.txt: has 5 tokens, and must have more than context=",
         ),
         (
             ["data.test_path=test.txt", "data.test_fraction=0.1"],
