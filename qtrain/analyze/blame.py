@@ -45,9 +45,11 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
             if name
             else f"forward of {type(layer).__name__}"
         )
-        raise ValueError(
-            f"model: {where} cannot run in the {kind} model: {_reason(err, name)}"
-        ) from err
+        remedy = f"To keep it float: quant.layers={{{name}: float}}" if name else ""
+        if kind == "float":
+            remedy = "Do model, data and task go together?"
+        text = f"model: {where} cannot run in the {kind} model: {_reason(err)}. {remedy}"
+        raise ValueError(text.removesuffix(". ")) from err
     finally:
         for handle in handles:
             handle.remove()
@@ -59,10 +61,10 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as err:
-        raise ValueError(f"{what}: {_reason(err, '')}") from err
+        raise ValueError(f"{what}: {_reason(err)}") from err
 
 
-def _reason(err: Exception, layer: str) -> str:
+def _reason(err: Exception) -> str:
     text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
     # Python's own frames show the line of the model's source at fault.
     others = ("torch/", "qtrain/simulate/")
@@ -75,4 +77,4 @@ def _reason(err: Exception, layer: str) -> str:
     text = text[:400]
     if source is not None and not (source.line or "").startswith("raise "):
         text += f" [{source.filename}:{source.lineno}: {source.line}]"
-    return text + (f". To keep it float: quant.layers={{{layer}: float}}" if layer else "")
+    return text
