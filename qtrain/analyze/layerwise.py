@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtrain.backend.int8.tensor import QuantizedTensor, is_tensor
 from qtrain.common.copying import cloned
 from qtrain.simulate.simulation import output_points
 
@@ -13,6 +14,7 @@ CALLED_INSTEAD = {
     "FloatFunctional": "activation_post_process",
     "QuantFunctional": "output_q",
     "QFunctional": "activation_post_process",
+    "IntFunctional": "output",
 }
 
 
@@ -30,7 +32,7 @@ def layer_outputs(
             module = module.get_submodule(called)
 
         def keep(_m: nn.Module, _i: Any, output: Tensor, name: str = name) -> None:
-            if isinstance(output, Tensor):  # some layers have several outputs
+            if is_tensor(output):  # some layers have several outputs
                 outputs[name] = output.dequantize() if output.is_quantized else output.clone()
 
         handles.append(module.register_forward_hook(keep))
@@ -91,13 +93,13 @@ def divergence(
 
     def probe(name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
-            if name not in received or name not in expected or not isinstance(args[0], Tensor):
+            if name not in received or name not in expected or not is_tensor(args[0]):
                 return
             x = received[name]
             if args[0].is_quantized:
                 x = _quantize_like(x, args[0])
             output = module.forward(x)
-            if not isinstance(output, Tensor):
+            if not is_tensor(output):
                 return
             scale = output.q_scale() if output.is_quantized else scales.get(name)
             if scale is not None:
@@ -119,8 +121,10 @@ def divergence(
     return steps
 
 
-def _quantize_like(x: Tensor, other: Tensor) -> Tensor:
+def _quantize_like(x: Tensor, other: Any) -> Any:
     """Returns `x` in int8, with the scale and the order of memory of `other`."""
+    if isinstance(other, QuantizedTensor):
+        return other.like(x)
     if other.dim() == 4 and other.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     return torch.quantize_per_tensor(x, other.q_scale(), other.q_zero_point(), other.dtype)
