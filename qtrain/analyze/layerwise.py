@@ -67,11 +67,12 @@ def divergence(
 ) -> dict[str, float]:
     """Returns {layer: RMS difference of `quantized` and `fake`, in steps of its output}.
 
-    Each converted layer gets its simulation's input, so that earlier layers' errors do not add up.
+    Each converted layer gets its simulation's input, so that earlier layers' errors do not add up,
+    and its simulation gets that again as integers have it: what an average between two layers was
+    rounded to is none of the second one's errors.
     """
     # Copies, for what comes behind a layer may work in place.
     received: dict[str, Tensor] = {}
-    expected: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
     scales = {
         name: float(point.calculate_qparams()[0]) for name, point in output_points(fake).items()
@@ -79,38 +80,32 @@ def divergence(
 
     def keep_input(name: str) -> Any:
         def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
+            if len(args) == 1 and isinstance(args[0], Tensor):
                 received[name] = args[0].clone()
-
-        return hook
-
-    def keep_output(name: str) -> Any:
-        def hook(_m: nn.Module, _i: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                expected[name] = output.clone()
 
         return hook
 
     def probe(name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
-            if name not in received or name not in expected or not is_tensor(args[0]):
+            if name not in received or not is_tensor(args[0]):
                 return
-            x = received[name]
+            x: Any = received[name]
             if args[0].is_quantized:
                 x = _quantize_like(x, args[0])
+            same = x.dequantize() if args[0].is_quantized else x.clone()
+            expected = fake.get_submodule(name).forward(same)  # type: ignore[operator]
             output = module.forward(x)
-            if not is_tensor(output):
+            if not is_tensor(output) or not isinstance(expected, Tensor):
                 return
             scale = output.q_scale() if output.is_quantized else scales.get(name)
             if scale is not None:
-                error = (output.dequantize() - expected[name]) / scale
+                error = (output.dequantize() - expected) / scale
                 steps[name] = float(error.square().mean().sqrt()) if error.numel() else 0.0
 
         return hook
 
     layers = [(name, fake.get_submodule(name), quantized.get_submodule(name)) for name in names]
     handles = [m.register_forward_pre_hook(keep_input(n)) for n, m, _ in layers]
-    handles += [m.register_forward_hook(keep_output(n)) for n, m, _ in layers]
     handles += [m.register_forward_pre_hook(probe(n)) for n, _, m in layers]
     try:
         run(fake, inputs)

@@ -1,5 +1,6 @@
 """Backend: what turns a simulation into a model that runs on integers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ class Backend:
         name: of the engine, as `quant.engine` and reports give it.
         granularity: of weights, by default.
         reduce_range: whether activations leave out the top bit by default, because a 16-bit sum
-            could saturate.
+            could saturate; or what tells, once it is needed.
         asymmetric_weights: whether the kernels take weights with a zero point.
         least_activation_bits: for fewer, the simulation is the result.
         clips_at_type: whether kernels clip at the ends of uint8, though a scale be made for 0..127.
@@ -32,7 +33,7 @@ class Backend:
 
     name: str
     granularity: str = "per_channel"
-    reduce_range: bool = False
+    reduce_range: bool | Callable[[], bool] = False
     asymmetric_weights: bool = True
     least_activation_bits: int = 2
     clips_at_type: bool = False
@@ -44,6 +45,14 @@ class Backend:
     def why_float(self, module: nn.Module) -> str | None:
         """Returns why a float layer has no kernel, so that it runs in float; or None."""
         return None
+
+    def has_scale(self, module: nn.Module) -> bool:
+        """Tells whether a layer's output gets a scale, beside those that have one anyway."""
+        return False
+
+    def fit(self, plan: Plan) -> Plan:
+        """Returns a settled plan, changed where a layer's kernel wants another format."""
+        return plan
 
     def refuse(self, model: nn.Module, plan: Plan, groups: Groups) -> None:
         """Raises ValueError for a layer that its kernels compute wrongly; names it, and a remedy.
@@ -64,8 +73,12 @@ class Backend:
             ValueError: the engine has no kernel for a combination; gives reason and legal choices.
         """
         weight = _settled(weight, symmetric=True, granularity=self.granularity, reduce_range=False)
+        reduced = self.reduce_range
         activation = _settled(
-            activation, symmetric=False, granularity="per_tensor", reduce_range=self.reduce_range
+            activation,
+            symmetric=False,
+            granularity="per_tensor",
+            reduce_range=reduced() if callable(reduced) else reduced,
         )
         problems = []
         if weight.reduce_range:

@@ -81,6 +81,7 @@ def find_groups(
     model: nn.Module,
     floats: Mapping[str, str],
     why_float: Callable[[nn.Module], str | None] = lambda layer: None,
+    has_scale: Callable[[nn.Module], bool] = lambda layer: False,
 ) -> Groups:
     """Returns {name: group} of all that becomes a site, and of the stubs back to float.
 
@@ -88,6 +89,7 @@ def find_groups(
         model: the float model, fused.
         floats: {layer that stays float, whatever lies in it: why}.
         why_float: says of a layer why there is no kernel for it, or None.
+        has_scale: tells of a layer whether its output gets a scale, beside `SCALED` and `FIXED`.
     """
     found: dict[str, Group] = {}
     closed: list[str] = []  # what lies below belongs to it
@@ -104,7 +106,7 @@ def find_groups(
             closed.append(name)
             parts = tuple(module.children())
             found[name] = Group(parts, why_float(parts[0]))
-        elif (reason := why_float(module)) or _is_site(module):
+        elif (reason := why_float(module)) or _is_site(module) or has_scale(module):
             closed.append(name)
             found[name] = Group((module,), reason)
     return found

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from qtrain.backend.int8.machine import multiplies, operator
 from qtrain.backend.int8.product import Scale
+from qtrain.backend.int8.reference import as_bytes
 from qtrain.backend.int8.tensor import QuantizedTensor
+from qtrain.backend.machine import multiplies, operator
 
 FEW = 1 << 14  # for so few numbers, a convolution takes longer to begin than three passes
 
@@ -29,7 +30,7 @@ def add(x: QuantizedTensor, y: QuantizedTensor, to: Scale, relu: bool) -> Tensor
     shift = to.zero_point - x.zero_point * left - y.zero_point * right
     steps = x.integers.to(torch.float32).mul_(left)
     steps = torch.add(steps, y.integers.to(torch.float32), alpha=right).add_(shift)
-    return steps.round_().clamp_(low, to.high).to(torch.uint8)
+    return as_bytes(steps.round_().clamp_(low, to.high))
 
 
 def _suits_convolution(x: Tensor, y: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 
 from qtrain.backend.int8.addition import add
 from qtrain.backend.int8.layers import Scaled
+from qtrain.backend.int8.reference import as_bytes
 from qtrain.backend.int8.tensor import QuantizedTensor, note
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.sites import Functional
@@ -134,7 +135,7 @@ class IntFunctional(Functional, nn.Module):
         """Returns the output for floats that are counted in steps of `scale`."""
         to = self.output.output
         found = steps.mul_(scale / to.scale).round_().add_(to.zero_point)
-        found = found.clamp_(to.low, to.high).to(torch.uint8)
+        found = as_bytes(found.clamp_(to.low, to.high))
         return self.output(QuantizedTensor(found, to.scale, to.zero_point))
 
     def _rescaled(self, x: QuantizedTensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from qtrain.backend.int8.product import Product, Scale
-from qtrain.backend.int8.reference import requantized
+from qtrain.backend.int8.reference import channels_last, requantized
 from qtrain.backend.int8.tensor import QuantizedTensor, note
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import integers
@@ -72,7 +72,8 @@ class Quantize(Scaled):
     def forward(self, x: Any) -> QuantizedTensor:
         if isinstance(x, QuantizedTensor):
             x = x.dequantize()
-        return self.quantized(x)
+        found = self.quantized(x)
+        return found.holding(channels_last(found.integers))
 
 
 class Dequantize(nn.Module):
@@ -149,7 +150,7 @@ class IntLayer(Scaled):
         if isinstance(x, QuantizedTensor):
             found = self.product(x.integers, x.scale, x.zero_point)
         else:
-            note("its input, which no layer has quantized,")
+            note("its product with an input that no layer has quantized")
             found = self.product.in_float(x, self.weight().dequantize())
         return QuantizedTensor(found, to.scale, to.zero_point)
 

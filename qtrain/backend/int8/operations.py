@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qtrain.backend.int8.pooling import max_pool
+from qtrain.backend.int8.reference import as_bytes
 
 # Of the integers' tensor; no number in it is read.
 QUERIES = (
@@ -74,7 +75,7 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     steps = x.integers.to(torch.float32).sub_(x.zero_point)  # padding adds zeros
     found = func(steps, *args, **kwargs).round_().add_(x.zero_point)
-    return x.holding(found.clamp_(0, 255).to(torch.uint8))
+    return x.holding(as_bytes(found.clamp_(0, 255)))
 
 
 def _maximum(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +95,7 @@ def _join(func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
 def _pad(func: Any, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
     if mode == "constant":
         return x.holding(func(x.integers, pad, mode, x.to_integer(value or 0.0)))
-    return x.holding(func(x.integers.to(torch.float32), pad, mode).to(torch.uint8))
+    return x.holding(as_bytes(func(x.integers.to(torch.float32), pad, mode)))
 
 
 def _relu(func: Any, x: Any, inplace: bool = False) -> Any:

@@ -1,12 +1,15 @@
 """The largest of integers: max pooling, for which torch has no plain kernel."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from qtrain.backend.int8.machine import operator
+from qtrain.backend.int8.reference import as_bytes
+from qtrain.backend.machine import operator
 
 
 def max_pool(
@@ -35,7 +38,22 @@ def max_pool(
     if not func.__name__.startswith("adaptive"):
         settings = (kernel_size, stride, padding, dilation, ceil_mode)
     pooled: Tensor = func(x.to(torch.float32), *settings)
-    return pooled.to(torch.uint8)
+    return as_bytes(pooled)
+
+
+def max_pool_2d(layer: Any) -> Callable[[Tensor], Tensor]:
+    """Returns what an nn.MaxPool2d makes of integers, with as little as can be around it."""
+    sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    kernel = operator("quantized", "max_pool2d")
+    pairs = tuple(map(_pair, sizes))
+
+    def pool(x: Tensor) -> Tensor:
+        if kernel is None or x.dim() != 4 or not x.is_cpu:
+            return max_pool(F.max_pool2d, x, *sizes, layer.ceil_mode)
+        found: Tensor = kernel(x, *pairs, layer.ceil_mode)
+        return found
+
+    return pool
 
 
 def _pair(size: Any) -> Any:

@@ -3,7 +3,9 @@
 Where there is none for a layer, the exact reference runs (`reason` says why).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from qtrain.backend.int8.machine import multiplies, saturates
-from qtrain.backend.int8.reference import requantized, scaled_sums
+from qtrain.backend.int8.reference import as_bytes, requantized, scaled_sums
+from qtrain.backend.machine import multiplies, saturates
 from qtrain.simulate.sites import product
 
 SAFE = 127  # the largest activation for which no pair of products leaves 16 bits
@@ -79,6 +81,14 @@ class Product:
         if self.saturates and int(x.max()) > SAFE:
             return self.exactly(x, scale, zero_point)
         return self._by_onednn(x, scale, zero_point)
+
+    def for_scale(self, scale: float, zero_point: int) -> Callable[[Tensor], Tensor]:
+        """Returns the product for integers of one scale, with as little as can be around it."""
+        is_bare = self.reason is None and self.weight.is_cpu and not self.saturates
+        if not is_bare or self.clips or not self.is_linear and _is_padded(self.layer):
+            return partial(self, scale=scale, zero_point=zero_point)
+        kernel, arguments = self.kernel, self.arguments
+        return lambda x: kernel(x, scale, zero_point, *arguments)
 
     def exactly(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
         """Returns what kernels must come to."""
@@ -188,19 +198,21 @@ def int_mm(x: Tensor, weight: Tensor, zero_point: int) -> Tensor:
 
 def padded(layer: Any, x: Tensor, zero_point: int) -> Tensor:
     """Returns x with the padding that a kernel cannot make: by name, or not by zeros."""
-    mode = layer.padding_mode
-    if mode == "zeros" and not isinstance(layer.padding, str):
+    if not _is_padded(layer):
         return x
+    mode = layer.padding_mode
     pads = layer._reversed_padding_repeated_twice
     if not any(pads):
         return x
     if mode == "zeros":
         return F.pad(x, pads, value=zero_point)
-    return F.pad(x.to(torch.float32), pads, mode).to(torch.uint8)
+    return as_bytes(F.pad(x.to(torch.float32), pads, mode))
 
 
 def _padding(layer: Any) -> list[int]:
     """Returns the padding that is left to the kernel."""
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return [0] * len(layer.kernel_size)
-    return list(layer.padding)
+    return [0] * len(layer.kernel_size) if _is_padded(layer) else list(layer.padding)
+
+
+def _is_padded(layer: Any) -> bool:
+    return layer.padding_mode != "zeros" or isinstance(layer.padding, str)

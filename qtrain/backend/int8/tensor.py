@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qtrain.backend.int8.operations import HANDLERS
+from qtrain.backend.int8.reference import requantized
 
 _listeners: list[Callable[[str], None]] = []
 
@@ -82,8 +83,7 @@ class QuantizedTensor:
 
     def like(self, x: Tensor) -> "QuantizedTensor":
         """Returns floats quantized on the same scale, in the same order of memory."""
-        steps = x.mul(1 / self.scale).round_().add_(self.zero_point)
-        found = steps.clamp_(0, 255).to(torch.uint8)
+        found = requantized(x, self.scale, self.zero_point, 0, 255)
         is_4d = self.integers.dim() == 4
         if is_4d and self.integers.is_contiguous(memory_format=torch.channels_last):
             found = found.contiguous(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qtrain.backend.base import Backend
+from qtrain.backend.machine import saturates
 from qtrain.backend.torch_ao.lower import lower
 from qtrain.backend.torch_ao.refusals import refuse_silent_errors, without_kernel
 from qtrain.functional.spec import AUTO
@@ -43,10 +44,6 @@ class Engine(Backend):
         return lower(simulation, self.name)
 
 
-def _has_vnni() -> bool:
-    return bool(torch.cpu._is_vnni_supported())
-
-
 ENGINES = {
     engine.name: engine
     for engine in (
@@ -54,10 +51,8 @@ ENGINES = {
         Engine("qnnpack", granularity="per_tensor"),
         Engine("x86", reduce_range=True, conv_transpose=False),
         # oneDNN's own default is the full range, which saturates where the CPU lacks VNNI (7.5 dB
-        # instead of 46).
-        Engine(
-            "onednn", reduce_range=not _has_vnni(), asymmetric_weights=False, conv_transpose=False
-        ),
+        # instead of 46), or where oneDNN is told to do without.
+        Engine("onednn", reduce_range=saturates, asymmetric_weights=False, conv_transpose=False),
     )
 }
 
