@@ -93,7 +93,7 @@ def divergence(
             if args[0].is_quantized:
                 x = _quantize_like(x, args[0])
             same = x.dequantize() if args[0].is_quantized else x.clone()
-            expected = fake.get_submodule(name).forward(same)  # type: ignore[operator]
+            expected = fake.get_submodule(name).forward(same)
             output = module.forward(x)
             if not is_tensor(output) or not isinstance(expected, Tensor):
                 return

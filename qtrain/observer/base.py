@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.functional.qparams import range_qparams
-from qtrain.functional.spec import AUTO, QuantSpec
+from qtrain.functional.spec import AUTO, SIGNED, UNSIGNED, QuantSpec
 
 EPS = torch.finfo(torch.float32).eps  # the smallest scale
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
@@ -104,7 +104,7 @@ def make_observer(spec: QuantSpec, *, signed: bool) -> Any:
     kind = f"{spec.granularity}_{'symmetric' if spec.symmetric else 'affine'}"
     low, high = spec.quant_range(signed)
     return spec.observer(
-        dtype=torch.qint8 if signed else torch.quint8,
+        dtype=SIGNED if signed else UNSIGNED,
         qscheme=getattr(torch, kind),
         quant_min=low,
         quant_max=high,

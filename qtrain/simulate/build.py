@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain.functional.spec import QuantSpec
+from qtrain.simulate import stubs
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.plan import FixedSpec, LayerPlan, Plan
 from qtrain.simulate.simulation import Simulation
@@ -102,7 +103,7 @@ def find_groups(
                 found[name] = Group((module,), floats[name])
         elif _has_mark(module):
             closed.append(name)
-        elif _is_fused(module):
+        elif is_fused(module):
             closed.append(name)
             parts = tuple(module.children())
             found[name] = Group(parts, why_float(parts[0]))
@@ -214,20 +215,23 @@ def _made(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) 
 
 def is_stub(module: nn.Module, name: str) -> bool:
     """Returns whether a module is a QuantStub or DeQuantStub, ours or torch.ao's."""
-    return type(module).__name__ == name and _is_torch_ao(module)
+    return type(module).__name__ == name and _is_eager(module)
 
 
 def is_functional(module: nn.Module) -> bool:
     """Returns whether a module is a FloatFunctional."""
-    return type(module).__name__ == "FloatFunctional" and _is_torch_ao(module)
+    return type(module).__name__ == "FloatFunctional" and _is_eager(module)
 
 
-def _is_torch_ao(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.ao.")  # by name: torch.ao need not be imported
+def _is_eager(module: nn.Module) -> bool:
+    # By name: torch.ao need not be imported, nor be there.
+    return type(module).__module__.startswith(("torch.ao.", stubs.__name__))
 
 
-def _is_fused(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.ao.nn.intrinsic")
+def is_fused(module: nn.Module) -> bool:
+    """Returns whether a module is a run of layers that was fused."""
+    is_torchs = type(module).__module__.startswith("torch.ao.nn.intrinsic")
+    return is_torchs or isinstance(module, stubs.Fused)
 
 
 def _is_site(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 from qtrain.backend.base import FloatIsland
 from qtrain.backend.int8.elementwise import BY_TABLE, IntFunctional, Table
 from qtrain.backend.int8.layers import Dequantize, IntLayer, Quantize
-from qtrain.backend.int8.program import Straight
+from qtrain.backend.int8.straight import Straight
 from qtrain.common.copying import copy_model
 from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.sites import (
@@ -34,7 +34,7 @@ def lower(simulation: Simulation) -> nn.Module:
         reason = None if plan is None else plan.reason
         model.set_submodule(name, _lowered(site, reason))
     model.requires_grad_(False)
-    model.forward = Straight(model)  # type: ignore[method-assign]
+    model.forward = Straight(model)
     return model
 
 
