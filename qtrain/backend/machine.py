@@ -38,6 +38,18 @@ def saturates() -> bool:
     return any(not torch.equal(found, _expected(255)) for found in _products(255))
 
 
+@cache
+def mixes_signs() -> bool:
+    """Tells whether `torch._int_mm` takes uint8 by int8 on CPUs, and comes out right."""
+    x = torch.tensor([[255, 0, 128, 1]], dtype=torch.uint8)
+    weight = torch.tensor([[127, -128, 1, 3]], dtype=torch.int8)
+    try:
+        found = torch._int_mm(x, weight.t())
+    except RuntimeError:  # of a torch that wants one dtype on both sides
+        return False
+    return found.tolist() == [[255 * 127 + 128 + 3]] and not saturates()
+
+
 CHANNELS = 64  # a sum of so many products
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from qtrain.backend.int8.product import Scale
 from qtrain.backend.int8.reference import as_bytes
+from qtrain.backend.int8.scale import Scale
 from qtrain.backend.int8.tensor import QuantizedTensor
 from qtrain.backend.machine import multiplies, operator
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from qtrain.backend.int8.product import Product, Scale
-from qtrain.backend.int8.reference import channels_last, requantized
+from qtrain.backend.int8.product import Product
+from qtrain.backend.int8.quantizing import quantized
+from qtrain.backend.int8.reference import requantized
+from qtrain.backend.int8.scale import Scale
 from qtrain.backend.int8.tensor import QuantizedTensor, note
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import integers
@@ -72,8 +74,8 @@ class Quantize(Scaled):
     def forward(self, x: Any) -> QuantizedTensor:
         if isinstance(x, QuantizedTensor):
             x = x.dequantize()
-        found = self.quantized(x)
-        return found.holding(channels_last(found.integers))
+        to = self.output
+        return QuantizedTensor(quantized(x, to), to.scale, to.zero_point)
 
 
 class Dequantize(nn.Module):

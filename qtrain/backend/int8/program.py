@@ -10,14 +10,15 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 
 from qtrain.backend.int8.elementwise import IntFunctional, Table, look_up
 from qtrain.backend.int8.layers import Dequantize, IntLayer, Quantize
 from qtrain.backend.int8.operations import MOVES
-from qtrain.backend.int8.pooling import max_pool_2d
-from qtrain.backend.int8.reference import channels_last, requantized
+from qtrain.backend.int8.pooling import max_pool
+from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.tensor import QuantizedTensor
 
 Step = tuple[Callable[..., Any], tuple[int, ...], int, tuple[int, ...]]
@@ -213,16 +214,15 @@ def _module_on_integers(module: nn.Module, x: QuantizedTensor) -> Callable[..., 
     if isinstance(module, nn.Identity | nn.Dropout):
         return same
     if type(module) is nn.MaxPool2d:
-        return max_pool_2d(module)
+        settings = (module.stride, module.padding, module.dilation, module.ceil_mode)
+        return lambda x: max_pool(F.max_pool2d, x, module.kernel_size, *settings)
     return None
 
 
 def _module_on_floats(module: nn.Module) -> Callable[..., Any] | None:
     if not isinstance(module, Quantize):
         return None
-    to = module.output
-    settings = (to.scale, to.zero_point, to.low, to.high)
-    return lambda x: channels_last(requantized(x, *settings))
+    return partial(quantized, to=module.output)
 
 
 def same(x: Any) -> Any:
