@@ -40,7 +40,7 @@ def kernel(
     if bias is not None:
         offset += bias.double()
     many = _by_onednn(weight, weight_scale, offset.float(), relu, output, scale)
-    if not mixes_signs():
+    if not mixes_signs() or weight.shape[1] == 1:  # torch 2.14.1 gets such products wrong
         return many
     few = _by_int_mm(weight, factor, offset, relu, output)
     most = FEW_ROWS * weight.shape[1]
@@ -76,7 +76,7 @@ def _by_int_mm(
         rows = x.reshape(-1, x.shape[-1])
         found = torch._int_mm(rows, matrix).mul(steps).add_(shift)
         found = found.round_().clamp_(low, to.high).to(torch.uint8)
-        return found if x.dim() == 2 else found.view(*x.shape[:-1], -1)
+        return found if x.dim() == 2 else found.view(*x.shape[:-1], len(weight))
 
     return run
 

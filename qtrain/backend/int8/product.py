@@ -70,12 +70,12 @@ class Product:
             kernel = linear.kernel(*settings)
         else:
             kernel = convolution.kernel(self.layer, *settings)
-        if not saturates():
-            return kernel
+        cuts_off = saturates()
 
         def run(x: Tensor) -> Tensor:
-            is_safe = not x.numel() or int(x.max()) <= SAFE
-            return kernel(x) if is_safe else exactly(x)
+            if not x.numel() or cuts_off and int(x.max()) > SAFE:
+                return exactly(x)
+            return kernel(x)
 
         return run
 
@@ -99,7 +99,7 @@ class Product:
         output = sums.mul_(scale * self.scale.double())
         if self.bias is not None:
             output = output.add_(self.bias.double())
-        return self._finished(output.view(*x.shape[:-1], -1))
+        return self._finished(output.view(*x.shape[:-1], len(self.weight)))
 
 
 def why_reference(layer: Any, weight: Tensor) -> str | None:
