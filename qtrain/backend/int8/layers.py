@@ -143,12 +143,12 @@ class IntLayer(Scaled):
         return LayerWeight(self.integers, self.weight_scale)
 
     def forward(self, x: Any) -> QuantizedTensor:
-        to = self.output
         if x.device != self.integers.device:
             raise ValueError(
                 f"its input is on {x.device}, and its weight on {self.integers.device}; "
                 "move both to one device, as by model.to(x.device)"
             )
+        to = self.output
         if isinstance(x, QuantizedTensor):
             found = self.product(x.integers, x.scale, x.zero_point)
         else:

@@ -8,6 +8,8 @@ from qtrain.backend.int8.reference import channels_last, requantized
 from qtrain.backend.int8.scale import Scale
 from qtrain.common.torch_parts import has_torch_ao
 
+FEW = 1 << 14
+
 
 def quantized(x: Tensor, to: Scale) -> Tensor:
     """Returns the integers of floats, uint8; images in the order of memory of convolutions.
@@ -25,6 +27,8 @@ def quantized(x: Tensor, to: Scale) -> Tensor:
 
 def _by_torch(x: Tensor, to: Scale) -> Tensor:
     made = torch.quantize_per_tensor(x, to.scale, to.zero_point, torch.quint8)
-    # The same memory, as bytes: `int_repr` would copy it, slowly.
+    if x.numel() < FEW:
+        return made.int_repr()
+    # The same memory, as bytes: a copy would take three times as long as all before.
     plain = torch.empty(0, dtype=torch.uint8)
     return plain.set_(made.untyped_storage(), 0, made.shape, made.stride())

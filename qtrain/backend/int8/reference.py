@@ -69,11 +69,7 @@ def as_bytes(x: Tensor) -> Tensor:
 
 def channels_last(x: Tensor) -> Tensor:
     """Returns images in the order of memory that convolutions of integers are fast in."""
-    if x.dim() != 4:
-        return x
-    if x.shape[1] == 1:  # torch takes any order of one channel for both
-        return x.reshape(x.shape[0], *x.shape[2:], 1).permute(0, 3, 1, 2)
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _channels(layer: Any, output: Tensor) -> list[int]:
