@@ -29,6 +29,7 @@ class Backend:
         asymmetric_weights: whether the kernels take weights with a zero point.
         least_activation_bits: for fewer, the simulation is the result.
         clips_at_type: whether kernels clip at the ends of uint8, though a scale be made for 0..127.
+        is_dynamic: whether it can `lower_dynamic`.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Backend:
     asymmetric_weights: bool = True
     least_activation_bits: int = 2
     clips_at_type: bool = False
+    is_dynamic: bool = False
 
     def missing(self) -> str | None:
         """Returns why it cannot run on this machine, or None."""
@@ -64,6 +66,14 @@ class Backend:
 
     def lower(self, simulation: Simulation) -> nn.Module:
         """Returns the model that runs on integers, on the CPU, in eval mode; a new one."""
+        raise NotImplementedError
+
+    def lower_dynamic(self, model: nn.Module, specs: dict[str, QuantSpec]) -> nn.Module:
+        """Returns a copy, on the CPU, whose named Linear layers quantize their inputs as they come.
+
+        Args:
+            specs: {layer: the format of its weight}; settled.
+        """
         raise NotImplementedError
 
     def settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:

@@ -4,14 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from qtrain.common.validate import MANY, boolean, choice, refuse, whole
 
 AUTO = "auto"
-# As observers of torch's ask for them; a torch without quantized tensors has the plain ones alone.
-SIGNED = getattr(torch, "qint8", torch.int8)
-UNSIGNED = getattr(torch, "quint8", torch.uint8)
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
 

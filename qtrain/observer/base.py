@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.functional.qparams import range_qparams
-from qtrain.functional.spec import AUTO, SIGNED, UNSIGNED, QuantSpec
+from qtrain.functional.spec import AUTO, QuantSpec
 
+# As torch's own observers want them; a torch without quantized tensors has the plain ones alone.
+SIGNED = getattr(torch, "qint8", torch.int8)
+UNSIGNED = getattr(torch, "quint8", torch.uint8)
 EPS = torch.finfo(torch.float32).eps  # the smallest scale
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)

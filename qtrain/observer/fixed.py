@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qtrain.functional.spec import UNSIGNED
+from qtrain.observer.base import UNSIGNED
 
 
 class FixedObserver(nn.Module):

@@ -16,6 +16,8 @@ from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import integers
 from qtrain.simulate.sites import QuantWeighted
 
+OF_TORCH_AO = ("weight", "_packed_params._packed_params")  # in state dicts of its int8 layers
+
 
 class Scaled(nn.Module):
     """A layer that puts out integers.
@@ -143,14 +145,15 @@ class IntLayer(Scaled):
         return LayerWeight(self.integers, self.weight_scale)
 
     def forward(self, x: Any) -> QuantizedTensor:
-        if x.device != self.integers.device:
+        plain = x.integers if isinstance(x, QuantizedTensor) else x
+        if plain.device != self.integers.device:
             raise ValueError(
-                f"its input is on {x.device}, and its weight on {self.integers.device}; "
+                f"its input is on {plain.device}, and its weight on {self.integers.device}; "
                 "move both to one device, as by model.to(x.device)"
             )
         to = self.output
-        if isinstance(x, QuantizedTensor):
-            found = self.product(x.integers, x.scale, x.zero_point)
+        if plain is not x:
+            found = self.product(plain, x.scale, x.zero_point)
         else:
             note("its product with an input that no layer has quantized")
             found = self.product.in_float(x, self.weight().dequantize())
@@ -179,6 +182,11 @@ class IntLayer(Scaled):
         return self.__dict__ | {"_product": None}  # a copy makes its own
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(prefix + name in state_dict for name in OF_TORCH_AO):
+            raise ValueError(
+                f"layer {prefix[:-1]} was saved by another engine, in torch.ao's form; "
+                "quantize the float weights (float.pt) again, with quant.engine=int8"
+            )
         saved = state_dict.get(f"{prefix}bias")
         if saved is not None and self.bias is None:  # a transform gave it one
             self.bias = torch.empty_like(saved)

@@ -7,9 +7,10 @@ from torch import nn
 
 from qtrain.backend.base import Backend
 from qtrain.backend.machine import saturates
+from qtrain.backend.torch_ao.dynamic import quantize_dynamic
 from qtrain.backend.torch_ao.lower import lower
 from qtrain.backend.torch_ao.refusals import refuse_silent_errors, without_kernel
-from qtrain.functional.spec import AUTO
+from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.simulate.build import Groups
 from qtrain.simulate.plan import Plan
 from qtrain.simulate.simulation import Simulation
@@ -26,6 +27,7 @@ class Engine(Backend):
 
     least_activation_bits: int = 8
     clips_at_type: bool = True
+    is_dynamic: bool = True
     conv_transpose: bool = True
 
     def missing(self) -> str | None:
@@ -42,6 +44,9 @@ class Engine(Backend):
 
     def lower(self, simulation: Simulation) -> nn.Module:
         return lower(simulation, self.name)
+
+    def lower_dynamic(self, model: nn.Module, specs: dict[str, QuantSpec]) -> nn.Module:
+        return quantize_dynamic(model, specs, self.name)
 
 
 ENGINES = {
