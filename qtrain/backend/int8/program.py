@@ -41,7 +41,11 @@ class Program:
         self.model = model
         self.held: list[tuple[dict[str, Any], str, nn.Module]] = []
         self.products: list[tuple[dict[str, Any], Any, dict[str, Any], Tensor, int]] = []
-        self.watched: list[dict[Any, Any]] = []
+        everywhere = nn.modules.module
+        self.watched: list[dict[Any, Any]] = [
+            everywhere._global_forward_hooks,
+            everywhere._global_forward_pre_hooks,
+        ]
         self._watch(model)
         slots = {node: i for i, node in enumerate(self.places)}
         values: dict[fx.Node, Any] = dict(zip(self.places, example, strict=True))

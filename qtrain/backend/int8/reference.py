@@ -56,6 +56,8 @@ def scaled_sums(
 
 def requantized(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
     """Returns clamp(round(x / scale) + zero_point, low, high), uint8; halves go to the even."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
     return as_bytes(x.mul(1 / scale).round_().add_(zero_point).clamp_(low, high))
 
 

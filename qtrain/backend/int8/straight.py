@@ -52,9 +52,9 @@ class Straight:
 
     def _first(self, args: tuple[Tensor, ...]) -> Any:
         """Runs the model's own forward, and makes a program that is proved by it."""
-        expected = self._called(*(x.clone() for x in args))
         if any(map(_has_hooks, self.model.modules())):
-            return expected
+            return self._called(*args)
+        expected = self._called(*(x.clone() for x in args))
         try:
             program = Program(self.model, args)
             found = program(*args)
