@@ -26,13 +26,18 @@ from qtrain.analyze.measure import keep_freed_memory, weight_bytes
 from qtrain.config.build import compose
 from qtrain.model.gpt2 import GPT2, KVCache
 
-ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"]
+ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"] + ["int8"]
 METHODS = {
     "qtrain fp32": ["quant=none"],
     "qtrain bf16": ["quant=bf16"],
     **{
         f"qtrain dynamic {engine}": ["quant=dynamic", f"quant.engine={engine}"]
         for engine in ENGINES
+    },
+    **{
+        f"qtrain static {engine}": ["quant=ptq", f"quant.engine={engine}"]
+        for engine in ENGINES
+        if engine != "qnnpack"
     },
     "qtrain weight_only int8": ["quant=weight_only", "quant.embedding=int8"],
     "qtrain weight_only int4": ["quant=weight_only_int4", "quant.embedding=int4"],
@@ -127,10 +132,12 @@ def main() -> None:
     models: dict[str, Any] = {}
     if importlib.util.find_spec("transformers"):
         models["transformers fp32"] = Theirs(transformers_model(float_model))
+    prompt = torch.randint(float_model.vocab_size, (1, args.prompt))
     for name, settings in METHODS.items():
         quantizer = instantiate(compose(*settings).quant, _convert_="all")
-        models[name] = Ours(quantizer.convert(quantizer.prepare(float_model)))
-    prompt = torch.randint(float_model.vocab_size, (1, args.prompt))
+        simulation = quantizer.prepare(float_model)
+        quantizer.calibrate(simulation, [(prompt,)])
+        models[name] = Ours(quantizer.convert(simulation))
     block = torch.ones(128 << 20)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     bandwidths = []

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from qtrain.analyze.blame import blame
 from qtrain.backend import integers, torch_ao
 from qtrain.backend.base import FloatIsland
+from qtrain.backend.int8.tensor import listening
 from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.weight import HalfWeight
 
@@ -53,15 +55,20 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
             if not integers.is_quantized(module) and not _is_in_island(name, quantized):
                 float_layers[name] = _why_float(name, module, quantized, layers)
+    in_float: dict[str, str] = {}
     return {
         "params_quantized": int8_params / max(int8_params + float_params, 1),
-        "macs_quantized": _quantized_macs(quantized, inputs),
-        "float_layers": float_layers,
+        "macs_quantized": _quantized_macs(quantized, inputs, in_float),
+        "float_layers": float_layers | in_float,
     }
 
 
-def _quantized_macs(quantized: nn.Module, inputs: Inputs) -> float:
-    """Returns the share of multiply-accumulates whose weight is quantized; runs the model once."""
+def _quantized_macs(quantized: nn.Module, inputs: Inputs, in_float: dict[str, str]) -> float:
+    """Returns the share of multiply-accumulates whose weight is quantized; runs the model once.
+
+    Args:
+        in_float: gets {layer: what its forward did in float between integers}, in place.
+    """
     macs = {True: 0, False: 0}
 
     def count(module: Any, inputs: Any, output: Tensor) -> None:
@@ -75,9 +82,13 @@ def _quantized_macs(quantized: nn.Module, inputs: Inputs) -> float:
         elements = inputs[0] if getattr(module, "transposed", False) else output
         macs[is_quantized] += elements[0].numel() * weight.shape[1:].numel()
 
+    def note(what: str) -> None:
+        in_float[where() or "forward"] = f"{what} is computed in float"
+
     handles = [m.register_forward_hook(count) for m in quantized.modules() if _multiplies(m)]
     try:
-        quantized(*inputs)
+        with blame(quantized, "int8") as where, listening(note):
+            quantized(*inputs)
     finally:
         for handle in handles:
             handle.remove()

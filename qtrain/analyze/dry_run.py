@@ -16,6 +16,7 @@ from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import coverage
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend import integers, torch_ao
+from qtrain.backend.int8.tensor import is_tensor
 from qtrain.backend.torch_ao.kernels import KernelProbe
 from qtrain.common.copying import cloned
 from qtrain.quant.base import Quantizer
@@ -70,7 +71,7 @@ def dry_run(
             output = quantized(*cloned(inputs))
         if probe.missing:
             raise ValueError("\n".join(f"model: {line}" for line in probe.missing))
-        if isinstance(output, Tensor) and output.is_quantized:
+        if is_tensor(output) and output.is_quantized:
             raise ValueError(
                 "model: its output is a quantized tensor; end its forward with a DeQuantStub"
             )

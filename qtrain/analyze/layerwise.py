@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtrain.backend.int8.tensor import QuantizedTensor, is_tensor
 from qtrain.common.copying import cloned
 from qtrain.simulate.simulation import output_points
 
@@ -13,6 +14,7 @@ CALLED_INSTEAD = {
     "FloatFunctional": "activation_post_process",
     "QuantFunctional": "output_q",
     "QFunctional": "activation_post_process",
+    "IntFunctional": "output",
 }
 
 
@@ -30,7 +32,7 @@ def layer_outputs(
             module = module.get_submodule(called)
 
         def keep(_m: nn.Module, _i: Any, output: Tensor, name: str = name) -> None:
-            if isinstance(output, Tensor):  # some layers have several outputs
+            if is_tensor(output):  # some layers have several outputs
                 outputs[name] = output.dequantize() if output.is_quantized else output.clone()
 
         handles.append(module.register_forward_hook(keep))
@@ -65,11 +67,12 @@ def divergence(
 ) -> dict[str, float]:
     """Returns {layer: RMS difference of `quantized` and `fake`, in steps of its output}.
 
-    Each converted layer gets its simulation's input, so that earlier layers' errors do not add up.
+    Each converted layer gets its simulation's input, so that earlier layers' errors do not add up,
+    and its simulation gets that again as integers have it: what an average between two layers was
+    rounded to is none of the second one's errors.
     """
     # Copies, for what comes behind a layer may work in place.
     received: dict[str, Tensor] = {}
-    expected: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
     scales = {
         name: float(point.calculate_qparams()[0]) for name, point in output_points(fake).items()
@@ -77,38 +80,32 @@ def divergence(
 
     def keep_input(name: str) -> Any:
         def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
+            if len(args) == 1 and isinstance(args[0], Tensor):
                 received[name] = args[0].clone()
-
-        return hook
-
-    def keep_output(name: str) -> Any:
-        def hook(_m: nn.Module, _i: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                expected[name] = output.clone()
 
         return hook
 
     def probe(name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
-            if name not in received or name not in expected or not isinstance(args[0], Tensor):
+            if name not in received or not is_tensor(args[0]):
                 return
-            x = received[name]
+            x: Any = received[name]
             if args[0].is_quantized:
                 x = _quantize_like(x, args[0])
+            same = x.dequantize() if args[0].is_quantized else x.clone()
+            expected = fake.get_submodule(name).forward(same)
             output = module.forward(x)
-            if not isinstance(output, Tensor):
+            if not is_tensor(output) or not isinstance(expected, Tensor):
                 return
             scale = output.q_scale() if output.is_quantized else scales.get(name)
             if scale is not None:
-                error = (output.dequantize() - expected[name]) / scale
+                error = (output.dequantize() - expected) / scale
                 steps[name] = float(error.square().mean().sqrt()) if error.numel() else 0.0
 
         return hook
 
     layers = [(name, fake.get_submodule(name), quantized.get_submodule(name)) for name in names]
     handles = [m.register_forward_pre_hook(keep_input(n)) for n, m, _ in layers]
-    handles += [m.register_forward_hook(keep_output(n)) for n, m, _ in layers]
     handles += [m.register_forward_pre_hook(probe(n)) for n, _, m in layers]
     try:
         run(fake, inputs)
@@ -119,8 +116,10 @@ def divergence(
     return steps
 
 
-def _quantize_like(x: Tensor, other: Tensor) -> Tensor:
+def _quantize_like(x: Tensor, other: Any) -> Any:
     """Returns `x` in int8, with the scale and the order of memory of `other`."""
+    if isinstance(other, QuantizedTensor):
+        return other.like(x)
     if other.dim() == 4 and other.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     return torch.quantize_per_tensor(x, other.q_scale(), other.q_zero_point(), other.dtype)

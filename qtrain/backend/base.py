@@ -1,5 +1,6 @@
 """Backend: what turns a simulation into a model that runs on integers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,18 +25,20 @@ class Backend:
         name: of the engine, as `quant.engine` and reports give it.
         granularity: of weights, by default.
         reduce_range: whether activations leave out the top bit by default, because a 16-bit sum
-            could saturate.
+            could saturate; or what tells, once it is needed.
         asymmetric_weights: whether the kernels take weights with a zero point.
         least_activation_bits: for fewer, the simulation is the result.
         clips_at_type: whether kernels clip at the ends of uint8, though a scale be made for 0..127.
+        is_dynamic: whether it can `lower_dynamic`.
     """
 
     name: str
     granularity: str = "per_channel"
-    reduce_range: bool = False
+    reduce_range: bool | Callable[[], bool] = False
     asymmetric_weights: bool = True
     least_activation_bits: int = 2
     clips_at_type: bool = False
+    is_dynamic: bool = False
 
     def missing(self) -> str | None:
         """Returns why it cannot run on this machine, or None."""
@@ -44,6 +47,14 @@ class Backend:
     def why_float(self, module: nn.Module) -> str | None:
         """Returns why a float layer has no kernel, so that it runs in float; or None."""
         return None
+
+    def has_scale(self, module: nn.Module) -> bool:
+        """Tells whether a layer's output gets a scale, beside those that have one anyway."""
+        return False
+
+    def fit(self, plan: Plan) -> Plan:
+        """Returns a settled plan, changed where a layer's kernel wants another format."""
+        return plan
 
     def refuse(self, model: nn.Module, plan: Plan, groups: Groups) -> None:
         """Raises ValueError for a layer that its kernels compute wrongly; names it, and a remedy.
@@ -57,6 +68,14 @@ class Backend:
         """Returns the model that runs on integers, on the CPU, in eval mode; a new one."""
         raise NotImplementedError
 
+    def lower_dynamic(self, model: nn.Module, specs: dict[str, QuantSpec]) -> nn.Module:
+        """Returns a copy, on the CPU, whose named Linear layers quantize their inputs as they come.
+
+        Args:
+            specs: {layer: the format of its weight}; settled.
+        """
+        raise NotImplementedError
+
     def settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
         """Returns both specs with every "auto" replaced by this engine's rule.
 
@@ -64,8 +83,12 @@ class Backend:
             ValueError: the engine has no kernel for a combination; gives reason and legal choices.
         """
         weight = _settled(weight, symmetric=True, granularity=self.granularity, reduce_range=False)
+        reduced = self.reduce_range
         activation = _settled(
-            activation, symmetric=False, granularity="per_tensor", reduce_range=self.reduce_range
+            activation,
+            symmetric=False,
+            granularity="per_tensor",
+            reduce_range=reduced() if callable(reduced) else reduced,
         )
         problems = []
         if weight.reduce_range:

@@ -8,7 +8,10 @@ import torch
 
 import qtrain.backend
 from qtrain.backend.base import Backend
+from qtrain.common.torch_parts import has_torch_ao
 from qtrain.functional.spec import AUTO
+
+OF_TORCH_AO = ("fbgemm", "qnnpack", "x86", "onednn")
 
 
 @cache
@@ -22,7 +25,9 @@ def engines() -> dict[str, Backend]:
 
 
 def find(engine: str | Backend) -> Backend:
-    """Returns the backend of an engine; "auto" is torch's own choice for this machine.
+    """Returns the backend of an engine.
+
+    "auto" is torch's own choice for this machine while torch.ao exists, then int8.
 
     Args:
         engine: a name, or a backend of the user's own.
@@ -33,7 +38,12 @@ def find(engine: str | Backend) -> Backend:
     if isinstance(engine, Backend):
         return engine
     if engine == AUTO:
-        engine = torch.backends.quantized.engine
+        engine = torch.backends.quantized.engine if has_torch_ao() else "int8"
+    if engine in OF_TORCH_AO and not has_torch_ao():
+        raise ValueError(
+            f"engine={engine}: its kernels are torch.ao's, which this torch lacks; use int8, "
+            "and quantize a model of that engine again: from its float.pt, by checkpoint=FILE"
+        )
     if not isinstance(engine, str) or engine not in engines():
         raise ValueError(
             f"engine={engine}: allowed are auto, {', '.join(engines())}, or a backend with _target_"

@@ -4,12 +4,15 @@ import torch
 from torch import nn
 
 from qtrain.backend.base import FloatIsland
+from qtrain.backend.int8.layers import LayerWeight
 from qtrain.backend.packed.compact import integer_weight
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.simulate.sites import Site
 
+Weight = torch.Tensor | IntegerWeight | LayerWeight
 
-def quantized_weight(module: nn.Module) -> torch.Tensor | IntegerWeight | None:
+
+def quantized_weight(module: nn.Module) -> Weight | None:
     """Returns the quantized weight of one converted layer, torch's or ours, or None; both know
     shape, numel(), int_repr() and dequantize().
     """
@@ -22,9 +25,9 @@ def quantized_weight(module: nn.Module) -> torch.Tensor | IntegerWeight | None:
     return weight if getattr(weight, "is_quantized", False) else None
 
 
-def weight_qparams(weight: torch.Tensor | IntegerWeight) -> tuple[float, int]:
+def weight_qparams(weight: Weight) -> tuple[float, int]:
     """Returns the scale and the zero point of a quantized weight's first element."""
-    if isinstance(weight, IntegerWeight):
+    if isinstance(weight, IntegerWeight | LayerWeight):
         zero_points = weight.zero_point
         return float(weight.scale.flatten()[0]), 0 if zero_points is None else int(
             zero_points.flatten()[0]

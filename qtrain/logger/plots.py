@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
 
-from qtrain.backend.packed.weight import IntegerWeight
+from qtrain.backend.integers import Weight
 
 MAX_LAYERS = 8  # rows of a figure that can still be read
 MAX_CLASSES = 20  # whose counts can
 WIDEST = 2.0  # of weights; a few of GPT-2's are larger
 
-Pairs = dict[str, tuple[Tensor, Tensor | IntegerWeight]]
+Pairs = dict[str, tuple[Tensor, Weight]]
 
 
 def png(figure: Figure) -> bytes:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from qtrain.functional.qparams import range_qparams
 from qtrain.functional.spec import AUTO, QuantSpec
 
+# As torch's own observers want them; a torch without quantized tensors has the plain ones alone.
+SIGNED = getattr(torch, "qint8", torch.int8)
+UNSIGNED = getattr(torch, "quint8", torch.uint8)
 EPS = torch.finfo(torch.float32).eps  # the smallest scale
 PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_symmetric)
 SYMMETRIC = (torch.per_tensor_symmetric, torch.per_channel_symmetric)
@@ -104,7 +107,7 @@ def make_observer(spec: QuantSpec, *, signed: bool) -> Any:
     kind = f"{spec.granularity}_{'symmetric' if spec.symmetric else 'affine'}"
     low, high = spec.quant_range(signed)
     return spec.observer(
-        dtype=torch.qint8 if signed else torch.quint8,
+        dtype=SIGNED if signed else UNSIGNED,
         qscheme=getattr(torch, kind),
         quant_min=low,
         quant_max=high,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from qtrain.observer.base import UNSIGNED
+
 
 class FixedObserver(nn.Module):
     """Knows its scale and zero point from the start.
@@ -20,7 +22,7 @@ class FixedObserver(nn.Module):
 
     def __init__(self, scale: float, zero_point: int, bits: int) -> None:
         super().__init__()
-        self.dtype, self.qscheme = torch.quint8, torch.per_tensor_affine
+        self.dtype, self.qscheme = UNSIGNED, torch.per_tensor_affine
         self.quant_min, self.quant_max = 0, 2**bits - 1
         self.register_buffer("scale", torch.tensor([scale]))
         self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32))

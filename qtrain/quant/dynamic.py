@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.backend.find import engines, find
 from qtrain.backend.packed.embeddings import check_policies, formats
 from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import refuse
@@ -24,7 +25,7 @@ class Dynamic(Quantizer):
     """Converts Linear layers to int8 weights with dynamic int8 inputs.
 
     Args:
-        engine: "fbgemm", "qnnpack", "x86", "onednn" or "auto".
+        engine: "int8", "fbgemm", "qnnpack", "x86", "onednn" or "auto".
         weight: what weights are quantized to.
         embedding, head: as for PTQ.
         layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4};
@@ -49,12 +50,18 @@ class Dynamic(Quantizer):
     ) -> None:
         refuse(check_policies(embedding, head))
         self.embedding, self.head = embedding, head
-        self.engine = torch_ao.find_engine(engine).name
+        self.backend = find(engine)
+        self.engine = self.backend.name
+        if not self.backend.is_dynamic:
+            able = ", ".join(name for name, other in engines().items() if other.is_dynamic)
+            raise ValueError(
+                f"engine={self.engine}: has no dynamic quantization; allowed are auto, {able}"
+            )
         self.weight = self._settle(weight)
         self.layers = read_settings(layers if layers is not None else {}, self._setting)
 
     def _settle(self, weight: QuantSpec) -> QuantSpec:
-        return torch_ao.ENGINES[self.engine].settle(weight, QuantSpec(observer=weight.observer))[0]
+        return self.backend.settle(weight, QuantSpec(observer=weight.observer))[0]
 
     def _setting(self, pattern: str, setting: Any) -> QuantSpec | PackedFormat | None:
         return spec_or_format(
@@ -92,4 +99,4 @@ class Dynamic(Quantizer):
             name: layer.weight for name, layer in simulation.plan.items() if layer.backend is None
         }
         specs = {name: weight for name, weight in weights.items() if isinstance(weight, QuantSpec)}
-        return torch_ao.quantize_dynamic(super().convert(simulation), specs, self.engine)
+        return self.backend.lower_dynamic(super().convert(simulation), specs)

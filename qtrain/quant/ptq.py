@@ -41,7 +41,7 @@ class PTQ(Quantizer):
     """Calibrates observers at every quantized tensor, then converts.
 
     Args:
-        engine: "fbgemm", "qnnpack", "x86", "onednn", "reference" or "auto"; or a backend.
+        engine: "int8", "fbgemm", "qnnpack", "x86", "onednn", "reference" or "auto"; or a backend.
         weight: what weights are quantized to.
         activation: what activations are quantized to; below the bits of the engine's kernels the
             simulation is the result.
@@ -117,10 +117,11 @@ class PTQ(Quantizer):
         )
         floats = {name: "set by quant.layers" for name, spec in chosen.items() if spec is None}
         floats |= dict.fromkeys(heads, "set by quant.head")
-        groups = find_groups(model, floats, self.backend.why_float)
+        backend = self.backend
+        groups = find_groups(model, floats, backend.why_float, backend.has_scale)
         refuse_second_names(model, groups)
         specs = {name: spec for name, spec in chosen.items() if spec is not None}
-        plan = make_plan(groups, self.weight, self.activation, specs)
+        plan = backend.fit(make_plan(groups, self.weight, self.activation, specs))
         self.backend.refuse(model, plan, groups)
         for name, form in packed.items():
             own = form.plan(type(model.get_submodule(name)).__name__)

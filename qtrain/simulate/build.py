@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain.functional.spec import QuantSpec
+from qtrain.simulate import stubs
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.plan import FixedSpec, LayerPlan, Plan
 from qtrain.simulate.simulation import Simulation
@@ -81,6 +82,7 @@ def find_groups(
     model: nn.Module,
     floats: Mapping[str, str],
     why_float: Callable[[nn.Module], str | None] = lambda layer: None,
+    has_scale: Callable[[nn.Module], bool] = lambda layer: False,
 ) -> Groups:
     """Returns {name: group} of all that becomes a site, and of the stubs back to float.
 
@@ -88,6 +90,7 @@ def find_groups(
         model: the float model, fused.
         floats: {layer that stays float, whatever lies in it: why}.
         why_float: says of a layer why there is no kernel for it, or None.
+        has_scale: tells of a layer whether its output gets a scale, beside `SCALED` and `FIXED`.
     """
     found: dict[str, Group] = {}
     closed: list[str] = []  # what lies below belongs to it
@@ -100,11 +103,11 @@ def find_groups(
                 found[name] = Group((module,), floats[name])
         elif _has_mark(module):
             closed.append(name)
-        elif _is_fused(module):
+        elif is_fused(module):
             closed.append(name)
             parts = tuple(module.children())
             found[name] = Group(parts, why_float(parts[0]))
-        elif (reason := why_float(module)) or _is_site(module):
+        elif (reason := why_float(module)) or _is_site(module) or has_scale(module):
             closed.append(name)
             found[name] = Group((module,), reason)
     return found
@@ -212,20 +215,23 @@ def _made(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) 
 
 def is_stub(module: nn.Module, name: str) -> bool:
     """Returns whether a module is a QuantStub or DeQuantStub, ours or torch.ao's."""
-    return type(module).__name__ == name and _is_torch_ao(module)
+    return type(module).__name__ == name and _is_eager(module)
 
 
 def is_functional(module: nn.Module) -> bool:
     """Returns whether a module is a FloatFunctional."""
-    return type(module).__name__ == "FloatFunctional" and _is_torch_ao(module)
+    return type(module).__name__ == "FloatFunctional" and _is_eager(module)
 
 
-def _is_torch_ao(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.ao.")  # by name: torch.ao need not be imported
+def _is_eager(module: nn.Module) -> bool:
+    # By name: torch.ao need not be imported, nor be there.
+    return type(module).__module__.startswith(("torch.ao.", stubs.__name__))
 
 
-def _is_fused(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.ao.nn.intrinsic")
+def is_fused(module: nn.Module) -> bool:
+    """Returns whether a module is a run of layers that was fused."""
+    is_torchs = type(module).__module__.startswith("torch.ao.nn.intrinsic")
+    return is_torchs or isinstance(module, stubs.Fused)
 
 
 def _is_site(module: nn.Module) -> bool:

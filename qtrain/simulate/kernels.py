@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtrain.common.torch_parts import has_torch_ao
 from qtrain.functional.qparams import float32, float32s
 
 # grad strictly between two limits, and 0 elsewhere.
@@ -20,7 +21,7 @@ HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward
 # Numbers for which torch's conversions to uint8 and back, and a way back in Python, pay.
 MANY = 1 << 17
 # Other conversions may round differently.
-HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+HAS_FBGEMM = has_torch_ao() and "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def fake_quantize(

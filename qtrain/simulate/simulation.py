@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from qtrain.common.copying import cloned, copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.plan import FixedSpec, Plan
+from qtrain.simulate.plan import Plan
 from qtrain.simulate.regions import on_marked
-from qtrain.simulate.sites import QuantWeighted, Site
+from qtrain.simulate.sites import QuantModule, QuantWeighted, Site
 
 Batches = Iterable[tuple[Any, ...]]  # the arguments of one forward pass each
 
@@ -159,8 +159,13 @@ class Simulation(nn.Module):
 
     def _of_regions(self) -> set[str]:
         """Returns the layers whose output is quantized only where they run between the stubs."""
-        planned = self.plan.items()
-        return {n for n, p in planned if p.output and (p.reason or isinstance(p.output, FixedSpec))}
+        found = sites(self.model).items()
+        own = {name for name, site in found if isinstance(site, QuantModule)}
+        return {
+            name
+            for name, layer in self.plan.items()
+            if layer.output and (layer.reason or name in own)
+        }
 
     def leave_float(self, name: str) -> None:
         """Takes the fake quantization from the output of a site, in place."""

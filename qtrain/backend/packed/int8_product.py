@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from qtrain.backend.torch_ao.binding import use_engine
+from qtrain.common.torch_parts import has_torch_ao
 
 # Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls
 # back to plain loops.
 HAS_ONEDNN = (
     torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
 )
-HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
+HAS_FBGEMM = has_torch_ao() and "fbgemm" in torch.backends.quantized.supported_engines
 FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in float32
 
 

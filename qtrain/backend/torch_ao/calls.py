@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.ao.nn.quantized.dynamic as nnqd
 from torch import Tensor, nn
-from torch.ao.quantization import DeQuantStub, QuantStub
+
+from qtrain.backend.torch_ao.parts import DeQuantStub, QuantStub
 
 IDENTITIES = (QuantStub, DeQuantStub, nn.Identity, nn.Dropout)
 
@@ -38,16 +38,21 @@ def same(x: Any) -> Any:
     return x
 
 
-def _call(module: nn.Module) -> Callable[..., Any]:
+def _call(module: Any) -> Callable[..., Any]:
     if has_hooks(module):
         return module
     if isinstance(module, IDENTITIES):
         return same
-    if type(module) is nnqd.Linear and module._packed_params.dtype == torch.qint8:
+    if _is_dynamic(module) and module._packed_params.dtype == torch.qint8:
         return _dynamic_linear(module._packed_params._packed_params)
     if type(module) is nn.LayerNorm:
         return partial(_layer_norm, module.normalized_shape, module.weight, module.bias, module.eps)
     return module.forward
+
+
+def _is_dynamic(module: nn.Module) -> bool:
+    kind = type(module)  # by name: torch.ao need not be there
+    return kind.__name__ == "Linear" and kind.__module__.startswith("torch.ao.nn.quantized.dynamic")
 
 
 def _in_turn(calls: list[Callable[..., Any]], x: Any) -> Any:

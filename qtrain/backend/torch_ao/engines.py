@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from qtrain.backend.base import Backend
+from qtrain.backend.machine import saturates
+from qtrain.backend.torch_ao.dynamic import quantize_dynamic
 from qtrain.backend.torch_ao.lower import lower
 from qtrain.backend.torch_ao.refusals import refuse_silent_errors, without_kernel
-from qtrain.functional.spec import AUTO
+from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.simulate.build import Groups
 from qtrain.simulate.plan import Plan
 from qtrain.simulate.simulation import Simulation
@@ -25,6 +27,7 @@ class Engine(Backend):
 
     least_activation_bits: int = 8
     clips_at_type: bool = True
+    is_dynamic: bool = True
     conv_transpose: bool = True
 
     def missing(self) -> str | None:
@@ -42,9 +45,8 @@ class Engine(Backend):
     def lower(self, simulation: Simulation) -> nn.Module:
         return lower(simulation, self.name)
 
-
-def _has_vnni() -> bool:
-    return bool(torch.cpu._is_vnni_supported())
+    def lower_dynamic(self, model: nn.Module, specs: dict[str, QuantSpec]) -> nn.Module:
+        return quantize_dynamic(model, specs, self.name)
 
 
 ENGINES = {
@@ -54,10 +56,8 @@ ENGINES = {
         Engine("qnnpack", granularity="per_tensor"),
         Engine("x86", reduce_range=True, conv_transpose=False),
         # oneDNN's own default is the full range, which saturates where the CPU lacks VNNI (7.5 dB
-        # instead of 46).
-        Engine(
-            "onednn", reduce_range=not _has_vnni(), asymmetric_weights=False, conv_transpose=False
-        ),
+        # instead of 46), or where oneDNN is told to do without.
+        Engine("onednn", reduce_range=saturates, asymmetric_weights=False, conv_transpose=False),
     )
 }
 

@@ -2,16 +2,20 @@
 
 import inspect
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.ao.quantization as tq
 from torch import nn
-from torch.ao.quantization.fuser_method_mappings import get_fuser_method
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from qtrain.backend.torch_ao.own_fusion import fuse_run, fusible
+from qtrain.common.torch_parts import has_torch_ao
 from qtrain.simulate.sites import QuantModule, QuantWeighted
+
+if TYPE_CHECKING or has_torch_ao():
+    import torch.ao.quantization as tq
+    from torch.ao.quantization.fuser_method_mappings import get_fuser_method
 
 ADVICE = "In fuse_model(self, is_qat) call qtrain.fuse(self, [[...]], is_qat=is_qat)"
 
@@ -34,9 +38,13 @@ def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
             )
         for name in group:
             _make_foldable(name, model.get_submodule(name))
-        fusible = _fusible(model, group, is_qat)
-        if len(fusible) > 1:
-            (tq.fuse_modules_qat if is_qat else tq.fuse_modules)(model, fusible, inplace=True)
+        if not has_torch_ao():
+            end = fusible([type(model.get_submodule(name)) for name in group])
+            fuse_run(model, group[:end]) if end else None
+            continue
+        run = _fusible(model, group, is_qat)
+        if len(run) > 1:
+            (tq.fuse_modules_qat if is_qat else tq.fuse_modules)(model, run, inplace=True)
 
 
 def _make_foldable(name: str, layer: nn.Module) -> None:
@@ -95,6 +103,8 @@ def unfused_pairs(model: nn.Module) -> list[str]:
     """Returns "conv + bn" for each convolution with a batch-norm registered right behind it."""
     pairs = []
     for prefix, parent in model.named_modules():
+        if isinstance(parent, QuantWeighted):  # which has its batch-norm within
+            continue
         children = [(name, _float_layer(child)) for name, child in parent.named_children()]
         for (name, layer), (after, norm) in pairwise(children):
             if (

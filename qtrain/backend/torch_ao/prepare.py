@@ -4,18 +4,18 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch.ao.nn.intrinsic as nni
 from torch import nn
-from torch.ao.quantization import DeQuantStub, QuantStub
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain.backend.torch_ao.fusion import fuse_by_itself
+from qtrain.backend.torch_ao.parts import DeQuantStub, QuantStub
 from qtrain.backend.torch_ao.refusals import (
     bake_parametrizations,
     refuse_own_qconfigs,
     separate_shared,
 )
 from qtrain.common.copying import copy_model
+from qtrain.simulate.build import is_fused
 
 
 def ready(model: nn.Module, *, is_qat: bool) -> nn.Module:
@@ -46,7 +46,7 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     fused = {  # {part: the fused layer that it lies in}
         f"{name}.{part}": name
         for name, module in model.named_modules()
-        if isinstance(module, nni._FusedModule)
+        if is_fused(module)
         for part, _ in module.named_modules()
         if part
     }

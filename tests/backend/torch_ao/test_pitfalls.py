@@ -90,8 +90,6 @@ def test_saturation_without_vnni_is_seen_by_the_gate_and_avoided_by_reduce_range
         line.split(maxsplit=3) for line in done.stdout.splitlines()
     ):
         seen.add(engine)
-        if reduce_range == "auto" and has_vnni and engine == "onednn":
-            continue  # the default counts on the VNNI that is kept from it here
         if reduce_range != "False" or engine == "qnnpack" or has_vnni and float(decibels) > 35:
             assert float(decibels) > 35 and failure == []
         else:

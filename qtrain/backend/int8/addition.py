@@ -1,0 +1,74 @@
+"""Sums of integers of different scales.
+
+oneDNN's own kernel for it, `qadd`, takes integers from 128 on for negative ones (torch 2.14.1), and
+does not see two orders of memory. Its convolutions add right, and 1 is a weight like others.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from qtrain.backend.int8.reference import as_bytes
+from qtrain.backend.int8.scale import Scale
+from qtrain.backend.int8.tensor import QuantizedTensor
+from qtrain.backend.machine import multiplies, operator
+
+FEW = 1 << 14  # for so few numbers, a convolution takes longer to begin than three passes
+
+
+def add(x: QuantizedTensor, y: QuantizedTensor, to: Scale, relu: bool) -> Tensor:
+    """Returns the integers of relu(x + y), or x + y, on the scale `to`."""
+    low = max(to.low, to.zero_point) if relu else to.low
+    if _suits_convolution(x.integers, y.integers):
+        found = _by_convolution(x, y, to)
+        return found if (low, to.high) == (0, 255) else found.clamp_(low, to.high)
+    # x / scale + y / scale + what the zero points come to
+    left, right = x.scale / to.scale, y.scale / to.scale
+    shift = to.zero_point - x.zero_point * left - y.zero_point * right
+    steps = x.integers.to(torch.float32).mul_(left)
+    steps = torch.add(steps, y.integers.to(torch.float32), alpha=right).add_(shift)
+    return as_bytes(steps.round_().clamp_(low, to.high))
+
+
+def _suits_convolution(x: Tensor, y: Tensor) -> bool:
+    return (
+        x.dim() == 4
+        and x.numel() > FEW
+        and x.shape == y.shape
+        and x.is_cpu
+        and not is_compiling()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and y.is_contiguous(memory_format=torch.channels_last)
+        and multiplies()
+        and operator("onednn", "qconv2d_pointwise", "binary") is not None
+    )
+
+
+def _by_convolution(x: QuantizedTensor, y: QuantizedTensor, to: Scale) -> Tensor:
+    channels = x.shape[1]
+    weight, ones, zeros = _identity(channels)
+    sizes: Any = ([1, 1], [0, 0], [1, 1], channels)
+    tail: Any = (to.scale, to.zero_point, torch.uint8, y.scale, y.zero_point)
+    found: Tensor = torch.ops.onednn.qconv2d_pointwise.binary(
+        *(x.integers, x.scale, x.zero_point),
+        *(weight, ones, zeros),
+        y.integers.clone(),  # which takes the sum
+        None,
+        *sizes,
+        *tail,
+        *("sum", 1.0, "none", [], ""),
+    )
+    return found
+
+
+@cache
+def _identity(channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the packed weight that changes nothing, its scales and its zero points."""
+    ones = torch.ones(channels)
+    weight = torch.ones(channels, 1, 1, 1, dtype=torch.int8)
+    sizes: Any = ([1, 1], [0, 0], [1, 1], channels)
+    packed = torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, *sizes)
+    return packed, ones, torch.zeros(channels, dtype=torch.int32)

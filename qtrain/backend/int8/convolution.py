@@ -1,0 +1,86 @@
+"""Convolutions on integers, by oneDNN."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtrain.backend.int8.reference import as_bytes
+from qtrain.backend.int8.scale import Scale
+
+
+def kernel(
+    layer: Any,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    output: Scale,
+    scale: float,
+    zero_point: int,
+) -> Callable[[Tensor], Tensor]:
+    """Returns the CPU's convolution with a weight, for integers of one scale.
+
+    Args:
+        layer: the float convolution, for its settings.
+        weight: int8.
+        weight_scale: float32, one a channel.
+        bias: float32, or None.
+        relu: whether a ReLU follows.
+        output: of the results.
+        scale, zero_point: of what will come.
+    """
+    padding = [0] * len(layer.kernel_size) if _is_padded_before(layer) else list(layer.padding)
+    sizes = (list(layer.stride), padding, list(layer.dilation), layer.groups)
+    onednn = torch.ops.onednn
+    packed = onednn.qconv_prepack(weight.contiguous(), weight_scale, 1.0, 0, *sizes)
+    multiply = onednn.qconv_pointwise.default
+    zeros = torch.zeros(len(weight_scale), dtype=torch.int32)
+    to = (output.scale, output.zero_point, torch.uint8)
+    is_2d = len(layer.kernel_size) == 2
+    post = _post(relu, output) if is_2d else ("none", [], "")
+    tail = (packed, weight_scale, zeros, bias, *sizes, *to, *post)
+    low = max(output.low, output.zero_point) if relu else output.low
+    clips = not is_2d and (low, output.high) != (0, 255)
+    if not _is_padded_before(layer) and not clips:
+        return lambda x: multiply(x, scale, zero_point, *tail)
+
+    def run(x: Tensor) -> Tensor:
+        if _is_padded_before(layer):
+            x = padded(layer, x, zero_point)
+        found: Tensor = multiply(x, scale, zero_point, *tail)
+        return found.clamp_(low, output.high) if clips else found
+
+    return run
+
+
+def _post(relu: bool, to: Scale) -> tuple[Any, ...]:
+    """Returns what the kernel does before it stores: it clips at the ends of the type by itself.
+
+    At others, and at 0, in 2-D alone.
+    """
+    if to.is_full:
+        return "relu" if relu else "none", [], ""
+    low = (to.low - to.zero_point) * to.scale
+    high = (to.high - to.zero_point) * to.scale
+    return "hardtanh", [max(low, 0.0) if relu else low, high], ""
+
+
+def padded(layer: Any, x: Tensor, zero_point: int) -> Tensor:
+    """Returns x with the padding that a kernel cannot make: by name, or not by zeros."""
+    mode = layer.padding_mode
+    pads = layer._reversed_padding_repeated_twice  # also of padding by name
+    if mode == "zeros":
+        return F.pad(x, pads, value=zero_point)
+    return as_bytes(F.pad(x.to(torch.float32), pads, mode))
+
+
+def _is_padded_before(layer: Any) -> bool:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return True
+    # Where a window lies in the padding alone, grouped kernels read memory that nobody has written
+    # (torch 2.14.1, one input channel a group).
+    settings = zip(layer.padding, layer.kernel_size, layer.dilation, strict=True)
+    return any(padding > wide * (kernel - 1) for padding, kernel, wide in settings)

@@ -1,0 +1,113 @@
+"""Linear layers that quantize their input as it comes, on plain tensors."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from qtrain.backend.int8.layers import LayerWeight
+from qtrain.backend.int8.linear import FEW_ROWS
+from qtrain.backend.int8.product import SAFE
+from qtrain.backend.int8.quantizing import quantized
+from qtrain.backend.int8.scale import Scale
+from qtrain.backend.machine import mixes_signs, multiplies, saturates
+from qtrain.common.copying import copy_model
+from qtrain.functional.spec import QuantSpec
+from qtrain.observer.base import make_observer
+from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.simulation import integers
+
+
+@torch.no_grad()
+def quantize_dynamic(model: nn.Module, specs: dict[str, QuantSpec]) -> nn.Module:
+    """Returns a copy on the CPU whose named layers hold int8 weights and quantize their inputs."""
+    model = copy_model(model).cpu().eval()
+    for name, spec in specs.items():
+        model.set_submodule(name, DynamicLinear(model.get_submodule(name), spec))
+    return model
+
+
+class DynamicLinear(nn.Module):
+    """A Linear layer on integers, whose input gets the scale that just holds it.
+
+    Args:
+        layer: the float layer.
+        spec: of its weight; symmetric.
+
+    Shapes: (..., K) -> (..., N).
+    """
+
+    integers: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    _ready: tuple[Any, ...] | None = None
+
+    def __init__(self, layer: Any, spec: QuantSpec) -> None:
+        super().__init__()
+        weight = layer.weight.detach()
+        observer = make_observer(spec, signed=True)
+        point = FakeQuantize(observer, memoryless=True, observing=True, quantizing=True)
+        point(weight)
+        scale, _ = point.calculate_qparams()
+        self.register_buffer("integers", integers(point, weight).to(torch.int8))
+        self.register_buffer("weight_scale", scale.detach().clone())
+        bias = layer.bias
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def weight(self) -> LayerWeight:
+        """Returns the weight's integers and scales."""
+        return LayerWeight(self.integers, self.weight_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_compiling() or not x.is_cpu or not x.numel() or not multiplies():
+            return self._in_float(x)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        low, high = (float(end) for end in rows.aminmax())
+        low, high = min(low, 0.0), max(high, 0.0)
+        last = SAFE if saturates() else 255
+        scale = max((high - low) / last, 1e-30)
+        if not math.isfinite(scale):
+            return self._in_float(x)
+        zero_point = round(-low / scale)
+        steps = quantized(rows, Scale(scale, zero_point, 0, last))
+        weight, matrix, scales, sums, zeros, bias = self._packed()
+        offset = torch.add(bias, sums, alpha=-zero_point * scale)
+        if len(rows) <= FEW_ROWS and mixes_signs():
+            output = torch._int_mm(steps, matrix).mul(scales * scale).add_(offset)
+        else:
+            tail: Any = (zeros, offset, 1.0, 0, torch.float32, "none", [], "")
+            multiply = torch.ops.onednn.qlinear_pointwise.default
+            output = multiply(steps, scale, 0, weight, scales, *tail)
+        return output.view(*x.shape[:-1], len(scales)).to(x.dtype)
+
+    def _in_float(self, x: Tensor) -> Tensor:
+        """Returns the product with the input as it is, where there is no kernel for integers."""
+        return F.linear(x, self.weight().dequantize().to(x.dtype), self.bias)
+
+    def _packed(self) -> tuple[Any, ...]:
+        """Returns what kernels take; made once, and anew where the integers have changed."""
+        key = (id(self.integers), self.integers._version)
+        if self._ready is None or self._ready[0] != key:
+            matrix = self.integers.contiguous()
+            scales = self.weight_scale.expand(len(matrix)).contiguous()
+            sums = matrix.sum(1, dtype=torch.int64).double().mul(scales.double()).float()
+            bias = torch.zeros_like(scales) if self.bias is None else self.bias
+            zeros = torch.zeros(len(matrix), dtype=torch.int32)
+            packed = torch.ops.onednn.qlinear_prepack(matrix, None)
+            self._ready = key, (packed, matrix.t(), scales, sums, zeros, bias)
+        made: tuple[Any, ...] = self._ready[1]
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ready": None}  # a copy makes its own
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._ready = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._ready = None
+        super()._load_from_state_dict(*args)

@@ -1,0 +1,105 @@
+"""Linear layers on integers: `torch._int_mm` for a few rows and on GPUs, oneDNN for many."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtrain.backend.int8.scale import Scale
+from qtrain.backend.machine import mixes_signs
+
+FEW_ROWS = 8  # for so many, oneDNN takes longer to begin than to multiply
+
+
+def kernel(
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    relu: bool,
+    output: Scale,
+    scale: float,
+    zero_point: int,
+) -> Callable[[Tensor], Tensor]:
+    """Returns the CPU's product with a weight, for integers of one scale.
+
+    A zero point would cost oneDNN half of its time again, and it is the same for all rows: what it
+    comes to is taken off the bias.
+
+    Args:
+        weight: int8 (N, K).
+        weight_scale: float32 (N,).
+        bias: float32 (N,), or None.
+        relu: whether a ReLU follows.
+        output: of the results.
+        scale, zero_point: of what will come.
+    """
+    factor = scale * weight_scale.double()
+    offset = -zero_point * weight.sum(1, dtype=torch.int64).double() * factor
+    if bias is not None:
+        offset += bias.double()
+    many = _by_onednn(weight, weight_scale, offset.float(), relu, output, scale)
+    if not mixes_signs() or weight.shape[1] == 1:  # torch 2.14.1 gets such products wrong
+        return many
+    few = _by_int_mm(weight, factor, offset, relu, output)
+    most = FEW_ROWS * weight.shape[1]
+    return lambda x: few(x) if x.numel() <= most else many(x)
+
+
+def _by_onednn(
+    weight: Tensor, weight_scale: Tensor, bias: Tensor, relu: bool, to: Scale, scale: float
+) -> Callable[[Tensor], Tensor]:
+    onednn = torch.ops.onednn
+    packed = onednn.qlinear_prepack(weight.contiguous(), None)
+    multiply = onednn.qlinear_pointwise.default
+    zeros = torch.zeros(len(weight), dtype=torch.int32)
+    output = (to.scale, to.zero_point, torch.uint8)
+    tail: Any = (packed, weight_scale, zeros, bias, *output, "relu" if relu else "none", [], "")
+
+    def run(x: Tensor) -> Tensor:
+        found: Tensor = multiply(x, scale, 0, *tail)
+        return found if to.is_full else found.clamp_(to.low, to.high)
+
+    return run
+
+
+def _by_int_mm(
+    weight: Tensor, factor: Tensor, offset: Tensor, relu: bool, to: Scale
+) -> Callable[[Tensor], Tensor]:
+    matrix = weight.t()
+    steps = factor.div(to.scale).float()
+    shift = offset.div(to.scale).add_(to.zero_point).float()
+    low = max(to.low, to.zero_point) if relu else to.low
+
+    def run(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        found = torch._int_mm(rows, matrix).mul(steps).add_(shift)
+        found = found.round_().clamp_(low, to.high).to(torch.uint8)
+        return found if x.dim() == 2 else found.view(*x.shape[:-1], len(weight))
+
+    return run
+
+
+def int_mm(x: Tensor, weight: Tensor, zero_point: int) -> Tensor:
+    """Returns `(x - zero_point) @ weight.T` by `torch._int_mm`, int32, exactly.
+
+    Its kernel on GPUs wants more than 16 rows, sizes that 8 divides, and contiguous matrices; it
+    takes int8 alone, so that x goes in lowered by 128.
+
+    Args:
+        x: uint8 (M, K).
+        weight: int8 (N, K).
+
+    >>> x = torch.tensor([[255, 0]], dtype=torch.uint8)
+    >>> int_mm(x, torch.tensor([[1, 2]], dtype=torch.int8), 3)
+    tensor([[246]], dtype=torch.int32)
+    """
+    (rows, inner), outputs = x.shape, len(weight)
+    lowered = (x ^ 128).view(torch.int8)
+    more = (0, -inner % 8)
+    lowered = F.pad(lowered, (*more, 0, max(17 - rows, 0)))
+    matrix = F.pad(weight, (*more, 0, -outputs % 8)).t().contiguous()
+    sums = torch._int_mm(lowered.contiguous(), matrix)[:rows, :outputs]
+    missing = weight.sum(1, dtype=torch.int32).mul_(128 - zero_point)
+    return sums + missing

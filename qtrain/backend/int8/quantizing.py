@@ -1,0 +1,34 @@
+"""Integers of floats, as fast as this torch can."""
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from qtrain.backend.int8.reference import channels_last, requantized
+from qtrain.backend.int8.scale import Scale
+from qtrain.common.torch_parts import has_torch_ao
+
+FEW = 1 << 14
+
+
+def quantized(x: Tensor, to: Scale) -> Tensor:
+    """Returns the integers of floats, uint8; images in the order of memory of convolutions.
+
+    While torch has quantized tensors, its kernel does in one pass what else takes six, and comes
+    to the same (1.2 million numbers: 0.4 ms, and 1.5).
+    """
+    is_plain = x.is_cpu and x.dtype == torch.float32 and to.is_full and not is_compiling()
+    if is_plain and has_torch_ao():
+        found = _by_torch(x, to)
+    else:
+        found = requantized(x, to.scale, to.zero_point, to.low, to.high)
+    return channels_last(found)
+
+
+def _by_torch(x: Tensor, to: Scale) -> Tensor:
+    made = torch.quantize_per_tensor(x, to.scale, to.zero_point, torch.quint8)
+    if x.numel() < FEW:
+        return made.int_repr()
+    # The same memory, as bytes: a copy would take three times as long as all before.
+    plain = torch.empty(0, dtype=torch.uint8)
+    return plain.set_(made.untyped_storage(), 0, made.shape, made.stride())

@@ -1,0 +1,62 @@
+"""Linear layers that quantize their input as it comes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from qtrain.backend.int8 import dynamic
+from qtrain.backend.int8.dynamic import DynamicLinear
+from qtrain.quant.dynamic import Dynamic
+
+
+@pytest.fixture
+def layer(make_dynamic):
+    """A lowered layer of 24 inputs and 10 outputs."""
+    quantizer = make_dynamic("int8")
+    net = nn.Sequential(nn.Linear(24, 10)).eval()
+    found = quantizer.convert(quantizer.prepare(net))[0]
+    assert isinstance(found, DynamicLinear)
+    return found
+
+
+def exact(layer, x):
+    """Returns what the layer should put out: x in 256 steps from its smallest to its largest."""
+    rows = x.double()
+    low, high = min(float(rows.min()), 0.0), max(float(rows.max()), 0.0)
+    scale = (high - low) / 255
+    zero_point = round(-low / scale)
+    steps = (rows / scale).round() + zero_point
+    restored = (steps.clamp(0, 255) - zero_point) * scale
+    return restored @ layer.weight().dequantize().double().T + layer.bias.double()
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (3, 24), (2, 3, 24), (40, 24)], ids=str)
+@pytest.mark.parametrize("shift", [0.0, 2.0, -3.0])
+def test_inputs_get_the_scale_that_just_holds_them(layer, shape, shift, monkeypatch):
+    monkeypatch.setattr(dynamic, "saturates", lambda: False)
+    x = torch.randn(shape) + shift
+    assert torch.allclose(layer(x).double(), exact(layer, x), atol=2e-3)
+    assert (layer(x) - layer._in_float(x)).abs().max() < 0.1
+
+
+def test_it_is_copied_and_pickled(layer):
+    x = torch.randn(5, 24)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+    layer.integers.zero_()
+    assert torch.allclose(layer(x), layer.bias.expand(5, -1))
+
+
+def test_empty_and_endless_inputs_go_through_floats(layer):
+    assert layer(torch.zeros(0, 24)).shape == (0, 10)
+    assert layer(torch.full((2, 24), torch.nan)).isnan().all()
+    assert torch.allclose(layer(torch.zeros(2, 24)), layer.bias.expand(2, -1), atol=1e-6)
+
+
+def test_an_engine_without_it_is_refused():
+    with pytest.raises(ValueError, match="engine=reference: has no dynamic .* allowed are auto"):
+        Dynamic(engine="reference")
