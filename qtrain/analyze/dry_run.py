@@ -46,7 +46,7 @@ def dry_run(
         float_model = randomize_batch_norm(torch_ao.copy_model(model)).cpu().eval()
         with blame(float_model, "float"):
             float_model(*cloned(inputs))
-        prepared = quantizer.prepare(float_model)
+        prepared = quantizer.prepare(float_model, inputs)
         note_unfused(prepared.model)
         reference = quantizer.reference(prepared)
         failures = (

@@ -87,7 +87,7 @@ def quantize(
     float_model = copy_model(model).cpu().eval()
     sample = tuple(x[: gate.samples] for x in kept[0])
     dry_run(float_model, quantizer, tuple(x[:2] for x in sample), gate)
-    simulation = quantizer.prepare(float_model)
+    simulation = quantizer.prepare(float_model, sample)
     quantizer.calibrate(simulation, kept)
     gate.enforce(gate.unobserved(simulation.model))
     converted = quantizer.convert(simulation)

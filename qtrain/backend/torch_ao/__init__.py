@@ -21,7 +21,7 @@ from qtrain.backend.torch_ao.fusion import fuse, unfused_pairs
 from qtrain.backend.torch_ao.lower import lower
 from qtrain.backend.torch_ao.observers import histogram, minmax, moving_average
 from qtrain.backend.torch_ao.patches import apply as apply_patches
-from qtrain.backend.torch_ao.prepare import match_layers, ready
+from qtrain.backend.torch_ao.prepare import make_ready, match_layers
 from qtrain.backend.torch_ao.refusals import refuse_old_norms
 from qtrain.common.copying import copy_model
 
@@ -42,11 +42,11 @@ __all__ = [
     "has_hooks",
     "histogram",
     "lower",
+    "make_ready",
     "match_layers",
     "minmax",
     "moving_average",
     "quantize_dynamic",
-    "ready",
     "refuse_old_norms",
     "resolve",
     "same",

@@ -1,4 +1,4 @@
-"""A float model made ready to be simulated: copied, put right, fused; and layers by pattern."""
+"""A float model made ready to be simulated: put right, fused; and layers by pattern."""
 
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -15,24 +15,24 @@ from qtrain.backend.torch_ao.refusals import (
     refuse_own_qconfigs,
     separate_shared,
 )
-from qtrain.common.copying import copy_model
+from qtrain.simulate.fused import Fused
 
 
-def ready(model: nn.Module, *, is_qat: bool) -> nn.Module:
-    """Returns a fused copy of the float `model`; for QAT in train mode, with batch-norm apart.
+def make_ready(model: nn.Module, *, is_qat: bool, fuses: bool = True) -> None:
+    """Puts the float `model` right, in place, and fuses it; for QAT with batch-norm apart.
 
     Args:
-        model: with QuantStub and DeQuantStub; its `fuse_model` is called where it has one.
+        fuses: whether its `fuse_model` is called, where it has one.
 
     Raises:
         ValueError: the model holds what would be lost in silence; names the layer.
     """
-    model = copy_model(model).train(is_qat)
+    model.train(is_qat)
     refuse_own_qconfigs(model)
     bake_parametrizations(model, is_qat)
     separate_shared(model)
-    fuse_by_itself(model, is_qat=is_qat)
-    return model
+    if fuses:
+        fuse_by_itself(model, is_qat=is_qat)
 
 
 def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
     fused = {  # {part: the fused layer that it lies in}
         f"{name}.{part}": name
         for name, module in model.named_modules()
-        if isinstance(module, nni._FusedModule)
+        if isinstance(module, nni._FusedModule | Fused)
         for part, _ in module.named_modules()
         if part
     }
