@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qtrain.capture.bracket import bracket
@@ -74,7 +75,7 @@ class Captured:
         leaves: {module that was not looked into: (why, its share of multiply-accumulates)}.
         notes: what else the user should know.
         tensors: {name in the user's model: the parameter or buffer}, as objects of `model`.
-        origins: {name in the user's model: what it is made of}, where it is no object of `model`.
+        origins: {name in the user's model: what it may be made of}, where its name is another.
         original: the model that it must equal; None: it is that model.
     """
 
@@ -86,7 +87,7 @@ class Captured:
     leaves: dict[str, tuple[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    origins: dict[str, Origin] = field(default_factory=dict)
+    origins: dict[str, list[Origin]] = field(default_factory=dict)
     original: nn.Module | None = None
 
     def describe(self) -> dict[str, Any]:
@@ -125,7 +126,8 @@ def capture(
             "model: has no QuantStub, so it is traced, for which one batch is needed: "
             "give batches, such as [images]"
         )
-    inputs = tuple(x.detach().cpu() if isinstance(x, Tensor) else x for x in inputs)
+    device = next((x.device for x in tensors(model).values()), torch.device("cpu"))
+    inputs = tuple(x.detach().to(device) if isinstance(x, Tensor) else x for x in inputs)
     leaves = _leaves(model, settings.leaves)
     if settings.mode == "bracket":
         return _bracketed(model, inputs, leaves, is_qat)
@@ -203,10 +205,4 @@ def _traced(
         origins=origins,
         original=model,
     )
-
-
-def few(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns forward's arguments for two samples, as tracing needs them."""
-    return tuple(x[:2] if isinstance(x, Tensor) and x.ndim else x for x in inputs)
-
 

@@ -18,11 +18,12 @@ class Differs(Exception):
 
     Args:
         node: the first of the eval graph that has no like.
+        others: those of the train graph that have none.
     """
 
-    def __init__(self, node: fx.Node) -> None:
+    def __init__(self, node: fx.Node, others: list[fx.Node]) -> None:
         super().__init__(node.meta["line"])
-        self.node = node
+        self.node, self.others = node, others
 
 
 def eval_output(outputs: Any) -> Any:
@@ -43,10 +44,9 @@ def join(train: fx.Graph, evaluated: fx.Graph, root: nn.Module, dropouts: set[st
         found[keys[node]] = node
     for node in evaluated.nodes:
         keys[node] = _key(node, keys, root, dropouts)
-        if node.op == "output":
-            break
-        if keys[node] not in found:
-            raise Differs(node)
+        if node.op != "output" and keys[node] not in found:
+            known = {keys[n] for n in evaluated.nodes if n in keys}
+            raise Differs(node, [n for n in train.nodes if keys[n] not in known])
     outputs = fx.map_arg(node.args[0], lambda n: found[keys[n]])
     end = next(n for n in train.nodes if n.op == "output")
     with train.inserting_before(end):

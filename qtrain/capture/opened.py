@@ -88,11 +88,15 @@ class Attention(nn.Module):
         padding = _added(padding).reshape(batch, 1, 1, -1)
         return padding if attn is None else attn + padding
 
-    def origins(self, name: str) -> Iterator[tuple[str, Origin]]:
-        """Yields (parameter of the user's layer, how it comes of these)."""
+    def origins(self, name: str) -> Iterator[tuple[str, list[Origin]]]:
+        """Yields (parameter of the user's layer, the ways in which it may come of these)."""
         parts = ("q_proj", "k_proj", "v_proj")
-        yield f"{name}.in_proj_weight", stacked([f"{name}.{p}.weight" for p in parts])
-        yield f"{name}.in_proj_bias", stacked([f"{name}.{p}.bias" for p in parts])
+        for kind in ("weight", "bias"):
+            whole = Origin((f"{name}.in_proj.{kind}",))
+            cut = stacked([f"{name}.{part}.{kind}" for part in parts])
+            yield f"{name}.in_proj_{kind}", [cut] if self.in_proj is None else [whole, cut]
+        for part in parts:
+            yield f"{name}.{part}_weight", [Origin((f"{name}.{part}.weight",))]
 
 
 def _added(mask: Tensor) -> Tensor:
@@ -111,14 +115,14 @@ def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
 class Turned(nn.Linear):
     """Hugging Face's Conv1D, a Linear layer whose weight lies the other way, as a Linear layer."""
 
-    def origins(self, name: str) -> Iterator[tuple[str, Origin]]:
-        """Yields (parameter of the user's layer, how it comes of these)."""
-        yield f"{name}.weight", transposed(f"{name}.weight")
+    def origins(self, name: str) -> Iterator[tuple[str, list[Origin]]]:
+        """Yields (parameter of the user's layer, the ways in which it may come of these)."""
+        yield f"{name}.weight", [transposed(f"{name}.weight")]
 
 
-def open_layers(root: nn.Module) -> dict[str, Origin]:
+def open_layers(root: nn.Module) -> dict[str, list[Origin]]:
     """Opens what can be, in place; returns how the user's parameters come of the new ones."""
-    origins: dict[str, Origin] = {}
+    origins: dict[str, list[Origin]] = {}
     for name, old in list(root.named_modules()):
         new: Any = None
         if type(old) is nn.MultiheadAttention and old.bias_k is None and not old.add_zero_attn:

@@ -61,6 +61,8 @@ def traced(
         without_dropout(graph, root, dropouts)
     has_split_bias = name_calls(graph, root, set(leaves))
     groups = group_layers(graph, root, set(leaves), is_qat=is_qat)
+    for name in dropouts:  # it is no float island, but nothing at all
+        del leaves[name]
     floats = dict(leaves)
     placing = Placing(graph, root, floats, why_float, dropouts)
     placing.place()
@@ -85,12 +87,12 @@ def _recorded(
             return graph, root, dropouts
         before = len(leaves)
         both, trained = trace(model.train(), inputs, leaves)
-        if len(leaves) > before:  # eval mode must know of them
+        if len(leaves) > before:  # eval mode must know of them, too
             continue
         try:
             join(both, graph, trained, dropouts)
         except Differs as err:
-            _make_leaf(err.node, root, leaves)
+            _make_leaves(err, root, leaves)
             continue
         return both, trained, dropouts
 
@@ -106,18 +108,22 @@ def _is_idle(node: fx.Node, root: nn.Module, leaves: dict[str, str]) -> bool:
     return not holds and is_same and not node.meta["changes"]
 
 
-def _make_leaf(node: fx.Node, root: nn.Module, leaves: dict[str, str]) -> None:
-    """Makes the module whose modes differ a leaf, if it is one without parameters, in place.
+def _make_leaves(err: Differs, root: nn.Module, leaves: dict[str, str]) -> None:
+    """Makes modules whose modes differ leaves, in place: the first such kind without parameters.
 
     Raises:
-        ValueError: it has some, and would have to be trained.
+        ValueError: there is none.
     """
-    path = node.meta["path"]
-    owner = root.get_submodule(path)
-    if not path or path in leaves or any(True for _ in owner.parameters()):
-        raise ValueError(
-            "model: in eval mode it does what it does not in train mode, so that QAT would train "
-            f"another model: {node.meta['line']}. Use quant=ptq, or take what depends on "
-            "self.training into a module of its own, without parameters"
-        )
-    leaves[path] = f"does otherwise in train mode [{node.meta['line']}]"
+    for node in err.others:
+        path = node.meta["path"]
+        owner = root.get_submodule(path)
+        if path and path not in leaves and not any(True for _ in owner.parameters()):
+            alike = [n for n, m in root.named_modules() if type(m) is type(owner)]
+            why = f"does otherwise in train mode [{node.meta['line']}]"
+            leaves |= dict.fromkeys(alike, why)
+            return
+    raise ValueError(
+        "model: in eval mode it does what it does not in train mode, so that QAT would train "
+        f"another model: {err.node.meta['line']}. Use quant=ptq, or take what depends on "
+        "self.training into a module of its own, without parameters"
+    )

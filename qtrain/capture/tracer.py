@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -139,7 +140,11 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is Symbol else super().create_arg(a)
+        if type(a) is Symbol:
+            return a.node
+        if isinstance(a, dict) and type(a) is not dict and not is_dataclass(a):
+            return self.create_node("call_function", type(a), (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **more: Any) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *names, **more)

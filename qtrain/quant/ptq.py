@@ -17,9 +17,9 @@ from qtrain.backend.base import Backend
 from qtrain.backend.find import find
 from qtrain.backend.packed.embeddings import check_policies, formats
 from qtrain.backend.packed.formats import PackedFormat
-from qtrain.capture.capture import Capture, Captured, capture, few
+from qtrain.capture.capture import Capture, Captured, capture
 from qtrain.capture.proof import prove
-from qtrain.common.copying import copy_model
+from qtrain.common.copying import copy_model, few
 from qtrain.common.validate import choice, refuse
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.base import make_observer

@@ -51,7 +51,7 @@ class Home:
     Args:
         names: of the user's state dict.
         owned: {name in the user's model: the parameter or buffer, as an object}.
-        origins: {name in the user's model: the names of `owned` that it is made of}.
+        origins: {name in the user's model: what of `owned` it may be made of}, where not of itself.
         model: of the simulation, which has taken these objects over.
     """
 
@@ -59,7 +59,7 @@ class Home:
         self,
         names: Iterable[str],
         owned: Mapping[str, Tensor],
-        origins: Mapping[str, Origin],
+        origins: Mapping[str, list[Origin]],
         model: nn.Module,
     ) -> None:
         there: dict[int, str] = {}
@@ -69,15 +69,23 @@ class Home:
         self.unused: dict[str, Tensor] = {}
         self.lost: list[str] = []
         for name in names:
-            origin = origins.get(name, Origin((name,)))
-            own = [owned.get(part) for part in origin.names]
-            places = [there.get(id(value), "") for value in own]
-            if all(places):
-                self.found[name] = Origin(tuple(places), origin.how)
-            elif name in owned and name not in origins:
-                self.unused[name] = owned[name].detach().clone()
+            ways = origins.get(name, [Origin((name,))])
+            ways = [way for way in ways if all(part in owned for part in way.names)]
+            for way in ways:
+                places = [there.get(id(owned[part]), "") for part in way.names]
+                if all(places):
+                    self.found[name] = Origin(tuple(places), way.how)
+                    break
             else:
-                self.lost.append(name)
+                self._keep(name, ways, owned)
+
+    def _keep(self, name: str, ways: list[Origin], owned: Mapping[str, Tensor]) -> None:
+        """Notes a tensor that the simulation does without, or that was worked into another."""
+        if not ways:
+            self.lost.append(name)
+            return
+        parts = [owned[part].detach().clone() for part in ways[0].names]
+        self.unused[name] = ways[0].restored(parts)
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the user's state dict out of the simulation's model as it is now.
