@@ -16,7 +16,9 @@ from qtrain.backend.packed.weight import HalfWeight
 Inputs = tuple[Tensor, ...]
 
 
-def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> dict[str, Any]:
+def coverage(
+    quantized: nn.Module, inputs: Inputs, layers: dict[str, Any], floats: dict[str, str]
+) -> dict[str, Any]:
     """Returns the quantized shares of parameters and multiply-accumulates, and the layers left out.
 
     Biases, which stay float, count among the parameters that are not quantized.
@@ -25,6 +27,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         quantized: a converted model; it is run once.
         inputs: arguments of forward.
         layers: the quantizer's settings by layer, as a reason for a layer to be float.
+        floats: {module that capturing left float: why}.
     """
     int8_params = float_params = 0
     float_layers = {}
@@ -52,7 +55,9 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
             float_layers[name] = "kept in float16"
         elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
             if not integers.is_quantized(module) and not _is_in_island(name, quantized):
-                float_layers[name] = _why_float(name, module, quantized, layers)
+                around = [n for n in floats if name == n or name.startswith(f"{n}.")]
+                why = [floats[max(around, key=len)]] if around else []
+                float_layers[name] = why[0] if why else _why_float(name, module, quantized, layers)
     return {
         "params_quantized": int8_params / max(int8_params + float_params, 1),
         "macs_quantized": _quantized_macs(quantized, inputs),

@@ -77,7 +77,8 @@ def dry_run(
         if truth is not None:
             truth.enforce([*failures, *(f"model: {line}" for line in probe.wrong)])
         _require_savable(quantized, quantizer.engine)
-        return coverage(quantized, cloned(inputs), dict(getattr(quantizer, "layers", {})))
+        layers = dict(getattr(quantizer, "layers", {}))
+        return coverage(quantized, cloned(inputs), layers, prepared.floats)
 
 
 def randomize_batch_norm(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.measure import weight_bytes
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend.torch_ao import copy_model
-from qtrain.capture.capture import Capture
+from qtrain.capture.capture import MODES, Capture
 from qtrain.common.copying import cloned, few
 from qtrain.common.validate import choice, refuse, whole
 from qtrain.functional.spec import AUTO, QuantSpec
@@ -91,13 +91,19 @@ def quantize(
         ValueError: names the argument, its value and what is allowed; or the layer at fault.
         TruthError: the result is not what its simulation says.
     """
-    refuse(choice("method", method, METHODS) + whole("weight_bits", weight_bits, 2, 8))
+    refuse(
+        choice("method", method, METHODS)
+        + whole("weight_bits", weight_bits, 2, 8)
+        + choice("capture", capture, MODES)
+    )
     kept = [_arguments(model, batch) for batch in islice(batches, MOST_BATCHES)]
     if not kept:
         raise ValueError("batches: there is none; give at least one, such as [images]")
     how = Capture(capture, leaves)
     if method != "ptq" and how != Capture():
-        raise ValueError(f"capture={capture}, leaves={leaves}: are for method='ptq'; leave them out")
+        raise ValueError(
+            f"capture={capture}, leaves={leaves}: are for method='ptq'; leave them out"
+        )
     quantizer = METHODS[method](engine, weight_bits, layers, how)
     gate = TruthGate()
     float_model = copy_model(model).cpu().eval()
@@ -112,7 +118,9 @@ def quantize(
     )
     gate.enforce(failures)
     report = {
-        "coverage": coverage(converted, sample, getattr(quantizer, "layers", {})),
+        "coverage": coverage(
+            converted, sample, getattr(quantizer, "layers", {}), simulation.floats
+        ),
         "truth": truth,
         "size_bytes": {"float": weight_bytes(float_model), "quantized": weight_bytes(converted)},
         "capture": simulation.capture,
@@ -126,9 +134,7 @@ Layers = dict[str, Any] | None
 
 def _ptq(engine: str, bits: int, layers: Layers, capture: Capture) -> Quantizer:
     weight = replace(WEIGHT, bits=bits)
-    return PTQ(
-        engine=engine, weight=weight, activation=ACTIVATION, layers=layers, capture=capture
-    )
+    return PTQ(engine=engine, weight=weight, activation=ACTIVATION, layers=layers, capture=capture)
 
 
 def _dynamic(engine: str, bits: int, layers: Layers, _: Capture) -> Quantizer:

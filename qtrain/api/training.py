@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from qtrain.api.quantize import moved
-from qtrain.capture.capture import Capture
-from qtrain.common.validate import refuse, whole
+from qtrain.capture.capture import MODES, Capture
+from qtrain.common.validate import choice, refuse, whole
 from qtrain.functional.spec import AUTO
 from qtrain.quant.ptq import WEIGHT
 from qtrain.quant.qat import QAT
@@ -38,7 +38,7 @@ def prepare(
     Raises:
         ValueError: names the argument, its value and what is allowed; or the layer at fault.
     """
-    refuse(whole("weight_bits", weight_bits, 2, 8))
+    refuse(whole("weight_bits", weight_bits, 2, 8) + choice("capture", capture, MODES))
     weight = replace(WEIGHT, bits=weight_bits)
     quantizer = QAT(
         engine=engine,

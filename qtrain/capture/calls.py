@@ -161,5 +161,3 @@ def share(module: nn.Module) -> nn.Module:
     """Returns a module of its own with the same parameters and buffers."""
     own = {id(x): x for x in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, own)
-
-

@@ -43,16 +43,16 @@ class Capture:
     leaves: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        problems = choice("capture.mode", self.mode, MODES)
+        problems = choice("mode", self.mode, MODES)
         is_list = isinstance(self.leaves, list | tuple)
         if not is_list or not all(isinstance(leaf, str) for leaf in self.leaves):
             problems.append(
-                f"capture.leaves={shown(self.leaves)}: must be a list of names of modules, "
+                f"leaves={shown(self.leaves)}: must be a list of names of modules, "
                 "such as [backbone.attention]"
             )
         elif self.leaves and self.mode == "as_is":
             problems.append(
-                "capture.leaves: is for mode=trace or bracket; "
+                "leaves: is for mode=trace or bracket; "
                 "in a model with stubs put a DeQuantStub before the module"
             )
         refuse(problems)
@@ -77,6 +77,7 @@ class Captured:
         tensors: {name in the user's model: the parameter or buffer}, as objects of `model`.
         origins: {name in the user's model: what it may be made of}, where its name is another.
         original: the model that it must equal; None: it is that model.
+        inputs: shapes and kinds of the example, by which it can be captured again.
     """
 
     mode: str
@@ -89,6 +90,7 @@ class Captured:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     origins: dict[str, list[Origin]] = field(default_factory=dict)
     original: nn.Module | None = None
+    inputs: list[Any] = field(default_factory=list)
 
     def describe(self) -> dict[str, Any]:
         """Returns what reports show of it."""
@@ -100,6 +102,7 @@ class Captured:
             "leaves": leaves,
             "float": {n: why for n, why in self.floats.items() if n not in leaves},
             "notes": self.notes,
+            "inputs": self.inputs,
         }
 
 
@@ -129,19 +132,51 @@ def capture(
     device = next((x.device for x in tensors(model).values()), torch.device("cpu"))
     inputs = tuple(x.detach().to(device) if isinstance(x, Tensor) else x for x in inputs)
     leaves = _leaves(model, settings.leaves)
-    if settings.mode == "bracket":
+    found = _found(model, inputs, settings.mode, leaves, why_float, is_qat)
+    found.inputs = [_shape(x) for x in inputs]
+    return found
+
+
+def _found(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    mode: str,
+    leaves: dict[str, str],
+    why_float: WhyFloat,
+    is_qat: bool,
+) -> Captured:
+    if mode == "bracket":
         return _bracketed(model, inputs, leaves, is_qat)
     try:
-        return _traced(model, inputs, leaves, why_float, is_qat)
+        return _traced(model, inputs, dict(leaves), why_float, is_qat)
     except Untraceable as err:
-        if settings.mode == "trace":
+        if mode == "trace":
             raise ValueError(
-                f"model: cannot be traced: its forward {err}. Use quant.capture.mode=bracket, "
+                f"model: cannot be traced: its forward: {err}. Use quant.capture.mode=bracket, "
                 "or move that line into a module of its own, which then stays float"
             ) from err
         found = _bracketed(model, inputs, leaves, is_qat)
-        found.notes.insert(0, f"bracketed, for it cannot be traced: its forward {err}")
+        found.notes.insert(0, f"bracketed, for it cannot be traced: its forward: {err}")
         return found
+
+
+def _shape(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x if isinstance(x, bool | int | float | str) else None
+    return {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
+
+
+def stand_ins(inputs: list[Any]) -> tuple[Any, ...]:
+    """Returns forward's arguments of the shapes that a report holds, random or zero."""
+
+    def made(x: Any) -> Any:
+        if not isinstance(x, dict):
+            return x
+        dtype = getattr(torch, x["dtype"])
+        make = torch.randn if dtype.is_floating_point else torch.zeros
+        return make(x["shape"], dtype=dtype)
+
+    return tuple(map(made, inputs))
 
 
 def has_stubs(model: nn.Module) -> bool:
@@ -205,4 +240,3 @@ def _traced(
         origins=origins,
         original=model,
     )
-

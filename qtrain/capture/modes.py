@@ -92,7 +92,9 @@ def _frozen(value: Any, keys: dict[fx.Node, Key]) -> Any:
 def is_dropout(node: fx.Node, root: nn.Module, dropouts: set[str]) -> bool:
     """Returns whether a node does nothing in eval mode."""
     if node.op == "call_module":
-        return node.target in dropouts or isinstance(module_of(root, node), _DropoutNd | nn.Identity)
+        return node.target in dropouts or isinstance(
+            module_of(root, node), _DropoutNd | nn.Identity
+        )
     return node.target in DROPOUT
 
 
@@ -120,4 +122,3 @@ def split(graph: fx.Graph, root: nn.Module, dropouts: set[str]) -> dict[bool, fx
     graph.erase_node(mark)
     clean(graph)
     return {True: graph, False: evaluated}
-

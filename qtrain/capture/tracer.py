@@ -123,9 +123,7 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves or is_whole(m)
 
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._runs:
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
@@ -146,7 +144,9 @@ class Tracer(fx.Tracer):
             return self.create_node("call_function", type(a), (self.create_arg(dict(a)),), {})
         return super().create_arg(a)
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **more: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **more: Any
+    ) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *names, **more)
         node.meta["path"] = self.path[-1]
         node.meta["line"] = running_line()

@@ -211,6 +211,13 @@ class Simulation(nn.Module):
             finally:
                 hook.remove()
 
+    @property
+    def floats(self) -> dict[str, str]:
+        """{module that capturing left float: why}."""
+        leaves = self.capture.get("leaves", {})
+        found: dict[str, str] = self.capture.get("float", {})
+        return found | {name: leaf["reason"] for name, leaf in leaves.items()}
+
     def float_state_dict(self) -> dict[str, Tensor]:
         """Returns the float weights as they are now, for `load_state_dict` of the user's class.
 

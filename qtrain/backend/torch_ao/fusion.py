@@ -95,6 +95,8 @@ def unfused_pairs(model: nn.Module) -> list[str]:
     """Returns "conv + bn" for each convolution with a batch-norm registered right behind it."""
     pairs = []
     for prefix, parent in model.named_modules():
+        if isinstance(parent, QuantWeighted):  # its batch-norm is within
+            continue
         children = [(name, _float_layer(child)) for name, child in parent.named_children()]
         for (name, layer), (after, norm) in pairwise(children):
             if (
