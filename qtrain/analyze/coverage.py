@@ -1,5 +1,6 @@
 """What of a converted model is quantized, and what is not, and why."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,10 +15,11 @@ from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.weight import HalfWeight
 
 Inputs = tuple[Tensor, ...]
+NONE: Mapping[str, str] = {}
 
 
 def coverage(
-    quantized: nn.Module, inputs: Inputs, layers: dict[str, Any], floats: dict[str, str]
+    quantized: nn.Module, inputs: Inputs, layers: dict[str, Any], floats: Mapping[str, str] = NONE
 ) -> dict[str, Any]:
     """Returns the quantized shares of parameters and multiply-accumulates, and the layers left out.
 

@@ -85,7 +85,7 @@ def quantize(
         weight_bits: 2..8; of weight_only 2, 4 or 8.
         layers: {pattern of layer names: what they are instead}, as `quant.layers`.
         capture: "auto", "as_is", "trace" or "bracket", as `quant.capture.mode`; of "ptq".
-        leaves: names of modules that stay float, and are not looked into, as `quant.capture.leaves`.
+        leaves: names of modules that stay float, and are not looked into; of "ptq".
 
     Raises:
         ValueError: names the argument, its value and what is allowed; or the layer at fault.

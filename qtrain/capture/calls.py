@@ -115,7 +115,7 @@ def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
         return False
     owner = str(given["weight"].target).rpartition(".")[0]
     added = given.get("bias") if bias is None else None
-    layer = root.get_submodule(owner)
+    layer: Any = root.get_submodule(owner)
     if not (type(layer) is kind and kind is nn.Linear and layer.bias is bias and owner):
         layer = _layer(kind, weight, bias, settings).train(root.training)
         owner = free_name(root, node.meta["path"], kind.__name__.lower())
@@ -131,7 +131,7 @@ def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
 
 def _layer(
     kind: Any, weight: nn.Parameter, bias: nn.Parameter | None, settings: dict[str, Any]
-) -> nn.Module:
+) -> Any:
     """Returns a layer that owns these parameters."""
     if kind is nn.Linear:
         layer = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -143,7 +143,7 @@ def _layer(
         size = tuple(weight.shape[2:])
         layer = kind(*channels, size, bias=bias is not None, device="meta", **settings)
     layer.weight, layer.bias = weight, bias
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 def _put_second(node: fx.Node, root: nn.Module) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from qtrain.capture.bracket import bracket
 from qtrain.capture.macs import shares
 from qtrain.capture.opened import open_layers
-from qtrain.simulate.origins import Origin, tensors
 from qtrain.capture.proof import prove
 from qtrain.capture.trace import traced
 from qtrain.capture.tracer import Untraceable
 from qtrain.common.copying import copy_model
 from qtrain.common.validate import choice, refuse, shown
 from qtrain.simulate.build import has_mark, is_stub
+from qtrain.simulate.origins import Origin, tensors
 
 MODES = ("auto", "as_is", "trace", "bracket")
 WhyFloat = Callable[[nn.Module], str | None]
@@ -30,9 +30,9 @@ class Capture:
     """How a model becomes one that can be simulated.
 
     Args:
-        mode: "as_is": it has QuantStub and DeQuantStub; "trace": by torch.fx; "bracket": each Linear
-            layer and convolution between stubs of its own; "auto": as_is if it has stubs, else
-            trace, else bracket.
+        mode: "as_is": it has QuantStub and DeQuantStub; "trace": by torch.fx; "bracket": each
+            Linear layer and convolution between stubs of its own; "auto": as_is if it has stubs,
+            else trace, else bracket.
         leaves: patterns of names of modules that stay float, and are not looked into.
 
     Raises:

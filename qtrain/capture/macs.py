@@ -1,6 +1,7 @@
 """Which share of the multiply-accumulates lies in which module."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ def shares(
     """
     counts: dict[str, int] = {}
 
-    def count(layer: Any, args: Any, output: Tensor, name: str) -> None:
+    def count(name: str, layer: Any, args: Any, output: Tensor) -> None:
         elements = args[0] if getattr(layer, "transposed", False) else output
         number = elements.numel() * layer.weight.shape[1:].numel()
         counts[name] = counts.get(name, 0) + number
 
     handles = [
-        layer.register_forward_hook(lambda *call, name=name: count(*call, name=name))
+        layer.register_forward_hook(partial(count, name))
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | _ConvNd)
     ]

@@ -26,12 +26,15 @@ class Attention(nn.Module):
         self.in_proj: nn.Linear | None = None
         weights: Any = (old.q_proj_weight, old.k_proj_weight, old.v_proj_weight)
         if old.in_proj_weight is not None:
-            self.in_proj = _linear(old.in_proj_weight, old.in_proj_bias)
+            whole: Any = (old.in_proj_weight, old.in_proj_bias)
+            self.in_proj = _linear(*whole)
             weights = [nn.Parameter(w) for w in old.in_proj_weight.detach().chunk(3)]
         biases: Any = (None, None, None)
         if old.in_proj_bias is not None:
             biases = [nn.Parameter(b) for b in old.in_proj_bias.detach().chunk(3)]
-        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.q_proj = _linear(weights[0], biases[0])
+        self.k_proj = _linear(weights[1], biases[1])
+        self.v_proj = _linear(weights[2], biases[2])
         self.out_proj = _linear(old.out_proj.weight, old.out_proj.bias)
         self.train(old.training)
 
@@ -75,7 +78,7 @@ class Attention(nn.Module):
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if self.in_proj is not None and query is key and key is value:
-            return self.in_proj(query).chunk(3, -1)  # type: ignore[no-any-return]
+            return self.in_proj(query).chunk(3, -1)
         return self.q_proj(query), self.k_proj(key), self.v_proj(value)
 
     def _mask(self, attn: Tensor | None, padding: Tensor | None, batch: int) -> Tensor | None:
@@ -129,7 +132,7 @@ def open_layers(root: nn.Module) -> dict[str, list[Origin]]:
             new = Attention(old)
         elif type(old).__name__ == "Conv1D" and type(old).__module__.startswith("transformers."):
             weight: Any = old.weight
-            new = Turned(*weight.shape, device="meta")
+            new = Turned(weight.shape[0], weight.shape[1], device="meta")
             new.weight = nn.Parameter(weight.detach().T.contiguous())
             new.bias = old.bias
             new.train(old.training)

@@ -11,10 +11,10 @@ from qtrain.capture.graphs import clean
 from qtrain.capture.groups import group_layers
 from qtrain.capture.inplace import out_of_place
 from qtrain.capture.modes import Differs, join, split, without_dropout
-from qtrain.simulate.origins import tensors
 from qtrain.capture.stubs import Placing
 from qtrain.capture.traced import Traced, assemble
 from qtrain.capture.tracer import trace
+from qtrain.simulate.origins import tensors
 
 
 @dataclass

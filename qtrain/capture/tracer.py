@@ -79,8 +79,8 @@ class Symbol(fx.Proxy):
         if isinstance(self.value, Tensor) and kind is not len:
             raise Untraceable("takes a number out of a tensor")
         found = kind(self.value)
-        asked = self.tracer.create_proxy("call_function", kind, (self,), {})
-        self.tracer.fix(asked, found)
+        tracer: Any = self.tracer
+        tracer.fix(tracer.create_proxy("call_function", kind, (self,), {}), found)
         return found
 
 
@@ -112,7 +112,7 @@ class Tracer(fx.Tracer):
         plain = {n: v for n, v in self.inputs.items() if isinstance(v, (*PLAIN, int, float))}
         with torch.no_grad(), _makers_recorded(), _nothing_wrapped():
             graph = self.trace(model, concrete_args=plain or None)
-        graph._tracer_cls = None  # type: ignore[assignment]  # copies need none of its arguments
+        graph._tracer_cls = None  # copies need none of its arguments
         for node in graph.nodes:
             value = node.meta.get("value")
             if isinstance(value, Tensor):
@@ -164,8 +164,8 @@ class Tracer(fx.Tracer):
         self.fix(obj, bool(value))
         return bool(value)
 
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        return iter([obj[i] for i in range(len(obj))])  # type: ignore[arg-type]
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return iter([obj[i] for i in range(len(obj))])
 
     def keys(self, obj: fx.Proxy) -> Any:
         return obj.node.meta["value"].keys()
@@ -297,8 +297,8 @@ def _nothing_wrapped() -> Iterator[None]:
 @contextmanager
 def _makers_recorded() -> Iterator[None]:
     """Lets functions that make tensors of sizes be recorded."""
-    makers = {name: getattr(torch, name) for name in MAKERS}
-    with patch.multiple(torch, **{name: _recorded(make) for name, make in makers.items()}):
+    makers: Any = {name: _recorded(getattr(torch, name)) for name in MAKERS}
+    with patch.multiple(torch, **makers):
         yield
 
 
