@@ -131,8 +131,9 @@ def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
 
 def _layer(
     kind: Any, weight: nn.Parameter, bias: nn.Parameter | None, settings: dict[str, Any]
-) -> Any:
+) -> nn.Module:
     """Returns a layer that owns these parameters."""
+    layer: Any
     if kind is nn.Linear:
         layer = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     else:
@@ -143,7 +144,8 @@ def _layer(
         size = tuple(weight.shape[2:])
         layer = kind(*channels, size, bias=bias is not None, device="meta", **settings)
     layer.weight, layer.bias = weight, bias
-    return layer
+    made: nn.Module = layer
+    return made
 
 
 def _put_second(node: fx.Node, root: nn.Module) -> None:

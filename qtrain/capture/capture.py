@@ -181,7 +181,8 @@ def stand_ins(inputs: list[Any]) -> tuple[Any, ...]:
 
 def has_stubs(model: nn.Module) -> bool:
     """Returns whether a model says itself where it is quantized."""
-    return any(is_stub(module, "QuantStub") for module in model.modules())
+    kinds = ("QuantStub", "DeQuantStub")
+    return any(is_stub(module, kind) for module in model.modules() for kind in kinds)
 
 
 def _leaves(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:

@@ -18,11 +18,6 @@ def _has_floats(value: Any) -> bool:
     return type(value) in (tuple, list) and any(_has_floats(item) for item in value)
 
 
-def is_before(node: fx.Node, user: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Returns whether `node` runs before `user`."""
-    return order[node] < order[user]
-
-
 def only_user(node: fx.Node) -> fx.Node | None:
     """Returns what alone uses a node, or None."""
     users = list(node.users)

@@ -4,9 +4,8 @@ import inspect
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
-
-from qtrain.capture.graphs import is_before
 
 OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
@@ -26,19 +25,19 @@ def out_of_place(graph: fx.Graph, root: nn.Module) -> list[str]:
         the lines that change an input of the model.
     """
     notes: list[str] = []
-    nodes = list(graph.nodes)
-    order = {node: index for index, node in enumerate(nodes)}
-    for node in nodes:
+    for node in list(graph.nodes):
         for changed in node.meta.get("changes", ()):
             if changed.op == "placeholder":
                 notes.append(node.meta["line"])
-            aliases = [n for n in nodes if _shares(n, changed) and n not in (changed, node)]
-            seen = any(order[user] > order[node] for n in aliases for user in n.users)
+            # What comes later is made of the new value anyway.
+            aliases = [n for n in graph.nodes if n < node and _shares(n, changed)]
+            aliases.remove(changed)
+            seen = any(node < user for n in aliases for user in n.users)
             if seen or not _make_new(node, root):
                 for other in (node, changed, *aliases):
                     other.meta["pinned"] = True
                 continue
-            changed.replace_all_uses_with(node, lambda u, node=node: is_before(node, u, order))
+            changed.replace_all_uses_with(node, lambda user, node=node: node < user)
     return notes
 
 
@@ -51,6 +50,8 @@ def _make_new(node: fx.Node, root: nn.Module) -> bool:
     target: Any = node.target
     if node.op == "call_module":
         module: Any = root.get_submodule(target)
+        if not getattr(module, "inplace", False):
+            return False
         module.inplace = False
         return True
     if node.op == "call_method":
@@ -69,8 +70,6 @@ def _without_flag(node: fx.Node) -> bool:
     target: Any = node.target
     name = target.__name__
     if name.endswith("_") and target.__module__ != "_operator":
-        import torch
-
         plain = getattr(torch, name.rstrip("_"), None)
         node.target = plain or target
         return plain is not None

@@ -106,6 +106,14 @@ def without_dropout(graph: fx.Graph, root: nn.Module, dropouts: set[str]) -> Non
             erase(graph, node, source)
 
 
+def without_identities(graph: fx.Graph, root: nn.Module) -> None:
+    """Takes out calls that do nothing in any mode, in place."""
+    for node in list(graph.nodes):
+        if isinstance(module_of(root, node), nn.Identity):
+            assert isinstance(node.args[0], fx.Node)
+            erase(graph, node, node.args[0])
+
+
 def split(graph: fx.Graph, root: nn.Module, dropouts: set[str]) -> dict[bool, fx.Graph]:
     """Returns {whether it is for train mode: graph} of a graph of both modes."""
     evaluated = copy.deepcopy(graph)

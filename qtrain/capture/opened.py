@@ -26,8 +26,7 @@ class Attention(nn.Module):
         self.in_proj: nn.Linear | None = None
         weights: Any = (old.q_proj_weight, old.k_proj_weight, old.v_proj_weight)
         if old.in_proj_weight is not None:
-            whole: Any = (old.in_proj_weight, old.in_proj_bias)
-            self.in_proj = _linear(*whole)
+            self.in_proj = _linear(old.in_proj_weight, old.in_proj_bias)
             weights = [nn.Parameter(w) for w in old.in_proj_weight.detach().chunk(3)]
         biases: Any = (None, None, None)
         if old.in_proj_bias is not None:
@@ -108,10 +107,9 @@ def _added(mask: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, float("-inf"))
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _linear(weight: Any, bias: Any) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = weight
-    layer.bias = bias  # type: ignore[assignment]
+    layer.weight, layer.bias = weight, bias
     return layer
 
 

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub
 from qtrain.capture.graphs import call, free_name, is_tensor, module_of, only_user, put
-from qtrain.simulate.build import FIXED, SCALED
+from qtrain.simulate.build import FIXED, SCALED, is_stub
 from qtrain.simulate.fused import Fused
 
 OPS: dict[Any, str] = {
@@ -126,6 +126,7 @@ class Placing:
     ) -> None:
         self.graph, self.root, self.floats = graph, root, floats
         self.why_float, self.dropouts = why_float, dropouts
+        self.has_stubs = any(is_stub(m, "QuantStub") for m in root.modules())
         self.sites: list[str] = []
         self.quantized: set[fx.Node] = set()
         self.made: dict[tuple[fx.Node, bool], fx.Node] = {}
@@ -136,7 +137,9 @@ class Placing:
             if node.op in ("placeholder", "get_attr") or node._erased:
                 continue
             inputs = [n for n in node.all_input_nodes if is_tensor(n)]
-            if self._is_weighted(node):
+            if self._is_stub(node):
+                continue
+            if self._is_weighted(node, inputs):
                 self._convert(node, inputs, to_integers=True)
                 self._make_site(node, str(node.target))
             elif not inputs or not any(n in self.quantized for n in inputs):
@@ -148,13 +151,25 @@ class Placing:
             elif not _asks(node):
                 self._leave(node, "it runs in float")
                 self._convert(node, inputs, to_integers=False)
+                self._follow(node)
 
-    def _is_weighted(self, node: fx.Node) -> bool:
+    def _is_stub(self, node: fx.Node) -> bool:
+        """Returns whether a node calls a stub of the author's, which holds."""
+        module = module_of(self.root, node)
+        if module is None or not any(is_stub(module, k) for k in ("QuantStub", "DeQuantStub")):
+            return False
+        if is_stub(module, "QuantStub"):
+            self._make_site(node, str(node.target))
+        return True
+
+    def _is_weighted(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
         module = module_of(self.root, node)
         head = module[0] if isinstance(module, Fused) else module
         if not isinstance(head, nn.Linear | _ConvNd) or node.target in self.floats:
             return False
         reason = self.why_float(head)
+        if self.has_stubs and not all(n in self.quantized for n in inputs):
+            reason = "runs outside of the model's own stubs"
         if reason is not None:
             self.floats[str(node.target)] = reason
         return reason is None
@@ -230,15 +245,25 @@ class Placing:
                 new = self._converted(source, node, to_integers)
                 node.replace_input_with(source, new)
 
+    def _follow(self, node: fx.Node) -> None:
+        """Lets all that runs behind a change in place see the tensor that was changed."""
+        for source in node.meta.get("changes", ()):
+            changed = self.made.get((source, False))
+            if changed is not None:
+                changed.meta["pinned"] = True
+                source.replace_all_uses_with(changed, lambda user: node < user)
+
     def _converted(self, source: fx.Node, user: fx.Node, to_integers: bool) -> Any:
         value = source.meta["value"]
         if not isinstance(value, Tensor):
             return self._each_converted(source, user, to_integers)
         key = source, to_integers
-        if key not in self.made:
+        if key not in self.made or source.meta.get("pinned"):  # its values depend on the place
             name = self._name(source, user, to_integers)
             put(self.root, name, (QuantStub if to_integers else DeQuantStub)())
-            with self.graph.inserting_after(source):
+            is_late = to_integers and source.meta.get("pinned")
+            place = self.graph.inserting_before(user) if is_late else None
+            with place or self.graph.inserting_after(source):
                 new = self.graph.call_module(name, (source,))
             new.meta = {"value": value, "path": source.meta["path"], "line": source.meta["line"]}
             self.made[key] = new

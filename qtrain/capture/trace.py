@@ -10,7 +10,7 @@ from qtrain.capture.calls import name_calls
 from qtrain.capture.graphs import clean
 from qtrain.capture.groups import group_layers
 from qtrain.capture.inplace import out_of_place
-from qtrain.capture.modes import Differs, join, split, without_dropout
+from qtrain.capture.modes import Differs, join, split, without_dropout, without_identities
 from qtrain.capture.stubs import Placing
 from qtrain.capture.traced import Traced, assemble
 from qtrain.capture.tracer import trace
@@ -59,6 +59,7 @@ def traced(
     ]
     if not is_qat:
         without_dropout(graph, root, dropouts)
+    without_identities(graph, root)
     has_split_bias = name_calls(graph, root, set(leaves))
     groups = group_layers(graph, root, set(leaves), is_qat=is_qat)
     for name in dropouts:  # it is no float island, but nothing at all
