@@ -23,6 +23,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 import qtrain
 from qtrain.backend.integers import quantized_weight
 from qtrain.backend.torch_ao import use_engine
+from qtrain.quant.ptq import PTQ
 
 FAMILIES = (
     "alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 "
@@ -37,14 +38,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=FAMILIES)
     parser.add_argument("--engines", nargs="+", default=["x86"])
     parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--peers", action="store_true", help="torch's FX mode too")
     parser.add_argument("--qat", action="store_true", help="one step of QAT too")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"{'model':<26}{'how':<10}{'MACs int8':>10}{'SQNR dB':>9}{'seconds':>9}")
     for name in chosen.models:
-        model, images = made(name, chosen.size)
-        total = products(qtrain_float(model, images), images)[1]
+        model, images = made(name, chosen.size, chosen.batch)
         jobs: dict[str, Callable[[], nn.Module]] = {
             engine: lambda engine=engine: ours(model, images, engine)  # type: ignore[misc]
             for engine in chosen.engines
@@ -54,11 +55,11 @@ def main() -> None:
         if chosen.qat:
             jobs["qat x86"] = lambda: trained(model, images)
         for how, job in jobs.items():
-            show(name, how, job, model, images, total)
+            show(name, how, job, model, images)
 
 
 def show(
-    name: str, how: str, job: Callable[[], nn.Module], model: nn.Module, images: Tensor, total: int
+    name: str, how: str, job: Callable[[], nn.Module], model: nn.Module, images: Tensor
 ) -> None:
     """Prints one row."""
     start = time.perf_counter()
@@ -72,12 +73,13 @@ def show(
     with torch.no_grad():
         exact, real = logits(model(images)), logits(quantized(images))
     decibels = 10 * torch.log10(exact.square().sum() / (exact - real).square().sum())
-    share = products(quantized, images)[0] / total
+    inside, total = products(quantized, images)
+    share = inside / total
     print(f"{name:<26}{how:<10}{100 * share:>9.1f}%{decibels:>9.1f}{seconds:>9.1f}", flush=True)
 
 
 @torch.no_grad()
-def made(name: str, size: int) -> tuple[nn.Module, Tensor]:
+def made(name: str, size: int, batch: int) -> tuple[nn.Module, Tensor]:
     """Returns an untrained network, in eval mode, and images of its size."""
     torch.manual_seed(0)
     extra = {"weights_backbone": None} if name.startswith("lraspp") else {}
@@ -89,19 +91,17 @@ def made(name: str, size: int) -> tuple[nn.Module, Tensor]:
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)
     for _ in range(2):
-        model.train()(torch.randn(8, 3, size, size))
-    return model.eval(), torch.randn(8, 3, size, size)
+        model.train()(torch.randn(batch, 3, size, size))
+    return model.eval(), torch.randn(batch, 3, size, size)
 
 
 def ours(model: nn.Module, images: Tensor, engine: str) -> nn.Module:
-    return qtrain.quantize(model, [images], engine=engine).model
-
-
-def qtrain_float(model: nn.Module, images: Tensor) -> nn.Module:
-    """Returns the captured model in float: all of its products are layers."""
-    simulation = qtrain.prepare(model, [images[:2]], engine="x86")
-    simulation.set_mode(observing=False, quantizing=False)
-    return simulation.eval()
+    """Returns the int8 model, captured and proved; without the gate on its layers."""
+    quantizer = PTQ(engine=engine)
+    simulation = quantizer.prepare(model, (images,))
+    quantizer.calibrate(simulation, [(images,)])
+    print(f"  {simulation.capture['sites']} sites, leaves {simulation.capture['leaves']}")
+    return quantizer.convert(simulation)
 
 
 def trained(model: nn.Module, images: Tensor) -> nn.Module:

@@ -14,6 +14,7 @@ from qtrain.capture.bracket import bracket
 from qtrain.capture.macs import shares
 from qtrain.capture.opened import open_layers
 from qtrain.capture.proof import prove
+from qtrain.capture.stubs import SITES
 from qtrain.capture.trace import traced
 from qtrain.capture.tracer import Untraceable
 from qtrain.common.copying import copy_model
@@ -78,6 +79,7 @@ class Captured:
         origins: {name in the user's model: what it may be made of}, where its name is another.
         original: the model that it must equal; None: it is that model.
         inputs: shapes and kinds of the example, by which it can be captured again.
+        errors: relative differences from the user's model: "captured", and "fused".
     """
 
     mode: str
@@ -91,6 +93,7 @@ class Captured:
     origins: dict[str, list[Origin]] = field(default_factory=dict)
     original: nn.Module | None = None
     inputs: list[Any] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Returns what reports show of it."""
@@ -103,6 +106,7 @@ class Captured:
             "float": {n: why for n, why in self.floats.items() if n not in leaves},
             "notes": self.notes,
             "inputs": self.inputs,
+            "error": self.errors,
         }
 
 
@@ -208,8 +212,10 @@ def _bracketed(
     found = Captured("bracket", root, origins=origins, tensors=tensors(root), original=model)
     found.leaves = {name: (why, share) for name, why, share in shares(root, inputs, leaves)}
     found.sites = bracket(root.eval(), inputs, leaves)
-    found.floats = dict(leaves)
-    prove(model, root, inputs, exact=not origins, training=False)
+    others = {n for n, layer in root.named_modules() if type(layer) in SITES}
+    found.floats = dict.fromkeys(others, "is neither Linear nor a convolution") | leaves
+    error = prove(model, root, inputs, exact=not origins, training=False)
+    found.errors = {"captured": error}
     root.train(is_qat)
     return found
 
@@ -226,8 +232,10 @@ def _traced(
     named = inspect.signature(model.forward).bind(*inputs).arguments
     found = traced(root, dict(named), leaves, why_float, is_qat=is_qat)
     exact = not origins and not found.has_split_bias
-    for training in {False, is_qat}:
+    errors = [
         prove(model, found.model, inputs, exact=exact, training=training)
+        for training in {False, is_qat}
+    ]
     listed = shares(found.model, inputs, leaves)
     return Captured(
         "trace",
@@ -240,4 +248,5 @@ def _traced(
         tensors=found.tensors,
         origins=origins,
         original=model,
+        errors={"captured": max(errors)},
     )

@@ -62,6 +62,8 @@ def call(node: fx.Node, name: str, args: tuple[Any, ...]) -> None:
 
 def erase(graph: fx.Graph, node: fx.Node, instead: fx.Node) -> None:
     """Takes a node out of its graph; who used it gets another one."""
+    if node.meta.get("pinned"):
+        instead.meta["pinned"] = True
     node.replace_all_uses_with(instead)
     graph.erase_node(node)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qtrain.capture.tracer import is_whole
+
 OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
     operator.imul: operator.mul,
@@ -50,7 +52,7 @@ def _make_new(node: fx.Node, root: nn.Module) -> bool:
     target: Any = node.target
     if node.op == "call_module":
         module: Any = root.get_submodule(target)
-        if not getattr(module, "inplace", False):
+        if not hasattr(module, "inplace") or not is_whole(module):
             return False
         module.inplace = False
         return True

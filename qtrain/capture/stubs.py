@@ -151,7 +151,8 @@ class Placing:
             elif not _asks(node):
                 self._leave(node, "it runs in float")
                 self._convert(node, inputs, to_integers=False)
-                self._follow(node)
+            if node in self.quantized and node.meta.get("pinned"):
+                self._release(node)
 
     def _is_stub(self, node: fx.Node) -> bool:
         """Returns whether a node calls a stub of the author's, which holds."""
@@ -245,13 +246,11 @@ class Placing:
                 new = self._converted(source, node, to_integers)
                 node.replace_input_with(source, new)
 
-    def _follow(self, node: fx.Node) -> None:
-        """Lets all that runs behind a change in place see the tensor that was changed."""
-        for source in node.meta.get("changes", ()):
-            changed = self.made.get((source, False))
-            if changed is not None:
-                changed.meta["pinned"] = True
-                source.replace_all_uses_with(changed, lambda user: node < user)
+    def _release(self, node: fx.Node) -> None:
+        """Makes a tensor float for all that use it: one of them will change it in place."""
+        plain = self._converted(node, node, to_integers=False)
+        plain.meta["pinned"] = True
+        node.replace_all_uses_with(plain, lambda user: user is not plain)
 
     def _converted(self, source: fx.Node, user: fx.Node, to_integers: bool) -> Any:
         value = source.meta["value"]

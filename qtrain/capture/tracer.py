@@ -63,6 +63,22 @@ class Symbol(fx.Proxy):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
+    def __iadd__(self, other: Any) -> Any:
+        return self._changed(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._changed(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._changed(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._changed(operator.itruediv, other)
+
+    def _changed(self, change: Callable[..., Any], other: Any) -> Any:
+        # fx.Proxy would make a new value, and who else holds the tensor would not see it.
+        return self.tracer.create_proxy("call_function", change, (self, other), {})
+
     def __len__(self) -> int:
         return self._fixed(len)
 
@@ -112,6 +128,9 @@ class Tracer(fx.Tracer):
         plain = {n: v for n, v in self.inputs.items() if isinstance(v, (*PLAIN, int, float))}
         with torch.no_grad(), _makers_recorded(), _nothing_wrapped():
             graph = self.trace(model, concrete_args=plain or None)
+        for node in graph.find_nodes(op="placeholder"):  # torch numbers the plain ones
+            node.target = _parameter(str(node.target), self.inputs, node.target)
+            node.args = (defaults[node.target],) if node.target in defaults else node.args
         graph._tracer_cls = None  # copies need none of its arguments
         for node in graph.nodes:
             value = node.meta.get("value")
@@ -189,7 +208,8 @@ class Tracer(fx.Tracer):
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
         if node.op == "placeholder":
-            return self.inputs.get(target.lstrip("*"), {} if target.startswith("**") else ())
+            name = _parameter(target, self.inputs)
+            return self.inputs.get(name, {} if target.startswith("**") else ())
         if node.op == "get_attr":
             value = attribute(self.root, target)
             if target.startswith("_tensor_constant"):  # its number depends on the mode
@@ -230,6 +250,12 @@ def attribute(root: nn.Module, path: str) -> Any:
     """Returns root.a.b.c of "a.b.c"."""
     owner, _, name = path.rpartition(".")
     return getattr(root.get_submodule(owner), name)
+
+
+def _parameter(name: str, known: Any, otherwise: Any = "") -> Any:
+    """Returns which parameter of forward a placeholder stands for."""
+    plain = name if name in known else name.rpartition("_")[0]
+    return plain if plain in known else otherwise
 
 
 def _shell(value: Any) -> Any:
@@ -296,16 +322,17 @@ def _nothing_wrapped() -> Iterator[None]:
 
 @contextmanager
 def _makers_recorded() -> Iterator[None]:
-    """Lets functions that make tensors of sizes be recorded."""
+    """Lets functions that make tensors of sizes be recorded, and `len`, which must be a number."""
     makers: Any = {name: _recorded(getattr(torch, name)) for name in MAKERS}
-    with patch.multiple(torch, **makers):
+    with patch.multiple(torch, **makers), patch("builtins.len", _recorded(len)):
         yield
 
 
 def _recorded(make: Callable[..., Any]) -> Callable[..., Any]:
     def maker(*args: Any, **kwargs: Any) -> Any:
         symbols: list[Symbol] = []
-        _find((args, kwargs), symbols)
+        if make is not len or type(args[0]) is Symbol:
+            _find((args, kwargs), symbols)
         if not symbols:
             return make(*args, **kwargs)
         return symbols[0].tracer.create_proxy("call_function", make, args, kwargs)

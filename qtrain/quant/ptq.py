@@ -152,7 +152,8 @@ class PTQ(Quantizer):
             simulation.set_mode(observing=False, quantizing=False)
         if captured.original is not None:
             copied = simulation.float_copy()
-            prove(captured.original, copied, few(example), exact=False, training=False)
+            error = prove(captured.original, copied, few(example), exact=False, training=False)
+            simulation.capture["error"]["fused"] = error
         return simulation
 
     def _captured(self, model: nn.Module, example: Inputs, is_qat: bool) -> Captured:
