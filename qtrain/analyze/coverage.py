@@ -1,5 +1,6 @@
 """What of a converted model is quantized, and what is not, and why."""
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,9 +17,12 @@ from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.weight import HalfWeight
 
 Inputs = tuple[Tensor, ...]
+NONE: Mapping[str, str] = {}
 
 
-def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> dict[str, Any]:
+def coverage(
+    quantized: nn.Module, inputs: Inputs, layers: dict[str, Any], floats: Mapping[str, str] = NONE
+) -> dict[str, Any]:
     """Returns the quantized shares of parameters and multiply-accumulates, and the layers left out.
 
     Biases, which stay float, count among the parameters that are not quantized.
@@ -27,6 +31,7 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
         quantized: a converted model; it is run once.
         inputs: arguments of forward.
         layers: the quantizer's settings by layer, as a reason for a layer to be float.
+        floats: {module that capturing left float: why}.
     """
     int8_params = float_params = 0
     float_layers = {}
@@ -54,7 +59,9 @@ def coverage(quantized: nn.Module, inputs: Inputs, layers: dict[str, Any]) -> di
             float_layers[name] = "kept in float16"
         elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
             if not integers.is_quantized(module) and not _is_in_island(name, quantized):
-                float_layers[name] = _why_float(name, module, quantized, layers)
+                around = [n for n in floats if name == n or name.startswith(f"{n}.")]
+                why = [floats[max(around, key=len)]] if around else []
+                float_layers[name] = why[0] if why else _why_float(name, module, quantized, layers)
     in_float: dict[str, str] = {}
     return {
         "params_quantized": int8_params / max(int8_params + float_params, 1),

@@ -47,7 +47,7 @@ def dry_run(
         float_model = randomize_batch_norm(torch_ao.copy_model(model)).cpu().eval()
         with blame(float_model, "float"):
             float_model(*cloned(inputs))
-        prepared = quantizer.prepare(float_model)
+        prepared = quantizer.prepare(float_model, inputs)
         note_unfused(prepared.model)
         reference = quantizer.reference(prepared)
         failures = (
@@ -78,7 +78,8 @@ def dry_run(
         if truth is not None:
             truth.enforce([*failures, *(f"model: {line}" for line in probe.wrong)])
         _require_savable(quantized, quantizer.engine)
-        return coverage(quantized, cloned(inputs), dict(getattr(quantizer, "layers", {})))
+        layers = dict(getattr(quantizer, "layers", {}))
+        return coverage(quantized, cloned(inputs), layers, prepared.floats)
 
 
 def randomize_batch_norm(model: nn.Module) -> nn.Module:

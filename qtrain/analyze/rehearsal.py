@@ -40,7 +40,7 @@ def rehearse(
         with _running(untrained) as in_training, _single_samples():
             output = _rehearse_training(untrained, task, first)
         if quantizer.trains:
-            prepared = quantizer.prepare(untrained)
+            prepared = quantizer.prepare(untrained, task.inputs(first))
             quantizer.calibrate(prepared, [cloned(task.inputs(first))])
             quantizer.on_epoch(prepared.train(), 0)
             _rehearse_training(prepared, task, first)

@@ -1,7 +1,7 @@
 """One call from a float model to a quantized one, and the report that says what it is worth."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -14,6 +14,8 @@ from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.measure import weight_bytes
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend.torch_ao import copy_model
+from qtrain.capture.capture import MODES, Capture
+from qtrain.common.copying import cloned, few
 from qtrain.common.validate import choice, refuse, whole
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.quant.base import Quantizer
@@ -32,23 +34,29 @@ class Quantized:
 
     Attributes:
         model: the quantized model, on the CPU, in eval mode.
-        report: "coverage", "truth" and "size_bytes", as in a run's report.json, and "plan".
+        report: "coverage", "truth", "size_bytes", "capture" and "plan", as in a run's report.json.
         simulation: the float model that behaves as `model`; it can be exported and trained.
+        kind: the name of the float model's class.
     """
 
     model: nn.Module
     report: dict[str, Any]
     simulation: Simulation
+    kind: str
 
     @property
     def plan(self) -> Plan:
         return self.simulation.plan
 
+    def float_state_dict(self) -> dict[str, Tensor]:
+        """Returns the float weights, for `load_state_dict` of the model's own class."""
+        return self.simulation.float_state_dict()
+
     def __repr__(self) -> str:
         sizes, found = self.report["size_bytes"], self.report["coverage"]
         share = 100 * found["params_quantized"]
         return (
-            f"Quantized({type(self.model).__name__}: {sizes['float'] / 1000:.1f} KB to "
+            f"Quantized({self.kind}: {sizes['float'] / 1000:.1f} KB to "
             f"{sizes['quantized'] / 1000:.1f} KB, {share:.1f} % of parameters quantized)"
         )
 
@@ -61,33 +69,47 @@ def quantize(
     engine: str = AUTO,
     weight_bits: int = 8,
     layers: dict[str, Any] | None = None,
+    capture: str = "auto",
+    leaves: Sequence[str] = (),
 ) -> Quantized:
     """Returns the quantized model and its report; `model` is left as it is.
 
     Args:
-        model: a float model; for "ptq" with QuantStub and DeQuantStub, and a `fuse_model(is_qat)`
-            where it can fuse.
-        batches: of calibration data: tensors, tuples of forward's arguments, or (inputs, target),
-            whose target is left out. The first 32 are taken; the first one also checks the result.
+        model: a float model; one with QuantStub and DeQuantStub is taken as it is, by "ptq" any
+            other is traced.
+        batches: of calibration data: tensors, tuples or mappings of forward's arguments, or
+            (inputs, target), whose target is left out. The first 32 are taken; the first one also
+            checks the result.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
         weight_bits: 2..8; of weight_only 2, 4 or 8.
         layers: {pattern of layer names: what they are instead}, as `quant.layers`.
+        capture: "auto", "as_is", "trace" or "bracket", as `quant.capture.mode`; of "ptq".
+        leaves: names of modules that stay float, and are not looked into; of "ptq".
 
     Raises:
         ValueError: names the argument, its value and what is allowed; or the layer at fault.
         TruthError: the result is not what its simulation says.
     """
-    refuse(choice("method", method, METHODS) + whole("weight_bits", weight_bits, 2, 8))
+    refuse(
+        choice("method", method, METHODS)
+        + whole("weight_bits", weight_bits, 2, 8)
+        + choice("capture", capture, MODES)
+    )
     kept = [_arguments(model, batch) for batch in islice(batches, MOST_BATCHES)]
     if not kept:
         raise ValueError("batches: there is none; give at least one, such as [images]")
-    quantizer = METHODS[method](engine, weight_bits, layers)
+    how = Capture(capture, leaves)
+    if method != "ptq" and how != Capture():
+        raise ValueError(
+            f"capture={capture}, leaves={leaves}: are for method='ptq'; leave them out"
+        )
+    quantizer = METHODS[method](engine, weight_bits, layers, how)
     gate = TruthGate()
     float_model = copy_model(model).cpu().eval()
-    sample = tuple(x[: gate.samples] for x in kept[0])
-    dry_run(float_model, quantizer, tuple(x[:2] for x in sample), gate)
-    simulation = quantizer.prepare(float_model)
+    sample = few(kept[0], gate.samples)
+    dry_run(float_model, quantizer, few(sample), gate)
+    simulation = quantizer.prepare(float_model, sample)
     quantizer.calibrate(simulation, kept)
     gate.enforce(gate.unobserved(simulation.model))
     converted = quantizer.convert(simulation)
@@ -96,25 +118,30 @@ def quantize(
     )
     gate.enforce(failures)
     report = {
-        "coverage": coverage(converted, sample, getattr(quantizer, "layers", {})),
+        "coverage": coverage(
+            converted, sample, getattr(quantizer, "layers", {}), simulation.floats
+        ),
         "truth": truth,
         "size_bytes": {"float": weight_bytes(float_model), "quantized": weight_bytes(converted)},
+        "capture": simulation.capture,
         "plan": {name: layer.describe() for name, layer in simulation.plan.items()},
     }
-    return Quantized(converted, report, simulation)
+    return Quantized(converted, report, simulation, type(model).__name__)
 
 
-def _ptq(engine: str, bits: int, layers: dict[str, Any] | None) -> Quantizer:
-    return PTQ(
-        engine=engine, weight=replace(WEIGHT, bits=bits), activation=ACTIVATION, layers=layers
-    )
+Layers = dict[str, Any] | None
 
 
-def _dynamic(engine: str, bits: int, layers: dict[str, Any] | None) -> Quantizer:
+def _ptq(engine: str, bits: int, layers: Layers, capture: Capture) -> Quantizer:
+    weight = replace(WEIGHT, bits=bits)
+    return PTQ(engine=engine, weight=weight, activation=ACTIVATION, layers=layers, capture=capture)
+
+
+def _dynamic(engine: str, bits: int, layers: Layers, _: Capture) -> Quantizer:
     return Dynamic(engine=engine, weight=replace(WEIGHT, bits=bits), layers=layers)
 
 
-def _weight_only(engine: str, bits: int, layers: dict[str, Any] | None) -> Quantizer:
+def _weight_only(engine: str, bits: int, layers: Layers, _: Capture) -> Quantizer:
     return WeightOnly(weight=QuantSpec(bits=bits), layers=layers)
 
 
@@ -125,9 +152,13 @@ METHODS: dict[str, Callable[..., Quantizer]] = {
 }
 
 
-def _arguments(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
+def _arguments(model: nn.Module, batch: Any) -> tuple[Any, ...]:
     """Returns copies of forward's arguments out of a batch, on the CPU."""
+    if isinstance(batch, Mapping):
+        return cloned(tuple(_on_cpu(part) for part in _by_name(model, batch)))
     parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    if len(parts) == 2 and isinstance(parts[0], tuple | list):  # several inputs, and a target
+        parts = tuple(parts[0])
     parameters = inspect.signature(model.forward).parameters.values()
     required = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
     if len(parts) == len(required) + 1:  # and a target behind them
@@ -136,16 +167,38 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
     if wrong:
         raise ValueError(
             f"batches: a batch holds a {wrong[0]}; "
-            "allowed are tensors, tuples of forward's arguments, and (inputs, target)"
+            "allowed are tensors, tuples and mappings of forward's arguments, and (inputs, target)"
         )
-    return tuple(
-        part.detach().cpu().clone() for part in parts
-    )  # a forward may change its input in place
+    return cloned(tuple(map(_on_cpu, parts)))  # a forward may change its input in place
+
+
+def _on_cpu(part: Any) -> Any:
+    return part.detach().cpu() if isinstance(part, Tensor) else part
+
+
+def _by_name(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns forward's arguments in their order, with its defaults where the batch has none."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(**batch)
+    except TypeError as err:
+        raise ValueError(
+            f"batches: a batch is a mapping of {', '.join(batch)}, and forward takes "
+            f"{', '.join(signature.parameters)}: {err}"
+        ) from err
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise ValueError(
+            f"batches: {', '.join(bound.kwargs)} is for keywords alone; "
+            "let forward take it by its place, too"
+        )
+    return bound.args
 
 
 def moved(
     batches: Iterable[Any], model: nn.Module, device: torch.device
-) -> Iterator[tuple[Tensor, ...]]:
+) -> Iterator[tuple[Any, ...]]:
     """Yields forward's arguments out of each batch, on a device."""
     for batch in batches:
-        yield tuple(part.to(device) for part in _arguments(model, batch))
+        parts = _arguments(model, batch)
+        yield tuple(part.to(device) if isinstance(part, Tensor) else part for part in parts)

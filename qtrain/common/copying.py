@@ -41,6 +41,11 @@ def cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
 
 
+def few(inputs: tuple[Any, ...], count: int = 2) -> tuple[Any, ...]:
+    """Returns forward's arguments for the first samples alone."""
+    return tuple(x[:count] if isinstance(x, Tensor) and x.ndim else x for x in inputs)
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value

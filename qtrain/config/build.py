@@ -158,7 +158,10 @@ def build(config: DictConfig) -> Parts:
         if key == "quant":  # its two specs first: the first to fail would hide the other
             problems += spec_mistakes(config.quant, "weight")
             problems += spec_mistakes(config.quant, "activation")
-            if any(re.match(r"quant\.(weight|activation)[.=]", problem) for problem in problems):
+            problems += spec_mistakes(config.quant, "capture")
+            if any(
+                re.match(r"quant\.(weight|activation|capture)[.=]", problem) for problem in problems
+            ):
                 continue
         try:
             with impatient():

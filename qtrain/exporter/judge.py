@@ -13,7 +13,8 @@ from qtrain.common.copying import copy_model
 from qtrain.common.validate import shown
 from qtrain.exporter.base import Exporter, Inputs
 from qtrain.quant.base import Quantizer
-from qtrain.simulate.simulation import Simulation, execution_order, output_points
+from qtrain.simulate.order import execution_order
+from qtrain.simulate.simulation import Simulation, output_points
 
 
 def check_exporters(exporters: Any, quantizer: Any) -> list[str]:
@@ -44,7 +45,7 @@ def rehearse_exports(
     if not exporters:
         return
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
-        simulation = quantizer.prepare(copy_model(model).cpu().eval())
+        simulation = quantizer.prepare(copy_model(model).cpu().eval(), inputs)
         quantizer.calibrate(simulation, [inputs])
         for exporter in exporters:
             exporter.write(simulation.as_converted(), inputs, Path(folder) / exporter.file_name)

@@ -1,5 +1,7 @@
 """Quantizer: the three verbs that every method is made of."""
 
+from typing import Any
+
 from torch import nn
 
 from qtrain.backend import torch_ao
@@ -34,8 +36,12 @@ class Quantizer:
     weight: QuantSpec | FloatFormat | None = None
     activation: QuantSpec | FloatFormat | None = None
 
-    def prepare(self, model: nn.Module) -> Simulation:
-        """Returns the simulation of a copy of the float `model`, to be calibrated; maybe bare."""
+    def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
+        """Returns the simulation of a copy of the float `model`, to be calibrated; maybe bare.
+
+        Args:
+            example: forward's arguments, a few samples: for a model that must be traced.
+        """
         return Simulation(torch_ao.copy_model(model)).eval()
 
     def calibrate(self, simulation: Simulation, batches: Batches) -> None:

@@ -37,7 +37,7 @@ class Cast(Quantizer):
         self.dtype, self.layers = DTYPES[dtype], layers
         self.weight = self.activation = FloatFormat(dtype)
 
-    def prepare(self, model: nn.Module) -> Simulation:
+    def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
         floats = self._floats(model)
         plan = {
             name: LayerPlan(type(layer).__name__, weight=self.weight, backend=self.weight.dtype)

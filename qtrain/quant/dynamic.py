@@ -68,7 +68,7 @@ class Dynamic(Quantizer):
             pattern, setting, lambda fields: self._settle(replace(self.weight, **fields))
         )
 
-    def prepare(self, model: nn.Module) -> Simulation:
+    def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
         own = settings_of(model, self.layers)
         floats = {name for name, setting in own.items() if setting is None}
         found: dict[str, Any] = dict(formats(model, self.embedding, self.head, own, floats))

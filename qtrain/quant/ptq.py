@@ -17,6 +17,9 @@ from qtrain.backend.base import Backend
 from qtrain.backend.find import find
 from qtrain.backend.packed.embeddings import check_policies, formats
 from qtrain.backend.packed.formats import PackedFormat
+from qtrain.capture.capture import Capture, Captured, capture
+from qtrain.capture.proof import prove
+from qtrain.common.copying import copy_model, few
 from qtrain.common.validate import choice, refuse
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.base import make_observer
@@ -27,6 +30,7 @@ from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import read_settings, settings_of, spec_or_format
 from qtrain.simulate.build import build, find_groups, make_plan, refuse_second_names
 from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
+from qtrain.simulate.origins import Home, tensors
 from qtrain.simulate.plan import FixedSpec
 from qtrain.simulate.simulation import Batches, Simulation, sites
 from qtrain.simulate.sites import QuantModule, QuantWeighted
@@ -35,6 +39,8 @@ from qtrain.transform.improve import check_transforms, improve
 
 WEIGHT = QuantSpec(observer=MinMaxObserver)
 ACTIVATION = QuantSpec(observer=partial(HistogramObserver, bins=2048))
+CAPTURE = Capture()
+Inputs = tuple[Any, ...]
 
 
 class PTQ(Quantizer):
@@ -56,6 +62,7 @@ class PTQ(Quantizer):
             or what these layers are instead, see `layer_format`: "float", "fp16", "llm_int8",
             {"method": "weight_only", "bits": 4} ...}. Until conversion the latter are float, as
             their inputs and outputs stay.
+        capture: how a model without stubs becomes one that can be simulated.
 
     Raises:
         ValueError: the engine is unknown or refuses a spec; there is no such fake quantization; a
@@ -79,6 +86,7 @@ class PTQ(Quantizer):
         embedding: str = "float",
         head: str = "separate",
         layers: dict[str, Any] | None = None,
+        capture: Capture = CAPTURE,
     ) -> None:
         refuse(
             choice("fake_quantize", fake_quantize, KERNELS)
@@ -86,6 +94,7 @@ class PTQ(Quantizer):
             + check_policies(embedding, head)
         )
         self.transforms = tuple(transforms)
+        self.capture = capture
         self.embedding, self.head = embedding, head
         self.backend = find(engine)
         self.engine = self.backend.name
@@ -105,18 +114,21 @@ class PTQ(Quantizer):
     def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
         return self.backend.settle(weight, activation)
 
-    def prepare(self, model: nn.Module) -> Simulation:
-        return self._simulate(model, is_qat=False)
+    def prepare(self, model: nn.Module, example: Inputs = ()) -> Simulation:
+        return self._simulate(model, example, is_qat=False)
 
-    def _simulate(self, model: nn.Module, *, is_qat: bool, conv_bn: str = "folded") -> Simulation:
+    def _simulate(
+        self, model: nn.Module, example: Inputs, *, is_qat: bool, conv_bn: str = "folded"
+    ) -> Simulation:
         """Returns the simulation of a copy of `model`."""
         packed, heads = self._packed(model)
-        model = torch_ao.ready(model, is_qat=is_qat)
+        captured = self._captured(model, few(example), is_qat)
+        names, model = list(model.state_dict()), captured.model
         chosen = torch_ao.match_layers(
             model, {p: s if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
         )
         floats = {name: "set by quant.layers" for name, spec in chosen.items() if spec is None}
-        floats |= dict.fromkeys(heads, "set by quant.head")
+        floats |= dict.fromkeys(heads, "set by quant.head") | captured.floats
         backend = self.backend
         groups = find_groups(model, floats, backend.why_float, backend.has_scale)
         refuse_second_names(model, groups)
@@ -131,13 +143,29 @@ class PTQ(Quantizer):
                 else own
             )
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
+        simulation.capture = captured.describe()
+        simulation.home = Home(names, captured.tensors, captured.origins, simulation.model)
         simulation.backend = self.backend
         simulation.clips_at_type = self.backend.clips_at_type and not self.simulated
         simulation.others = {place(simulation.model, name): form for name, form in packed.items()}
         if not is_qat:
             observe_weights(simulation.model)
             simulation.set_mode(observing=False, quantizing=False)
+        if captured.original is not None:
+            copied = simulation.float_copy()
+            error = prove(captured.original, copied, few(example), exact=False, training=False)
+            simulation.capture["error"]["fused"] = error
         return simulation
+
+    def _captured(self, model: nn.Module, example: Inputs, is_qat: bool) -> Captured:
+        """Returns a copy of `model` with stubs, fused."""
+        as_is = self.capture.takes_as_is(model)
+        model = copy_model(model)
+        owned = tensors(model)
+        torch_ao.make_ready(model, is_qat=is_qat, fuses=as_is)
+        if as_is:
+            return Captured("as_is", model, tensors=owned)
+        return capture(model, example, self.capture, self.backend.why_float, is_qat=is_qat)
 
     def _packed(self, model: nn.Module) -> tuple[dict[str, PackedFormat], set[str]]:
         """Returns {layer: the format it is packed in}, and the heads kept with an embedding."""

@@ -12,7 +12,7 @@ from torch import nn
 from qtrain.common.validate import MANY, boolean, choice, refuse, whole
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.moving_average import MovingAverageObserver
-from qtrain.quant.ptq import PTQ
+from qtrain.quant.ptq import PTQ, Inputs
 from qtrain.simulate.batch_norm import TRAINING
 from qtrain.simulate.simulation import Simulation
 
@@ -97,8 +97,8 @@ class QAT(PTQ):
             )
         return super()._settle(weight, activation)
 
-    def prepare(self, model: nn.Module) -> Simulation:
-        return self._simulate(model, is_qat=True, conv_bn=self.conv_bn)
+    def prepare(self, model: nn.Module, example: Inputs = ()) -> Simulation:
+        return self._simulate(model, example, is_qat=True, conv_bn=self.conv_bn)
 
     def on_epoch(self, simulation: Simulation, epoch: int) -> None:
         def reached(start: int | None) -> bool:

@@ -4,6 +4,8 @@ Any layer can be treated so, for it computes in float as before; what is gained 
 Per tensor.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -43,7 +45,7 @@ class RoundTrip(Quantizer):
         """Returns the quantized tensor."""
         raise NotImplementedError
 
-    def prepare(self, model: nn.Module) -> Simulation:
+    def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
         floats = torch_ao.match_layers(model, dict.fromkeys(self.layers))
         plan = {
             name: LayerPlan(type(layer).__name__, weight=self.weight, backend=self.method)

@@ -60,7 +60,7 @@ class WeightOnly(Quantizer):
         refuse(problems)
         self.embedding, self.head = embedding, head
 
-    def prepare(self, model: nn.Module) -> Simulation:
+    def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
         own = settings_of(model, self.layers)
         floats = {name for name, setting in own.items() if setting is None}
         found = formats(model, self.embedding, self.head, own, floats)

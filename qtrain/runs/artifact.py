@@ -10,6 +10,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from qtrain.capture.capture import stand_ins
 from qtrain.common.plain import plain
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
@@ -64,7 +65,8 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
             engine = None  # a backend of the user's own
         model = _make(report, "model")
         quantizer = _make(report, "quant", **({} if engine is None else {"engine": engine}))
-        prepared = quantizer.prepare(model)
+        example = stand_ins(report.get("capture", {}).get("inputs", []))
+        prepared = quantizer.prepare(model, example)
         prepared.leave_float_as(report.get("plan", {}))
         fake = quantizer.fake(prepared) if quantizer.simulated else None
         quantized: nn.Module = quantizer.convert(prepared) if fake is None else fake

@@ -69,6 +69,8 @@ class Report:
     quant: dict[str, Any] = field(default_factory=dict)
     # What each layer becomes; see simulate/plan.py.
     plan: dict[str, Any] = field(default_factory=dict)
+    # How the model came to have stubs: mode, what was fused, what stayed float and why.
+    capture: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
     # What each gained, in decibels of the simulation's output.

@@ -27,7 +27,8 @@ from qtrain.train.evaluate import evaluate
 def prepare(run: Run) -> None:
     """Makes the simulation, and proves that it is the float model still."""
     quantizer = run.parts.quantizer
-    run.prepared = quantizer.prepare(run.base)
+    run.prepared = quantizer.prepare(run.base, run.sample)
+    run.report.capture = run.prepared.capture
     fused = quantizer.reference(run.prepared)
     if fused is not None:
         exact = torch_ao.copy_model(run.base).cpu()

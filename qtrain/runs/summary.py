@@ -53,6 +53,7 @@ def _of_quantization(report: Report) -> list[str]:
         f"quantized: {100 * cover['params_quantized']:.1f} % of parameters, "
         f"{100 * cover['macs_quantized']:.1f} % of multiply-accumulates"
     ]
+    lines = _of_capture(report) + lines
     before, after = (report.size_bytes.get(f"{kind}_file") for kind in ("float", "quantized"))
     if before and after and after > before:
         largest = cover.get("largest_float")
@@ -66,6 +67,21 @@ def _of_quantization(report: Report) -> list[str]:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         lines.append(f"  stays float: {', '.join(names[:8])}{more} ({reason})")
     return lines
+
+
+def _of_capture(report: Report) -> list[str]:
+    """Returns what was done to a model that has no stubs of its own."""
+    found = report.capture
+    if found.get("mode", "as_is") == "as_is":
+        return []
+    groups = ", ".join(f"{count} {kind}" for kind, count in found["fused"].items())
+    lines = [f"captured: by {found['mode']}; {found['sites']} sites; fused: {groups or 'nothing'}"]
+    for name, leaf in found["leaves"].items():
+        share = 100 * leaf["macs"]
+        lines.append(
+            f"  not looked into: {name}, {share:.1f} % of multiply-accumulates: {leaf['reason']}"
+        )
+    return lines + [f"  note: {note}" for note in found["notes"]]
 
 
 def _seconds(stages: dict[str, float]) -> str:

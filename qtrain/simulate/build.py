@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from qtrain.functional.spec import QuantSpec
 from qtrain.simulate import stubs
 from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.fused import Fused
 from qtrain.simulate.plan import FixedSpec, LayerPlan, Plan
 from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.sites import (
@@ -101,7 +102,7 @@ def find_groups(
             closed.append(name)
             if not _is_float_already(module):
                 found[name] = Group((module,), floats[name])
-        elif _has_mark(module):
+        elif has_mark(module):
             closed.append(name)
         elif is_fused(module):
             closed.append(name)
@@ -231,7 +232,7 @@ def _is_eager(module: nn.Module) -> bool:
 def is_fused(module: nn.Module) -> bool:
     """Returns whether a module is a run of layers that was fused."""
     is_torchs = type(module).__module__.startswith("torch.ao.nn.intrinsic")
-    return is_torchs or isinstance(module, stubs.Fused)
+    return is_torchs or isinstance(module, Fused)
 
 
 def _is_site(module: nn.Module) -> bool:
@@ -247,10 +248,11 @@ def _is_site(module: nn.Module) -> bool:
 def is_marked_float(model: nn.Module, name: str) -> bool:
     """Returns whether the author marked a layer, or one around it, by `qconfig = None`."""
     ends = [0, *(i for i, c in enumerate(name) if c == "."), len(name)]
-    return any(_has_mark(model.get_submodule(name[:end])) for end in ends)
+    return any(has_mark(model.get_submodule(name[:end])) for end in ends)
 
 
-def _has_mark(module: nn.Module) -> bool:
+def has_mark(module: nn.Module) -> bool:
+    """Returns whether the author marked a layer by `qconfig = None`: it stays float."""
     return vars(module).get("qconfig", ...) is None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qtrain.common.copying import cloned, copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.origins import Home
 from qtrain.simulate.plan import Plan
 from qtrain.simulate.regions import on_marked
 from qtrain.simulate.sites import QuantModule, QuantWeighted, Site
@@ -46,6 +47,8 @@ class Simulation(nn.Module):
         clips_at_type: whether its kernels clip at the ends of uint8, though a scale be made for
             0..127.
         improvements: what transforms have done to it, for reports.
+        capture: how the float model was made ready to be simulated, for reports.
+        home: brings its weights back to the user's class, or None: it is the user's.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class Simulation(nn.Module):
         self._observes = False
         self.clips_at_type = False
         self.improvements: list[dict[str, Any]] = []
+        self.capture: dict[str, Any] = {}
+        self.home: Home | None = None
         self._knows_regions = False
         self._twin: list[nn.Module] = []  # hidden from nn.Module: it is no part of the state
 
@@ -211,6 +216,21 @@ class Simulation(nn.Module):
             finally:
                 hook.remove()
 
+    @property
+    def floats(self) -> dict[str, str]:
+        """{module that capturing left float: why}."""
+        leaves = self.capture.get("leaves", {})
+        found: dict[str, str] = self.capture.get("float", {})
+        return found | {name: leaf["reason"] for name, leaf in leaves.items()}
+
+    def float_state_dict(self) -> dict[str, Tensor]:
+        """Returns the float weights as they are now, for `load_state_dict` of the user's class.
+
+        Raises:
+            ValueError: some were worked into others.
+        """
+        return self.model.state_dict() if self.home is None else self.home.state_dict(self.model)
+
     def as_converted(self) -> "Simulation":
         """Returns a copy that behaves as what `convert` makes: quantizing, in eval mode."""
         copied = copy_model(self).eval()
@@ -261,22 +281,6 @@ def weight_points(model: nn.Module) -> dict[str, FakeQuantize]:
     """Returns {name of a site: the fake quantization of its weight}."""
     found = sites(model).items()
     return {name: site.weight_q for name, site in found if site.weight_q is not None}
-
-
-@torch.no_grad()
-def execution_order(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
-    """Returns the names of the sites that are called, in the order of their first calls."""
-    found: dict[str, None] = {}
-    handles = [
-        site.register_forward_pre_hook(lambda *_, name=name: found.setdefault(name))
-        for name, site in sites(model).items()
-    ]
-    try:
-        model(*cloned(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(found)
 
 
 def integers(point: FakeQuantize, x: Tensor) -> Tensor:

@@ -27,7 +27,3 @@ class FloatFunctional(Functional, nn.Module):
 
     def _output(self, op: str, value: Tensor) -> Tensor:
         return value
-
-
-class Fused(nn.Sequential):
-    """A layer, and the batch-norm and the ReLU behind it, to be quantized as one."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qtrain.common.validate import MANY, refuse, whole
-from qtrain.simulate.simulation import Batches, Simulation, execution_order
+from qtrain.simulate.order import execution_order
+from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.simulate.sites import QuantWeighted
 from qtrain.transform.base import Transform
 

@@ -89,7 +89,8 @@ def test_a_model_in_train_mode_is_quantized_as_in_eval_mode_and_stays_in_train_m
     ("batches", "settings", "message"),
     [
         ([], {}, "batches: there is none"),
-        ([{"x": X}], {}, "batches: a batch holds a dict"),
+        ([[{"x": X}]], {}, "batches: a batch holds a dict"),
+        ([{"image": X}], {}, "a mapping of image, and forward takes x"),
         ([X], {"method": "magic"}, "method=magic: .*ptq"),
         ([X], {"weight_bits": 9}, "weight_bits=9: must be a whole number from 2 to 8"),
         ([X], {"engine": "gemm"}, "engine=gemm: allowed are"),

@@ -19,7 +19,7 @@ from qtrain.backend.torch_ao.calls import has_hooks, resolve, same
 from qtrain.backend.torch_ao.fusion import fuse, unfused_pairs
 from qtrain.backend.torch_ao.parts import DeQuantStub, FloatFunctional, QuantStub
 from qtrain.backend.torch_ao.patches import apply as apply_patches
-from qtrain.backend.torch_ao.prepare import match_layers, ready
+from qtrain.backend.torch_ao.prepare import make_ready, match_layers
 from qtrain.backend.torch_ao.refusals import refuse_old_norms
 from qtrain.common.copying import copy_model
 from qtrain.common.torch_parts import has_torch_ao
@@ -52,11 +52,11 @@ __all__ = [
     "has_hooks",
     "histogram",
     "lower",
+    "make_ready",
     "match_layers",
     "minmax",
     "moving_average",
     "quantize_dynamic",
-    "ready",
     "refuse_old_norms",
     "resolve",
     "same",

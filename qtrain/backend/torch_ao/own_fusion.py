@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from qtrain.simulate.stubs import Fused
+from qtrain.simulate.fused import Fused
 
 NORMS = {
     nn.Conv1d: nn.BatchNorm1d,

@@ -1,4 +1,4 @@
-"""A float model made ready to be simulated: copied, put right, fused; and layers by pattern."""
+"""A float model made ready to be simulated: put right, fused; and layers by pattern."""
 
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -14,25 +14,24 @@ from qtrain.backend.torch_ao.refusals import (
     refuse_own_qconfigs,
     separate_shared,
 )
-from qtrain.common.copying import copy_model
 from qtrain.simulate.build import is_fused
 
 
-def ready(model: nn.Module, *, is_qat: bool) -> nn.Module:
-    """Returns a fused copy of the float `model`; for QAT in train mode, with batch-norm apart.
+def make_ready(model: nn.Module, *, is_qat: bool, fuses: bool = True) -> None:
+    """Puts the float `model` right, in place, and fuses it; for QAT with batch-norm apart.
 
     Args:
-        model: with QuantStub and DeQuantStub; its `fuse_model` is called where it has one.
+        fuses: whether its `fuse_model` is called, where it has one.
 
     Raises:
         ValueError: the model holds what would be lost in silence; names the layer.
     """
-    model = copy_model(model).train(is_qat)
+    model.train(is_qat)
     refuse_own_qconfigs(model)
     bake_parametrizations(model, is_qat)
     separate_shared(model)
-    fuse_by_itself(model, is_qat=is_qat)
-    return model
+    if fuses:
+        fuse_by_itself(model, is_qat=is_qat)
 
 
 def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:

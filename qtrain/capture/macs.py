@@ -1,0 +1,42 @@
+"""Which share of the multiply-accumulates lies in which module."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from qtrain.common.copying import cloned
+
+
+@torch.no_grad()
+def shares(
+    model: nn.Module, inputs: tuple[Any, ...], leaves: dict[str, str]
+) -> Iterator[tuple[str, str, float]]:
+    """Yields (leaf, its reason, its share of the model's multiply-accumulates).
+
+    Those of Linear layers and convolutions count; those of attention's products do not.
+    """
+    counts: dict[str, int] = {}
+
+    def count(name: str, layer: Any, args: Any, output: Tensor) -> None:
+        elements = args[0] if getattr(layer, "transposed", False) else output
+        number = elements.numel() * layer.weight.shape[1:].numel()
+        counts[name] = counts.get(name, 0) + number
+
+    handles = [
+        layer.register_forward_hook(partial(count, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | _ConvNd)
+    ]
+    try:
+        model.eval()(*cloned(inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = max(sum(counts.values()), 1)
+    for leaf, reason in leaves.items():
+        inner = [c for n, c in counts.items() if n == leaf or n.startswith(f"{leaf}.")]
+        yield leaf, reason, sum(inner) / total

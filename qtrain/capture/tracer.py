@@ -1,0 +1,350 @@
+"""Tracing a model's forward by torch.fx, with the values of an example beside the symbols.
+
+The values decide what depends on sizes alone, such as `if x.shape[-1] > 7`: the branch taken is
+recorded, and a guard with it, which refuses other sizes. What depends on a tensor's values cannot
+be recorded.
+"""
+
+import copy
+import inspect
+import linecache
+import operator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.fx._symbolic_trace as symbolic_trace
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from qtrain.capture.traced import guard
+from qtrain.common.copying import cloned
+
+# They make tensors of sizes, and do not ask their arguments whether these are symbols.
+MAKERS = ("arange", "empty", "eye", "full", "ones", "rand", "randn", "zeros")
+PLAIN = (bool, str, torch.dtype, torch.layout, type(None))  # no symbol is needed for these
+OF_TORCH = ("torch.nn.", "torch.ao.")
+WHOLE = (nn.Linear, _ConvNd, _BatchNorm)  # of which a subclass may have the same forward
+
+
+class Untraceable(Exception):
+    """A forward does what no graph can hold."""
+
+
+class Symbol(fx.Proxy):
+    """A value of forward that is recorded; it passes for what it stands for."""
+
+    def __init__(self, node: fx.Node, tracer: "Tracer") -> None:
+        super().__init__(node, tracer)
+
+    @property
+    def value(self) -> Any:
+        return self.node.meta["value"]
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # isinstance(x, Tensor) holds, as it does without a tracer
+        is_known = "value" in self.node.meta and isinstance(self.value, Tensor | int | tuple | list)
+        return type(self.value) if is_known else Symbol
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.value, name)
+        if isinstance(value, PLAIN):
+            return value
+        if callable(value):
+            return super().__getattr__(name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._changed(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._changed(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._changed(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._changed(operator.itruediv, other)
+
+    def _changed(self, change: Callable[..., Any], other: Any) -> Any:
+        # fx.Proxy would make a new value, and who else holds the tensor would not see it.
+        return self.tracer.create_proxy("call_function", change, (self, other), {})
+
+    def __len__(self) -> int:
+        return self._fixed(len)
+
+    def __index__(self) -> int:
+        return self._fixed(int)
+
+    def __int__(self) -> int:
+        return self._fixed(int)
+
+    def __float__(self) -> float:
+        return self._fixed(float)
+
+    def _fixed(self, kind: Callable[[Any], Any]) -> Any:
+        if isinstance(self.value, Tensor) and kind is not len:
+            raise Untraceable("takes a number out of a tensor")
+        found = kind(self.value)
+        tracer: Any = self.tracer
+        tracer.fix(tracer.create_proxy("call_function", kind, (self,), {}), found)
+        return found
+
+
+class Tracer(fx.Tracer):
+    """Records a forward; keeps with each node its value, the module that runs, and the line.
+
+    Args:
+        leaves: names of modules that are called, not looked into.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, leaves: set[str]) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.path = [""]  # stays where tracing fails
+        self.inputs: dict[str, Any] = {}
+        self._runs = False  # a value is being worked out: nothing is recorded
+
+    def record(self, model: nn.Module, inputs: dict[str, Any]) -> fx.Graph:
+        """Returns the graph of `model`, which is changed where forward changes it.
+
+        Args:
+            inputs: {parameter of forward: its value}, of all that have no default.
+        """
+        parameters = inspect.signature(model.forward).parameters
+        defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        self.inputs = defaults | inputs
+        plain = {n: v for n, v in self.inputs.items() if isinstance(v, (*PLAIN, int, float))}
+        with torch.no_grad(), _makers_recorded(), _nothing_wrapped():
+            graph = self.trace(model, concrete_args=plain or None)
+        for node in graph.find_nodes(op="placeholder"):  # torch numbers the plain ones
+            node.target = _parameter(str(node.target), self.inputs, node.target)
+            node.args = (defaults[node.target],) if node.target in defaults else node.args
+        graph._tracer_cls = None  # copies need none of its arguments
+        for node in graph.nodes:
+            value = node.meta.get("value")
+            if isinstance(value, Tensor):
+                node.meta["storage"] = value.untyped_storage().data_ptr()
+            node.meta["value"] = _shell(value)
+        return graph
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.leaves or is_whole(m)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._runs:
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        self.path.append(name)
+        output = super().call_module(m, forward, args, kwargs)
+        self.path.pop()
+        return output
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self._runs:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is Symbol:
+            return a.node
+        if isinstance(a, dict) and type(a) is not dict and not is_dataclass(a):
+            return self.create_node("call_function", type(a), (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **more: Any
+    ) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, *names, **more)
+        node.meta["path"] = self.path[-1]
+        node.meta["line"] = running_line()
+        if kind != "output":
+            node.meta["value"] = self._value(node)
+        return node
+
+    def proxy(self, node: fx.Node) -> Symbol:
+        return Symbol(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        value = obj.node.meta["value"]
+        if isinstance(value, Tensor):
+            raise Untraceable("branches on the values of a tensor")
+        self.fix(obj, bool(value))
+        return bool(value)
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        return iter([obj[i] for i in range(len(obj))])
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        return obj.node.meta["value"].keys()
+
+    def fix(self, symbol: fx.Proxy, value: Any) -> None:
+        """Records that the graph holds for this value of a symbol alone."""
+        self.create_proxy("call_function", guard, (symbol, value, running_line()), {})
+
+    def _value(self, node: fx.Node) -> Any:
+        args = fx.map_arg(node.args, lambda n: n.meta["value"])
+        kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["value"])
+        tensors = {n: n.meta["value"] for n in node.all_input_nodes}
+        versions = {n: x._version for n, x in tensors.items() if isinstance(x, Tensor)}
+        before, self._runs = self._runs, True
+        try:
+            return self._run(node, args, kwargs)
+        finally:
+            self._runs = before
+            node.meta["changes"] = [n for n, v in versions.items() if tensors[n]._version != v]
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
+        if node.op == "placeholder":
+            name = _parameter(target, self.inputs)
+            return self.inputs.get(name, {} if target.startswith("**") else ())
+        if node.op == "get_attr":
+            value = attribute(self.root, target)
+            if target.startswith("_tensor_constant"):  # its number depends on the mode
+                node.meta["content"] = repr(value)
+            return value
+        if node.op == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if node.op == "call_function":
+            return target(*args, **kwargs)
+        module = self.root.get_submodule(target)
+        if not (is_whole(module) and module.training):
+            return module(*args, **kwargs)
+        module.eval()  # of one sample, batch-norm takes no statistics
+        try:
+            return module(*args, **kwargs)
+        finally:
+            module.train()
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Returns whether a module is one of torch's layers, or does no more than its base does."""
+    if isinstance(module, WHOLE) and _inherits(module):
+        return True
+    if not type(module).__module__.startswith(OF_TORCH):
+        return False
+    is_composite = any(True for _ in module.children())
+    is_known = isinstance(module, nn.MultiheadAttention)
+    return is_known or not is_composite or type(module).__module__.startswith("torch.ao.")
+
+
+def _inherits(module: nn.Module) -> bool:
+    """Returns whether the methods that compute are those of torch."""
+    own = (getattr(type(module), name, None) for name in ("forward", "_conv_forward"))
+    return all(f is None or f.__module__.startswith("torch.nn.") for f in own)
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """Returns root.a.b.c of "a.b.c"."""
+    owner, _, name = path.rpartition(".")
+    return getattr(root.get_submodule(owner), name)
+
+
+def _parameter(name: str, known: Any, otherwise: Any = "") -> Any:
+    """Returns which parameter of forward a placeholder stands for."""
+    plain = name if name in known else name.rpartition("_")[0]
+    return plain if plain in known else otherwise
+
+
+def _shell(value: Any) -> Any:
+    """Returns a value whose tensors have lost their numbers, and so take no memory."""
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    if type(value) in (tuple, list):
+        return type(value)(_shell(item) for item in value)
+    return value
+
+
+def running_line() -> str:
+    """Returns the line of the user's that is running, as "file:1: code"."""
+    frame = sys._getframe(1)
+    while frame is not None and not _is_users(frame.f_code.co_filename):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "" if frame is None else _shown(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _is_users(file: str) -> bool:
+    return not any(part in file for part in ("/torch/", "/qtrain/capture/", "<eval", "<string"))
+
+
+def _shown(file: str, number: int | None) -> str:
+    return f"{file}:{number}: {linecache.getline(file, number or 0).strip()}"
+
+
+def trace(
+    model: nn.Module, inputs: dict[str, Any], leaves: dict[str, str]
+) -> tuple[fx.Graph, nn.Module]:
+    """Returns the graph of a copy of `model`, and that copy.
+
+    The smallest module that resists becomes a leaf, with its reason, in `leaves`, in place.
+
+    Raises:
+        Untraceable: it is the model itself that resists.
+    """
+    while True:
+        root, tracer = copy.deepcopy(model), Tracer(set(leaves))
+        arguments = dict(zip(inputs, cloned(tuple(inputs.values())), strict=True))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return tracer.record(root, arguments), root
+        except Exception as err:  # whatever a forward raises when it is given symbols
+            name, reason = tracer.path[-1], _reason(err)
+            if name in leaves or not name:
+                raise Untraceable(reason) from err
+            leaves[name] = reason
+
+
+def _reason(err: Exception) -> str:
+    text = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
+    frames = traceback.extract_tb(err.__traceback__)
+    users = [f for f in frames if _is_users(f.filename)]
+    return f"{text} [{_shown(users[-1].filename, users[-1].lineno)}]" if users else text
+
+
+@contextmanager
+def _nothing_wrapped() -> Iterator[None]:
+    """Lets functions that a library hides from torch.fx be looked into: they may hold layers."""
+    with patch.object(symbolic_trace, "_wrapped_fns_to_patch", {}):
+        yield
+
+
+@contextmanager
+def _makers_recorded() -> Iterator[None]:
+    """Lets functions that make tensors of sizes be recorded, and `len`, which must be a number."""
+    makers: Any = {name: _recorded(getattr(torch, name)) for name in MAKERS}
+    with patch.multiple(torch, **makers), patch("builtins.len", _recorded(len)):
+        yield
+
+
+def _recorded(make: Callable[..., Any]) -> Callable[..., Any]:
+    def maker(*args: Any, **kwargs: Any) -> Any:
+        symbols: list[Symbol] = []
+        if make is not len or type(args[0]) is Symbol:
+            _find((args, kwargs), symbols)
+        if not symbols:
+            return make(*args, **kwargs)
+        return symbols[0].tracer.create_proxy("call_function", make, args, kwargs)
+
+    return maker
+
+
+def _find(value: Any, found: list[Symbol]) -> None:
+    if type(value) is Symbol:
+        found.append(value)
+    elif type(value) in (tuple, list):
+        for item in value:
+            _find(item, found)
+    elif type(value) is dict:
+        _find(list(value.values()), found)
