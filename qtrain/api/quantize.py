@@ -71,7 +71,7 @@ def quantize(
             whose target is left out. The first 32 are taken; the first one also checks the result.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
-        weight_bits: 2..8; of weight_only 2, 4 or 8.
+        weight_bits: 2..8; of weight_only 2, 3, 4 or 8.
         layers: {pattern of layer names: what they are instead}, as `quant.layers`.
 
     Raises:

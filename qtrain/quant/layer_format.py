@@ -9,7 +9,7 @@ from torch import nn
 
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.formats import PackedFormat
-from qtrain.backend.packed.weight import is_narrow
+from qtrain.backend.packed.grid import is_narrow
 from qtrain.common.validate import mapping, number, refuse, shown
 from qtrain.functional.spec import AUTO, FloatFormat, QuantSpec
 
@@ -158,8 +158,8 @@ def settle(weight: QuantSpec) -> QuantSpec:
         ValueError: a field has no packed format; gives the legal choices.
     """
     problems = []
-    if weight.bits not in (2, 4, 8):
-        problems.append(f"bits={weight.bits}: packed are 2, 4 and 8")
+    if weight.bits not in (2, 3, 4, 8):
+        problems.append(f"bits={weight.bits}: packed are 2, 3, 4 and 8")
     if weight.reduce_range is True:
         problems.append("reduce_range=true: is for activations; leave it at auto")
     if weight.narrow_range is True and weight.symmetric is False:

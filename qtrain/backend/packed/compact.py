@@ -23,8 +23,7 @@ class CompactLinear(nn.Module):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight.matmul(x)
-        return y if self.bias is None else y + self.bias
+        return self.weight.matmul(x, self.bias)
 
 
 class CompactEmbedding(nn.Module):
