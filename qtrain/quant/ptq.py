@@ -47,8 +47,8 @@ class PTQ(Quantizer):
             simulation is the result.
         fake_quantize: "qtrain", or "torch" for torch's own kernels and observers, the slow ones.
         transforms: what improves the simulation, in this order; see `qtrain.transform`.
-        embedding: how embeddings are stored once converted: "float", "fp16", or "int8" and "int4"
-            with one scale a row.
+        embedding: how embeddings are stored once converted: "float", "fp16", "int8" with one scale
+            a row, or "int4" in groups.
         head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate" is quantized
             like others, "shared" stays one with it, in the embedding's format, and "float" in
             float32.

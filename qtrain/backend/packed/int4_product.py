@@ -56,5 +56,5 @@ class Int4Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the product in bfloat16; x in any float dtype."""
-        y: Tensor = self._multiply(x.to(torch.bfloat16), self.packed, self.group, self.scales)
-        return y if len(self.packed) == self.rows else y[:, : self.rows]
+        y: Tensor = self._multiply(x.bfloat16(), self.packed, self.group, self.scales)
+        return y[:, : self.rows] if self.rows % ROWS else y

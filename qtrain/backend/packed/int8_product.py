@@ -3,11 +3,14 @@
 oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on GPUs. Other x86 CPUs add
 products of 8 bits in pairs and saturate such a sum at 16 bits in silence. There fbgemm's kernel is
 given unsigned digits of at most 128, whose pairs cannot saturate: 2 * 128 * 127 < 2^15. It takes
-two rows for one, so that many rows are faster in float32, as they are on CPUs with neither.
+two rows for one, so that many rows are faster in float32, as they are on CPUs with neither. A few
+precise rows go through fbgemm everywhere: a call of it takes a third of the time of oneDNN's. A
+matrix is packed for a kernel when that is first used.
 
 Shapes: x is (M, K), the matrix (N, K), a product (M, N).
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,21 +36,24 @@ class Int8Product:
     """
 
     def __init__(self, integers: Tensor, scale: Tensor) -> None:
-        self.integers, self.scale = (
-            integers if integers.device.type == "cpu" else integers.contiguous(),
-            scale,
-        )
-        self.onednn = self.fbgemm = None
-        if integers.device.type == "cpu" and HAS_ONEDNN:
-            zeros = torch.zeros(len(integers), dtype=torch.int32)
-            scales = scale.flatten().float().expand(len(integers)).contiguous()
-            self.onednn = (
-                torch.ops.onednn.qlinear_prepack(integers.contiguous(), None),
-                scales,
-                zeros,
-            )
-        elif integers.device.type == "cpu" and HAS_FBGEMM:
-            self.fbgemm = _pack(integers, scale)
+        on_cpu = integers.device.type == "cpu"
+        self.integers = integers if on_cpu else integers.contiguous()
+        self.scale = scale
+        self.has_onednn = on_cpu and HAS_ONEDNN
+        self.has_fbgemm = on_cpu and HAS_FBGEMM
+
+    @cached_property
+    def onednn(self) -> Any:
+        """The matrix as oneDNN takes it, with its scales and zero points."""
+        rows = len(self.integers)
+        zeros = torch.zeros(rows, dtype=torch.int32)
+        scales = self.scale.flatten().float().expand(rows).contiguous()
+        return torch.ops.onednn.qlinear_prepack(self.integers.contiguous(), None), scales, zeros
+
+    @cached_property
+    def fbgemm(self) -> Any:
+        """The matrix as fbgemm takes it."""
+        return _pack(self.integers, self.scale)
 
     def whole(self, x: Tensor, largest: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns the product with x in 8 bits a row, `round(127 x / largest)`, plus `bias`.
@@ -70,13 +76,13 @@ class Int8Product:
         Args:
             x: float32 (M, K).
         """
-        if self.fbgemm is not None and len(x) <= FEW_ROWS:
+        if self.has_fbgemm and len(x) <= FEW_ROWS:
             step = row_magnitudes(x).div_(64)
             steps = x / step
             high = steps.round()
             parts = _unsigned(torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.fbgemm)
             return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(step)
-        if self.onednn is None and not _has_gpu_kernel(x, self.integers):
+        if not self.has_onednn and not _has_gpu_kernel(x, self.integers):
             return (x @ self.integers.float().T).mul_(self.scale)
         step = row_magnitudes(x).div_(127)
         high = (x / step).round_()
@@ -86,13 +92,13 @@ class Int8Product:
 
     def _times(self, x: Tensor) -> Tensor:
         """Returns round(x) @ (integers * scale).T for x within -127..127; overwrites x."""
-        if self.onednn is not None:
+        if self.has_onednn:
             matrix, scales, zeros = self.onednn
             digits = x.round_().add_(128).to(torch.uint8)
             return torch.ops.onednn.qlinear_pointwise.default(
                 digits, 1.0, 128, matrix, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
             )
-        if self.fbgemm is not None and len(x) <= FEW_ROWS:
+        if self.has_fbgemm and len(x) <= FEW_ROWS:
             # The kernel cuts off below 0: what it multiplies is the positive part of x and its
             # negative part.
             parts = _unsigned(torch.cat([x, -x]), 0, self.fbgemm)
@@ -115,7 +121,6 @@ def _has_gpu_kernel(a: Tensor, b: Tensor) -> bool:
 
 
 def _pack(integers: Tensor, scale: Tensor) -> Any:
-
     num_rows = len(integers)
     zeros = torch.zeros(num_rows, dtype=torch.long)
     scales = scale.flatten().double().expand(num_rows).contiguous()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qtrain.backend.packed.int4_product import Int4Product
-from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
+from qtrain.backend.packed.weight import MANY_ROWS, HalfWeight, IntegerWeight
 from qtrain.functional.spec import QuantSpec
 
 
@@ -108,17 +108,18 @@ KINDS = [
 ]
 
 
+@pytest.mark.parametrize("rows", [1, MANY_ROWS])
 @pytest.mark.parametrize("bits, symmetric, group", KINDS)
-def test_few_bits_are_multiplied_in_bfloat16(bits, symmetric, group):
+def test_few_bits_are_multiplied_in_bfloat16(bits, symmetric, group, rows):
     granularity = "per_group" if group else "per_channel"
     format = spec(bits, symmetric=symmetric, granularity=granularity, group_size=group)
     compact = IntegerWeight(torch.randn(21, 256) + 0.3, format)  # 21 is no multiple of 16
     assert isinstance(compact.product(), Int4Product)
-    x, bias = torch.randn(2, 3, 256), torch.randn(21)
+    x, bias = torch.randn(2, rows, 256), torch.randn(21)
     weight = compact.dequantize().double()
     exact = x.double() @ weight.T + bias
     found = compact.matmul(x, bias)
-    assert found.dtype == x.dtype and found.shape == (2, 3, 21)
+    assert found.dtype == x.dtype and found.shape == (2, rows, 21)
     # Inputs, outputs and offsets, of at most 2^bits steps, are rounded by 2^-9 of each.
     steps = 2**bits * compact.scale.double().amax(1)
     terms = x.abs().double() @ (1.1 * weight.abs() + steps[:, None]).T
@@ -136,13 +137,16 @@ def test_where_the_operator_is_gone_the_exact_product_is_taken(monkeypatch):
     torch.testing.assert_close(compact.matmul(x), x @ compact.dequantize().T)
 
 
-def test_older_files_with_float32_scales_of_groups_keep_them():
+def test_older_files_keep_their_scales_in_float32_or_one_a_row():
     format = spec(4, granularity="per_group", group_size=32)
     compact = IntegerWeight(torch.randn(5, 64), format)
     saved = compact.state_dict()
     scales = saved["scale"].float() * 1.001  # no bfloat16 numbers
     compact.load_state_dict(saved | {"scale": scales})
     assert torch.equal(compact.scale, scales)
+    rows = IntegerWeight(torch.randn(5, 64), spec(4))
+    compact.load_state_dict(rows.state_dict())
+    assert torch.equal(compact.dequantize(), rows.dequantize())
 
 
 @pytest.mark.parametrize("rows", [1, 9])
