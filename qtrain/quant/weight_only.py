@@ -23,7 +23,7 @@ class WeightOnly(Quantizer):
     Args:
         weight: bits 8, 4, 3 or 2; granularity per_channel (auto), per_tensor or per_group;
             symmetric (auto) or not.
-        embedding: how embeddings are stored: "float", "fp16", row by row "int8", or "int4" in groups.
+        embedding: how embeddings are stored: "float", "fp16", "int8" by rows, or "int4" in groups.
         head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays one with
             it, in the embedding's format; "separate" becomes a weight of its own, in `weight`'s;
             "float" stays in float32. With a setting of its own in `layers` it is separate.
