@@ -9,8 +9,8 @@ from torch import nn
 
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.formats import PackedFormat
-from qtrain.backend.packed.grid import is_narrow
 from qtrain.common.validate import mapping, number, refuse, shown
+from qtrain.functional.grid import is_narrow
 from qtrain.functional.spec import AUTO, FloatFormat, QuantSpec
 
 METHODS = ("float", "fp16", "weight_only", "llm_int8")

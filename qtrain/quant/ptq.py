@@ -110,6 +110,10 @@ class PTQ(Quantizer):
 
     def _simulate(self, model: nn.Module, *, is_qat: bool, conv_bn: str = "folded") -> Simulation:
         """Returns the simulation of a copy of `model`."""
+        if self.transforms:
+            model = torch_ao.copy_model(model)
+        for transform in self.transforms:
+            transform.restructure(model)
         packed, heads = self._packed(model)
         model = torch_ao.ready(model, is_qat=is_qat)
         chosen = torch_ao.match_layers(

@@ -19,8 +19,10 @@ from qtrain.common.files import sha256
 from qtrain.exporter.judge import write_and_judge
 from qtrain.runs import epochs, outputs
 from qtrain.runs.checkpoint import save_weights
+from qtrain.runs.finished import FinishedLayers
 from qtrain.runs.report import DIGESTED, versions
 from qtrain.runs.work import CalibrationInputs, Run
+from qtrain.simulate.kept import Kept
 from qtrain.train.evaluate import evaluate
 
 
@@ -36,8 +38,10 @@ def prepare(run: Run) -> None:
 
 def calibrate(run: Run) -> None:
     """Lets calibration data be observed, and transforms improve the simulation."""
+    run.prepared.kept = FinishedLayers(run.progress)
     with run.clock("calibration"), finite_outputs(run.prepared.model, "calibration"):
         run.parts.quantizer.calibrate(run.prepared, CalibrationInputs(run.config, run.parts))
+    run.prepared.kept = Kept()
     run.failures += run.parts.truth.unobserved(run.prepared.model, run.auxiliary)
     run.report.plan = {
         name: layer.describe() for name, layer in run.prepared.plan.items()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qtrain.common.copying import cloned, copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.kept import Kept
 from qtrain.simulate.plan import FixedSpec, Plan
 from qtrain.simulate.regions import on_marked
 from qtrain.simulate.sites import QuantWeighted, Site
@@ -46,6 +47,7 @@ class Simulation(nn.Module):
         clips_at_type: whether its kernels clip at the ends of uint8, though a scale be made for
             0..127.
         improvements: what transforms have done to it, for reports.
+        kept: where transforms keep the layers that they have finished.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Simulation(nn.Module):
         self._observes = False
         self.clips_at_type = False
         self.improvements: list[dict[str, Any]] = []
+        self.kept = Kept()
         self._knows_regions = False
         self._twin: list[nn.Module] = []  # hidden from nn.Module: it is no part of the state
 

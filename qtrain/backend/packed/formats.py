@@ -1,6 +1,7 @@
 """What single layers may be, whatever others become: Linear and Embedding over packed weights."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ class PackedFormat:
         threshold: of llm_int8, see `LLMInt8Linear`.
         weight_of: the name of the layer whose packed weight this one shares; it is packed before.
         key: begins what a refusal says: the setting that it came from.
+        packed: the weight, where its integers have been chosen by then.
     """
 
     method: str
@@ -29,6 +31,11 @@ class PackedFormat:
     threshold: float | None = None
     weight_of: str | None = None
     key: str = "layers: "
+    packed: IntegerWeight | None = field(default=None, compare=False)
+
+    def made_of(self, packed: IntegerWeight) -> "PackedFormat":
+        """Returns the same with integers that have been chosen."""
+        return replace(self, packed=packed)
 
     def plan(self, kind: str) -> LayerPlan:
         """Returns the plan of a layer of that kind."""
@@ -55,6 +62,8 @@ class PackedFormat:
         if self.weight_of is not None:
             shared: Any = model.get_submodule(self.weight_of).weight
             return shared
+        if self.packed is not None:
+            return copy.deepcopy(self.packed)
         weight: Any = model.get_submodule(name).weight
         if isinstance(self.weight, FloatFormat):
             return HalfWeight(weight)

@@ -12,10 +12,10 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from qtrain.backend.packed import int4_product
-from qtrain.backend.packed.grid import grid, has_short_scales, quantize
 from qtrain.backend.packed.int4_product import Int4Product, group_of
 from qtrain.backend.packed.int8_product import Int8Product
 from qtrain.functional import packing
+from qtrain.functional.grid import grid, has_short_scales, quantize
 from qtrain.functional.spec import QuantSpec
 
 Product = Int8Product | Int4Product

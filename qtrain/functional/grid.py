@@ -1,4 +1,4 @@
-"""The grids on which packed weights are rounded: their scales and zero points."""
+"""The grid on which a weight (N, K) is rounded: its scales and zero points, by a spec."""
 
 from torch import Tensor
 
