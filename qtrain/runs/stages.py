@@ -3,6 +3,7 @@
 import torch
 from omegaconf import OmegaConf
 
+from qtrain.analyze.agreement import agreement, standard_error
 from qtrain.analyze.bits import bytes_at_bits, mean_bits
 from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import largest_float
@@ -84,6 +85,9 @@ def score(run: Run) -> None:
             report.truth["loss_gap"], found = parts.truth.ends(simulated.losses, real.losses)
             run.failures += found
         run.failures += _write_exports(run)
+        if getattr(parts.task, "puts_out_logits", False):
+            report.agreement = agreement(run.float_model, quantized, run.sample)
+        report.standard_errors = _errors(run)
     report.truth |= {"ok": not run.failures, "failures": run.failures}
 
 
@@ -141,6 +145,18 @@ def _write_exports(run: Run) -> list[str]:
         run.report.exports[exporter.name], found = made
         failures += found
     return failures
+
+
+def _errors(run: Run) -> dict[str, dict[str, float]]:
+    """Returns the standard errors of each model's mean loss, and of its perplexity."""
+    found = {}
+    for name, score in run.scores.items():
+        if score is not None:
+            error = standard_error(score.losses)
+            found[name] = {"loss": error}
+            if "perplexity" in score.metrics:
+                found[name]["perplexity"] = score.metrics["perplexity"] * error
+    return found
 
 
 def _describe(run: Run) -> None:

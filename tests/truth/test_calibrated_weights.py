@@ -32,6 +32,10 @@ def test_calibration_brings_the_loss_nearer_to_the_float_models(job, method, sym
     assert all(x["chosen"] <= x["nearest"] for x in layers.values())
     assert run.report["quant"]["weight_bits"] == pytest.approx(3, abs=0.4)
     assert run.loss("fake") == pytest.approx(run.loss("quantized"), rel=5e-3)
+    errors, agreement = run.report["standard_errors"], run.report["agreement"]
+    perplexity = run.report["metrics"]["quantized"]["perplexity"]
+    assert errors["quantized"]["perplexity"] == perplexity * errors["quantized"]["loss"] > 0
+    assert 0 < agreement["kl"] < 1 and 0.5 < agreement["top1"] < 1
     loaded, inputs = qtrain.load(run.run_dir), qtrain.sample_inputs(run.run_dir)
     assert loaded(*inputs).isfinite().all()
     state = torch.load(run.run_dir / "quantized.pt")
