@@ -47,8 +47,9 @@ class ByteTokenizer:
         return torch.tensor(bytearray(text.encode()), dtype=torch.uint8).long()
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
-        """Returns the text of (N,) tokens in 0..255; what is no UTF-8 becomes U+FFFD."""
-        return bytes(torch.as_tensor(tokens).tolist()).decode(errors="replace")
+        """Returns the text of (N,) tokens; what is no UTF-8, or no byte, becomes U+FFFD."""
+        tokens = torch.as_tensor(tokens).clamp(max=255)  # 255 is in no UTF-8
+        return bytes(tokens.tolist()).decode(errors="replace")
 
     def num_bytes(self, token: int) -> int:
         """Returns 1."""

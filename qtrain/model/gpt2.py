@@ -87,6 +87,9 @@ class GPT2(nn.Module):
         ValueError: a parameter is out of range, or `load_gpt2` refuses the checkpoint.
     """
 
+    # Its state dict holds all tensors that it has, so that it can be made without any, and filled.
+    is_all_state = True
+
     def __init__(
         self,
         *,

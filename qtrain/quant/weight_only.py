@@ -44,6 +44,7 @@ class WeightOnly(Quantizer):
         ValueError: names the parameter, its value and what is allowed.
     """
 
+    is_all_state = True
     weight: QuantSpec
 
     def __init__(

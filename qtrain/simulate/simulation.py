@@ -220,7 +220,10 @@ class Simulation(nn.Module):
     def convert(self) -> nn.Module:
         """Returns the model that runs on integers, on the CPU, in eval mode; a new one."""
         copied = copy_model(self)._put_others()
-        return copied.model.cpu().eval() if self.backend is None else self.backend.lower(copied)
+        if self.backend is not None:
+            return self.backend.lower(copied)
+        without_values = any(x.is_meta for x in copied.model.parameters())
+        return (copied.model if without_values else copied.model.cpu()).eval()
 
     def _put_others(self) -> "Simulation":
         """Puts what takes the place of float layers there, in place."""
