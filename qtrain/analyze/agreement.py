@@ -1,4 +1,6 @@
-"""How far the answers of two models agree, and how sure a mean over examples is."""
+"""How far the answers of two models agree, and how sure a mean over
+examples is.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +13,19 @@ AT_ONCE = 8  # examples
 def agreement(
     exact: nn.Module, other: nn.Module, inputs: tuple[Tensor, ...]
 ) -> dict[str, float | int]:
-    """Returns how far another model's predictions are from a model's, over all places of logits.
+    """Returns how far another model's predictions are from a model's, over
+    all places of logits.
 
     Args:
-        exact, other: models in eval mode that put out logits, classes last.
+        exact, other: models in eval mode that put out logits, classes
+            last.
         inputs: forward's arguments.
 
     Returns:
-        "kl": the mean of sum p log(p / q), in nats, p of `exact`; "kl_standard_error", over
-        examples; "top1": the share of places with the same likeliest class; "count": of places.
+        "kl": the mean of sum p log(p / q), in nats, p of `exact`;
+            "kl_standard_error", over
+        examples; "top1": the share of places with the same likeliest
+        class; "count": of places.
     """
     divergences, same, count = [], 0, 0
     for part in zip(*(x.split(AT_ONCE) for x in inputs), strict=True):
@@ -39,7 +45,8 @@ def agreement(
 
 
 def standard_error(values: Tensor) -> float:
-    """Returns the standard error of the mean of (N,), 0 where there is one alone.
+    """Returns the standard error of the mean of (N,), 0 where there is one
+    alone.
 
     >>> standard_error(torch.tensor([1.0, 3.0]))
     1.0

@@ -1,4 +1,6 @@
-"""The command `qtrain-export`: a finished run's model as a file for another runtime."""
+"""The command `qtrain-export`: a finished run's model as a file for
+another runtime.
+"""
 
 import argparse
 import sys
@@ -57,7 +59,8 @@ def export(
         trust: see `qtrain.runs.artifact.load`.
 
     Raises:
-        ValueError: the folder holds no such run, or the model cannot be written so.
+        ValueError: the folder holds no such run, or the model cannot be
+            written so.
     """
     from qtrain.exporter.gguf import Gguf
     from qtrain.runs.artifact import load, load_float

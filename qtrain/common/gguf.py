@@ -1,4 +1,6 @@
-"""GGUF files, the format of llama.cpp: opened by the `gguf` package, with errors that help."""
+"""GGUF files, the format of llama.cpp: opened by the `gguf` package, with
+errors that help.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ def read(path: str, key: str) -> Any:
         key: the setting that holds `path`, for messages.
 
     Raises:
-        ValueError: there is no such file, it is no GGUF or it is cut off.
+        ValueError: there is no such file, it is no GGUF or it is cut
+            off.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -47,6 +50,8 @@ def read(path: str, key: str) -> Any:
 
 
 def value(reader: Any, name: str) -> Any:
-    """Returns what a file says under a name, as plain values; None where it says nothing."""
+    """Returns what a file says under a name, as plain values; None where
+    it says nothing.
+    """
     field = reader.get_field(name)
     return None if field is None else field.contents()

@@ -1,4 +1,6 @@
-"""Tokenizers in GGUF files: byte-level BPE and plain bytes, written and read back."""
+"""Tokenizers in GGUF files: byte-level BPE and plain bytes, written and
+read back.
+"""
 
 import json
 from typing import Any
@@ -10,9 +12,11 @@ END = "<|endoftext|>"
 
 
 def byte_characters() -> list[str]:
-    """Returns the character that stands for each byte in GPT-2's vocabulary.
+    """Returns the character that stands for each byte in GPT-2's
+    vocabulary.
 
-    Printable ones stand for themselves, the others are those from U+0100 on.
+    Printable ones stand for themselves, the others are those from
+    U+0100 on.
 
     >>> characters = byte_characters()
     >>> characters[65], characters[32], len(set(characters))
@@ -28,10 +32,12 @@ def describe(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
 
     Args:
         tokenizer: a ByteTokenizer or BPETokenizer.
-        vocab_size: of the model, which may have more; these become unused tokens.
+        vocab_size: of the model, which may have more; these become
+            unused tokens.
 
     Raises:
-        ValueError: it has more tokens than the model, or is no byte-level BPE.
+        ValueError: it has more tokens than the model, or is no
+            byte-level BPE.
     """
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -63,10 +69,12 @@ def describe(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
 
 
 def read_tokenizer(name: str) -> tuple[list[str], list[str], list[str]] | None:
-    """Returns a file's tokens, merges and special tokens; None if a token is a byte.
+    """Returns a file's tokens, merges and special tokens; None if a token
+    is a byte.
 
     Raises:
-        ValueError: it is no whole GGUF file, or holds another kind of tokenizer.
+        ValueError: it is no whole GGUF file, or holds another kind of
+            tokenizer.
     """
     reader = gguf.read(name, "tokenizer")
     kind = gguf.value(reader, "tokenizer.ggml.model")

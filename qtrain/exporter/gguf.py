@@ -1,4 +1,6 @@
-"""GPT-2 as a GGUF file, which llama.cpp runs: weights, sizes and tokenizer in one."""
+"""GPT-2 as a GGUF file, which llama.cpp runs: weights, sizes and tokenizer
+in one.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,17 @@ BLOCK = 32  # weights of a row that share a scale
 
 
 class Gguf(Exporter):
-    """Writes model.gguf. Weights that are integers already stay these where a type holds them.
+    """Writes model.gguf. Weights that are integers already stay these
+    where a type holds them.
 
-    Those of up to 4 bits, symmetric, in groups of a multiple of 32, are Q4_0; of 8 bits Q8_0. All
-    other weights of Linear layers and the token embedding become `type`; the rest is F32.
+    Those of up to 4 bits, symmetric, in groups of a multiple of 32, are
+    Q4_0; of 8 bits Q8_0. All other weights of Linear layers and the
+    token embedding become `type`; the rest is F32.
 
     Args:
         type: "f32", "f16", "q8_0", "q5_0", "q4_1" or "q4_0".
-        tokenizer: as of `load_tokenizer`: the one that the model was trained with.
+        tokenizer: as of `load_tokenizer`: the one that the model was
+            trained with.
 
     Raises:
         ValueError: there is no such type.
@@ -60,7 +65,8 @@ class Gguf(Exporter):
         """Writes a float or converted GPT2.
 
         Raises:
-            ValueError: it is none, or none that llama.cpp knows; or `type` has no room for it.
+            ValueError: it is none, or none that llama.cpp knows; or
+                `type` has no room for it.
         """
         _refuse_others(model)
         library = gguf.library("export")
@@ -138,7 +144,9 @@ def _quantized(library: Any, values: Tensor, kind: Any, name: str) -> Any:
 
 
 def _as_they_are(weight: Any) -> tuple[str, Any] | None:
-    """Returns (type, bytes) of integers that a type holds as they are, but for float16 scales."""
+    """Returns (type, bytes) of integers that a type holds as they are, but
+    for float16 scales.
+    """
     if not isinstance(weight, IntegerWeight) or not weight.signed:
         return None
     rows, columns = weight.shape

@@ -1,11 +1,14 @@
-"""GPTQ: columns are rounded one by one, and those to come make up for the error of each.
+"""GPTQ: columns are rounded one by one, and those to come make up for the
+error of each.
 
-E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
-Transformers", arXiv:2210.17323, algorithm 1. The grid is fixed beforehand, so that the result
-depends neither on the order of columns in a group nor on the size of blocks. What it finds is
+E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for
+Generative Pre-trained Transformers", arXiv:2210.17323, algorithm 1. The
+grid is fixed beforehand, so that the result depends neither on the
+order of columns in a group nor on the size of blocks. What it finds is
 Babai's nearest plane, back to front (arXiv:2507.18553).
 
-Shapes: a weight is (N, K), a Hessian (K, K), the sum of x x^T over the layer's inputs x.
+Shapes: a weight is (N, K), a Hessian (K, K), the sum of x x^T over the
+layer's inputs x.
 """
 
 import torch
@@ -17,7 +20,8 @@ BLOCK = 32  # columns after which the others are made up for, all at once
 
 
 def loss(error: Tensor, hessian: Tensor) -> Tensor:
-    """Returns (N,): the summed squared error of each output when the weight is off by `error`.
+    """Returns (N,): the summed squared error of each output when the
+    weight is off by `error`.
 
     >>> loss(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     tensor([2.], dtype=torch.float64)
@@ -27,9 +31,11 @@ def loss(error: Tensor, hessian: Tensor) -> Tensor:
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Returns the Hessian in float64 with a share of its mean diagonal added to the diagonal.
+    """Returns the Hessian in float64 with a share of its mean diagonal
+    added to the diagonal.
 
-    Where no input has been anything but 0 it is the identity, by which each weight is rounded.
+    Where no input has been anything but 0 it is the identity, by which
+    each weight is rounded.
     """
     hessian = hessian.double()
     mean = hessian.diagonal().mean()
@@ -40,10 +46,12 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """Returns the upper U with U^T U = H^-1, by one triangular solve and no inverse.
+    """Returns the upper U with U^T U = H^-1, by one triangular solve and
+    no inverse.
 
     Raises:
-        torch.linalg.LinAlgError: H is not positive definite; more damping helps.
+        torch.linalg.LinAlgError: H is not positive definite; more
+            damping helps.
     """
     lower = torch.linalg.cholesky(hessian.flip(0, 1))
     eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
@@ -64,9 +72,11 @@ def gptq(
     act_order: bool = True,
     block: int = BLOCK,
 ) -> Tensor:
-    """Returns the integers (N, K) of a float weight on a given grid, as int64.
+    """Returns the integers (N, K) of a float weight on a given grid, as
+    int64.
 
-    e = (w_i - dq(q(w_i))) / U_ii, then w_j -= e U_ij for j > i: equations 2 and 3.
+    e = (w_i - dq(q(w_i))) / U_ii, then w_j -= e U_ij for j > i:
+    equations 2 and 3.
 
     Args:
         scale, zero_point: the grid, as for `affine.quantize`.
@@ -74,13 +84,15 @@ def gptq(
         act_order: begin with the columns of the largest inputs.
         block: columns; what comes out does not depend on it.
 
-    With inputs that know nothing of each other, each weight is rounded to the nearest:
+    With inputs that know nothing of each other, each weight is rounded
+    to the nearest:
 
     >>> one = torch.tensor([[1.4, 0.6]])
     >>> gptq(one, torch.eye(2), torch.tensor(1.0), torch.tensor(0), -7, 7)
     tensor([[1, 1]])
 
-    Where two inputs are alike, the second weight makes up for the first:
+    Where two inputs are alike, the second weight makes up for the
+    first:
 
     >>> alike = torch.tensor([[1.0, 0.99], [0.99, 1.0]])
     >>> gptq(one - 0.2, alike, torch.tensor(1.0), torch.tensor(0), -7, 7)

@@ -1,4 +1,6 @@
-"""The grid on which a weight (N, K) is rounded: its scales and zero points, by a spec."""
+"""The grid on which a weight (N, K) is rounded: its scales and zero
+points, by a spec.
+"""
 
 from torch import Tensor
 
@@ -8,14 +10,17 @@ from qtrain.functional.spec import AUTO, QuantSpec, int_range
 
 
 def is_narrow(spec: QuantSpec) -> bool:
-    """Tells whether the lowest integer is left out; "auto": if symmetric, above 2 bits."""
+    """Tells whether the lowest integer is left out; "auto": if symmetric,
+    above 2 bits.
+    """
     return bool(
         spec.symmetric and spec.bits > 2 if spec.narrow_range == AUTO else spec.narrow_range
     )
 
 
 def grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Returns the (scale, zero_point) on which a float weight (N, K) is rounded, by its range.
+    """Returns the (scale, zero_point) on which a float weight (N, K) is
+    rounded, by its range.
 
     Raises:
         ValueError: group_size does not divide K.
@@ -33,7 +38,9 @@ def grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def has_short_scales(spec: QuantSpec) -> bool:
-    """Tells whether scales are bfloat16 numbers: of groups, where 2^-9 of 4 bits is no step."""
+    """Tells whether scales are bfloat16 numbers: of groups, where 2^-9 of
+    4 bits is no step.
+    """
     return spec.granularity == "per_group" and spec.bits <= 4
 
 

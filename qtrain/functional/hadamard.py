@@ -1,4 +1,6 @@
-"""Hadamard matrices: rotations of +1 and -1 alone, which spread each coordinate over all."""
+"""Hadamard matrices: rotations of +1 and -1 alone, which spread each
+coordinate over all.
+"""
 
 import torch
 from torch import Tensor
@@ -7,10 +9,11 @@ PRIMES = (11, 19, 43)  # of Paley's matrices of 12, 20 and 44 rows
 
 
 def hadamard(size: int) -> Tensor:
-    """Returns (size, size), float64: an orthogonal matrix, all of whose entries are alike but for
-    their signs.
+    """Returns (size, size), float64: an orthogonal matrix, all of whose
+    entries are alike but for their signs.
 
-    Sizes are 2^k times 1, 12, 20 or 44 (R. E. A. C. Paley, "On Orthogonal Matrices", 1933).
+    Sizes are 2^k times 1, 12, 20 or 44 (R. E. A. C. Paley, "On
+    Orthogonal Matrices", 1933).
 
     Raises:
         ValueError: there is none of that size here.
@@ -38,7 +41,9 @@ def hadamard(size: int) -> Tensor:
 
 
 def _paley(prime: int) -> Tensor:
-    """Returns I + S, of prime + 1 rows, for a prime that leaves 3 when divided by 4."""
+    """Returns I + S, of prime + 1 rows, for a prime that leaves 3 when
+    divided by 4.
+    """
     squares = {i * i % prime for i in range(1, prime)}
     character = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, prime)])
     index = torch.arange(prime)

@@ -1,4 +1,6 @@
-"""GPT-2 in a GGUF file: by which names, and back into `qtrain.model.gpt2.GPT2`."""
+"""GPT-2 in a GGUF file: by which names, and back into
+`qtrain.model.gpt2.GPT2`.
+"""
 
 from typing import Any
 
@@ -30,7 +32,9 @@ SIZES = {  # ours, and theirs below the architecture's name
 
 
 def layers(n_layer: int) -> dict[str, str]:
-    """Returns {layer: its name in the file} of a model with so many blocks."""
+    """Returns {layer: its name in the file} of a model with so many
+    blocks.
+    """
     found = {}
     for ours, theirs in LAYERS.items():
         for index in range(n_layer) if "{}" in ours else (0,):
@@ -39,10 +43,12 @@ def layers(n_layer: int) -> dict[str, str]:
 
 
 def load_gguf(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Returns sizes and float32 weights of a file, as `load_gpt2` does of a checkpoint.
+    """Returns sizes and float32 weights of a file, as `load_gpt2` does of
+    a checkpoint.
 
     Raises:
-        ValueError: it is no whole GGUF of a GPT-2 as published; says what is wrong.
+        ValueError: it is no whole GGUF of a GPT-2 as published; says
+            what is wrong.
     """
     key = "pretrained"
     reader = gguf.read(name, key)

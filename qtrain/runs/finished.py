@@ -1,4 +1,6 @@
-"""The layers that a long calibration has finished: a run that was ended goes on behind them."""
+"""The layers that a long calibration has finished: a run that was ended
+goes on behind them.
+"""
 
 import hashlib
 from typing import Any

@@ -1,13 +1,19 @@
-"""What is kept of a long calibration, so that it can go on after an interruption."""
+"""What is kept of a long calibration, so that it can go on after an
+interruption.
+"""
 
 from typing import Any
 
 
 class Kept:
-    """Where a long calibration keeps what it has finished; this one keeps nothing."""
+    """Where a long calibration keeps what it has finished; this one keeps
+    nothing.
+    """
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Returns what was kept under the key, by this run before it was ended; or None."""
+        """Returns what was kept under the key, by this run before it was
+        ended; or None.
+        """
         return None
 
     def put(self, key: str, value: dict[str, Any]) -> None:

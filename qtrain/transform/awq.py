@@ -1,8 +1,11 @@
-"""AWQ: weights that large inputs meet are rounded more finely, for their columns are scaled up.
+"""AWQ: weights that large inputs meet are rounded more finely, for their
+columns are scaled up.
 
-J. Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
-arXiv:2306.00978, equations 4 and 5; and its search for narrower ranges. Magnitudes of inputs are
-root mean squares here, so that the layer's Hessian is all that is kept of the calibration data.
+J. Lin et al., "AWQ: Activation-aware Weight Quantization for LLM
+Compression and Acceleration", arXiv:2306.00978, equations 4 and 5; and
+its search for narrower ranges. Magnitudes of inputs are root mean
+squares here, so that the layer's Hessian is all that is kept of the
+calibration data.
 """
 
 import logging
@@ -25,7 +28,8 @@ SAME = 1e-4  # relative: scaling by 2 is exact, but for sums in another order
 
 
 class AWQ(Rounding):
-    """Scales columns where a norm feeds the layer, and takes it back there; then narrows ranges.
+    """Scales columns where a norm feeds the layer, and takes it back
+    there; then narrows ranges.
 
     Args:
         scales: whether columns are scaled.
@@ -82,7 +86,8 @@ def _parts(found: dict[str, Any]) -> tuple[Choice, Tensor | None]:
 
 
 def best_factor(target: PackedTarget, hessian: Tensor) -> Tensor:
-    """Returns (K,): the factors of columns, m^r of least loss, m the magnitude of inputs.
+    """Returns (K,): the factors of columns, m^r of least loss, m the
+    magnitude of inputs.
 
     Args:
         hessian: float64 (K, K).
@@ -104,7 +109,9 @@ def best_factor(target: PackedTarget, hessian: Tensor) -> Tensor:
 
 
 def rescale(norm: Any, layers: list[Any], factor: Tensor) -> None:
-    """Divides a norm's output by `factor` (K,), and multiplies the layers' columns, in place."""
+    """Divides a norm's output by `factor` (K,), and multiplies the layers'
+    columns, in place.
+    """
     for name in ("weight", "bias"):
         old = getattr(norm, name, None)
         if old is not None:
@@ -115,9 +122,11 @@ def rescale(norm: Any, layers: list[Any], factor: Tensor) -> None:
 
 
 def norms_before(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, tuple[Any, list[Any]]]:
-    """Returns {Linear layer: (the norm whose output is its input, all Linear layers it feeds)}.
+    """Returns {Linear layer: (the norm whose output is its input, all
+    Linear layers it feeds)}.
 
-    Only where the norms feed nothing else: scaled by 2 and back, the model computes the same.
+    Only where the norms feed nothing else: scaled by 2 and back, the
+    model computes the same.
     """
     outputs: list[tuple[Any, Tensor]] = []
     found: dict[str, Any] = {}

@@ -1,4 +1,6 @@
-"""Narrower ranges: a few large weights, cut off, make the steps of all others smaller."""
+"""Narrower ranges: a few large weights, cut off, make the steps of all
+others smaller.
+"""
 
 from collections.abc import Sequence
 
@@ -11,9 +13,11 @@ RATIOS = tuple(1 - k / 20 for k in range(11))  # as AWQ: down to half, in steps 
 
 
 def clipped(target: Target, hessian: Tensor, ratios: Sequence[float]) -> Tensor:
-    """Returns for each group the scale, out of those of shrunk ranges, of the least loss.
+    """Returns for each group the scale, out of those of shrunk ranges, of
+    the least loss.
 
-    A group's loss takes its own inputs into account, as if the others were rounded well.
+    A group's loss takes its own inputs into account, as if the others
+    were rounded well.
 
     Args:
         hessian: (P, K, K).
@@ -41,7 +45,9 @@ def clipped(target: Target, hessian: Tensor, ratios: Sequence[float]) -> Tensor:
 
 
 def _blocks(hessian: Tensor, groups: int) -> Tensor:
-    """Returns (P, groups, K / groups, K / groups): the blocks on the diagonal."""
+    """Returns (P, groups, K / groups, K / groups): the blocks on the
+    diagonal.
+    """
     size = hessian.shape[-1] // groups
     parts = hessian.float().unflatten(1, (groups, size)).unflatten(3, (groups, size))
     blocks: Tensor = parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)

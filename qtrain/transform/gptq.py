@@ -11,15 +11,20 @@ from qtrain.transform.target import Choice, Target
 
 
 class GPTQ(Rounding):
-    """Rounds weights so that those of a row make up for each other's errors.
+    """Rounds weights so that those of a row make up for each other's
+    errors.
 
-    A row keeps plain rounding where that is better on the calibration data.
+    A row keeps plain rounding where that is better on the calibration
+    data.
 
     Args:
-        damping: share of the Hessian's mean diagonal that is added to its diagonal.
+        damping: share of the Hessian's mean diagonal that is added to
+            its diagonal.
         act_order: begin with the columns of the largest inputs.
-        clip: let ranges be narrower where that is better on the calibration data.
-        block: columns after which the others are made up for; of no effect on the result.
+        clip: let ranges be narrower where that is better on the
+            calibration data.
+        block: columns after which the others are made up for; of no
+            effect on the result.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -73,6 +78,8 @@ class GPTQ(Rounding):
 
 
 def _rows(parameter: Tensor, count: int) -> Tensor:
-    """Returns a scale or zero point with so many rows, though all of them may share one."""
+    """Returns a scale or zero point with so many rows, though all of them
+    may share one.
+    """
     groups = parameter.shape[-1] if parameter.dim() else 1
     return parameter.reshape(-1, groups).expand(count, groups)

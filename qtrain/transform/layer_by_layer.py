@@ -1,7 +1,9 @@
-"""Layers one by one, each with its inputs in the network as the layers before it are by then.
+"""Layers one by one, each with its inputs in the network as the layers
+before it are by then.
 
-What has been run stays behind: where a model is a chain of blocks, each of which gets what the one
-before it puts out, only these outputs are kept, and each layer costs the way to it in its block.
+What has been run stays behind: where a model is a chain of blocks, each
+of which gets what the one before it puts out, only these outputs are
+kept, and each layer costs the way to it in its block.
 """
 
 from collections.abc import Iterator
@@ -26,11 +28,14 @@ class _Reached(Exception):
 def layer_by_layer(
     model: nn.Module, names: list[str], batches: Batches
 ) -> Iterator[tuple[str, Iterator[Tensor]]]:
-    """Yields (layer, its inputs), in the order of execution; inputs are made as they are taken.
+    """Yields (layer, its inputs), in the order of execution; inputs are
+    made as they are taken.
 
     Args:
-        model: in eval mode; a layer may be changed, in place, until the next one is asked for.
-        names: of layers of the model; those that never run are left out.
+        model: in eval mode; a layer may be changed, in place, until the
+            next one is asked for.
+        names: of layers of the model; those that never run are left
+            out.
         batches: forward's arguments.
     """
     first = cloned(next(iter(batches)))
@@ -55,7 +60,9 @@ def layer_by_layer(
 
 
 def _until(order: dict[str, int], inside: list[str]) -> list[str]:
-    """Returns the names that run before all of `inside`; all, where there is none inside."""
+    """Returns the names that run before all of `inside`; all, where there
+    is none inside.
+    """
     names = [*order]
     return names[: names.index(inside[0])] if inside else names
 
@@ -75,7 +82,9 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
 
 
 def _calls(model: nn.Module, names: list[str], batch: tuple[Any, ...]) -> dict[str, int]:
-    """Returns {layer: how often a forward pass calls it}, in the order of first calls."""
+    """Returns {layer: how often a forward pass calls it}, in the order of
+    first calls.
+    """
     found: dict[str, int] = {}
 
     def count(name: str) -> Any:
@@ -88,7 +97,9 @@ def _calls(model: nn.Module, names: list[str], batch: tuple[Any, ...]) -> dict[s
 
 
 def _chain(model: nn.Module, names: list[str], batch: tuple[Any, ...]) -> list[str]:
-    """Returns the blocks, most of `names` inside, that hand their outputs on in turn; or []."""
+    """Returns the blocks, most of `names` inside, that hand their outputs
+    on in turn; or [].
+    """
     lists = {
         path: [f"{path}.{child}" for child, _ in module.named_children()]
         for path, module in model.named_modules()
@@ -133,7 +144,9 @@ def _call(model: nn.Module, block: nn.Module, batch: tuple[Any, ...]) -> Call:
 
 @torch.no_grad()
 def _inputs(part: nn.Module, layer: nn.Module, calls: int, batches: Any) -> Iterator[Tensor]:
-    """Yields the inputs of a layer, call by call, as runs of `part` come to it."""
+    """Yields the inputs of a layer, call by call, as runs of `part` come
+    to it.
+    """
     found: list[Tensor] = []
 
     def take(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -1,7 +1,9 @@
-"""Rotations of GPT-2's residual stream: no channel stands out any more, and it computes the same.
+"""Rotations of GPT-2's residual stream: no channel stands out any more,
+and it computes the same.
 
-S. Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", arXiv:2404.00456,
-section 4, stage 1a; norms become plain ones as in arXiv:2401.15024, section 3.
+S. Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated
+LLMs", arXiv:2404.00456, section 4, stage 1a; norms become plain ones as
+in arXiv:2401.15024, section 3.
 """
 
 from typing import Any
@@ -17,7 +19,9 @@ PARTS = ("wte", "wpe", "h", "ln_f", "lm_head")
 
 
 class Rotate(Transform):
-    """Turns the model by a Hadamard matrix, its rows' signs drawn once for all; see `rotate`."""
+    """Turns the model by a Hadamard matrix, its rows' signs drawn once for
+    all; see `rotate`.
+    """
 
     name = "rotate"
     before_observation = True
@@ -26,19 +30,23 @@ class Rotate(Transform):
         rotate(model)
 
     def __call__(self, simulation: Simulation, batches: Batches) -> None:
-        """Does nothing more: the model has been rotated when it was prepared."""
+        """Does nothing more: the model has been rotated when it was
+        prepared.
+        """
 
 
 @torch.no_grad()
 def rotate(model: Any) -> None:
     """Rotates a GPT-2, in place, worked out in float64.
 
-    What norms scale by and add goes into the layers behind them, so that norms rotate along; means,
-    which they subtract, are subtracted where the stream is written to. The head becomes a layer of
-    its own, for it takes in the last norm, and gets a bias.
+    What norms scale by and add goes into the layers behind them, so
+    that norms rotate along; means, which they subtract, are subtracted
+    where the stream is written to. The head becomes a layer of its own,
+    for it takes in the last norm, and gets a bias.
 
     Raises:
-        ValueError: the model is none, or has no Hadamard matrix of its width.
+        ValueError: the model is none, or has no Hadamard matrix of its
+            width.
     """
     if not all(hasattr(model, part) for part in PARTS):
         raise ValueError(
@@ -64,13 +72,17 @@ def rotate(model: Any) -> None:
 
 
 def _written(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Returns what is added to the stream (..., C), without its mean, rotated."""
+    """Returns what is added to the stream (..., C), without its mean,
+    rotated.
+    """
     exact = rows.double()
     return ((exact - exact.mean(-1, keepdim=True)) @ matrix).to(rows.dtype)
 
 
 def _fold(norm: nn.LayerNorm, layer: nn.Linear, matrix: Tensor) -> nn.RMSNorm:
-    """Returns the norm that only scales, having folded the rest into the layer, in place."""
+    """Returns the norm that only scales, having folded the rest into the
+    layer, in place.
+    """
     weight = layer.weight.double()
     bias = layer.bias.double() + weight @ norm.bias.double()
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype))

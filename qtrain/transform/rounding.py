@@ -1,4 +1,6 @@
-"""Rounding: the transforms that choose integers layer by layer, by statistics of inputs."""
+"""Rounding: the transforms that choose integers layer by layer, by
+statistics of inputs.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -17,11 +19,13 @@ log = logging.getLogger(__name__)
 
 
 class Rounding(Transform):
-    """Rounds each weight in turn, with the layers before it rounded; a subclass says how.
+    """Rounds each weight in turn, with the layers before it rounded; a
+    subclass says how.
 
     Attributes:
-        losses: {layer: the summed squared error of its outputs on the calibration data, "nearest"
-            by plain rounding and "chosen"}; filled when called.
+        losses: {layer: the summed squared error of its outputs on the
+            calibration data, "nearest" by plain rounding and "chosen"};
+            filled when called.
     """
 
     def __init__(self) -> None:
@@ -31,7 +35,8 @@ class Rounding(Transform):
         """Returns the integers of a layer.
 
         Args:
-            hessian: float64 (P, K, K), the sum of x x^T over its inputs x.
+            hessian: float64 (P, K, K), the sum of x x^T over its inputs
+                x.
         """
         raise NotImplementedError
 
@@ -39,14 +44,18 @@ class Rounding(Transform):
         return {"layers": self.losses}
 
     def begin(self, simulation: Simulation, batches: Batches) -> None:
-        """Looks at the whole model before its first layer, if there is anything to look for."""
+        """Looks at the whole model before its first layer, if there is
+        anything to look for.
+        """
 
     def improve_layer(self, name: str, target: Any, hessian: Tensor) -> dict[str, Any]:
         """Returns all that `finish` needs to know of a layer, as tensors."""
         return self.choose(target, hessian)._asdict()
 
     def finish(self, name: str, target: Any, found: dict[str, Any]) -> None:
-        """Makes what was found for a layer part of the simulation, in place."""
+        """Makes what was found for a layer part of the simulation, in
+        place.
+        """
         target.keep(Choice(**found))
 
     @torch.no_grad()
@@ -97,7 +106,9 @@ def _sum(error: Tensor, hessian: Tensor) -> float:
 
 
 def better_rows(weight: Tensor, first: Choice, second: Choice, hessian: Tensor) -> Choice:
-    """Returns of each row that choice whose loss is smaller; the first's where they are equal."""
+    """Returns of each row that choice whose loss is smaller; the first's
+    where they are equal.
+    """
     losses = [row_losses(weight - choice.dequantized(), hessian) for choice in (first, second)]
     takes = (losses[1] < losses[0])[:, None]
     pairs = zip(first, second, strict=True)

@@ -14,7 +14,8 @@ class Samples:
     """The first samples of batches, again and again.
 
     Args:
-        batches: forward's arguments; the samples are along their first dimension.
+        batches: forward's arguments; the samples are along their first
+            dimension.
         count: None: all there are.
     """
 

@@ -1,7 +1,9 @@
-"""What is rounded layer by layer: Linear layers that will be packed, and sites with a weight.
+"""What is rounded layer by layer: Linear layers that will be packed, and
+sites with a weight.
 
-Shapes: a weight is a matrix (N, K) here, of a convolution K = input channels x kernel. Inputs are
-rows (P, M, K): P parts of a convolution in groups, each with its own inputs, else 1.
+Shapes: a weight is a matrix (N, K) here, of a convolution K = input
+channels x kernel. Inputs are rows (P, M, K): P parts of a convolution
+in groups, each with its own inputs, else 1.
 """
 
 from functools import partial
@@ -22,7 +24,9 @@ from qtrain.simulate.sites import QuantWeighted
 
 
 class Choice(NamedTuple):
-    """Integers (N, K) and the grid that they are on, as of `affine.quantize`."""
+    """Integers (N, K) and the grid that they are on, as of
+    `affine.quantize`.
+    """
 
     integers: Tensor
     scale: Tensor
@@ -51,14 +55,18 @@ class Target:
     parts = 1
 
     def rounded(self, scale: Tensor | None = None) -> Choice:
-        """Returns each weight rounded to the nearest, on its own grid or with another scale."""
+        """Returns each weight rounded to the nearest, on its own grid or
+        with another scale.
+        """
         scale = self.scale if scale is None else scale
         limits = self.quant_min, self.quant_max
         integers = quantize(self.weight, scale, self.zero_point, *limits)
         return Choice(integers, scale, self.zero_point)
 
     def shrunk(self, ratio: float) -> Tensor:
-        """Returns the scale of a range that is narrower by `ratio`; the zero point stays."""
+        """Returns the scale of a range that is narrower by `ratio`; the
+        zero point stays.
+        """
         return self.scale * ratio
 
     def rows(self, x: Tensor) -> Tensor:
@@ -66,11 +74,15 @@ class Target:
         return x.reshape(1, -1, x.shape[-1]).float()
 
     def keep(self, choice: Choice) -> None:
-        """Makes `choice` what is converted, and simulated from now on; in place."""
+        """Makes `choice` what is converted, and simulated from now on; in
+        place.
+        """
         raise NotImplementedError
 
     def _on_grid(self, choice: Choice) -> tuple[Tensor, Tensor]:
-        """Returns scale and zero point in the grid's shape: a single one is there for each row."""
+        """Returns scale and zero point in the grid's shape: a single one
+        is there for each row.
+        """
         count, shape = self.scale.numel(), self.scale.shape
         parts = (choice.scale, choice.zero_point)
         scale, zero_point = (x.flatten()[:count].reshape(shape) for x in parts)

@@ -1,4 +1,6 @@
-"""Linear and Embedding over a weight in fewer bits; several layers may share one weight."""
+"""Linear and Embedding over a weight in fewer bits; several layers may
+share one weight.
+"""
 
 from typing import Any
 
@@ -9,7 +11,8 @@ from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
 
 
 class CompactLinear(nn.Module):
-    """y = x @ weight.T + bias with a compact weight and float activations: weight-only.
+    """y = x @ weight.T + bias with a compact weight and float activations:
+    weight-only.
 
     Args:
         weight: (N, K); registered here, and wherever else it is used.

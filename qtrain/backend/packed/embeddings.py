@@ -1,4 +1,6 @@
-"""Embeddings, and the Linear layers that share their weights, as the head of a GPT-2 does."""
+"""Embeddings, and the Linear layers that share their weights, as the head
+of a GPT-2 does.
+"""
 
 from collections.abc import Container
 from typing import Any
@@ -29,14 +31,17 @@ def tied_heads(model: nn.Module) -> dict[str, str]:
 def formats(
     model: nn.Module, embedding: str, head: str, own: Container[str], floats: Container[str]
 ) -> dict[str, PackedFormat | None]:
-    """Returns {embedding, or head tied to one: what it becomes, None for float}; embeddings first.
+    """Returns {embedding, or head tied to one: what it becomes, None for
+    float}; embeddings first.
 
-    A head that is "separate", or has a setting of its own, is a Linear layer like others, and is
-    left out.
+    A head that is "separate", or has a setting of its own, is a Linear
+    layer like others, and is left out.
 
     Args:
-        embedding: "float", "fp16", "int8" with one scale a row, or "int4" in groups.
-        head: "shared" stays one with the embedding, in its format; "separate"; or "float".
+        embedding: "float", "fp16", "int8" with one scale a row, or
+            "int4" in groups.
+        head: "shared" stays one with the embedding, in its format;
+            "separate"; or "float".
         own: the layers that have a setting of their own.
         floats: those of them that stay float.
     """

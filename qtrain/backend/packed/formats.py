@@ -1,4 +1,6 @@
-"""What single layers may be, whatever others become: Linear and Embedding over packed weights."""
+"""What single layers may be, whatever others become: Linear and Embedding
+over packed weights.
+"""
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -21,7 +23,8 @@ class PackedFormat:
         method: "fp16", "weight_only" or "llm_int8".
         weight: the settled format of the weight.
         threshold: of llm_int8, see `LLMInt8Linear`.
-        weight_of: the name of the layer whose packed weight this one shares; it is packed before.
+        weight_of: the name of the layer whose packed weight this one
+            shares; it is packed before.
         key: begins what a refusal says: the setting that it came from.
         packed: the weight, where its integers have been chosen by then.
     """
@@ -42,10 +45,12 @@ class PackedFormat:
         return LayerPlan(kind, weight=self.weight, weight_of=self.weight_of, backend=self.method)
 
     def put(self, model: nn.Module, name: str) -> None:
-        """Puts the packed layer in the place of the float layer `name`, in place.
+        """Puts the packed layer in the place of the float layer `name`, in
+        place.
 
         Raises:
-            ValueError: the weight has no such format; names the setting and the layer.
+            ValueError: the weight has no such format; names the setting
+                and the layer.
         """
         layer: Any = model.get_submodule(name)
         weight = self._packed(model, name)

@@ -1,8 +1,10 @@
-"""Products with a matrix of 4 bits or fewer in groups, by torch's own operator for CPUs.
+"""Products with a matrix of 4 bits or fewer in groups, by torch's own
+operator for CPUs.
 
-A weight is `(code - 8) * scale + offset`, its code in 0..15. Inputs, outputs, scales and offsets
-are bfloat16 inside: each is rounded by at most 2^-9 of itself. Sums are float32. In other dtypes
-the operator is no faster than plain loops.
+A weight is `(code - 8) * scale + offset`, its code in 0..15. Inputs,
+outputs, scales and offsets are bfloat16 inside: each is rounded by at
+most 2^-9 of itself. Sums are float32. In other dtypes the operator is
+no faster than plain loops.
 
 Shapes: x is (M, K), the matrix (N, K), a product (M, N).
 """
@@ -24,7 +26,8 @@ def is_there() -> bool:
 
 
 def group_of(columns: int) -> int | None:
-    """Returns the widest group of the operator that divides so many columns, or None.
+    """Returns the widest group of the operator that divides so many
+    columns, or None.
 
     >>> group_of(768), group_of(96), group_of(40)
     (256, 32, None)
@@ -37,7 +40,8 @@ class Int4Product:
 
     Args:
         codes: integers (N, K), within 0..15.
-        scale, offset: float (N, K / group), of groups that `group_of` has a size for.
+        scale, offset: float (N, K / group), of groups that `group_of`
+            has a size for.
     """
 
     def __init__(self, codes: Tensor, scale: Tensor, offset: Tensor) -> None:

@@ -1,6 +1,8 @@
-"""Weights in few bits, stored as they are computed with: the state dict holds no float copy.
+"""Weights in few bits, stored as they are computed with: the state dict
+holds no float copy.
 
-Shapes: a weight is (N, K), rows N (output features, or entries of an embedding), columns K.
+Shapes: a weight is (N, K), rows N (output features, or entries of an
+embedding), columns K.
 """
 
 import math
@@ -28,14 +30,17 @@ HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
 
 class IntegerWeight(nn.Module):
-    """A weight in 8, 4, 3 or 2 bits; those of fewer than 8 packed without gaps.
+    """A weight in 8, 4, 3 or 2 bits; those of fewer than 8 packed without
+    gaps.
 
-    Scales of groups of at most 4 bits are bfloat16 numbers, by which the integers are chosen.
+    Scales of groups of at most 4 bits are bfloat16 numbers, by which
+    the integers are chosen.
 
     Args:
         weight: float (N, K).
-        spec: bits; symmetric or not; granularity per_tensor, per_channel (row) or per_group of
-            `group_size` neighbours in a row.
+        spec: bits; symmetric or not; granularity per_tensor,
+            per_channel (row) or per_group of `group_size` neighbours in
+            a row.
 
     Raises:
         ValueError: group_size does not divide K.
@@ -57,7 +62,9 @@ class IntegerWeight(nn.Module):
     def of(
         cls, integers: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor
     ) -> "IntegerWeight":
-        """Returns the weight of integers (N, K) that were chosen by other means, on a `grid`."""
+        """Returns the weight of integers (N, K) that were chosen by other
+        means, on a `grid`.
+        """
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made._keep(integers, spec, scale, zero_point)
@@ -72,7 +79,9 @@ class IntegerWeight(nn.Module):
         self.register_buffer("zero_point", None if self.signed else zero_point.to(torch.int32))
 
     def _pack(self, integers: Tensor) -> Tensor:
-        """Returns (N, K) integers as (N, ceil(K * bits / 8)) bytes: no byte in two rows."""
+        """Returns (N, K) integers as (N, ceil(K * bits / 8)) bytes: no
+        byte in two rows.
+        """
         if self.bits == 8:
             return integers
         word = math.lcm(self.bits, 8) // self.bits  # values that fill whole bytes
@@ -90,7 +99,9 @@ class IntegerWeight(nn.Module):
         return self.shape.numel()
 
     def int_repr(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Returns the integers (N, K), int8 or uint8; or those of some rows."""
+        """Returns the integers (N, K), int8 or uint8; or those of some
+        rows.
+        """
         data = self.data[rows]
         if self.bits == 8:
             return data
@@ -100,7 +111,9 @@ class IntegerWeight(nn.Module):
         ]
 
     def dequantize(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Returns the float weight (N, K) that the integers stand for; or some of its rows."""
+        """Returns the float weight (N, K) that the integers stand for; or
+        some of its rows.
+        """
         scale, zero_point = self.scale.float(), self.zero_point
         steps = self.int_repr(rows).float()
         if scale.dim():
@@ -116,10 +129,11 @@ class IntegerWeight(nn.Module):
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns x @ weight.T + bias, (..., K) -> (..., N), in x's dtype.
 
-        Symmetric rows of 8 bits are multiplied as integers. x becomes two digits of whole numbers,
-        so that it is rounded by less than 2^-13.9 of each row's largest value, and the sums are
-        exact: as good as float16, at the speed of int8. Fewer bits are multiplied in bfloat16, see
-        `Int4Product`, and others in float32.
+        Symmetric rows of 8 bits are multiplied as integers. x becomes
+        two digits of whole numbers, so that it is rounded by less than
+        2^-13.9 of each row's largest value, and the sums are exact: as
+        good as float16, at the speed of int8. Fewer bits are multiplied
+        in bfloat16, see `Int4Product`, and others in float32.
         """
         # No program of torch.export can hold kernels that pack their weights.
         product = None if is_compiling() else self.product()
@@ -136,9 +150,11 @@ class IntegerWeight(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     def product(self) -> Product | None:
-        """Returns what multiplies with these integers; None if no kernel takes them.
+        """Returns what multiplies with these integers; None if no kernel
+        takes them.
 
-        It is made when it is first asked for, and anew whenever the integers have changed or moved.
+        It is made when it is first asked for, and anew whenever the
+        integers have changed or moved.
         """
         data, scale = self.data, self.scale
         made = self._product
@@ -178,7 +194,8 @@ class IntegerWeight(nn.Module):
 
 
 class RestoredWeight(IntegerWeight):
-    """Integers in place of any parameter of any layer, which reads floats: a parametrization.
+    """Integers in place of any parameter of any layer, which reads floats:
+    a parametrization.
 
     Args:
         int_repr: int8, of any shape.
