@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--stop", nargs="+", default=[], metavar="TEXT", help="end before the first of these texts"
     )
+    parser.add_argument(
+        "--cache", choices=["float", "int8"], default="float", help="how keys and values are kept"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the run may name"
@@ -74,6 +77,7 @@ def generate(
     max_new_tokens: int,
     seed: int,
     stop: Sequence[str] = (),
+    cache: str = "float",
     trust: Sequence[str] = (),
     pace: "Pace | None" = None,
     **sampling: Any,
@@ -83,7 +87,7 @@ def generate(
     Args:
         run: the folder of a finished run.
         prompt: a text of at least one token.
-        max_new_tokens, seed: see `GPT2.generate`.
+        max_new_tokens, seed, cache: see `GPT2.generate`.
         stop: texts; the first that comes ends it, and is left out.
         trust: see `qtrain.runs.artifact.load`.
         pace: what measures how fast tokens come.
@@ -95,6 +99,31 @@ def generate(
     from qtrain.analyze.measure import keep_freed_memory
     from qtrain.data.tokenizer import load_tokenizer
     from qtrain.model.sampling import Sampling
+
+    model, tokenizer = _load(run, trust)
+    keep_freed_memory()
+    encoder = load_tokenizer(tokenizer)
+    if "" in stop:
+        raise ValueError("stop: a text is empty; leave it out")
+    if not prompt:
+        raise ValueError("prompt: is empty; give a text of at least one token")
+    tokens = encoder.encode(prompt)
+    own = {} if cache == "float" else {"cache": cache}
+    if hasattr(model, "stream"):
+        chosen = Sampling(**sampling)
+        new = model.stream(tokens[None], max_new_tokens, chosen, seed=seed, **own)
+    else:  # a model of the user's own, which may know fewer settings
+        usual = vars(Sampling())
+        own |= {name: value for name, value in sampling.items() if value != usual[name]}
+        whole = model.generate(tokens[None], max_new_tokens, seed=seed, **own)
+        new = whole[:, len(tokens) :].split(1, dim=1)
+    if pace is not None:
+        new = pace.watch(new)
+    return until(stop, pieces(encoder, tokens, new))
+
+
+def _load(run: Path, trust: Sequence[str]) -> tuple[Any, str]:
+    """Returns a run's converted model, and the name of its tokenizer."""
     from qtrain.runs.artifact import load
     from qtrain.runs.report import FILE_NAME, load_report
 
@@ -110,23 +139,7 @@ def generate(
             f"{run}: this run's {type(model).__name__} generates no text; "
             "name a run of a language model"
         )
-    keep_freed_memory()
-    encoder = load_tokenizer(tokenizer)
-    if "" in stop:
-        raise ValueError("stop: a text is empty; leave it out")
-    if not prompt:
-        raise ValueError("prompt: is empty; give a text of at least one token")
-    tokens = encoder.encode(prompt)
-    if hasattr(model, "stream"):
-        new = model.stream(tokens[None], max_new_tokens, Sampling(**sampling), seed=seed)
-    else:  # a model of the user's own, which may know fewer settings
-        usual = vars(Sampling())
-        asked = {name: value for name, value in sampling.items() if value != usual[name]}
-        whole = model.generate(tokens[None], max_new_tokens, seed=seed, **asked)
-        new = whole[:, len(tokens) :].split(1, dim=1)
-    if pace is not None:
-        new = pace.watch(new)
-    return until(stop, pieces(encoder, tokens, new))
+    return model, tokenizer
 
 
 class Pace:

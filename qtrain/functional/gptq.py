@@ -84,8 +84,7 @@ def gptq(
         act_order: begin with the columns of the largest inputs.
         block: columns; what comes out does not depend on it.
 
-    With inputs that know nothing of each other, each weight is rounded
-    to the nearest:
+    Inputs that know nothing of each other give plain rounding:
 
     >>> one = torch.tensor([[1.4, 0.6]])
     >>> gptq(one, torch.eye(2), torch.tensor(1.0), torch.tensor(0), -7, 7)

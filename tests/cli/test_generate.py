@@ -77,6 +77,7 @@ def generate(run, capsys):
         (["--temperature", "0.3"], {"temperature": 0.3}),
         (["--top-k", "2"], {"top_k": 2}),
         (["--greedy"], {"greedy": True}),
+        (["--cache", "int8"], {"cache": "int8"}),
         (["--top-p", "0.4"], {"top_p": 0.4}),
         (["--greedy", "--repetition-penalty", "5"], {"greedy": True, "repetition_penalty": 5.0}),
     ],
