@@ -7,15 +7,18 @@ a prompt of 128 tokens and computes the last one's logits; decoding goes on toke
 models take turns in one process, in each turn several calls of one model in a row; figures are
 medians of the rounds. A model that reads all of its weights for every token decodes at most
 `bandwidth / bytes of weights` tokens a second; bandwidth is measured in each round, by summing 512
-MB. transformers (extra `hf`) is left out where it is not installed. The last line is JSON.
+MB. transformers (extra `hf`) and llama.cpp (extras `gguf`, `llamacpp`; the same weights in its own
+types) are left out where they are not installed. The last line is JSON.
 """
 
 import argparse
 import importlib.util
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from qtrain.analyze.measure import keep_freed_memory, weight_bytes
 from qtrain.config.build import compose
+from qtrain.exporter.gguf import Gguf
 from qtrain.model.gpt2 import GPT2, KVCache
 
 ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"] + ["int8"]
@@ -41,6 +45,11 @@ METHODS = {
     },
     "qtrain weight_only int8": ["quant=weight_only", "quant.embedding=int8"],
     "qtrain weight_only int4": ["quant=weight_only_int4", "quant.embedding=int4"],
+    "qtrain int4, groups of 128": [
+        "quant=weight_only_int4",
+        "quant.embedding=int4",
+        "quant.weight.group_size=128",
+    ],
     "qtrain llm_int8": ["quant=llm_int8"],
 }
 CALLS = 4  # in a row: prefills, and tokens before the clock starts
@@ -77,6 +86,42 @@ class Theirs:
         ).logits[:, -1]
 
 
+class LlamaCpp:
+    """The same with llama.cpp, by its own clock, on a file that is written for it."""
+
+    def __init__(self, model: GPT2, kind: str, threads: int) -> None:
+        import xllamacpp
+
+        folder = tempfile.mkdtemp()
+        self.path = Path(folder) / f"{kind}.gguf"
+        Gguf(type=kind).write_model(model, self.path)
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(self.path), model.n_positions, 1
+        params.n_batch = params.n_ubatch = 512
+        params.verbosity = -1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        self.server = xllamacpp.Server(params)
+        self.bytes = sum(t.n_bytes for t in gguf_tensors(self.path) if t.name != "position_embd")
+
+    def measure(self, prompt: Tensor, new: int) -> tuple[float, float]:
+        prefills = [self._ask(prompt, 1)["prompt_per_second"] for _ in range(CALLS)]
+        decode = self._ask(prompt[:, :CALLS], CALLS + new)["predicted_per_second"]
+        return statistics.median(prefills), decode
+
+    def _ask(self, prompt: Tensor, count: int) -> dict[str, float]:
+        request = {"prompt": prompt[0].tolist(), "max_tokens": count, "ignore_eos": True}
+        answer = self.server.handle_completions(
+            {**request, "temperature": 0.0, "cache_prompt": False}
+        )
+        return (answer if isinstance(answer, dict) else json.loads(answer))["timings"]
+
+
+def gguf_tensors(path: Path) -> Any:
+    import gguf
+
+    return gguf.GGUFReader(path).tensors
+
+
 def transformers_model(like: GPT2) -> nn.Module:
     """Returns transformers' GPT-2 of the same sizes, with random weights of its own."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -96,6 +141,8 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def measure(runner: Any, prompt: Tensor, new: int) -> tuple[float, float]:
     """Returns tokens per second of prefill and of decoding."""
+    if isinstance(runner, LlamaCpp):
+        return runner.measure(prompt, new)
     runner.prefill(prompt, 0)
     prefill = statistics.median(
         seconds(lambda: runner.prefill(prompt, new + CALLS)) for _ in range(CALLS)
@@ -109,8 +156,11 @@ def measure(runner: Any, prompt: Tensor, new: int) -> tuple[float, float]:
     return prompt.shape[1] / prefill, 1 / statistics.median(times[CALLS:])
 
 
-def read_bytes(model: Any) -> int:
+def read_bytes(runner: Any) -> int:
     """Returns the bytes of weights that a token reads: embeddings only where the head is one."""
+    if isinstance(runner, LlamaCpp):
+        return runner.bytes
+    model = runner.model
     body = getattr(model, "transformer", model)
     return weight_bytes(nn.ModuleList([body.h, body.ln_f, model.lm_head]))
 
@@ -124,6 +174,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=24)
+    parser.add_argument(
+        "--only", nargs="+", help="of qtrain's, those with one of these in the name"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as every run does
@@ -133,11 +186,15 @@ def main() -> None:
     if importlib.util.find_spec("transformers"):
         models["transformers fp32"] = Theirs(transformers_model(float_model))
     prompt = torch.randint(float_model.vocab_size, (1, args.prompt))
-    for name, settings in METHODS.items():
+    chosen = {n: s for n, s in METHODS.items() if not args.only or any(o in n for o in args.only)}
+    for name, settings in chosen.items():
         quantizer = instantiate(compose(*settings).quant, _convert_="all")
         simulation = quantizer.prepare(float_model)
         quantizer.calibrate(simulation, [(prompt,)])
         models[name] = Ours(quantizer.convert(simulation))
+    if all(importlib.util.find_spec(name) for name in ("gguf", "xllamacpp")):
+        for kind in ("q8_0", "q4_0"):
+            models[f"llama.cpp {kind}"] = LlamaCpp(float_model, kind, args.threads)
     block = torch.ones(128 << 20)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     bandwidths = []
@@ -149,7 +206,7 @@ def main() -> None:
     rows = []
     for name, rates in found.items():
         prefill, decode = (statistics.median(column) for column in zip(*rates, strict=True))
-        limit = bandwidth / read_bytes(models[name].model)
+        limit = bandwidth / read_bytes(models[name])
         rows.append(
             {"model": name, "prefill": prefill, "decode": decode, "of_limit": decode / limit}
         )

@@ -82,7 +82,7 @@ def quantize(
             checks the result.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
-        weight_bits: 2..8; of weight_only 2, 4 or 8.
+        weight_bits: 2..8; of weight_only 2, 3, 4 or 8.
         layers: {pattern of layer names: what they are instead}, as `quant.layers`.
         capture: "auto", "as_is", "trace" or "bracket", as `quant.capture.mode`; of "ptq".
         leaves: names of modules that stay float, and are not looked into; of "ptq".

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -44,15 +45,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=1.0,
         help="above 1: tokens come less often again",
     )
+    parser.add_argument(
+        "--stop", nargs="+", default=[], metavar="TEXT", help="end before the first of these texts"
+    )
+    parser.add_argument(
+        "--cache", choices=["float", "int8"], default="float", help="how keys and values are kept"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the run may name"
     )
     args = parser.parse_args(argv)
+    pace = Pace()
     try:
-        for text in generate(**vars(args)):
+        for text in generate(**vars(args), pace=pace):
             print(text, end="", flush=True)
         print()
+        print(pace, file=sys.stderr)
     except KeyboardInterrupt:
         sys.exit(told("qtrain-generate"))
     except BrokenPipeError:  # as of `| head`; the interpreter must not flush again
@@ -67,7 +76,10 @@ def generate(
     *,
     max_new_tokens: int,
     seed: int,
+    stop: Sequence[str] = (),
+    cache: str = "float",
     trust: Sequence[str] = (),
+    pace: "Pace | None" = None,
     **sampling: Any,
 ) -> Iterator[str]:
     """Yields the prompt, and what the converted model of a run adds to it, as it comes.
@@ -75,8 +87,10 @@ def generate(
     Args:
         run: the folder of a finished run.
         prompt: a text of at least one token.
-        max_new_tokens, seed: see `GPT2.generate`.
+        max_new_tokens, seed, cache: see `GPT2.generate`.
+        stop: texts; the first that comes ends it, and is left out.
         trust: see `qtrain.runs.artifact.load`.
+        pace: what measures how fast tokens come.
         sampling: see `qtrain.model.sampling.Sampling`.
 
     Raises:
@@ -85,6 +99,31 @@ def generate(
     from qtrain.analyze.measure import keep_freed_memory
     from qtrain.data.tokenizer import load_tokenizer
     from qtrain.model.sampling import Sampling
+
+    model, tokenizer = _load(run, trust)
+    keep_freed_memory()
+    encoder = load_tokenizer(tokenizer)
+    if "" in stop:
+        raise ValueError("stop: a text is empty; leave it out")
+    if not prompt:
+        raise ValueError("prompt: is empty; give a text of at least one token")
+    tokens = encoder.encode(prompt)
+    own = {} if cache == "float" else {"cache": cache}
+    if hasattr(model, "stream"):
+        chosen = Sampling(**sampling)
+        new = model.stream(tokens[None], max_new_tokens, chosen, seed=seed, **own)
+    else:  # a model of the user's own, which may know fewer settings
+        usual = vars(Sampling())
+        own |= {name: value for name, value in sampling.items() if value != usual[name]}
+        whole = model.generate(tokens[None], max_new_tokens, seed=seed, **own)
+        new = whole[:, len(tokens) :].split(1, dim=1)
+    if pace is not None:
+        new = pace.watch(new)
+    return until(stop, pieces(encoder, tokens, new))
+
+
+def _load(run: Path, trust: Sequence[str]) -> tuple[Any, str]:
+    """Returns a run's converted model, and the name of its tokenizer."""
     from qtrain.runs.artifact import load
     from qtrain.runs.report import FILE_NAME, load_report
 
@@ -100,19 +139,53 @@ def generate(
             f"{run}: this run's {type(model).__name__} generates no text; "
             "name a run of a language model"
         )
-    keep_freed_memory()
-    encoder = load_tokenizer(tokenizer)
-    if not prompt:
-        raise ValueError("prompt: is empty; give a text of at least one token")
-    tokens = encoder.encode(prompt)
-    if hasattr(model, "stream"):
-        new = model.stream(tokens[None], max_new_tokens, Sampling(**sampling), seed=seed)
-    else:  # a model of the user's own, which may know fewer settings
-        usual = vars(Sampling())
-        asked = {name: value for name, value in sampling.items() if value != usual[name]}
-        whole = model.generate(tokens[None], max_new_tokens, seed=seed, **asked)
-        new = whole[:, len(tokens) :].split(1, dim=1)
-    return pieces(encoder, tokens, new)
+    return model, tokenizer
+
+
+class Pace:
+    """How fast tokens come: the time to the first one, and the rate from then on."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def watch(self, tokens: "Iterable[Tensor]") -> "Iterator[Tensor]":
+        """Yields the tokens, and notes when each has come."""
+        self.times = [time.perf_counter()]
+        for token in tokens:
+            self.times.append(time.perf_counter())
+            yield token
+
+    def __str__(self) -> str:
+        start, *times = self.times
+        said = f"{len(times)} tokens, the first after {times[0] - start:.2f} s"
+        if len(times) < 2:
+            return said
+        return f"{said}, then {(len(times) - 1) / (times[-1] - times[0]):.1f} a second"
+
+
+def until(stop: Sequence[str], texts: Iterator[str]) -> Iterator[str]:
+    """Yields the texts: the prompt, and what follows, up to the first of `stop` in it.
+
+    What may be the beginning of such a text is held back until it is known.
+
+    >>> list(until(["end"], iter(["the end?", " an e", "ndless", "!"])))
+    ['the end?', ' an ', '']
+    >>> "".join(until(["end"], iter(["", "an e", "n", "o"])))
+    'an eno'
+    """
+    yield next(texts, "")
+    held = ""
+    for text in texts:
+        held += text
+        found = [held.index(word) for word in stop if word in held]
+        if found:
+            yield held[: min(found)]
+            return
+        ends = [n for word in stop for n in range(len(word)) if held.endswith(word[:n])]
+        keep = len(held) - max(ends, default=0)
+        yield held[:keep]
+        held = held[keep:]
+    yield held
 
 
 def pieces(encoder: "Tokenizer", tokens: "Tensor", new: "Iterable[Tensor]") -> Iterator[str]:

@@ -103,6 +103,8 @@ def resolve(config: DictConfig) -> DictConfig:
         made = [_of_group(group, known, item) for item in items]
         made = [item for item in made if item is not None] if OmegaConf.is_list(value) else made[0]
         OmegaConf.update(config, key, made, merge=False)
+        if made is not None:
+            OmegaConf.resolve(OmegaConf.select(config, key))  # files may point to other settings
     if mistakes:
         config.mistakes = mistakes
     return config

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 from urllib.error import URLError
 
@@ -76,7 +77,8 @@ def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
 
 def _uncalibrated(config: DictConfig, overrides: list[str]) -> list[str]:
     try:
-        calibrates = getattr(get_object(config.quant._target_), "calibrates", True)
+        always = getattr(get_object(config.quant._target_), "calibrates", True)
+        calibrates = always or bool(config.quant.get("transforms"))
     except Exception:  # whatever is wrong with the name, `build` tells
         return []
     given = [
@@ -129,6 +131,7 @@ def disagreements(config: DictConfig, made: dict[str, Any], sound: bool) -> list
         ]
         lines += _too_few_classes(config, data) if sound and not lines else []
         lines += _missing_validation(config, quantizer) if data.val is None else []
+        lines += _too_few_samples(config, data, quantizer) if sound and not lines else []
     return lines + check_exporters(made.get("export", []), quantizer)
 
 
@@ -153,6 +156,21 @@ def _too_few_classes(config: DictConfig, data: DataLoaders) -> list[str]:
     if needed <= given:
         return []
     return [f"model.num_classes={given}: the labels need at least {needed}; set that"]
+
+
+def _too_few_samples(config: DictConfig, data: DataLoaders, quantizer: Any) -> list[str]:
+    wanted = getattr(quantizer, "samples", None)
+    if wanted is None or not quantizer.calibrates:
+        return []
+    split = {"train": data.calib, "val": data.val, "test": data.test}[config.calib_split]
+    there = sum(len(batch[0]) for batch in islice(split or (), config.calib_batches))
+    if there >= wanted:
+        return []
+    return [
+        f"quant.samples={wanted}: {config.calib_batches} batches of calibration data hold "
+        f"{there}; use fewer samples, a larger calib_batches or data.batch_size, a longer text "
+        "or a shorter data.context"
+    ]
 
 
 def _missing_validation(config: DictConfig, quantizer: Any) -> list[str]:

@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qtrain.common.gguf import is_gguf
 from qtrain.common.network import hub_answers
 from qtrain.common.validate import refuse, text
+from qtrain.data.gguf import read_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -45,8 +47,9 @@ class ByteTokenizer:
         return torch.tensor(bytearray(text.encode()), dtype=torch.uint8).long()
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
-        """Returns the text of (N,) tokens in 0..255; what is no UTF-8 becomes U+FFFD."""
-        return bytes(torch.as_tensor(tokens).tolist()).decode(errors="replace")
+        """Returns the text of (N,) tokens; what is no UTF-8, or no byte, becomes U+FFFD."""
+        tokens = torch.as_tensor(tokens).clamp(max=255)  # 255 is in no UTF-8
+        return bytes(tokens.tolist()).decode(errors="replace")
 
     def num_bytes(self, token: int) -> int:
         """Returns 1."""
@@ -83,8 +86,8 @@ def own_tokenizer(pretrained: str | None) -> str:
     """Returns the name of the tokenizer that a pretrained model was trained with.
 
     Args:
-        pretrained: a folder or a name on the hub; a folder without a tokenizer, as of a model over
-            bytes, and None stand for "bytes".
+        pretrained: a folder, a GGUF file or a name on the hub; a folder without a tokenizer, as of
+            a model over bytes, and None stand for "bytes".
     """
     if not isinstance(pretrained, str):
         return "bytes"
@@ -104,14 +107,18 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of that name.
 
     Args:
-        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt; or a model
-            on the Hugging Face hub, such as "gpt2". All but the first need the extra `hf`.
+        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt; a GGUF file
+            (extra gguf); or a model on the Hugging Face hub, such as "gpt2". All but bytes need the
+            extra `hf`.
 
     Raises:
         ValueError: folder or hub hold no such tokenizer, or the extra is not installed.
     """
     refuse(text("tokenizer", name))
     if name == "bytes":
+        return ByteTokenizer()
+    in_file = read_tokenizer(name) if is_gguf(name) else None
+    if is_gguf(name) and in_file is None:
         return ByteTokenizer()
     folder = Path(name).expanduser()
     if folder.is_dir() and not _holds_tokenizer(folder):
@@ -126,6 +133,8 @@ def load_tokenizer(name: str) -> Tokenizer:
             f'tokenizer={name}: needs the extra hf (pip install "qtrain[hf]"); '
             "tokenizer=bytes does not"
         ) from err
+    if in_file is not None:
+        return BPETokenizer(_of_file(tokenizers, *in_file))
     online = folder.is_dir() or hub_answers()
     try:
         if (folder / "tokenizer.json").is_file():
@@ -144,3 +153,12 @@ def load_tokenizer(name: str) -> Tokenizer:
     if backend.token_to_id(END_OF_TEXT) is not None:
         backend.add_special_tokens([END_OF_TEXT])
     return BPETokenizer(backend)
+
+
+def _of_file(tokenizers: Any, tokens: list[str], merges: list[str], special: list[str]) -> Any:
+    """Returns a byte-level BPE of the tokenizers library out of what a GGUF file says."""
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    backend = tokenizers.ByteLevelBPETokenizer(vocabulary, pairs)
+    backend.add_special_tokens(special)
+    return backend

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qtrain.simulate.simulation import Simulation
+from qtrain.simulate.order import execution_order
+from qtrain.simulate.simulation import Simulation, output_points
 
 Inputs = tuple[Tensor, ...]
 
@@ -19,11 +20,19 @@ class Exporter:
         max_steps: largest difference between what the file and the simulation put out, in steps of
             the last quantized layer, root mean square: a runtime that computes on integers rounds
             otherwise.
+        writes_weights: whether weights are all that it needs, so that any method has some for it.
     """
 
     name: str
     file_name: str
     max_steps = 0.5
+    writes_weights = False
+
+    def step(self, simulation: Simulation, inputs: Inputs, output: Any) -> float:
+        """Returns the unit in which differences of the output are counted, as `max_steps`."""
+        points = output_points(simulation.model)
+        called = [name for name in execution_order(simulation.model, inputs) if name in points]
+        return float(points[called[-1]].calculate_qparams()[0])
 
     def write(self, simulation: Simulation, example: Inputs, path: Path) -> None:
         """Writes a file.

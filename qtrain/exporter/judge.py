@@ -13,8 +13,7 @@ from qtrain.common.copying import copy_model
 from qtrain.common.validate import shown
 from qtrain.exporter.base import Exporter, Inputs
 from qtrain.quant.base import Quantizer
-from qtrain.simulate.order import execution_order
-from qtrain.simulate.simulation import Simulation, output_points
+from qtrain.simulate.simulation import Simulation
 
 
 def check_exporters(exporters: Any, quantizer: Any) -> list[str]:
@@ -27,9 +26,13 @@ def check_exporters(exporters: Any, quantizer: Any) -> list[str]:
         for item in exporters
         if not isinstance(item, Exporter)
     ]
-    if exporters and quantizer is not None and not quantizer.exports:
+    refused = [
+        item.name for item in exporters if isinstance(item, Exporter) and not item.writes_weights
+    ]
+    if refused and quantizer is not None and not quantizer.exports:
         problems.append(
-            "export: this method simulates nothing that could be written; use quant=ptq or qat"
+            f"export: this method simulates nothing that {refused[0]} could write; "
+            "use quant=ptq or qat"
         )
     return problems
 
@@ -69,7 +72,7 @@ def write_and_judge(
     path = folder / exporter.file_name
     exporter.write(simulation, inputs, path)
     expected, found = simulation(*inputs), exporter.run(path, inputs)
-    steps = _steps(expected, found, _last_scale(simulation, inputs))
+    steps = _steps(expected, found, exporter.step(simulation, inputs, expected))
     section = {"file": exporter.file_name, "size_bytes": path.stat().st_size, "steps": steps}
     if steps <= exporter.max_steps:
         return section, []
@@ -87,9 +90,3 @@ def _steps(expected: Any, found: Any, scale: float) -> float:
         return torch.inf
     difference = torch.cat([(y - x).flatten() for x, y in zip(exact, real, strict=True)])
     return float(difference.square().mean().sqrt()) / scale
-
-
-def _last_scale(simulation: Simulation, inputs: Inputs) -> float:
-    points = output_points(simulation.model)
-    called = [name for name in execution_order(simulation.model, inputs) if name in points]
-    return float(points[called[-1]].calculate_qparams()[0])

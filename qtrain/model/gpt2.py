@@ -15,56 +15,10 @@ from torch import Tensor, nn
 
 from qtrain.backend.torch_ao import DeQuantStub, QuantStub
 from qtrain.common.validate import MANY, WIDE, number, refuse, text, whole
-from qtrain.model.gpt2_block import Block, Call, Slot
+from qtrain.model.gpt2_block import Block, Call
+from qtrain.model.kv_cache import KVCache
 from qtrain.model.pretrained import load_gpt2
 from qtrain.model.sampling import Sampling
-
-
-class KVCache:
-    """Keys and values of the tokens that were read, in one buffer allocated once; and the blocks,
-    as calls that take less time than their modules. For inference only: no dropout, whatever the
-    model's mode.
-
-    Args:
-        model: the GPT2 to cache for, float or quantized; gives sizes, dtype and device.
-        batch_size: B.
-        max_length: tokens that it can hold; by default the model's n_positions.
-
-    Attributes:
-        length: tokens that it holds. Set it back to forget the tokens behind: 0 empties the cache.
-    """
-
-    def __init__(self, model: "GPT2", batch_size: int = 1, max_length: int | None = None) -> None:
-        self.max_length = max_length or model.n_positions
-        like = model.ln_f.weight
-        sizes = (
-            model.n_layer,
-            2,
-            batch_size,
-            model.n_head,
-            self.max_length,
-            model.n_embd // model.n_head,
-        )
-        # (n_layer, 2, B, H, max_length, D)
-        self.buffer = torch.empty(sizes, dtype=like.dtype, device=like.device)
-        self.length = 0
-        self.blocks: list[Call] = [block.resolved() for block in model.h]  # type: ignore[operator]
-
-    def slots(self, num_tokens: int) -> list[Slot]:
-        """Returns the views that each layer needs to read `num_tokens` more, all made at once.
-
-        A layer gets its place for new keys and values (2, B, H, T, D), then all its keys and values
-        (B, H, S, D).
-        """
-        end = self.length + num_tokens
-        if end > self.max_length:
-            raise ValueError(
-                f"max_length={self.max_length}: {end} tokens do not fit this cache; "
-                "make a longer one"
-            )
-        places = self.buffer[..., self.length : end, :].unbind(0)
-        keys, values = self.buffer[..., :end, :].unbind(1)
-        return list(zip(places, keys.unbind(0), values.unbind(0), strict=True))
 
 
 class GPT2(nn.Module):
@@ -86,6 +40,9 @@ class GPT2(nn.Module):
     Raises:
         ValueError: a parameter is out of range, or `load_gpt2` refuses the checkpoint.
     """
+
+    # Its state dict holds all tensors that it has, so that it can be made without any, and filled.
+    is_all_state = True
 
     def __init__(
         self,
@@ -211,6 +168,7 @@ class GPT2(nn.Module):
         repetition_penalty: float = 1.0,
         seed: int = 0,
         stop_token: int | None = None,
+        cache: str = "float",
     ) -> Tensor:
         """Returns `idx` continued, token by token, in eval mode.
 
@@ -220,6 +178,7 @@ class GPT2(nn.Module):
             greedy, temperature, top_k, top_p, repetition_penalty: see `Sampling`.
             seed: of the generator that draws; torch's global one is left alone.
             stop_token: a row that has drawn it is filled up with it; once all rows have, it ends.
+            cache: how keys and values are kept, see `KVCache`: "float" or "int8".
 
         Returns:
             int64 (B, T + n), n <= max_new_tokens.
@@ -231,7 +190,9 @@ class GPT2(nn.Module):
             top_p=top_p,
             repetition_penalty=repetition_penalty,
         )
-        new = self.stream(idx, max_new_tokens, sampling, seed=seed, stop_token=stop_token)
+        new = self.stream(
+            idx, max_new_tokens, sampling, seed=seed, stop_token=stop_token, cache=cache
+        )
         return torch.cat([idx, *new], dim=1)
 
     def stream(
@@ -242,10 +203,12 @@ class GPT2(nn.Module):
         *,
         seed: int = 0,
         stop_token: int | None = None,
+        cache: str = "float",
     ) -> Iterator[Tensor]:
         """Returns an iterator over the new tokens, int64 (B, 1), as they come; see `generate`."""
         _check_request(self, idx.shape[1], max_new_tokens, sampling)
-        return self._stream(idx, max_new_tokens, sampling, seed, stop_token)
+        kept = KVCache(self, len(idx), idx.shape[1] + max_new_tokens, cache)
+        return self._stream(idx, max_new_tokens, sampling, seed, stop_token, kept)
 
     @torch.no_grad()
     def _stream(
@@ -255,10 +218,10 @@ class GPT2(nn.Module):
         sampling: Sampling,
         seed: int,
         stop_token: int | None,
+        cache: KVCache,
     ) -> Iterator[Tensor]:
-        batch_size, num_prompt = idx.shape
+        batch_size = len(idx)
         generator = torch.Generator(idx.device).manual_seed(seed)
-        cache = KVCache(self, batch_size, num_prompt + max_new_tokens)
         tokens = [idx]
         done = torch.zeros(batch_size, 1, dtype=torch.bool, device=idx.device)
         was_training = self.training

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from qtrain.backend.torch_ao import DeQuantStub, QuantStub, has_hooks, resolve, same
 
-Slot = tuple[
-    Tensor, Tensor, Tensor
-]  # where to write new keys and values, all keys, all values: of one layer
+# Takes a layer's new keys and values (2, B, H, T, D); returns all keys, and all values.
+Slot = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 Call = Callable[..., Tensor]
 
@@ -68,8 +67,7 @@ def attend(
     if slot is None:
         q, k, v = qkv.unbind(0)  # (B, H, T, D)
     else:
-        place, k, v = slot  # (B, H, S, D)
-        place.copy_(qkv[1:])
+        k, v = slot(qkv[1:])  # (B, H, S, D)
         q = qkv[0]
     # A single token may look at everything before it: it needs no mask.
     is_causal = mask is None and num_tokens > 1

@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from qtrain.common.gguf import is_gguf
 from qtrain.common.network import hub_answers
+from qtrain.model.gguf import load_gguf
 
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 # What qtrain.model.gpt2 computes: a checkpoint of anything else would load and be wrong.
@@ -24,8 +26,8 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Returns the sizes and the weights of a GPT-2 checkpoint, for `qtrain.model.gpt2.GPT2`.
 
     Args:
-        name: a folder written by `save_pretrained`, or a model on the Hugging Face hub such as
-            "gpt2", "gpt2-medium".
+        name: a folder written by `save_pretrained`, a GGUF file (FILE.gguf, extra gguf), or a
+            model on the Hugging Face hub such as "gpt2", "gpt2-medium".
 
     Returns:
         sizes: vocab_size, n_positions, n_layer, n_head, n_embd.
@@ -36,6 +38,8 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
             not GPT-2's as published, or keys are missing, unexpected or of another shape (all are
             listed).
     """
+    if is_gguf(name):
+        return load_gguf(name)
     name, is_folder = _folder_or_name(name)
     try:
         from transformers import AutoConfig, GPT2LMHeadModel

@@ -23,6 +23,8 @@ class Quantizer:
         engine: torch's quantized engine of the converted model, or None.
         weight, activation: the settled specs, or None.
         simulated: whether no kernel can do what is asked, so that `fake` is the result.
+        is_all_state: whether models that it converts can be made without values, on torch's device
+            "meta", and filled from a state dict, where the float model can.
         exports: whether its simulation has something that an exporter can write.
     """
 
@@ -32,6 +34,7 @@ class Quantizer:
     from_scratch = False
     simulated = False
     exports = False
+    is_all_state = False
     engine: str | None = None
     weight: QuantSpec | FloatFormat | None = None
     activation: QuantSpec | FloatFormat | None = None

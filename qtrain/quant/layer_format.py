@@ -9,8 +9,8 @@ from torch import nn
 
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.formats import PackedFormat
-from qtrain.backend.packed.weight import is_narrow
 from qtrain.common.validate import mapping, number, refuse, shown
+from qtrain.functional.grid import is_narrow
 from qtrain.functional.spec import AUTO, FloatFormat, QuantSpec
 
 METHODS = ("float", "fp16", "weight_only", "llm_int8")
@@ -158,8 +158,8 @@ def settle(weight: QuantSpec) -> QuantSpec:
         ValueError: a field has no packed format; gives the legal choices.
     """
     problems = []
-    if weight.bits not in (2, 4, 8):
-        problems.append(f"bits={weight.bits}: packed are 2, 4 and 8")
+    if weight.bits not in (2, 3, 4, 8):
+        problems.append(f"bits={weight.bits}: packed are 2, 3, 4 and 8")
     if weight.reduce_range is True:
         problems.append("reduce_range=true: is for activations; leave it at auto")
     if weight.narrow_range is True and weight.symmetric is False:

@@ -53,8 +53,8 @@ class PTQ(Quantizer):
             simulation is the result.
         fake_quantize: "qtrain", or "torch" for torch's own kernels and observers, the slow ones.
         transforms: what improves the simulation, in this order; see `qtrain.transform`.
-        embedding: how embeddings are stored once converted: "float", "fp16", or "int8" and "int4"
-            with one scale a row.
+        embedding: how embeddings are stored once converted: "float", "fp16", "int8" with one scale
+            a row, or "int4" in groups.
         head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate" is quantized
             like others, "shared" stays one with it, in the embedding's format, and "float" in
             float32.
@@ -121,6 +121,10 @@ class PTQ(Quantizer):
         self, model: nn.Module, example: Inputs, *, is_qat: bool, conv_bn: str = "folded"
     ) -> Simulation:
         """Returns the simulation of a copy of `model`."""
+        if self.transforms:
+            model = torch_ao.copy_model(model)
+        for transform in self.transforms:
+            transform.restructure(model)
         packed, heads = self._packed(model)
         captured = self._captured(model, few(example), is_qat)
         names, model = list(model.state_dict()), captured.model

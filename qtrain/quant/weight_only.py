@@ -1,5 +1,9 @@
-"""Weight-only quantization: integers are stored, floats are computed with; no calibration."""
+"""Weight-only quantization: integers are stored, floats are computed with.
 
+Calibration data, where transforms take any, choose the integers, and nothing else.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -8,11 +12,14 @@ from qtrain.backend import torch_ao
 from qtrain.backend.packed.embeddings import check_policies, formats
 from qtrain.backend.packed.formats import PackedFormat
 from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
-from qtrain.common.validate import refuse
+from qtrain.common.validate import MANY, refuse, whole
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import layer_format, read_settings, settings_of, settle
-from qtrain.simulate.simulation import Simulation
+from qtrain.simulate.simulation import Batches, Simulation
+from qtrain.transform.base import Transform
+from qtrain.transform.improve import check_transforms, improve
+from qtrain.transform.samples import Samples
 
 WEIGHT = QuantSpec()
 
@@ -21,19 +28,23 @@ class WeightOnly(Quantizer):
     """Stores the weights of Linear and, if asked, Embedding layers in fewer bits.
 
     Args:
-        weight: bits 8, 4 or 2; granularity per_channel (auto), per_tensor or per_group; symmetric
-            (auto) or not.
-        embedding: how embeddings are stored: "float", "fp16", or row by row "int8" or "int4".
+        weight: bits 8, 4, 3 or 2; granularity per_channel (auto), per_tensor or per_group;
+            symmetric (auto) or not.
+        embedding: how embeddings are stored: "float", "fp16", "int8" by rows, or "int4" in groups.
         head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays one with
             it, in the embedding's format; "separate" becomes a weight of its own, in `weight`'s;
             "float" stays in float32. With a setting of its own in `layers` it is separate.
         layers: {pattern of layer names: what these are instead, see `layer_format`: "float",
             "fp16", {"bits": 4} ...}.
+        transforms: what chooses the integers by calibration data, see `qtrain.transform`; without
+            any, each weight is rounded to the nearest.
+        samples: of the calibration data, for a text windows of its context; None: all there are.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
     """
 
+    is_all_state = True
     weight: QuantSpec
 
     def __init__(
@@ -43,8 +54,11 @@ class WeightOnly(Quantizer):
         embedding: str = "float",
         head: str = "shared",
         layers: dict[str, Any] | None = None,
+        transforms: Sequence[Transform] = (),
+        samples: int | None = None,
     ) -> None:
-        problems = check_policies(embedding, head)
+        problems = check_policies(embedding, head) + check_transforms(transforms)
+        problems += whole("samples", samples, 1, MANY, null=True)
         try:
             self.weight = settle(weight)
         except ValueError as err:
@@ -59,8 +73,13 @@ class WeightOnly(Quantizer):
                 problems.append(str(err))
         refuse(problems)
         self.embedding, self.head = embedding, head
+        self.transforms, self.samples = tuple(transforms), samples
+        self.calibrates = bool(transforms)
 
     def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
+        model = torch_ao.copy_model(model)
+        for transform in self.transforms:
+            transform.restructure(model)
         own = settings_of(model, self.layers)
         floats = {name for name, setting in own.items() if setting is None}
         found = formats(model, self.embedding, self.head, own, floats)
@@ -73,7 +92,14 @@ class WeightOnly(Quantizer):
             name: form.plan(type(model.get_submodule(name)).__name__)
             for name, form in packed.items()
         }
-        return Simulation(torch_ao.copy_model(model), plan, packed).eval()
+        return Simulation(model, plan, packed).eval()
+
+    def calibrate(self, simulation: Simulation, batches: Batches) -> None:
+        if self.transforms:
+            simulation.keep_twin()
+        taken = Samples(batches, self.samples)
+        for transform in (t for t in self.transforms if not t.before_observation):
+            improve(simulation, transform, taken)
 
     @property
     def linear(self) -> PackedFormat:
@@ -91,4 +117,4 @@ class WeightOnly(Quantizer):
         return model
 
     def reference(self, simulation: Simulation) -> nn.Module | None:
-        return torch_ao.copy_model(simulation.model).cpu().eval()
+        return torch_ao.copy_model(simulation.twin).cpu().eval()

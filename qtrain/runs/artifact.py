@@ -1,13 +1,13 @@
 """A finished run's model, back in a fresh process."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from torch import Tensor, nn
 
 from qtrain.capture.capture import stand_ins
@@ -63,8 +63,11 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
     with _rebuilding(run_dir, "model"):
         if isinstance(report["config"]["quant"].get("engine"), dict):
             engine = None  # a backend of the user's own
-        model = _make(report, "model")
         quantizer = _make(report, "quant", **({} if engine is None else {"engine": engine}))
+        # Without values nothing takes memory but what is read from the file.
+        bare = quantizer.is_all_state and _is_all_state(report["config"]["model"])
+        with torch.device("meta") if bare else nullcontext():
+            model = _make(report, "model")
         example = stand_ins(report.get("capture", {}).get("inputs", []))
         prepared = quantizer.prepare(model, example)
         prepared.leave_float_as(report.get("plan", {}))
@@ -74,6 +77,12 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
     rename = partial(up_to_date_state, model=quantized) if is_simulation else None
     _fill(quantized, run_dir, report, "quantized.pt", rename)
     return quantized
+
+
+def _is_all_state(config: dict[str, Any]) -> bool:
+    """Tells whether a model can be made without values: not where it reads a checkpoint."""
+    made = get_object(config["_target_"])
+    return getattr(made, "is_all_state", False) and config.get("pretrained") is None
 
 
 def _report(run_dir: Path, trust: Sequence[str]) -> dict[str, Any]:

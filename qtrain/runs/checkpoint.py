@@ -84,11 +84,28 @@ def load_state(model: nn.Module, state: dict[str, Any], path: Path, hint: str = 
     """
     try:
         with kept_engine():
-            model.load_state_dict(state)
+            if any(x.is_meta for x in model.parameters()):
+                _adopt(model, state)
+            else:
+                model.load_state_dict(state)
     except Exception as err:  # torch takes the keys' being strings for granted
         raise ValueError(
             f"checkpoint={path}: does not fit the model ({err}); is it another model's?{hint}"
         ) from err
+
+
+def _adopt(model: nn.Module, state: dict[str, Any]) -> None:
+    """Makes a file's tensors those of a model without values, in place; tied ones stay tied."""
+    first: dict[int, str] = {}
+    ties = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    model.load_state_dict(state, assign=True)
+    for name, own in ties.items():
+        if name != own:
+            path, _, last = name.rpartition(".")
+            setattr(model.get_submodule(path), last, model.get_parameter(own))
 
 
 def digest(content: Any) -> str:

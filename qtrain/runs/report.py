@@ -73,6 +73,10 @@ class Report:
     capture: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
+    # {model: the standard error of its mean loss, and of a perplexity}, over examples.
+    standard_errors: dict[str, Any] = field(default_factory=dict)
+    # Of the float and the quantized model, on a few samples; see analyze/agreement.py.
+    agreement: dict[str, Any] = field(default_factory=dict)
     # What each gained, in decibels of the simulation's output.
     transforms: list[Any] = field(default_factory=list)
     # {exporter: file, size, distance from the simulation}.

@@ -3,6 +3,7 @@
 import torch
 from omegaconf import OmegaConf
 
+from qtrain.analyze.agreement import agreement, standard_error
 from qtrain.analyze.bits import bytes_at_bits, mean_bits
 from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import largest_float
@@ -19,8 +20,10 @@ from qtrain.common.files import sha256
 from qtrain.exporter.judge import write_and_judge
 from qtrain.runs import epochs, outputs
 from qtrain.runs.checkpoint import save_weights
+from qtrain.runs.finished import FinishedLayers
 from qtrain.runs.report import DIGESTED, versions
 from qtrain.runs.work import CalibrationInputs, Run
+from qtrain.simulate.kept import Kept
 from qtrain.train.evaluate import evaluate
 
 
@@ -37,8 +40,10 @@ def prepare(run: Run) -> None:
 
 def calibrate(run: Run) -> None:
     """Lets calibration data be observed, and transforms improve the simulation."""
+    run.prepared.kept = FinishedLayers(run.progress)
     with run.clock("calibration"), finite_outputs(run.prepared.model, "calibration"):
         run.parts.quantizer.calibrate(run.prepared, CalibrationInputs(run.config, run.parts))
+    run.prepared.kept = Kept()
     run.failures += run.parts.truth.unobserved(run.prepared.model, run.auxiliary)
     run.report.plan = {
         name: layer.describe() for name, layer in run.prepared.plan.items()
@@ -81,6 +86,9 @@ def score(run: Run) -> None:
             report.truth["loss_gap"], found = parts.truth.ends(simulated.losses, real.losses)
             run.failures += found
         run.failures += _write_exports(run)
+        if getattr(parts.task, "puts_out_logits", False):
+            report.agreement = agreement(run.float_model, quantized, run.sample)
+        report.standard_errors = _errors(run)
     report.truth |= {"ok": not run.failures, "failures": run.failures}
 
 
@@ -138,6 +146,18 @@ def _write_exports(run: Run) -> list[str]:
         run.report.exports[exporter.name], found = made
         failures += found
     return failures
+
+
+def _errors(run: Run) -> dict[str, dict[str, float]]:
+    """Returns the standard errors of each model's mean loss, and of its perplexity."""
+    found = {}
+    for name, score in run.scores.items():
+        if score is not None:
+            error = standard_error(score.losses)
+            found[name] = {"loss": error}
+            if "perplexity" in score.metrics:
+                found[name]["perplexity"] = score.metrics["perplexity"] * error
+    return found
 
 
 def _describe(run: Run) -> None:

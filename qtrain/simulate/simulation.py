@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qtrain.common.copying import cloned, copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.kept import Kept
 from qtrain.simulate.origins import Home
 from qtrain.simulate.plan import Plan
 from qtrain.simulate.regions import on_marked
@@ -49,6 +50,7 @@ class Simulation(nn.Module):
         improvements: what transforms have done to it, for reports.
         capture: how the float model was made ready to be simulated, for reports.
         home: brings its weights back to the user's class, or None: it is the user's.
+        kept: where transforms keep the layers that they have finished.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Simulation(nn.Module):
         self.improvements: list[dict[str, Any]] = []
         self.capture: dict[str, Any] = {}
         self.home: Home | None = None
+        self.kept = Kept()
         self._knows_regions = False
         self._twin: list[nn.Module] = []  # hidden from nn.Module: it is no part of the state
 
@@ -242,7 +245,10 @@ class Simulation(nn.Module):
     def convert(self) -> nn.Module:
         """Returns the model that runs on integers, on the CPU, in eval mode; a new one."""
         copied = copy_model(self)._put_others()
-        return copied.model.cpu().eval() if self.backend is None else self.backend.lower(copied)
+        if self.backend is not None:
+            return self.backend.lower(copied)
+        without_values = any(x.is_meta for x in copied.model.parameters())
+        return (copied.model if without_values else copied.model.cpu()).eval()
 
     def _put_others(self) -> "Simulation":
         """Puts what takes the place of float layers there, in place."""

@@ -29,6 +29,7 @@ class Task(Protocol):
     higher_is_better: bool
     unit: str  # of the shown quality, such as "dB"; may be missing
     scale: float  # from the quality to the shown one, such as 100 for a share in %; may be missing
+    puts_out_logits: bool  # whether outputs are logits, classes last; may be missing
     numbers: tuple[str, ...]  # the metrics that are single numbers
     sample_settings: tuple[str, ...]  # of its config, those that only `sample` heeds
 

@@ -14,6 +14,7 @@ class Classification:
 
     quality = "accuracy"
     higher_is_better = True
+    puts_out_logits = True
     numbers = ("accuracy", "loss")
     sample_settings: tuple[str, ...] = ()
 

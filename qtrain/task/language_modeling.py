@@ -29,6 +29,7 @@ class LanguageModeling:
 
     quality = "perplexity"
     higher_is_better = False
+    puts_out_logits = True
     numbers = ("perplexity", "loss", "bits_per_byte", "next_token_accuracy")
     sample_settings: tuple[str, ...] = ("prompt", "max_new_tokens", "top_k", "seed")
 

@@ -1,5 +1,9 @@
 """Transform: what every improvement of a simulation is."""
 
+from typing import Any
+
+from torch import nn
+
 from qtrain.simulate.simulation import Batches, Simulation
 
 
@@ -18,6 +22,9 @@ class Transform:
     name: str
     before_observation = False
 
+    def restructure(self, model: nn.Module) -> None:
+        """Changes the float model, in place, and not what it computes; a saved one's too."""
+
     def __call__(self, simulation: Simulation, batches: Batches) -> None:
         """Improves `simulation`, in place.
 
@@ -25,3 +32,7 @@ class Transform:
             batches: forward's arguments, of calibration data; may be gone through again and again.
         """
         raise NotImplementedError
+
+    def found(self) -> dict[str, Any]:
+        """Returns what else a report shall say of its last call, as plain values."""
+        return {}

@@ -34,13 +34,16 @@ def improve(simulation: Simulation, transform: Transform, batches: Batches) -> N
         "name": transform.name,
         "sqnr_db": {"before": before, "after": _decibels(simulation, first)},
     }
-    simulation.improvements.append(gained)
+    simulation.improvements.append(gained | transform.found())
 
 
 @torch.no_grad()
 def _decibels(simulation: Simulation, inputs: tuple[Tensor, ...]) -> float | None:
     """Returns the signal-to-noise ratio of the simulation's output; None if it is no tensor."""
     exact = simulation.twin(*cloned(inputs))
-    with simulation.mode(observing=False, quantizing=True) as model:
-        found = model(*cloned(inputs))
+    if simulation.others:
+        found = simulation.as_converted()(*cloned(inputs))
+    else:
+        with simulation.mode(observing=False, quantizing=True) as model:
+            found = model(*cloned(inputs))
     return float(sqnr_db(exact, found)) if isinstance(exact, Tensor) else None

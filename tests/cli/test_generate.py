@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 
 import pytest
@@ -76,6 +77,7 @@ def generate(run, capsys):
         (["--temperature", "0.3"], {"temperature": 0.3}),
         (["--top-k", "2"], {"top_k": 2}),
         (["--greedy"], {"greedy": True}),
+        (["--cache", "int8"], {"cache": "int8"}),
         (["--top-p", "0.4"], {"top_p": 0.4}),
         (["--greedy", "--repetition-penalty", "5"], {"greedy": True, "repetition_penalty": 5.0}),
     ],
@@ -180,3 +182,20 @@ def test_a_model_that_writes_no_text(generate, tmp_path):
     )
     with pytest.raises(SystemExit, match="this run's MLP generates no text"):
         generate(run=tmp_path)
+
+
+def test_it_ends_before_the_first_of_the_texts_to_stop_at(generate, capsys):
+    whole = generate("--greedy", "--max-new-tokens", "12")
+    new = whole.removeprefix("I have a dream").rstrip("\n")
+    stop = new[5:7]
+    expected = new[: new.index(stop)]
+    told = generate("--greedy", "--max-new-tokens", "12", "--stop", "no such text", stop)
+    assert told == f"I have a dream{expected}\n"
+    with pytest.raises(SystemExit, match="stop: a text is empty"):
+        generate("--stop", "")
+
+
+def test_the_pace_is_told_beside_the_text(run, capsys):
+    main([str(run), "--max-new-tokens", "5"])
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"5 tokens, the first after \d+\.\d\d s, then \d+\.\d a second\n", told)

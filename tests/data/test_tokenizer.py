@@ -114,3 +114,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ValueError, match=r'tokenizer=gpt2: needs the extra hf \(pip install "qtrain\[hf\]"\)'
     ):
         load_tokenizer("gpt2")
+
+
+def test_tokens_beyond_the_bytes_which_a_larger_model_has_are_shown_as_unknown():
+    assert ByteTokenizer().decode([65, 256, 300, 66]) == "A\ufffd\ufffdB"

@@ -508,3 +508,25 @@ def test_generation_leaves_training_mode_as_it_was() -> None:
 def test_wrong_requests_are_refused(model: GPT2, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(**{"idx": prompt(model), "max_new_tokens": 5, **arguments})
+
+
+@pytest.mark.parametrize("pieces", [[12], [5, 1, 1, 5]])
+def test_an_int8_cache_is_as_near_as_8_bits_are_and_a_quarter_as_large(pieces):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, n_positions=16, n_layer=3, n_head=2, n_embd=128)
+    model = GPT2(**sizes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    idx = torch.randint(50, (2, 12))
+    exact = model(idx)
+    cache, float_cache = (KVCache(model, batch_size=2, kind=kind) for kind in ("int8", "float"))
+    found = torch.cat([model(part, cache) for part in idx.split(pieces, 1)], 1)
+    assert 1e-4 < (found - exact).norm() / exact.norm() < 0.02
+    assert cache.buffer.dtype == torch.int8 and cache.nbytes < 0.27 * float_cache.nbytes
+    largest = cache.buffer[..., :12, :].abs().amax(-1)
+    assert (largest == 127).all()
+    tokens = model.generate(idx, 4, greedy=True, cache="int8")
+    assert tokens.shape == (2, 16)
+    with pytest.raises(ValueError, match="cache=int4: allowed are float and int8"):
+        model.generate(idx, 4, cache="int4")

@@ -248,7 +248,7 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"bits": 3}, r"weight\.bits=3: packed are 2, 4 and 8"),
+        ({"bits": 5}, r"weight\.bits=5: packed are 2, 3, 4 and 8"),
         ({"embedding": "int2"}, "embedding=int2: allowed are float, fp16, int8 and int4"),
         ({"head": "tied"}, "head=tied: allowed are shared, separate and float"),
         ({"observer": torch_ao.minmax}, r"weight\.observer=minmax: .* leave it at null"),
@@ -270,7 +270,7 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
             {"layers": {"h.*": {"method": "llm_int8", "threshold": 0}}},
             r"layers\.h\.\*\.threshold=0: must be a number above 0",
         ),
-        ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 4 and 8"),
+        ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 3, 4 and 8"),
     ],
 )
 def test_refused_settings(settings, message):
@@ -282,7 +282,7 @@ def test_refused_settings(settings, message):
 def test_all_layers_mistakes_come_at_once(method):
     layers = {
         "a": "int8",
-        "b": {"bits": 3, "observer": torch_ao.minmax},
+        "b": {"bits": 5, "observer": torch_ao.minmax},
         "c": "float",
         "d": {"method": "gptq"},
     }
@@ -290,7 +290,7 @@ def test_all_layers_mistakes_come_at_once(method):
         method(layers=layers)
     starts = [
         "layers.a=int8:",
-        "layers.b.bits=3:",
+        "layers.b.bits=5:",
         "layers.b.observer=minmax:",
         "layers.d={'method': 'gptq'}:",
     ]
@@ -304,7 +304,7 @@ def test_all_layers_mistakes_come_at_once(method):
     "settings, message",
     [
         ({"threshold": 0}, "threshold=0: must be a number above 0, or null"),
-        ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 4 and 8"),
+        ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 3, 4 and 8"),
         ({"embedding": "int2", "threshold": -1}, r"(?s)threshold=-1.*embedding=int2"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Linear and Embedding over a weight in fewer bits; several layers may share one weight."""
+"""Linear and Embedding over a weight in fewer bits; several layers may
+share one weight.
+"""
 
 from typing import Any
 
@@ -9,7 +11,8 @@ from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
 
 
 class CompactLinear(nn.Module):
-    """y = x @ weight.T + bias with a compact weight and float activations: weight-only.
+    """y = x @ weight.T + bias with a compact weight and float activations:
+    weight-only.
 
     Args:
         weight: (N, K); registered here, and wherever else it is used.
@@ -23,8 +26,7 @@ class CompactLinear(nn.Module):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight.matmul(x)
-        return y if self.bias is None else y + self.bias
+        return self.weight.matmul(x, self.bias)
 
 
 class CompactEmbedding(nn.Module):

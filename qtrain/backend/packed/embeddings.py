@@ -1,6 +1,9 @@
-"""Embeddings, and the Linear layers that share their weights, as the head of a GPT-2 does."""
+"""Embeddings, and the Linear layers that share their weights, as the head
+of a GPT-2 does.
+"""
 
 from collections.abc import Container
+from typing import Any
 
 from torch import nn
 
@@ -8,6 +11,7 @@ from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import choice
 from qtrain.functional.spec import FloatFormat, QuantSpec
 
+GROUPS = (128, 64, 32)  # the first that divides a row; one scale a row where none does
 EMBEDDINGS = ("float", "fp16", "int8", "int4")
 HEADS = ("shared", "separate", "float")
 
@@ -27,21 +31,28 @@ def tied_heads(model: nn.Module) -> dict[str, str]:
 def formats(
     model: nn.Module, embedding: str, head: str, own: Container[str], floats: Container[str]
 ) -> dict[str, PackedFormat | None]:
-    """Returns {embedding, or head tied to one: what it becomes, None for float}; embeddings first.
+    """Returns {embedding, or head tied to one: what it becomes, None for
+    float}; embeddings first.
 
-    A head that is "separate", or has a setting of its own, is a Linear layer like others, and is
-    left out.
+    A head that is "separate", or has a setting of its own, is a Linear
+    layer like others, and is left out.
 
     Args:
-        embedding: "float", "fp16", or "int8" and "int4" with one scale a row.
-        head: "shared" stays one with the embedding, in its format; "separate"; or "float".
+        embedding: "float", "fp16", "int8" with one scale a row, or
+            "int4" in groups.
+        head: "shared" stays one with the embedding, in its format;
+            "separate"; or "float".
         own: the layers that have a setting of their own.
         floats: those of them that stay float.
     """
     found: dict[str, PackedFormat | None] = {}
     if embedding != "float":
         tables = [name for name, layer in model.named_modules() if type(layer) is nn.Embedding]
-        found = {name: _of_table(embedding) for name in tables if name not in floats}
+        found = {
+            name: _of_table(embedding, model.get_submodule(name))
+            for name in tables
+            if name not in floats
+        }
     for name, table in tied_heads(model).items() if head != "separate" else ():
         if name not in own:
             packed = found.get(table) if head == "shared" else None
@@ -49,9 +60,15 @@ def formats(
     return found
 
 
-def _of_table(embedding: str) -> PackedFormat:
+def _of_table(embedding: str, table: Any) -> PackedFormat:
     if embedding == "fp16":
         return PackedFormat("fp16", FloatFormat("float16"), key="embedding: ")
     bits = int(embedding.removeprefix("int"))
-    spec = QuantSpec(bits=bits, symmetric=True, granularity="per_channel")
+    groups = [size for size in GROUPS if table.embedding_dim % size == 0 and bits == 4]
+    spec = QuantSpec(
+        bits=bits,
+        symmetric=True,
+        granularity="per_group" if groups else "per_channel",
+        group_size=groups[0] if groups else None,
+    )
     return PackedFormat("weight_only", spec, key="embedding: ")

@@ -1,6 +1,9 @@
-"""What single layers may be, whatever others become: Linear and Embedding over packed weights."""
+"""What single layers may be, whatever others become: Linear and Embedding
+over packed weights.
+"""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -20,8 +23,10 @@ class PackedFormat:
         method: "fp16", "weight_only" or "llm_int8".
         weight: the settled format of the weight.
         threshold: of llm_int8, see `LLMInt8Linear`.
-        weight_of: the name of the layer whose packed weight this one shares; it is packed before.
+        weight_of: the name of the layer whose packed weight this one
+            shares; it is packed before.
         key: begins what a refusal says: the setting that it came from.
+        packed: the weight, where its integers have been chosen by then.
     """
 
     method: str
@@ -29,16 +34,23 @@ class PackedFormat:
     threshold: float | None = None
     weight_of: str | None = None
     key: str = "layers: "
+    packed: IntegerWeight | None = field(default=None, compare=False)
+
+    def made_of(self, packed: IntegerWeight) -> "PackedFormat":
+        """Returns the same with integers that have been chosen."""
+        return replace(self, packed=packed)
 
     def plan(self, kind: str) -> LayerPlan:
         """Returns the plan of a layer of that kind."""
         return LayerPlan(kind, weight=self.weight, weight_of=self.weight_of, backend=self.method)
 
     def put(self, model: nn.Module, name: str) -> None:
-        """Puts the packed layer in the place of the float layer `name`, in place.
+        """Puts the packed layer in the place of the float layer `name`, in
+        place.
 
         Raises:
-            ValueError: the weight has no such format; names the setting and the layer.
+            ValueError: the weight has no such format; names the setting
+                and the layer.
         """
         layer: Any = model.get_submodule(name)
         weight = self._packed(model, name)
@@ -55,6 +67,8 @@ class PackedFormat:
         if self.weight_of is not None:
             shared: Any = model.get_submodule(self.weight_of).weight
             return shared
+        if self.packed is not None:
+            return copy.deepcopy(self.packed)
         weight: Any = model.get_submodule(name).weight
         if isinstance(self.weight, FloatFormat):
             return HalfWeight(weight)

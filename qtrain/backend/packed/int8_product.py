@@ -1,13 +1,18 @@
 """Products with an int8 matrix, exact in their sums on every machine.
 
-oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on GPUs. Other x86 CPUs add
-products of 8 bits in pairs and saturate such a sum at 16 bits in silence. There fbgemm's kernel is
-given unsigned digits of at most 128, whose pairs cannot saturate: 2 * 128 * 127 < 2^15. It takes
-two rows for one, so that many rows are faster in float32, as they are on CPUs with neither.
+oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on
+GPUs. Other x86 CPUs add products of 8 bits in pairs and saturate such a
+sum at 16 bits in silence. There fbgemm's kernel is given unsigned
+digits of at most 128, whose pairs cannot saturate: 2 * 128 * 127 <
+2^15. It takes two rows for one, so that many rows are faster in
+float32, as they are on CPUs with neither. A few precise rows go through
+fbgemm everywhere: a call of it takes a third of the time of oneDNN's. A
+matrix is packed for a kernel when that is first used.
 
 Shapes: x is (M, K), the matrix (N, K), a product (M, N).
 """
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +31,8 @@ FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in floa
 
 
 class Int8Product:
-    """x @ (integers * scale).T for one matrix, held ready for this machine's kernels.
+    """x @ (integers * scale).T for one matrix, held ready for this
+    machine's kernels.
 
     Args:
         integers: int8 (N, K), within -127..127.
@@ -34,28 +40,33 @@ class Int8Product:
     """
 
     def __init__(self, integers: Tensor, scale: Tensor) -> None:
-        self.integers, self.scale = (
-            integers if integers.device.type == "cpu" else integers.contiguous(),
-            scale,
-        )
-        self.onednn = self.fbgemm = None
-        if integers.device.type == "cpu" and HAS_ONEDNN:
-            zeros = torch.zeros(len(integers), dtype=torch.int32)
-            scales = scale.flatten().float().expand(len(integers)).contiguous()
-            self.onednn = (
-                torch.ops.onednn.qlinear_prepack(integers.contiguous(), None),
-                scales,
-                zeros,
-            )
-        elif integers.device.type == "cpu" and HAS_FBGEMM:
-            self.fbgemm = _pack(integers, scale)
+        on_cpu = integers.device.type == "cpu"
+        self.integers = integers if on_cpu else integers.contiguous()
+        self.scale = scale
+        self.has_onednn = on_cpu and HAS_ONEDNN
+        self.has_fbgemm = on_cpu and HAS_FBGEMM
+
+    @cached_property
+    def onednn(self) -> Any:
+        """The matrix as oneDNN takes it, with its scales and zero points."""
+        rows = len(self.integers)
+        zeros = torch.zeros(rows, dtype=torch.int32)
+        scales = self.scale.flatten().float().expand(rows).contiguous()
+        return torch.ops.onednn.qlinear_prepack(self.integers.contiguous(), None), scales, zeros
+
+    @cached_property
+    def fbgemm(self) -> Any:
+        """The matrix as fbgemm takes it."""
+        return _pack(self.integers, self.scale)
 
     def whole(self, x: Tensor, largest: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Returns the product with x in 8 bits a row, `round(127 x / largest)`, plus `bias`.
+        """Returns the product with x in 8 bits a row, `round(127 x /
+        largest)`, plus `bias`.
 
         Args:
             x: float32 (M, K).
-            largest: the largest magnitude of each row, (M, 1), as of `row_magnitudes`.
+            largest: the largest magnitude of each row, (M, 1), as of
+                `row_magnitudes`.
             bias: float32, of a shape that broadcasts to (M, N).
         """
         step = largest / 127
@@ -63,21 +74,23 @@ class Int8Product:
         return product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
 
     def precise(self, x: Tensor) -> Tensor:
-        """Returns the product with x in two digits, off by less than 2^-13.9 of each row's largest.
+        """Returns the product with x in two digits, off by less than
+        2^-13.9 of each row's largest.
 
-        A digit has 7 bits with fbgemm, and nearly 8 with the kernels of 8 bits by 8, which round by
-        less than 2^-15.9. What is multiplied in float32 is not rounded.
+        A digit has 7 bits with fbgemm, and nearly 8 with the kernels of
+        8 bits by 8, which round by less than 2^-15.9. What is
+        multiplied in float32 is not rounded.
 
         Args:
             x: float32 (M, K).
         """
-        if self.fbgemm is not None and len(x) <= FEW_ROWS:
+        if self.has_fbgemm and len(x) <= FEW_ROWS:
             step = row_magnitudes(x).div_(64)
             steps = x / step
             high = steps.round()
             parts = _unsigned(torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.fbgemm)
             return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(step)
-        if self.onednn is None and not _has_gpu_kernel(x, self.integers):
+        if not self.has_onednn and not _has_gpu_kernel(x, self.integers):
             return (x @ self.integers.float().T).mul_(self.scale)
         step = row_magnitudes(x).div_(127)
         high = (x / step).round_()
@@ -86,14 +99,16 @@ class Int8Product:
         return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 254).mul_(step)
 
     def _times(self, x: Tensor) -> Tensor:
-        """Returns round(x) @ (integers * scale).T for x within -127..127; overwrites x."""
-        if self.onednn is not None:
+        """Returns round(x) @ (integers * scale).T for x within -127..127;
+        overwrites x.
+        """
+        if self.has_onednn:
             matrix, scales, zeros = self.onednn
             digits = x.round_().add_(128).to(torch.uint8)
             return torch.ops.onednn.qlinear_pointwise.default(
                 digits, 1.0, 128, matrix, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
             )
-        if self.fbgemm is not None and len(x) <= FEW_ROWS:
+        if self.has_fbgemm and len(x) <= FEW_ROWS:
             # The kernel cuts off below 0: what it multiplies is the positive part of x and its
             # negative part.
             parts = _unsigned(torch.cat([x, -x]), 0, self.fbgemm)
@@ -104,7 +119,9 @@ class Int8Product:
 
 
 def row_magnitudes(x: Tensor) -> Tensor:
-    """Returns each row's largest magnitude (M, 1), raised so that a fraction of it is normal."""
+    """Returns each row's largest magnitude (M, 1), raised so that a
+    fraction of it is normal.
+    """
     return x.abs().amax(1, keepdim=True).clamp_(min=256 * torch.finfo(x.dtype).tiny)
 
 
@@ -116,7 +133,6 @@ def _has_gpu_kernel(a: Tensor, b: Tensor) -> bool:
 
 
 def _pack(integers: Tensor, scale: Tensor) -> Any:
-
     num_rows = len(integers)
     zeros = torch.zeros(num_rows, dtype=torch.long)
     scales = scale.flatten().double().expand(num_rows).contiguous()
@@ -126,7 +142,9 @@ def _pack(integers: Tensor, scale: Tensor) -> Any:
 
 
 def _unsigned(x: Tensor, zero_point: int, packed: Any) -> Tensor:
-    """Returns the product with round(x), cut off where x + zero_point is below 0; float32."""
+    """Returns the product with round(x), cut off where x + zero_point is
+    below 0; float32.
+    """
     return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
         x, 1.0, zero_point, packed
     )

@@ -7,7 +7,7 @@ arXiv:2208.07339, section 3.
 import torch
 from torch import Tensor, nn
 
-from qtrain.backend.packed.int8_product import row_magnitudes
+from qtrain.backend.packed.int8_product import Int8Product, row_magnitudes
 from qtrain.backend.packed.weight import IntegerWeight
 
 
@@ -37,7 +37,7 @@ class LLMInt8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
         product = self.weight.product()
-        assert product is not None, "the weight is symmetric, with one scale a row"
+        assert isinstance(product, Int8Product), "the weight has 8 bits, and one scale a row"
         bias: Tensor | None = self.bias
         largest = row_magnitudes(rows)
         if self.threshold is not None and not largest.max() < self.threshold:
