@@ -149,8 +149,11 @@ def _too_few_classes(config: DictConfig, data: DataLoaders) -> list[str]:
     labels = getattr(data.train, "labels", None)
     if "num_classes" not in config.model or labels is None:
         return []
+    if labels.dim() != 1 or labels.is_floating_point():
+        return []
     needed, given = int(labels.max()) + 1, config.model.num_classes
-    if needed <= given:
+    # Labels that are beyond what the data state themselves are told of by their batch.
+    if needed <= given or given == data.about.get("num_classes"):
         return []
     return [f"model.num_classes={given}: the labels need at least {needed}; set that"]
 
