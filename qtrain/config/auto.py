@@ -51,7 +51,9 @@ def _size(data: DataLoaders, task: Any) -> list[int]:
 def _image(data: DataLoaders) -> Tensor:
     image = _sample(data)
     if image.dim() != 3:
-        raise ValueError(f"a sample has shape {tuple(image.shape)}, and is no image (C, H, W)")
+        raise ValueError(
+            f"a sample has shape {tuple(image.shape)}, and is no image (C, H, W); name other data"
+        )
     return image
 
 
@@ -88,7 +90,9 @@ def _class_weights(data: DataLoaders, task: Any) -> list[float]:
     """Returns N / (C * N_c): a class counts as much as any other, the mean sample as 1."""
     labels = torch.cat(_targets(data.calib)).cpu()
     if labels.dim() != 1 or labels.is_floating_point():
-        raise ValueError(f"targets are {labels.dtype} {tuple(labels.shape)}, and no labels (N,)")
+        raise ValueError(
+            f"targets are {labels.dtype} {tuple(labels.shape)}, and no labels (N,); set null"
+        )
     counts = torch.bincount(labels, minlength=num_classes(data)).double()
     weights = len(labels) / (len(counts) * counts.clamp(min=1))
     return [round(float(weight), 6) for weight in weights]

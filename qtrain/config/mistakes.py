@@ -127,7 +127,8 @@ def disagreements(config: DictConfig, made: dict[str, Any], sound: bool) -> list
             for split in ("train", "test")
             if not len(getattr(data, split))
         ]
-        lines += _too_few_classes(config, data) if sound and not lines else []
+        counts_labels = not hasattr(task, "num_outputs")
+        lines += _too_few_classes(config, data) if sound and not lines and counts_labels else []
         lines += _missing_validation(config, quantizer) if data.val is None else []
     return lines + check_exporters(made.get("export", []), quantizer)
 

@@ -216,7 +216,7 @@ def image_loaders(
     size: int | None = None,
     device: str,
     augment: Sequence[Step] = (),
-    num_classes: int | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> DataLoaders:
     """Returns the loaders of a data set: (uint8 images (N, H, W) or (N, C, H, W), labels (N,)).
 
@@ -259,7 +259,7 @@ def image_loaders(
         channels=channels,
         augment=augment,
         fingerprint=fingerprint,
-        about={} if num_classes is None else {"num_classes": num_classes},
+        about=about or {},
     )
 
 

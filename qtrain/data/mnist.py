@@ -10,6 +10,7 @@ import torch
 from qtrain.data.loaders import DataLoaders, image_loaders
 
 NUM_SAMPLE_TRAIN = 8000
+ABOUT = {"num_classes": 10}
 
 
 def mnist_sample(**options: Any) -> DataLoaders:
@@ -25,7 +26,7 @@ def mnist_sample(**options: Any) -> DataLoaders:
         images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
     train, test = slice(NUM_SAMPLE_TRAIN), slice(NUM_SAMPLE_TRAIN, None)
     parts = (images[train], labels[train]), (images[test], labels[test])
-    return image_loaders(*parts, num_classes=10, **options)
+    return image_loaders(*parts, about=ABOUT, **options)
 
 
 def mnist(*, root: str, **options: Any) -> DataLoaders:
@@ -61,4 +62,4 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
             f"root={root}: {advice} ({(str(err) or type(err).__name__).splitlines()[0]})"
         ) from err
     parts = (train.data, train.targets), (test.data, test.targets)
-    return image_loaders(*parts, num_classes=10, **options)
+    return image_loaders(*parts, about=ABOUT, **options)
