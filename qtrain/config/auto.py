@@ -17,7 +17,8 @@ def settle(name: str, section: DictConfig, data: DataLoaders | None, task: Any) 
 
     Args:
         name: of the section, "model" or "task".
-        data: None, where they could not be made, leaves what shows the section's other mistakes.
+        data: None, where they could not be made, leaves what shows the
+            section's other mistakes.
         task: which counts the outputs; None where it could not be made.
     """
     lines = []
@@ -105,4 +106,10 @@ FACTS: dict[str, Callable[[DataLoaders, Any], Any]] = {
     "num_classes": _num_classes,
     "class_weights": _class_weights,
 }
-STAND_INS = {"inputs": 784, "channels": 1, "size": 28, "num_classes": 10, "class_weights": None}
+STAND_INS = {
+    "inputs": 784,
+    "channels": 1,
+    "size": 28,
+    "num_classes": 10,
+    "class_weights": None,
+}

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from qtrain.common.validate import MANY, refuse, text, whole
-from qtrain.data.checks import Step, wrong_channels, wrong_moments, wrong_sizes
+from qtrain.data.checks import (
+    Step,
+    wrong_channels,
+    wrong_moments,
+    wrong_sizes,
+)
 from qtrain.data.loaders import DataLoaders, Part, digest, tensor_loaders
 from qtrain.data.moments import moments
 from qtrain.data.read_arrays import read
@@ -38,43 +43,39 @@ def arrays(
     """Returns the loaders of arrays that lie in files, whole on the device.
 
     Args:
-        path: .npz or .pt with arrays of inputs and targets, by name; .npy of inputs; .csv.
-        inputs: the name of the array of inputs; null: x, images, inputs, data or features.
-        target: of the array of targets, null: y, labels, targets, target or label; of the table's
-            column; beside .npy a file of its own. An .npz may hold splits: x_train, x_test ...
-        valid_path, test_path: files like `path`, to validate and to test on.
-        val_fraction, test_fraction: shares of `path`, stratified, where there is no such file;
-            null: 0.1.
+        path: .npz or .pt with arrays by name; .npy of inputs; .csv.
+        inputs: the array of inputs; null: x, images, inputs, data or features.
+        target: the array of targets, null: y, labels, targets, target or label;
+            the table's column; beside .npy a file.
+        valid_path, test_path: files like `path`, to validate and to test on;
+            arrays x_val, x_test in `path` itself do too.
+        val_fraction, test_fraction: shares of `path`, stratified, where there
+            are no such data; null: 0.1.
         channels: of images, 3 repeats the only one; null: as they are.
-        mean, std: one number, or one a channel or column; null: as the training data have it.
+        mean, std: one number, or one a channel or column; null: measured.
         num_classes: null: one more than the largest label.
         augment: transforms of training images.
 
     Raises:
-        ValueError: names the parameter or file, what is wrong with it and what is allowed.
+        ValueError: names the parameter or file, and what is wrong with it.
     """
+    paths = {"train": path, "val": valid_path, "test": test_path}
     refuse(
         wrong_sizes(batch_size, eval_batch_size)
         + text("path", path)
-        + text("inputs", inputs, null=True)
-        + text("target", target, null=True)
-        + text("valid_path", valid_path, null=True)
-        + text("test_path", test_path, null=True)
+        + _wrong_texts(inputs, target, valid_path, test_path)
         + whole("num_classes", num_classes, 1, MANY, null=True)
     )
-    paths = {"train": path, "val": valid_path, "test": test_path}
-    found, names = _read(paths, inputs, target)
+    found, classes = _read(paths, inputs, target)
     fingerprint = digest(*[part for pair in found.values() for part in pair])
     train, val, test = _split(path, found, val_fraction, test_fraction)
     mean, std, measured = _moments(train[0], mean, std)
     refuse(wrong_moments(mean, std, train[0]) + _wrong_channels(channels, train[0]))
-    about = measured | ({"classes": names} if names else {})
+    about = measured | ({"classes": classes} if classes else {})
     about |= {"num_classes": num_classes} if num_classes else {}
     parts = [Part(x.to(device), y.to(device)) for x, y in (train, val, test)]
     return tensor_loaders(
-        parts[0],
-        parts[1] if len(val[1]) else None,
-        parts[2],
+        *parts,
         batch_size=batch_size,
         eval_batch_size=eval_batch_size,
         augment=augment,
@@ -83,6 +84,15 @@ def arrays(
         channels=channels,
         fingerprint=fingerprint,
         about=about,
+    )
+
+
+def _wrong_texts(inputs: Any, target: Any, valid_path: Any, test_path: Any) -> list[str]:
+    return (
+        text("inputs", inputs, null=True)
+        + text("target", target, null=True)
+        + text("valid_path", valid_path, null=True)
+        + text("test_path", test_path, null=True)
     )
 
 
@@ -129,12 +139,25 @@ def _refuse_other_shapes(paths: dict[str, str | None], found: dict[str, Pair]) -
 
 
 def _split(
-    path: str, found: dict[str, Pair], val_fraction: float | None, test_fraction: float | None
+    path: str,
+    found: dict[str, Pair],
+    val_fraction: float | None,
+    test_fraction: float | None,
 ) -> list[Pair]:
     """Returns training, validation and test samples; shares of the first where there are none."""
     own = {split: f"{split} split" if split in found else None for split in ("val", "test")}
-    refuse(wrong_shares(val_fraction, test_fraction, own_val=own["val"], own_test=own["test"]))
-    shares = [share_of(val_fraction, own["val"]), share_of(test_fraction, own["test"])]
+    refuse(
+        wrong_shares(
+            val_fraction,
+            test_fraction,
+            own_val=own["val"],
+            own_test=own["test"],
+        )
+    )
+    shares = [
+        share_of(val_fraction, own["val"]),
+        share_of(test_fraction, own["test"]),
+    ]
     inputs, targets = found["train"]
     parts = []
     for split, rows in zip(("train", "val", "test"), three_parts(targets, *shares), strict=True):

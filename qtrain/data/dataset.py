@@ -32,42 +32,36 @@ def dataset(
 ) -> DataLoaders:
     """Returns the loaders of datasets: objects with `__len__` and `__getitem__`.
 
-    A sample is a pair: a tensor, and a label or another target. `targets` of a dataset, as
-    torchvision's have them, are read for stratified splits.
+    A sample is a pair: a tensor, and a label or another target. `targets`
+    of a dataset, as torchvision's have them, are read for stratified
+    splits.
 
     Args:
         train: the samples to train on.
         test, val: to test and to validate on; null: shares of `train`.
-        calib: `train` without augmentation, sample by sample; null: `train` itself.
+        calib: `train` without augmentation, sample by sample; null: `train`
+            itself.
         val_fraction, test_fraction: the shares; null: 0.1.
-        num_workers: processes that make samples, for those that cost time; 0: none.
+        num_workers: processes that make samples, for those that cost time;
+            0: none.
         on_bad_sample: error, or skip a sample that cannot be made.
         device: of the model; batches are moved there.
 
     Raises:
-        ValueError: names the parameter, its value and what is allowed; or the sample.
+        ValueError: names the parameter, its value and what is allowed; or
+            the sample.
     """
     refuse(
         wrong_sizes(batch_size, eval_batch_size)
         + whole("num_workers", num_workers, 0, WIDE)
         + choice("on_bad_sample", on_bad_sample, ("error", "skip"))
-        + [
-            line
-            for name, samples in {"train": train, "test": test, "val": val, "calib": calib}.items()
-            for line in _wrong_dataset(name, samples)
-        ]
+        + _wrong_datasets(train=train, test=test, val=val, calib=calib)
     )
-    own_val, own_test = ("val" if val is not None else None, "test" if test is not None else None)
-    refuse(wrong_shares(val_fraction, test_fraction, own_val=own_val, own_test=own_test))
-    shares = share_of(val_fraction, own_val), share_of(test_fraction, own_test)
     plain = train if calib is None else calib
-    if len(plain) != len(train):
-        raise ValueError(f"calib: has {len(plain)} samples, and train {len(train)}; give as many")
-    rows = [part.tolist() for part in three_parts(_targets(train), *shares)]
-    if not rows[0] or test is None and not rows[2]:
-        raise ValueError(f"train: {len(train)} samples are too few for {shares}; give more")
+    fractions = val_fraction, test_fraction
+    rows = _rows(train, plain, val is not None, test is not None, fractions)
 
-    def loader(samples: Any, name: str, size: int, *, shuffle: bool = False) -> "SampleLoader":
+    def loader(samples: Any, name: str, size: int, shuffle: bool = False) -> "SampleLoader":
         found = Samples(samples, name, skip=on_bad_sample == "skip")
         return SampleLoader(found, batch_size=size, shuffle=shuffle, num_workers=num_workers)
 
@@ -75,11 +69,43 @@ def dataset(
     return DataLoaders(
         train=loader(Subset(train, rows[0]), "train", batch_size, shuffle=True),
         val=loader(held_out, "val", eval_batch_size) if held_out is not None else None,
-        test=loader(Subset(plain, rows[2]) if test is None else test, "test", eval_batch_size),
+        test=loader(
+            Subset(plain, rows[2]) if test is None else test,
+            "test",
+            eval_batch_size,
+        ),
         calib=loader(Subset(plain, rows[0]), "calib", batch_size),
         fingerprint="",
         about={"classes": list(train.classes)} if _has_names(train) else {},
     )
+
+
+def _rows(
+    train: Any,
+    plain: Any,
+    has_val: bool,
+    has_test: bool,
+    fractions: tuple[float | None, float | None],
+) -> list[list[int]]:
+    """Returns the places of the samples for training, validation and testing."""
+    own_val = "val" if has_val else None
+    own_test = "test" if has_test else None
+    refuse(wrong_shares(*fractions, own_val=own_val, own_test=own_test))
+    shares = (
+        share_of(fractions[0], own_val),
+        share_of(fractions[1], own_test),
+    )
+    if len(plain) != len(train):
+        raise ValueError(f"calib: has {len(plain)} samples, and train {len(train)}; give as many")
+    rows = [part.tolist() for part in three_parts(_targets(train), *shares)]
+    if not rows[0] or not has_test and not rows[2]:
+        raise ValueError(f"train: {len(train)} samples are too few for {shares}; give more")
+    return rows
+
+
+def _wrong_datasets(**named: Any) -> list[str]:
+    found = [_wrong_dataset(name, samples) for name, samples in named.items()]
+    return [line for lines in found for line in lines]
 
 
 def _wrong_dataset(name: str, samples: Any) -> list[str]:
@@ -158,7 +184,12 @@ class SampleLoader:
     """Batches of a dataset by torch's DataLoader; what fails is named, or skipped and logged."""
 
     def __init__(
-        self, samples: Samples, *, batch_size: int, shuffle: bool, num_workers: int
+        self,
+        samples: Samples,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        num_workers: int,
     ) -> None:
         self.skipped: set[str] = set()
         self.batches = DataLoader(

@@ -9,14 +9,23 @@ from qtrain.data.loaders import DataLoaders, image_loaders
 
 Pair = tuple[Tensor, Tensor]
 # What torchvision raises where files are absent, damaged, or out of reach.
-ERRORS = (OSError, RuntimeError, AssertionError, LookupError, TypeError, ValueError, EOFError)
+ERRORS = (
+    OSError,
+    RuntimeError,
+    AssertionError,
+    LookupError,
+    TypeError,
+    ValueError,
+    EOFError,
+)
 
 
 def fashion_mnist(*, root: str, **options: Any) -> DataLoaders:
     """Returns Fashion-MNIST: 60,000 and 10,000 grey images of clothes, 28 pixels a side.
 
     Args:
-        root: the folder that holds FashionMNIST/raw; absent files are downloaded into it.
+        root: the folder that holds FashionMNIST/raw; absent files are
+            downloaded into it.
         options: those of `image_loaders`.
 
     Raises:
@@ -54,7 +63,10 @@ def _official(name: str, root: str, folder: str, options: dict[str, Any]) -> Dat
 
 
 def _tensors(split: Any) -> Pair:
-    images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
+    images, labels = (
+        torch.as_tensor(split.data),
+        torch.as_tensor(split.targets),
+    )
     if images.dim() == 4:
         images = images.permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
     return images, labels

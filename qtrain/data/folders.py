@@ -5,7 +5,17 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-KINDS = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"}
+KINDS = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+    ".ppm",
+    ".pgm",
+    ".webp",
+    ".tif",
+    ".tiff",
+}
 SPLITS = ("train", "val", "test")
 SHOWN = 5  # names in a message
 
@@ -15,11 +25,12 @@ Labelled = list[tuple[Path, int]]
 def scan(root: Path) -> tuple[dict[str, Labelled], list[str]]:
     """Returns {split: [(file, label)]} and the names of the classes, all in alphabetical order.
 
-    Splits are the folders train, val and test; without train, all below `root` is "train".
+    Splits are the folders train, val and test; without train, all below
+    `root` is "train".
 
     Raises:
-        ValueError: there is no such folder, or no class in it; a class is empty; splits have other
-            classes.
+        ValueError: there is no such folder, or no class in it; a class is
+            empty; splits have other classes.
     """
     if not root.is_dir():
         raise ValueError(
@@ -36,7 +47,12 @@ def scan(root: Path) -> tuple[dict[str, Labelled], list[str]]:
             "put the images of each class into a folder of its own"
         )
     for split, folder in parts.items():
-        _refuse_other_classes(folder, [child.name for child in _folders(folder)], classes, split)
+        _refuse_other_classes(
+            folder,
+            [child.name for child in _folders(folder)],
+            classes,
+            split,
+        )
     return {split: _images(folder, classes) for split, folder in parts.items()}, classes
 
 

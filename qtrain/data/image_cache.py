@@ -27,12 +27,20 @@ FEW = 512  # files for which starting processes does not pay
 MOST_WORKERS = 8
 
 
+class OtherSizeError(ValueError):
+    """An image has not the size of all others."""
+
+
+OTHER_SIZE = OtherSizeError.__name__  # how the reason begins
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Decoded files.
 
     Attributes:
-        images: uint8 (N, C, H, W), mapped from the disk; zeros where a file could not be decoded.
+        images: uint8 (N, C, H, W), mapped from the disk; zeros where a file
+            could not be decoded.
         bad: {place: why it could not be}.
         digest: the SHA-256 of the images.
     """
@@ -43,17 +51,26 @@ class Decoded:
 
 
 def decode(
-    files: Sequence[Path], root: Path, size: tuple[int, int], channels: int, cache_dir: Path
+    files: Sequence[Path],
+    root: Path,
+    size: tuple[int, int],
+    channels: int,
+    cache_dir: Path,
+    *,
+    fit: bool,
 ) -> Decoded:
     """Returns the images of `files` below `root`; decodes them if that was not done before.
 
-    An image is scaled until it covers `size`, (height, width), and cut to its middle.
+    Args:
+        size: (height, width).
+        fit: scale an image until it covers `size`, and cut it to its middle;
+            else one of another size is bad.
 
     Raises:
         ValueError: they do not fit on the disk.
     """
     shape = (len(files), channels, *size)
-    folder = cache_dir.expanduser() / _key(files, root, shape)
+    folder = cache_dir.expanduser() / _key(files, root, shape, fit)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "done.json").is_file():
@@ -61,17 +78,17 @@ def decode(
             _require_room(folder.parent, shape)
             folder.mkdir()
             with _removed_if_unfinished(folder):
-                _decode_into(folder, files, shape)
+                _decode_into(folder, files, shape, fit)
     found = json.loads((folder / "done.json").read_text())
     bad = {int(place): reason for place, reason in found["bad"].items()}
     return Decoded(torch.from_numpy(_mapped(folder, shape, "c")), bad, found["digest"])
 
 
-def _key(files: Sequence[Path], root: Path, shape: tuple[int, ...]) -> str:
-    """Returns a digest of all that decides the images: names, sizes, times, and the shape."""
+def _key(files: Sequence[Path], root: Path, shape: tuple[int, ...], fit: bool) -> str:
+    """Returns a digest of names, sizes and times, and of what is made of the files."""
     stats = ((path, path.stat()) for path in files)
     names = [[str(path.relative_to(root)), s.st_size, s.st_mtime_ns] for path, s in stats]
-    content = json.dumps([str(root.resolve()), shape, names])
+    content = json.dumps([str(root.resolve()), shape, fit, names])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
@@ -98,9 +115,9 @@ def _mapped(folder: Path, shape: tuple[int, ...], mode: Any) -> "np.memmap[Any, 
     return np.memmap(folder / "images.bin", np.uint8, mode, shape=shape)
 
 
-def _decode_into(folder: Path, files: Sequence[Path], shape: tuple[int, ...]) -> None:
+def _decode_into(folder: Path, files: Sequence[Path], shape: tuple[int, ...], fit: bool) -> None:
     images = _mapped(folder, shape, "w+")
-    chunks = _Chunks([str(path) for path in files], folder, shape)
+    chunks = _Chunks([str(path) for path in files], folder, shape, fit)
     workers = min(os.cpu_count() or 1, MOST_WORKERS) if len(files) > FEW else 0
     bad: dict[int, str] = {}
     # Its processes write into the file themselves: what comes back is what went wrong.
@@ -117,8 +134,11 @@ def _decode_into(folder: Path, files: Sequence[Path], shape: tuple[int, ...]) ->
 class _Chunks(Dataset[dict[int, str]]):
     """Decodes a chunk of files where an item is asked for; returns {place: what is wrong}."""
 
-    def __init__(self, files: Sequence[str], folder: Path, shape: tuple[int, ...]) -> None:
-        self.files, self.folder, self.shape = files, folder, shape
+    def __init__(
+        self, files: Sequence[str], folder: Path, shape: tuple[int, ...], fit: bool
+    ) -> None:
+        self.files, self.folder = files, folder
+        self.shape, self.fit = shape, fit
         self.images: Any = None  # mapped in the process that writes
 
     def __len__(self) -> int:
@@ -130,21 +150,25 @@ class _Chunks(Dataset[dict[int, str]]):
         bad = {}
         for place in range(index * CHUNK, min((index + 1) * CHUNK, len(self.files))):
             try:
-                self.images[place] = decoded(self.files[place], self.shape[1:])
+                self.images[place] = decoded(self.files[place], self.shape[1:], self.fit)
             except Exception as err:  # decoders raise what they like
                 bad[place] = f"{type(err).__name__}: {err}".splitlines()[0]
         return bad
 
 
-def decoded(path: str, shape: tuple[int, ...]) -> "np.ndarray[Any, Any]":
+def decoded(path: str, shape: tuple[int, ...], fit: bool) -> "np.ndarray[Any, Any]":
     """Returns the image of a file, uint8 (C, H, W); one of 16 bits by its upper 8."""
     channels, height, width = shape
+    mode = "RGB" if channels == 3 else "L"
     with Image.open(path) as image:
         found: Any = image
+        if found.size != (width, height) and not fit:
+            raise OtherSizeError(f"{found.height} x {found.width} pixels")
         if found.mode.startswith("I"):
             found = Image.fromarray((np.asarray(found) >> 8).astype(np.uint8))
-        found = found.convert("RGB" if channels == 3 else "L")
-    if found.size != (width, height):
-        found = ImageOps.fit(found, (width, height), Image.Resampling.BILINEAR)
-    values = np.asarray(found)
+        if found.mode != mode:
+            found = found.convert(mode)
+        if found.size != (width, height):
+            found = ImageOps.fit(found, (width, height), Image.Resampling.BILINEAR)
+        values = np.asarray(found)
     return values[None] if channels == 1 else values.transpose(2, 0, 1)

@@ -40,12 +40,14 @@ class DataLoaders:
 
     Attributes:
         train: batches in a new random order every epoch.
-        val: held out of the training split for choices made during training; or None.
+        val: held out of the training split for choices made during
+            training; or None.
         test: the official test split, for reported numbers only.
         calib: the training split in fixed order with evaluation transforms.
         fingerprint: a digest of the data's content.
-        about: what the report shall tell of the data, as plain numbers and lists: "num_classes" or
-            the names of the "classes", which models can take, measured "mean" and "std".
+        about: what the report shall tell of the data, as plain numbers and
+            lists: "num_classes" or the names of the "classes", which models
+            can take, measured "mean" and "std".
     """
 
     train: Loader
@@ -59,7 +61,8 @@ class DataLoaders:
 def shuffled_indices(num_samples: int) -> Tensor:
     """Returns the order (num_samples,) that `DataLoader(shuffle=True)` would draw.
 
-    A DataLoader first draws a seed for its workers, then one for its sampler's own generator.
+    A DataLoader first draws a seed for its workers, then one for its
+    sampler's own generator.
     """
     torch.empty((), dtype=torch.int64).random_()
     seed = int(torch.empty((), dtype=torch.int64).random_())
@@ -70,14 +73,20 @@ class ImageLoader:
     """Batches of normalised images, or of other arrays, out of one tensor.
 
     Args:
-        images: (N, H, W), (N, C, H, W) or anything else (N, ...). Of uint8, 255 stands for 1.
-        labels: (N,), or targets of another shape, on the device where the batches are wanted.
+        images: (N, H, W), (N, C, H, W) or anything else (N, ...). Of uint8,
+            255 stands for 1.
+        labels: (N,), or targets of another shape, on the device where the
+            batches are wanted.
         batch_size: samples a batch; the last batch may be smaller.
-        shuffle: draw a new order from torch's global generator at every iteration.
-        mean, std: (x / 255 - mean) / std, in this order, as torchvision's ToTensor and Normalize.
-        channels: of images, as many as they have, or 3 that are equal to the only one.
+        shuffle: draw a new order from torch's global generator at every
+            iteration.
+        mean, std: (x / 255 - mean) / std, in this order, as torchvision's
+            ToTensor and Normalize.
+        channels: of images, as many as they have, or 3 that are equal to
+            the only one.
         rows: those of `images` that belong to `labels`; None: all.
-        augment: functions applied in turn to each image (C, H, W), before it is normalised.
+        augment: functions applied in turn to each image (C, H, W), before
+            it is normalised.
 
     Yields:
         inputs float32 (B, channels, H, W) and labels (B,).
@@ -164,7 +173,7 @@ class Part:
 
 def tensor_loaders(
     train: Part,
-    val: Part | None,
+    val: Part,
     test: Part,
     *,
     batch_size: int,
@@ -177,6 +186,7 @@ def tensor_loaders(
     """Returns the loaders of splits that lie in tensors.
 
     Args:
+        val: may be empty.
         normalised: mean, std and channels, as of `ImageLoader`.
 
     Raises:
@@ -195,7 +205,7 @@ def tensor_loaders(
 
     return DataLoaders(
         train=loader(train, batch_size, shuffle=True, augment=augment),
-        val=loader(val, eval_batch_size) if val is not None else None,
+        val=loader(val, eval_batch_size) if len(val.targets) else None,
         test=loader(test, eval_batch_size),
         calib=loader(train, batch_size),
         fingerprint=fingerprint,
@@ -220,8 +230,8 @@ def image_loaders(
 ) -> DataLoaders:
     """Returns the loaders of a data set: (uint8 images (N, H, W) or (N, C, H, W), labels (N,)).
 
-    The last val_size training samples are held out for validation. With a size, images are resized
-    to that many pixels a side.
+    The last val_size training samples are held out for validation. With a
+    size, images are resized to that many pixels a side.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -247,10 +257,9 @@ def image_loaders(
         (images.to(device), labels.to(device, torch.int64)) for images, labels in (train, test)
     ]
     split = num_train - val_size
-    held_out = Part(images[split:], labels[split:]) if val_size else None
     return tensor_loaders(
         Part(images[:split], labels[:split]),
-        held_out,
+        Part(images[split:], labels[split:]),
         Part(test_images, test_labels),
         batch_size=batch_size,
         eval_batch_size=eval_batch_size,

@@ -10,7 +10,8 @@ def moments(inputs: Tensor, rows: Tensor | None = None) -> tuple[list[float], li
     """Returns each channel's mean and population standard deviation, to 6 digits.
 
     Args:
-        inputs: (N, H, W), one channel; or (N, C, ...). Of uint8, 255 stands for 1.
+        inputs: (N, H, W), one channel; or (N, C, ...). Of uint8, 255 stands
+            for 1.
         rows: those that count; None: all.
 
     >>> moments(torch.tensor([[0, 255], [255, 255]], dtype=torch.uint8))

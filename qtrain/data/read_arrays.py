@@ -25,10 +25,12 @@ def read(path: str, inputs: str | None, target: str | None) -> dict[str, tuple[T
     Targets are a tensor (N, ...), or a list of texts.
 
     Args:
-        inputs, target: names of the arrays, see `qtrain.data.arrays.arrays`.
+        inputs, target: names of the arrays, see
+            `qtrain.data.arrays.arrays`.
 
     Raises:
-        ValueError: the file is none of these, is damaged, or lacks an array.
+        ValueError: the file is none of these, is damaged, or lacks an
+            array.
     """
     file = Path(path).expanduser()
     if not file.is_file() or file.suffix not in KINDS:
@@ -38,7 +40,13 @@ def read(path: str, inputs: str | None, target: str | None) -> dict[str, tuple[T
         return {"": _table(file, target)}
     try:
         arrays = _arrays(file, target)
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as err:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+    ) as err:
         reason = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise ValueError(
             f"path={path}: cannot be read ({reason}); it must hold plain arrays or tensors, "
@@ -57,14 +65,19 @@ def _arrays(file: Path, target: str | None) -> Arrays:
     if target is None:
         raise ValueError("a .npy file holds one array; name that of the targets by data.target")
     other = Path(target).expanduser()
-    return {"x": np.load(file, allow_pickle=False), target: np.load(other, allow_pickle=False)}
+    return {
+        "x": np.load(file, allow_pickle=False),
+        target: np.load(other, allow_pickle=False),
+    }
 
 
 def _pairs(path: str, arrays: Arrays, inputs: str | None, target: str | None) -> dict[str, Any]:
     found = {}
-    for split, endings in {"": ("",), "train": ("_train",), "val": ("_val", "_valid")}.items() | {
-        ("test", ("_test",))
-    }:
+    for split, endings in {
+        "": ("",),
+        "train": ("_train",),
+        "val": ("_val", "_valid"),
+    }.items() | {("test", ("_test",))}:
         pair = []
         for given, known in ((inputs, INPUTS), (target, TARGETS)):
             names = [f"{n}{e}" for n in ((given,) if given else known) for e in endings]

@@ -13,11 +13,13 @@ SHARE = 0.1  # of the samples, where nothing else is asked for
 def stratified(targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Returns the rows (N - n,) of the larger part, and those (n,) of the share, both ascending.
 
-    The samples are laid out by target, those of one target at random, and every (1 / share)-th is
-    taken: of each class its share but for less than one sample, and of numbers the same spread.
+    The samples are laid out by target, those of one target at random, and
+    every (1 / share)-th is taken: of each class its share but for less than
+    one sample, and of numbers the same spread.
 
     Args:
-        targets: (N,) of any type; of more dimensions, samples are taken at random.
+        targets: (N,) of any type; of more dimensions, samples are taken at
+            random.
 
     >>> larger, smaller = stratified(torch.tensor([7, 7, 7, 7, 0, 0, 0, 0]), 0.25)
     >>> len(larger), sorted(torch.tensor([7, 7, 7, 7, 0, 0, 0, 0])[smaller].tolist())
@@ -42,12 +44,17 @@ def three_parts(
 
 
 def wrong_shares(
-    val_fraction: Any, test_fraction: Any, *, own_val: str | None, own_test: str | None
+    val_fraction: Any,
+    test_fraction: Any,
+    *,
+    own_val: str | None,
+    own_test: str | None,
 ) -> list[str]:
     """Checks the shares for validation and for testing; null stands for 0.1 where one is needed.
 
     Args:
-        own_val, own_test: what of its own takes the share's place, as "valid_path=x.csv".
+        own_val, own_test: what of its own takes the share's place, as
+            "valid_path=x.csv".
     """
     lines = number("val_fraction", val_fraction, least=0, below=1, null=True)
     lines += number("test_fraction", test_fraction, above=0, below=1, null=True)

@@ -17,11 +17,13 @@ TOP = 5
 class Classification(PerExample):
     """One label out of C classes; the model returns logits (B, C).
 
-    All that is reported is of the plain cross entropy, so that trainings can be compared.
+    All that is reported is of the plain cross entropy, so that trainings
+    can be compared.
 
     Args:
         label_smoothing: of the loss to train by, 0..1.
-        class_weights: C numbers, how much a sample of each class counts in training; None: 1.
+        class_weights: C numbers, how much a sample of each class counts in
+            training; None: 1.
         loss: to train by instead of cross entropy, of (logits, labels).
 
     Raises:
@@ -41,7 +43,11 @@ class Classification(PerExample):
         refuse(
             number("label_smoothing", label_smoothing, least=0, below=1)
             + _wrong_weights(class_weights)
-            + wrong_loss(loss, label_smoothing=label_smoothing, class_weights=class_weights)
+            + wrong_loss(
+                loss,
+                label_smoothing=label_smoothing,
+                class_weights=class_weights,
+            )
         )
         self.label_smoothing = label_smoothing
         self.class_weights = None if class_weights is None else torch.tensor(class_weights)
@@ -114,11 +120,15 @@ class Classification(PerExample):
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:
         """Returns accuracies in 0..1, mean loss in nats, what is right and wrong of each class.
 
-        The balanced accuracy is the mean over classes of their recall, of those that have a sample.
+        The balanced accuracy is the mean over classes of their recall, of
+        those that have a sample.
         """
         count, confusion = int(sums["count"]), sums["confusion"].cpu()
         right = confusion.diagonal()
-        recall, precision = _shares(right, confusion.sum(1)), _shares(right, confusion.sum(0))
+        recall, precision = (
+            _shares(right, confusion.sum(1)),
+            _shares(right, confusion.sum(0)),
+        )
         known = [share for share in recall if share is not None]
         return {
             "accuracy": int(right.sum()) / count,

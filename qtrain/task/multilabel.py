@@ -17,7 +17,8 @@ class Multilabel(PerExample):
 
     Args:
         threshold: the probability from which on a label is predicted.
-        loss: to train by instead of binary cross entropy, of (logits, targets).
+        loss: to train by instead of binary cross entropy, of (logits,
+            targets).
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -79,9 +80,13 @@ class Multilabel(PerExample):
     def summary(self, sums: dict[str, Any], loader: Loader) -> dict[str, Any]:
         """Returns the means over examples of F1, and over labels of F1 and average precision.
 
-        Labels that no example has have no average precision, and are left out.
+        Labels that no example has have no average precision, and are left
+        out.
         """
-        logits, targets = torch.cat(sums["logits"]), torch.cat(sums["targets"])
+        logits, targets = (
+            torch.cat(sums["logits"]),
+            torch.cat(sums["targets"]),
+        )
         columns = zip(logits.T, targets.T, strict=True)
         found = [average_precision(scores, holds) for scores, holds in columns if holds.any()]
         by_label = f1(sums["hit"], sums["predicted"], sums["there"])
@@ -93,7 +98,11 @@ class Multilabel(PerExample):
 
     def _counts(self, output: Tensor, batch: Batch, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         predicted, there = output.sigmoid() >= self.threshold, batch[1] > 0
-        return (predicted & there).sum(dim), predicted.sum(dim), there.sum(dim)
+        return (
+            (predicted & there).sum(dim),
+            predicted.sum(dim),
+            there.sum(dim),
+        )
 
 
 def f1(hit: Tensor, predicted: Tensor, there: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ class Regression(PerExample):
     """K numbers a sample; the model returns them (B, K), targets are (B, K), or (B,) for one.
 
     Args:
-        loss: to train by instead of the mean squared error, of (outputs, targets), both (B, K).
+        loss: to train by instead of the mean squared error, of (outputs,
+            targets), both (B, K).
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.

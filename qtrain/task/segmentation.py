@@ -15,8 +15,8 @@ from qtrain.task.per_example import PerExample
 class Segmentation(PerExample):
     """One of C classes a pixel; the model returns logits (B, C, H, W), targets are (B, H, W).
 
-    Models are compared by the mean over images of an image's mIoU, which can be tested in pairs;
-    the mIoU of all pixels at once is reported too.
+    Models are compared by the mean over images of an image's mIoU, which
+    can be tested in pairs; the mIoU of all pixels at once is reported too.
 
     Args:
         ignore: the target of pixels that do not count.
@@ -31,14 +31,22 @@ class Segmentation(PerExample):
     more_numbers = ("miou", "pixel_accuracy")
 
     def __init__(
-        self, *, ignore: int = 255, label_smoothing: float = 0.0, loss: OwnLoss | None = None
+        self,
+        *,
+        ignore: int = 255,
+        label_smoothing: float = 0.0,
+        loss: OwnLoss | None = None,
     ) -> None:
         refuse(
             whole("ignore", ignore, -(2**31), 2**31)
             + number("label_smoothing", label_smoothing, least=0, below=1)
             + wrong_loss(loss, label_smoothing=label_smoothing)
         )
-        self.ignore, self.label_smoothing, self.own_loss = ignore, label_smoothing, loss
+        self.ignore, self.label_smoothing, self.own_loss = (
+            ignore,
+            label_smoothing,
+            loss,
+        )
 
     def num_outputs(self, data: DataLoaders) -> int:
         """Returns one more than the largest class of a pixel."""
@@ -50,7 +58,10 @@ class Segmentation(PerExample):
             return self.own_loss(output, batch[1])
         smoothing = self.label_smoothing
         return F.cross_entropy(
-            output, batch[1], ignore_index=self.ignore, label_smoothing=smoothing
+            output,
+            batch[1],
+            ignore_index=self.ignore,
+            label_smoothing=smoothing,
         )
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
@@ -99,7 +110,10 @@ class Segmentation(PerExample):
         targets, classes = batch[1].flatten(1), output.shape[1]
         image = torch.arange(len(targets), device=targets.device)[:, None]
         cells = (image * classes + targets) * classes + output.argmax(1).flatten(1)
-        counts = torch.bincount(cells[targets != self.ignore], minlength=len(targets) * classes**2)
+        counts = torch.bincount(
+            cells[targets != self.ignore],
+            minlength=len(targets) * classes**2,
+        )
         return counts.reshape(-1, classes, classes)
 
 

@@ -128,7 +128,7 @@ def test_a_size_scales_and_cuts_to_the_middle(root, load):
     edge = Image.new("RGB", (40, 20))
     edge.paste((255, 255, 255), (10, 0, 30, 20))
     edge.save(root / "ant" / "000.png")
-    middle = image_cache.decoded(str(root / "ant" / "000.png"), (3, 10, 10))
+    middle = image_cache.decoded(str(root / "ant" / "000.png"), (3, 10, 10), True)
     assert (middle[:, :, 1:-1] == 255).all() and (middle > 200).all()  # the filter reaches beyond
 
 
@@ -141,7 +141,7 @@ def test_channels(root, load, channels):
 def test_an_image_of_16_bits_keeps_its_upper_ones(tmp_path):
     values = np.array([[0, 255, 256], [32767, 40000, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "x.png")
-    found = image_cache.decoded(str(tmp_path / "x.png"), (1, 2, 3))
+    found = image_cache.decoded(str(tmp_path / "x.png"), (1, 2, 3), False)
     assert found.tolist() == [(values >> 8).tolist()]
 
 
