@@ -44,11 +44,10 @@ def arrays(
 
     Args:
         path: .npz or .pt with arrays by name; .npy of inputs; .csv.
-        inputs: the array of inputs; null: x, images, inputs, data or features.
-        target: the array of targets, null: y, labels, targets, target or label;
-            the table's column; beside .npy a file.
-        valid_path, test_path: files like `path`, to validate and to test on;
-            arrays x_val, x_test in `path` itself do too.
+        inputs: the array of inputs; null: x, images, inputs, data, features.
+        target: that of targets; null: y, labels, targets, target, label; the
+            table's column; beside .npy a file.
+        valid_path, test_path: files like `path`; x_val, x_test in it do too.
         val_fraction, test_fraction: shares of `path`, stratified, where there
             are no such data; null: 0.1.
         channels: of images, 3 repeats the only one; null: as they are.
@@ -71,8 +70,7 @@ def arrays(
     train, val, test = _split(path, found, val_fraction, test_fraction)
     mean, std, measured = _moments(train[0], mean, std)
     refuse(wrong_moments(mean, std, train[0]) + _wrong_channels(channels, train[0]))
-    about = measured | ({"classes": classes} if classes else {})
-    about |= {"num_classes": num_classes} if num_classes else {}
+    known = {"classes": classes, "num_classes": num_classes, **measured}
     parts = [Part(x.to(device), y.to(device)) for x, y in (train, val, test)]
     return tensor_loaders(
         *parts,
@@ -83,7 +81,7 @@ def arrays(
         std=std,
         channels=channels,
         fingerprint=fingerprint,
-        about=about,
+        about={name: value for name, value in known.items() if value},
     )
 
 

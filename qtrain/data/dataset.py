@@ -39,17 +39,14 @@ def dataset(
     Args:
         train: the samples to train on.
         test, val: to test and to validate on; null: shares of `train`.
-        calib: `train` without augmentation, sample by sample; null: `train`
-            itself.
+        calib: `train` without augmentation; null: `train` itself.
         val_fraction, test_fraction: the shares; null: 0.1.
-        num_workers: processes that make samples, for those that cost time;
-            0: none.
+        num_workers: processes that make samples; 0: none.
         on_bad_sample: error, or skip a sample that cannot be made.
         device: of the model; batches are moved there.
 
     Raises:
-        ValueError: names the parameter, its value and what is allowed; or
-            the sample.
+        ValueError: names the parameter and what is allowed; or the sample.
     """
     refuse(
         wrong_sizes(batch_size, eval_batch_size)

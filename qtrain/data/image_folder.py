@@ -42,22 +42,18 @@ def image_folder(
     Args:
         root: holds CLASS/IMAGE; or train/CLASS/IMAGE and, beside it, test
             and val likewise.
-        cache_dir: where the decoded images are kept, uint8, C * H * W bytes
-            each.
+        cache_dir: holds the decoded images, C * H * W bytes each.
         device: where the batches are wanted; the images stay on the disk.
-        size: pixels a side, or [height, width]; null: as all images have
-            it.
+        size: pixels a side, or [height, width]; null: as they all are.
         channels: 3, or 1 for grey.
-        mean, std: one number, or one a channel; null: as the training
-            images have it.
+        mean, std: one number, or one a channel; null: measured.
         val_fraction, test_fraction: stratified shares of the images where
             there is no such folder; null: 0.1.
         augment: transforms of training images, uint8 (C, H, W), in turn.
         on_bad_sample: error, or skip what cannot be decoded.
 
     Raises:
-        ValueError: names the parameter, the folder or the file, and what to
-            do.
+        ValueError: names the parameter, folder or file, and what to do.
     """
     refuse(
         wrong_sizes(batch_size, eval_batch_size)

@@ -1,7 +1,9 @@
 """Tasks beside one label a sample: each trained, quantized and compared in pairs, by a command."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +83,19 @@ def test_a_task_is_learned_quantized_and_tested_in_pairs(
     assert all(0 <= row["difference_p"] <= 1 for row in rows if row["method"] != "none")
 
 
-def test_a_task_of_ones_own_in_twenty_lines(train):
+def test_the_readme_has_that_task_in_twenty_lines():
+    here = Path(__file__).parent
+    code = (here / "users" / "own_task.py").read_text()
+    code = code[code.index("class Angle") : code.index("class Pixels")].splitlines()
+    readme = (here.parents[1] / "README.md").read_text("utf-8")
+    lines = [re.sub(r" +#.*", "", line).strip() for line in readme.splitlines()]
+    code = [line.strip() for line in code if line.strip()]
+    start = lines.index(code[0])
+    assert [line for line in lines[start : start + 25] if line][: len(code)] == code
+    assert len(code) <= 20
+
+
+def test_a_task_of_ones_own_is_run(train):
     angle = np.arctan2(X[:, 1], X[:, 0])
     run = train("mlp", X, angle, "task._target_=own_task.Angle", "quant=ptq")
     assert run.report["config"]["model"]["num_classes"] == 2
