@@ -17,6 +17,7 @@ from torch import nn
 from qtrain.analyze.truth import TruthGate
 from qtrain.common.network import impatient
 from qtrain.common.validate import SEEDS, choice, whole
+from qtrain.config.auto import AUTO, settle
 from qtrain.config.command_line import NAMED, config_dir, hydra_arguments
 from qtrain.config.mistakes import disagreements, explain, refusals, spec_mistakes, unresolved
 from qtrain.config.old_names import up_to_date
@@ -35,7 +36,15 @@ from qtrain.quant.base import Quantizer
 from qtrain.task.base import Task
 from qtrain.train.trainer import OptimizerFactory, SchedulerFactory, Trainer
 
-PATHS = ("checkpoint", "float_cache", "data.path", "data.valid_path", "data.test_path", "data.root")
+PATHS = (
+    "checkpoint",
+    "float_cache",
+    "data.path",
+    "data.valid_path",
+    "data.test_path",
+    "data.root",
+    "data.cache_dir",
+)
 LISTS = {"quant.transforms": "transform", "export": "exporter"}  # with such names
 NOT_NULL = ("quant.optimizer", "quant.scheduler", "export")
 # What is made, in this order; the model last, for it draws from the generator.
@@ -52,7 +61,6 @@ PARTS = (
     "model",
 )
 PATHS_OR_NAMES = ("data.tokenizer", "model.pretrained")  # of the bundled, or on a hub
-AUTO = "auto"  # data.tokenizer: that of the pretrained model
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -85,7 +93,7 @@ def resolve(config: DictConfig) -> DictConfig:
     except ConfigError as err:
         mistakes.append(str(err))
         config.device = "cpu"  # to find out what else is wrong
-    if OmegaConf.select(config, "data.tokenizer") == AUTO:
+    if OmegaConf.select(config, "data.tokenizer") == AUTO:  # that of the pretrained model
         config.data.tokenizer = own_tokenizer(OmegaConf.select(config, "model.pretrained"))
     config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
     for key, group in (NAMED | LISTS).items():
@@ -148,6 +156,8 @@ class Parts:
 def build(config: DictConfig) -> Parts:
     """Returns the parts of a run; the only place where `_target_` becomes an object.
 
+    What is `auto` in `config.task` and `config.model` becomes, in place, what the data say.
+
     Raises:
         ConfigError: all mistakes at once, each with its key, its value and what is allowed.
     """
@@ -155,8 +165,6 @@ def build(config: DictConfig) -> Parts:
     problems = list(check_settings(config))
     made: dict[str, Any] = {}
     for key in PARTS:
-        if key == "model":
-            torch.manual_seed(0 if whole("seed", config.seed, 0, SEEDS) else config.seed)
         if key == "quant":  # its two specs first: the first to fail would hide the other
             problems += spec_mistakes(config.quant, "weight")
             problems += spec_mistakes(config.quant, "activation")
@@ -165,6 +173,13 @@ def build(config: DictConfig) -> Parts:
                 re.match(r"quant\.(weight|activation|capture)[.=]", problem) for problem in problems
             ):
                 continue
+        if key in ("task", "model"):
+            wrong = settle(key, config[key], made.get("data"), made.get("task"))
+            problems += wrong
+            if wrong:
+                continue
+        if key == "model":
+            torch.manual_seed(0 if whole("seed", config.seed, 0, SEEDS) else config.seed)
         try:
             with impatient():
                 made[key] = instantiate(config[key], _convert_="all")

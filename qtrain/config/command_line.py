@@ -15,6 +15,8 @@ VALUED = (
     "--package",
     "-p",
 )
+# Keys that no file of conf has, for not every task takes them.
+OPTIONAL = tuple(f"task.{key}=" for key in ("label_smoothing", "class_weights", "loss"))
 
 
 CALLS = "choice|range|interval|glob|shuffle|sort|tag|int|float|bool|str|json_str|extend_list"
@@ -50,14 +52,15 @@ def config_dir() -> str:
 def hydra_arguments(arguments: list[str]) -> list[str]:
     """Returns a command line of ours in the words that Hydra 1.3 takes.
 
-    It refuses null for a group that the defaults list holds as null, new keys in a mapping without
-    a plus, the quotes around such a key that YAML needs, as in {"*.mlp": float}, and a value with
-    an equals sign without quotes.
+    It refuses null for a group that the defaults list holds as null, new keys without a plus, the
+    quotes around such a key that YAML needs, as in {"*.mlp": float}, and a value with an equals
+    sign without quotes.
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
     kept = [
         re.sub(r"^(\+*)transform(?=[=.])", r"\1model_transform", a) for a in kept
     ]  # its name in 0.1.0
+    kept = [f"++{a}" if a.startswith(OPTIONAL) else a for a in kept]
     kept = [_layers(a) if a.startswith("quant.layers") else _quoted(a) for a in kept]
     return [_of_group(a, kept) for a in kept]
 

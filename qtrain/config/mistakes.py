@@ -129,7 +129,8 @@ def disagreements(config: DictConfig, made: dict[str, Any], sound: bool) -> list
             for split in ("train", "test")
             if not len(getattr(data, split))
         ]
-        lines += _too_few_classes(config, data) if sound and not lines else []
+        counts_labels = not hasattr(task, "num_outputs")
+        lines += _too_few_classes(config, data) if sound and not lines and counts_labels else []
         lines += _missing_validation(config, quantizer) if data.val is None else []
         lines += _too_few_samples(config, data, quantizer) if sound and not lines else []
     return lines + check_exporters(made.get("export", []), quantizer)
@@ -152,8 +153,11 @@ def _too_few_classes(config: DictConfig, data: DataLoaders) -> list[str]:
     labels = getattr(data.train, "labels", None)
     if "num_classes" not in config.model or labels is None:
         return []
+    if labels.dim() != 1 or labels.is_floating_point():
+        return []
     needed, given = int(labels.max()) + 1, config.model.num_classes
-    if needed <= given:
+    # Labels that are beyond what the data state themselves are told of by their batch.
+    if needed <= given or given == data.about.get("num_classes"):
         return []
     return [f"model.num_classes={given}: the labels need at least {needed}; set that"]
 

@@ -13,6 +13,7 @@ from qtrain.common.validate import MANY, SEEDS, WIDE, boolean, choice, number, s
 # By their _target_.
 MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")
 SECTIONS = (*MADE, "logger", "measure")
+AUTO = "auto"  # as the data have it
 MOST_THREADS = 1024  # of more, OpenMP dies without a word
 
 
@@ -120,7 +121,7 @@ def check_settings(config: DictConfig) -> Iterator[str]:
     for key in ("tensorboard", "pictures"):
         yield from boolean(f"logger.{key}", config.logger[key])
     yield from _check_measure(config.measure)
-    if "num_classes" in config.model:  # torchvision's models check nothing
+    if config.model.get("num_classes", AUTO) != AUTO:  # torchvision's models check nothing
         yield from whole("model.num_classes", config.model.num_classes, 1, MANY)
     engine = OmegaConf.select(config, "quant.engine")
     if engine is not None and not OmegaConf.is_dict(engine):  # a backend of one's own

@@ -1,19 +1,29 @@
 """Loaders over tensors that already lie on the device: no Python per sample."""
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qtrain.common.validate import MANY, choice, number, refuse, whole
+from qtrain.common.validate import refuse, whole
+from qtrain.data.checks import (
+    Step,
+    augmented,
+    wrong_augment,
+    wrong_channels,
+    wrong_moments,
+    wrong_sizes,
+)
 
 Batch = tuple[Tensor, Tensor]
 # Samples normalised at once: enough to hide the cost of an op, few enough to stay in cache.
 CHUNK = 8192
+CHUNK_VALUES = CHUNK * 28 * 28  # of larger samples, fewer
+Moments = float | Sequence[float]  # of all channels, or one each
 
 
 class Loader(Protocol):
@@ -30,10 +40,14 @@ class DataLoaders:
 
     Attributes:
         train: batches in a new random order every epoch.
-        val: held out of the training split for choices made during training; or None.
+        val: held out of the training split for choices made during
+            training; or None.
         test: the official test split, for reported numbers only.
         calib: the training split in fixed order with evaluation transforms.
         fingerprint: a digest of the data's content.
+        about: what the report shall tell of the data, as plain numbers and
+            lists: "num_classes" or the names of the "classes", which models
+            can take, measured "mean" and "std".
     """
 
     train: Loader
@@ -41,12 +55,14 @@ class DataLoaders:
     test: Loader
     calib: Loader
     fingerprint: str
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def shuffled_indices(num_samples: int) -> Tensor:
     """Returns the order (num_samples,) that `DataLoader(shuffle=True)` would draw.
 
-    A DataLoader first draws a seed for its workers, then one for its sampler's own generator.
+    A DataLoader first draws a seed for its workers, then one for its
+    sampler's own generator.
     """
     torch.empty((), dtype=torch.int64).random_()
     seed = int(torch.empty((), dtype=torch.int64).random_())
@@ -54,18 +70,26 @@ def shuffled_indices(num_samples: int) -> Tensor:
 
 
 class ImageLoader:
-    """Batches of normalised images out of one uint8 tensor.
+    """Batches of normalised images, or of other arrays, out of one tensor.
 
     Args:
-        images: uint8 (N, H, W), on the device where the batches are wanted.
-        labels: int64 (N,), on the same device.
+        images: (N, H, W), (N, C, H, W) or anything else (N, ...). Of uint8,
+            255 stands for 1.
+        labels: (N,), or targets of another shape, on the device where the
+            batches are wanted.
         batch_size: samples a batch; the last batch may be smaller.
-        shuffle: draw a new order from torch's global generator at every iteration.
-        mean, std: (x / 255 - mean) / std, in this order, as torchvision's ToTensor and Normalize.
-        channels: 1, or 3 equal ones.
+        shuffle: draw a new order from torch's global generator at every
+            iteration.
+        mean, std: (x / 255 - mean) / std, in this order, as torchvision's
+            ToTensor and Normalize.
+        channels: of images, as many as they have, or 3 that are equal to
+            the only one.
+        rows: those of `images` that belong to `labels`; None: all.
+        augment: functions applied in turn to each image (C, H, W), before
+            it is normalised.
 
     Yields:
-        images float32 (B, channels, H, W) and labels int64 (B,).
+        inputs float32 (B, channels, H, W) and labels (B,).
     """
 
     def __init__(
@@ -75,38 +99,118 @@ class ImageLoader:
         *,
         batch_size: int,
         shuffle: bool,
-        mean: float,
-        std: float,
-        channels: int,
+        mean: Moments,
+        std: Moments,
+        channels: int | None,
+        rows: Tensor | None = None,
+        augment: Sequence[Step] = (),
     ) -> None:
         self.images, self.labels = images, labels
         self.batch_size, self.shuffle = batch_size, shuffle
         self.mean, self.std, self.channels = mean, std, channels
+        self.rows, self.augment = rows, augment
+        self.scale = 255 if images.dtype == torch.uint8 else 1
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         num_samples = len(self.labels)
-        order = shuffled_indices(num_samples).to(self.labels.device) if self.shuffle else None
-        chunk = max(CHUNK // self.batch_size, 1) * self.batch_size
+        order = shuffled_indices(num_samples) if self.shuffle else None
+        seed = int(torch.empty((), dtype=torch.int64).random_()) if self.augment else 0
+        size = self.images[0].numel() * max(self.channels or 1, 1)
+        most = CHUNK if size <= 28 * 28 * 3 else CHUNK_VALUES // size
+        chunk = max(most // self.batch_size, 1) * self.batch_size
         for start in range(0, num_samples, chunk):
-            rows = slice(start, start + chunk)
-            images, labels = self.images[rows], self.labels[rows]
-            if order is not None:
-                images, labels = self.images[order[rows]], self.labels[order[rows]]
-            x = images.float().div_(255).sub_(self.mean).div_(self.std)
-            x = x.unsqueeze(1).expand(-1, self.channels, -1, -1).contiguous()  # (n, channels, H, W)
+            part = slice(start, start + chunk)
+            images, labels = self._pick(part if order is None else order[part])
+            if self.augment:
+                images = self._augmented(images, seed + start)
+            x = self._normalised(images.to(labels.device))
             yield from zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True)
 
+    def _pick(self, part: slice | Tensor) -> Batch:
+        where = part if isinstance(part, slice) else part.to(self.labels.device)
+        if self.rows is not None:
+            part = self.rows[part]
+        elif isinstance(part, Tensor):
+            part = part.to(self.images.device)
+        return self.images[part], self.labels[where]
 
-def _resize(images: Tensor, size: int) -> Tensor:
-    """Returns uint8 images (N, size, size)."""
-    parts = [
-        F.interpolate(x[:, None], (size, size), mode="bilinear", antialias=True)[:, 0]
-        for x in images.split(CHUNK)
-    ]
-    return torch.cat(parts)
+    def _augmented(self, images: Tensor, seed: int) -> Tensor:
+        """Returns the images as a seed has them: an epoch gone on with draws the same again."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed % 2**63)
+            return torch.stack([augmented(image, self.augment) for image in images])
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        x = images.unsqueeze(1) if images.dim() == 3 else images
+        mean, std = (_of_channels(value, x) for value in (self.mean, self.std))
+        x = x.to(torch.float32, copy=True)
+        if self.scale != 1:
+            x = x.div_(self.scale)
+        x = x.sub_(mean).div_(std)
+        if x.dim() == 4 and self.channels is not None:
+            x = x.expand(-1, self.channels, -1, -1)
+        return x.contiguous()  # (n, channels, H, W)
+
+
+def _of_channels(value: Moments, x: Tensor) -> Any:
+    """Returns what can be subtracted from `x`: a number, or one each along its dimension 1."""
+    if isinstance(value, int | float):
+        return value
+    return torch.tensor(value, device=x.device).view(-1, *[1] * (x.dim() - 2))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The samples of one split: those of `inputs` that `rows` names, or all; targets of these."""
+
+    inputs: Tensor
+    targets: Tensor
+    rows: Tensor | None = None
+
+
+def tensor_loaders(
+    train: Part,
+    val: Part,
+    test: Part,
+    *,
+    batch_size: int,
+    eval_batch_size: int,
+    fingerprint: str,
+    about: Mapping[str, Any],
+    augment: Sequence[Step] = (),
+    **normalised: Any,
+) -> DataLoaders:
+    """Returns the loaders of splits that lie in tensors.
+
+    Args:
+        val: may be empty.
+        normalised: mean, std and channels, as of `ImageLoader`.
+
+    Raises:
+        ValueError: names the parameter, its value and what is allowed.
+    """
+    refuse(wrong_augment(augment, train.inputs, train.targets))
+
+    def loader(part: Part, size: int, **options: Any) -> ImageLoader:
+        return ImageLoader(
+            part.inputs,
+            part.targets,
+            rows=part.rows,
+            batch_size=size,
+            **{"shuffle": False, **options, **normalised},
+        )
+
+    return DataLoaders(
+        train=loader(train, batch_size, shuffle=True, augment=augment),
+        val=loader(val, eval_batch_size) if len(val.targets) else None,
+        test=loader(test, eval_batch_size),
+        calib=loader(train, batch_size),
+        fingerprint=fingerprint,
+        about=about,
+    )
 
 
 def image_loaders(
@@ -116,16 +220,18 @@ def image_loaders(
     batch_size: int,
     eval_batch_size: int,
     val_size: int,
-    mean: float,
-    std: float,
+    mean: Moments,
+    std: Moments,
     channels: int,
     size: int | None = None,
     device: str,
+    augment: Sequence[Step] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> DataLoaders:
-    """Returns the loaders of an image data set: (uint8 images (N, H, W), labels (N,)) a split.
+    """Returns the loaders of a data set: (uint8 images (N, H, W) or (N, C, H, W), labels (N,)).
 
-    The last val_size training samples are held out for validation. With a size, images are resized
-    to that many pixels a side.
+    The last val_size training samples are held out for validation. With a
+    size, images are resized to that many pixels a side.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -133,12 +239,10 @@ def image_loaders(
     num_train = len(train[1])
     _refuse_empty(num_train, len(test[1]))
     refuse(
-        whole("batch_size", batch_size, 1, MANY)
-        + whole("eval_batch_size", eval_batch_size, 1, MANY)
+        wrong_sizes(batch_size, eval_batch_size)
         + whole("val_size", val_size, 0, num_train - 1)
-        + choice("channels", channels, (1, 3))
-        + number("mean", mean, least=-1e6, most=1e6)
-        + number("std", std, least=1e-6, most=1e6)
+        + wrong_channels(channels, train[0])
+        + wrong_moments(mean, std, train[0])
         + whole("size", size, 8, 512, null=True)
     )
     if train[0].min() == train[0].max():
@@ -148,25 +252,34 @@ def image_loaders(
     if size is not None:
         train, test = [(_resize(images, size), labels) for images, labels in (train, test)]
 
-    fingerprint = _digest(*train, *test)
-    train, test = [
+    fingerprint = digest(*train, *test)
+    (images, labels), (test_images, test_labels) = [
         (images.to(device), labels.to(device, torch.int64)) for images, labels in (train, test)
     ]
     split = num_train - val_size
-
-    def loader(part: Batch, rows: slice, size: int, shuffle: bool = False) -> ImageLoader:
-        images, labels = part[0][rows], part[1][rows]
-        return ImageLoader(
-            images, labels, batch_size=size, shuffle=shuffle, mean=mean, std=std, channels=channels
-        )
-
-    return DataLoaders(
-        train=loader(train, slice(split), batch_size, shuffle=True),
-        val=loader(train, slice(split, None), eval_batch_size) if val_size else None,
-        test=loader(test, slice(None), eval_batch_size),
-        calib=loader(train, slice(split), batch_size),
+    return tensor_loaders(
+        Part(images[:split], labels[:split]),
+        Part(images[split:], labels[split:]),
+        Part(test_images, test_labels),
+        batch_size=batch_size,
+        eval_batch_size=eval_batch_size,
+        mean=mean,
+        std=std,
+        channels=channels,
+        augment=augment,
         fingerprint=fingerprint,
+        about=about or {},
     )
+
+
+def _resize(images: Tensor, size: int) -> Tensor:
+    """Returns uint8 images of that many pixels a side."""
+    four = images if images.dim() == 4 else images[:, None]
+    parts = [
+        F.interpolate(x, (size, size), mode="bilinear", antialias=True) for x in four.split(CHUNK)
+    ]
+    resized = torch.cat(parts)
+    return resized if images.dim() == 4 else resized[:, 0]
 
 
 def _refuse_empty(num_train: int, num_test: int) -> None:
@@ -177,8 +290,9 @@ def _refuse_empty(num_train: int, num_test: int) -> None:
         )
 
 
-def _digest(*parts: Tensor) -> str:
-    digest = hashlib.sha256()
+def digest(*parts: Tensor) -> str:
+    """Returns the SHA-256 of tensors' values."""
+    found = hashlib.sha256()
     for part in parts:
-        digest.update(part.cpu().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(part.cpu().numpy().tobytes())
+    return found.hexdigest()

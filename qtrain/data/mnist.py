@@ -10,6 +10,7 @@ import torch
 from qtrain.data.loaders import DataLoaders, image_loaders
 
 NUM_SAMPLE_TRAIN = 8000
+ABOUT = {"num_classes": 10}
 
 
 def mnist_sample(**options: Any) -> DataLoaders:
@@ -24,7 +25,8 @@ def mnist_sample(**options: Any) -> DataLoaders:
     ):
         images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
     train, test = slice(NUM_SAMPLE_TRAIN), slice(NUM_SAMPLE_TRAIN, None)
-    return image_loaders((images[train], labels[train]), (images[test], labels[test]), **options)
+    parts = (images[train], labels[train]), (images[test], labels[test])
+    return image_loaders(*parts, about=ABOUT, **options)
 
 
 def mnist(*, root: str, **options: Any) -> DataLoaders:
@@ -59,4 +61,5 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
         raise ValueError(
             f"root={root}: {advice} ({(str(err) or type(err).__name__).splitlines()[0]})"
         ) from err
-    return image_loaders((train.data, train.targets), (test.data, test.targets), **options)
+    parts = (train.data, train.targets), (test.data, test.targets)
+    return image_loaders(*parts, about=ABOUT, **options)

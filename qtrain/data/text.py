@@ -15,6 +15,7 @@ from qtrain.common.validate import MANY, number, refuse, whole
 from qtrain.data.loaders import Batch, DataLoaders, shuffled_indices
 from qtrain.data.tokenizer import Tokenizer, load_tokenizer
 
+CHUNK = 2**20  # tokens looked at at once
 IGNORE = -100  # torch's cross_entropy leaves these targets out
 
 
@@ -25,7 +26,7 @@ class TrainWindows:
     every iteration, so that over the epochs a token is read at every position of a window.
 
     Args:
-        tokens: int64 (N,), on the device where the batches are wanted; N > context.
+        tokens: of any integers (N,), on the device where the batches are wanted; N > context.
         context: tokens a window.
         batch_size: windows a batch; the last batch may be smaller.
         shuffle: False starts at the first token, in one order that never changes (and is random:
@@ -64,7 +65,7 @@ class EvalWindows:
     with at least `context - stride` tokens before it (in the first window: with all there are).
 
     Args:
-        tokens: int64 (N,), on the device where the batches are wanted; N > context.
+        tokens: of any integers (N,), on the device where the batches are wanted; N > context.
         context: tokens a window.
         stride: 1..context. Smaller is slower and scores with more context.
         batch_size: windows a batch; the last batch may be smaller.
@@ -98,7 +99,7 @@ class EvalWindows:
 
 def windows(tokens: Tensor, starts: Tensor, context: int) -> Batch:
     """Returns inputs and targets (B, context) of `tokens` (N,) from each of `starts` (B,) on."""
-    rows = tokens.unfold(0, context + 1, 1)[starts]  # (B, context + 1)
+    rows = tokens.unfold(0, context + 1, 1)[starts].long()  # (B, context + 1)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -158,7 +159,7 @@ def text(
     encoder = load_tokenizer(tokenizer)
     shares = (val_fraction, test_fraction)
     parts, origins = _read(path, valid_path, test_path, shares)
-    tokens = [encoder.encode(part) for part in parts]
+    tokens = [encoded(encoder, part) for part in parts]
     _refuse_short(tokens, origins, context, shares)
     train, *others = (ids.to(device) for ids in tokens)
     val, test = (
@@ -210,10 +211,16 @@ def _refuse_short(
             )
 
 
+def encoded(encoder: Tokenizer, part: str) -> Tensor:
+    """Returns the tokens of a text (N,), each in as few bytes as its vocabulary allows."""
+    small = torch.uint8 if encoder.vocab_size <= 256 else torch.int32
+    return torch.cat([encoder.encode(piece).to(small) for piece in encoder.pieces(part)])
+
+
 def _scored_bytes(encoder: Tokenizer, parts: list[str], tokens: list[Tensor]) -> list[int]:
     """Returns the bytes of validation and test text, less the first token: none predicts it."""
     return [
-        len(part.encode()) - encoder.num_bytes(int(ids[0]))
+        sum(len(piece.encode()) for piece in encoder.pieces(part)) - encoder.num_bytes(int(ids[0]))
         for part, ids in zip(parts[1:], tokens[1:], strict=True)
     ]
 
@@ -221,7 +228,9 @@ def _scored_bytes(encoder: Tokenizer, parts: list[str], tokens: list[Tensor]) ->
 def _digest(tokens: list[Tensor]) -> str:
     digest = hashlib.sha256()
     for ids in tokens:
-        digest.update(len(ids).to_bytes(8, "little") + ids.numpy().tobytes())
+        digest.update(len(ids).to_bytes(8, "little"))
+        for part in ids.split(CHUNK):
+            digest.update(part.long().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,9 +1,12 @@
 """Text to token numbers and back: plain bytes, or the byte-pair encoding of GPT-2."""
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from qtrain.common.validate import refuse, text
 from qtrain.data.gguf import read_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+PIECE = 2**18  # characters encoded at once: a token takes a hundred times its final memory for long
+AFTER_WORD = re.compile(r"\S(?=\s)")
 
 
 class Tokenizer(Protocol):
@@ -32,6 +37,10 @@ class Tokenizer(Protocol):
         """Returns how many bytes of UTF-8 one token stands for."""
         ...
 
+    def pieces(self, text: str) -> Iterator[str]:
+        """Yields parts of `text` whose tokens, one behind the other, are those of the whole."""
+        ...
+
 
 class ByteTokenizer:
     """One token a byte of UTF-8: nothing to learn, to download or to be out of vocabulary.
@@ -44,7 +53,7 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> Tensor:
         """Returns the bytes of `text`, int64 (N,)."""
-        return torch.tensor(bytearray(text.encode()), dtype=torch.uint8).long()
+        return torch.from_numpy(np.frombuffer(text.encode(), np.uint8).astype(np.int64))
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """Returns the text of (N,) tokens; what is no UTF-8, or no byte, becomes U+FFFD."""
@@ -54,6 +63,9 @@ class ByteTokenizer:
     def num_bytes(self, token: int) -> int:
         """Returns 1."""
         return 1
+
+    def pieces(self, text: str) -> Iterator[str]:
+        return (text[start : start + PIECE] for start in range(0, max(len(text), 1), PIECE))
 
 
 class BPETokenizer:
@@ -80,6 +92,29 @@ class BPETokenizer:
     def num_bytes(self, token: int) -> int:
         """Returns the token's length in bytes, each a character of a byte-level vocabulary."""
         return len(self.backend.id_to_token(token))
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """Yields parts that begin with the white space behind a word: GPT-2's rule for words, which
+        comes before any merge, never looks beyond that; of other rules the whole text is a piece.
+        """
+        start = 0
+        while len(text) - start > PIECE and self.cuts_at_spaces:
+            end = AFTER_WORD.search(text, start + PIECE)
+            if end is None:
+                break
+            yield text[start : end.end()]
+            start = end.end()
+        yield text[start:]
+
+    @property
+    def cuts_at_spaces(self) -> bool:
+        rule = json.loads(self.backend.to_str())
+        words = rule["pre_tokenizer"] or {}
+        return rule["normalizer"] is None and (
+            words.get("type") == "ByteLevel"
+            and words.get("use_regex", True)
+            and not words["add_prefix_space"]
+        )
 
 
 def own_tokenizer(pretrained: str | None) -> str:

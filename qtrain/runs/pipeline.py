@@ -98,7 +98,8 @@ def begin(config: DictConfig, run_dir: Path, report: Report, resume: bool, signa
     parts = replace(parts, data=with_fingerprint(config, parts.data))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    settings = OmegaConf.to_container(config)
+    settings = OmegaConf.to_container(config)  # in which nothing is `auto` that the data say
+    report.config, report.about_data = settings, dict(parts.data.about)  # type: ignore[assignment]
     key = digest([settings, code(settings), parts.data.fingerprint, torch.__version__])
     progress = Progress(run_dir, key, resume=resume, signals=signals, writes=ranks.is_first())
     ranks.decide(True, config.device)  # the others read no state that the first is about to remove

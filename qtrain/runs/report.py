@@ -63,6 +63,8 @@ class Report:
     status: str = "ok"  # or "failed", or "interrupted": by a signal, and to be resumed
     error: str | None = None
     data_fingerprint: str | None = None  # a digest of the data's content
+    # Names of classes, what mean and std were measured, files that were left out.
+    about_data: dict[str, Any] = field(default_factory=dict)
     quality: str | None = None
     # Which way the quality goes, and how it is shown and tested.
     scoring: dict[str, Any] = field(default_factory=dict)

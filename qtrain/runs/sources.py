@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import resolve_name
@@ -28,7 +29,10 @@ from qtrain.train.generators import undisturbed
 # The quantizer and measurements have no say in the float model; everything else does. Of a
 # checkpoint that is trained on, the weights count, which the model holds by then.
 SETTINGS = ("model", "data", "task", "trainer", "optimizer", "scheduler", "seed", "device")
-OWN_DATA = ("qtrain.data.mnist.", "qtrain.data.text.")  # their fingerprints are of the content
+# Whose fingerprints are of the content.
+OWN_DATA = tuple(
+    f"qtrain.data.{name}." for name in ("mnist", "text", "arrays", "image_folder", "downloads")
+)
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = {"site-packages", "dist-packages"}
 
@@ -53,7 +57,8 @@ def float_key(config: DictConfig, parts: Parts) -> str:
             )
     sources = code(content)
     if _is_own(config):
-        content["data"].pop("root", None)  # the same data elsewhere are the same data
+        for setting in ("root", "cache_dir"):  # the same data elsewhere are the same data
+            content["data"].pop(setting, None)
     for setting in ("save_every", "max_finetuning_steps"):
         content["trainer"].pop(setting)
     for setting in parts.task.sample_settings:
@@ -71,9 +76,9 @@ def with_fingerprint(config: DictConfig, data: DataLoaders) -> DataLoaders:
     """
     if _is_own(config):
         return data
-    train, val, test, calib = data.train, data.val, data.test, data.calib
-    found = [None if loader is None else one_epoch(loader) for loader in (calib, val, test)]
-    return DataLoaders(train=train, val=val, test=test, calib=calib, fingerprint=digest(found))
+    loaders = (data.calib, data.val, data.test)
+    found = [None if loader is None else one_epoch(loader) for loader in loaders]
+    return replace(data, fingerprint=digest(found))
 
 
 def _is_own(config: DictConfig) -> bool:

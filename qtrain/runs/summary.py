@@ -27,6 +27,13 @@ def summary(report: Report, quality: Quality) -> list[str]:
             [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
         )
         lines.append(f"{label + simulated:>21}: " + ", ".join(facts))
+        others = [
+            f"{name} {value:.4f}"
+            for name, value in metrics.items()
+            if isinstance(value, float) and name not in (quality.name, "loss")
+        ]
+        if others:
+            lines.append(f"{'':>23}{', '.join(others)}")
         if "wrong_per_class" in metrics:
             lines.append(f"{'':>23}{wrong_by_class(metrics['wrong_per_class'])}")
     exact, real = (

@@ -34,6 +34,9 @@ EXPERIMENTS = [path.stem for path in FILES if path.parent.name == "experiment"]
 
 COMPANIONS = {
     ("data", "text"): ["data.path=FILE"],
+    ("data", "arrays"): ["data.path=FILE"],
+    ("data", "image_folder"): ["data.root=FOLDER"],
+    ("data", "dataset"): ["data.train={_target_: torchvision.datasets.FakeData}"],
     ("task", "language_modeling"): ["data=shakespeare"],
 }
 LISTS = {"exporter": "export", "transform": "quant.transforms"}  # keys that take names of files

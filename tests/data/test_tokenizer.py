@@ -1,5 +1,7 @@
 """Tokenizers are reversible, and the byte-pair encoding is that of transformers."""
 
+import functools
+import importlib.util
 import json
 import os
 import sys
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qtrain.data import tokenizer as tokenizer_module
 from qtrain.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
 TEXT = "I have a dream: that one day\n\n  l'été, 日本語 and 🙂 <|endoftext|> will be  tokens.\t"
@@ -118,3 +121,28 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tokens_beyond_the_bytes_which_a_larger_model_has_are_shown_as_unknown():
     assert ByteTokenizer().decode([65, 256, 300, 66]) == "A\ufffd\ufffdB"
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.text(st.sampled_from("ab '’s\n\t 1é日.\u00a0\u2003"), max_size=80), st.integers(1, 20))
+def test_pieces_have_the_tokens_of_the_whole(text: str, size: int) -> None:
+    tokenizers = [ByteTokenizer()]
+    if importlib.util.find_spec("tokenizers"):
+        tokenizers.append(small_bpe())
+    for tokenizer in tokenizers:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tokenizer_module, "PIECE", size)
+            pieces = list(tokenizer.pieces(text))
+        assert "".join(pieces) == text
+        found = torch.cat([tokenizer.encode(piece) for piece in pieces])
+        assert found.equal(tokenizer.encode(text))
+
+
+@functools.cache
+def small_bpe() -> Tokenizer:
+    """A byte-level BPE whose merges reach over white space as far as GPT-2's rule lets them."""
+    import tokenizers
+
+    backend = tokenizers.ByteLevelBPETokenizer()
+    backend.train_from_iterator([f"{TEXT} ab  ab\n\nab 's a's 11 é日.. " * 20], 400)
+    return BPETokenizer(backend)

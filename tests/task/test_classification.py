@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,9 @@ def test_summary_by_hand():
     assert summary.pop("loss") == pytest.approx(sum(cross_entropies()) / 4, rel=1e-6)
     assert summary == {
         "accuracy": 0.5,
+        "top5_accuracy": 1.0,
+        "balanced_accuracy": 0.5,  # of recalls 1, 1/2 and 0
+        "per_class": {"recall": [1.0, 0.5, 0.0], "precision": [0.5, 1.0, 0.0]},
         "wrong_per_class": [0, 1, 1],  # by label, not by prediction
         "confusion": [[1, 0, 0], [0, 1, 1], [1, 0, 0]],  # rows are labels
         "count": 4,
@@ -83,3 +87,62 @@ def test_has_no_sample_to_show():
 def test_what_comparisons_go_by():
     assert TASK.quality in TASK.summary(TASK.metrics(LOGITS, BATCH), LOADER)
     assert TASK.higher_is_better
+
+
+def test_top5_and_balanced_accuracy_are_numpys():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(200, 9)).astype(np.float32)
+    labels = generator.choice(8, 200, p=[0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])  # none of 8
+    batch = torch.zeros(200), torch.from_numpy(labels)
+    found = TASK.summary(TASK.metrics(torch.from_numpy(logits), batch), LOADER)
+    ranks = (logits > logits[np.arange(200), labels][:, None]).sum(1)
+    assert found["top5_accuracy"] == pytest.approx((ranks < 5).mean())
+    right = ranks == 0
+    recalls = [right[labels == label].mean() for label in range(8)]
+    assert found["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+    assert found["per_class"]["recall"] == pytest.approx([*recalls, None])
+
+
+def test_label_smoothing_and_class_weights_are_of_the_training_alone():
+    weights = [1.0, 2.0, 0.5]
+    task = Classification(label_smoothing=0.1, class_weights=weights)
+    log = LOGITS.double().log_softmax(1).numpy()
+    label = LABELS.numpy()
+    weight = np.array(weights)
+    smooth = 0.9 * -log[range(4), label] * weight[label] + 0.1 / 3 * -(log * weight).sum(1)
+    expected = smooth.sum() / weight[label].sum()
+    assert task.loss(LOGITS, BATCH).item() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(task.losses(LOGITS, BATCH), TASK.losses(LOGITS, BATCH))
+    plain = TASK.summary(TASK.metrics(LOGITS, BATCH), LOADER)
+    assert task.summary(task.metrics(LOGITS, BATCH), LOADER) == plain
+
+
+def test_a_loss_of_ones_own():
+    task = Classification(loss=torch.nn.MultiMarginLoss())
+    expected = torch.nn.functional.multi_margin_loss(LOGITS, LABELS)
+    assert torch.equal(task.loss(LOGITS, BATCH), expected)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"label_smoothing": 1}, "label_smoothing=1: must be a number of at least 0 and below 1"),
+        ({"class_weights": "balanced"}, "class_weights=balanced: must be a list"),
+        ({"class_weights": [1.0, -1.0]}, "class_weights=-1.0: must be a number from 0"),
+        ({"loss": "focal"}, "loss=focal: must be a function of (output, target)"),
+        (
+            {"loss": torch.nn.CrossEntropyLoss(), "label_smoothing": 0.1},
+            "label_smoothing=0.1: task.loss has settings of its own",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_options(options, words):
+    with pytest.raises(ValueError) as caught:
+        Classification(**options)
+    assert words in str(caught.value)
+
+
+def test_as_many_class_weights_as_classes():
+    (line,) = Classification(class_weights=[1.0, 2.0]).check_batch(LOGITS, BATCH)
+    assert line.startswith("task.class_weights: has 2 numbers, and the model's output 3 classes")

@@ -1,0 +1,213 @@
+"""Any map-style Dataset of torch's, its samples made as they are asked for."""
+
+import logging
+from collections.abc import Iterator, Sized
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from qtrain.common.validate import WIDE, choice, refuse, whole
+from qtrain.data.checks import wrong_sizes
+from qtrain.data.loaders import Batch, DataLoaders
+from qtrain.data.splits import share_of, three_parts, wrong_shares
+
+log = logging.getLogger(__name__)
+
+
+def dataset(
+    *,
+    train: Any,
+    batch_size: int,
+    eval_batch_size: int,
+    test: Any = None,
+    val: Any = None,
+    calib: Any = None,
+    val_fraction: float | None = None,
+    test_fraction: float | None = None,
+    num_workers: int = 0,
+    on_bad_sample: str = "error",
+    device: str = "cpu",
+) -> DataLoaders:
+    """Returns the loaders of datasets: objects with `__len__` and `__getitem__`.
+
+    A sample is a pair: a tensor, and a label or another target. `targets`
+    of a dataset, as torchvision's have them, are read for stratified
+    splits.
+
+    Args:
+        train: the samples to train on.
+        test, val: to test and to validate on; null: shares of `train`.
+        calib: `train` without augmentation; null: `train` itself.
+        val_fraction, test_fraction: the shares; null: 0.1.
+        num_workers: processes that make samples; 0: none.
+        on_bad_sample: error, or skip a sample that cannot be made.
+        device: of the model; batches are moved there.
+
+    Raises:
+        ValueError: names the parameter and what is allowed; or the sample.
+    """
+    refuse(
+        wrong_sizes(batch_size, eval_batch_size)
+        + whole("num_workers", num_workers, 0, WIDE)
+        + choice("on_bad_sample", on_bad_sample, ("error", "skip"))
+        + _wrong_datasets(train=train, test=test, val=val, calib=calib)
+    )
+    plain = train if calib is None else calib
+    fractions = val_fraction, test_fraction
+    rows = _rows(train, plain, val is not None, test is not None, fractions)
+
+    def loader(samples: Any, name: str, size: int, shuffle: bool = False) -> "SampleLoader":
+        found = Samples(samples, name, skip=on_bad_sample == "skip")
+        return SampleLoader(found, batch_size=size, shuffle=shuffle, num_workers=num_workers)
+
+    held_out = val if val is not None else Subset(plain, rows[1]) if rows[1] else None
+    return DataLoaders(
+        train=loader(Subset(train, rows[0]), "train", batch_size, shuffle=True),
+        val=loader(held_out, "val", eval_batch_size) if held_out is not None else None,
+        test=loader(
+            Subset(plain, rows[2]) if test is None else test,
+            "test",
+            eval_batch_size,
+        ),
+        calib=loader(Subset(plain, rows[0]), "calib", batch_size),
+        fingerprint="",
+        about={"classes": list(train.classes)} if _has_names(train) else {},
+    )
+
+
+def _rows(
+    train: Any,
+    plain: Any,
+    has_val: bool,
+    has_test: bool,
+    fractions: tuple[float | None, float | None],
+) -> list[list[int]]:
+    """Returns the places of the samples for training, validation and testing."""
+    own_val = "val" if has_val else None
+    own_test = "test" if has_test else None
+    refuse(wrong_shares(*fractions, own_val=own_val, own_test=own_test))
+    shares = (
+        share_of(fractions[0], own_val),
+        share_of(fractions[1], own_test),
+    )
+    if len(plain) != len(train):
+        raise ValueError(f"calib: has {len(plain)} samples, and train {len(train)}; give as many")
+    rows = [part.tolist() for part in three_parts(_targets(train), *shares)]
+    if not rows[0] or not has_test and not rows[2]:
+        raise ValueError(f"train: {len(train)} samples are too few for {shares}; give more")
+    return rows
+
+
+def _wrong_datasets(**named: Any) -> list[str]:
+    found = [_wrong_dataset(name, samples) for name, samples in named.items()]
+    return [line for lines in found for line in lines]
+
+
+def _wrong_dataset(name: str, samples: Any) -> list[str]:
+    if samples is None and name != "train":
+        return []
+    if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+        return [
+            f"{name}={type(samples).__name__}: must be a dataset with __len__ and __getitem__, "
+            "as {_target_: mypackage.MyDataset}"
+        ]
+    return [] if len(samples) else [f"{name}: has no sample; give at least one"]
+
+
+def _has_names(samples: Any) -> bool:
+    names = getattr(samples, "classes", None)
+    return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+
+
+def _targets(samples: Any) -> Tensor:
+    """Returns the targets that a dataset tells, or zeros."""
+    known = getattr(samples, "targets", None)
+    if known is not None and len(known) == len(samples):
+        return torch.as_tensor(known)
+    return torch.zeros(len(samples))
+
+
+class Failure(str):
+    """Why a sample cannot be used: returned, for what a worker raises comes as a traceback."""
+
+
+class Samples(Dataset[Any]):
+    """A dataset whose failures can be told by their place."""
+
+    def __init__(self, samples: Any, name: str, *, skip: bool) -> None:
+        self.samples, self.name, self.skip = samples, name, skip
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.samples))
+
+    def __getitem__(self, index: int) -> Any:
+        where = f"{self.name}: sample {self._place(index)}"
+        try:
+            pair = self.samples[index]
+        except Exception as err:  # the user's code raises what it likes
+            return Failure(f"{where} cannot be made ({type(err).__name__}: {err})")
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            return Failure(f"{where} is a {type(pair).__name__}, and must be (tensor, target)")
+        if not isinstance(pair[0], Tensor):
+            kind = type(pair[0]).__name__
+            return Failure(
+                f"{where} holds a {kind}, and must hold a tensor; give the dataset a transform, "
+                "such as torchvision.transforms.v2.PILToTensor and ToDtype"
+            )
+        return pair
+
+    def _place(self, index: int) -> int:
+        return self.samples.indices[index] if isinstance(self.samples, Subset) else index
+
+    def collate(self, pairs: list[Any]) -> Any:
+        """Returns a batch, or the Failure of a sample that must not be left out."""
+        bad = [pair for pair in pairs if isinstance(pair, Failure)]
+        good = [pair for pair in pairs if not isinstance(pair, Failure)]
+        if bad and (not self.skip or not good):
+            return bad[0]
+        shapes = sorted({tuple(inputs.shape) for inputs, _ in good})
+        if len(shapes) > 1:
+            return Failure(
+                f"{self.name}: samples differ in shape: {shapes[0]} and {shapes[1]}; "
+                "let the dataset resize them all"
+            )
+        inputs, targets = default_collate(good)
+        return inputs.float(), torch.as_tensor(targets), bad
+
+
+class SampleLoader:
+    """Batches of a dataset by torch's DataLoader; what fails is named, or skipped and logged."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        num_workers: int,
+    ) -> None:
+        self.skipped: set[str] = set()
+        self.batches = DataLoader(
+            samples,
+            batch_size,
+            shuffle=shuffle,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=samples.collate,
+        )
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            if isinstance(batch, Failure):
+                advice = "" if ";" in batch else "; mend it, or set data.on_bad_sample=skip"
+                raise ValueError(f"data.{batch}{advice}")
+            inputs, targets, bad = batch
+            for reason in set(bad) - self.skipped:
+                log.warning(f"data.{reason}; skipped")
+                self.skipped.add(reason)
+            yield inputs, targets

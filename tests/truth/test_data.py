@@ -1,0 +1,133 @@
+"""Anyone's data: images in folders, arrays, tables and datasets, by one command."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qtrain
+
+USERS = str(Path(__file__).parent / "users")
+FOLDER = ["data=image_folder", "data.root=images"]
+SAMPLES = "data.train={_target_: own_data.Colours, num: 90}"
+
+
+@pytest.fixture
+def own_data(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(USERS)
+    import own_data
+
+    yield own_data
+    sys.modules.pop("own_data")
+
+
+@pytest.mark.parametrize("model", ["convnet", "mlp"])
+def test_a_folder_of_pngs_is_trained_on_quantized_and_loaded(job, own_data, tmp_path, model):
+    own_data.write_folder(tmp_path / "images")
+    run = job(model, *FOLDER, "quant=qat", "quant.epochs=2", "trainer.max_steps=20")
+    assert run.code == 0, run.text
+    report = run.report
+    shape = {"channels": 3, "size": [8, 12]} if model == "convnet" else {"inputs": 288}
+    assert report["config"]["model"].items() >= {**shape, "num_classes": 3}.items()
+    assert report["about_data"]["classes"] == ["class0", "class1", "class2"]
+    assert run.accuracy("quantized") > 0.6
+    images = qtrain.sample_inputs(run.run_dir)[0]
+    assert images.shape == (9, 3, 8, 12)
+    assert qtrain.load(run.run_dir)(images).shape == (9, 3)
+    again = job(model, *FOLDER, "quant=qat", "quant.epochs=2", "trainer.max_steps=20")
+    assert again.report["metrics"] == report["metrics"]
+    assert "images decoded" in run.text and "images decoded" not in again.text
+
+
+def test_augmentation_is_the_same_after_an_interruption(job, own_data, tmp_path):
+    own_data.write_folder(tmp_path / "images")
+    flip = "data.augment=[{_target_: torchvision.transforms.v2.RandomHorizontalFlip}]"
+    words = [*FOLDER, flip, "quant=none", "trainer.epochs=2", "trainer.max_steps=4"]
+    whole = job("mlp", *words, "data.batch_size=30")
+    plain = job("mlp", *[word for word in words if word != flip], "data.batch_size=30")
+    assert whole.code == plain.code == 0, whole.text
+    assert whole.loss("float") != plain.loss("float")
+    again = job("mlp", *words, "data.batch_size=30")
+    assert whole.loss("float") == again.loss("float")
+
+
+def test_a_dataset_by_its_target(job, own_data):
+    run = job("convnet", "data=dataset", SAMPLES, "data.num_workers=1", "quant=ptq")
+    assert run.code == 0, run.text
+    assert run.report["config"]["model"]["num_classes"] == 3
+    assert run.report["metrics"]["float"]["count"] == 9
+    bad = SAMPLES.replace("90", "90, bad: 5")
+    failed = job("convnet", "data=dataset", bad, "quant=ptq")
+    assert failed.code == 1
+    assert "sample 5 cannot be made (OSError: image file is truncated)" in failed.text
+    assert "Traceback" not in failed.text
+    skipped = job("convnet", "data=dataset", bad, "quant=ptq", "data.on_bad_sample=skip")
+    assert skipped.code == 0 and "sample 5" in skipped.text
+
+
+@pytest.mark.parametrize("kind", ["npz", "csv"])
+def test_arrays_and_tables(job, tmp_path, kind):
+    x = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
+    y = (x[:, 0] > 0).astype(int)
+    if kind == "npz":
+        np.savez(tmp_path / "t.npz", x=x, y=y)
+    else:
+        rows = "".join(
+            f"{','.join(map(str, r))},{'no yes'.split()[c]}\n" for r, c in zip(x, y, strict=True)
+        )
+        (tmp_path / "t.csv").write_text("a,b,c,d,e,kind\n" + rows)
+    target = ["data.target=kind"] if kind == "csv" else []
+    words = ["data=arrays", f"data.path=t.{kind}", *target, "quant=ptq"]
+    run = job("mlp", *words, "trainer.max_steps=40", "trainer.epochs=20", "optimizer.lr=0.01")
+    assert run.code == 0, run.text
+    assert run.report["config"]["model"].items() >= {"inputs": 5, "num_classes": 2}.items()
+    assert run.accuracy("quantized") >= 0.85
+
+
+def test_mistakes_with_data_name_the_file_and_what_to_do(job, own_data, tmp_path):
+    own_data.write_folder(tmp_path / "images")
+    broken = tmp_path / "images" / "class1" / "7.png"
+    broken.write_bytes(b"no image")
+    run = job("convnet", *FOLDER)
+    assert run.code == 1 and "Traceback" not in run.text
+    assert "data.on_bad_sample=error" in run.text and "images/class1/7.png" in run.text
+    assert "data.on_bad_sample=skip" in run.text
+    run = job("convnet", *FOLDER, "data.on_bad_sample=skip")
+    assert run.code == 0
+    assert run.report["about_data"]["left_out"] == ["images/class1/7.png"]
+    (tmp_path / "images" / "class3").mkdir()
+    run = job("convnet", *FOLDER, "data.on_bad_sample=skip")
+    assert run.code == 1 and "images/class3 holds no image" in run.text
+
+
+@pytest.mark.parametrize(
+    "labels, words",
+    [
+        ([1, 2, 3], "model.num_classes=auto: labels reach from 1 to 3; count them from 0"),
+        ([-1, 0, 1], "model.num_classes=auto: labels reach from -1 to 1; count them from 0"),
+    ],
+)
+def test_labels_out_of_range(job, tmp_path, labels, words):
+    np.savez(tmp_path / "t.npz", x=np.random.rand(60, 4), y=np.array(labels * 20))
+    run = job("mlp", "data=arrays", "data.path=t.npz")
+    assert run.code == 1 and words in run.text, run.text
+    run = job("mlp", "data=arrays", "data.path=t.npz", "model.num_classes=3")
+    assert run.code == 1 and "labels" in run.text and "Traceback" not in run.text
+
+
+def test_a_size_given_wins_over_what_the_data_say(job, tmp_path):
+    run = job("mlp", "quant=none", "model.num_classes=12")
+    assert run.code == 0 and len(run.report["metrics"]["float"]["confusion"]) == 12
+    run = job("convnet", "data=shakespeare", "task=classification")
+    assert run.code == 1 and "model.channels=auto: a sample has shape (64,)" in run.text
+
+
+def test_the_bundled_digits_models_are_as_they_were(job):
+    run = job("convnet", "quant=none")
+    model = {"channels": 1, "size": [28, 28], "num_classes": 10}
+    assert run.report["config"]["model"].items() >= model.items()
+    weights = qtrain.load_float(run.run_dir).state_dict()
+    shapes = {"conv1.weight": (16, 1, 3, 3), "linear1.weight": (128, 1568), "linear2.bias": (10,)}
+    assert {name: tuple(weights[name].shape) for name in shapes} == shapes
+    assert run.report["about_data"] == {"num_classes": 10}

@@ -1,0 +1,39 @@
+"""Data as people have them: a Dataset of colour images, and files of such."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+
+def draw(label, index, height, width):
+    """Noise, one of whose colours is stronger: which, tells the label."""
+    noise = np.random.default_rng([label, index]).integers(0, 160, (height, width, 3))
+    noise[..., label % 3] += 90 if label < 3 else 40
+    return noise.astype(np.uint8)
+
+
+class Colours(Dataset):
+    def __init__(self, *, num, classes=3, bad=-1):
+        self.num, self.bad = num, bad
+        self.targets = [index % classes for index in range(num)]
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, index):
+        if index == self.bad:
+            raise OSError("image file is truncated")
+        image = torch.from_numpy(draw(self.targets[index], index, 8, 12))
+        return image.permute(2, 0, 1) / 255, self.targets[index]
+
+
+def write_folder(root, *, classes=3, num=30, height=8, width=12):
+    for label in range(classes):
+        folder = Path(root) / f"class{label}"
+        folder.mkdir(parents=True)
+        for index in range(num):
+            image = Image.fromarray(draw(label, index, height, width))
+            image.save(folder / f"{index}.png")
