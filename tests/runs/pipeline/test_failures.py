@@ -6,13 +6,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from small_runs import (
-    SGD,
-    compose,
-    digits,
-    execute,
-    strict_json,
-)
+from small_runs import SGD, compose, digits, execute, strict_json
 
 from qtrain.analyze.truth import TruthError
 from qtrain.config import build

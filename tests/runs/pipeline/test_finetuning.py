@@ -1,15 +1,7 @@
 """Fine-tuning: which epoch is kept, what settings it has, which bits are simulated."""
 
 import pytest
-from small_runs import (
-    COSINE,
-    LONG,
-    PER_TENSOR,
-    QAT,
-    compose,
-    execute,
-    int8_scores,
-)
+from small_runs import COSINE, LONG, PER_TENSOR, QAT, compose, execute, int8_scores
 
 from qtrain.runs import trainings
 

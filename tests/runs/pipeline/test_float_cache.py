@@ -4,15 +4,7 @@ import logging
 
 import pytest
 import torch
-from small_runs import (
-    COSINE,
-    DYNAMIC,
-    QAT,
-    SGD,
-    compose,
-    digits,
-    execute,
-)
+from small_runs import COSINE, DYNAMIC, QAT, SGD, compose, digits, execute
 from torch import nn
 
 from qtrain.config import build

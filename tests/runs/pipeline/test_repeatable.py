@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from small_runs import (
-    COSINE,
-    METHODS,
-    QAT,
-    execute,
-)
+from small_runs import COSINE, METHODS, QAT, execute
 
 from qtrain.model.mlp import MLP
 from qtrain.runs.checkpoint import load_weights

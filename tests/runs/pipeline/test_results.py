@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from small_runs import (
-    METHODS,
-    compose,
-    strict_json,
-)
+from small_runs import METHODS, compose, strict_json
 
 from qtrain.runs import work
 

@@ -6,17 +6,7 @@ import re
 import pytest
 import torch
 from omegaconf import DictConfig
-from small_runs import (
-    COSINE,
-    DYNAMIC,
-    LONG,
-    PER_TENSOR,
-    QAT,
-    SGD,
-    compose,
-    execute,
-    int8_scores,
-)
+from small_runs import COSINE, DYNAMIC, LONG, PER_TENSOR, QAT, SGD, compose, execute, int8_scores
 
 CONVNET, X86 = "model=convnet model.width=2", "quant.engine=x86"
 WEIGHT_PERCENTILE = "observer@quant.weight.observer=percentile"
@@ -52,14 +42,10 @@ def fact(path):
 WEIGHT_ONLY, LLM_INT8, ABSMAX, ZEROPOINT = (
     f"quant={m}" for m in ("weight_only", "llm_int8", "absmax", "zeropoint")
 )
-
-
 HISTOGRAM, MOVING, PERCENTILE = (
     f"observer@quant.activation.observer={name}"
     for name in ("histogram", "moving_average", "percentile")
 )
-
-
 SETTINGS = [  # what both runs have, what one of them has in addition, what then differs
     ("", "name=mine", fact("name")),
     ("", "seed=1", float_weights),

@@ -3,9 +3,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from small_runs import (
-    compose,
-)
+from small_runs import compose
 
 from qtrain.config import build
 from qtrain.runs import pipeline, stages
