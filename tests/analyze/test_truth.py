@@ -1,68 +1,20 @@
+"""The truth gate: its numbers, and what it lets a run fail for."""
+
 import math
-from functools import partial
 
 import pytest
 import torch
+from calibration import calibrated
 from torch import nn
+from truth_gate import GATE, Residual, compare
 
-from qtrain.analyze.blame import blame
-from qtrain.analyze.finite import finite_outputs, require_finite_weights
-from qtrain.analyze.truth import (
-    TruthError,
-    TruthGate,
-    divergence,
-    layer_outputs,
-)
+from qtrain.analyze.truth import TruthGate, divergence, layer_outputs
 from qtrain.backend import torch_ao
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
-from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.simulation import output_points
 from qtrain.simulate.sites import QuantModule
-
-GATE = {"on_failure": "error", "samples": 32, "max_steps": 1.0, "max_range_ratio": 1.25}
-
-
-def calibrated(quantizer, model, *inputs):
-    prepared = quantizer.prepare(model)
-    quantizer.calibrate(prepared, [inputs])
-    return prepared
-
-
-def compare(quantizer, prepared, *inputs, **settings):
-    models = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
-    return TruthGate(**{**GATE, **settings}).compare(*models, inputs)
-
-
-class Branches(nn.Module):
-    """Inputs of positive mean take layer a, others layer b; a spare FloatFunctional is unused."""
-
-    def __init__(self):
-        super().__init__()
-        self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.spare = torch_ao.FloatFunctional()
-
-    def forward(self, x):
-        positive = x.mean() > 0
-        x = self.quant(x)
-        return self.dequant(self.a(x) if positive else self.b(x))
-
-
-class Residual(nn.Module):
-    """linear(x), and unless x is all positive x + linear(x), the sum by a FloatFunctional."""
-
-    def __init__(self):
-        super().__init__()
-        self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
-        self.linear, self.sum = nn.Linear(4, 4), torch_ao.FloatFunctional()
-
-    def forward(self, x):
-        simple = (x > 0).all()
-        x = self.quant(x)
-        return self.dequant(self.linear(x) if simple else self.sum.add(x, self.linear(x)))
 
 
 class TwoInputs(nn.Module):
@@ -77,9 +29,6 @@ class TwoInputs(nn.Module):
 
     def forward(self, x, y):
         return self.dequant(self.sum.add(self.linear(self.first(x)), self.second(y)))
-
-
-# ---- settings ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -106,65 +55,6 @@ def test_all_mistakes_are_told_at_once():
         TruthGate(on_failure="", samples=-1, max_steps=-1, max_range_ratio=0)
     keys = [line.split("=")[0] for line in str(err.value).splitlines()]
     assert keys == ["on_failure", "samples", "max_steps", "max_range_ratio"]
-
-
-# ---- layers that calibration did not reach -------------------------------------------------------
-
-
-@pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_a_layer_that_calibration_never_took_fails_by_name(is_qat, make_ptq, make_qat):
-    quantizer = (make_qat if is_qat else make_ptq)()
-    prepared = calibrated(quantizer, Branches().eval(), torch.rand(8, 4))
-    (failure,) = TruthGate(**GATE).unobserved(prepared.model)
-    assert (
-        failure.startswith("layer b: its observer saw no data")
-        and "quant.layers={b: float}" in failure
-    )
-    quantizer.calibrate(prepared, [(torch.rand(8, 4),), (-torch.rand(8, 4),)])
-    assert TruthGate(**GATE).unobserved(prepared.model) == []
-
-
-def test_without_calibration_every_layer_fails(convnet, make_ptq):
-    failures = TruthGate(**GATE).unobserved(make_ptq().prepare(convnet).model)
-    assert [failure.split(":")[0].split()[1] for failure in failures] == [
-        "conv1",
-        "conv2",
-        "linear1",
-        "linear2",
-    ]
-
-
-def test_torch_converts_what_was_never_observed_with_scale_1(make_ptq):
-    """What the gate is for: nothing in conversion itself objects."""
-    quantizer = make_ptq()
-    quantized = quantizer.convert(calibrated(quantizer, Branches().eval(), torch.rand(8, 4)))
-    assert (quantized.b.scale, quantized.b.zero_point) == (1.0, 0)
-
-
-def test_a_spare_float_functional_is_no_failure(make_ptq):
-    quantizer = make_ptq()
-    batches = torch.rand(8, 4), -torch.rand(8, 4)
-    prepared = quantizer.prepare(Branches().eval())
-    quantizer.calibrate(prepared, [(batch,) for batch in batches])
-    assert "spare" in output_points(prepared.model)
-    assert TruthGate(**GATE).unobserved(prepared.model) == []
-    section, failures = compare(quantizer, prepared, batches[0])
-    assert failures == [] and "spare" not in section["sqnr_db"]
-
-
-def test_a_float_functional_used_without_calibration_fails_by_name(make_ptq):
-    quantizer = make_ptq()
-    prepared = calibrated(quantizer, Residual().eval(), torch.rand(8, 4))
-    assert TruthGate(**GATE).unobserved(prepared.model) == []
-    fake = quantizer.fake(prepared)
-    with pytest.raises(
-        ValueError, match=r"layer sum \(FloatFunctional\) .* did not during calibration"
-    ):
-        with blame(fake, "fake-quantized"):
-            fake(torch.randn(8, 4))
-
-
-# ---- the numbers ---------------------------------------------------------------------------------
 
 
 def test_sqnr_of_each_layer_is_that_of_the_formula(engine, convnet, images, make_ptq):
@@ -261,9 +151,6 @@ def test_outputs_come_in_the_order_of_execution_of_float_functionals_too(make_pt
     assert not quantized.linear._forward_hooks
 
 
-# ---- simulation against conversion ---------------------------------------------------------------
-
-
 def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, make_ptq):
     quantizer = make_ptq("qnnpack")
     prepared = calibrated(quantizer, mlp, images)
@@ -308,9 +195,6 @@ def test_sound_models_pass_on_every_engine(is_qat, engine, model, images, make_p
     quantizer = (make_qat if is_qat else make_ptq)(engine)
     section, failures = compare(quantizer, calibrated(quantizer, model, images), images)
     assert failures == [] and section["min_sqnr_db"] > 20
-
-
-# ---- inputs unlike those of calibration ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
@@ -359,81 +243,3 @@ def test_every_input_of_the_model_is_looked_at(which, engine, make_ptq, request)
         failure.startswith(f"layer {('first', 'second')[which]}: evaluation inputs")
         for failure in failures
     )
-
-
-# ---- NaN and infinity ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("name", ["conv1.weight", "bn2.running_var", "linear2.bias"])
-def test_a_weight_that_is_not_finite_is_named(name, value, convnet):
-    require_finite_weights(convnet)
-    convnet.state_dict()[name].view(-1)[1] = value
-    size = convnet.state_dict()[name].numel()
-    with pytest.raises(TruthError, match=rf"layer {name}: 1 of {size} weights are NaN or infinite"):
-        require_finite_weights(convnet)
-
-
-def test_prepared_models_are_checked_past_their_empty_observers(
-    convnet, images, make_ptq, make_qat
-):
-    for quantizer in (make_ptq(), make_qat()):
-        require_finite_weights(quantizer.prepare(convnet).model)
-        prepared = calibrated(quantizer, convnet, images)
-        require_finite_weights(prepared.model)
-        require_finite_weights(quantizer.convert(prepared))
-    prepared.model.linear2.weight.data[0, 0] = math.nan
-    with pytest.raises(TruthError, match="layer linear2.weight: 1 of"):
-        require_finite_weights(prepared.model)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize("method", ["ptq", "ptq_histogram", "qat"])
-def test_a_calibration_batch_that_is_not_finite_is_named_with_its_layer(
-    method, value, convnet, images, make_ptq, make_qat
-):
-    if method == "ptq_histogram":  # torch's observer, which would raise an error of its own for NaN
-        quantizer = make_ptq(activation={"observer": partial(HistogramObserver, bins=64)})
-    else:
-        quantizer = (make_qat if method == "qat" else make_ptq)()
-    prepared = quantizer.prepare(convnet)
-    batches = [(batch.clone(),) for batch in images.split(8)]
-    with finite_outputs(prepared.model, "calibration"):
-        quantizer.calibrate(prepared, batches)
-    batches[2][0][3, 0, 5, 5] = value
-    with pytest.raises(
-        TruthError, match="layer quant: its output is not finite in calibration, batch 2"
-    ):
-        with finite_outputs(prepared.model, "calibration"):
-            quantizer.calibrate(prepared, batches)
-
-
-def test_the_layer_where_nan_arises_is_the_one_that_is_named(convnet, images, make_ptq):
-    quantizer = make_ptq()
-    prepared = quantizer.prepare(convnet)
-    prepared.model.conv2.weight.data[0, 0, 0, 0] = math.nan
-    with pytest.raises(
-        TruthError, match="layer conv2: its output is not finite in calibration, batch 0"
-    ):
-        with finite_outputs(prepared.model, "calibration"):
-            quantizer.calibrate(prepared, [(images,)])
-
-
-def test_a_float_functional_where_infinity_arises_is_named(make_ptq):
-    quantizer = make_ptq()
-    prepared = quantizer.prepare(Residual().eval())
-    huge = torch.full((2, 4), -3e38)
-    prepared.model.linear.weight.data.copy_(torch.eye(4))
-    with pytest.raises(
-        TruthError, match="layer sum: its output is not finite in calibration, batch 0"
-    ):
-        with finite_outputs(prepared.model, "calibration"):
-            quantizer.calibrate(prepared, [(huge,)])
-
-
-def test_the_watch_ends_with_the_block(convnet, images, make_ptq):
-    prepared = make_ptq().prepare(convnet)
-    with pytest.raises(TruthError, match="layer quant: .*in evaluation, batch 7"):
-        with finite_outputs(prepared.model, "evaluation", first_batch=7):
-            prepared(images * math.nan)
-    assert prepared(images * math.nan).isnan().any()

@@ -16,31 +16,6 @@ from qtrain.observer.base import make_observer
 from qtrain.simulate import batch_norm as module
 from qtrain.simulate.batch_norm import TRAINING
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.simulation import output_points
-
-CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
-@pytest.fixture
-def make(make_qat, between):
-    """make(conv_bn): the simulation of Conv-BN, its outputs float unless told."""
-
-    def make(conv_bn, dims=2, relu=False, bias=False, momentum=0.1, activations=False, **settings):
-        torch.manual_seed(0)
-        norm = NORMS[dims](6, momentum=momentum)
-        nn.init.normal_(norm.weight)  # some below 0
-        nn.init.normal_(norm.bias)
-        layers = [CONVS[dims](4, 6, 3, bias=bias), norm, *[nn.ReLU()] * relu]
-        quantizer = make_qat(conv_bn=conv_bn, **settings)
-        prepared = quantizer.prepare(between(*layers, fuse=[range(len(layers))])).train()
-        quantizer.on_epoch(prepared, 0)
-        if not activations:  # rounding would make whole steps of the last digits
-            for point in output_points(prepared.model).values():
-                point.observing = point.quantizing = False
-        return prepared
-
-    return make
 
 
 def torchs(site, *, frozen=False):
@@ -141,7 +116,7 @@ CASES = pytest.mark.parametrize(
 # last digit decides.
 @pytest.mark.parametrize("weight", [{}, {"symmetric": False}], ids=["narrow_range", "asymmetric"])
 @CASES
-def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, weight, make):
+def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, weight, make_conv_bn):
     shape = {
         "dims": dims,
         "relu": relu,
@@ -150,7 +125,7 @@ def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, we
         "engine": "fbgemm",
         "weight": weight,
     }
-    worst = sorted(max(found.values()) for found in train(make("exact", **shape), dims))
+    worst = sorted(max(found.values()) for found in train(make_conv_bn("exact", **shape), dims))
     # Of 65,000 weights, a few may come so close to a tie as to be rounded the other way.
     assert worst[94] < 1e-5 and worst[99] < 1e-2
 
@@ -164,76 +139,18 @@ def batch_norm(request, monkeypatch):
 
 @CASES
 def test_folded_is_torchs_slow_path_where_weights_are_not_rounded(
-    dims, relu, bias, momentum, make, batch_norm
+    dims, relu, bias, momentum, make_conv_bn, batch_norm
 ):
     shape = {"dims": dims, "relu": relu, "bias": bias, "momentum": momentum}
-    prepared = make("folded", **shape)
+    prepared = make_conv_bn("folded", **shape)
     prepared.model.body[0].weight_q.quantizing = False
     for found in train(prepared, dims):
         assert max(found.values()) < 1e-5, found
 
 
-@pytest.mark.parametrize("shape", [(7, 6, 40), (5, 6, 9, 11), (3, 6, 4, 5, 6)], ids=str)
-@pytest.mark.parametrize("offset", [0.0, 3.0])
-def test_own_batch_norm_is_torchs(shape, offset):
-    x, weights = torch.randn(shape) * 2 + offset, torch.randn(shape)
-    norm = NORMS[len(shape) - 2](6)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    found, expected = x.clone().requires_grad_(), x.double().requires_grad_()
-    output, mean, var = module._BatchNorm.apply(found, norm.weight, norm.bias, norm.eps)
-    (output * weights).sum().backward()
-    grads = [found.grad, norm.weight.grad, norm.bias.grad]
-    reference = copy.deepcopy(norm.double())
-    reference.zero_grad()
-    (reference(expected) * weights).sum().backward()
-    torch.testing.assert_close(output.double(), reference(expected), rtol=1e-5, atol=1e-5)
-    for grad, exact in zip(
-        grads, [expected.grad, reference.weight.grad, reference.bias.grad], strict=True
-    ):
-        assert (grad - exact).norm() < 1e-5 * exact.norm()
-    axes = [0, *range(2, len(shape))]
-    torch.testing.assert_close(mean.double(), x.double().mean(axes), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(var.double(), x.double().var(axes, correction=0), rtol=1e-5, atol=0)
-
-
-def test_own_batch_norm_stays_exact_far_from_0(make, monkeypatch):
-    """Sums of squares alone would lose the variance: of 1e8 + 1, float32 knows the 1e8."""
-    monkeypatch.setattr(module, "MANY", 0)
-    model, x = make("folded", bias=True), torch.randn(50, 4, 6, 6)
-    layer = model.model.body[0]
-    with torch.no_grad():
-        layer.bias.fill_(1e4)
-    layer.bn.running_mean.fill_(1e4)
-    layer.weight_q.quantizing = False
-    expected = F.batch_norm(
-        F.conv2d(x.double(), layer.weight.double()),
-        None,
-        None,
-        layer.bn.weight.double(),
-        layer.bn.bias.double(),
-        True,
-    )
-    torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(layer.bn.running_mean, torch.full((6,), 1e4), rtol=1e-4, atol=0)
-
-
-def test_own_batch_norm_is_for_many_numbers_on_cpus(make, monkeypatch):
-    calls, apply = [], module._BatchNorm.apply
-    monkeypatch.setattr(module._BatchNorm, "apply", lambda *args: calls.append(1) or apply(*args))
-    model, x = make("folded"), torch.randn(2, 4, 6, 6)
-    for many, expected in ((2 * 6 * 36 + 1, 0), (2 * 6 * 36, 1)):
-        monkeypatch.setattr(module, "MANY", many)
-        model(x)
-        assert len(calls) == expected
-    with torch.autocast("cpu", torch.bfloat16):
-        model(x)
-    assert len(calls) == 1
-
-
-def test_integers_of_a_narrow_range_need_no_factor(make):
+def test_integers_of_a_narrow_range_need_no_factor(make_conv_bn):
     """What batch-norm multiplies a channel by changes the sign of its integers at most."""
-    model = make("folded", engine="fbgemm", weight={"narrow_range": True, "bits": 4})
+    model = make_conv_bn("folded", engine="fbgemm", weight={"narrow_range": True, "bits": 4})
     layer, x = model.model.body[0], torch.randn(5, 4, 6, 6)
     layer.bn.running_var.uniform_(0.1, 9)
     factor = (
@@ -254,7 +171,7 @@ def test_integers_of_a_narrow_range_need_no_factor(make):
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
 @CASES
 def test_both_are_torchs_slow_path_where_batch_norm_is_frozen(
-    conv_bn, dims, relu, bias, momentum, make
+    conv_bn, dims, relu, bias, momentum, make_conv_bn
 ):
     shape = {
         "dims": dims,
@@ -263,16 +180,16 @@ def test_both_are_torchs_slow_path_where_batch_norm_is_frozen(
         "momentum": momentum,
         "freeze_batch_norm_epoch": 0,
     }
-    for found in train(make(conv_bn, **shape), dims, steps=20, frozen=True):
+    for found in train(make_conv_bn(conv_bn, **shape), dims, steps=20, frozen=True):
         assert max(found.values()) < 1e-5, found
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("bits", [3, 8])
-def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularity, make):
+def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularity, make_conv_bn):
     """torch's kernel rounds the folded weights; dividing them by the factor restores them."""
     weight = {"bits": bits, "symmetric": False, "granularity": granularity}
-    model = make("folded", engine="fbgemm", weight=weight)
+    model = make_conv_bn("folded", engine="fbgemm", weight=weight)
     layer, x = model.model.body[0], torch.randn(5, 4, 6, 6)
     x = x * 2 + 1
     factor = (
@@ -300,8 +217,8 @@ def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularit
 
 
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
-def test_a_gamma_of_0_learns_to_be_another(conv_bn, make, batch_norm):
-    model = make(conv_bn)
+def test_a_gamma_of_0_learns_to_be_another(conv_bn, make_conv_bn, batch_norm):
+    model = make_conv_bn(conv_bn)
     layer = model.model.body[0]
     with torch.no_grad():
         layer.bn.weight[:3] = 0
@@ -317,8 +234,8 @@ def test_a_gamma_of_0_learns_to_be_another(conv_bn, make, batch_norm):
 
 
 @pytest.mark.parametrize("conv_bn", TRAINING)
-def test_both_convert_to_the_integers_of_torchs_own_layer(conv_bn, make, make_qat):
-    prepared = make(conv_bn, activations=True)
+def test_both_convert_to_the_integers_of_torchs_own_layer(conv_bn, make_conv_bn, make_qat):
+    prepared = make_conv_bn(conv_bn, activations=True)
     prepared(torch.randn(5, 4, 6, 6))
     site = prepared.model.body[0]
     reference = torchs(site)

@@ -1,41 +1,11 @@
+"""The state of a fake-quantizer: saved, loaded, copied."""
+
 import copy
 import io
-from functools import partial
 
 import pytest
 import torch
-
-from qtrain.functional.spec import QuantSpec
-from qtrain.observer.base import make_observer
-from qtrain.observer.histogram import HistogramObserver
-from qtrain.observer.minmax import MinMaxObserver
-from qtrain.observer.moving_average import MovingAverageObserver
-from qtrain.observer.percentile import PercentileObserver
-from qtrain.simulate.fake_quantize import FakeQuantize
-
-OBSERVERS = {
-    "minmax": MinMaxObserver,
-    "moving_average": partial(MovingAverageObserver, averaging_constant=0.1),
-    "histogram": partial(HistogramObserver, bins=64),
-    "percentile": partial(PercentileObserver, percentile=99.0, bins=64),
-}
-PER_TENSOR_ONLY = ("histogram", "percentile")
-
-
-def make(
-    *, granularity="per_tensor", observer=MinMaxObserver, observing=True, quantizing=True, **fields
-):
-    spec = QuantSpec(symmetric=False, granularity=granularity, observer=observer, **fields)
-    return FakeQuantize(
-        make_observer(spec, signed=False), observing=observing, quantizing=quantizing
-    )
-
-
-def frozen(module):
-    """The module, quantizing with what it has observed so far."""
-    module.observing = False
-    module.quantizing = True
-    return module
+from fake_quantizers import OBSERVERS, PER_TENSOR_ONLY, frozen, make
 
 
 def reloaded(module, fresh):

@@ -48,7 +48,7 @@ def test_a_refused_join_does_differ_when_the_gate_only_warns(job):
     [("skip", [["bn", "relu"]]), ("skip", [["conv", "bn", "relu"]]), ("plain", [["conv", "relu"]])],
 )
 def test_a_fusion_that_changes_the_model_is_refused_before_training(job, kind, groups, quant):
-    run = job("nets.Fused", f"quant={quant}", kind=kind, groups=groups)
+    run = job("fused_nets.Fused", f"quant={quant}", kind=kind, groups=groups)
     assert run.code == 1 and "Traceback" not in run.text
     assert (
         "fuse_model changes what the model computes" in run.text and "float: epoch" not in run.text
@@ -56,7 +56,7 @@ def test_a_fusion_that_changes_the_model_is_refused_before_training(job, kind, g
 
 
 def test_the_gate_says_from_which_layer_on_a_fusion_is_wrong(job):
-    run = job("nets.Fused", kind="skip", groups=[["conv", "bn", "relu"]])
+    run = job("fused_nets.Fused", kind="skip", groups=[["conv", "bn", "relu"]])
     assert "from layer add on" in run.text
 
 

@@ -34,7 +34,7 @@ def test_a_float_layer_called_by_keyword_runs(job):
 
 
 def test_one_layer_on_both_sides_of_a_stub_is_named(job):
-    run = job("nets.Everywhere")
+    run = job("shared_nets.Everywhere")
     assert (
         run.code == 1
         and "layer act (SiLU) runs both between QuantStub and DeQuantStub and outside" in run.text
@@ -48,5 +48,5 @@ def test_one_layer_on_both_sides_of_a_stub_is_named(job):
 @pytest.mark.parametrize("kind", ["linear", "prelu"])
 @pytest.mark.parametrize("engine", ["auto", "reference"])
 def test_a_layer_under_two_names_is_refused_by_name(job, engine, kind):
-    run = job("nets.TwoNames", f"quant.engine={engine}", kind=kind)
+    run = job("shared_nets.TwoNames", f"quant.engine={engine}", kind=kind)
     assert run.code == 1 and "layer two.0 is layer one.0 under a second name" in run.text, run.text

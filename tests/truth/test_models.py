@@ -46,7 +46,7 @@ def test_a_forward_that_changes_its_input_is_sound(job, quant):
 @BOTH
 @pytest.mark.parametrize("kind", ["relu", "pool", "dropout"])
 def test_one_object_without_weights_in_two_places_is_sound(job, kind, quant):
-    assert agrees(job("nets.Shared", f"quant={quant}", kind=kind))
+    assert agrees(job("shared_nets.Shared", f"quant={quant}", kind=kind))
 
 
 @BOTH
@@ -57,43 +57,49 @@ def test_a_kept_activation_is_sound(job, quant):
 @BOTH
 @pytest.mark.parametrize("kind", ["plain", "relu6", "not_affine"])
 def test_fusions_that_torch_lacks_are_left_apart(job, kind, quant):
-    assert agrees(job("nets.Fused", f"quant={quant}", kind=kind, groups=[["conv", "bn", "relu"]]))
+    assert agrees(
+        job("fused_nets.Fused", f"quant={quant}", kind=kind, groups=[["conv", "bn", "relu"]])
+    )
 
 
 @BOTH
 def test_linear_batch_norm_relu_fuses(job, quant):
-    run = job("nets.LinearBN", f"quant={quant}")
+    run = job("fused_nets.LinearBN", f"quant={quant}")
     assert agrees(run)
     assert run.report["coverage"]["macs_quantized"] == 1
 
 
 def test_fuse_model_as_most_have_it_needs_no_argument(job):
     groups = [["conv", "bn", "relu"]]
-    assert agrees(job("nets.FusedAsTorchDoes", groups=groups))
+    assert agrees(job("fused_nets.FusedAsTorchDoes", groups=groups))
     assert refused(
-        job("nets.FusedAsTorchDoes", "quant=qat", groups=groups), "fuse_model", "is_qat=is_qat"
+        job("fused_nets.FusedAsTorchDoes", "quant=qat", groups=groups),
+        "fuse_model",
+        "is_qat=is_qat",
     )
 
 
 def test_what_fuse_model_raises_names_it(job):
     groups = [["conv", "bn", "relu"]]
     assert refused(
-        job("nets.FusedForEvaluation", "quant=qat", groups=groups),
+        job("fused_nets.FusedForEvaluation", "quant=qat", groups=groups),
         "fuse_model",
         "fuses for evaluation",
     )
     assert refused(
-        job("nets.Fused", groups=[["conv1", "bn"]]), "fuse_model", "conv1 is no module of Fused"
+        job("fused_nets.Fused", groups=[["conv1", "bn"]]),
+        "fuse_model",
+        "conv1 is no module of Fused",
     )
     assert refused(
-        job("nets.Fused", groups=groups, kind="no_statistics"),
+        job("fused_nets.Fused", groups=groups, kind="no_statistics"),
         "bn (BatchNorm2d)",
         "track_running_stats",
     )
 
 
 def test_unfused_batch_norms_are_noted(job):
-    run = job("nets.Fused", groups=[])
+    run = job("fused_nets.Fused", groups=[])
     assert agrees(run)
     assert "conv + bn" in run.text
 
@@ -162,7 +168,7 @@ def test_recurrent_cells_are_refused_and_their_remedy_is_named(job):
 def test_layers_go_by_the_users_names(job):
     """Not by those of the parts that fusing makes, whose advice quant.layers would not take."""
     run = job(
-        "nets.Fused",
+        "fused_nets.Fused",
         "data._target_=datasets.huge_calibration",
         groups=[["conv", "relu"]],
         kind="straight",

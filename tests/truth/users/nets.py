@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qtrain import DeQuantStub, FloatFunctional, QuantStub, fuse
+from qtrain import DeQuantStub, FloatFunctional, QuantStub
 
 
 class Base(nn.Module):
@@ -58,60 +58,6 @@ class Joined(Base):
         return self.dequant(y)
 
 
-class Fused(Base):
-    """Conv, batch-norm, ReLU and a skip connection, fused as `groups` says."""
-
-    def __init__(self, groups, kind="plain"):
-        super().__init__()
-        self.groups, self.kind = groups, kind
-        self.conv, self.bn = (
-            nn.Conv2d(1, 4, 3, stride=2),
-            nn.BatchNorm2d(4, affine=kind != "not_affine"),
-        )
-        if kind == "no_statistics":
-            self.bn = nn.BatchNorm2d(4, track_running_stats=False)
-        self.relu = nn.ReLU6() if kind == "relu6" else nn.ReLU()
-        if kind == "skip":
-            self.conv2, self.add = nn.Conv2d(4, 4, 3, padding=1), FloatFunctional()
-        self.head = nn.Linear(4 * 169, 10)
-
-    def forward(self, x):
-        y = self.conv(self.quant(x))
-        y = y if self.kind == "straight" else self.bn(y)
-        y = self.add.add(self.conv2(self.relu(y)), y) if self.kind == "skip" else self.relu(y)
-        return self.dequant(self.head(y.flatten(1)))
-
-    def fuse_model(self, is_qat):
-        fuse(self, self.groups, is_qat=is_qat)
-
-
-class FusedAsTorchDoes(Fused):
-    def fuse_model(self):
-        torch.ao.quantization.fuse_modules(self, self.groups, inplace=True)
-
-
-class FusedForEvaluation(Fused):
-    def fuse_model(self, is_qat):
-        torch.ao.quantization.fuse_modules(self, self.groups, inplace=True)
-
-
-class LinearBN(Base):
-    def __init__(self):
-        super().__init__()
-        self.fc, self.bn, self.relu, self.head = (
-            nn.Linear(784, 16),
-            nn.BatchNorm1d(16),
-            nn.ReLU(),
-            nn.Linear(16, 10),
-        )
-
-    def forward(self, x):
-        return self.dequant(self.head(self.relu(self.bn(self.fc(self.quant(x).flatten(1))))))
-
-    def fuse_model(self, is_qat):
-        fuse(self, [["fc", "bn", "relu"]], is_qat=is_qat)
-
-
 class InPlace(Base):
     """An activation that works in place behind a layer that is not fused with it."""
 
@@ -140,21 +86,6 @@ class ChangesItsInput(Base):
     def forward(self, x):
         x.mul_(0.5).add_(1)
         return self.dequant(self.head(self.quant(x).flatten(1)))
-
-
-class Shared(Base):
-    """One object without weights in two places, under two names."""
-
-    def __init__(self, kind="relu"):
-        super().__init__()
-        shared = {"relu": nn.ReLU(), "pool": nn.MaxPool2d(2), "dropout": nn.Dropout(0.1)}[kind]
-        self.block1 = nn.Sequential(nn.Conv2d(1, 4, 3), shared)
-        self.block2 = nn.Sequential(nn.Conv2d(4, 4, 3), shared)
-        self.head = nn.LazyLinear(10)
-        self(torch.zeros(1, 1, 28, 28))
-
-    def forward(self, x):
-        return self.dequant(self.head(self.block2(self.block1(self.quant(x))).flatten(1)))
 
 
 class KeepsActivation(Base):
@@ -337,30 +268,6 @@ class Residual(Base):
         x = self.conv1(self.quant(x))
         x = self.act(self.add.add(self.conv2(x), x))
         return self.last(self.dequant(self.head(x.flatten(1))))
-
-
-class TwoNames(Base):
-    """One layer with weights in two places, under two names."""
-
-    def __init__(self, kind="linear"):
-        super().__init__()
-        shared = nn.Linear(16, 16) if kind == "linear" else nn.PReLU()
-        self.fc, self.head = nn.Linear(784, 16), nn.Linear(16, 10)
-        self.one, self.two = nn.Sequential(shared), nn.Sequential(shared)
-
-    def forward(self, x):
-        return self.dequant(self.head(self.two(self.one(self.fc(self.quant(x).flatten(1))))))
-
-
-class Everywhere(Base):
-    """One activation, called between the stubs and behind them."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc, self.head, self.act = nn.Linear(784, 16), nn.Linear(16, 10), nn.SiLU()
-
-    def forward(self, x):
-        return self.act(self.dequant(self.head(self.act(self.fc(self.quant(x).flatten(1))))))
 
 
 class ByKeyword(Base):

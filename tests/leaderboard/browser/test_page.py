@@ -1,8 +1,6 @@
-"""The page in a real browser: skipped where selenium, chromium or chromedriver is missing."""
+"""The page in a real browser: its tables, selections, tabs, and how fast it answers."""
 
 import os
-import re
-import shutil
 import subprocess
 import sys
 import time
@@ -10,71 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from page import PAINTED, choose, column, find, header, hover
 
 from qtrain.cli.compare import compare, write
 
 webdriver = pytest.importorskip("selenium.webdriver")
-chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (chromium and chromedriver), reason="chromium and chromedriver are not installed"
-    ),
-    pytest.mark.filterwarnings("default"),  # selenium's own
-]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # selenium's own
+
+
 ROOT = Path(__file__).resolve().parents[2]
-PAINTED = (
-    "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
-)
-
-
-@pytest.fixture
-def browser(tmp_path):
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    switches = [
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-background-networking",
-        "window-size=1500,1100",
-    ]
-    for switch in [*switches, f"user-data-dir={tmp_path / 'profile'}"]:
-        options.add_argument(f"--{switch}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    yield driver
-    assert driver.get_log("browser") == []  # neither errors nor anything blocked
-    driver.quit()
-
-
-def find(browser, selector):
-    return browser.find_elements("css selector", selector)
-
-
-def column(browser, header):
-    """The texts of a column of the table, top to bottom."""
-    script = """
-    const table = document.getElementById("table");
-    const index = [...table.tHead.rows[0].cells].findIndex(th => th.textContent === arguments[0]);
-    return [...table.tBodies[0].rows].map(row => row.cells[index].textContent);"""
-    return browser.execute_script(script, header)
-
-
-def header(browser, name):
-    return next(button for button in find(browser, "#table th button") if button.text == name)
-
-
-def choose(browser, selector, text):
-    next(option for option in find(browser, f"{selector} option") if option.text == text).click()
-
-
-def hover(browser, x, y):
-    """Moves the mouse to a place in the plot, given in its own pixels."""
-    plot = find(browser, "#scatter")[0]
-    width, height = plot.size["width"], plot.size["height"]
-    actions = webdriver.ActionChains(browser, duration=0)
-    actions.move_to_element_with_offset(plot, round(x - width / 2), round(y - height / 2)).perform()
 
 
 def test_a_thousand_runs(browser, tmp_path):
@@ -215,112 +157,6 @@ def test_what_differs_and_how_it_trained(browser, runs, tmp_path):
     assert "ValueError: <b>no</b> [quant=qat seed=0]" in find(browser, "#failures")[0].text
     browser.save_screenshot(tmp_path / "selected.png")
     print(tmp_path)
-
-
-def test_a_disturbed_latency_takes_no_part_in_a_front(browser, runs, tmp_path):
-    runs.write("a")
-    runs.write("b", lost=5, latency_ms=(0.4, 0.1), other_load=1.0)
-    write(compare([runs.folder]), html=tmp_path / "x.html")
-    browser.get((tmp_path / "x.html").as_uri())
-    legend = find(browser, "#plot-legend")[0]
-    assert (
-        not find(browser, "#front")
-        and "no front: a latency is marked !, hollow here" in legend.text
-    )
-    opacity = (
-        "return Object.fromEntries(state.points.map((p, i) => [p.row.data.name, arguments[0][i]]))"
-    )
-    circles = [
-        circle.get_attribute("fill-opacity")
-        for circle in find(browser, "#scatter circle[fill-opacity]")
-    ]
-    assert browser.execute_script(opacity, circles) == {"a": "0.75", "b": "0.1"}
-    choose(browser, "#x", "file size, KB")
-    assert find(browser, "#front") and "front of these points" in legend.text
-    choose(browser, "#x", "latency, ms")
-    find(browser, "#filter")[0].send_keys("accuracy>98.9")
-    browser.execute_async_script(PAINTED)
-    assert column(browser, "folder") == ["a"] and find(browser, "#front")
-
-
-@pytest.mark.parametrize("near, corners", [(0.1995, 1), (0.18, 2)], ids=["within 5 %", "beyond"])
-def test_the_front_has_the_tolerances_of_the_table(browser, runs, tmp_path, near, corners):
-    """Between the fastest and the best, `near` is slightly better than the one in each."""
-    runs.write("fastest", lost=9, latency_ms=(0.4, 0.15))
-    runs.write("near", lost=5, latency_ms=(0.4, near))
-    runs.write("best", lost=1, latency_ms=(0.4, 0.2))
-    comparison = compare([runs.folder])
-    write(comparison, html=tmp_path / "x.html")
-    browser.get((tmp_path / "x.html").as_uri())
-    choose(browser, "#x", "latency, ms")
-    assert find(browser, "#front")[0].get_attribute("d").count("H") == corners
-    assert sum(row.cells["front"] for row in comparison.sections[0].rows) == corners + 1
-
-
-def test_starts_with_an_x_axis_that_varies(browser, runs, tmp_path):
-    """Sizes that differ by padding, and latencies within their tolerance, do not vary; seconds always do."""
-    for index, lr in enumerate((0.1, 0.01, 0.001)):
-        facts = {"size_kb": (800.0, 200 + index / 20), "latency_ms": (0.4, 0.2 + index / 1000)}
-        runs.write(
-            f"run{index}",
-            lr=lr,
-            lost=index,
-            seconds=10.0 + index,
-            overrides=(f"optimizer.lr={lr}",),
-            **facts,
-        )
-    write(compare([runs.folder]), html=tmp_path / "x.html")
-    browser.get((tmp_path / "x.html").as_uri())
-    names = [option.text for option in find(browser, "#x option")]
-    assert names == ["file size, KB", "latency, ms", "optimizer.lr", "time of the run, s"]
-    assert find(browser, "#x")[0].get_attribute("value") == "optimizer.lr"
-    places = browser.execute_script(
-        "return state.points.map(point => [point.row.data.name, point.x])"
-    )
-    assert [name for name, _ in sorted(places, key=lambda place: place[1])] == [
-        "run2",
-        "run1",
-        "run0",
-    ]
-    assert not find(browser, "#front")  # no rate is better for being small
-    runs.write("small", size_kb=(800.0, 100.0))
-    write(compare([runs.folder]), html=tmp_path / "y.html")
-    browser.get((tmp_path / "y.html").as_uri())
-    assert find(browser, "#x")[0].get_attribute("value") == "size_kb"
-
-
-def test_groups_have_error_bars_and_their_runs_a_table_of_their_own(browser, runs, tmp_path):
-    for seed, lost in enumerate((10, 20, 30)):
-        runs.write(f"a{seed}", lost=lost, seed=seed, curves=3, latency_ms=(0.4, 0.2 + seed / 10))
-    runs.write("b", method="qat", curves=3, size_kb=(800.0, 300.0))
-    write(compare([runs.folder], group_by=["method"]), html=tmp_path / "x.html")
-    browser.get((tmp_path / "x.html").as_uri())
-    groups, singles = find(browser, "#sections button")
-    assert (groups.text, singles.text) == (
-        "convnet on mnist by method (2 groups)",
-        "convnet on mnist (4 runs)",
-    )
-    assert column(browser, "group") == ["qat", "ptq"] and column(browser, "int8 %") == [
-        "99.00",
-        "97.00 ± 1.00",
-    ]
-    # From 96 to 98, and on latency's axis from 0.2 to 0.4 ms too; a single run has no deviation.
-    scale = "const p = state.points, y = v => p[0].y + (99 - v) / 2 * (p[1].y - p[0].y); return [y(96), y(98)]"
-    (bar,) = find(browser, "#scatter .bar")
-    low, high = (
-        float(number) for number in re.findall(r" ([\d.]+)V([\d.]+)M", bar.get_attribute("d"))[0]
-    )
-    assert [low, high] == pytest.approx(browser.execute_script(scale), abs=0.01)
-    choose(browser, "#x", "latency, ms")
-    assert len(find(browser, "#scatter .bar")) == 2
-    assert "bars: ± standard deviation" in find(browser, "#plot-legend")[0].text
-    links = find(browser, "#differences .runs a")
-    assert [link.text for link in links] == ["b", "a0", "a1", "a2"]
-    assert len(find(browser, "#curves polyline")) == 4
-    singles.click()
-    assert sorted(column(browser, "folder")) == ["a0", "a1", "a2", "b"] and not find(
-        browser, "#scatter .bar"
-    )
 
 
 def test_on_a_telephone(browser, runs, tmp_path):
