@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from qtrain.backend.int8.layers import LayerWeight
-from qtrain.backend.int8.linear import FEW_ROWS
+from qtrain.backend.int8.linear import most_rows
 from qtrain.backend.int8.product import SAFE
 from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.scale import Scale
@@ -75,7 +75,7 @@ class DynamicLinear(nn.Module):
         steps = quantized(rows, Scale(scale, zero_point, 0, last))
         weight, matrix, scales, sums, zeros, bias = self._packed()
         offset = torch.add(bias, sums, alpha=-zero_point * scale)
-        if len(rows) <= FEW_ROWS and mixes_signs():
+        if len(rows) <= most_rows(self.integers) and mixes_signs():
             output = torch._int_mm(steps, matrix).mul(scales * scale).add_(offset)
         else:
             tail: Any = (zeros, offset, 1.0, 0, torch.float32, "none", [], "")

@@ -11,6 +11,7 @@ from qtrain.backend.int8.scale import Scale
 from qtrain.backend.machine import mixes_signs
 
 FEW_ROWS = 8  # for so many, oneDNN takes longer to begin than to multiply
+SMALL = 1 << 19  # a weight that stays in the cache; of a larger one, only for a single row
 
 
 def kernel(
@@ -43,8 +44,13 @@ def kernel(
     if not mixes_signs() or weight.shape[1] == 1:  # torch 2.14.1 gets such products wrong
         return many
     few = _by_int_mm(weight, factor, offset, relu, output)
-    most = FEW_ROWS * weight.shape[1]
+    most = most_rows(weight) * weight.shape[1]
     return lambda x: few(x) if x.numel() <= most else many(x)
+
+
+def most_rows(weight: Tensor) -> int:
+    """Returns up to how many rows `torch._int_mm` is faster."""
+    return FEW_ROWS if weight.numel() < SMALL else 1
 
 
 def _by_onednn(

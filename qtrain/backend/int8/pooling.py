@@ -42,15 +42,18 @@ def max_pool(
     dims = int(name[-2])
     settings = (kernel_size, stride or kernel_size, padding, dilation)
     sizes = [_of_each(size, dims) for size in settings]
-    is_few = dims == 2 and x.dim() == 4 and x.numel() < FEW and x.shape[1] % 32 == 0
     kernel_of_torch = operator("quantized", "max_pool2d")
-    if is_few and x.is_cpu and x.numel() and kernel_of_torch and not is_compiling():
+    if kernel_of_torch and dims == 2 and not is_compiling() and _suits_torch(x):
         found: Tensor = kernel_of_torch(x, *sizes, ceil_mode)
         return found
     for i in reversed(range(dims)):
         kernel, step, pad, wide = (size[i] for size in sizes)
         x = _largest(x, i - dims, kernel, step, pad, wide, ceil_mode)
     return x
+
+
+def _suits_torch(x: Tensor) -> bool:
+    return x.is_cpu and x.dim() == 4 and 0 < x.numel() < FEW and x.shape[1] % 32 == 0
 
 
 def _largest(x: Tensor, dim: int, *window: Any) -> Tensor:

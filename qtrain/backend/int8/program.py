@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 
 from qtrain.backend.int8.elementwise import IntFunctional, Table, look_up
-from qtrain.backend.int8.layers import Dequantize, IntLayer, Quantize
+from qtrain.backend.int8.layers import Dequantize, IntLayer, Quantize, Scaled
 from qtrain.backend.int8.operations import MOVES
 from qtrain.backend.int8.pooling import max_pool
 from qtrain.backend.int8.quantizing import quantized
@@ -41,6 +41,7 @@ class Program:
         self.model = model
         self.held: list[tuple[dict[str, Any], str, nn.Module]] = []
         self.products: list[tuple[dict[str, Any], Any, dict[str, Any], Tensor, int]] = []
+        self.scales: list[tuple[dict[str, Any], Any]] = []
         everywhere = nn.modules.module
         self.watched: list[dict[Any, Any]] = [
             everywhere._global_forward_hooks,
@@ -87,6 +88,9 @@ class Program:
         for there, name, module in self.held:
             if there[name] is not module:
                 return False
+        for own, output in self.scales:
+            if own["_output"] is not output:
+                return False
         for own, product, buffers, integers, version in self.products:
             if own["_product"] is not product or buffers["integers"] is not integers:
                 return False
@@ -126,6 +130,8 @@ class Program:
         found = self.model.get_submodule(target)
         self.held.append((self.model.get_submodule(parent)._modules, name, found))
         self._watch(found)
+        if isinstance(found, Scaled):
+            self.scales.append((found.__dict__, found.output))
         if isinstance(found, IntLayer):
             found.product  # noqa: B018  made by now
             own, integers = found.__dict__, found.integers

@@ -142,6 +142,9 @@ def test_the_list_of_calls_is_that_of_the_model_as_it_is(convnet, images, make_p
     state["linear2.scale"] *= 2
     found.load_state_dict(state)
     assert not torch.equal(check(), first)
+    second = check()
+    found.quant.load_state_dict({**found.quant.state_dict(), "scale": found.quant.scale / 2})
+    assert not torch.equal(check(), second)
     found.conv2 = copy.deepcopy(found.conv2)
     found.conv2.integers.zero_()
     assert len(check().unique(dim=0)) == 1

@@ -36,7 +36,7 @@ def random_layer(rng):
         mode = "zeros"
         if rng.random() < 0.2:
             padding, mode = 1, rng.choice(["replicate", "circular"] + ["reflect"] * (dims < 3))
-        elif rng.random() < 0.1:
+        elif rng.random() < 0.1 and kernel % 2:
             padding, settings["stride"] = "same", 1
         settings |= {"padding": padding, "padding_mode": mode}
         layer = getattr(nn, f"Conv{dims}d")(inputs, outputs, kernel, **settings)
