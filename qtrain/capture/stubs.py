@@ -120,7 +120,8 @@ class Placing:
             return True
         if node.target in self.floats or self.why_float(module) is not None:
             return False
-        if type(module) in (*SCALED, *FIXED):
+        head = module[0] if isinstance(module, Fused) else module
+        if type(head) in (*SCALED, *FIXED):
             self.sites.append(str(node.target))
             return True
         return type(module) in MOVING
