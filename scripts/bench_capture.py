@@ -12,6 +12,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ FAMILIES = (
     "maxvit_t mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnet18 resnext50_32x4d "
     "shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11 vit_b_16 lraspp_mobilenet_v3_large"
 ).split()
+Job = Callable[[nn.Module, Tensor], nn.Module]
 SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_b_16": 224}
 
 
@@ -46,36 +48,34 @@ def main() -> None:
     print(f"{'model':<26}{'how':<10}{'MACs int8':>10}{'SQNR dB':>9}{'seconds':>9}")
     for name in chosen.models:
         model, images = made(name, chosen.size, chosen.batch)
-        jobs: dict[str, Callable[[], nn.Module]] = {
-            engine: lambda engine=engine: ours(model, images, engine)  # type: ignore[misc]
-            for engine in chosen.engines
-        }
-        if chosen.peers:
-            jobs["fx x86"] = lambda: fx(model, images)
-        if chosen.qat:
-            jobs["qat x86"] = lambda: trained(model, images)
+        jobs: dict[str, Job] = {engine: partial(ours, engine=engine) for engine in chosen.engines}
+        jobs |= {"fx x86": fx} if chosen.peers else {}
+        jobs |= {"qat x86": trained} if chosen.qat else {}
+        total = None  # ours has all products as layers
         for how, job in jobs.items():
-            show(name, how, job, model, images)
+            total = show(name, how, job, model, images, total)
 
 
 def show(
-    name: str, how: str, job: Callable[[], nn.Module], model: nn.Module, images: Tensor
-) -> None:
-    """Prints one row."""
+    name: str, how: str, job: Job, model: nn.Module, images: Tensor, total: int | None
+) -> int | None:
+    """Prints one row; returns the number of all multiply-accumulates, of the first row's model."""
     start = time.perf_counter()
     try:
-        quantized = job()
+        quantized = job(model, images)
     except Exception as err:  # a row of the table
         reason = " ".join(str(err).split())[:150]
         print(f"{name:<26}{how:<10}{type(err).__name__}: {reason}", flush=True)
-        return
+        return total
     seconds = time.perf_counter() - start
     with torch.no_grad():
         exact, real = logits(model(images)), logits(quantized(images))
     decibels = 10 * torch.log10(exact.square().sum() / (exact - real).square().sum())
-    inside, total = products(quantized, images)
-    share = inside / total
-    print(f"{name:<26}{how:<10}{100 * share:>9.1f}%{decibels:>9.1f}{seconds:>9.1f}", flush=True)
+    inside, own = products(quantized, images)
+    total = own if total is None else total
+    share = 100 * inside / total
+    print(f"{name:<26}{how:<10}{share:>9.1f}%{decibels:>9.1f}{seconds:>9.1f}", flush=True)
+    return total
 
 
 @torch.no_grad()

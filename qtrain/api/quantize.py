@@ -91,20 +91,12 @@ def quantize(
         ValueError: names the argument, its value and what is allowed; or the layer at fault.
         TruthError: the result is not what its simulation says.
     """
-    refuse(
-        choice("method", method, METHODS)
-        + whole("weight_bits", weight_bits, 2, 8)
-        + choice("capture", capture, MODES)
-    )
+    check_capture(capture)
+    refuse(choice("method", method, METHODS) + whole("weight_bits", weight_bits, 2, 8))
+    quantizer = _quantizer(method, engine, weight_bits, layers, Capture(capture, leaves))
     kept = [_arguments(model, batch) for batch in islice(batches, MOST_BATCHES)]
     if not kept:
         raise ValueError("batches: there is none; give at least one, such as [images]")
-    how = Capture(capture, leaves)
-    if method != "ptq" and how != Capture():
-        raise ValueError(
-            f"capture={capture}, leaves={leaves}: are for method='ptq'; leave them out"
-        )
-    quantizer = METHODS[method](engine, weight_bits, layers, how)
     gate = TruthGate()
     float_model = copy_model(model).cpu().eval()
     sample = few(kept[0], gate.samples)
@@ -130,6 +122,19 @@ def quantize(
 
 
 Layers = dict[str, Any] | None
+
+
+def check_capture(mode: str) -> None:
+    """Raises ValueError where there is no such way to capture a model."""
+    refuse(choice("capture", mode, MODES))
+
+
+def _quantizer(method: str, engine: str, bits: int, layers: Layers, capture: Capture) -> Quantizer:
+    if method != "ptq" and capture != Capture():
+        raise ValueError(
+            f"capture={capture.mode}, leaves={capture.leaves}: are for method='ptq'; leave them out"
+        )
+    return METHODS[method](engine, bits, layers, capture)
 
 
 def _ptq(engine: str, bits: int, layers: Layers, capture: Capture) -> Quantizer:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from qtrain.capture.bracket import bracket
 from qtrain.capture.macs import shares
 from qtrain.capture.opened import open_layers
+from qtrain.capture.operations import SITES
 from qtrain.capture.proof import prove
-from qtrain.capture.stubs import SITES
+from qtrain.capture.symbol import Untraceable
 from qtrain.capture.trace import traced
-from qtrain.capture.tracer import Untraceable
 from qtrain.common.copying import copy_model
 from qtrain.common.validate import choice, refuse, shown
 from qtrain.simulate.build import has_mark, is_stub

@@ -8,7 +8,7 @@ from qtrain.capture.graphs import erase, module_of, only_user
 from qtrain.simulate.fused import Fused
 
 
-def group_layers(graph: fx.Graph, root: nn.Module, leaves: set[str], *, is_qat: bool) -> list[str]:
+def group_layers(graph: fx.Graph, root: nn.Module, leaves: set[str]) -> list[str]:
     """Puts layers together where nobody else reads what lies between, in place.
 
     Args:
@@ -20,22 +20,26 @@ def group_layers(graph: fx.Graph, root: nn.Module, leaves: set[str], *, is_qat: 
     made = []
     for node in list(graph.nodes):
         head = module_of(root, node)
-        if not isinstance(head, nn.Linear | _ConvNd) or node.target in leaves:
+        is_norm = type(head) in (nn.BatchNorm2d, nn.BatchNorm3d)
+        if not (is_norm or isinstance(head, nn.Linear | _ConvNd)) or node.target in leaves:
             continue
+        assert head is not None
         parts: list[nn.Module] = [head]
         behind = only_user(node)
         norm = module_of(root, behind)
-        if isinstance(norm, _BatchNorm) and _folds(head, norm, node, is_qat):
+        if not is_norm and isinstance(norm, _BatchNorm) and _folds(head, norm, node):
             assert behind is not None
             parts.append(norm)
             erase(graph, behind, node)
         behind = only_user(node)
         act = module_of(root, behind)
-        if type(act) is nn.ReLU:
+        if isinstance(head, _ConvTransposeNd):
+            pass  # its kernels have no ReLU within
+        elif type(act) is nn.ReLU:
             assert behind is not None
             parts.append(act)
             erase(graph, behind, node)
-        elif type(act) is nn.ReLU6:
+        elif not is_norm and type(act) is nn.ReLU6:
             # It stays, and clips at 6: what it gets from a ReLU uses no integers below zero.
             parts.append(nn.ReLU().train(root.training))
         if len(parts) > 1:
@@ -44,12 +48,12 @@ def group_layers(graph: fx.Graph, root: nn.Module, leaves: set[str], *, is_qat: 
     return made
 
 
-def _folds(layer: nn.Module, norm: _BatchNorm, node: fx.Node, is_qat: bool) -> bool:
+def _folds(layer: nn.Module, norm: _BatchNorm, node: fx.Node) -> bool:
     """Returns whether inference may fold a batch-norm into the layer before it."""
     if norm.running_mean is None or not norm.affine:
         return False
-    if isinstance(layer, _ConvTransposeNd):
-        return not is_qat and layer.groups == 1
+    if isinstance(layer, _ConvTransposeNd):  # its output channels are the weight's second axis
+        return False
     if isinstance(layer, nn.Linear):
         value = node.meta["value"]  # of three dimensions, batch-norm's channels are the second
         return isinstance(value, Tensor) and value.ndim == 2

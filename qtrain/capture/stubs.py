@@ -10,84 +10,14 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub
 from qtrain.capture.graphs import call, free_name, is_tensor, module_of, only_user, put
+from qtrain.capture.operations import ASKS, MOVES, MOVING, OPS, SITES
 from qtrain.simulate.build import FIXED, SCALED, is_stub
 from qtrain.simulate.fused import Fused
-
-OPS: dict[Any, str] = {
-    "add": "add",
-    "matmul": "matmul",
-    "mul": "mul",
-    operator.add: "add",
-    operator.matmul: "matmul",
-    operator.mul: "mul",
-    torch.add: "add",
-    torch.cat: "cat",
-    torch.concat: "cat",
-    torch.matmul: "matmul",
-    torch.mul: "mul",
-}
-# What has a kernel that keeps the scale, or only moves integers about.
-MOVES = {
-    "chunk",
-    "clone",
-    "contiguous",
-    "expand",
-    "flatten",
-    "mean",
-    "permute",
-    "reshape",
-    "split",
-    "squeeze",
-    "transpose",
-    "unbind",
-    "unflatten",
-    "unsqueeze",
-    "view",
-    F.adaptive_avg_pool2d,
-    F.avg_pool2d,
-    F.interpolate,
-    F.max_pool2d,
-    torch.chunk,
-    torch.flatten,
-    torch.max_pool2d,
-    torch.mean,
-    torch.permute,
-    torch.reshape,
-    torch.split,
-    torch.squeeze,
-    torch.transpose,
-    torch.unbind,
-    torch.unsqueeze,
-}
-MOVING = (
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.ChannelShuffle,
-    nn.Flatten,
-    nn.Hardtanh,
-    nn.Identity,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.PixelShuffle,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Unflatten,
-    nn.Upsample,
-    nn.UpsamplingBilinear2d,
-    nn.UpsamplingNearest2d,
-    nn.ZeroPad2d,
-)
-SITES = (*SCALED, *FIXED, nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention)
-ASKS = {"dim", "numel", "size", "stride"}  # what only looks at a tensor's shape
 
 
 class Call(nn.Module):
@@ -129,14 +59,18 @@ class Placing:
         self.has_stubs = any(is_stub(m, "QuantStub") for m in root.modules())
         self.sites: list[str] = []
         self.quantized: set[fx.Node] = set()
+        self.constant: set[fx.Node] = set()  # parameters, and what is worked out of them alone
         self.made: dict[tuple[fx.Node, bool], fx.Node] = {}
 
     def place(self) -> None:
         """Places all stubs, and makes sites of sums and the like, in place."""
         for node in list(self.graph.nodes):
             if node.op in ("placeholder", "get_attr") or node._erased:
+                self.constant |= {node} if node.op == "get_attr" else set()
                 continue
             inputs = [n for n in node.all_input_nodes if is_tensor(n)]
+            if inputs and all(n in self.constant for n in inputs):
+                self.constant.add(node)
             if self._is_stub(node):
                 continue
             if self._is_weighted(node, inputs):
@@ -186,7 +120,8 @@ class Placing:
             return True
         if node.target in self.floats or self.why_float(module) is not None:
             return False
-        if type(module) in (*SCALED, *FIXED):
+        head = module[0] if isinstance(module, Fused) else module
+        if type(head) in (*SCALED, *FIXED):
             self.sites.append(str(node.target))
             return True
         return type(module) in MOVING
@@ -202,7 +137,7 @@ class Placing:
             return False
         if op == "matmul":
             return all(n in self.quantized for n in inputs)
-        return all(n in self.quantized or _of_parameters(n) for n in inputs)
+        return all(n in self.quantized or n in self.constant for n in inputs)
 
     def _join(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         op = OPS[node.target]
@@ -314,11 +249,3 @@ def _is_plain_item(node: fx.Node) -> bool:
     return node.target is operator.getitem and not any(
         isinstance(n.meta.get("value"), Tensor) for n in node.all_input_nodes[1:]
     )
-
-
-def _of_parameters(node: fx.Node) -> bool:
-    """Returns whether a tensor is a parameter, or worked out of some."""
-    if node.op == "get_attr":
-        return True
-    tensors = [n for n in node.all_input_nodes if is_tensor(n)]
-    return bool(tensors) and node.op != "placeholder" and all(map(_of_parameters, tensors))

@@ -61,7 +61,7 @@ def traced(
         without_dropout(graph, root, dropouts)
     without_identities(graph, root)
     has_split_bias = name_calls(graph, root, set(leaves))
-    groups = group_layers(graph, root, set(leaves), is_qat=is_qat)
+    groups = group_layers(graph, root, set(leaves))
     for name in dropouts:  # it is no float island, but nothing at all
         del leaves[name]
     floats = dict(leaves)

@@ -7,97 +7,31 @@ be recorded.
 
 import copy
 import inspect
-import linecache
-import operator
-import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.fx._symbolic_trace as symbolic_trace
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from qtrain.capture.symbol import (
+    PLAIN,
+    Symbol,
+    Untraceable,
+    is_users,
+    makers_recorded,
+    nothing_wrapped,
+    running_line,
+    shown,
+)
 from qtrain.capture.traced import guard
 from qtrain.common.copying import cloned
 
-# They make tensors of sizes, and do not ask their arguments whether these are symbols.
-MAKERS = ("arange", "empty", "eye", "full", "ones", "rand", "randn", "zeros")
-PLAIN = (bool, str, torch.dtype, torch.layout, type(None))  # no symbol is needed for these
 OF_TORCH = ("torch.nn.", "torch.ao.")
 WHOLE = (nn.Linear, _ConvNd, _BatchNorm)  # of which a subclass may have the same forward
-
-
-class Untraceable(Exception):
-    """A forward does what no graph can hold."""
-
-
-class Symbol(fx.Proxy):
-    """A value of forward that is recorded; it passes for what it stands for."""
-
-    def __init__(self, node: fx.Node, tracer: "Tracer") -> None:
-        super().__init__(node, tracer)
-
-    @property
-    def value(self) -> Any:
-        return self.node.meta["value"]
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # isinstance(x, Tensor) holds, as it does without a tracer
-        is_known = "value" in self.node.meta and isinstance(self.value, Tensor | int | tuple | list)
-        return type(self.value) if is_known else Symbol
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.value, name)
-        if isinstance(value, PLAIN):
-            return value
-        if callable(value):
-            return super().__getattr__(name)
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._changed(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._changed(operator.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._changed(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._changed(operator.itruediv, other)
-
-    def _changed(self, change: Callable[..., Any], other: Any) -> Any:
-        # fx.Proxy would make a new value, and who else holds the tensor would not see it.
-        return self.tracer.create_proxy("call_function", change, (self, other), {})
-
-    def __len__(self) -> int:
-        return self._fixed(len)
-
-    def __index__(self) -> int:
-        return self._fixed(int)
-
-    def __int__(self) -> int:
-        return self._fixed(int)
-
-    def __float__(self) -> float:
-        return self._fixed(float)
-
-    def _fixed(self, kind: Callable[[Any], Any]) -> Any:
-        if isinstance(self.value, Tensor) and kind is not len:
-            raise Untraceable("takes a number out of a tensor")
-        found = kind(self.value)
-        tracer: Any = self.tracer
-        tracer.fix(tracer.create_proxy("call_function", kind, (self,), {}), found)
-        return found
 
 
 class Tracer(fx.Tracer):
@@ -126,7 +60,7 @@ class Tracer(fx.Tracer):
         defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
         self.inputs = defaults | inputs
         plain = {n: v for n, v in self.inputs.items() if isinstance(v, (*PLAIN, int, float))}
-        with torch.no_grad(), _makers_recorded(), _nothing_wrapped():
+        with torch.no_grad(), makers_recorded(), nothing_wrapped():
             graph = self.trace(model, concrete_args=plain or None)
         for node in graph.find_nodes(op="placeholder"):  # torch numbers the plain ones
             node.target = _parameter(str(node.target), self.inputs, node.target)
@@ -267,22 +201,6 @@ def _shell(value: Any) -> Any:
     return value
 
 
-def running_line() -> str:
-    """Returns the line of the user's that is running, as "file:1: code"."""
-    frame = sys._getframe(1)
-    while frame is not None and not _is_users(frame.f_code.co_filename):
-        frame = frame.f_back  # type: ignore[assignment]
-    return "" if frame is None else _shown(frame.f_code.co_filename, frame.f_lineno)
-
-
-def _is_users(file: str) -> bool:
-    return not any(part in file for part in ("/torch/", "/qtrain/capture/", "<eval", "<string"))
-
-
-def _shown(file: str, number: int | None) -> str:
-    return f"{file}:{number}: {linecache.getline(file, number or 0).strip()}"
-
-
 def trace(
     model: nn.Module, inputs: dict[str, Any], leaves: dict[str, str]
 ) -> tuple[fx.Graph, nn.Module]:
@@ -309,42 +227,5 @@ def trace(
 def _reason(err: Exception) -> str:
     text = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
     frames = traceback.extract_tb(err.__traceback__)
-    users = [f for f in frames if _is_users(f.filename)]
-    return f"{text} [{_shown(users[-1].filename, users[-1].lineno)}]" if users else text
-
-
-@contextmanager
-def _nothing_wrapped() -> Iterator[None]:
-    """Lets functions that a library hides from torch.fx be looked into: they may hold layers."""
-    with patch.object(symbolic_trace, "_wrapped_fns_to_patch", {}):
-        yield
-
-
-@contextmanager
-def _makers_recorded() -> Iterator[None]:
-    """Lets functions that make tensors of sizes be recorded, and `len`, which must be a number."""
-    makers: Any = {name: _recorded(getattr(torch, name)) for name in MAKERS}
-    with patch.multiple(torch, **makers), patch("builtins.len", _recorded(len)):
-        yield
-
-
-def _recorded(make: Callable[..., Any]) -> Callable[..., Any]:
-    def maker(*args: Any, **kwargs: Any) -> Any:
-        symbols: list[Symbol] = []
-        if make is not len or type(args[0]) is Symbol:
-            _find((args, kwargs), symbols)
-        if not symbols:
-            return make(*args, **kwargs)
-        return symbols[0].tracer.create_proxy("call_function", make, args, kwargs)
-
-    return maker
-
-
-def _find(value: Any, found: list[Symbol]) -> None:
-    if type(value) is Symbol:
-        found.append(value)
-    elif type(value) in (tuple, list):
-        for item in value:
-            _find(item, found)
-    elif type(value) is dict:
-        _find(list(value.values()), found)
+    users = [f for f in frames if is_users(f.filename)]
+    return f"{text} [{shown(users[-1].filename, users[-1].lineno)}]" if users else text

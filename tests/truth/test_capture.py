@@ -66,13 +66,50 @@ def test_a_plain_model_runs(job, name, quant):
 @pytest.mark.parametrize("name", COUNTS)
 def test_no_site_is_lost(plain, name):
     model = trained(getattr(plain, name)())
-    result = qtrain.quantize(model, [images()], **ENGINE)
+    result = qtrain.quantize(model, [images(32)], **ENGINE)
     kinds = [layer.kind for layer in result.plan.values()]
     weighted = [k for k in kinds if k.startswith(("Conv2d", "Linear"))]
     found = len(weighted), kinds.count("FloatFunctional"), kinds.count("QuantStub")
     assert found == COUNTS[name]
     x = images(8)
     assert close(result.model(x), model(x))
+
+
+def test_batch_norm_and_relu_before_a_layer_are_one_kernel(plain):
+    model = trained(plain.PreActivation())
+    result = qtrain.quantize(model, [images(32)], **ENGINE)
+    assert result.plan["pre"].kind == "BatchNorm2d+ReLU" and result.plan["pre"].reason is None
+    assert list(result.report["coverage"]["float_layers"]) == []
+    x = images(8)
+    assert close(result.model(x), model(x))
+
+
+def test_batch_norm_behind_a_transposed_convolution_is_a_kernel_of_its_own(job):
+    per_tensor = ["quant.engine=fbgemm", "quant.weight.granularity=per_tensor"]
+    run = job("plain.Transposed", *per_tensor)
+    assert run.code == 0, run.text
+    assert run.report["plan"]["up"]["kind"] == "ConvTranspose2d"
+    assert run.report["plan"]["late"]["kind"] == "BatchNorm2d+ReLU"
+    assert run.report["coverage"]["macs_quantized"] == 1
+    refused = job("plain.Transposed", "quant.engine=x86")
+    assert refused.code == 1 and "layer up (ConvTranspose2d) has no per-channel" in refused.text
+
+
+@BOTH
+def test_a_recurrent_layer_stays_float(job, quant):
+    run = job("plain.Recurrent", f"quant={quant}", "quant.engine=x86")
+    assert run.code == 0, run.text
+    assert "lstm" in run.report["coverage"]["float_layers"]
+    assert run.report["plan"]["stem"]["weight"] and run.report["plan"]["fc"]["weight"]
+
+
+@BOTH
+def test_all_of_it_at_once(job, quant):
+    # Of the full range, so that no value of a kernel lies beyond its simulation's.
+    run = job("plain.Everything", f"quant={quant}", "quant.engine=qnnpack")
+    assert run.code == 0, run.text
+    assert list(run.report["capture"]["leaves"]) == ["gate"]
+    assert run.report["truth"]["fake_vs_quantized"]["max_steps"] < 1
 
 
 @pytest.mark.parametrize("quant", ["ptq", "qat"])
@@ -181,14 +218,14 @@ def test_changes_in_place_are_seen_by_all(plain, kind):
 
 
 def test_stubs_are_taken_as_they_are_and_traced_to_the_same_integers():
-    from torchvision.models.quantization import mobilenet_v3_small
+    from torchvision.models.quantization import mobilenet_v2
 
-    model, x = trained(mobilenet_v3_small()), torch.randn(2, 3, 32, 32)
+    model, x = trained(mobilenet_v2()), torch.randn(2, 3, 64, 64)
     simulations = [qtrain.quantize(model, [x], capture=how, **ENGINE) for how in ("auto", "trace")]
     as_is, traced = (result.report["capture"]["mode"] for result in simulations)
     assert (as_is, traced) == ("as_is", "trace")
     first, second = (weights(result.model) for result in simulations)
-    assert len(first) == len(second) == 54
+    assert len(first) == len(second) == 53
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert torch.equal(simulations[0].model(x), simulations[1].model(x))
 

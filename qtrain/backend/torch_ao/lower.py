@@ -66,10 +66,16 @@ def _lowered(site: nn.Module, reason: str | None) -> nn.Module:
     assert isinstance(site, QuantModule), site
     if site.output_q is None:  # it runs in float
         return site.layer
-    kernel = KERNELS.get(type(site.layer))
+    kernel = KERNELS.get(_kind(site.layer))
     if reason is None and kernel is not None:
         return kernel(site.layer, *_output(site))
     return FloatIsland(site.layer, _quantize(site), reason or f"torch has no int8 {site.kind}")
+
+
+def _kind(layer: nn.Module) -> Any:
+    """Returns what `KERNELS` knows a layer by: of a run of layers, all their classes."""
+    is_run = isinstance(layer, nn.Sequential)
+    return tuple(map(type, layer)) if is_run else type(layer)  # type: ignore[call-overload]
 
 
 def _quantize(site: Site) -> nn.Module:
@@ -154,12 +160,22 @@ def _as_it_is(layer: nn.Module, scale: float, zero_point: int) -> nn.Module:
 
 def _batch_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
     cls = nnq.BatchNorm2d if isinstance(layer, nn.BatchNorm2d) else nnq.BatchNorm3d
-    new: Any = cls(layer.num_features, layer.eps)
+    return _filled(cls(layer.num_features, layer.eps), layer, scale, zero_point)
+
+
+def _batch_norm_relu(layers: Any, scale: float, zero_point: int) -> nn.Module:
+    layer = layers[0]
+    cls = nniq.BNReLU2d if isinstance(layer, nn.BatchNorm2d) else nniq.BNReLU3d
+    return _filled(cls(layer.num_features, layer.eps), layer, scale, zero_point)
+
+
+def _filled(new: Any, layer: Any, scale: float, zero_point: int) -> nn.Module:
     for name in ("weight", "bias", "running_mean", "running_var"):
         setattr(new, name, getattr(layer, name))
     new.scale = torch.tensor(scale)
     new.zero_point = torch.tensor(zero_point)
-    return new
+    filled: nn.Module = new
+    return filled
 
 
 def _group_norm(layer: Any, *output: Any) -> nn.Module:
@@ -199,7 +215,9 @@ def _leaky_relu(layer: Any, scale: float, zero_point: int) -> nn.Module:
     return nnq.LeakyReLU(scale, zero_point, layer.negative_slope)
 
 
-KERNELS: dict[type[nn.Module], Kernel] = {
+KERNELS: dict[Any, Kernel] = {
+    (nn.BatchNorm2d, nn.ReLU): _batch_norm_relu,
+    (nn.BatchNorm3d, nn.ReLU): _batch_norm_relu,
     nn.BatchNorm2d: _batch_norm,
     nn.BatchNorm3d: _batch_norm,
     nn.ELU: _elu,

@@ -257,3 +257,52 @@ class InPlace(Head):
             x[:, 0] = 0
             return self.head(x)
         return self.head(F.relu(x - 1, inplace=True) + torch.add(x, y, alpha=3))
+
+
+class PreActivation(Head):
+    """Batch-norm and ReLU before a convolution, behind a pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.pre, self.conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.features(x), 2)
+        return self.head(self.conv(F.relu(self.pre(x))))
+
+
+class Transposed(Head):
+    """A transposed convolution, and batch-norm behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.late = nn.ConvTranspose2d(8, 8, 2, stride=2), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.head(F.relu(self.late(self.up(self.features(x)))))
+
+
+class Recurrent(Head):
+    """An LSTM reads the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(8 * 14, 16, batch_first=True), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.features(x).permute(0, 2, 1, 3).flatten(2)
+        return self.fc(self.lstm(x)[0][:, -1])
+
+
+class Everything(Head):
+    """All at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.residual, self.squeeze, self.tokens = Residual(), Squeeze(), Tokens()
+        self.gate, self.recurrent, self.drops = LooksAtValues(), Recurrent(), Drops()
+
+    def forward(self, x):
+        parts = (self.residual, self.squeeze, self.tokens, self.recurrent, self.drops)
+        first = self.head(self.gate(self.features(x)))
+        return torch.stack([first, *(part(x) for part in parts)]).mean(0)
