@@ -2,6 +2,7 @@
 errors that help.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def library(why: str) -> Any:
         import gguf
     except ImportError as err:
         raise ValueError(f'{why}: needs the extra gguf (pip install "qtrain[gguf]")') from err
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of each file's every part
     return gguf
 
 
