@@ -48,10 +48,9 @@ def arrays(
         target: that of targets; null: y, labels, targets, target, label; the
             table's column; beside .npy a file.
         valid_path, test_path: files like `path`; x_val, x_test in it do too.
-        val_fraction, test_fraction: shares of `path`, stratified, where there
-            are no such data; null: 0.1.
+        val_fraction, test_fraction: shares of `path`, without these; null: 0.1.
         channels: of images, 3 repeats the only one; null: as they are.
-        mean, std: one number, or one a channel or column; null: measured.
+        mean, std: one number, or one a channel; null: measured.
         num_classes: null: one more than the largest label.
         augment: transforms of training images.
 
@@ -62,16 +61,16 @@ def arrays(
     refuse(
         wrong_sizes(batch_size, eval_batch_size)
         + text("path", path)
-        + _wrong_texts(inputs, target, valid_path, test_path)
-        + whole("num_classes", num_classes, 1, MANY, null=True)
+        + _wrong_names(inputs, target, valid_path, test_path, num_classes)
     )
     found, classes = _read(paths, inputs, target)
     fingerprint = digest(*[part for pair in found.values() for part in pair])
-    train, val, test = _split(path, found, val_fraction, test_fraction)
-    mean, std, measured = _moments(train[0], mean, std)
-    refuse(wrong_moments(mean, std, train[0]) + _wrong_channels(channels, train[0]))
-    known = {"classes": classes, "num_classes": num_classes, **measured}
-    parts = [Part(x.to(device), y.to(device)) for x, y in (train, val, test)]
+    splits = _split(path, found, val_fraction, test_fraction)
+    images = splits[0][0]
+    mean, std, measured = _moments(images, mean, std)
+    refuse(wrong_moments(mean, std, images) + _wrong_channels(channels, images))
+    about = {"classes": classes, "num_classes": num_classes, **measured}
+    parts = [Part(x.to(device), y.to(device)) for x, y in splits]
     return tensor_loaders(
         *parts,
         batch_size=batch_size,
@@ -81,16 +80,19 @@ def arrays(
         std=std,
         channels=channels,
         fingerprint=fingerprint,
-        about={name: value for name, value in known.items() if value},
+        about={name: value for name, value in about.items() if value},
     )
 
 
-def _wrong_texts(inputs: Any, target: Any, valid_path: Any, test_path: Any) -> list[str]:
+def _wrong_names(
+    inputs: Any, target: Any, valid_path: Any, test_path: Any, num_classes: Any
+) -> list[str]:
     return (
         text("inputs", inputs, null=True)
         + text("target", target, null=True)
         + text("valid_path", valid_path, null=True)
         + text("test_path", test_path, null=True)
+        + whole("num_classes", num_classes, 1, MANY, null=True)
     )
 
 

@@ -26,21 +26,22 @@ def dataset(
     calib: Any = None,
     val_fraction: float | None = None,
     test_fraction: float | None = None,
+    channels: int | None = None,
     num_workers: int = 0,
     on_bad_sample: str = "error",
     device: str = "cpu",
 ) -> DataLoaders:
     """Returns the loaders of datasets: objects with `__len__` and `__getitem__`.
 
-    A sample is a pair: a tensor, and a label or another target. `targets`
-    of a dataset, as torchvision's have them, are read for stratified
-    splits.
+    A sample is a pair (tensor, target). `targets` of a dataset, as those of
+    torchvision have them, are read for stratified splits.
 
     Args:
         train: the samples to train on.
         test, val: to test and to validate on; null: shares of `train`.
         calib: `train` without augmentation; null: `train` itself.
         val_fraction, test_fraction: the shares; null: 0.1.
+        channels: 3 repeats the only one of grey images; null: as they are.
         num_workers: processes that make samples; 0: none.
         on_bad_sample: error, or skip a sample that cannot be made.
         device: of the model; batches are moved there.
@@ -52,14 +53,14 @@ def dataset(
         wrong_sizes(batch_size, eval_batch_size)
         + whole("num_workers", num_workers, 0, WIDE)
         + choice("on_bad_sample", on_bad_sample, ("error", "skip"))
+        + choice("channels", channels, (None, 1, 3))
         + _wrong_datasets(train=train, test=test, val=val, calib=calib)
     )
     plain = train if calib is None else calib
-    fractions = val_fraction, test_fraction
-    rows = _rows(train, plain, val is not None, test is not None, fractions)
+    rows = _rows(train, plain, val, test, (val_fraction, test_fraction))
 
     def loader(samples: Any, name: str, size: int, shuffle: bool = False) -> "SampleLoader":
-        found = Samples(samples, name, skip=on_bad_sample == "skip")
+        found = Samples(samples, name, skip=on_bad_sample == "skip", channels=channels)
         return SampleLoader(found, batch_size=size, shuffle=shuffle, num_workers=num_workers)
 
     held_out = val if val is not None else Subset(plain, rows[1]) if rows[1] else None
@@ -80,13 +81,13 @@ def dataset(
 def _rows(
     train: Any,
     plain: Any,
-    has_val: bool,
-    has_test: bool,
+    val: Any,
+    test: Any,
     fractions: tuple[float | None, float | None],
 ) -> list[list[int]]:
     """Returns the places of the samples for training, validation and testing."""
-    own_val = "val" if has_val else None
-    own_test = "test" if has_test else None
+    own_val = None if val is None else "val"
+    own_test = None if test is None else "test"
     refuse(wrong_shares(*fractions, own_val=own_val, own_test=own_test))
     shares = (
         share_of(fractions[0], own_val),
@@ -95,7 +96,7 @@ def _rows(
     if len(plain) != len(train):
         raise ValueError(f"calib: has {len(plain)} samples, and train {len(train)}; give as many")
     rows = [part.tolist() for part in three_parts(_targets(train), *shares)]
-    if not rows[0] or not has_test and not rows[2]:
+    if not rows[0] or test is None and not rows[2]:
         raise ValueError(f"train: {len(train)} samples are too few for {shares}; give more")
     return rows
 
@@ -136,8 +137,9 @@ class Failure(str):
 class Samples(Dataset[Any]):
     """A dataset whose failures can be told by their place."""
 
-    def __init__(self, samples: Any, name: str, *, skip: bool) -> None:
-        self.samples, self.name, self.skip = samples, name, skip
+    def __init__(self, samples: Any, name: str, *, skip: bool, channels: int | None) -> None:
+        self.samples, self.name = samples, name
+        self.skip, self.channels = skip, channels
 
     def __len__(self) -> int:
         return len(cast(Sized, self.samples))
@@ -174,6 +176,14 @@ class Samples(Dataset[Any]):
                 "let the dataset resize them all"
             )
         inputs, targets = default_collate(good)
+        if self.channels is not None:
+            there = inputs.shape[1] if inputs.dim() == 4 else 0
+            if there not in (1, self.channels):
+                return Failure(
+                    f"{self.name}: samples have shape {shapes[0]}, and data.channels="
+                    f"{self.channels} wants that many channels; let the dataset convert them"
+                )
+            inputs = inputs.expand(-1, self.channels, -1, -1).contiguous()
         return inputs.float(), torch.as_tensor(targets), bad
 
 

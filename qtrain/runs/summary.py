@@ -35,7 +35,9 @@ def summary(report: Report, quality: Quality) -> list[str]:
         if others:
             lines.append(f"{'':>23}{', '.join(others)}")
         if "wrong_per_class" in metrics:
-            lines.append(f"{'':>23}{wrong_by_class(metrics['wrong_per_class'])}")
+            names = report.about_data.get("classes")
+            wrong = wrong_by_class(metrics["wrong_per_class"], names)
+            lines.append(f"{'':>23}{wrong}")
     exact, real = (
         report.latency_ms["float"],
         report.latency_ms["quantized"] if not report.quant["simulated"] else {},
@@ -95,14 +97,22 @@ def _seconds(stages: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in stages.items())
 
 
-def wrong_by_class(counts: list[int], most: int = 10) -> str:
+def wrong_by_class(counts: list[int], names: list[str] | None = None, most: int = 10) -> str:
     """Returns how many predictions are wrong in each class or, of many classes, in the worst.
 
     >>> wrong_by_class([3, 0, 5]), wrong_by_class([3, 0, 5], most=2)
     ('wrong by class: 3 0 5', 'wrong in the worst 2 of 3 classes: 2: 5, 0: 3')
+    >>> wrong_by_class([3, 0], ["cat", "dog"])
+    'wrong by class: cat: 3, dog: 0'
     """
-    if len(counts) <= most:
+    known = names is not None and len(names) == len(counts)
+    labels = names if names and known else [str(index) for index in range(len(counts))]
+    if len(counts) <= most and not known:
         return "wrong by class: " + " ".join(map(str, counts))
-    worst = sorted(range(len(counts)), key=lambda index: -counts[index])[:most]
-    shown = ", ".join(f"{index}: {counts[index]}" for index in worst)
+    order = list(range(len(counts)))
+    if len(counts) > most:
+        order = sorted(order, key=lambda index: -counts[index])[:most]
+    shown = ", ".join(f"{labels[index]}: {counts[index]}" for index in order)
+    if len(counts) <= most:
+        return f"wrong by class: {shown}"
     return f"wrong in the worst {most} of {len(counts)} classes: {shown}"

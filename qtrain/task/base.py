@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from qtrain.data.loaders import Batch, Loader
+from qtrain.data.loaders import Batch, DataLoaders, Loader
 
 AUXILIARY_WEIGHT = (
     0.3  # C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 5
@@ -54,6 +54,9 @@ class Task(Protocol):
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns the losses of examples (B,), for the truth gate; if missing: by batches."""
+
+    def num_outputs(self, data: DataLoaders) -> int:
+        """Returns what `model.num_classes=auto` becomes; if missing: the number of classes."""
 
     def check_batch(self, output: Tensor, batch: Batch) -> list[str]:
         """Returns what is wrong with a batch for outputs of this shape; may be missing."""

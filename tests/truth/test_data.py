@@ -1,5 +1,6 @@
 """Anyone's data: images in folders, arrays, tables and datasets, by one command."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def test_a_folder_of_pngs_is_trained_on_quantized_and_loaded(job, own_data, tmp_
     assert report["config"]["model"].items() >= {**shape, "num_classes": 3}.items()
     assert report["about_data"]["classes"] == ["class0", "class1", "class2"]
     assert run.accuracy("quantized") > 0.6
+    assert re.search(r"wrong by class: class0: \d, class1: \d, class2: \d\n", run.text)
     images = qtrain.sample_inputs(run.run_dir)[0]
     assert images.shape == (9, 3, 8, 12)
     assert qtrain.load(run.run_dir)(images).shape == (9, 3)
@@ -40,16 +42,26 @@ def test_a_folder_of_pngs_is_trained_on_quantized_and_loaded(job, own_data, tmp_
     assert "images decoded" in run.text and "images decoded" not in again.text
 
 
-def test_augmentation_is_the_same_after_an_interruption(job, own_data, tmp_path):
-    own_data.write_folder(tmp_path / "images")
-    flip = "data.augment=[{_target_: torchvision.transforms.v2.RandomHorizontalFlip}]"
-    words = [*FOLDER, flip, "quant=none", "trainer.epochs=2", "trainer.max_steps=4"]
-    whole = job("mlp", *words, "data.batch_size=30")
-    plain = job("mlp", *[word for word in words if word != flip], "data.batch_size=30")
+def test_augmentation_changes_the_training_and_is_the_same_after_a_kill(
+    job, command, own_data, tmp_path, monkeypatch
+):
+    # So large that of 72 training images 50 are augmented at a time.
+    own_data.write_folder(tmp_path / "images", height=200, width=200)
+    flip = "{_target_: torchvision.transforms.v2.RandomHorizontalFlip}"
+    words = [*FOLDER, "quant=none", "data.batch_size=10", "model.hidden=4"]
+    words += ["trainer.epochs=3", "trainer.max_steps=null", "trainer.save_every=1"]
+    augmented = [*words, f"data.augment=[{flip},{{_target_: own_data.Dies}}]"]
+    whole, plain = job("mlp", *augmented), job("mlp", *words)
     assert whole.code == plain.code == 0, whole.text
     assert whole.loss("float") != plain.loss("float")
-    again = job("mlp", *words, "data.batch_size=30")
-    assert whole.loss("float") == again.loss("float")
+    with monkeypatch.context() as patch:
+        patch.setenv("DIES_AT", str(1 + 72 + 60))
+        killed = job("mlp", *augmented)
+    assert killed.code == 1 and killed.report["error"] == "SystemExit: killed"
+    monkeypatch.setenv("QTRAIN_TRUST", "own_data")
+    code, text = command(f"resume={killed.run_dir}")
+    assert code == 0 and "float: resumed after step 13" in text, text
+    assert killed.report["sha256"] == whole.report["sha256"]
 
 
 def test_a_dataset_by_its_target(job, own_data):
@@ -57,6 +69,9 @@ def test_a_dataset_by_its_target(job, own_data):
     assert run.code == 0, run.text
     assert run.report["config"]["model"]["num_classes"] == 3
     assert run.report["metrics"]["float"]["count"] == 9
+    grey = SAMPLES.replace("Colours", "Grey")
+    run = job("convnet", "data=dataset", grey, "data.channels=3", "quant=ptq")
+    assert run.code == 0 and run.report["config"]["model"]["channels"] == 3
     bad = SAMPLES.replace("90", "90, bad: 5")
     failed = job("convnet", "data=dataset", bad, "quant=ptq")
     assert failed.code == 1
