@@ -12,6 +12,9 @@ from qtrain.backend import torch_ao
 from qtrain.quant.none import NoQuantizer
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+# ---- layers that cannot run in int8 --------------------------------------------------------------
+
 WITHOUT_KERNEL = {
     "batch_norm1d": [nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)],
     "silu": [nn.Conv2d(3, 4, 3), nn.SiLU()],
@@ -195,6 +198,8 @@ def test_a_float_model_that_does_not_run_is_told_as_such(quantizer, between):
         dry_run(between(nn.Conv2d(3, 4, 3), nn.Linear(99, 2)), quantizer, (X,))
 
 
+# ---- what passes ---------------------------------------------------------------------------------
+
 RUNNABLE = {
     "activations": [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.ELU(), nn.Hardswish(), nn.GELU()],
     "fixed_range": [nn.Sigmoid(), nn.Tanh()],
@@ -252,6 +257,9 @@ def test_a_module_called_twice_is_told(kind, make_ptq, caplog):
 def test_a_sound_model_gives_no_warning(model, images, make_ptq, caplog):
     dry_run(model, make_ptq(), (images[:2],))
     assert caplog.records == []
+
+
+# ---- what a dry run leaves behind ----------------------------------------------------------------
 
 
 def test_neither_generators_nor_weights_change(quantizer, convnet, images):

@@ -31,6 +31,9 @@ class TwoInputs(nn.Module):
         return self.dequant(self.sum.add(self.linear(self.first(x)), self.second(y)))
 
 
+# ---- settings ------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "setting, reason",
     [
@@ -55,6 +58,9 @@ def test_all_mistakes_are_told_at_once():
         TruthGate(on_failure="", samples=-1, max_steps=-1, max_range_ratio=0)
     keys = [line.split("=")[0] for line in str(err.value).splitlines()]
     assert keys == ["on_failure", "samples", "max_steps", "max_range_ratio"]
+
+
+# ---- the numbers ---------------------------------------------------------------------------------
 
 
 def test_sqnr_of_each_layer_is_that_of_the_formula(engine, convnet, images, make_ptq):
@@ -151,6 +157,9 @@ def test_outputs_come_in_the_order_of_execution_of_float_functionals_too(make_pt
     assert not quantized.linear._forward_hooks
 
 
+# ---- simulation against conversion ---------------------------------------------------------------
+
+
 def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, make_ptq):
     quantizer = make_ptq("qnnpack")
     prepared = calibrated(quantizer, mlp, images)
@@ -195,6 +204,9 @@ def test_sound_models_pass_on_every_engine(is_qat, engine, model, images, make_p
     quantizer = (make_qat if is_qat else make_ptq)(engine)
     section, failures = compare(quantizer, calibrated(quantizer, model, images), images)
     assert failures == [] and section["min_sqnr_db"] > 20
+
+
+# ---- inputs unlike those of calibration ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])

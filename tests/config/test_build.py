@@ -148,6 +148,9 @@ def test_config_dir_is_absolute():
     assert CONF.is_absolute() and (CONF / "config.yaml").is_file()
 
 
+# ---- building ------------------------------------------------------------------------------------
+
+
 def test_the_model_depends_on_nothing_but_the_seed():
     first = build(compose("seed=3", "model=mlp", "data.val_size=10"))
     torch.rand(5)
@@ -179,6 +182,8 @@ def test_nothing_below_gets_a_config_object(composed):
     assert quantizer.layers["linear1"].bits == 4
     assert not any(OmegaConf.is_config(value) for value in vars(quantizer).values())
 
+
+# ---- the README's commands -----------------------------------------------------------------------
 
 README = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
 RUNS = (line for line in README if re.match(r"    qtrain (model|quant|'quant)", line))

@@ -9,6 +9,8 @@ from comparisons import cells, language_model
 from qtrain.cli.compare import compare
 from qtrain.leaderboard.statistics import over_seeds
 
+# ---- groups --------------------------------------------------------------------------------------
+
 
 def test_groups_are_means_over_seeds(runs):
     for seed, (one, two) in enumerate([(10, 14), (20, 20), (36, 40)]):
@@ -56,6 +58,9 @@ def test_a_group_of_simulated_and_real_runs_has_no_size(runs):
     (section,) = compare([runs.folder], group_by=["method"]).sections
     (row,) = section.rows
     assert row.cells["size_kb"] is None and row.cells["simulated"] and not row.cells["front"]
+
+
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def test_models_and_data_sets_are_kept_apart(runs):
@@ -110,6 +115,9 @@ def test_reports_that_state_their_quality_and_older_ones_share_a_table(runs):
         "old": (99.0, None),
         "new": (99.0, 1.0),
     }
+
+
+# ---- order ---------------------------------------------------------------------------------------
 
 
 def test_sorts_by_any_key_qualities_best_first(runs):

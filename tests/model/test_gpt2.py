@@ -26,6 +26,9 @@ def model() -> GPT2:
     return model
 
 
+# ---- the model -----------------------------------------------------------------------------------
+
+
 def test_published_sizes() -> None:
     with torch.device("meta"):
         model = GPT2()
@@ -145,6 +148,9 @@ def test_too_long_a_context_is_refused(model: GPT2) -> None:
         model(prompt(model, 1, 9), KVCache(model, max_length=8))
 
 
+# ---- quantization --------------------------------------------------------------------------------
+
+
 def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2) -> None:
     spec = QuantSpec(observer=torch_ao.minmax)
     ptq = PTQ(engine="auto", weight=spec, activation=spec, layers={}, fake_quantize="qtrain")
@@ -169,6 +175,9 @@ def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2
     assert error < 10 ** (-15 / 10)  # 15 dB, what the truth gate asks of a layer
     assert converted.generate(idx[:, :12], 20, seed=0).shape == (8, 32)
     assert model.fuse_model(is_qat=False) is None
+
+
+# ---- generation ----------------------------------------------------------------------------------
 
 
 def test_generation_is_a_function_of_its_seed(model: GPT2) -> None:

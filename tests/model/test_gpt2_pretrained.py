@@ -50,6 +50,9 @@ def pair(request: pytest.FixtureRequest, hf: ModuleType, tmp_path: Path) -> tupl
     return GPT2(pretrained=str(tmp_path)).eval(), theirs
 
 
+# ---- parity with transformers --------------------------------------------------------------------
+
+
 @torch.no_grad()
 def test_logits_are_those_of_transformers(pair: tuple[GPT2, Any]) -> None:
     ours, theirs = pair
@@ -129,6 +132,9 @@ def test_the_checkpoints_sizes_take_the_place_of_the_configs_as_documented(
     assert "n_layer" not in caplog.text
     assert GPT2(**NANO, pretrained=str(tmp_path)).n_layer == 2
     assert "n_layer" not in caplog.text  # a warning on every job would tell nobody anything
+
+
+# ---- checkpoints that are refused ----------------------------------------------------------------
 
 
 def test_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:

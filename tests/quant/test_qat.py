@@ -16,6 +16,9 @@ def modes(points):
     return {(point.observing, point.quantizing) for point in points.values()}
 
 
+# ---- settings ------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "setting, reason",
     [
@@ -71,6 +74,9 @@ def test_settings_are_there_for_the_trainer(make_qat):
         quantizer.scheduler,
         quantizer.convert_every,
     ) == (3, 1, 2, 2)
+
+
+# ---- the schedule --------------------------------------------------------------------------------
 
 
 def test_fake_quantization_and_freezing_start_at_their_epochs(convnet, images, make_qat):

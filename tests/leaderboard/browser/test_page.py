@@ -16,7 +16,7 @@ webdriver = pytest.importorskip("selenium.webdriver")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # selenium's own
 
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_thousand_runs(browser, tmp_path):

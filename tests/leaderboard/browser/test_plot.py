@@ -66,7 +66,8 @@ def test_starts_with_an_x_axis_that_varies(browser, runs, tmp_path):
     write(compare([runs.folder]), html=tmp_path / "x.html")
     browser.get((tmp_path / "x.html").as_uri())
     names = [option.text for option in find(browser, "#x option")]
-    assert names == ["file size, KB", "latency, ms", "optimizer.lr", "time of the run, s"]
+    sizes = ["file size, KB", "file size with weights at their bits, KB"]
+    assert names == [*sizes, "latency, ms", "optimizer.lr", "time of the run, s"]
     assert find(browser, "#x")[0].get_attribute("value") == "optimizer.lr"
     places = browser.execute_script(
         "return state.points.map(point => [point.row.data.name, point.x])"
