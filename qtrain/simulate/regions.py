@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtrain.simulate.plan import Plan
 from qtrain.simulate.sites import QuantInput, QuantOutput
 
 
@@ -13,17 +14,39 @@ class Marked(Tensor):
     """A tensor between a QuantStub and a DeQuantStub: whatever torch makes of one is marked too."""
 
 
+def running_in_float(
+    model: nn.Module, plan: Plan, names: Collection[str], inputs: tuple[Any, ...]
+) -> list[str]:
+    """Returns those of `names` that run, and on no quantized tensor.
+
+    Args:
+        model: of a simulation, with its fake quantization off; its modes are as before.
+        plan: of its layers.
+        inputs: arguments of forward.
+
+    Raises:
+        ValueError: a layer without a kernel runs both on quantized and on float tensors.
+    """
+    was_training = [(module, module.training) for module in model.modules()]
+    found = _on_marked(model.eval(), names, inputs)
+    for module, training in was_training:
+        module.training = training
+    for name, on_quantized in found.items():
+        if plan[name].reason and len(on_quantized) > 1:
+            raise ValueError(
+                f"model: layer {name} ({plan[name].kind}) runs both between QuantStub and "
+                "DeQuantStub and outside of them; register a layer of its own for each place"
+            )
+    return [name for name, on_quantized in found.items() if True not in on_quantized]
+
+
 @torch.no_grad()
-def on_marked(
+def _on_marked(
     model: nn.Module, names: Collection[str], inputs: tuple[Any, ...]
 ) -> dict[str, set[bool]]:
     """Returns {layer: whether it runs on quantized tensors, in all its calls}.
 
     Of those of `names` that run at all.
-
-    Args:
-        model: of a simulation, with its fake quantization off.
-        inputs: arguments of forward.
     """
     found: dict[str, set[bool]] = {}
     handles = []

@@ -13,7 +13,7 @@ from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.kept import Kept
 from qtrain.simulate.origins import Home
 from qtrain.simulate.plan import Plan
-from qtrain.simulate.regions import on_marked
+from qtrain.simulate.regions import running_in_float
 from qtrain.simulate.sites import QuantModule, QuantWeighted, Site
 
 Batches = Iterable[tuple[Any, ...]]  # the arguments of one forward pass each
@@ -151,19 +151,10 @@ class Simulation(nn.Module):
         names = self._of_regions()
         if not names:
             return
-        was_training = [(module, module.training) for module in self.modules()]
         with self.mode(observing=False, quantizing=False) as model:
-            found = on_marked(model.eval(), names, cloned(inputs))
-        for module, training in was_training:
-            module.training = training
-        for name, on_quantized in found.items():
-            if self.plan[name].reason and len(on_quantized) > 1:
-                raise ValueError(
-                    f"model: layer {name} ({self.plan[name].kind}) runs both between QuantStub and "
-                    "DeQuantStub and outside of them; register a layer of its own for each place"
-                )
-            if True not in on_quantized:
-                self.leave_float(name)
+            found = running_in_float(model, self.plan, names, cloned(inputs))
+        for name in found:
+            self.leave_float(name)
 
     def _of_regions(self) -> set[str]:
         """Returns the layers whose output is quantized only where they run between the stubs."""
