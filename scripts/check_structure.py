@@ -24,7 +24,7 @@ GOALS = {
 }
 
 REACHED = {  # where a goal is not reached yet: no worse than this
-    "characters of a code line, mean": 40.6,
+    "characters of a code line, mean": 40.1,
 }
 
 
