@@ -350,7 +350,7 @@ MISTAKES = {
         "quant.activation.group_size=4: goes with granularity=per_group, and only with it"
     ),
     "quant.engine=tensorrt": (
-        "quant.engine=tensorrt: allowed are auto, reference, fbgemm, qnnpack, x86, onednn"
+        "quant.engine=tensorrt: allowed are auto, int8, reference, fbgemm, qnnpack, x86, onednn"
     ),
     "quant.layers.linear1=int8": (
         "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, or a mapping"
