@@ -16,7 +16,7 @@ from qtrain.backend.int8.scale import Scale
 from qtrain.backend.int8.tensor import QuantizedTensor
 from qtrain.backend.machine import multiplies, operator
 
-FEW = 1 << 14  # for so few numbers, a convolution takes longer to begin than three passes
+FEW = 1 << 18  # for so few numbers, a convolution takes longer to begin than three passes
 
 
 def add(x: QuantizedTensor, y: QuantizedTensor, to: Scale, relu: bool) -> Tensor:

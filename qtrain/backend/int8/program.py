@@ -21,6 +21,7 @@ from qtrain.backend.int8.pooling import max_pool
 from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.tensor import QuantizedTensor
 
+CONTAINERS = (list, tuple, dict, slice)  # in which a call's arguments may lie
 Step = tuple[Callable[..., Any], tuple[int, ...], int, tuple[int, ...]]
 
 
@@ -173,12 +174,21 @@ class Program:
             for n in inputs
         ]
 
+        is_flat = not node.kwargs and not any(isinstance(x, CONTAINERS) for x in node.args)
+        places = [inputs.index(x) if isinstance(x, fx.Node) else -1 for x in node.args]
+
         def step(*plain: Any) -> Any:
-            known: dict[fx.Node, Any] = {}
-            for one, x, scale in zip(inputs, plain, scales, strict=True):
-                known[one] = x if scale is None else QuantizedTensor(x, *scale)
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            found = call(*args, **kwargs)
+            known = [
+                x if scale is None else QuantizedTensor(x, *scale)
+                for x, scale in zip(plain, scales, strict=True)
+            ]
+            if is_flat:  # `map_arg` takes longer than many a kernel
+                given = zip(places, node.args, strict=True)
+                found = call(*[known[i] if i >= 0 else x for i, x in given])
+            else:
+                by_node: dict[fx.Node, Any] = dict(zip(inputs, known, strict=True))
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), by_node.__getitem__)
+                found = call(*args, **kwargs)
             return found.integers if isinstance(found, QuantizedTensor) else found
 
         return step

@@ -229,7 +229,7 @@ class Arithmetic(nn.Module):
         return self.dequant(self.calls["mul"].mul_scalar(y, 0.5))
 
 
-@pytest.mark.parametrize("size", [4, 32], ids=["small", "by a convolution"])
+@pytest.mark.parametrize("size", [4, 96], ids=["small", "by a convolution"])
 def test_functionals_are_their_simulations(size, make_ptq):
     x = torch.randn(4, 8, size, size)
     _, fake, found = made(make_ptq("int8"), Arithmetic().eval(), x)
