@@ -85,8 +85,7 @@ def test_batch_norm_and_relu_before_a_layer_are_one_kernel(plain):
 
 
 def test_batch_norm_behind_a_transposed_convolution_is_a_kernel_of_its_own(job):
-    per_tensor = ["quant.engine=fbgemm", "quant.weight.granularity=per_tensor"]
-    run = job("plain.Transposed", *per_tensor)
+    run = job("plain.Transposed", "quant.engine=qnnpack")
     assert run.code == 0, run.text
     assert run.report["plan"]["up"]["kind"] == "ConvTranspose2d"
     assert run.report["plan"]["late"]["kind"] == "BatchNorm2d+ReLU"
