@@ -96,7 +96,7 @@ class Home:
         if self.lost:
             raise ValueError(
                 f"float_state_dict: {', '.join(self.lost[:5])} were worked into other tensors "
-                "when the model was fused; use method=qat, or quant.capture.mode=trace"
+                "when fuse_model fused for inference; use qtrain.prepare, or capture='trace'"
             )
         now = tensors(model)
         state = {name: value.clone() for name, value in self.unused.items()}

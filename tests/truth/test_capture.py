@@ -85,8 +85,7 @@ def test_batch_norm_and_relu_before_a_layer_are_one_kernel(plain):
 
 
 def test_batch_norm_behind_a_transposed_convolution_is_a_kernel_of_its_own(job):
-    per_tensor = ["quant.engine=fbgemm", "quant.weight.granularity=per_tensor"]
-    run = job("plain.Transposed", *per_tensor)
+    run = job("plain.Transposed", "quant.engine=qnnpack")
     assert run.code == 0, run.text
     assert run.report["plan"]["up"]["kind"] == "ConvTranspose2d"
     assert run.report["plan"]["late"]["kind"] == "BatchNorm2d+ReLU"
@@ -105,11 +104,11 @@ def test_a_recurrent_layer_stays_float(job, quant):
 
 @BOTH
 def test_all_of_it_at_once(job, quant):
-    # Of the full range, so that no value of a kernel lies beyond its simulation's.
-    run = job("plain.Everything", f"quant={quant}", "quant.engine=qnnpack")
+    run = job("plain.Everything", f"quant={quant}", "quant.engine=x86")
     assert run.code == 0, run.text
     assert list(run.report["capture"]["leaves"]) == ["gate"]
-    assert run.report["truth"]["fake_vs_quantized"]["max_steps"] < 1
+    assert run.report["truth"]["ok"]
+    assert abs(run.loss("quantized") - run.loss("fake")) <= 0.02 * run.loss("fake")
 
 
 @pytest.mark.parametrize("quant", ["ptq", "qat"])

@@ -130,8 +130,9 @@ def test_an_instance_norm_with_running_statistics_is_refused_and_its_remedy_work
 
 
 @BOTH
-def test_a_model_without_stubs_hears_of_them_in_one_line(job, quant):
-    run = job("nets.NoStub", f"quant={quant}")
+def test_a_model_without_stubs_taken_as_it_is_hears_of_them_in_one_line(job, quant):
+    assert agrees(job("nets.NoStub", f"quant={quant}"))
+    run = job("nets.NoStub", f"quant={quant}", "quant.capture.mode=as_is")
     assert refused(run, "layer head (Linear)", "QuantStub")
     assert max(map(len, run.text.splitlines())) < 700
 
