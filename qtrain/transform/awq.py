@@ -18,7 +18,7 @@ from qtrain.common.copying import cloned
 from qtrain.common.validate import boolean, refuse
 from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.transform.clip import RATIOS, clipped
-from qtrain.transform.rounding import Rounding, row_losses
+from qtrain.transform.rounding import Rounding, better_rows, row_losses
 from qtrain.transform.target import Choice, PackedTarget
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,12 @@ class AWQ(Rounding):
             self._norms = norms_before(simulation.model, next(iter(batches)))
 
     def choose(self, target: Any, hessian: Tensor) -> Choice:
-        scale = clipped(target, hessian, RATIOS) if self.clip else target.scale
-        found: Choice = target.rounded(scale)
-        return found
+        nearest: Choice = target.rounded()
+        if not self.clip or target.scale.numel() == 1:  # of one scale rows cannot choose
+            return nearest
+        # Group by group all may gain, and the row still lose.
+        narrower = target.rounded(clipped(target, hessian, RATIOS))
+        return better_rows(target.weight, nearest, narrower, hessian)
 
     def improve_layer(self, name: str, target: Any, hessian: Tensor) -> dict[str, Any]:
         factor = None

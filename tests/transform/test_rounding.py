@@ -13,7 +13,8 @@ from qtrain.quant.weight_only import WeightOnly
 from qtrain.transform.awq import AWQ
 from qtrain.transform.gptq import GPTQ
 from qtrain.transform.layer_by_layer import layer_by_layer
-from qtrain.transform.target import SiteTarget
+from qtrain.transform.rounding import row_losses
+from qtrain.transform.target import SiteTarget, find_targets
 
 
 def gpt2():
@@ -210,3 +211,15 @@ def test_infinite_inputs_name_the_layer():
     simulation = WeightOnly().prepare(model)
     with pytest.raises(ValueError, match=r"layer h\.0\.mlp\.c_fc: its inputs"):
         GPTQ()(simulation, text())
+
+
+@pytest.mark.parametrize("transform", [AWQ(scales=False), GPTQ()], ids=["awq", "gptq"])
+def test_no_row_is_worse_than_rounded_whatever_its_groups_gain(transform):
+    spec = QuantSpec(bits=4, granularity="per_group", group_size=32)
+    simulation = WeightOnly(weight=spec).prepare(nn.Sequential(nn.Linear(256, 64)))
+    target = find_targets(simulation)["0"]()
+    inputs = torch.randn(400, 256) @ torch.randn(256, 256) + 5 * torch.randn(400, 1)
+    hessian = (inputs.T @ inputs)[None].double()
+    nearest, found = target.rounded(), transform.choose(target, hessian)
+    losses = [row_losses(target.weight - x.dequantized(), hessian) for x in (nearest, found)]
+    assert (losses[1] <= losses[0] * (1 + 1e-6)).all() and (losses[1] < losses[0]).sum() > 20
