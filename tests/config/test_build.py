@@ -3,6 +3,7 @@
 import inspect
 import re
 import shlex
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from PIL import Image
 
 from qtrain.config.build import build, compose, config_dir, hydra_arguments
 from qtrain.data.loaders import image_loaders
@@ -190,11 +192,37 @@ RUNS = (line for line in README if re.match(r"    qtrain (model|quant|'quant)", 
 COMMANDS = [shlex.split(line, comments=True)[1:] for line in RUNS]
 
 
+DATASET = """
+import torch
+
+class MyDataset(list):
+    def __init__(self):
+        super().__init__((torch.rand(3, 8, 8), index % 3) for index in range(30))
+"""
+
+
+@pytest.fixture
+def named_data(tmp_path, monkeypatch):
+    """The folder, the table and the module that the README's commands name."""
+    monkeypatch.chdir(tmp_path)
+    for label in ("cat", "dog"):
+        folder = tmp_path / "DIR" / label
+        folder.mkdir(parents=True)
+        for index in range(10):
+            Image.new("RGB", (8, 8), (index, 20 * index, 0)).save(folder / f"{index}.png")
+    rows = (f"{index},{index % 7},{1.5 * index}\n" for index in range(30))
+    (tmp_path / "table.csv").write_text("area,rooms,price\n" + "".join(rows))
+    (tmp_path / "mypackage.py").write_text(DATASET)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("mypackage", None)
+
+
 @pytest.mark.parametrize("overrides", COMMANDS, ids=" ".join)
-def test_the_readmes_single_runs_fit_their_models(overrides):
+def test_the_readmes_single_runs_fit_their_models(named_data, overrides):
     overrides = [o for o in overrides if o != "data=mnist"]  # which would be downloaded
-    is_text = any("gpt2" in override for override in overrides)
-    parts = build(compose(*overrides, *([] if is_text else ["data.val_size=10"])))
+    is_digits = not any("gpt2" in word or word.startswith("data=") for word in overrides)
+    parts = build(compose(*overrides, *(["data.val_size=10"] if is_digits else [])))
     parts.quantizer.prepare(parts.model)
 
 
