@@ -53,7 +53,7 @@ def mistakes(command, monkeypatch):
         ("quant.weight.bits=9", ["quant.weight.bits=9: must be a whole number from 2 to 8"]),
         (
             "quant.engine=tpu",
-            ["quant.engine=tpu: allowed are auto, reference, fbgemm, qnnpack, x86, onednn"],
+            ["quant.engine=tpu: allowed are auto, int8, reference, fbgemm, qnnpack, x86, onednn"],
         ),
         (
             "quant.weight.observer=nope",
