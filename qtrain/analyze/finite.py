@@ -35,8 +35,17 @@ def require_finite_weights(model: nn.Module) -> None:
 
 
 @contextmanager
-def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Iterator[None]:
-    """Raises TruthError when a layer puts out NaN or infinity; names the layer and the batch."""
+def finite_outputs(
+    model: nn.Module, stage: str, *, first_batch: int = 0, called: nn.Module | None = None
+) -> Iterator[None]:
+    """Raises TruthError when a layer puts out NaN or infinity; names the layer and the batch.
+
+    Args:
+        model: whose layers are watched.
+        stage: for messages.
+        first_batch: the number of the first.
+        called: the module that is called once a batch; None: `model`.
+    """
     batch = first_batch - 1
     handles = []
 
@@ -57,7 +66,7 @@ def finite_outputs(model: nn.Module, stage: str, *, first_batch: int = 0) -> Ite
 
         return hook
 
-    handles.append(model.register_forward_pre_hook(count))
+    handles.append((called or model).register_forward_pre_hook(count))
     for name, module in model.named_modules():
         if name and ".observer" not in name:
             handles.append(module.register_forward_hook(check(integers.users_name(model, name))))

@@ -41,7 +41,8 @@ def prepare(run: Run) -> None:
 def calibrate(run: Run) -> None:
     """Lets calibration data be observed, and transforms improve the simulation."""
     run.prepared.kept = FinishedLayers(run.progress)
-    with run.clock("calibration"), finite_outputs(run.prepared.model, "calibration"):
+    watched = finite_outputs(run.prepared.model, "calibration", called=run.prepared)
+    with run.clock("calibration"), watched:
         run.parts.quantizer.calibrate(run.prepared, CalibrationInputs(run.config, run.parts))
     run.prepared.kept = Kept()
     run.failures += run.parts.truth.unobserved(run.prepared.model, run.auxiliary)
