@@ -257,6 +257,7 @@ class Spoiled(Classification):
     """A loss that is not finite at the given batch, counted from 0."""
 
     def __init__(self, batch, value):
+        super().__init__()
         self.batch, self.value, self.count = batch, value, -1
 
     def loss(self, output, batch):
