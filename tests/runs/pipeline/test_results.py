@@ -52,7 +52,9 @@ def test_report(base, method):
         "mnist_sample",
     )
     assert report["overrides"] == [f"quant={method}"]
-    assert report["config"] == OmegaConf.to_container(compose(f"quant={method}"))
+    config = OmegaConf.to_container(compose(f"quant={method}"))
+    config["model"] |= {"inputs": 784, "num_classes": 10}  # which were auto
+    assert report["config"] == config
     quant = report["quant"]
     assert quant["method"] == method
     is_float = method in ("none", "float_finetuned")
