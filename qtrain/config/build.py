@@ -68,8 +68,13 @@ def compose(*overrides: str) -> DictConfig:
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
         words = [*overrides, *partners(list(overrides))]
         config = hydra.compose("config", hydra_arguments(words), return_hydra_config=True)
-        HydraConfig.instance().set_config(config)  # for ${hydra:runtime.choices...}
-        return resolve(config)
+        known = HydraConfig.instance()
+        before = known.cfg
+        known.set_config(config)  # for ${hydra:runtime.choices...}
+        try:
+            return resolve(config)
+        finally:
+            known.cfg = before  # whose folder of the start is that of the process
 
 
 def resolve(config: DictConfig) -> DictConfig:

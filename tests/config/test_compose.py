@@ -1,6 +1,7 @@
 """Command lines, and the settings that they are composed to."""
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 from qtrain.config.build import ConfigError, compose, hydra_arguments
 
@@ -82,3 +83,9 @@ def test_the_tokenizer_of_a_pretrained_folder_is_taken_from_it(tmp_path, files):
     assert compose(*words, "data.tokenizer=gpt2").task.tokenizer == "gpt2"
     assert compose("model=gpt2", "model.pretrained=gpt2-medium").data.tokenizer == "gpt2-medium"
     assert compose("model=gpt2").data.tokenizer == "bytes"
+
+
+def test_what_was_composed_leaves_hydra_as_it_was():
+    before = HydraConfig.instance().cfg
+    compose("model=mlp")
+    assert HydraConfig.instance().cfg is before
