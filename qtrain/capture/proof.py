@@ -64,10 +64,14 @@ def _apart(first: Any, second: Any) -> float:
         return 0.0 if first == second else float("inf")
     if first.shape != second.shape or first.dtype != second.dtype:
         return float("inf")
-    if torch.equal(first, second) or torch.equal(first.nan_to_num(), second.nan_to_num()):
-        return 0.0
-    size = first.double().norm().clamp(min=1e-12)
-    return float((first.double() - second.double()).norm() / size)
+    ours, theirs = first.double(), second.double()
+    known = ours.isfinite()
+    if not torch.equal(known, theirs.isfinite()):
+        return float("inf")
+    if not torch.equal(ours[~known].nan_to_num(), theirs[~known].nan_to_num()):
+        return float("inf")
+    ours, theirs = ours[known], theirs[known]  # a norm with NaN in it would compare with nothing
+    return float((ours - theirs).norm() / ours.norm().clamp(min=1e-12))
 
 
 @torch.no_grad()
