@@ -132,9 +132,9 @@ def _of_group(group: str, known: list[str], item: Any) -> Any:
 
 def _from_start(config: DictConfig) -> None:
     """Makes relative paths whole where hydra.job.chdir has left the folder they are meant from."""
-    start = Path(HydraConfig.get().runtime.cwd or ".") if HydraConfig.initialized() else Path()
-    if start.resolve() == Path.cwd():
+    if not HydraConfig.initialized() or not HydraConfig.get().job.chdir:
         return
+    start = Path(HydraConfig.get().runtime.cwd)
     for key in (*PATHS, *PATHS_OR_NAMES):
         value = OmegaConf.select(config, key)
         if isinstance(value, str) and (key in PATHS or (start / value).exists()):

@@ -66,6 +66,7 @@ def interrupt(self, x):
     return forward(self, x)
 
 host.Watcher.forward = interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
 try:
     qtrain.run(*sys.argv[1:], run_dir="run")
 except KeyboardInterrupt as err:
