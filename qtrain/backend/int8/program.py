@@ -34,7 +34,10 @@ class Program:
     """
 
     def __init__(self, model: nn.Module, example: tuple[Tensor, ...]) -> None:
+        self.settings = [(vars(m), _settings(m)) for m in model.modules() if _is_users(m)]
         graph = Tracer().trace(model)
+        if self._is_set_otherwise():
+            raise ValueError("it sets attributes of its own")
         self.places = [n for n in graph.nodes if n.op == "placeholder"]
         if len(self.places) != len(example):
             raise ValueError(f"it takes {len(self.places)} arguments")
@@ -86,6 +89,8 @@ class Program:
         for hooks in self.watched:
             if hooks:
                 return False
+        if self._is_set_otherwise():
+            return False
         for there, name, module in self.held:
             if there[name] is not module:
                 return False
@@ -98,6 +103,17 @@ class Program:
             if integers._version != version:
                 return False
         return True
+
+    def _is_set_otherwise(self) -> bool:
+        """Tells whether an attribute of a user's module, which its forward may go by, is another.
+
+        What changes within a list or a dict is not seen.
+        """
+        for now, then in self.settings:
+            for key, value in then.items():
+                if now.get(key) is not value:
+                    return True
+        return False
 
     def __call__(self, *args: Tensor) -> Any:
         values: list[Any] = [*args, *[None] * (self.size - len(args))]
@@ -192,6 +208,14 @@ class Program:
             return found.integers if isinstance(found, QuantizedTensor) else found
 
         return step
+
+
+def _is_users(module: nn.Module) -> bool:
+    return not type(module).__module__.startswith(("qtrain.backend.", "torch.nn."))
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if not key.startswith("_")}
 
 
 class Tracer(fx.Tracer):

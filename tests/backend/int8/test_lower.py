@@ -240,3 +240,38 @@ def test_functionals_are_their_simulations(size, make_ptq):
         scale = float(found.get_submodule(name).output.scale)
         off = (exact[name] - real[name]).abs() / scale
         assert off.square().mean().sqrt() < 0.05 and off.max() < 1.5
+
+
+class Settable(nn.Module):
+    """Its forward goes by an attribute, and may count its calls."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.quant, self.dequant = qtrain.QuantStub(), qtrain.DeQuantStub()
+        self.linear = nn.Linear(4, 4)
+        self.counts, self.factor, self.calls = counts, 1.0, 0
+
+    def forward(self, x):
+        if self.counts:
+            self.calls += 1
+        return self.dequant(self.linear(self.quant(x))) * self.factor
+
+
+def test_an_attribute_that_is_set_between_calls_is_heeded(make_ptq):
+    x = torch.randn(8, 4)
+    _, _, found = made(make_ptq("int8"), Settable(counts=False).eval(), x)
+    before = found(x)
+    assert found.forward.reason is None
+    found.factor = 3.0
+    assert torch.equal(found(x), before * 3.0)
+    assert torch.equal(found(x), before * 3.0)
+
+
+def test_a_forward_that_sets_attributes_sets_them_each_time(make_ptq):
+    x = torch.randn(8, 4)
+    _, _, found = made(make_ptq("int8"), Settable(counts=True).eval(), x)
+    found(x)
+    before = found.calls
+    found(x), found(x)
+    assert found.calls == before + 2
+    assert "sets attributes of its own" in found.forward.reason
