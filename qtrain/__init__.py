@@ -10,7 +10,8 @@ model = qtrain.load("outputs/runs/...")
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # typing takes 4 ms to import, in which Ctrl-C would find no handler
+# typing takes 4 ms to import, in which Ctrl-C would find no handler
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
@@ -48,7 +49,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> "Any":
-    # Only what is used is imported: torch takes seconds, and qtrain-compare does without it.
+    # Only what is used is imported: torch takes seconds, and qtrain-compare does
+    # without it.
     if name == "__version__":
         return import_module("importlib.metadata").version("qtrain")
     for home, names in _HOMES.items():

@@ -39,7 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--cpu", action="store_true", help="processor time in place of wall-clock")
+    parser.add_argument(
+        "--cpu", action="store_true", help="processor time in place of wall-clock"
+    )
     parser.add_argument("--quick", action="store_true", help="convnet alone")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -53,7 +55,9 @@ def main() -> None:
             for batch in batches:
                 x = example[:1].expand(batch, *example.shape[1:]).contiguous()
                 calls = {k: make(x, threads) for k, make in candidates.items()}
-                rows = _measure(calls, args.rounds, time.thread_time if args.cpu else None)
+                rows = _measure(
+                    calls, args.rounds, time.thread_time if args.cpu else None
+                )
                 key = f"{name}, batch {batch}, {threads} threads"
                 found[key] = rows
                 shown = "  ".join(f"{k} {v:.3g}" for k, v in rows.items())
@@ -73,13 +77,17 @@ def _cases(quick: bool) -> dict[str, tuple[nn.Module, Tensor, list[int]]]:
     return {name: (model.eval(), *rest) for name, (model, *rest) in cases.items()}
 
 
-def _candidates(model: nn.Module, example: Tensor) -> dict[str, Callable[[Tensor, int], Call]]:
+def _candidates(
+    model: nn.Module, example: Tensor
+) -> dict[str, Callable[[Tensor, int], Call]]:
     """Returns {candidate: what makes a call of it, for an input and a number of threads}."""
 
     def of_torch(module: nn.Module, x: Tensor, threads: int) -> Call:
         return torch.no_grad()(partial(module, x))
 
-    found: dict[str, Callable[[Tensor, int], Call]] = {"float": partial(of_torch, model)}
+    found: dict[str, Callable[[Tensor, int], Call]] = {
+        "float": partial(of_torch, model)
+    }
     for engine in ENGINES:
         if engine != "reference":
             made = qtrain.quantize(model, [example], engine=engine).model
@@ -91,7 +99,11 @@ def _candidates(model: nn.Module, example: Tensor) -> dict[str, Callable[[Tensor
 
 def _onnxruntime(model: nn.Module, example: Tensor) -> Callable[[Tensor, int], Call]:
     import onnxruntime
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantType,
+        quantize_static,
+    )
 
     folder = Path(tempfile.mkdtemp())
 

@@ -48,7 +48,9 @@ def main() -> None:
     print(f"{'model':<26}{'how':<10}{'MACs int8':>10}{'SQNR dB':>9}{'seconds':>9}")
     for name in chosen.models:
         model, images = made(name, chosen.size, chosen.batch)
-        jobs: dict[str, Job] = {engine: partial(ours, engine=engine) for engine in chosen.engines}
+        jobs: dict[str, Job] = {
+            engine: partial(ours, engine=engine) for engine in chosen.engines
+        }
         jobs |= {"fx x86": fx} if chosen.peers else {}
         jobs |= {"qat x86": trained} if chosen.qat else {}
         total = None  # ours has all products as layers
@@ -74,7 +76,9 @@ def show(
     inside, own = products(quantized, images)
     total = own if total is None else total
     share = 100 * inside / total
-    print(f"{name:<26}{how:<10}{share:>9.1f}%{decibels:>9.1f}{seconds:>9.1f}", flush=True)
+    print(
+        f"{name:<26}{how:<10}{share:>9.1f}%{decibels:>9.1f}{seconds:>9.1f}", flush=True
+    )
     return total
 
 
@@ -100,7 +104,9 @@ def ours(model: nn.Module, images: Tensor, engine: str) -> nn.Module:
     quantizer = PTQ(engine=engine)
     simulation = quantizer.prepare(model, (images,))
     quantizer.calibrate(simulation, [(images,)])
-    print(f"  {simulation.capture['sites']} sites, leaves {simulation.capture['leaves']}")
+    print(
+        f"  {simulation.capture['sites']} sites, leaves {simulation.capture['leaves']}"
+    )
     return quantizer.convert(simulation)
 
 

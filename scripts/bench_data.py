@@ -104,7 +104,13 @@ def epochs(root: Path, args: argparse.Namespace) -> dict[str, float]:
     )
     # A small network: the faster a step, the more its data weigh.
     inputs = 3 * args.size**2
-    model = MLP(hidden=100, hidden_relu=True, output_relu=False, inputs=inputs, num_classes=CLASSES)
+    model = MLP(
+        hidden=100,
+        hidden_relu=True,
+        output_relu=False,
+        inputs=inputs,
+        num_classes=CLASSES,
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
     def epoch(loader: ImageLoader) -> None:
@@ -146,7 +152,9 @@ def show(found: dict[str, float]) -> None:
     names = list(found)
     for name, other in zip(names[::2], names[1::2], strict=True):
         ratio = found[name] / found[other]
-        print(f"{name}: {found[name]:.2f} s; {other}: {found[other]:.2f} s; ratio {ratio:.2f}")
+        print(
+            f"{name}: {found[name]:.2f} s; {other}: {found[other]:.2f} s; ratio {ratio:.2f}"
+        )
 
 
 if __name__ == "__main__":

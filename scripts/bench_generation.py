@@ -30,7 +30,9 @@ from qtrain.config.build import compose
 from qtrain.exporter.gguf import Gguf
 from qtrain.model.gpt2 import GPT2, KVCache
 
-ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"] + ["int8"]
+ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"] + [
+    "int8"
+]
 METHODS = {
     "qtrain fp32": ["quant=none"],
     "qtrain bf16": ["quant=bf16"],
@@ -96,12 +98,16 @@ class LlamaCpp:
         self.path = Path(folder) / f"{kind}.gguf"
         Gguf(type=kind).write_model(model, self.path)
         params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(self.path), model.n_positions, 1
+        params.model.path = str(self.path)
+        params.n_ctx = model.n_positions
+        params.n_parallel = 1
         params.n_batch = params.n_ubatch = 512
         params.verbosity = -1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         self.server = xllamacpp.Server(params)
-        self.bytes = sum(t.n_bytes for t in gguf_tensors(self.path) if t.name != "position_embd")
+        self.bytes = sum(
+            t.n_bytes for t in gguf_tensors(self.path) if t.name != "position_embd"
+        )
 
     def measure(self, prompt: Tensor, new: int) -> tuple[float, float]:
         prefills = [self._ask(prompt, 1)["prompt_per_second"] for _ in range(CALLS)]
@@ -109,7 +115,11 @@ class LlamaCpp:
         return statistics.median(prefills), decode
 
     def _ask(self, prompt: Tensor, count: int) -> dict[str, float]:
-        request = {"prompt": prompt[0].tolist(), "max_tokens": count, "ignore_eos": True}
+        request = {
+            "prompt": prompt[0].tolist(),
+            "max_tokens": count,
+            "ignore_eos": True,
+        }
         answer = self.server.handle_completions(
             {**request, "temperature": 0.0, "cache_prompt": False}
         )
@@ -186,7 +196,11 @@ def main() -> None:
     if importlib.util.find_spec("transformers"):
         models["transformers fp32"] = Theirs(transformers_model(float_model))
     prompt = torch.randint(float_model.vocab_size, (1, args.prompt))
-    chosen = {n: s for n, s in METHODS.items() if not args.only or any(o in n for o in args.only)}
+    chosen = {
+        n: s
+        for n, s in METHODS.items()
+        if not args.only or any(o in n for o in args.only)
+    }
     for name, settings in chosen.items():
         quantizer = instantiate(compose(*settings).quant, _convert_="all")
         simulation = quantizer.prepare(float_model)
@@ -205,10 +219,17 @@ def main() -> None:
     bandwidth = statistics.median(bandwidths)
     rows = []
     for name, rates in found.items():
-        prefill, decode = (statistics.median(column) for column in zip(*rates, strict=True))
+        prefill, decode = (
+            statistics.median(column) for column in zip(*rates, strict=True)
+        )
         limit = bandwidth / read_bytes(models[name])
         rows.append(
-            {"model": name, "prefill": prefill, "decode": decode, "of_limit": decode / limit}
+            {
+                "model": name,
+                "prefill": prefill,
+                "decode": decode,
+                "of_limit": decode / limit,
+            }
         )
     print(
         f"{args.threads} threads, prompt {args.prompt}, {args.rounds} rounds; "
@@ -226,7 +247,11 @@ def main() -> None:
         )
     print(
         json.dumps(
-            {"threads": args.threads, "bandwidth_gb_s": bandwidth / 1e9, "tokens_per_s": rows}
+            {
+                "threads": args.threads,
+                "bandwidth_gb_s": bandwidth / 1e9,
+                "tokens_per_s": rows,
+            }
         )
     )
 

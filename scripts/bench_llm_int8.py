@@ -84,7 +84,9 @@ def main() -> None:
 
 def show(name: str, rows: int, outliers: int, found: dict[str, float]) -> None:
     theirs, ours = found["bitsandbytes"], found["qtrain"]
-    print(f"{name:>12} {rows:>5} {outliers:>8} {theirs:>13.3f} {ours:>8.3f} {theirs / ours:>6.2f}")
+    print(
+        f"{name:>12} {rows:>5} {outliers:>8} {theirs:>13.3f} {ours:>8.3f} {theirs / ours:>6.2f}"
+    )
 
 
 if __name__ == "__main__":

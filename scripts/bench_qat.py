@@ -68,7 +68,8 @@ def main() -> None:
 
 def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
     """Prints and returns {candidate: {"ms", "over_float", "peak_mb"}} of one training step."""
-    warnings.filterwarnings("ignore", module="torch.ao")  # it announces its own deprecation
+    # It announces its own deprecation
+    warnings.filterwarnings("ignore", module="torch.ao")
     warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
     parts = build(compose("quant=qat", *overrides))
     batches = list(itertools.islice(parts.data.train, 8))
@@ -106,15 +107,17 @@ def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
     return figures
 
 
-def measure_calibration(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
+def measure_calibration(
+    overrides: list[str], rounds: int
+) -> dict[str, dict[str, float]]:
     """Prints and returns {candidate: {"ms", "over_forward"}} of one batch."""
     parts = build(compose("quant=ptq", *overrides))
-    batches = [parts.task.inputs(batch) for batch in itertools.islice(parts.data.train, 8)]
+    batches = [
+        parts.task.inputs(batch) for batch in itertools.islice(parts.data.train, 8)
+    ]
     model, turn = parts.model.eval(), itertools.cycle(batches)
-    ours, torchs = (
-        parts.quantizer.prepare(model),
-        tq.prepare(configured(parts, tq.get_default_qconfig, is_qat=False)),
-    )
+    ours = parts.quantizer.prepare(model)
+    torchs = tq.prepare(configured(parts, tq.get_default_qconfig, is_qat=False))
     calls = {
         "forward": lambda: model(*next(turn)),
         "qtrain": lambda: parts.quantizer.calibrate(ours, [next(turn)]),
@@ -125,9 +128,15 @@ def measure_calibration(overrides: list[str], rounds: int) -> dict[str, dict[str
     figures = {}
     for name, row in zip(calls, times, strict=True):
         ratio = float((row / times[0]).median())
-        figures[name] = {"ms": round(float(row.median()), 3), "over_forward": round(ratio, 3)}
+        figures[name] = {
+            "ms": round(float(row.median()), 3),
+            "over_forward": round(ratio, 3),
+        }
     print(
-        ", ".join(f" {name} {figures[name]['over_forward']:.2f}" for name in ("qtrain", "torch.ao"))
+        ", ".join(
+            f" {name} {figures[name]['over_forward']:.2f}"
+            for name in ("qtrain", "torch.ao")
+        )
     )
     return figures
 
@@ -150,7 +159,9 @@ def peak_bytes(step: Callable[[], None]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     recorded = profiler.profiler.kineto_results.events()
-    events = sorted((e for e in recorded if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    events = sorted(
+        (e for e in recorded if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    )
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 

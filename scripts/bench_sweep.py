@@ -22,9 +22,8 @@ FIRST = 20  # jobs until everything is imported and allocated
 def sweep(folder: Path, jobs: int, overrides: list[str]) -> list[float]:
     """Runs the sweep; returns the process's memory in MB as each job's report appeared."""
     # Jobs that share their float model, yet are not the same.
-    grid = (
-        f"truth.max_range_ratio={','.join(f'{1.25 + number / 1000:.3f}' for number in range(jobs))}"
-    )
+    ratios = (f"{1.25 + number / 1000:.3f}" for number in range(jobs))
+    grid = f"truth.max_range_ratio={','.join(ratios)}"
     command = [
         sys.executable,
         "-m",
@@ -39,7 +38,9 @@ def sweep(folder: Path, jobs: int, overrides: list[str]) -> list[float]:
     with Path(f"{folder}.log").open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            while len(memory) < jobs and any(folder.glob(f"{len(memory)}_*/report.json")):
+            while len(memory) < jobs and any(
+                folder.glob(f"{len(memory)}_*/report.json")
+            ):
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 memory += [
                     int(found[1]) / 1024
@@ -48,7 +49,9 @@ def sweep(folder: Path, jobs: int, overrides: list[str]) -> list[float]:
                 ]
             time.sleep(0.02)
     if process.returncode:
-        sys.exit(f"bench_sweep: the sweep ended with {process.returncode}; see {output.name}")
+        sys.exit(
+            f"bench_sweep: the sweep ended with {process.returncode}; see {output.name}"
+        )
     return memory
 
 
@@ -57,7 +60,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="OVERRIDE", help="for all jobs, such as logger=none"
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="for all jobs, such as logger=none",
     )
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=Path("outputs/bench_sweep"))
@@ -79,12 +85,19 @@ def main() -> None:
     stages = [sum(report["time_s"].values()) for report in reports]
     walls = [after - before for before, after in zip(starts, starts[1:], strict=False)]
     over = [wall - own for wall, own in zip(walls, stages, strict=True)]
-    assert all(report["float_from"] == "cache" for report in reports[1:]) and len(memory) == jobs
+    assert (
+        all(report["float_from"] == "cache" for report in reports[1:])
+        and len(memory) == jobs
+    )
 
-    print(f"{'jobs':>9}  {'wall s':>7}  {'stages s':>8}  {'overhead s':>10}  {'memory MB':>9}")
+    print(
+        f"{'jobs':>9}  {'wall s':>7}  {'stages s':>8}  {'overhead s':>10}  {'memory MB':>9}"
+    )
     for start in (FIRST // 2, *range(FIRST, jobs, max(1, (jobs - FIRST) // 6))):
         part = slice(start, min(start + 10, jobs))
-        wall, own, extra = (statistics.median(found[part]) for found in (walls, stages, over))
+        wall, own, extra = (
+            statistics.median(found[part]) for found in (walls, stages, over)
+        )
         print(
             f"{f'{part.start}..{part.stop - 1}':>9}  {wall:7.2f}  {own:8.2f}  {extra:10.2f}  "
             f"{memory[part][-1]:9.0f}"

@@ -42,18 +42,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as every run does
-    data = ["data=mnist", f"data.root={args.root}"] if args.root else ["data=mnist_sample"]
+    data = (
+        ["data=mnist", f"data.root={args.root}"] if args.root else ["data=mnist_sample"]
+    )
     figures = {
         "threads": args.threads,
         "data": data[0].removeprefix("data="),
         **loops(data, args.rounds),
     }
-    print(json.dumps({**figures, "qat": measure(CASES["convnet, batch 64"], args.rounds)}))
+    print(
+        json.dumps({**figures, "qat": measure(CASES["convnet, batch 64"], args.rounds)})
+    )
 
 
 def loops(data: list[str], rounds: int, steps: int = 700) -> dict[str, float]:
     """Returns iterations per second of three loops training `mlp` in batches of 10; and ratios."""
-    parts = build(compose("model=mlp", "data.batch_size=10", f"trainer.max_steps={steps}", *data))
+    parts = build(
+        compose("model=mlp", "data.batch_size=10", f"trainer.max_steps={steps}", *data)
+    )
     candidates = {
         "qtrain": lambda: qtrain_loop(parts),
         "DataLoader loop": lambda: dataloader_loop(parts, steps),
@@ -63,7 +69,9 @@ def loops(data: list[str], rounds: int, steps: int = 700) -> dict[str, float]:
     rates = {name: steps / median for name, median in seconds.items()}
     print(f"mlp, batch 10: iterations per second, median of {rounds} rounds of {steps}")
     for name, rate in rates.items():
-        print(f"  {name:<16} {rate:8.0f}   qtrain is {rates['qtrain'] / rate:5.2f} times as fast")
+        print(
+            f"  {name:<16} {rate:8.0f}   qtrain is {rates['qtrain'] / rate:5.2f} times as fast"
+        )
     return {
         **{f"{name.replace(' ', '_')}_it_per_s": rate for name, rate in rates.items()},
         "speedup_over_DataLoader_loop": rates["qtrain"] / rates["DataLoader loop"],
@@ -71,7 +79,9 @@ def loops(data: list[str], rounds: int, steps: int = 700) -> dict[str, float]:
     }
 
 
-def take_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def take_turns(
+    candidates: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, float]:
     """Returns the median seconds of each candidate; one warm-up each."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(-1, rounds):
@@ -90,7 +100,12 @@ def qtrain_loop(parts: Parts) -> None:
         "device": "cpu",
     }
     parts.trainer.fit(
-        parts.model, parts.data.train, parts.task, logger=Logger(), stage="bench", **options
+        parts.model,
+        parts.data.train,
+        parts.task,
+        logger=Logger(),
+        stage="bench",
+        **options,
     )
 
 
@@ -107,7 +122,9 @@ class Digits(Dataset[tuple[torch.Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+        return self.transform(Image.fromarray(self.images[index])), int(
+            self.labels[index]
+        )
 
 
 def dataloader_loop(parts: Parts, steps: int) -> None:
@@ -128,7 +145,10 @@ def bare_loop(parts: Parts, steps: int) -> None:
 
 
 def train(
-    model: nn.Module, batches: Iterator[Any], steps: int, make_optimizer: OptimizerFactory
+    model: nn.Module,
+    batches: Iterator[Any],
+    steps: int,
+    make_optimizer: OptimizerFactory,
 ) -> None:
     model.train()
     optimizer = make_optimizer(model.parameters())

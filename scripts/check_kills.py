@@ -38,7 +38,10 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
     """Starts `qtrain` in a process group of its own."""
     command = [sys.executable, "-m", "qtrain.cli.run", *arguments]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -46,23 +49,36 @@ def finish(process: subprocess.Popen[bytes]) -> str:
     """Returns what the process printed; ends this script where it failed."""
     output = process.communicate()[0].decode()
     if process.returncode:
-        sys.exit(f"check_kills: {process.args} ended with {process.returncode}:\n{output}")
+        sys.exit(
+            f"check_kills: {process.args} ended with {process.returncode}:\n{output}"
+        )
     return output
 
 
 def result(folder: Path) -> dict[str, Any]:
     """Returns what must not depend on kills: weights' digests, scores, logs but for times."""
     report = json.loads((folder / "report.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
     kept = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name in ("float.pt", "quantized.pt")
     }
     kept |= {
         key: report[key]
-        for key in ("metrics", "truth", "qparams", "difference", "samples", "size_bytes")
+        for key in (
+            "metrics",
+            "truth",
+            "qparams",
+            "difference",
+            "samples",
+            "size_bytes",
+        )
     }
-    timeless = [{k: v for k, v in line.items() if not k.startswith("latency")} for line in lines]
+    timeless = [
+        {k: v for k, v in line.items() if not k.startswith("latency")} for line in lines
+    ]
     return kept | {
         "lines": timeless,
         "leftovers": [str(p) for p in folder.rglob(".*.*") if p.is_dir()],
@@ -102,7 +118,12 @@ def stage_of(folder: Path) -> str:
 
 
 def kill_and_resume(
-    number: int, kills: int, folder: Path, seconds: float, expected: dict[str, Any], cache: str
+    number: int,
+    kills: int,
+    folder: Path,
+    seconds: float,
+    expected: dict[str, Any],
+    cache: str,
 ) -> str:
     """Kills one run at a random moment of its share of `seconds`; returns what it was at."""
     run = folder / f"kill{number}"
@@ -119,13 +140,16 @@ def kill_and_resume(
     at = stage_of(run)
     check_files(run)
     print(
-        f"{number + 1}: killed {time.monotonic() - begun:.1f} s after its start ({at})", flush=True
+        f"{number + 1}: killed {time.monotonic() - begun:.1f} s after its start ({at})",
+        flush=True,
     )
     finish(start(f"resume={run}"))
     found = result(run)
     wrong = [key for key in expected if found[key] != expected[key]]
     if wrong:
-        sys.exit(f"check_kills: {run} differs from an uninterrupted run in {', '.join(wrong)}")
+        sys.exit(
+            f"check_kills: {run} differs from an uninterrupted run in {', '.join(wrong)}"
+        )
     return at
 
 
@@ -156,9 +180,18 @@ def main() -> None:
         at: dict[str, int] = {}
         number = 0
         while sum(at.values()) - at.get("finished before", 0) < arguments.kills:
-            cache = "float_cache=null" if number % 2 else f"float_cache={folder / f'cache{number}'}"
+            cache = (
+                "float_cache=null"
+                if number % 2
+                else f"float_cache={folder / f'cache{number}'}"
+            )
             where = kill_and_resume(
-                number % arguments.kills, arguments.kills, folder, seconds, expected, cache
+                number % arguments.kills,
+                arguments.kills,
+                folder,
+                seconds,
+                expected,
+                cache,
             )
             at[where] = at.get(where, 0) + 1
             shutil.rmtree(folder / f"kill{number % arguments.kills}")
@@ -182,7 +215,9 @@ def main() -> None:
             "measure.repeats=3",
         ]
         runs = [folder / f"process{number}" for number in range(arguments.processes)]
-        for process in [start(f"hydra.run.dir={run}", *settings, cache) for run in runs]:
+        for process in [
+            start(f"hydra.run.dir={run}", *settings, cache) for run in runs
+        ]:
             finish(process)
         reports = [json.loads((run / "report.json").read_text()) for run in runs]
         trained = [report["float_from"] for report in reports].count("training")

@@ -110,7 +110,9 @@ def between_folders(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     for name, others in graph.items():
         folder = ".".join(name.split(".")[:2])
         if "." in name:
-            reached = {".".join(other.split(".")[:2]) for other in others if "." in other}
+            reached = {
+                ".".join(other.split(".")[:2]) for other in others if "." in other
+            }
             found.setdefault(folder, set()).update(reached - {folder})
     return found
 
@@ -131,7 +133,9 @@ def main() -> None:
         for name, tree in trees.items()
         for function, size in functions(tree)
     )
-    file_size, file = max((len(text.splitlines()), name) for name, text in texts.items())
+    file_size, file = max(
+        (len(text.splitlines()), name) for name, text in texts.items()
+    )
     loose = [path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
     graph = {name: imports(name, tree, set(trees)) for name, tree in trees.items()}
     groups, folder_groups = circles(graph), circles(between_folders(graph))
@@ -141,13 +145,21 @@ def main() -> None:
         if any(module.startswith("torch.ao") for module in _imported(trees[name]))
     }
     folders = {path.parent for path in files.values()} - {PACKAGE}
-    unsigned = sorted(folder.name for folder in folders if not (folder / "README.md").is_file())
+    unsigned = sorted(
+        folder.name for folder in folders if not (folder / "README.md").is_file()
+    )
     measured: dict[str, tuple[float, str]] = {
         "lines of the longest file": (file_size, file),
         "lines of the longest function": longest,
-        "characters of a code line, mean": (round(sum(map(len, lines)) / len(lines), 1), ""),
+        "characters of a code line, mean": (
+            round(sum(map(len, lines)) / len(lines), 1),
+            "",
+        ),
         "modules loose at the top": (len(loose), " ".join(sorted(loose))),
-        "modules in import circles": (sum(map(len, groups)), "; ".join(map(" ".join, groups))),
+        "modules in import circles": (
+            sum(map(len, groups)),
+            "; ".join(map(" ".join, groups)),
+        ),
         "folders in import circles": (
             sum(map(len, folder_groups)),
             "; ".join(map(" ".join, folder_groups)),

@@ -36,7 +36,15 @@ from qtrain.data.loaders import DataLoaders, image_loaders
 VALUES = """-1 0 1 3 0.5 -0.5 1000000000 1000000000000000000000000000000 1e-300 1e308
 true false null nan inf -inf ??? abc
 auto ../x / '' [] [1,a] [0.5,2] [[]] {} {a:1} ${nope} ${seed} ${oc.env:HOME}""".split()
-VALUES += ["' '", "'a\tb'", "'a\nb'", "'ünïcødé'", "'\x1b[31m'", "x" * 5000, DELETED := "(deleted)"]
+VALUES += [
+    "' '",
+    "'a\tb'",
+    "'a\nb'",
+    "'ünïcødé'",
+    "'\x1b[31m'",
+    "x" * 5000,
+    DELETED := "(deleted)",
+]
 QUICK = """trainer=smoke trainer.max_steps=2 threads=1 logger=none measure.repeats=1
 measure.warmup=0 measure.batch_sizes=[1] float_cache=null truth.on_failure=warn""".split()
 TINY_TEXT = (
@@ -63,10 +71,16 @@ class Hang(BaseException):
 def tiny_digits(root: Any = None, **options: Any) -> DataLoaders:
     """Returns 30 made-up digits in place of MNIST's."""
     images = torch.randint(
-        0, 256, (40, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        0,
+        256,
+        (40, 28, 28),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
     )
     labels = torch.arange(40) % 10
-    return image_loaders((images[:30], labels[:30]), (images[30:], labels[30:]), **options)
+    return image_loaders(
+        (images[:30], labels[:30]), (images[30:], labels[30:]), **options
+    )
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -88,7 +102,9 @@ def keys(base: tuple[str, ...]) -> list[str]:
 def draw(rng: random.Random, folder: Path) -> tuple[tuple[str, ...], str, str]:
     """Returns a command line, a key of its config, and the value to put there."""
     model = rng.choice(MODELS).replace("TEXT", str(folder / "text.txt")).split()
-    method = [] if model[0].startswith("experiment") else [f"quant={rng.choice(METHODS)}"]
+    method = (
+        [] if model[0].startswith("experiment") else [f"quant={rng.choice(METHODS)}"]
+    )
     small = [] if "data=text" in model else ["data.val_size=10"]
     base = (*model, *method, *QUICK, *small)
     return base, rng.choice(keys(base)), rng.choice(VALUES)
@@ -138,7 +154,9 @@ def fuzz(cases: int, seed: int, limit: float) -> tuple[Counter[str], list[str]]:
     rng, counts, found = random.Random(seed), Counter[str](), []
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
-    digits = mock.patch.multiple("qtrain.data.mnist", mnist=tiny_digits, mnist_sample=tiny_digits)
+    digits = mock.patch.multiple(
+        "qtrain.data.mnist", mnist=tiny_digits, mnist_sample=tiny_digits
+    )
     # A float cache may get any name.
     with digits, tempfile.TemporaryDirectory() as name, chdir(name):
         folder = Path(name)
@@ -167,11 +185,15 @@ def main() -> None:
     )
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds a case may take")
+    parser.add_argument(
+        "--limit", type=float, default=60.0, help="seconds a case may take"
+    )
     arguments = parser.parse_args()
     began = time.monotonic()
     counts, found = fuzz(arguments.cases, arguments.seed, arguments.limit)
-    kinds = {kind: counts[kind] for kind in ("ok", "refused", "unnamed", "traceback", "hang")}
+    kinds = {
+        kind: counts[kind] for kind in ("ok", "refused", "unnamed", "traceback", "hang")
+    }
     print(
         json.dumps(
             {

@@ -38,7 +38,12 @@ from qtrain.runs import artifact, pipeline, stages
 from qtrain.runs.resume import DIGEST_BYTES, Interrupted, Signals
 
 TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null".split()
-TINY += ["measure.repeats=1", "measure.warmup=0", "data.val_size=100", "truth.on_failure=warn"]
+TINY += [
+    "measure.repeats=1",
+    "measure.warmup=0",
+    "data.val_size=100",
+    "truth.on_failure=warn",
+]
 STATE = Path("resume", "float.pt")
 JUNK: list[Any] = [
     None,
@@ -80,18 +85,18 @@ def make_runs(folder: Path) -> None:
     stages.CalibrationInputs = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
     try:
         with contextlib.suppress(Interrupted), Signals() as signals:
-            pipeline.execute(build.compose(*TINY), folder / "open", TINY, signals=signals)
+            pipeline.execute(
+                build.compose(*TINY), folder / "open", TINY, signals=signals
+            )
     finally:
         stages.CalibrationInputs = inputs
 
 
 def call(command: Callable[..., object], *arguments: str) -> str:
     """Returns what a command prints; raises what no mistake of the user's explains."""
-    root, before, found = (
-        logging.getLogger(),
-        sys.argv,
-        io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", newline=""),
-    )
+    root = logging.getLogger()
+    before = sys.argv
+    found = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace", newline="")
     handlers, level = root.handlers[:], root.level
     sys.argv = ["command", *arguments]
     try:
@@ -121,7 +126,9 @@ def mutated_bytes(content: bytes, rng: random.Random) -> bytes:
         b"[" * 3000,
         b"\x1b[2J",
     )
-    return rng.choice((content[:start], content[:start] + rng.choice(middles) + content[end:]))
+    return rng.choice(
+        (content[:start], content[:start] + rng.choice(middles) + content[end:])
+    )
 
 
 def mutated_values(content: Any, rng: random.Random) -> Any:
@@ -140,7 +147,9 @@ def mutated_values(content: Any, rng: random.Random) -> Any:
 
 
 def _places(content: Any) -> Iterator[tuple[Any, Any]]:
-    for key, value in list(content.items() if isinstance(content, dict) else enumerate(content)):
+    for key, value in list(
+        content.items() if isinstance(content, dict) else enumerate(content)
+    ):
         yield content, key
         if isinstance(value, dict | list):
             yield from _places(value)
@@ -154,14 +163,18 @@ def mutate(path: Path, rng: random.Random) -> None:
     elif path.suffix == ".pt":  # a state, with a digest before it, which is made to fit
         state = io.BytesIO()
         torch.save(
-            mutated_values(torch.load(io.BytesIO(content[DIGEST_BYTES:]), weights_only=True), rng),
+            mutated_values(
+                torch.load(io.BytesIO(content[DIGEST_BYTES:]), weights_only=True), rng
+            ),
             state,
         )
         path.write_bytes(hashlib.sha256(state.getvalue()).digest() + state.getvalue())
     elif path.suffix == ".json":
         path.write_text(json.dumps(mutated_values(json.loads(content), rng)))
     else:
-        found = mutated_values(OmegaConf.to_container(OmegaConf.create(content.decode())), rng)
+        found = mutated_values(
+            OmegaConf.to_container(OmegaConf.create(content.decode())), rng
+        )
         # JSON is YAML, with each string in quotes.
         path.write_text(json.dumps(found), encoding="utf-8")
 
@@ -213,7 +226,9 @@ def try_mutants(folder: Path, count: int, seed: int = 0) -> list[str]:
             try:
                 check(read(Path(place), "mutant"))
             except Exception as err:
-                wrong.append(f"mutant {index} of {file}: {type(err).__name__}: {str(err)[:300]}")
+                wrong.append(
+                    f"mutant {index} of {file}: {type(err).__name__}: {str(err)[:300]}"
+                )
     return wrong
 
 
@@ -236,7 +251,9 @@ def outputs(folder: Path, file: str) -> Any:
         return {name: values.tolist() for name, values in scores.items()}
     load = {"float.pt": artifact.load_float, "quantized.pt": artifact.load}[file]
     with torch.inference_mode():
-        return load(folder)(torch.linspace(-1, 1, 20 * 784).view(20, 1, 28, 28)).tolist()
+        return load(folder)(
+            torch.linspace(-1, 1, 20 * 784).view(20, 1, 28, 28)
+        ).tolist()
 
 
 def try_flips(folder: Path, count: int, seed: int = 0) -> list[str]:
@@ -263,7 +280,9 @@ def try_flips(folder: Path, count: int, seed: int = 0) -> list[str]:
             (copy / file).write_bytes(content)
             try:
                 if outputs(copy, file) != whole[file]:
-                    wrong.append(f"{file}: byte {at} changed, and so the outputs, in silence")
+                    wrong.append(
+                        f"{file}: byte {at} changed, and so the outputs, in silence"
+                    )
             except ValueError as err:
                 if Path(file).name not in str(err):
                     wrong.append(f"{file}: byte {at} changed: {err}")
@@ -278,12 +297,19 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    attempt, count = {"mutants": (try_mutants, 1000), "flips": (try_flips, 400)}[args.what]
+    attempt, count = {"mutants": (try_mutants, 1000), "flips": (try_flips, 400)}[
+        args.what
+    ]
     with tempfile.TemporaryDirectory() as folder:
         make_runs(Path(folder))
         wrong = attempt(Path(folder), args.count or count, args.seed)
     print(
-        "\n".join([*wrong, f"{args.count or count} {args.what}, {len(wrong)} of them went wrong"])
+        "\n".join(
+            [
+                *wrong,
+                f"{args.count or count} {args.what}, {len(wrong)} of them went wrong",
+            ]
+        )
     )
     sys.exit(bool(wrong))
 

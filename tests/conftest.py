@@ -33,7 +33,9 @@ def _isolation():
     params=[
         pytest.param(
             name,
-            marks=[] if name in torch.backends.quantized.supported_engines else pytest.mark.skip,
+            marks=[]
+            if name in torch.backends.quantized.supported_engines
+            else pytest.mark.skip,
         )
         for name in torch_ao.ENGINES
     ]
@@ -49,7 +51,9 @@ def full_range_bits():
 
     Without VNNI, x86 CPUs sum two products in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
     """
-    return lambda engine="auto": 8 if engine == "qnnpack" or torch.cpu._is_vnni_supported() else 7
+    return lambda engine="auto": (
+        8 if engine == "qnnpack" or torch.cpu._is_vnni_supported() else 7
+    )
 
 
 def _spec(fields):
@@ -58,9 +62,18 @@ def _spec(fields):
 
 @pytest.fixture
 def make_ptq():
-    def make(engine="auto", *, weight=None, activation=None, layers=None, fake_quantize="qtrain"):
+    def make(
+        engine="auto",
+        *,
+        weight=None,
+        activation=None,
+        layers=None,
+        fake_quantize="qtrain",
+    ):
         specs = {"weight": _spec(weight), "activation": _spec(activation)}
-        return PTQ(engine=engine, layers=layers or {}, fake_quantize=fake_quantize, **specs)
+        return PTQ(
+            engine=engine, layers=layers or {}, fake_quantize=fake_quantize, **specs
+        )
 
     return make
 
@@ -179,7 +192,8 @@ def nested():
         def __init__(self):
             super().__init__()
             self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
-            self.a, self.b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.a = nn.Linear(4, 4)
+            self.b = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
         def forward(self, x):
             return self.dequant(self.b(self.a(self.quant(x))))

@@ -31,10 +31,13 @@ def bytes_at_bits(
 
     Args:
         quantized, plan: as for `mean_bits`.
-        float_model: what a simulation is measured by, its scales left out: a few bytes a channel.
+        float_model: what a simulation is measured by, its scales left out: a few bytes
+            a channel.
         simulated: whether `quantized` is a simulation's.
     """
-    spared = sum(count * (stored - bits) for count, bits, stored in _weights(quantized, plan))
+    spared = sum(
+        count * (stored - bits) for count, bits, stored in _weights(quantized, plan)
+    )
     return weight_bytes(float_model if simulated else quantized) - spared // 8
 
 
@@ -44,7 +47,9 @@ def _weights(model: nn.Module, plan: Plan) -> Iterator[tuple[int, int, int]]:
     for name, module in model.named_modules():
         layer = plan.get(name)
         planned = (
-            layer.weight if layer is not None and isinstance(layer.weight, QuantSpec) else None
+            layer.weight
+            if layer is not None and isinstance(layer.weight, QuantSpec)
+            else None
         )
         if isinstance(module, QuantWeighted):
             if planned is not None:

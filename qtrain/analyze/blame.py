@@ -16,7 +16,8 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
     """Turns an error inside the block into a ValueError that names the layer where it arose.
 
     Yields:
-        a function that returns the name of the layer that runs, "" for the model itself.
+        a function that returns the name of the layer that runs, "" for the model
+        itself.
     """
     running: list[str] = []
     handles = []
@@ -28,7 +29,11 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
         running.pop()
 
     def current() -> str:
-        return integers.users_name(model, running[-1]) if model is not None and running else ""
+        return (
+            integers.users_name(model, running[-1])
+            if model is not None and running
+            else ""
+        )
 
     for name, module in model.named_modules() if model is not None else ():
         handles.append(module.register_forward_pre_hook(push(name), prepend=True))
@@ -48,7 +53,9 @@ def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
         remedy = f"To keep it float: quant.layers={{{name}: float}}" if name else ""
         if kind == "float":
             remedy = "Do model, data and task go together?"
-        text = f"model: {where} cannot run in the {kind} model: {_reason(err)}. {remedy}"
+        text = (
+            f"model: {where} cannot run in the {kind} model: {_reason(err)}. {remedy}"
+        )
         raise ValueError(text.removesuffix(". ")) from err
     finally:
         for handle in handles:
@@ -60,7 +67,13 @@ def explained(what: str) -> Iterator[None]:
     """Turns an error inside the block into a ValueError that begins with `what`."""
     try:
         yield
-    except (TypeError, RuntimeError, LookupError, AttributeError, AssertionError) as err:
+    except (
+        TypeError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+    ) as err:
         raise ValueError(f"{what}: {_reason(err)}") from err
 
 

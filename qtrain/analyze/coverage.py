@@ -21,7 +21,10 @@ NONE: Mapping[str, str] = {}
 
 
 def coverage(
-    quantized: nn.Module, inputs: Inputs, layers: dict[str, Any], floats: Mapping[str, str] = NONE
+    quantized: nn.Module,
+    inputs: Inputs,
+    layers: dict[str, Any],
+    floats: Mapping[str, str] = NONE,
 ) -> dict[str, Any]:
     """Returns the quantized shares of parameters and multiply-accumulates, and the layers left out.
 
@@ -51,17 +54,23 @@ def coverage(
             else:
                 float_params += num_biases
         else:
-            float_params += sum(number for key, number in own.items() if key not in counted)
+            float_params += sum(
+                number for key, number in own.items() if key not in counted
+            )
             counted.update(own)
         if isinstance(module, FloatIsland) and not _holds_integers(module):
             float_layers[name] = module.reason
         elif isinstance(getattr(module, "weight", None), HalfWeight):
             float_layers[name] = "kept in float16"
-        elif weight is None and sum(own.values()) and not isinstance(module, HalfWeight):
+        elif (
+            weight is None and sum(own.values()) and not isinstance(module, HalfWeight)
+        ):
             if not integers.is_quantized(module) and not _is_in_island(name, quantized):
                 around = [n for n in floats if name == n or name.startswith(f"{n}.")]
                 why = [floats[max(around, key=len)]] if around else []
-                float_layers[name] = why[0] if why else _why_float(name, module, quantized, layers)
+                float_layers[name] = (
+                    why[0] if why else _why_float(name, module, quantized, layers)
+                )
     in_float: dict[str, str] = {}
     return {
         "params_quantized": int8_params / max(int8_params + float_params, 1),
@@ -70,11 +79,14 @@ def coverage(
     }
 
 
-def _quantized_macs(quantized: nn.Module, inputs: Inputs, in_float: dict[str, str]) -> float:
+def _quantized_macs(
+    quantized: nn.Module, inputs: Inputs, in_float: dict[str, str]
+) -> float:
     """Returns the share of multiply-accumulates whose weight is quantized; runs the model once.
 
     Args:
-        in_float: gets {layer: what its forward did in float between integers}, in place.
+        in_float: gets {layer: what its forward did in float between integers}, in
+            place.
     """
     macs = {True: 0, False: 0}
 
@@ -84,15 +96,17 @@ def _quantized_macs(quantized: nn.Module, inputs: Inputs, in_float: dict[str, st
         if weight is None:
             # Of a float16 weight, its tensor.
             weight = getattr(module.weight, "data", module.weight)
-        # Each output element is a dot product with one row of the weight; transposed, each
-        # input element is multiplied with one.
+        # Each output element is a dot product with one row of the weight; transposed,
+        # each input element is multiplied with one.
         elements = inputs[0] if getattr(module, "transposed", False) else output
         macs[is_quantized] += elements[0].numel() * weight.shape[1:].numel()
 
     def note(what: str) -> None:
         in_float[where() or "forward"] = f"{what} is computed in float"
 
-    handles = [m.register_forward_hook(count) for m in quantized.modules() if _multiplies(m)]
+    handles = [
+        m.register_forward_hook(count) for m in quantized.modules() if _multiplies(m)
+    ]
     try:
         with blame(quantized, "int8") as where, listening(note):
             quantized(*inputs)
@@ -118,20 +132,30 @@ def largest_float(quantized: nn.Module) -> str | None:
     What torch packs, the weight with its bias, is no such tensor.
     """
     held = quantized.state_dict().items()
-    sizes = {name: x.nbytes for name, x in held if isinstance(x, Tensor) and x.is_floating_point()}
+    sizes = {
+        name: x.nbytes
+        for name, x in held
+        if isinstance(x, Tensor) and x.is_floating_point()
+    }
     return max(sizes, key=sizes.__getitem__, default=None)
 
 
 def _holds_integers(island: nn.Module) -> bool:
-    return any(integers.quantized_weight(layer) is not None for layer in island.modules())
+    return any(
+        integers.quantized_weight(layer) is not None for layer in island.modules()
+    )
 
 
 def _is_in_island(name: str, model: nn.Module) -> bool:
     parents = (name[:i] for i, c in enumerate(name) if c == ".")
-    return any(isinstance(model.get_submodule(parent), FloatIsland) for parent in parents)
+    return any(
+        isinstance(model.get_submodule(parent), FloatIsland) for parent in parents
+    )
 
 
-def _why_float(name: str, module: nn.Module, quantized: nn.Module, layers: dict[str, Any]) -> str:
+def _why_float(
+    name: str, module: nn.Module, quantized: nn.Module, layers: dict[str, Any]
+) -> str:
     kind = type(module).__name__
     dtype = next(module.parameters(recurse=False)).dtype
     if dtype != torch.float32:

@@ -29,7 +29,10 @@ Inputs = tuple[Tensor, ...]
 
 
 def dry_run(
-    model: nn.Module, quantizer: Quantizer, inputs: Inputs, truth: TruthGate | None = None
+    model: nn.Module,
+    quantizer: Quantizer,
+    inputs: Inputs,
+    truth: TruthGate | None = None,
 ) -> dict[str, Any]:
     """Returns the coverage of `quantizer` on `model`, having run all of its stages on one batch.
 
@@ -40,7 +43,8 @@ def dry_run(
 
     Raises:
         ValueError: a stage fails; names the layer and the reason.
-        TruthError: the prepared model computes something else, or torch would convert it wrongly.
+        TruthError: the prepared model computes something else, or torch would convert
+            it wrongly.
     """
     torch_ao.refuse_old_norms(model)
     with torch.random.fork_rng(), torch.no_grad():
@@ -73,7 +77,8 @@ def dry_run(
             raise ValueError("\n".join(f"model: {line}" for line in probe.missing))
         if is_tensor(output) and output.is_quantized:
             raise ValueError(
-                "model: its output is a quantized tensor; end its forward with a DeQuantStub"
+                "model: its output is a quantized tensor; "
+                "end its forward with a DeQuantStub"
             )
         if truth is not None:
             truth.enforce([*failures, *(f"model: {line}" for line in probe.wrong)])
@@ -85,7 +90,8 @@ def dry_run(
 def randomize_batch_norm(model: nn.Module) -> nn.Module:
     """Gives a model's batch-norms, in place, statistics that folding cannot ignore, as training.
 
-    Fresh ones change nothing, wherever they stand: a fusion across them would not be noticed.
+    Fresh ones change nothing, wherever they stand: a fusion across them would not be
+    noticed.
     """
     for module in model.modules():
         if (
@@ -115,7 +121,8 @@ def note_unfused(prepared: nn.Module) -> None:
 def _require_savable(quantized: nn.Module, engine: str | None) -> None:
     try:
         torch.save(quantized.state_dict(), io.BytesIO())
-    except Exception as err:  # whatever torch raises for packed weights that it cannot unpack
+    # Whatever torch raises for packed weights that it cannot unpack
+    except Exception as err:
         reason = (str(err) or type(err).__name__).splitlines()[0]
         for name, module in quantized.named_modules():
             try:
@@ -123,11 +130,13 @@ def _require_savable(quantized: nn.Module, engine: str | None) -> None:
             except Exception:
                 layer, why = integers.users_name(quantized, name), reason.rstrip(".")
                 raise ValueError(
-                    f"model: layer {layer} ({type(module).__name__}) cannot be saved with engine "
-                    f"{engine} ({why}); "
-                    f"use another quant.engine, or keep it float: quant.layers={{{layer}: float}}"
+                    f"model: layer {layer} ({type(module).__name__}) cannot be saved "
+                    f"with engine {engine} ({why}); use another quant.engine, "
+                    f"or keep it float: quant.layers={{{layer}: float}}"
                 ) from err
-        raise ValueError(f"model: the converted model cannot be saved ({reason})") from err
+        raise ValueError(
+            f"model: the converted model cannot be saved ({reason})"
+        ) from err
 
 
 @contextmanager
@@ -139,7 +148,9 @@ def _warn_of_shared_observers(prepared: nn.Module) -> Iterator[None]:
         layer = prepared.get_submodule(name)
         # Of a FloatFunctional not forward is called, but one of its methods.
         counted = point if isinstance(layer, QuantFunctional) else layer
-        handles.append(counted.register_forward_hook(lambda *_, name=name: calls.update([name])))
+        handles.append(
+            counted.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        )
     yield
     for handle in handles:
         handle.remove()

@@ -16,27 +16,36 @@ def require_finite_weights(model: nn.Module) -> None:
 
     Other buffers may be: an attention mask, the range of an observer that saw nothing.
     """
-    # Out of the state dict: a fake quantization works its scale out when it is asked for.
+    # Out of the state dict: a fake quantization works its scale out when it is asked
+    # for.
     statistics = (
-        (n, b) for n, b in model.state_dict().items() if ".running_" in n or n.endswith(".scale")
+        (n, b)
+        for n, b in model.state_dict().items()
+        if ".running_" in n or n.endswith(".scale")
     )
     for name, value in (*model.named_parameters(), *statistics):
         if is_lazy(value):
             raise TruthError(
-                f"model: layer {name.rpartition('.')[0]} has no weights before it has seen an "
-                "input; run the model on a sample at the end of its __init__, "
+                f"model: layer {name.rpartition('.')[0]} has no weights before it has "
+                "seen an input; run the model on a sample at the end of its __init__, "
                 "or give the layer its input size"
             )
         if not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
             layer, kind = integers.users_name(model, name), name.rpartition(".")[2]
             layer = layer if layer == name else f"{layer}.{kind}"
-            raise TruthError(f"layer {layer}: {bad} of {value.numel()} weights are NaN or infinite")
+            raise TruthError(
+                f"layer {layer}: {bad} of {value.numel()} weights are NaN or infinite"
+            )
 
 
 @contextmanager
 def finite_outputs(
-    model: nn.Module, stage: str, *, first_batch: int = 0, called: nn.Module | None = None
+    model: nn.Module,
+    stage: str,
+    *,
+    first_batch: int = 0,
+    called: nn.Module | None = None,
 ) -> Iterator[None]:
     """Raises TruthError when a layer puts out NaN or infinity; names the layer and the batch.
 
@@ -69,7 +78,9 @@ def finite_outputs(
     handles.append((called or model).register_forward_pre_hook(count))
     for name, module in model.named_modules():
         if name and ".observer" not in name:
-            handles.append(module.register_forward_hook(check(integers.users_name(model, name))))
+            handles.append(
+                module.register_forward_hook(check(integers.users_name(model, name)))
+            )
     try:
         yield
     finally:

@@ -9,7 +9,8 @@ from qtrain.backend.int8.tensor import QuantizedTensor, is_tensor
 from qtrain.common.copying import cloned
 from qtrain.simulate.simulation import output_points
 
-# Modules that are never called themselves, but by their methods: what these call in the end.
+# Modules that are never called themselves, but by their methods: what these call in the
+# end.
 CALLED_INSTEAD = {
     "FloatFunctional": "activation_post_process",
     "QuantFunctional": "output_q",
@@ -33,7 +34,9 @@ def layer_outputs(
 
         def keep(_m: nn.Module, _i: Any, output: Tensor, name: str = name) -> None:
             if is_tensor(output):  # some layers have several outputs
-                outputs[name] = output.dequantize() if output.is_quantized else output.clone()
+                outputs[name] = (
+                    output.dequantize() if output.is_quantized else output.clone()
+                )
 
         handles.append(module.register_forward_hook(keep))
     try:
@@ -67,15 +70,16 @@ def divergence(
 ) -> dict[str, float]:
     """Returns {layer: RMS difference of `quantized` and `fake`, in steps of its output}.
 
-    Each converted layer gets its simulation's input, so that earlier layers' errors do not add up,
-    and its simulation gets that again as integers have it: what an average between two layers was
-    rounded to is none of the second one's errors.
+    Each converted layer gets its simulation's input, so that earlier layers' errors do
+    not add up, and its simulation gets that again as integers have it: what an average
+    between two layers was rounded to is none of the second one's errors.
     """
     # Copies, for what comes behind a layer may work in place.
     received: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
     scales = {
-        name: float(point.calculate_qparams()[0]) for name, point in output_points(fake).items()
+        name: float(point.calculate_qparams()[0])
+        for name, point in output_points(fake).items()
     }
 
     def keep_input(name: str) -> Any:
@@ -100,11 +104,16 @@ def divergence(
             scale = output.q_scale() if output.is_quantized else scales.get(name)
             if scale is not None:
                 error = (output.dequantize() - expected) / scale
-                steps[name] = float(error.square().mean().sqrt()) if error.numel() else 0.0
+                steps[name] = (
+                    float(error.square().mean().sqrt()) if error.numel() else 0.0
+                )
 
         return hook
 
-    layers = [(name, fake.get_submodule(name), quantized.get_submodule(name)) for name in names]
+    layers = [
+        (name, fake.get_submodule(name), quantized.get_submodule(name))
+        for name in names
+    ]
     handles = [m.register_forward_pre_hook(keep_input(n)) for n, m, _ in layers]
     handles += [m.register_forward_pre_hook(probe(n)) for n, _, m in layers]
     try:
@@ -122,4 +131,6 @@ def _quantize_like(x: Tensor, other: Any) -> Any:
         return other.like(x)
     if other.dim() == 4 and other.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
-    return torch.quantize_per_tensor(x, other.q_scale(), other.q_zero_point(), other.dtype)
+    return torch.quantize_per_tensor(
+        x, other.q_scale(), other.q_zero_point(), other.dtype
+    )

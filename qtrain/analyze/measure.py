@@ -26,7 +26,10 @@ def weight_bytes(model: nn.Module) -> int:
 
     def count(item: Any) -> int:
         if isinstance(item, dict | list | tuple):
-            return sum(count(part) for part in (item.values() if isinstance(item, dict) else item))
+            return sum(
+                count(part)
+                for part in (item.values() if isinstance(item, dict) else item)
+            )
         if not isinstance(item, Tensor) or item.data_ptr() in seen:
             return 0
         if item.numel():
@@ -34,8 +37,12 @@ def weight_bytes(model: nn.Module) -> int:
         size = item.numel() * item.element_size()
         if not item.is_quantized:
             return size
-        if item.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
-            scales, zeros = item.q_per_channel_scales(), item.q_per_channel_zero_points()
+        if item.qscheme() in (
+            torch.per_channel_affine,
+            torch.per_channel_affine_float_qparams,
+        ):
+            scales = item.q_per_channel_scales()
+            zeros = item.q_per_channel_zero_points()
             return size + scales.nbytes + zeros.nbytes
         return size + 8 + 8  # a double and a 64-bit integer
 
@@ -56,12 +63,15 @@ def latency(
     The models take turns, so that a busy machine slows all of them alike.
 
     Args:
-        inputs: arguments of forward, with at least one sample each; repeated to fill a batch.
+        inputs: arguments of forward, with at least one sample each; repeated to fill a
+            batch.
     """
     result: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     for size in batch_sizes:
         batch = tuple(x[torch.arange(size) % len(x)] for x in inputs)
-        times = turns([partial(model, *batch) for model in models.values()], warmup, repeats)
+        times = turns(
+            [partial(model, *batch) for model in models.values()], warmup, repeats
+        )
         for name, row in zip(models, times, strict=True):
             result[name][str(size)] = {
                 "median": float(row.median()),
@@ -86,8 +96,8 @@ def turns(calls: Sequence[Callable[[], Any]], warmup: int, repeats: int) -> Tens
 
 def median_interval(values: Tensor) -> dict[str, float]:
     """Returns {"median", "low", "high", "p90"} of (n,): low and high are the order statistics that
-    hold the median of the distribution, whatever it is, with 95 % confidence (W. J. Conover,
-    Practical Nonparametric Statistics, 3.2).
+    hold the median of the distribution, whatever it is, with 95 % confidence (W. J.
+    Conover, Practical Nonparametric Statistics, 3.2).
     """
     ordered, n = values.sort().values, len(values)
     half = 0.98 * n**0.5
@@ -105,7 +115,8 @@ class OtherLoad:
     """While entered, watches how many CPU cores all other programs of this machine use together.
 
     Attributes:
-        cores: the mean, once it is left; None where the system does not tell (it does on Linux).
+        cores: the mean, once it is left; None where the system does not tell (it does
+            on Linux).
     """
 
     cores: float | None = None
@@ -116,7 +127,8 @@ class OtherLoad:
 
     def __exit__(self, *_: object) -> None:
         wall, busy = (
-            after - before for after, before in zip(self._now(), self._before, strict=True)
+            after - before
+            for after, before in zip(self._now(), self._before, strict=True)
         )
         if busy == busy:  # not NaN
             self.cores = max(0.0, busy / wall) if wall > 0 else 0.0
@@ -183,8 +195,8 @@ def keep_freed_memory() -> None:
     """Lets this process keep up to 1 GB of what it frees for its next tensors, with glibc.
 
     For processes of qtrain's own: a library leaves its host's memory alone.
-    By default large blocks go back to the system, and each training step begins by asking for them,
-    page by page, anew.
+    By default large blocks go back to the system, and each training step begins by
+    asking for them, page by page, anew.
     """
     with suppress(AttributeError):  # of other C libraries
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):

@@ -26,8 +26,8 @@ def rehearse(
         the layers that run in train mode alone, where there are auxiliary outputs.
 
     Raises:
-        ValueError: an output, a batch of any split, or a metric is not what the task needs; says
-            where and why.
+        ValueError: an output, a batch of any split, or a metric is not what the task
+            needs; says where and why.
     """
     with torch.random.fork_rng():
         first = _head(next(iter(data.calib)), 4)
@@ -45,7 +45,9 @@ def rehearse(
             quantizer.on_epoch(prepared.train(), 0)
             _rehearse_training(prepared, task, first)
         _rehearse_scores(untrained.eval(), task, data)
-    return frozenset(in_training - in_eval) if isinstance(output, tuple) else frozenset()
+    return (
+        frozenset(in_training - in_eval) if isinstance(output, tuple) else frozenset()
+    )
 
 
 @contextmanager
@@ -84,8 +86,8 @@ def _head(batch: Batch, count: int) -> Batch:
 def _check_output(output: Any, when: str) -> None:
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"model: its output {when} is a {type(output).__name__}, and must be a tensor; "
-            "return the logits alone"
+            f"model: its output {when} is a {type(output).__name__}, "
+            "and must be a tensor; return the logits alone"
         )
 
 
@@ -100,19 +102,30 @@ def _rehearse_training(model: nn.Module, task: Task, batch: Batch) -> Any:
 
 def _check_splits(task: Task, data: DataLoaders, output: Tensor) -> None:
     """Looks at every batch once; an output of the right shape stands for the model's."""
-    check_batch: Callable[..., list[str]] = getattr(task, "check_batch", lambda output, batch: [])
-    for name, loader in (("training", data.calib), ("validation", data.val), ("test", data.test)):
+    check_batch: Callable[..., list[str]] = getattr(
+        task, "check_batch", lambda output, batch: []
+    )
+    for name, loader in (
+        ("training", data.calib),
+        ("validation", data.val),
+        ("test", data.test),
+    ):
         for index, batch in enumerate(loader or ()):
             where = f"{name} split, batch {index}"
             inputs = batch[0]
             if inputs.is_floating_point() and not inputs.isfinite().all():
                 bad = int((~inputs.isfinite()).sum())
                 raise ValueError(
-                    f"data: {where}: {bad} of {inputs.numel()} input values are NaN or infinite"
+                    f"data: {where}: {bad} of {inputs.numel()} input values are NaN or "
+                    "infinite"
                 )
-            problems = check_batch(output[:1].expand(len(inputs), *output.shape[1:]), batch)
+            problems = check_batch(
+                output[:1].expand(len(inputs), *output.shape[1:]), batch
+            )
             if problems:
-                raise ValueError("\n".join(f"{problem} ({where})" for problem in problems))
+                raise ValueError(
+                    "\n".join(f"{problem} ({where})" for problem in problems)
+                )
 
 
 def _rehearse_scores(model: nn.Module, task: Task, data: DataLoaders) -> None:
@@ -123,7 +136,9 @@ def _rehearse_scores(model: nn.Module, task: Task, data: DataLoaders) -> None:
         summary = task.summary(task.metrics(output, batch), islice(data.test, 1))  # type: ignore[arg-type]
         task.sample(model)
     missing = [
-        name for name in dict.fromkeys((task.quality, "loss", *task.numbers)) if name not in summary
+        name
+        for name in dict.fromkeys((task.quality, "loss", *task.numbers))
+        if name not in summary
     ]
     if missing:
         raise ValueError(
@@ -133,10 +148,12 @@ def _rehearse_scores(model: nn.Module, task: Task, data: DataLoaders) -> None:
         )
     if len(examples) != len(batch[0]):
         raise ValueError(
-            f"task: examples gives {len(examples)} scores for {len(batch[0])} examples; "
-            "one each is needed"
+            f"task: examples gives {len(examples)} scores for {len(batch[0])} "
+            "examples; one each is needed"
         )
     try:
         json.dumps(summary)
     except (TypeError, ValueError) as err:
-        raise ValueError(f"task: its summary must be plain numbers and lists ({err})") from err
+        raise ValueError(
+            f"task: its summary must be plain numbers and lists ({err})"
+        ) from err

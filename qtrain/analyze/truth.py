@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 SAME_FUNCTION = 1e-4  # relative: folding a batch-norm rounds, and costs about 1e-6
 NOT_OBSERVED = (
-    "its observer saw no data, so it would be converted with scale 1.0; let calibration run it"
+    "its observer saw no data, so it would be converted with scale 1.0; "
+    "let calibration run it"
 )
 MAX_DB = 200.0  # stands for identical tensors, since JSON has no infinity
 
@@ -41,15 +42,15 @@ class TruthGate:
     Args:
         on_failure: "error" ends the run, "warn" reports and goes on.
         samples: samples of the test split that layers are compared on.
-        max_steps: largest root mean square difference, in quantization steps, between what a
-            converted layer and its simulation make of the same input. Kernels that round as they
-            should stay below 0.5; those of engines that reduce the range do not clip where their
-            simulation does, and may be above.
-        max_loss_gap: largest difference between the losses of the converted model and of its
-            simulation, as a share of the latter's; within it, at most 0.5 % and three standard
-            errors of the difference, example by example.
-        max_range_ratio: largest width of the model's input in evaluation, in widths of the
-            calibrated range.
+        max_steps: largest root mean square difference, in quantization steps, between
+            what a converted layer and its simulation make of the same input. Kernels
+            that round as they should stay below 0.5; those of engines that reduce the
+            range do not clip where their simulation does, and may be above.
+        max_loss_gap: largest difference between the losses of the converted model and
+            of its simulation, as a share of the latter's; within it, at most 0.5 % and
+            three standard errors of the difference, example by example.
+        max_range_ratio: largest width of the model's input in evaluation, in widths of
+            the calibrated range.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -83,7 +84,8 @@ class TruthGate:
         """Returns a failure if fusing has changed what the float `model` computes.
 
         Args:
-            reference: the prepared model with its fake quantization off, on the same device.
+            reference: the prepared model with its fake quantization off, on the same
+                device.
             inputs: arguments of forward.
         """
         exact, fused = run(model, inputs), run(reference, inputs)
@@ -93,16 +95,21 @@ class TruthGate:
         if error <= SAME_FUNCTION:
             return []
         names = [n for n, m in model.named_modules() if _is_layer(n, m)]
-        before, after = (layer_outputs(m, present(m, names), inputs) for m in (model, reference))
+        before, after = (
+            layer_outputs(m, present(m, names), inputs) for m in (model, reference)
+        )
         first = _first_difference(before, after, reference)
         at = "" if first is None else f", from layer {first} on"
         return [
-            f"model: fuse_model changes what the model computes{at}: with fake quantization off, "
-            f"its output differs by {100 * error:.3g} % of the float model's. Fuse only layers "
-            "that follow each other directly, and whose output nothing else uses"
+            f"model: fuse_model changes what the model computes{at}: with fake "
+            f"quantization off, its output differs by {100 * error:.3g} % of the float "
+            "model's. Fuse only layers that follow each other directly, "
+            "and whose output nothing else uses"
         ]
 
-    def ends(self, fake: Tensor, quantized: Tensor) -> tuple[dict[str, float], list[str]]:
+    def ends(
+        self, fake: Tensor, quantized: Tensor
+    ) -> tuple[dict[str, float], list[str]]:
         """Compares the converted model's losses with its simulation's, in pairs, on all test data.
 
         Args:
@@ -119,28 +126,37 @@ class TruthGate:
             else 0.0
         )
         limit = min(3 * error + 0.005 * abs(base), self.max_loss_gap * abs(base))
-        section = {"mean": mean, "standard_error": error, "limit": limit, "simulation": base}
+        section = {
+            "mean": mean,
+            "standard_error": error,
+            "limit": limit,
+            "simulation": base,
+        }
         if abs(mean) <= limit:
             return section, []
         return section, [
-            f"model: converted, its loss on the test data is {base + mean:.5g}, and its "
-            f"simulation's {base:.5g}: the difference is above {limit:.2g}, what rounding may do "
-            f"(truth.max_loss_gap={self.max_loss_gap:g}). An int8 kernel computes something else "
-            "than its simulation; compare engines, or keep layers float by quant.layers, "
-            "beginning with those of the most steps under truth.fake_vs_quantized in report.json"
+            f"model: converted, its loss on the test data is {base + mean:.5g}, and "
+            f"its simulation's {base:.5g}: the difference is above {limit:.2g}, what "
+            f"rounding may do (truth.max_loss_gap={self.max_loss_gap:g}). An int8 "
+            "kernel computes something else than its simulation; compare engines, or "
+            "keep layers float by quant.layers, beginning with those of the most "
+            "steps under truth.fake_vs_quantized in report.json"
         ]
 
-    def unobserved(self, prepared: nn.Module, auxiliary: frozenset[str] = frozenset()) -> list[str]:
+    def unobserved(
+        self, prepared: nn.Module, auxiliary: frozenset[str] = frozenset()
+    ) -> list[str]:
         """Returns a failure for each layer with weights whose observer saw nothing in calibration.
 
-        Of layers without, such as a FloatFunctional, some models keep spare ones: they fail when
-        they are used.
+        Of layers without, such as a FloatFunctional, some models keep spare ones: they
+        fail when they are used.
 
         Args:
             auxiliary: layers that run in train mode alone.
         """
         return [
-            f"layer {name}: {NOT_OBSERVED}, or keep it float: quant.layers={{{name}: float}}"
+            f"layer {name}: {NOT_OBSERVED}, or keep it float: quant.layers={{{name}: "
+            f"float}}"
             for name, point in output_points(prepared).items()
             if name not in auxiliary
             and any(True for _ in prepared.get_submodule(name).parameters())
@@ -157,20 +173,25 @@ class TruthGate:
         """Compares layer outputs of the float, simulated and converted model on the same samples.
 
         Args:
-            reference: the prepared model without fake quantization: float, but fused; or None.
+            reference: the prepared model without fake quantization: float, but fused;
+                or None.
             fake: the fake-quantized model, or None.
             quantized: the converted model.
             inputs: arguments of forward, on the CPU.
 
         Returns:
-            the "truth" section of the report, without "ok"; and the failures, each naming a layer.
+            the "truth" section of the report, without "ok"; and the failures, each
+            naming a layer.
         """
         if reference is None or fake is None:
             return {"sqnr_db": {}, "min_sqnr_db": None, "fake_vs_quantized": {}}, []
         points = output_points(reference)
-        # Where nothing is observed, as in weight-only quantization: the layers that hold integers.
+        # Where nothing is observed, as in weight-only quantization: the layers that
+        # hold integers.
         names = list(points) or [
-            n for n, m in quantized.named_modules() if integers.quantized_weight(m) is not None
+            n
+            for n, m in quantized.named_modules()
+            if integers.quantized_weight(m) is not None
         ]
         exact, simulated, real = (
             layer_outputs(m, names, inputs) for m in (reference, fake, quantized)
@@ -181,11 +202,13 @@ class TruthGate:
         kernels = present(fake, _unobserved(quantized, names))
         steps = divergence(fake, quantized, names + kernels, inputs)
         failures = self._out_of_range(reference, points, exact) + [
-            f"layer {name}: converted, it differs from its simulation on the same input by "
-            f"{value:.1f} quantization steps (root mean square), above "
-            f"truth.max_steps={self.max_steps:g}; "
-            f"the accuracy of neither model describes the other. {self._remedy(name, points)}"
-            for name, value in ((integers.users_name(fake, n), v) for n, v in steps.items())
+            f"layer {name}: converted, it differs from its simulation on the same "
+            f"input by {value:.1f} quantization steps (root mean square), above "
+            f"truth.max_steps={self.max_steps:g}; the accuracy of neither model "
+            f"describes the other. {self._remedy(name, points)}"
+            for name, value in (
+                (integers.users_name(fake, n), v) for n, v in steps.items()
+            )
             if value > self.max_steps
         ]
         section = {
@@ -201,13 +224,18 @@ class TruthGate:
         return section, failures
 
     def _remedy(self, name: str, points: dict[str, Any]) -> str:
-        is_full_range = any(getattr(point, "quant_max", 0) == 255 for point in points.values())
+        is_full_range = any(
+            getattr(point, "quant_max", 0) == 255 for point in points.values()
+        )
         reduce = (
             "Try quant.activation.reduce_range=true, for sums that saturate; or"
             if is_full_range
             else "Try"
         )
-        return f"{reduce} another quant.engine, or keep it float: quant.layers={{{name}: float}}"
+        return (
+            f"{reduce} another quant.engine, or keep it float: quant.layers={{{name}: "
+            f"float}}"
+        )
 
     def _out_of_range(
         self, model: nn.Module, points: dict[str, Any], exact: dict[str, Tensor]
@@ -223,10 +251,11 @@ class TruthGate:
             ratio = (max(high, seen_high) - min(low, seen_low)) / max(high - low, 1e-30)
             if ratio > self.max_range_ratio:
                 failures.append(
-                    f"layer {name}: evaluation inputs span [{seen_low:.3g}, {seen_high:.3g}], "
-                    f"calibration saw [{low:.3g}, {high:.3g}]; {ratio:.2f} times the range is "
-                    f"above truth.max_range_ratio={self.max_range_ratio:g}. Calibrate on data like "
-                    "those that are evaluated"
+                    f"layer {name}: evaluation inputs span [{seen_low:.3g}, "
+                    f"{seen_high:.3g}], calibration saw [{low:.3g}, {high:.3g}]; "
+                    f"{ratio:.2f} times the range is above "
+                    f"truth.max_range_ratio={self.max_range_ratio:g}. Calibrate on "
+                    "data like those that are evaluated"
                 )
         return failures
 
@@ -271,6 +300,9 @@ def _first_difference(
         while last + 1 < len(names) and is_gone[last + 1]:
             last += 1
         exact = before[names[last]]
-        if exact.shape != after[name].shape or relative_error(exact, after[name]) > SAME_FUNCTION:
+        if (
+            exact.shape != after[name].shape
+            or relative_error(exact, after[name]) > SAME_FUNCTION
+        ):
             return name
     return None

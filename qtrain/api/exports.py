@@ -24,14 +24,15 @@ def export(
     """Writes a calibrated simulation for another runtime, runs the file, and compares the two.
 
     Args:
-        simulation: as `quantize(...).simulation`, or `prepare` and a training; left as it is.
+        simulation: as `quantize(...).simulation`, or `prepare` and a training; left as
+            it is.
         example: forward's arguments.
         folder: where the file goes; made where there is none.
         exporter: "torch_export" writes model.pt2; or an exporter of one's own.
 
     Returns:
-        {"file", "size_bytes", "steps"}: the last is the distance from the simulation, root mean
-        square, in quantization steps of the last layer.
+        {"file", "size_bytes", "steps"}: the last is the distance from the simulation,
+        root mean square, in quantization steps of the last layer.
 
     Raises:
         ValueError: there is no such exporter, or it cannot write this model.
@@ -44,7 +45,9 @@ def export(
         exporter = made
     Path(folder).mkdir(parents=True, exist_ok=True)
     inputs = (example,) if isinstance(example, torch.Tensor) else example
-    section, failures = write_and_judge(exporter, simulation.as_converted(), inputs, Path(folder))
+    section, failures = write_and_judge(
+        exporter, simulation.as_converted(), inputs, Path(folder)
+    )
     if failures:
         raise TruthError("\n".join(failures))
     return section

@@ -34,8 +34,10 @@ class Quantized:
 
     Attributes:
         model: the quantized model, on the CPU, in eval mode.
-        report: "coverage", "truth", "size_bytes", "capture" and "plan", as in a run's report.json.
-        simulation: the float model that behaves as `model`; it can be exported and trained.
+        report: "coverage", "truth", "size_bytes", "capture" and "plan", as in a run's
+            report.json.
+        simulation: the float model that behaves as `model`; it can be exported and
+            trained.
         kind: the name of the float model's class.
     """
 
@@ -57,7 +59,8 @@ class Quantized:
         share = 100 * found["params_quantized"]
         return (
             f"Quantized({self.kind}: {sizes['float'] / 1000:.1f} KB to "
-            f"{sizes['quantized'] / 1000:.1f} KB, {share:.1f} % of parameters quantized)"
+            f"{sizes['quantized'] / 1000:.1f} KB, "
+            f"{share:.1f} % of parameters quantized)"
         )
 
 
@@ -75,25 +78,29 @@ def quantize(
     """Returns the quantized model and its report; `model` is left as it is.
 
     Args:
-        model: a float model; one with QuantStub and DeQuantStub is taken as it is, by "ptq" any
-            other is traced.
-        batches: of calibration data: tensors, tuples or mappings of forward's arguments, or
-            (inputs, target), whose target is left out. The first 32 are taken; the first one also
-            checks the result.
+        model: a float model; one with QuantStub and DeQuantStub is taken as it is, by
+            "ptq" any other is traced.
+        batches: of calibration data: tensors, tuples or mappings of forward's
+            arguments, or (inputs, target), whose target is left out. The first 32 are
+            taken; the first one also checks the result.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
         weight_bits: 2..8; of weight_only 2, 3, 4 or 8.
         layers: {pattern of layer names: what they are instead}, as `quant.layers`.
-        capture: "auto", "as_is", "trace" or "bracket", as `quant.capture.mode`; of "ptq".
+        capture: "auto", "as_is", "trace" or "bracket", as `quant.capture.mode`; of
+            "ptq".
         leaves: names of modules that stay float, and are not looked into; of "ptq".
 
     Raises:
-        ValueError: names the argument, its value and what is allowed; or the layer at fault.
+        ValueError: names the argument, its value and what is allowed; or the layer at
+            fault.
         TruthError: the result is not what its simulation says.
     """
     check_capture(capture)
     refuse(choice("method", method, METHODS) + whole("weight_bits", weight_bits, 2, 8))
-    quantizer = _quantizer(method, engine, weight_bits, layers, Capture(capture, leaves))
+    quantizer = _quantizer(
+        method, engine, weight_bits, layers, Capture(capture, leaves)
+    )
     kept = [_arguments(model, batch) for batch in islice(batches, MOST_BATCHES)]
     if not kept:
         raise ValueError("batches: there is none; give at least one, such as [images]")
@@ -114,7 +121,10 @@ def quantize(
             converted, sample, getattr(quantizer, "layers", {}), simulation.floats
         ),
         "truth": truth,
-        "size_bytes": {"float": weight_bytes(float_model), "quantized": weight_bytes(converted)},
+        "size_bytes": {
+            "float": weight_bytes(float_model),
+            "quantized": weight_bytes(converted),
+        },
         "capture": simulation.capture,
         "plan": {name: layer.describe() for name, layer in simulation.plan.items()},
     }
@@ -129,17 +139,26 @@ def check_capture(mode: str) -> None:
     refuse(choice("capture", mode, MODES))
 
 
-def _quantizer(method: str, engine: str, bits: int, layers: Layers, capture: Capture) -> Quantizer:
+def _quantizer(
+    method: str, engine: str, bits: int, layers: Layers, capture: Capture
+) -> Quantizer:
     if method != "ptq" and capture != Capture():
         raise ValueError(
-            f"capture={capture.mode}, leaves={capture.leaves}: are for method='ptq'; leave them out"
+            f"capture={capture.mode}, leaves={capture.leaves}: are for method='ptq'; "
+            "leave them out"
         )
     return METHODS[method](engine, bits, layers, capture)
 
 
 def _ptq(engine: str, bits: int, layers: Layers, capture: Capture) -> Quantizer:
     weight = replace(WEIGHT, bits=bits)
-    return PTQ(engine=engine, weight=weight, activation=ACTIVATION, layers=layers, capture=capture)
+    return PTQ(
+        engine=engine,
+        weight=weight,
+        activation=ACTIVATION,
+        layers=layers,
+        capture=capture,
+    )
 
 
 def _dynamic(engine: str, bits: int, layers: Layers, _: Capture) -> Quantizer:
@@ -162,17 +181,22 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[Any, ...]:
     if isinstance(batch, Mapping):
         return cloned(tuple(_on_cpu(part) for part in _by_name(model, batch)))
     parts = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-    if len(parts) == 2 and isinstance(parts[0], tuple | list):  # several inputs, and a target
+    # Several inputs, and a target
+    if len(parts) == 2 and isinstance(parts[0], tuple | list):
         parts = tuple(parts[0])
     parameters = inspect.signature(model.forward).parameters.values()
-    required = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    required = [
+        p
+        for p in parameters
+        if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty
+    ]
     if len(parts) == len(required) + 1:  # and a target behind them
         parts = parts[:-1]
     wrong = [type(part).__name__ for part in parts if not isinstance(part, Tensor)]
     if wrong:
         raise ValueError(
-            f"batches: a batch holds a {wrong[0]}; "
-            "allowed are tensors, tuples and mappings of forward's arguments, and (inputs, target)"
+            f"batches: a batch holds a {wrong[0]}; allowed are tensors, "
+            "tuples and mappings of forward's arguments, and (inputs, target)"
         )
     return cloned(tuple(map(_on_cpu, parts)))  # a forward may change its input in place
 
@@ -206,4 +230,6 @@ def moved(
     """Yields forward's arguments out of each batch, on a device."""
     for batch in batches:
         parts = _arguments(model, batch)
-        yield tuple(part.to(device) if isinstance(part, Tensor) else part for part in parts)
+        yield tuple(
+            part.to(device) if isinstance(part, Tensor) else part for part in parts
+        )

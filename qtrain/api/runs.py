@@ -24,7 +24,8 @@ def run(*overrides: str, run_dir: str | Path | None = None) -> Report:
         run_dir: an empty or new folder; by default one below outputs/runs.
 
     Raises:
-        ValueError: the config, the model or a number is wrong; says which and what to do.
+        ValueError: the config, the model or a number is wrong; says which and what to
+            do.
     """
     if run_dir is None:
         run_dir = Path("outputs/runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
@@ -58,4 +59,6 @@ def compare(*folders: str | Path) -> list[dict[str, Any]]:
         ValueError: there is no run.
     """
     found = find([Path(folder) for folder in folders])
-    return as_records([section_of_runs(*members, None) for members in split(found.runs)])
+    return as_records(
+        [section_of_runs(*members, None) for members in split(found.runs)]
+    )

@@ -31,12 +31,14 @@ def prepare(
 
     Args:
         model: a float model; without QuantStub it is traced.
-        batches: to calibrate on before training begins, as for `quantize`; tracing needs one.
+        batches: to calibrate on before training begins, as for `quantize`; tracing
+            needs one.
         engine, weight_bits, layers, capture, leaves: as for `quantize`.
         conv_bn: how convolutions with batch-norm train: "folded" or "exact".
 
     Raises:
-        ValueError: names the argument, its value and what is allowed; or the layer at fault.
+        ValueError: names the argument, its value and what is allowed; or the layer at
+            fault.
     """
     refuse(whole("weight_bits", weight_bits, 2, 8) + choice("capture", capture, MODES))
     weight = replace(WEIGHT, bits=weight_bits)

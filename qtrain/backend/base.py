@@ -17,18 +17,19 @@ from qtrain.simulate.simulation import Simulation
 class Backend:
     """The kernels of one engine; a subclass says at least how to `lower`.
 
-    A layer of the lowered model that holds integers has a method or attribute `weight` that knows
-    `shape`, `numel()`, `int_repr()` and `dequantize()`, as torch's quantized tensors do: truth,
-    size and coverage look there.
+    A layer of the lowered model that holds integers has a method or attribute `weight`
+    that knows `shape`, `numel()`, `int_repr()` and `dequantize()`, as torch's quantized
+    tensors do: truth, size and coverage look there.
 
     Args:
         name: of the engine, as `quant.engine` and reports give it.
         granularity: of weights, by default.
-        reduce_range: whether activations leave out the top bit by default, because a 16-bit sum
-            could saturate; or what tells, once it is needed.
+        reduce_range: whether activations leave out the top bit by default, because a
+            16-bit sum could saturate; or what tells, once it is needed.
         asymmetric_weights: whether the kernels take weights with a zero point.
         least_activation_bits: for fewer, the simulation is the result.
-        clips_at_type: whether kernels clip at the ends of uint8, though a scale be made for 0..127.
+        clips_at_type: whether kernels clip at the ends of uint8, though a scale be made
+            for 0..127.
         is_dynamic: whether it can `lower_dynamic`.
     """
 
@@ -76,13 +77,18 @@ class Backend:
         """
         raise NotImplementedError
 
-    def settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
+    def settle(
+        self, weight: QuantSpec, activation: QuantSpec
+    ) -> tuple[QuantSpec, QuantSpec]:
         """Returns both specs with every "auto" replaced by this engine's rule.
 
         Raises:
-            ValueError: the engine has no kernel for a combination; gives reason and legal choices.
+            ValueError: the engine has no kernel for a combination; gives reason and
+                legal choices.
         """
-        weight = _settled(weight, symmetric=True, granularity=self.granularity, reduce_range=False)
+        weight = _settled(
+            weight, symmetric=True, granularity=self.granularity, reduce_range=False
+        )
         reduced = self.reduce_range
         activation = _settled(
             activation,
@@ -93,22 +99,24 @@ class Backend:
         problems = []
         if weight.reduce_range:
             problems.append(
-                "weight.reduce_range=true: only activations are reduced; leave it at auto"
+                "weight.reduce_range=true: only activations are reduced; "
+                "leave it at auto"
             )
         if activation.narrow_range:
             problems.append(
-                "activation.narrow_range=true: is for weights, whose integers are signed; "
-                "leave it at auto"
+                "activation.narrow_range=true: "
+                "is for weights, whose integers are signed; leave it at auto"
             )
         if not weight.symmetric and not self.asymmetric_weights:
             problems.append(
-                f"weight.symmetric=false: engine {self.name} takes weights without a zero point "
-                "only; use symmetric=true, or one of the engines fbgemm, qnnpack, x86"
+                f"weight.symmetric=false: engine {self.name} takes weights without a "
+                "zero point only; use symmetric=true, or one of the engines fbgemm, "
+                "qnnpack, x86"
             )
         if weight.granularity == "per_group":
             problems.append(
-                "weight.granularity=per_group: "
-                f"engine {self.name} knows per_tensor and per_channel; allowed are these"
+                f"weight.granularity=per_group: engine {self.name} knows per_tensor "
+                "and per_channel; allowed are these"
             )
         if activation.granularity != "per_tensor":
             problems.append(
@@ -125,7 +133,9 @@ class Backend:
 
 def _settled(spec: QuantSpec, **rules: Any) -> QuantSpec:
     rules["narrow_range"] = False
-    return replace(spec, **{key: rule for key, rule in rules.items() if getattr(spec, key) == AUTO})
+    return replace(
+        spec, **{key: rule for key, rule in rules.items() if getattr(spec, key) == AUTO}
+    )
 
 
 def _try_observer(spec: QuantSpec, role: str) -> list[str]:
@@ -134,7 +144,8 @@ def _try_observer(spec: QuantSpec, role: str) -> list[str]:
     try:
         observer = make_observer(spec, signed=role == "weight")
         if role == "weight":
-            observer.reset_min_max_vals()  # before each look: weights change as they are trained
+            # Before each look: weights change as they are trained
+            observer.reset_min_max_vals()
     except NotImplementedError:
         name = spec.describe()["observer"]
         return [
@@ -165,7 +176,9 @@ class FloatIsland(nn.Module):
         self.reason = reason
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.layer(*map(_plain, args), **{name: _plain(x) for name, x in kwargs.items()})
+        output = self.layer(
+            *map(_plain, args), **{name: _plain(x) for name, x in kwargs.items()}
+        )
         if isinstance(output, tuple):
             return self.quant(output[0]), *output[1:]
         return self.quant(output)

@@ -41,12 +41,14 @@ def find(engine: str | Backend) -> Backend:
         engine = torch.backends.quantized.engine if has_torch_ao() else "int8"
     if engine in OF_TORCH_AO and not has_torch_ao():
         raise ValueError(
-            f"engine={engine}: its kernels are torch.ao's, which this torch lacks; use int8, "
-            "and quantize a model of that engine again: from its float.pt, by checkpoint=FILE"
+            f"engine={engine}: its kernels are torch.ao's, which this torch lacks; use "
+            "int8, and quantize a model of that engine again: "
+            "from its float.pt, by checkpoint=FILE"
         )
     if not isinstance(engine, str) or engine not in engines():
         raise ValueError(
-            f"engine={engine}: allowed are auto, {', '.join(engines())}, or a backend with _target_"
+            f"engine={engine}: allowed are auto, {', '.join(engines())}, "
+            "or a backend with _target_"
         )
     if reason := engines()[engine].missing():
         raise ValueError(f"engine={engine}: {reason}")

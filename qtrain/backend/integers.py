@@ -34,7 +34,9 @@ def weight_qparams(weight: Weight) -> tuple[float, int]:
         )
     if weight.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         return weight.q_scale(), weight.q_zero_point()
-    return float(weight.q_per_channel_scales()[0]), int(weight.q_per_channel_zero_points()[0])
+    return float(weight.q_per_channel_scales()[0]), int(
+        weight.q_per_channel_zero_points()[0]
+    )
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -53,10 +55,13 @@ def users_kind(layer: nn.Module) -> str:
 def users_name(model: nn.Module, name: str) -> str:
     """Returns the user's name for layer, parameter or buffer `name` of a simulation or its result.
 
-    What simulating or keeping float has put inside a layer goes by the layer's own name.
+    What simulating or keeping float has put inside a layer goes by the layer's own
+    name.
     """
     ends = [i for i, c in enumerate(name) if c == "."]
     outer = (
-        name[:i] for i in ends if isinstance(model.get_submodule(name[:i]), Site | FloatIsland)
+        name[:i]
+        for i in ends
+        if isinstance(model.get_submodule(name[:i]), Site | FloatIsland)
     )
     return next(outer, name)

@@ -1,7 +1,7 @@
 """What this machine's kernels can do, found by asking them: neither version nor CPU flag tells.
 
-An environment variable (ONEDNN_MAX_CPU_ISA) takes instructions away that the CPU has, and torch
-may lose an operator, or have one that is wrong.
+An environment variable (ONEDNN_MAX_CPU_ISA) takes instructions away that the CPU has,
+and torch may lose an operator, or have one that is wrong.
 """
 
 from functools import cache

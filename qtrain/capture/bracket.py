@@ -34,7 +34,9 @@ class Bracketed(nn.Module):
 
 
 @torch.no_grad()
-def bracket(model: nn.Module, inputs: tuple[Any, ...], leaves: dict[str, str]) -> list[str]:
+def bracket(
+    model: nn.Module, inputs: tuple[Any, ...], leaves: dict[str, str]
+) -> list[str]:
     """Puts stubs around the layers that one run calls, in place; returns their names.
 
     Args:
@@ -42,7 +44,9 @@ def bracket(model: nn.Module, inputs: tuple[Any, ...], leaves: dict[str, str]) -
     """
     called: dict[str, nn.Module] = {}
     handles = [
-        layer.register_forward_pre_hook(lambda m, _, name=name: called.update({name: m}))
+        layer.register_forward_pre_hook(
+            lambda m, _, name=name: called.update({name: m})
+        )
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | _ConvNd) and not _is_within(name, leaves)
     ]

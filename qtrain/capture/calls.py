@@ -91,10 +91,14 @@ def _put_module(
     given: dict[str, Any] = {}
     operand = node.args[0] if node.args else node.kwargs["input"]
     if inspect.isfunction(target):
-        given = dict(inspect.signature(target).bind(*node.args, **node.kwargs).arguments)
+        given = dict(
+            inspect.signature(target).bind(*node.args, **node.kwargs).arguments
+        )
         operand = given.pop("input")
     settings = {name: value for name, value in given.items() if name not in without}
-    if any(isinstance(value, fx.Node) for value in settings.values()) or not is_tensor(operand):
+    if any(isinstance(value, fx.Node) for value in settings.values()) or not is_tensor(
+        operand
+    ):
         return
     settings.pop("inplace", None)
     name = free_name(root, node.meta["path"], kind.__name__.lower())
@@ -109,7 +113,8 @@ def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
     """
     kind, names = WEIGHTED[node.target]
     given = arguments(node, names)
-    weight, bias = parameter_of(root, given["weight"]), parameter_of(root, given.get("bias"))
+    weight = parameter_of(root, given["weight"])
+    bias = parameter_of(root, given.get("bias"))
     settings = {n: given[n] for n in names.split()[3:] if n in given}
     if weight is None or any(isinstance(value, fx.Node) for value in settings.values()):
         return False
@@ -135,7 +140,9 @@ def _layer(
     """Returns a layer that owns these parameters."""
     layer: Any
     if kind is nn.Linear:
-        layer = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        layer = kind(
+            weight.shape[1], weight.shape[0], bias=bias is not None, device="meta"
+        )
     else:
         groups = settings.get("groups", 1)
         channels = [weight.shape[1] * groups, weight.shape[0]]

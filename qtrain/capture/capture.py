@@ -31,9 +31,9 @@ class Capture:
     """How a model becomes one that can be simulated.
 
     Args:
-        mode: "as_is": it has QuantStub and DeQuantStub; "trace": by torch.fx; "bracket": each
-            Linear layer and convolution between stubs of its own; "auto": as_is if it has stubs,
-            else trace, else bracket.
+        mode: "as_is": it has QuantStub and DeQuantStub; "trace": by torch.fx;
+            "bracket": each Linear layer and convolution between stubs of its own;
+            "auto": as_is if it has stubs, else trace, else bracket.
         leaves: patterns of names of modules that stay float, and are not looked into.
 
     Raises:
@@ -72,11 +72,15 @@ class Captured:
         model: with stubs.
         floats: {module that stays float: why}.
         sites: the names of what becomes quantized.
-        groups: what was put together, as "Conv2d+BatchNorm2d+ReLU", once for each group.
-        leaves: {module that was not looked into: (why, its share of multiply-accumulates)}.
+        groups: what was put together, as "Conv2d+BatchNorm2d+ReLU", once for each
+            group.
+        leaves: {module that was not looked into: (why, its share of
+            multiply-accumulates)}.
         notes: what else the user should know.
-        tensors: {name in the user's model: the parameter or buffer}, as objects of `model`.
-        origins: {name in the user's model: what it may be made of}, where its name is another.
+        tensors: {name in the user's model: the parameter or buffer}, as objects of
+            `model`.
+        origins: {name in the user's model: what it may be made of}, where its name is
+            another.
         original: the model that it must equal; None: it is that model.
         inputs: shapes and kinds of the example, by which it can be captured again.
         errors: relative differences from the user's model: "captured", and "fused".
@@ -97,7 +101,9 @@ class Captured:
 
     def describe(self) -> dict[str, Any]:
         """Returns what reports show of it."""
-        leaves = {n: {"reason": why, "macs": share} for n, (why, share) in self.leaves.items()}
+        leaves = {
+            n: {"reason": why, "macs": share} for n, (why, share) in self.leaves.items()
+        }
         return {
             "mode": self.mode,
             "sites": len(self.sites),
@@ -126,7 +132,8 @@ def capture(
         is_qat: whether it will be trained, so that train mode must be captured too.
 
     Raises:
-        ValueError: the model cannot be captured, or the result is another function; says where.
+        ValueError: the model cannot be captured, or the result is another function;
+            says where.
     """
     if not inputs:
         raise ValueError(
@@ -134,7 +141,9 @@ def capture(
             "give batches, such as [images]"
         )
     device = next((x.device for x in tensors(model).values()), torch.device("cpu"))
-    inputs = tuple(x.detach().to(device) if isinstance(x, Tensor) else x for x in inputs)
+    inputs = tuple(
+        x.detach().to(device) if isinstance(x, Tensor) else x for x in inputs
+    )
     leaves = _leaves(model, settings.leaves)
     found = _found(model, inputs, settings.mode, leaves, why_float, is_qat)
     found.inputs = [_shape(x) for x in inputs]
@@ -156,7 +165,8 @@ def _found(
     except Untraceable as err:
         if mode == "trace":
             raise ValueError(
-                f"model: cannot be traced: its forward: {err}. Use quant.capture.mode=bracket, "
+                f"model: cannot be traced: its forward: {err}. Use "
+                "quant.capture.mode=bracket, "
                 "or move that line into a module of its own, which then stays float"
             ) from err
         found = _bracketed(model, inputs, leaves, is_qat)
@@ -192,7 +202,11 @@ def has_stubs(model: nn.Module) -> bool:
 def _leaves(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
     """Returns {module: why it is a leaf} by the user's word."""
     names = [name for name, _ in model.named_modules() if name]
-    found = {name: "has qconfig = None" for name in names if has_mark(model.get_submodule(name))}
+    found = {
+        name: "has qconfig = None"
+        for name in names
+        if has_mark(model.get_submodule(name))
+    }
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
@@ -209,8 +223,12 @@ def _bracketed(
 ) -> Captured:
     root = copy_model(model)
     origins = open_layers(root)
-    found = Captured("bracket", root, origins=origins, tensors=tensors(root), original=model)
-    found.leaves = {name: (why, share) for name, why, share in shares(root, inputs, leaves)}
+    found = Captured(
+        "bracket", root, origins=origins, tensors=tensors(root), original=model
+    )
+    found.leaves = {
+        name: (why, share) for name, why, share in shares(root, inputs, leaves)
+    }
     found.sites = bracket(root.eval(), inputs, leaves)
     others = {n for n, layer in root.named_modules() if type(layer) in SITES}
     found.floats = dict.fromkeys(others, "is neither Linear nor a convolution") | leaves

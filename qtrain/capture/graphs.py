@@ -84,4 +84,6 @@ def _acts(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
     name = getattr(node.target, "__name__", "")
-    return name == "guard" or name.startswith("_assert") or bool(node.meta.get("changes"))
+    return (
+        name == "guard" or name.startswith("_assert") or bool(node.meta.get("changes"))
+    )

@@ -21,7 +21,10 @@ def group_layers(graph: fx.Graph, root: nn.Module, leaves: set[str]) -> list[str
     for node in list(graph.nodes):
         head = module_of(root, node)
         is_norm = type(head) in (nn.BatchNorm2d, nn.BatchNorm3d)
-        if not (is_norm or isinstance(head, nn.Linear | _ConvNd)) or node.target in leaves:
+        if (
+            not (is_norm or isinstance(head, nn.Linear | _ConvNd))
+            or node.target in leaves
+        ):
             continue
         assert head is not None
         parts: list[nn.Module] = [head]
@@ -40,7 +43,8 @@ def group_layers(graph: fx.Graph, root: nn.Module, leaves: set[str]) -> list[str
             parts.append(act)
             erase(graph, behind, node)
         elif not is_norm and type(act) is nn.ReLU6:
-            # It stays, and clips at 6: what it gets from a ReLU uses no integers below zero.
+            # It stays, and clips at 6: what it gets from a ReLU uses no integers below
+            # zero.
             parts.append(nn.ReLU().train(root.training))
         if len(parts) > 1:
             root.set_submodule(str(node.target), Fused(*parts))
@@ -52,9 +56,11 @@ def _folds(layer: nn.Module, norm: _BatchNorm, node: fx.Node) -> bool:
     """Returns whether inference may fold a batch-norm into the layer before it."""
     if norm.running_mean is None or not norm.affine:
         return False
-    if isinstance(layer, _ConvTransposeNd):  # its output channels are the weight's second axis
+    # Its output channels are the weight's second axis
+    if isinstance(layer, _ConvTransposeNd):
         return False
     if isinstance(layer, nn.Linear):
-        value = node.meta["value"]  # of three dimensions, batch-norm's channels are the second
+        # Of three dimensions, batch-norm's channels are the second
+        value = node.meta["value"]
         return isinstance(value, Tensor) and value.ndim == 2
     return True

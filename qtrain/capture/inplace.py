@@ -20,8 +20,8 @@ OUT_OF_PLACE: dict[Any, Any] = {
 def out_of_place(graph: fx.Graph, root: nn.Module) -> list[str]:
     """Replaces calls that change a tensor by those that make a new one, in place.
 
-    A call that changes a view of another tensor stays as it is, and so do all tensors of that
-    memory: they are marked "pinned", and must stay float.
+    A call that changes a view of another tensor stays as it is, and so do all tensors
+    of that memory: they are marked "pinned", and must stay float.
 
     Returns:
         the lines that change an input of the model.

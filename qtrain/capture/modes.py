@@ -31,7 +31,9 @@ def eval_output(outputs: Any) -> Any:
     return outputs
 
 
-def join(train: fx.Graph, evaluated: fx.Graph, root: nn.Module, dropouts: set[str]) -> None:
+def join(
+    train: fx.Graph, evaluated: fx.Graph, root: nn.Module, dropouts: set[str]
+) -> None:
     """Notes in the train graph, in place, what eval mode puts out.
 
     Raises:
@@ -54,7 +56,9 @@ def join(train: fx.Graph, evaluated: fx.Graph, root: nn.Module, dropouts: set[st
     new.meta = dict(end.meta)
 
 
-def _key(node: fx.Node, keys: dict[fx.Node, Key], root: nn.Module, dropouts: set[str]) -> Key:
+def _key(
+    node: fx.Node, keys: dict[fx.Node, Key], root: nn.Module, dropouts: set[str]
+) -> Key:
     """Returns what tells a node from all that compute something else; dropout is seen through."""
     args, kwargs = node.args, node.kwargs
     if is_dropout(node, root, dropouts):
@@ -83,9 +87,13 @@ def _frozen(value: Any, keys: dict[fx.Node, Key]) -> Any:
     if isinstance(value, tuple | list):
         return tuple(_frozen(item, keys) for item in value)
     if isinstance(value, dict):
-        return tuple((name, _frozen(item, keys)) for name, item in sorted(value.items()))
+        return tuple(
+            (name, _frozen(item, keys)) for name, item in sorted(value.items())
+        )
     if isinstance(value, slice):
-        return "slice", *(_frozen(x, keys) for x in (value.start, value.stop, value.step))
+        return "slice", *(
+            _frozen(x, keys) for x in (value.start, value.stop, value.step)
+        )
     return repr(value)
 
 

@@ -17,7 +17,8 @@ class Attention(nn.Module):
     Where query, key and value are one tensor, one layer makes all three of them.
     """
 
-    batch_first = False  # what torch's layers around it ask before they take a way past it
+    # What torch's layers around it ask before they take a way past it
+    batch_first = False
 
     def __init__(self, old: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -48,7 +49,8 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        is_single, turns = query.dim() == 2, query.dim() == 3 and not self.takes_batch_first
+        is_single = query.dim() == 2
+        turns = query.dim() == 3 and not self.takes_batch_first
         query, key, value = self._projected(query, key, value)
         if is_single:
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
@@ -75,16 +77,24 @@ class Attention(nn.Module):
             output = output.transpose(0, 1)
         return output.squeeze(0) if is_single else output, weights
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _projected(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, ...]:
         if self.in_proj is not None and query is key and key is value:
             return self.in_proj(query).chunk(3, -1)
         return self.q_proj(query), self.k_proj(key), self.v_proj(value)
 
-    def _mask(self, attn: Tensor | None, padding: Tensor | None, batch: int) -> Tensor | None:
+    def _mask(
+        self, attn: Tensor | None, padding: Tensor | None, batch: int
+    ) -> Tensor | None:
         """Returns what is added to the scores."""
         if attn is not None:
             attn = _added(attn)
-            attn = attn if attn.dim() == 2 else attn.reshape(batch, self.heads, *attn.shape[1:])
+            attn = (
+                attn
+                if attn.dim() == 2
+                else attn.reshape(batch, self.heads, *attn.shape[1:])
+            )
         if padding is None:
             return attn
         padding = _added(padding).reshape(batch, 1, 1, -1)
@@ -96,7 +106,10 @@ class Attention(nn.Module):
         for kind in ("weight", "bias"):
             whole = Origin((f"{name}.in_proj.{kind}",))
             cut = stacked([f"{name}.{part}.{kind}" for part in parts])
-            yield f"{name}.in_proj_{kind}", [cut] if self.in_proj is None else [whole, cut]
+            yield (
+                f"{name}.in_proj_{kind}",
+                [cut] if self.in_proj is None else [whole, cut],
+            )
         for part in parts:
             yield f"{name}.{part}_weight", [Origin((f"{name}.{part}.weight",))]
 
@@ -108,7 +121,9 @@ def _added(mask: Tensor) -> Tensor:
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=bias is not None, device="meta"
+    )
     layer.weight, layer.bias = weight, bias
     return layer
 
@@ -126,9 +141,15 @@ def open_layers(root: nn.Module) -> dict[str, list[Origin]]:
     origins: dict[str, list[Origin]] = {}
     for name, old in list(root.named_modules()):
         new: Any = None
-        if type(old) is nn.MultiheadAttention and old.bias_k is None and not old.add_zero_attn:
+        if (
+            type(old) is nn.MultiheadAttention
+            and old.bias_k is None
+            and not old.add_zero_attn
+        ):
             new = Attention(old)
-        elif type(old).__name__ == "Conv1D" and type(old).__module__.startswith("transformers."):
+        elif type(old).__name__ == "Conv1D" and type(old).__module__.startswith(
+            "transformers."
+        ):
             weight: Any = old.weight
             new = Turned(weight.shape[0], weight.shape[1], device="meta")
             new.weight = nn.Parameter(weight.detach().T.contiguous())

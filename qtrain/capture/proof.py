@@ -9,13 +9,18 @@ from torch.utils._pytree import tree_flatten
 
 from qtrain.common.copying import cloned, copy_model
 
-# Relative, where attention was opened or batch-norm folded. Rounding costs 1e-7 to 1e-6; 4e-5 where
-# batch-norms took their statistics of two samples.
+# Relative, where attention was opened or batch-norm folded. Rounding costs 1e-7 to
+# 1e-6; 4e-5 where batch-norms took their statistics of two samples.
 ROUNDING = 1e-4
 
 
 def prove(
-    model: nn.Module, captured: nn.Module, inputs: tuple[Any, ...], *, exact: bool, training: bool
+    model: nn.Module,
+    captured: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    exact: bool,
+    training: bool,
 ) -> float:
     """Runs both on the example, and on random tensors of its shapes.
 
@@ -39,14 +44,16 @@ def prove(
             raise ValueError(
                 f"model: captured, in {mode} mode, it computes something else than "
                 f"{type(model).__name__} on {kind}: {error:.1e} relative. Use "
-                "quant.capture.mode=bracket, or name the module at fault in quant.capture.leaves"
+                "quant.capture.mode=bracket, "
+                "or name the module at fault in quant.capture.leaves"
             )
     return largest
 
 
 def difference(first: Any, second: Any) -> float:
     """Returns the largest relative difference of two outputs' tensors; infinity: others at all."""
-    (ours, one), (theirs, other) = tree_flatten(_parts(first)), tree_flatten(_parts(second))
+    (ours, one) = tree_flatten(_parts(first))
+    (theirs, other) = tree_flatten(_parts(second))
     if one != other:
         return float("inf")
     return max(map(_apart, ours, theirs), default=0.0)
@@ -70,7 +77,8 @@ def _apart(first: Any, second: Any) -> float:
         return float("inf")
     if not torch.equal(ours[~known].nan_to_num(), theirs[~known].nan_to_num()):
         return float("inf")
-    ours, theirs = ours[known], theirs[known]  # a norm with NaN in it would compare with nothing
+    # A norm with NaN in it would compare with nothing
+    ours, theirs = ours[known], theirs[known]
     return float((ours - theirs).norm() / ours.norm().clamp(min=1e-12))
 
 

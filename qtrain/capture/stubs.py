@@ -1,9 +1,10 @@
 """Where a traced model turns its tensors into integers, and back.
 
-A tensor is quantized if a site made it, or an operation that hands its integers on. A layer with a
-weight gets a QuantStub for what is not, one a tensor; any other operation a DeQuantStub for what
-is. Sums, products and concatenations are sites where all their tensors are quantized, or are
-parameters: they become float again where a residual stream is float.
+A tensor is quantized if a site made it, or an operation that hands its integers on. A
+layer with a weight gets a QuantStub for what is not, one a tensor; any other operation
+a DeQuantStub for what is. Sums, products and concatenations are sites where all their
+tensors are quantized, or are parameters: they become float again where a residual
+stream is float.
 """
 
 import operator
@@ -59,7 +60,8 @@ class Placing:
         self.has_stubs = any(is_stub(m, "QuantStub") for m in root.modules())
         self.sites: list[str] = []
         self.quantized: set[fx.Node] = set()
-        self.constant: set[fx.Node] = set()  # parameters, and what is worked out of them alone
+        # parameters, and what is worked out of them alone
+        self.constant: set[fx.Node] = set()
         self.made: dict[tuple[fx.Node, bool], fx.Node] = {}
 
     def place(self) -> None:
@@ -91,7 +93,9 @@ class Placing:
     def _is_stub(self, node: fx.Node) -> bool:
         """Returns whether a node calls a stub of the author's, which holds."""
         module = module_of(self.root, node)
-        if module is None or not any(is_stub(module, k) for k in ("QuantStub", "DeQuantStub")):
+        if module is None or not any(
+            is_stub(module, k) for k in ("QuantStub", "DeQuantStub")
+        ):
             return False
         if is_stub(module, "QuantStub"):
             self._make_site(node, str(node.target))
@@ -128,7 +132,11 @@ class Placing:
 
     def _joins(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
         """Returns whether a node is a sum or the like, of quantized tensors and parameters."""
-        if node.op == "call_module" or node.target not in OPS or node.meta.get("pinned"):
+        if (
+            node.op == "call_module"
+            or node.target not in OPS
+            or node.meta.get("pinned")
+        ):
             return False
         op = OPS[node.target]
         if set(node.kwargs) - {"dim", "tensors"}:  # such as alpha=
@@ -174,7 +182,9 @@ class Placing:
         if any(isinstance(m, nn.Linear | _ConvNd) or type(m) in SITES for m in inner):
             self.floats.setdefault(str(node.target), reason)
 
-    def _convert(self, node: fx.Node, inputs: list[fx.Node], *, to_integers: bool) -> None:
+    def _convert(
+        self, node: fx.Node, inputs: list[fx.Node], *, to_integers: bool
+    ) -> None:
         """Gives a node all its tensors as integers, or as floats."""
         for source in inputs:
             if (source in self.quantized) != to_integers:
@@ -192,20 +202,27 @@ class Placing:
         if not isinstance(value, Tensor):
             return self._each_converted(source, user, to_integers)
         key = source, to_integers
-        if key not in self.made or source.meta.get("pinned"):  # its values depend on the place
+        # Its values depend on the place
+        if key not in self.made or source.meta.get("pinned"):
             name = self._name(source, user, to_integers)
             put(self.root, name, (QuantStub if to_integers else DeQuantStub)())
             is_late = to_integers and source.meta.get("pinned")
             place = self.graph.inserting_before(user) if is_late else None
             with place or self.graph.inserting_after(source):
                 new = self.graph.call_module(name, (source,))
-            new.meta = {"value": value, "path": source.meta["path"], "line": source.meta["line"]}
+            new.meta = {
+                "value": value,
+                "path": source.meta["path"],
+                "line": source.meta["line"],
+            }
             self.made[key] = new
             if to_integers:
                 self._make_site(new, name)
         return self.made[key]
 
-    def _each_converted(self, source: fx.Node, user: fx.Node, to_integers: bool) -> fx.Node:
+    def _each_converted(
+        self, source: fx.Node, user: fx.Node, to_integers: bool
+    ) -> fx.Node:
         """Returns a tuple of converted tensors, of a node that stands for a tuple."""
         items = []
         with self.graph.inserting_before(user):
@@ -215,7 +232,9 @@ class Placing:
                 if source in self.quantized:
                     self.quantized.add(item)
                 items.append(item)
-        items = [self._converted(i, user, to_integers) if is_tensor(i) else i for i in items]
+        items = [
+            self._converted(i, user, to_integers) if is_tensor(i) else i for i in items
+        ]
         with self.graph.inserting_before(user):
             return self.graph.call_function(tuple, (items,))
 
@@ -226,9 +245,15 @@ class Placing:
             return free_name(self.root, "", "dequant")
         node = user if to_integers else source
         is_call = node.op == "call_module"
-        near = str(node.target) if is_call else f"{node.meta['path']}.{node.name}".lstrip(".")
+        near = (
+            str(node.target)
+            if is_call
+            else f"{node.meta['path']}.{node.name}".lstrip(".")
+        )
         path, _, last = near.rpartition(".")
-        return free_name(self.root, path, f"{last}_{'quant' if to_integers else 'dequant'}")
+        return free_name(
+            self.root, path, f"{last}_{'quant' if to_integers else 'dequant'}"
+        )
 
 
 def _asks(node: fx.Node) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 # They make tensors of sizes, and do not ask their arguments whether these are symbols.
 MAKERS = ("arange", "empty", "eye", "full", "ones", "rand", "randn", "zeros")
-PLAIN = (bool, str, torch.dtype, torch.layout, type(None))  # no symbol is needed for these
+# No symbol is needed for these
+PLAIN = (bool, str, torch.dtype, torch.layout, type(None))
 
 
 class Untraceable(Exception):
@@ -32,8 +33,11 @@ class Symbol(fx.Proxy):
         return self.node.meta["value"]
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # isinstance(x, Tensor) holds, as it does without a tracer
-        is_known = "value" in self.node.meta and isinstance(self.value, Tensor | int | tuple | list)
+    # isinstance(x, Tensor) holds, as it does without a tracer
+    def __class__(self) -> Any:
+        is_known = "value" in self.node.meta and isinstance(
+            self.value, Tensor | int | tuple | list
+        )
         return type(self.value) if is_known else Symbol
 
     def __getattr__(self, name: str) -> Any:
@@ -45,7 +49,9 @@ class Symbol(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+        self.tracer.create_proxy(
+            "call_function", operator.setitem, (self, key, value), {}
+        )
 
     def __iadd__(self, other: Any) -> Any:
         return self._changed(operator.iadd, other)
@@ -60,7 +66,8 @@ class Symbol(fx.Proxy):
         return self._changed(operator.itruediv, other)
 
     def _changed(self, change: Callable[..., Any], other: Any) -> Any:
-        # fx.Proxy would make a new value, and who else holds the tensor would not see it.
+        # fx.Proxy would make a new value, and who else holds the tensor would not see
+        # it.
         return self.tracer.create_proxy("call_function", change, (self, other), {})
 
     def __len__(self) -> int:
@@ -94,7 +101,9 @@ def running_line() -> str:
 
 def is_users(file: str) -> bool:
     """Returns whether a file is neither torch's nor of this folder."""
-    return not any(part in file for part in ("/torch/", "/qtrain/capture/", "<eval", "<string"))
+    return not any(
+        part in file for part in ("/torch/", "/qtrain/capture/", "<eval", "<string")
+    )
 
 
 def shown(file: str, number: int | None) -> str:

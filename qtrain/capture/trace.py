@@ -10,7 +10,13 @@ from qtrain.capture.calls import name_calls
 from qtrain.capture.graphs import clean
 from qtrain.capture.groups import group_layers
 from qtrain.capture.inplace import out_of_place
-from qtrain.capture.modes import Differs, join, split, without_dropout, without_identities
+from qtrain.capture.modes import (
+    Differs,
+    join,
+    split,
+    without_dropout,
+    without_identities,
+)
 from qtrain.capture.stubs import Placing
 from qtrain.capture.traced import Traced, assemble
 from qtrain.capture.tracer import trace
@@ -43,7 +49,8 @@ def traced(
     Args:
         model: is left alone.
         inputs: {parameter of forward: its value}.
-        leaves: {module not to be looked into: why}; those that resist are added, in place.
+        leaves: {module not to be looked into: why}; those that resist are added, in
+            place.
         why_float: says of a layer why there is no kernel for it, or None.
         is_qat: whether train mode is traced too.
 
@@ -83,7 +90,9 @@ def _recorded(
     """Returns the graph, of both modes if asked, the modules, and those idle in eval mode."""
     while True:
         graph, root = trace(model.eval(), inputs, leaves)
-        dropouts = {str(node.target) for node in graph.nodes if _is_idle(node, root, leaves)}
+        dropouts = {
+            str(node.target) for node in graph.nodes if _is_idle(node, root, leaves)
+        }
         if not is_qat:
             return graph, root, dropouts
         before = len(leaves)
@@ -124,7 +133,7 @@ def _make_leaves(err: Differs, root: nn.Module, leaves: dict[str, str]) -> None:
             leaves |= dict.fromkeys(alike, why)
             return
     raise ValueError(
-        "model: in eval mode it does what it does not in train mode, so that QAT would train "
-        f"another model: {err.node.meta['line']}. Use quant=ptq, or take what depends on "
-        "self.training into a module of its own, without parameters"
+        "model: in eval mode it does what it does not in train mode, so that QAT "
+        f"would train another model: {err.node.meta['line']}. Use quant=ptq, or take "
+        "what depends on self.training into a module of its own, without parameters"
     )

@@ -52,7 +52,9 @@ class Traced(nn.Module):
             mode: {name: _taken_up(value) for name, value in names.items()}
             for mode, names in self._names.items()
         }
-        self._calls = {mode: _function(self.code[mode], n) for mode, n in self._names.items()}
+        self._calls = {
+            mode: _function(self.code[mode], n) for mode, n in self._names.items()
+        }
 
 
 def _function(source: str, names: dict[str, Any]) -> Any:
@@ -93,7 +95,9 @@ def assemble(root: nn.Module, graphs: dict[bool, fx.Graph]) -> Traced:
     return model
 
 
-def skeleton(root: nn.Module, called: set[str], read: set[str], name: str = "") -> nn.Module:
+def skeleton(
+    root: nn.Module, called: set[str], read: set[str], name: str = ""
+) -> nn.Module:
     """Returns those layers of `root`, parameters and buffers that are used, in containers."""
     new = Container()
     new.training = root.training
@@ -103,7 +107,8 @@ def skeleton(root: nn.Module, called: set[str], read: set[str], name: str = "") 
             new.register_parameter(key, parameter)
     for key, value in [*root._buffers.items(), *vars(root).items()]:
         if prefix + key in read and isinstance(value, Tensor):
-            new.register_buffer(key, value)  # of a plain attribute, too, so that it is saved
+            # Of a plain attribute, too, so that it is saved
+            new.register_buffer(key, value)
     for key, child in root.named_children():
         inner = prefix + key
         if inner in called:
@@ -117,7 +122,7 @@ def guard(found: Any, traced: Any, line: str) -> None:
     """Refuses sizes for which the model's code would take another way than when it was traced."""
     if found != traced:
         raise ValueError(
-            f"model: it was captured for inputs for which this is {traced}, and now it is {found}: "
-            f"{line}. Give it inputs of like sizes, or name the module around that line in "
-            "quant.capture.leaves"
+            f"model: it was captured for inputs for which this is {traced}, and now it "
+            f"is {found}: {line}. Give it inputs of like sizes, "
+            "or name the module around that line in quant.capture.leaves"
         )

@@ -1,8 +1,8 @@
 """Tracing a model's forward by torch.fx, with the values of an example beside the symbols.
 
-The values decide what depends on sizes alone, such as `if x.shape[-1] > 7`: the branch taken is
-recorded, and a guard with it, which refuses other sizes. What depends on a tensor's values cannot
-be recorded.
+The values decide what depends on sizes alone, such as `if x.shape[-1] > 7`: the branch
+taken is recorded, and a guard with it, which refuses other sizes. What depends on a
+tensor's values cannot be recorded.
 """
 
 import copy
@@ -31,7 +31,8 @@ from qtrain.capture.traced import guard
 from qtrain.common.copying import cloned
 
 OF_TORCH = ("torch.nn.", "torch.ao.")
-WHOLE = (nn.Linear, _ConvNd, _BatchNorm)  # of which a subclass may have the same forward
+# Of which a subclass may have the same forward
+WHOLE = (nn.Linear, _ConvNd, _BatchNorm)
 
 
 class Tracer(fx.Tracer):
@@ -57,14 +58,20 @@ class Tracer(fx.Tracer):
             inputs: {parameter of forward: its value}, of all that have no default.
         """
         parameters = inspect.signature(model.forward).parameters
-        defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        defaults = {
+            n: p.default for n, p in parameters.items() if p.default is not p.empty
+        }
         self.inputs = defaults | inputs
-        plain = {n: v for n, v in self.inputs.items() if isinstance(v, (*PLAIN, int, float))}
+        plain = {
+            n: v for n, v in self.inputs.items() if isinstance(v, (*PLAIN, int, float))
+        }
         with torch.no_grad(), makers_recorded(), nothing_wrapped():
             graph = self.trace(model, concrete_args=plain or None)
         for node in graph.find_nodes(op="placeholder"):  # torch numbers the plain ones
             node.target = _parameter(str(node.target), self.inputs, node.target)
-            node.args = (defaults[node.target],) if node.target in defaults else node.args
+            node.args = (
+                (defaults[node.target],) if node.target in defaults else node.args
+            )
         graph._tracer_cls = None  # copies need none of its arguments
         for node in graph.nodes:
             value = node.meta.get("value")
@@ -76,7 +83,9 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves or is_whole(m)
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         if self._runs:
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
@@ -85,7 +94,9 @@ class Tracer(fx.Tracer):
         self.path.pop()
         return output
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+    def getattr(
+        self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]
+    ) -> Any:
         if self._runs:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -94,7 +105,9 @@ class Tracer(fx.Tracer):
         if type(a) is Symbol:
             return a.node
         if isinstance(a, dict) and type(a) is not dict and not is_dataclass(a):
-            return self.create_node("call_function", type(a), (self.create_arg(dict(a)),), {})
+            return self.create_node(
+                "call_function", type(a), (self.create_arg(dict(a)),), {}
+            )
         return super().create_arg(a)
 
     def create_node(
@@ -137,7 +150,9 @@ class Tracer(fx.Tracer):
             return self._run(node, args, kwargs)
         finally:
             self._runs = before
-            node.meta["changes"] = [n for n, v in versions.items() if tensors[n]._version != v]
+            node.meta["changes"] = [
+                n for n, v in versions.items() if tensors[n]._version != v
+            ]
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
@@ -171,7 +186,9 @@ def is_whole(module: nn.Module) -> bool:
         return False
     is_composite = any(True for _ in module.children())
     is_known = isinstance(module, nn.MultiheadAttention)
-    return is_known or not is_composite or type(module).__module__.startswith("torch.ao.")
+    return (
+        is_known or not is_composite or type(module).__module__.startswith("torch.ao.")
+    )
 
 
 def _inherits(module: nn.Module) -> bool:
@@ -206,7 +223,8 @@ def trace(
 ) -> tuple[fx.Graph, nn.Module]:
     """Returns the graph of a copy of `model`, and that copy.
 
-    The smallest module that resists becomes a leaf, with its reason, in `leaves`, in place.
+    The smallest module that resists becomes a leaf, with its reason, in `leaves`, in
+    place.
 
     Raises:
         Untraceable: it is the model itself that resists.

@@ -11,13 +11,16 @@ from qtrain.cli.interrupt import told
 from qtrain.common.plain import plain, plain_lines
 
 EXAMPLE = (
-    "example: qtrain-bench outputs/sweeps/2026-01-31_12-00-00/* --threads 1 2 --batch-sizes 1 64"
+    "example: qtrain-bench outputs/sweeps/2026-01-31_12-00-00/* --threads 1 2 "
+    "--batch-sizes 1 64"
 )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints a table, writes it into each run's report.json; mistakes end with code 1."""
-    parser = argparse.ArgumentParser("qtrain-bench", description=__doc__, epilog=EXAMPLE)
+    parser = argparse.ArgumentParser(
+        "qtrain-bench", description=__doc__, epilog=EXAMPLE
+    )
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="the folder of a finished run"
     )
@@ -38,9 +41,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         for name in ("batch_sizes", "threads", "repeats"):
             values = getattr(args, name)
-            if values is not None and min([values] if isinstance(values, int) else values) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: must be at least 1, not {values}")
-        bench(args.runs, args.batch_sizes, args.threads, args.warmup, args.repeats, args.trust)
+            if (
+                values is not None
+                and min([values] if isinstance(values, int) else values) < 1
+            ):
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: must be at least 1, not {values}"
+                )
+        bench(
+            args.runs,
+            args.batch_sizes,
+            args.threads,
+            args.warmup,
+            args.repeats,
+            args.trust,
+        )
     except KeyboardInterrupt:
         sys.exit(told("qtrain-bench"))
     except (ValueError, OSError) as err:
@@ -57,12 +72,13 @@ def bench(
 ) -> None:
     """Measures the float and the converted model of each run, all of them in turn, on the CPU.
 
-    `latency_ms`, `threads` and `other_load` of a report become those of the first thread count;
-    `bench` holds all rows, with 95 % intervals of the medians, and of the ratio to the run's float
-    model, pair by pair.
+    `latency_ms`, `threads` and `other_load` of a report become those of the first
+    thread count; `bench` holds all rows, with 95 % intervals of the medians, and of the
+    ratio to the run's float model, pair by pair.
 
     Raises:
-        ValueError: a folder holds no finished run. Nothing has been measured or written then.
+        ValueError: a folder holds no finished run. Nothing has been measured or written
+            then.
     """
     import torch
 
@@ -89,13 +105,17 @@ def bench(
     finally:
         torch.set_num_threads(before)
     for run, report in reports.items():
-        first = [row for row in found[run] if row["threads"] == found[run][0]["threads"]]
+        first = [
+            row for row in found[run] if row["threads"] == found[run][0]["threads"]
+        ]
         report["bench"], report["threads"] = found[run], first[0]["threads"]
         loads = [row["other_load"] for row in first if row["other_load"] is not None]
         report["other_load"] = max(loads, default=None)
         for kind in ("float", "quantized"):
             if kind in first[0]:
-                report["latency_ms"][kind] = {str(row["batch"]): row[kind] for row in first}
+                report["latency_ms"][kind] = {
+                    str(row["batch"]): row[kind] for row in first
+                }
         write_json(run / FILE_NAME, report)
 
 
@@ -127,7 +147,9 @@ def _measure(
     from qtrain.analyze import measure
 
     sized = {
-        (run, kind): call(size) for run, kinds in calls.items() for kind, call in kinds.items()
+        (run, kind): call(size)
+        for run, kinds in calls.items()
+        for kind, call in kinds.items()
     }
     with measure.OtherLoad() as others:
         turns = measure.turns(list(sized.values()), warmup, repeats)
@@ -142,7 +164,8 @@ def _measure(
             row["ratio"] = measure.median_interval(ratios)
         cells = (_cell(row.get(kind)) for kind in ("float", "quantized", "ratio"))
         print(
-            f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  {plain(run.name)}"
+            f"{size:>5}  {next(cells):>24}  {next(cells):>24}  {next(cells):>20}  "
+            f"{plain(run.name)}"
         )
     if others.contended:
         print(

@@ -33,7 +33,11 @@ class Comparison(Callback):
         if self.num_jobs is None:
             return
         done = config.hydra.job.num
-        left = (time.time() - self.started) / done * (self.num_jobs - done) if done else None
+        left = (
+            (time.time() - self.started) / done * (self.num_jobs - done)
+            if done
+            else None
+        )
         about = "" if left is None else f", about {duration(left)} left"
         print(f"job {done + 1} of {self.num_jobs}{about}", flush=True)
 
@@ -43,7 +47,8 @@ class Comparison(Callback):
         from qtrain.runs.sweep import count_jobs, crowding
 
         self.num_jobs, self.started = count_jobs(config.hydra), time.time()
-        with suppress(OmegaConfBaseException):  # the jobs say what is wrong with the config
+        # The jobs say what is wrong with the config
+        with suppress(OmegaConfBaseException):
             print(announce_sweep(config.hydra), flush=True)
         # sweep=optuna asks for it; Hydra builds the sampler after this.
         warnings.filterwarnings(
@@ -57,8 +62,8 @@ class Comparison(Callback):
         """Prints the comparison; writes comparison.csv, .png, .html, and the plot to TensorBoard.
 
         Raises:
-            SystemExit: 1, if a job failed or the comparison cannot be made. Hydra turns other
-                exceptions of callbacks into warnings.
+            SystemExit: 1, if a job failed or the comparison cannot be made. Hydra turns
+                other exceptions of callbacks into warnings.
         """
         # Imported here, for Hydra imports this module at the start of every run.
         from qtrain.cli.compare import compare, write

@@ -60,7 +60,8 @@ class Comparison:
         skipped = [f"skipped {line}" for line in self.found.unreadable]
         return list(
             dict.fromkeys(
-                skipped + [plain(line) for section in self.runs for line in section.warnings]
+                skipped
+                + [plain(line) for section in self.runs for line in section.warnings]
             )
         )
 
@@ -77,8 +78,8 @@ def compare(
 
     Args:
         filters: texts "key=value" or "key=value,value"; all must hold.
-        baseline: a run's folder, or filters that leave one run for each seed. `filters` hold for it
-            too, but for the keys that it names.
+        baseline: a run's folder, or filters that leave one run for each seed. `filters`
+            hold for it too, but for the keys that it names.
 
     Raises:
         ValueError: nothing is left to compare, or a key is unknown; says what there is.
@@ -92,7 +93,10 @@ def compare(
     elif not found.failures:
         raise ValueError(
             "\n  ".join(
-                [f"{', '.join(map(str, folders))}: no readable run there:", *found.unreadable]
+                [
+                    f"{', '.join(map(str, folders))}: no readable run there:",
+                    *found.unreadable,
+                ]
             )
         )
     found.failures = [run for run in found.failures if keys.may_match(run, wanted)]
@@ -139,7 +143,8 @@ def write(comparison: Comparison, **files: Path | None) -> None:
 
 
 def _plot(comparison: Comparison, path: Path) -> None:
-    from qtrain.leaderboard.plot import scatter  # matplotlib takes half a second to import
+    # Matplotlib takes half a second to import
+    from qtrain.leaderboard.plot import scatter
 
     scatter(comparison.sections).savefig(path, dpi=150)
 
@@ -149,13 +154,15 @@ def _html(comparison: Comparison, path: Path) -> None:
 
     groups = [section for section in comparison.sections if section.grouped]
     path.write_text(
-        page([*groups, *comparison.runs], comparison.found, path.parent), encoding="utf-8"
+        page([*groups, *comparison.runs], comparison.found, path.parent),
+        encoding="utf-8",
     )
 
 
 def _markdown(comparison: Comparison, path: Path) -> None:
     path.write_text(
-        render.document(comparison.sections, comparison.found.failures), encoding="utf-8"
+        render.document(comparison.sections, comparison.found.failures),
+        encoding="utf-8",
     )
 
 
@@ -195,7 +202,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="sort by any key; qualities best first, others from small to large",
     )
     parser.add_argument(
-        "--group-by", nargs="+", default=[], metavar="KEY", help="mean and deviation over seeds"
+        "--group-by",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="mean and deviation over seeds",
     )
     parser.add_argument(
         "--baseline",
@@ -211,7 +222,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the comparison that was asked for; mistakes end it with a message and code 1."""
-    gc.disable()  # 5,000 reports hold no circles, and the search takes a quarter of the time
+    # 5,000 reports hold no circles, and the search takes a quarter of the time
+    gc.disable()
     try:
         _main(argv)
     finally:
@@ -223,8 +235,14 @@ def _main(argv: Sequence[str] | None) -> None:
     args = parse(argv)
     try:
         comparison = compare(
-            [Path(text) for text in args.what if "=" not in text or Path(text).is_dir()],
-            filters=[text for text in args.what if "=" in text and not Path(text).is_dir()],
+            [
+                Path(text)
+                for text in args.what
+                if "=" not in text or Path(text).is_dir()
+            ],
+            filters=[
+                text for text in args.what if "=" in text and not Path(text).is_dir()
+            ],
             sort_by=args.sort,
             group_by=[key for text in args.group_by for key in text.split(",")],
             baseline=args.baseline,

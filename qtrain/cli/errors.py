@@ -21,7 +21,8 @@ def unknown_key(key: str, section: "DictConfig") -> str:
     elif options := options_with(key):
         group = key.partition(".")[0]
         return (
-            f"{text} with this {group}; {', '.join(f'{group}={name}' for name in options)} have it"
+            f"{text} with this {group}; "
+            f"{', '.join(f'{group}={name}' for name in options)} have it"
         )
     text += f"; allowed beside it are {', '.join(known)}"
     # What is made from this section may take more than its YAML names.
@@ -47,8 +48,8 @@ def explain(err: BaseException) -> str:
     if isinstance(err, OSError) and err.errno is not None:
         where = "" if err.filename is None else f"{os.fsdecode(err.filename)}: "
         return (
-            f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name writable folders, "
-            "on disks with room"
+            f"{where}{err.strerror}; hydra.run.dir and hydra.sweep.dir must name "
+            "writable folders, on disks with room"
         )
     missing = sweep.extra_for(getattr(err, "missing_cfg_file", None))
     if missing is not None:
@@ -56,7 +57,11 @@ def explain(err: BaseException) -> str:
     cause: BaseException | None = err
     while cause is not None:
         node = getattr(cause, "parent_node", None)
-        if node is not None and getattr(cause, "full_key", None) and "not in struct" in str(cause):
+        if (
+            node is not None
+            and getattr(cause, "full_key", None)
+            and "not in struct" in str(cause)
+        ):
             return unknown_key(str(cause.full_key), node)  # type: ignore[attr-defined]
         if str(cause).startswith("Missing key "):
             return f"{cause.full_key}: is missing, and has no default"  # type: ignore[attr-defined]

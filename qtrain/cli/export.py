@@ -17,18 +17,35 @@ EXAMPLE = "example: qtrain-export outputs/runs/... --to gguf --type q8_0"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the file and prints its path; mistakes end with code 1."""
-    parser = argparse.ArgumentParser("qtrain-export", description=__doc__, epilog=EXAMPLE)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument("--to", choices=["gguf"], default="gguf", help="GPT-2 for llama.cpp")
-    parser.add_argument(
-        "--type", choices=TYPES, default="q8_0", help="of weights that are not integers yet"
+    parser = argparse.ArgumentParser(
+        "qtrain-export", description=__doc__, epilog=EXAMPLE
     )
     parser.add_argument(
-        "--float", action="store_true", help="the run's float model, not the converted one"
+        "run", type=Path, metavar="RUN", help="the folder of a finished run"
     )
-    parser.add_argument("--output", type=Path, help="a file; by default model.gguf in RUN")
     parser.add_argument(
-        "--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the run may name"
+        "--to", choices=["gguf"], default="gguf", help="GPT-2 for llama.cpp"
+    )
+    parser.add_argument(
+        "--type",
+        choices=TYPES,
+        default="q8_0",
+        help="of weights that are not integers yet",
+    )
+    parser.add_argument(
+        "--float",
+        action="store_true",
+        help="the run's float model, not the converted one",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="a file; by default model.gguf in RUN"
+    )
+    parser.add_argument(
+        "--trust",
+        nargs="+",
+        default=[],
+        metavar="PACKAGE",
+        help="of yours, which the run may name",
     )
     args = vars(parser.parse_args(argv))
     args.pop("to")
@@ -67,11 +84,15 @@ def export(
     from qtrain.runs.report import FILE_NAME, load_report
 
     if not (run / FILE_NAME).is_file():
-        raise ValueError(f"{run}: holds no {FILE_NAME}; name the folder of a finished run")
+        raise ValueError(
+            f"{run}: holds no {FILE_NAME}; name the folder of a finished run"
+        )
     model: Any = (load_float if float else load)(run, trust)
     data = load_report(run / FILE_NAME)["config"].get("data")
     tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
-    exporter = Gguf(type=type, tokenizer=tokenizer if isinstance(tokenizer, str) else "bytes")
+    exporter = Gguf(
+        type=type, tokenizer=tokenizer if isinstance(tokenizer, str) else "bytes"
+    )
     path = output or run / exporter.file_name
     exporter.write_model(model, path)
     return path

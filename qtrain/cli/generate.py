@@ -27,17 +27,29 @@ EXAMPLE = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the prompt as the converted model continues it; mistakes end with code 1."""
-    parser = argparse.ArgumentParser("qtrain-generate", description=__doc__, epilog=EXAMPLE)
+    parser = argparse.ArgumentParser(
+        "qtrain-generate", description=__doc__, epilog=EXAMPLE
+    )
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="the folder of a finished run of a language model"
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="the folder of a finished run of a language model",
     )
     parser.add_argument("--prompt", default="I have a dream")
     parser.add_argument("--max-new-tokens", type=int, default=50)
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest token each time")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=None, help="draw among the k likeliest tokens")
     parser.add_argument(
-        "--top-p", type=float, default=None, help="draw among the likeliest that make up p"
+        "--greedy", action="store_true", help="take the likeliest token each time"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument(
+        "--top-k", type=int, default=None, help="draw among the k likeliest tokens"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=None,
+        help="draw among the likeliest that make up p",
     )
     parser.add_argument(
         "--repetition-penalty",
@@ -46,14 +58,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="above 1: tokens come less often again",
     )
     parser.add_argument(
-        "--stop", nargs="+", default=[], metavar="TEXT", help="end before the first of these texts"
+        "--stop",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="end before the first of these texts",
     )
     parser.add_argument(
-        "--cache", choices=["float", "int8"], default="float", help="how keys and values are kept"
+        "--cache",
+        choices=["float", "int8"],
+        default="float",
+        help="how keys and values are kept",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--trust", nargs="+", default=[], metavar="PACKAGE", help="of yours, which the run may name"
+        "--trust",
+        nargs="+",
+        default=[],
+        metavar="PACKAGE",
+        help="of yours, which the run may name",
     )
     args = parser.parse_args(argv)
     pace = Pace()
@@ -94,7 +117,8 @@ def generate(
         sampling: see `qtrain.model.sampling.Sampling`.
 
     Raises:
-        ValueError: the folder holds no run of a language model, or an argument is out of range.
+        ValueError: the folder holds no run of a language model, or an argument is out
+            of range.
     """
     from qtrain.analyze.measure import keep_freed_memory
     from qtrain.data.tokenizer import load_tokenizer
@@ -129,7 +153,8 @@ def _load(run: Path, trust: Sequence[str]) -> tuple[Any, str]:
 
     if not (run / FILE_NAME).is_file():
         raise ValueError(
-            f"{run}: holds no {FILE_NAME}; name the folder of a finished run of a language model"
+            f"{run}: holds no {FILE_NAME}; "
+            "name the folder of a finished run of a language model"
         )
     model: Any = load(run, trust)
     data = load_report(run / FILE_NAME)["config"].get("data")
@@ -188,7 +213,9 @@ def until(stop: Sequence[str], texts: Iterator[str]) -> Iterator[str]:
     yield held
 
 
-def pieces(encoder: "Tokenizer", tokens: "Tensor", new: "Iterable[Tensor]") -> Iterator[str]:
+def pieces(
+    encoder: "Tokenizer", tokens: "Tensor", new: "Iterable[Tensor]"
+) -> Iterator[str]:
     """Yields the text of `tokens` (N,) and of each that follows, (1, 1), in whole characters."""
     found, told = tokens.tolist(), 0
     for token in chain([None], new):

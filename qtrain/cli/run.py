@@ -1,7 +1,7 @@
 """The command `qtrain`.
 
-What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the command
-quietly from the start.
+What takes long to import, Hydra too, is imported where it is needed: Ctrl-C ends the
+command quietly from the start.
 """
 
 import gc
@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, Any
 from qtrain.cli.errors import explain
 from qtrain.cli.interrupt import quit_at_once
 from qtrain.common.plain import plain_lines
-from qtrain.config.command_line import config_dir, hydra_arguments, refuse_choices, split
+from qtrain.config.command_line import (
+    config_dir,
+    hydra_arguments,
+    refuse_choices,
+    split,
+)
 from qtrain.config.swept import forgive, heed_own_keys
 from qtrain.config.together import partners
 
@@ -35,13 +40,16 @@ def job() -> None:
     """Has Hydra read the command line, and run what it asks for: one job, or a sweep's."""
     import hydra
 
-    hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(one_job)()
+    hydra.main(config_path=config_dir(), config_name="config", version_base="1.3")(
+        one_job
+    )()
 
 
 def one_job(config: "DictConfig") -> Any:
     """One job of Hydra's: returns the objective, or the list of objectives, for a sweeper."""
     _announce(config)
-    with _importing():  # torch among them, which no mistake in a key's name has to wait for
+    # torch among them, which no mistake in a key's name has to wait for
+    with _importing():
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
@@ -59,7 +67,9 @@ def one_job(config: "DictConfig") -> Any:
     run_dir = Path(settings.runtime.output_dir)
     overrides, firsts = heed_own_keys(config, settings.overrides.task)
     if firsts and sweep.is_grid(settings):
-        log.info(f"job {settings.job.num}: the same as that with {' '.join(firsts)}; skipped")
+        log.info(
+            f"job {settings.job.num}: the same as that with {' '.join(firsts)}; skipped"
+        )
         shutil.rmtree(
             run_dir / ".hydra", ignore_errors=True
         )  # which is what a run without a result has
@@ -83,7 +93,8 @@ def one_job(config: "DictConfig") -> Any:
         if not ranks.is_first():  # it has no scores
             return None
         values = [
-            _select(report, path) for path in objectives(config) or [f"quantized.{report.quality}"]
+            _select(report, path)
+            for path in objectives(config) or [f"quantized.{report.quality}"]
         ]
     except sweep.Occupied:  # no report can say so
         raise
@@ -92,7 +103,8 @@ def one_job(config: "DictConfig") -> Any:
             raise
         # One bad job must not end a sweep; its report and the sweep's end tell of it.
         log.error(f"job {settings.job.num} failed: {err}")
-        return None  # which Optuna takes for a failed trial; of a number that is NaN it dies
+        # Which Optuna takes for a failed trial; of a number that is NaN it dies
+        return None
     return values[0] if len(values) == 1 else tuple(values)
 
 
@@ -104,7 +116,8 @@ def _announce(config: "DictConfig") -> None:
     from qtrain.runs.history import announce
 
     if HydraConfig.get().mode == RunMode.RUN:  # a sweep has announced its jobs
-        with suppress(OmegaConfBaseException):  # the run says what is wrong with the config
+        # The run says what is wrong with the config
+        with suppress(OmegaConfBaseException):
             log.info(announce(config, HydraConfig.get()))
 
 
@@ -117,10 +130,8 @@ def _select(report: Any, objective: str) -> float:
     if objective == "size_bytes":
         found, path = report.size_bytes, ["quantized_file_at_bits"]
     elif objective == "latency_ms":
-        found, path = (
-            report.latency_ms,
-            ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"],
-        )
+        found = report.latency_ms
+        path = ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"]
     for part in path:
         found = (found or {}).get(part)
     if found is None:
@@ -144,12 +155,19 @@ def continue_run(arguments: list[str]) -> None:
         run_dir, [argument for argument in arguments if argument not in named]
     )
     keep_freed_memory()
-    # Of torchrun's processes, all of which come here, the first holds the folder for all.
+    # Of torchrun's processes, all of which come here, the first holds the folder for
+    # all.
     with Signals() as signals, alone(run_dir) if ranks.is_first() else nullcontext():
-        console, file = logging.StreamHandler(sys.stdout), RunLog(run_dir / "qtrain.log")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        console = logging.StreamHandler(sys.stdout)
+        file = RunLog(run_dir / "qtrain.log")
+        file.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        )
         logging.basicConfig(
-            level=logging.INFO, format="%(message)s", handlers=[console, file], force=True
+            level=logging.INFO,
+            format="%(message)s",
+            handlers=[console, file],
+            force=True,
         )
         pipeline.execute(config, run_dir, overrides, resume=True, signals=signals)
 
@@ -168,15 +186,17 @@ def _terminate(signum: int, frame: object) -> None:
 def _importing() -> Iterator[None]:
     """While entered, Ctrl-C ends the process at once, and no garbage is collected.
 
-    Imports take seconds, there is nothing to clean up, and out of an import an interrupt may come
-    as another error. What they make stays to the end, and the collector would look through it
-    again and again, most of all as Python ends: that took a third of a mistake's time.
+    Imports take seconds, there is nothing to clean up, and out of an import an
+    interrupt may come as another error. What they make stays to the end, and the
+    collector would look through it again and again, most of all as Python ends: that
+    took a third of a mistake's time.
     """
     # Python allows handlers there alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before, is_first = signal.signal(signal.SIGINT, quit_at_once), "torch" not in sys.modules
+    before = signal.signal(signal.SIGINT, quit_at_once)
+    is_first = "torch" not in sys.modules
     if is_first:
         gc.disable()
     try:
@@ -224,7 +244,9 @@ def _read_command_line() -> None:
     refuse_choices(overrides)
     overrides, notes = forgive(options, overrides)
     if added:
-        notes.append(f"{' '.join(added)}: go with what was named; name others to have others")
+        notes.append(
+            f"{' '.join(added)}: go with what was named; name others to have others"
+        )
     for note in notes:
         print(f"note: {note}", flush=True)
     sys.argv = [sys.argv[0], *options, *overrides]

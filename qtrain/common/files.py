@@ -13,7 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 MOST_BYTES = 64 * 2**20  # of a report, which has a few kilobytes
-# What stood on a run's command line; a refused second start rewrites Hydra's own record.
+# What stood on a run's command line; a refused second start rewrites Hydra's own
+# record.
 OVERRIDES = "overrides.json"
 LOCK = ".lock"  # in the folder of a run, held by the process that is at work there
 
@@ -25,11 +26,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write: called with the path of a new file, on the same disk, to fill.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; what was at `path` stays.
+        OSError: the folder cannot be written or the disk is full; what was at `path`
+            stays.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            # torch.save writes the file's stem before each tensor: one letter keeps it small.
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".{path.name}."
+        ) as folder:
+            # torch.save writes the file's stem before each tensor: one letter keeps it
+            # small.
             new = Path(folder) / "w"
             write(new)
             with new.open("rb") as file:
@@ -38,7 +43,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as err:  # the latter of torch's zip writer
         reason = err if isinstance(err, OSError) else f"is the disk full? {err}"
         raise OSError(
-            f"{path}: could not be written ({reason}); files already there are unchanged"
+            f"{path}: could not be written ({reason}); "
+            "files already there are unchanged"
         ) from err
 
 
@@ -66,7 +72,8 @@ def require_file(path: Path) -> None:
     """
     if not path.is_file():
         raise ValueError(
-            f"{path}: " + ("is no regular file" if path.exists() else "there is no such file")
+            f"{path}: "
+            + ("is no regular file" if path.exists() else "there is no such file")
         )
 
 

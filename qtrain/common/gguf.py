@@ -18,8 +18,11 @@ def library(why: str) -> Any:
     try:
         import gguf
     except ImportError as err:
-        raise ValueError(f'{why}: needs the extra gguf (pip install "qtrain[gguf]")') from err
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of each file's every part
+        raise ValueError(
+            f'{why}: needs the extra gguf (pip install "qtrain[gguf]")'
+        ) from err
+    # It tells of each file's every part
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     return gguf
 
 
@@ -47,7 +50,8 @@ def read(path: str, key: str) -> Any:
     except Exception as err:  # bytes that are no GGUF can raise anything
         reason = (str(err) or type(err).__name__).splitlines()[0]
         raise ValueError(
-            f"{key}={path}: is no whole GGUF file ({reason}); write or download it again"
+            f"{key}={path}: is no whole GGUF file ({reason}); "
+            "write or download it again"
         ) from err
 
 

@@ -16,7 +16,9 @@ def plain(content: Any) -> Any:
         return _printable(content[:MOST_CHARACTERS])
     # Most of a report are numbers: they are let through without a call each.
     if isinstance(content, dict):
-        return {plain(k): plain(v) if isinstance(v, DEEP) else v for k, v in content.items()}
+        return {
+            plain(k): plain(v) if isinstance(v, DEEP) else v for k, v in content.items()
+        }
     if isinstance(content, list):
         return [plain(v) if isinstance(v, DEEP) else v for v in content]
     return content
@@ -24,7 +26,9 @@ def plain(content: Any) -> Any:
 
 def plain_lines(text: str) -> str:
     """Returns a text of any length and several lines likewise."""
-    return "\n".join("\t".join(map(_printable, line.split("\t"))) for line in text.split("\n"))
+    return "\n".join(
+        "\t".join(map(_printable, line.split("\t"))) for line in text.split("\n")
+    )
 
 
 def _printable(text: str) -> str:

@@ -21,4 +21,6 @@ def misfits(found: Any, shape: Any, path: str) -> Iterator[str]:
     elif isinstance(found, dict) and isinstance(shape, dict):
         for key, value in found.items():
             if key in shape or "*" in shape:
-                yield from misfits(value, shape.get(key, shape.get("*")), f"{path}.{key}")
+                yield from misfits(
+                    value, shape.get(key, shape.get("*")), f"{path}.{key}"
+                )

@@ -14,8 +14,8 @@ def has_torch_ao() -> bool:
         importlib.import_module("torch.ao.nn.quantized")
         importlib.import_module("torch.ao.quantization")
         with warnings.catch_warnings():
-            # torch warns once a process, wherever the first quantized tensor is made: here, so
-            # that no user's line is blamed for it.
+            # torch warns once a process, wherever the first quantized tensor is made:
+            # here, so that no user's line is blamed for it.
             warnings.simplefilter("ignore", UserWarning)
             torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
     except (ImportError, AttributeError, NotImplementedError, RuntimeError):

@@ -1,14 +1,15 @@
 """Checks of single settings, as strict as their names: `true` is no number, and 1 is no `true`.
 
-A check returns a list, empty or with one line `name=value: must be ...`, so that checks add up and
-a constructor refuses all mistakes at once.
+A check returns a list, empty or with one line `name=value: must be ...`, so that checks
+add up and a constructor refuses all mistakes at once.
 """
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
-# Bounds beyond which a number cannot be meant: it would take hours or all memory, or overflow.
+# Bounds beyond which a number cannot be meant: it would take hours or all memory, or
+# overflow.
 SEEDS = 2**32 - 1  # torch's generator takes no more of a seed on every device
 MANY = 1_000_000  # of epochs, steps, samples, tokens
 WIDE = 16_384  # of layers, channels, samples at once
@@ -32,20 +33,26 @@ def refuse(problems: Iterable[str]) -> None:
         raise ValueError("\n".join(lines))
 
 
-def _line(name: str, value: Any, wanted: str, holds: bool, *, null: bool = False) -> list[str]:
+def _line(
+    name: str, value: Any, wanted: str, holds: bool, *, null: bool = False
+) -> list[str]:
     if holds or null and value is None:
         return []
     return [f"{name}={shown(value)}: {wanted}{', or null' if null else ''}"]
 
 
-def whole(name: str, value: Any, least: int, most: int, *, null: bool = False) -> list[str]:
+def whole(
+    name: str, value: Any, least: int, most: int, *, null: bool = False
+) -> list[str]:
     """Checks a whole number, least <= value <= most; with `null`, None too.
 
     >>> whole("epochs", True, 1, 9), whole("epochs", 3, 1, 9), whole("steps", None, 1, 9, null=True)
     (['epochs=True: must be a whole number from 1 to 9'], [], [])
     """
     holds = type(value) is int and least <= value <= most
-    return _line(name, value, f"must be a whole number from {least} to {most}", holds, null=null)
+    return _line(
+        name, value, f"must be a whole number from {least} to {most}", holds, null=null
+    )
 
 
 def number(
@@ -66,15 +73,30 @@ def number(
     (['share=2: must be a number from 0 to 1'], [])
     """
     holds = type(value) in (int, float) and math.isfinite(value)
-    holds = holds and (above is None or value > above) and (least is None or value >= least)
-    holds = holds and (below is None or value < below) and (most is None or value <= most)
+    holds = (
+        holds and (above is None or value > above) and (least is None or value >= least)
+    )
+    holds = (
+        holds and (below is None or value < below) and (most is None or value <= most)
+    )
     if least is not None and most is not None:
         limits = [f"from {least:g} to {most:g}"]
     else:
-        words = (("above", above), ("of at least", least), ("below", below), ("at most", most))
+        words = (
+            ("above", above),
+            ("of at least", least),
+            ("below", below),
+            ("at most", most),
+        )
         limits = [f"{word} {limit:g}" for word, limit in words if limit is not None]
     kind = "finite number" if type(value) is float and math.isinf(value) else "number"
-    return _line(name, value, f"must be a {kind} {' and '.join(limits)}".rstrip(), holds, null=null)
+    return _line(
+        name,
+        value,
+        f"must be a {kind} {' and '.join(limits)}".rstrip(),
+        holds,
+        null=null,
+    )
 
 
 def boolean(name: str, value: Any, *others: str) -> list[str]:
@@ -99,7 +121,10 @@ def choice(name: str, value: Any, allowed: Iterable[Any]) -> list[str]:
     options = list(allowed)
     holds = any(type(value) is type(option) and value == option for option in options)
     return _line(
-        name, value, f"allowed are {_enumerate([str(option) for option in options])}", holds
+        name,
+        value,
+        f"allowed are {_enumerate([str(option) for option in options])}",
+        holds,
     )
 
 

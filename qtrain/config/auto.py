@@ -12,7 +12,9 @@ from qtrain.data.loaders import DataLoaders, Loader
 from qtrain.train.generators import undisturbed
 
 
-def settle(name: str, section: DictConfig, data: DataLoaders | None, task: Any) -> list[str]:
+def settle(
+    name: str, section: DictConfig, data: DataLoaders | None, task: Any
+) -> list[str]:
     """Puts numbers in the place of `auto`, in place; returns what is wrong, a line each.
 
     Args:
@@ -53,7 +55,8 @@ def _image(data: DataLoaders) -> Tensor:
     image = _sample(data)
     if image.dim() != 3:
         raise ValueError(
-            f"a sample has shape {tuple(image.shape)}, and is no image (C, H, W); name other data"
+            f"a sample has shape {tuple(image.shape)}, and is no image (C, H, W); "
+            "name other data"
         )
     return image
 
@@ -92,7 +95,8 @@ def _class_weights(data: DataLoaders, task: Any) -> list[float]:
     labels = torch.cat(_targets(data.calib)).cpu()
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(
-            f"targets are {labels.dtype} {tuple(labels.shape)}, and no labels (N,); set null"
+            f"targets are {labels.dtype} {tuple(labels.shape)}, and no labels (N,); "
+            "set null"
         )
     counts = torch.bincount(labels, minlength=num_classes(data)).double()
     weights = len(labels) / (len(counts) * counts.clamp(min=1))

@@ -19,7 +19,13 @@ from qtrain.common.network import impatient
 from qtrain.common.validate import SEEDS, choice, whole
 from qtrain.config.auto import AUTO, settle
 from qtrain.config.command_line import NAMED, config_dir, hydra_arguments
-from qtrain.config.mistakes import disagreements, explain, refusals, spec_mistakes, unresolved
+from qtrain.config.mistakes import (
+    disagreements,
+    explain,
+    refusals,
+    spec_mistakes,
+    unresolved,
+)
 from qtrain.config.old_names import up_to_date
 from qtrain.config.settings import (
     ConfigError,
@@ -67,7 +73,9 @@ def compose(*overrides: str) -> DictConfig:
     """Returns the config that `qtrain *overrides` would run; for tests and notebooks."""
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
         words = [*overrides, *partners(list(overrides))]
-        config = hydra.compose("config", hydra_arguments(words), return_hydra_config=True)
+        config = hydra.compose(
+            "config", hydra_arguments(words), return_hydra_config=True
+        )
         known = HydraConfig.instance()
         before = known.cfg
         known.set_config(config)  # for ${hydra:runtime.choices...}
@@ -80,8 +88,8 @@ def compose(*overrides: str) -> DictConfig:
 def resolve(config: DictConfig) -> DictConfig:
     """Returns a copy without Hydra's section; interpolations and file names become what they mean.
 
-    A device or an observer that is not there becomes a line of `config.mistakes`, for `build` to
-    raise with all others.
+    A device or an observer that is not there becomes a line of `config.mistakes`, for
+    `build` to raise with all others.
 
     Raises:
         ConfigError: an interpolation leads nowhere, or a value is missing.
@@ -98,13 +106,20 @@ def resolve(config: DictConfig) -> DictConfig:
     except ConfigError as err:
         mistakes.append(str(err))
         config.device = "cpu"  # to find out what else is wrong
-    if OmegaConf.select(config, "data.tokenizer") == AUTO:  # that of the pretrained model
-        config.data.tokenizer = own_tokenizer(OmegaConf.select(config, "model.pretrained"))
+    # That of the pretrained model
+    if OmegaConf.select(config, "data.tokenizer") == AUTO:
+        config.data.tokenizer = own_tokenizer(
+            OmegaConf.select(config, "model.pretrained")
+        )
     config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
     for key, group in (NAMED | LISTS).items():
         section, _, last = key.rpartition(".")
         node = OmegaConf.select(config, section) if section else config
-        if not OmegaConf.is_dict(node) or last not in node or OmegaConf.is_dict(node[last]):
+        if (
+            not OmegaConf.is_dict(node)
+            or last not in node
+            or OmegaConf.is_dict(node[last])
+        ):
             continue
         value = node[last]
         items = list(value) if OmegaConf.is_list(value) else [value]
@@ -114,10 +129,15 @@ def resolve(config: DictConfig) -> DictConfig:
         known = GlobalHydra.instance().config_loader().get_group_options(group)
         mistakes += [line for name in names for line in choice(key, name, known)]
         made = [_of_group(group, known, item) for item in items]
-        made = [item for item in made if item is not None] if OmegaConf.is_list(value) else made[0]
+        made = (
+            [item for item in made if item is not None]
+            if OmegaConf.is_list(value)
+            else made[0]
+        )
         OmegaConf.update(config, key, made, merge=False)
         if made is not None:
-            OmegaConf.resolve(OmegaConf.select(config, key))  # files may point to other settings
+            # Files may point to other settings
+            OmegaConf.resolve(OmegaConf.select(config, key))
     if mistakes:
         config.mistakes = mistakes
     return config
@@ -161,21 +181,25 @@ class Parts:
 def build(config: DictConfig) -> Parts:
     """Returns the parts of a run; the only place where `_target_` becomes an object.
 
-    What is `auto` in `config.task` and `config.model` becomes, in place, what the data say.
+    What is `auto` in `config.task` and `config.model` becomes, in place, what the data
+    say.
 
     Raises:
-        ConfigError: all mistakes at once, each with its key, its value and what is allowed.
+        ConfigError: all mistakes at once, each with its key, its value and what is
+            allowed.
     """
     refuse_config(check_targets(config))
     problems = list(check_settings(config))
     made: dict[str, Any] = {}
     for key in PARTS:
-        if key == "quant":  # its two specs first: the first to fail would hide the other
+        # Its two specs first: the first to fail would hide the other
+        if key == "quant":
             problems += spec_mistakes(config.quant, "weight")
             problems += spec_mistakes(config.quant, "activation")
             problems += spec_mistakes(config.quant, "capture")
             if any(
-                re.match(r"quant\.(weight|activation|capture)[.=]", problem) for problem in problems
+                re.match(r"quant\.(weight|activation|capture)[.=]", problem)
+                for problem in problems
             ):
                 continue
         if key in ("task", "model"):
@@ -184,7 +208,9 @@ def build(config: DictConfig) -> Parts:
             if wrong:
                 continue
         if key == "model":
-            torch.manual_seed(0 if whole("seed", config.seed, 0, SEEDS) else config.seed)
+            torch.manual_seed(
+                0 if whole("seed", config.seed, 0, SEEDS) else config.seed
+            )
         try:
             with impatient():
                 made[key] = instantiate(config[key], _convert_="all")
@@ -200,8 +226,8 @@ def build(config: DictConfig) -> Parts:
 def try_out(parts: Parts, config: DictConfig) -> None:
     """Makes each optimizer and schedule once: what they refuse is known before any training.
 
-    Apart from `build`, for the first optimizer has torch import its compiler, 2 seconds that no
-    other mistake has to wait for.
+    Apart from `build`, for the first optimizer has torch import its compiler, 2 seconds
+    that no other mistake has to wait for.
 
     Raises:
         ConfigError: one refuses its settings.

@@ -52,9 +52,9 @@ def config_dir() -> str:
 def hydra_arguments(arguments: list[str]) -> list[str]:
     """Returns a command line of ours in the words that Hydra 1.3 takes.
 
-    It refuses null for a group that the defaults list holds as null, new keys without a plus, the
-    quotes around such a key that YAML needs, as in {"*.mlp": float}, and a value with an equals
-    sign without quotes.
+    It refuses null for a group that the defaults list holds as null, new keys without a
+    plus, the quotes around such a key that YAML needs, as in {"*.mlp": float}, and a
+    value with an equals sign without quotes.
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
     kept = [
@@ -73,7 +73,9 @@ def _of_group(argument: str, all_of_them: list[str]) -> str:
     key, _, name = argument.partition("=")
     if key not in NAMED or name == "null" or not re.fullmatch(r"[\w,]+", name):
         return argument
-    has_settings = any(re.match(rf"\+*{re.escape(key)}\.", other) for other in all_of_them)
+    has_settings = any(
+        re.match(rf"\+*{re.escape(key)}\.", other) for other in all_of_them
+    )
     return f"{NAMED[key]}@{argument}" if has_settings else argument
 
 
@@ -85,10 +87,16 @@ def _quoted(argument: str) -> str:
     """Returns KEY=VALUE with quotes around values that hold = or ( ), as `epoch=3 (1).pt`."""
     key, _, value = argument.partition("=")
     # Not what has quotes, is a list, a mapping or a function of Hydra's; nor an option.
-    is_ours = key.startswith("-") or key == "resume" or re.match(rf"['\"\[{{]|({CALLS})\(", value)
+    is_ours = (
+        key.startswith("-")
+        or key == "resume"
+        or re.match(rf"['\"\[{{]|({CALLS})\(", value)
+    )
     if not re.search("[=()]", value) or is_ours or "\\" in value or "'" in value:
         return argument
-    parts = (f"'{part}'" if re.search("[=()]", part) else part for part in value.split(","))
+    parts = (
+        f"'{part}'" if re.search("[=()]", part) else part for part in value.split(",")
+    )
     return f"{key}={','.join(parts)}"
 
 
@@ -108,13 +116,18 @@ def refuse_choices(arguments: list[str]) -> None:
                 "give it another value instead of deleting it"
             )
         group = Path(config_dir()) / key
-        if "=" not in argument or not re.fullmatch(r"\w[\w/]*", key) or not group.is_dir():
+        if (
+            "=" not in argument
+            or not re.fullmatch(r"\w[\w/]*", key)
+            or not group.is_dir()
+        ):
             continue
         override = OverridesParser.create().parse_override(argument)
         given = override.value()
         values = getattr(given, "list", [given])  # of a sweep
         if any(
-            not isinstance(value, str | dict | QuotedString | Glob) or "${" in str(value)
+            not isinstance(value, str | dict | QuotedString | Glob)
+            or "${" in str(value)
             for value in values
         ):
             known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))

@@ -44,7 +44,8 @@ def overridden_labels(config: DictConfig) -> list[str]:
     """Returns what is wrong with the choices that a composed config names: they label the run."""
     if not OmegaConf.is_dict(config.choices):
         return [
-            f"choices={shown(config.choices)}: names the files that were chosen, and cannot be set"
+            f"choices={shown(config.choices)}: "
+            "names the files that were chosen, and cannot be set"
         ]
     return [
         f"choices.{key}={shown(config.choices[key])}: "
@@ -63,14 +64,15 @@ def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
         path = OmegaConf.select(config, f"data.{part}_path")
         if path is not None and share in given:
             lines.append(
-                f"{given[share]}: that text is data.{part}_path={shown(path)}, whole; leave it out"
+                f"{given[share]}: that text is data.{part}_path={shown(path)}, whole; "
+                "leave it out"
             )
     pretrained = OmegaConf.select(config, "model.pretrained")
     for size in SIZES if isinstance(pretrained, str) else ():
         if f"model.{size}" in given:
             lines.append(
-                f"{given[f'model.{size}']}: model.pretrained={shown(pretrained)} has its own; "
-                "leave it out"
+                f"{given[f'model.{size}']}: "
+                f"model.pretrained={shown(pretrained)} has its own; leave it out"
             )
     return lines + _uncalibrated(config, overrides)
 
@@ -89,14 +91,19 @@ def _uncalibrated(config: DictConfig, overrides: list[str]) -> list[str]:
     return (
         []
         if calibrates
-        else [f"{o}: quant={config.choices.quant} does not calibrate; leave it out" for o in given]
+        else [
+            f"{o}: quant={config.choices.quant} does not calibrate; leave it out"
+            for o in given
+        ]
     )
 
 
 def spec_mistakes(quant: DictConfig, role: str) -> list[str]:
     """Returns what is wrong with `quant.weight` or `quant.activation`, by making it alone."""
     if role in quant and not OmegaConf.is_dict(quant[role]):
-        return [f"quant.{role}={shown(quant[role])}: must be a mapping, such as {{bits: 8}}"]
+        return [
+            f"quant.{role}={shown(quant[role])}: must be a mapping, such as {{bits: 8}}"
+        ]
     for path in (role, f"{role}.observer"):
         node = OmegaConf.select(quant, path)
         if OmegaConf.is_dict(node) and "_target_" not in node:
@@ -125,14 +132,21 @@ def disagreements(config: DictConfig, made: dict[str, Any], sound: bool) -> list
         lines += task.mistakes(made["model"]) if "model" in made else []
     if data is not None:
         lines += [
-            f"data: there are no {split} data; each of train and test needs a sample at least"
+            f"data: there are no {split} data; "
+            "each of train and test needs a sample at least"
             for split in ("train", "test")
             if not len(getattr(data, split))
         ]
         counts_labels = not hasattr(task, "num_outputs")
-        lines += _too_few_classes(config, data) if sound and not lines and counts_labels else []
+        lines += (
+            _too_few_classes(config, data)
+            if sound and not lines and counts_labels
+            else []
+        )
         lines += _missing_validation(config, quantizer) if data.val is None else []
-        lines += _too_few_samples(config, data, quantizer) if sound and not lines else []
+        lines += (
+            _too_few_samples(config, data, quantizer) if sound and not lines else []
+        )
     return lines + check_exporters(made.get("export", []), quantizer)
 
 
@@ -142,8 +156,8 @@ def _unknown_objectives(config: DictConfig, task: Task) -> list[str]:
         return model in ("float", "fake", "quantized") and number in task.numbers
 
     return [
-        f"objective={path}: allowed are size_bytes, latency_ms, or float, fake or quantized, "
-        f"a dot, and one of {', '.join(task.numbers)}"
+        f"objective={path}: allowed are size_bytes, latency_ms, or float, "
+        f"fake or quantized, a dot, and one of {', '.join(task.numbers)}"
         for path in objectives(config)
         if path not in ("size_bytes", "latency_ms") and not is_known(path)
     ]
@@ -162,18 +176,22 @@ def _too_few_classes(config: DictConfig, data: DataLoaders) -> list[str]:
     return [f"model.num_classes={given}: the labels need at least {needed}; set that"]
 
 
-def _too_few_samples(config: DictConfig, data: DataLoaders, quantizer: Any) -> list[str]:
+def _too_few_samples(
+    config: DictConfig, data: DataLoaders, quantizer: Any
+) -> list[str]:
     wanted = getattr(quantizer, "samples", None)
     if wanted is None or not quantizer.calibrates:
         return []
-    split = {"train": data.calib, "val": data.val, "test": data.test}[config.calib_split]
+    split = {"train": data.calib, "val": data.val, "test": data.test}[
+        config.calib_split
+    ]
     there = sum(len(batch[0]) for batch in islice(split or (), config.calib_batches))
     if there >= wanted:
         return []
     return [
-        f"quant.samples={wanted}: {config.calib_batches} batches of calibration data hold "
-        f"{there}; use fewer samples, a larger calib_batches or data.batch_size, a longer text "
-        "or a shorter data.context"
+        f"quant.samples={wanted}: {config.calib_batches} batches of calibration data "
+        f"hold {there}; use fewer samples, a larger calib_batches or data.batch_size, "
+        "a longer text or a shorter data.context"
     ]
 
 
@@ -186,8 +204,8 @@ def _missing_validation(config: DictConfig, quantizer: Any) -> list[str]:
         )
     if quantizer is not None and quantizer.trains and quantizer.convert_every:
         lines.append(
-            f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen on "
-            "validation data, and there is none; "
+            f"quant.convert_every={quantizer.convert_every}: the best epoch is chosen "
+            "on validation data, and there is none; "
             "set data.val_size above 0, or quant.convert_every=0"
         )
     return lines
@@ -217,10 +235,17 @@ def explain(key: str, section: DictConfig, err: Exception) -> list[str]:
             for name in re.findall(r"'(\w+)'", reason)
         ]
     if isinstance(cause, TypeError) and "required positional argument" in reason:
-        reason += f"; what is called later with more arguments needs {where}._partial_=true"
+        reason += (
+            f"; what is called later with more arguments needs {where}._partial_=true"
+        )
     if not isinstance(cause, ValueError | TypeError | ImportError):
-        reason = f"{type(cause).__name__}: {reason}"  # a library's own, as an index that it lacks
-    own = section if where == key else OmegaConf.select(section, where.removeprefix(f"{key}."))
+        # A library's own, as an index that it lacks
+        reason = f"{type(cause).__name__}: {reason}"
+    own = (
+        section
+        if where == key
+        else OmegaConf.select(section, where.removeprefix(f"{key}."))
+    )
     if isinstance(cause, URLError | TimeoutError):
         reason += (
             "; what it downloads is out of reach: "
@@ -228,13 +253,20 @@ def explain(key: str, section: DictConfig, err: Exception) -> list[str]:
         )
     lines = []
     for line in reason.splitlines():
-        if re.match(r"[\w.*]+=", line):  # our own constructors begin with `parameter=value: `
+        # Our own constructors begin with `parameter=value: `
+        if re.match(r"[\w.*]+=", line):
             lines.append(f"{where}.{line}")
         elif line.startswith(" ") and lines:
             lines[-1] += f"\n{line}"  # a list that goes with the line before
         elif line.strip() and not line.startswith("full_key: "):
             # A library's constructor names no key: show what it was given.
             values = own.items() if OmegaConf.is_dict(own) else ()
-            given = [f"{where}.{k!s}={shown(v)}" for k, v in values if not OmegaConf.is_config(v)]
-            lines.append(f"{where}: {line}" + (f" (given {', '.join(given)})" if given else ""))
+            given = [
+                f"{where}.{k!s}={shown(v)}"
+                for k, v in values
+                if not OmegaConf.is_config(v)
+            ]
+            lines.append(
+                f"{where}: {line}" + (f" (given {', '.join(given)})" if given else "")
+            )
     return lines or [f"{where}: {type(cause).__name__}"]

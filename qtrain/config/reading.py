@@ -42,11 +42,16 @@ def read_config(path: Path) -> dict[str, Any]:
     """Returns the content of a run's config.yaml.
 
     Raises:
-        ValueError: it is damaged, or names what is neither harmless nor in QTRAIN_TRUST.
+        ValueError: it is damaged, or names what is neither harmless nor in
+            QTRAIN_TRUST.
     """
     content = read_yaml(path)
     content = up_to_date(content)
-    problem = next(_damages(content), None) if isinstance(content, dict) else "it holds no mapping"
+    problem = (
+        next(_damages(content), None)
+        if isinstance(content, dict)
+        else "it holds no mapping"
+    )
     if problem is not None:
         raise ValueError(f"{path} is damaged ({plain(problem)}); start the run again")
     require(content, (), str(path))
@@ -55,13 +60,22 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _damages(config: dict[str, Any]) -> Iterator[str]:
     yield from (f"there is no {key}" for key in SHAPE if key not in config)
-    yield from (f"{key} is null" for key in (*SECTIONS, "choices", "name") if config[key] is None)
+    yield from (
+        f"{key} is null"
+        for key in (*SECTIONS, "choices", "name")
+        if config[key] is None
+    )
     yield from misfits(config, SHAPE, "config")
-    yield from (f"there is no {key}._target_" for key in MADE if "_target_" not in config[key])
+    yield from (
+        f"there is no {key}._target_" for key in MADE if "_target_" not in config[key]
+    )
     for role in ("weight", "activation"):
         spec = config["quant"].get(role)
         if isinstance(spec, dict) and isinstance(spec.get("observer"), str):
-            yield f"quant.{role}.observer is a name, for which a run writes what it stands for"
+            yield (
+                f"quant.{role}.observer is a name, "
+                "for which a run writes what it stands for"
+            )
 
 
 def command_line(run_dir: Path) -> list[str]:
@@ -70,11 +84,14 @@ def command_line(run_dir: Path) -> list[str]:
     Raises:
         ValueError: the file that tells is damaged.
     """
-    for path in (run_dir / OVERRIDES, run_dir / ".hydra" / "overrides.yaml"):  # the latter in 0.1.0
+    # The latter in 0.1.0
+    for path in (run_dir / OVERRIDES, run_dir / ".hydra" / "overrides.yaml"):
         if path.is_file():
             found = read_yaml(path)
             if not isinstance(found, list):
-                raise ValueError(f"{path} is damaged (it holds no list); start the run again")
+                raise ValueError(
+                    f"{path} is damaged (it holds no list); start the run again"
+                )
             return [str(text) for text in found]
     return []
 
@@ -83,7 +100,8 @@ def read_yaml(path: Path) -> Any:
     """Returns the plain content of a YAML file; its interpolations are left as they stand.
 
     Raises:
-        ValueError: it is no YAML, or has aliases (it could be endless), tags, or too many levels.
+        ValueError: it is no YAML, or has aliases (it could be endless), tags, or too
+            many levels.
     """
     level = 0
     try:

@@ -8,7 +8,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from qtrain.backend.find import find
-from qtrain.common.validate import MANY, SEEDS, WIDE, boolean, choice, number, shown, text, whole
+from qtrain.common.validate import (
+    MANY,
+    SEEDS,
+    WIDE,
+    boolean,
+    choice,
+    number,
+    shown,
+    text,
+    whole,
+)
 
 # By their _target_.
 MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")
@@ -52,9 +62,15 @@ def find_device(name: Any, key: str = "device") -> str:
     except RuntimeError:
         device = None
     # There is one CPU.
-    if device is None or device.type not in there or device.type == "cpu" and name != "cpu":
+    if (
+        device is None
+        or device.type not in there
+        or device.type == "cpu"
+        and name != "cpu"
+    ):
         raise ConfigError(
-            f"{key}={shown(name)}: not usable here; allowed are auto, {', '.join(there)}"
+            f"{key}={shown(name)}: not usable here; "
+            f"allowed are auto, {', '.join(there)}"
         )
     return name
 
@@ -77,9 +93,15 @@ def check_targets(node: Any, path: str = "") -> Iterator[str]:
         elif not path and key in SECTIONS and not OmegaConf.is_dict(value):
             yield f"{key}={shown(value)}: must be a mapping, as in the files of conf"
         elif not path and key in MADE and "_target_" not in value:
-            yield f"{key}._target_: is missing; it names the class or function that makes the {key}"
+            yield (
+                f"{key}._target_: is missing; "
+                f"it names the class or function that makes the {key}"
+            )
         elif not path and key == "model_transform" and not _is_factory(value):
-            yield f"{key}={shown(value)}: must be a mapping with _target_ and _partial_, or null"
+            yield (
+                f"{key}={shown(value)}: "
+                "must be a mapping with _target_ and _partial_, or null"
+            )
         elif OmegaConf.is_dict(value):
             yield from check_targets(value, f"{path}{key!s}.")
 
@@ -112,7 +134,10 @@ def check_settings(config: DictConfig) -> Iterator[str]:
             "name a file by checkpoint="
         )
     if not (config.objective is None or objectives(config)):
-        yield f"objective={config.objective}: must be the path of a metric, a list of such, or null"
+        yield (
+            f"objective={config.objective}: "
+            "must be the path of a metric, a list of such, or null"
+        )
     if "device" in config.data:
         try:
             find_device(config.data.device, "data.device")
@@ -121,7 +146,8 @@ def check_settings(config: DictConfig) -> Iterator[str]:
     for key in ("tensorboard", "pictures"):
         yield from boolean(f"logger.{key}", config.logger[key])
     yield from _check_measure(config.measure)
-    if config.model.get("num_classes", AUTO) != AUTO:  # torchvision's models check nothing
+    # torchvision's models check nothing
+    if config.model.get("num_classes", AUTO) != AUTO:
         yield from whole("model.num_classes", config.model.num_classes, 1, MANY)
     engine = OmegaConf.select(config, "quant.engine")
     if engine is not None and not OmegaConf.is_dict(engine):  # a backend of one's own
@@ -144,7 +170,11 @@ def _check_measure(measure: Any) -> Iterator[str]:
             f"allowed are {', '.join(known)}"
         )
     sizes = measure.batch_sizes
-    if not OmegaConf.is_list(sizes) or not sizes or any(whole("", size, 1, WIDE) for size in sizes):
+    if (
+        not OmegaConf.is_list(sizes)
+        or not sizes
+        or any(whole("", size, 1, WIDE) for size in sizes)
+    ):
         yield (
             f"measure.batch_sizes={shown(sizes)}: "
             f"must be a list of whole numbers from 1 to {WIDE}, such as [1, 64]"
@@ -158,7 +188,10 @@ def _check_optimizer(key: str, settings: Any) -> Iterator[str]:
     if settings is None:
         return
     if not OmegaConf.is_dict(settings):
-        yield f"{key}={shown(settings)}: must be a mapping with _target_, as in conf/optimizer"
+        yield (
+            f"{key}={shown(settings)}: must be a mapping with _target_, "
+            "as in conf/optimizer"
+        )
         return
     for name, value in settings.items():
         where = f"{key}.{name}"
@@ -175,8 +208,11 @@ def _check_optimizer(key: str, settings: Any) -> Iterator[str]:
                 or any(number("", b, least=0, below=1) for b in value)
             ):
                 yield (
-                    f"{where}={shown(value)}: "
-                    "must be two numbers of at least 0 and below 1, such as [0.9, 0.999]"
+                    f"{where}={shown(value)}: must be two numbers of at least 0 and "
+                    "below 1, such as [0.9, 0.999]"
                 )
-        elif name in ("fused", "foreach", "nesterov", "amsgrad", "maximize") and value is not None:
+        elif (
+            name in ("fused", "foreach", "nesterov", "amsgrad", "maximize")
+            and value is not None
+        ):
             yield from boolean(where, value)

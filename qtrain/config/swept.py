@@ -21,7 +21,9 @@ def forgive(options: list[str], overrides: list[str]) -> tuple[list[str], list[s
         options: what begins with a dash, and the values that go with it.
     """
     sweeps = {"-m", "--multirun"} & set(options)
-    if not sweeps and not any(text.startswith(("experiment=", "sweep=")) for text in overrides):
+    if not sweeps and not any(
+        text.startswith(("experiment=", "sweep=")) for text in overrides
+    ):
         return overrides, []
     import hydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,23 +31,37 @@ def forgive(options: list[str], overrides: list[str]) -> tuple[list[str], list[s
 
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
         try:
-            own = {text: OverridesParser.create().parse_override(text) for text in overrides}
+            own = {
+                text: OverridesParser.create().parse_override(text)
+                for text in overrides
+            }
             return _forgiven(options, own)
         except HydraException:  # whatever is wrong, Hydra says when it reads the same
             return overrides, []
 
 
-def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str], list[str]]:
+def _forgiven(
+    options: list[str], own: dict[str, "Override"]
+) -> tuple[list[str], list[str]]:
     import hydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     folders = [
-        v for k, v in zip(options, options[1:], strict=False) if k in ("--config-dir", "-cd")
+        v
+        for k, v in zip(options, options[1:], strict=False)
+        if k in ("--config-dir", "-cd")
     ]
-    search = [f"hydra.searchpath=['file://{Path(folder).resolve()}']" for folder in folders]
-    fixed = [text for text, o in own.items() if _is_group(o) and not o.is_sweep_override()]
+    search = [
+        f"hydra.searchpath=['file://{Path(folder).resolve()}']" for folder in folders
+    ]
+    fixed = [
+        text for text, o in own.items() if _is_group(o) and not o.is_sweep_override()
+    ]
     base = hydra.compose("config", [*search, *fixed], return_hydra_config=True)
-    preset = [f"{key}={values}" for key, values in (base.hydra.sweeper.get("params") or {}).items()]
+    preset = [
+        f"{key}={values}"
+        for key, values in (base.hydra.sweeper.get("params") or {}).items()
+    ]
     grid = {}
     for override in (*OverridesParser.create().parse_overrides(preset), *own.values()):
         if _is_group(override):
@@ -55,25 +71,31 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
         below = [
             text
             for text, other in own.items()
-            if other.get_key_element().startswith(f"{override.package or override.key_or_group}.")
+            if other.get_key_element().startswith(
+                f"{override.package or override.key_or_group}."
+            )
             and _is_spelt(other.key_or_group, [config_dir(), *folders])
         ]
         if not below or not override.is_sweep_override():
             continue
         chosen = list(override.sweep_string_iterator())
         configs = {
-            name: hydra.compose("config", [*search, *fixed, f"{group}={name}"]) for name in chosen
+            name: hydra.compose("config", [*search, *fixed, f"{group}={name}"])
+            for name in chosen
         }
         for text in below:
             lacks = [
-                name for name, config in configs.items() if not _has(config, own[text].key_or_group)
+                name
+                for name, config in configs.items()
+                if not _has(config, own[text].key_or_group)
             ]
             if 0 < len(lacks) < len(chosen):
                 lacking[text] = lacks
     if not lacking:
         return list(own), []
     keys = ",".join(
-        f"[{own[text].key_or_group},{_quoted(_values(own[text])[0])}]" for text in lacking
+        f"[{own[text].key_or_group},{_quoted(_values(own[text])[0])}]"
+        for text in lacking
     )
     kept = [f"++{text}" if text in lacking else text for text in own]
     notes = [
@@ -83,12 +105,14 @@ def _forgiven(options: list[str], own: dict[str, "Override"]) -> tuple[list[str]
     return [*kept, f"+{OPTIONAL}=[{keys}]"], notes
 
 
-def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> tuple[list[str], list[str]]:
+def heed_own_keys(
+    config: "DictConfig", overrides: Iterable[str]
+) -> tuple[list[str], list[str]]:
     """Removes, in place, optional keys that a job's options lack.
 
     Returns:
-        the other overrides, and what the sweep's first job that is the same has in their place:
-        nothing, if that is this job.
+        the other overrides, and what the sweep's first job that is the same has in
+        their place: nothing, if that is this job.
     """
     import hydra
     from omegaconf import open_dict
@@ -102,7 +126,11 @@ def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> tuple[list[
     own = hydra.compose("config", plain)
     firsts = []
     for key, first in optional:
-        given = [text.removeprefix("++") for text in overrides if text.startswith(f"++{key}=")]
+        given = [
+            text.removeprefix("++")
+            for text in overrides
+            if text.startswith(f"++{key}=")
+        ]
         if _has(own, key):
             plain += given
             continue
@@ -110,7 +138,11 @@ def heed_own_keys(config: "DictConfig", overrides: Iterable[str]) -> tuple[list[
             firsts.append(f"{key}={first}")
         _remove(config, own, key)
     others = tuple(f"++{key}=" for key, _ in optional)
-    plain += [text for text in overrides if text.startswith("++") and not text.startswith(others)]
+    plain += [
+        text
+        for text in overrides
+        if text.startswith("++") and not text.startswith(others)
+    ]
     return plain, firsts
 
 
@@ -147,7 +179,11 @@ def options_with(key: str) -> list[str]:
     if not names or not _is_spelt(key, [config_dir()]):
         return []
     with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
-        return [name for name in names if _has(hydra.compose("config", [f"{group}={name}"]), key)]
+        return [
+            name
+            for name in names
+            if _has(hydra.compose("config", [f"{group}={name}"]), key)
+        ]
 
 
 def _is_spelt(key: str, folders: Iterable[str]) -> bool:

@@ -15,7 +15,8 @@ from qtrain.common.plain import plain
 ENVIRONMENT = "QTRAIN_TRUST"
 MODELS = "torchvision.models"
 LIBRARIES = ("torch.nn", "torch.optim", "torchvision.transforms", MODELS)
-# What comes with this package: never a user's own, and with much in it that no run should call.
+# What comes with this package: never a user's own, and with much in it that no run
+# should call.
 NO_USERS = {
     "torch",
     "torchvision",
@@ -35,21 +36,27 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
 
     Args:
         config: plain dicts, lists and values, from a run's folder.
-        trust: the user's own packages, whose code may run; those of QTRAIN_TRUST are added.
+        trust: the user's own packages, whose code may run; those of QTRAIN_TRUST are
+            added.
         where: what to call the config in messages.
 
     Raises:
-        ValueError: a `_target_`, at any depth, is of elsewhere, or a value is an interpolation.
+        ValueError: a `_target_`, at any depth, is of elsewhere, or a value is an
+            interpolation.
     """
     if isinstance(trust, str):
-        raise ValueError(f"trust={trust}: must be a list of packages, such as [{trust!r}]")
+        raise ValueError(
+            f"trust={trust}: must be a list of packages, such as [{trust!r}]"
+        )
     named = os.environ.get(ENVIRONMENT, "").split(",")
-    packages = list(dict.fromkeys([*trust, *(name.strip() for name in named if name.strip())]))
+    packages = list(
+        dict.fromkeys([*trust, *(name.strip() for name in named if name.strip())])
+    )
     for path, value in _values(config, "config"):
         if isinstance(value, str) and "${" in value:
             raise ValueError(
-                f"{where}: {plain(path)}={plain(value)}: an interpolation, which no run writes; "
-                "remove it"
+                f"{where}: {plain(path)}={plain(value)}: "
+                "an interpolation, which no run writes; remove it"
             )
         try:
             problem = _problem(value, packages) if path.endswith("._target_") else None
@@ -62,7 +69,9 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
 def _values(content: Any, path: str) -> Iterator[tuple[str, Any]]:
     yield path, content
     if isinstance(content, dict | list):
-        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        for key, value in (
+            content.items() if isinstance(content, dict) else enumerate(content)
+        ):
             yield from _values(value, f"{path}.{key}")
 
 
@@ -71,9 +80,13 @@ def _own_targets() -> frozenset[str]:
     """Returns what the YAML files of this package name."""
     from qtrain.config.build import config_dir
 
-    texts = (path.read_text(encoding="utf-8") for path in Path(config_dir()).rglob("*.yaml"))
+    texts = (
+        path.read_text(encoding="utf-8") for path in Path(config_dir()).rglob("*.yaml")
+    )
     return frozenset(
-        name for text in texts for name in re.findall(r"^\s*_target_: (\S+)", text, re.M)
+        name
+        for text in texts
+        for name in re.findall(r"^\s*_target_: (\S+)", text, re.M)
     )
 
 
@@ -83,15 +96,21 @@ def _problem(target: Any, packages: list[str]) -> str | None:
         return "must be a name such as mypackage.MyNet"
     if target in _own_targets():
         return None
-    home = next((name for name in (*LIBRARIES, *packages) if _is_in(target, name)), None)
+    home = next(
+        (name for name in (*LIBRARIES, *packages) if _is_in(target, name)), None
+    )
     if home is None:
         return _refusal(target.partition(".")[0], packages)
     found = _find(target)
     if not isinstance(found, type | FunctionType | MethodType):
         return f"is no class or function of {home}"
     module, name = found.__module__, found.__qualname__
-    if not (any(_is_in(module, package) for package in packages) or _is_known(found, module)):
-        return f"is defined in {module}, and " + _refusal(module.partition(".")[0], packages)
+    if not (
+        any(_is_in(module, package) for package in packages) or _is_known(found, module)
+    ):
+        return f"is defined in {module}, and " + _refusal(
+            module.partition(".")[0], packages
+        )
     return (
         None
         if _function(_member(module, name)) is _function(found)
@@ -133,7 +152,9 @@ def _import(name: str) -> Any:
     try:
         return import_module(name)
     except Exception as err:  # a trusted package's code may raise anything
-        raise ImportError(f"{name} cannot be imported ({type(err).__name__}: {err})") from err
+        raise ImportError(
+            f"{name} cannot be imported ({type(err).__name__}: {err})"
+        ) from err
 
 
 def _is_known(found: Any, module: str) -> bool:
@@ -148,7 +169,8 @@ def _is_known(found: Any, module: str) -> bool:
     }
     if isinstance(found, type):
         return any(
-            _is_in(module, library) and issubclass(found, kind) for library, kind in kinds.items()
+            _is_in(module, library) and issubclass(found, kind)
+            for library, kind in kinds.items()
         )
     if not _is_in(module, MODELS):
         return False

@@ -116,8 +116,9 @@ def _read(
     for split, labels in texts.items():
         if unknown := sorted(set(labels) - set(names)):
             raise ValueError(
-                f"path={paths[split] or paths['train']}: the classes {', '.join(unknown[:5])} are "
-                f"none of the training data, which are {', '.join(names[:20])}"
+                f"path={paths[split] or paths['train']}: the classes "
+                f"{', '.join(unknown[:5])} are none of the training data, "
+                f"which are {', '.join(names[:20])}"
             )
         numbers = torch.tensor([names.index(label) for label in labels])
         found[split] = found[split][0], numbers
@@ -133,8 +134,8 @@ def _refuse_other_shapes(paths: dict[str, str | None], found: dict[str, Pair]) -
     for split, kind in kinds.items():
         if kind != kinds["train"]:
             raise ValueError(
-                f"path={paths[split] or paths['train']}: samples of the {split} split are {kind}, "
-                f"and those to train on {kinds['train']}; make them alike"
+                f"path={paths[split] or paths['train']}: samples of the {split} split "
+                f"are {kind}, and those to train on {kinds['train']}; make them alike"
             )
 
 
@@ -145,7 +146,9 @@ def _split(
     test_fraction: float | None,
 ) -> list[Pair]:
     """Returns training, validation and test samples; shares of the first where there are none."""
-    own = {split: f"{split} split" if split in found else None for split in ("val", "test")}
+    own = {
+        split: f"{split} split" if split in found else None for split in ("val", "test")
+    }
     refuse(
         wrong_shares(
             val_fraction,
@@ -160,15 +163,17 @@ def _split(
     ]
     inputs, targets = found["train"]
     parts = []
-    for split, rows in zip(("train", "val", "test"), three_parts(targets, *shares), strict=True):
+    for split, rows in zip(
+        ("train", "val", "test"), three_parts(targets, *shares), strict=True
+    ):
         is_own = split != "train" and split in found
         parts.append(found[split] if is_own else (inputs[rows], targets[rows]))
     counts = [len(part[1]) for part in parts]
     if not counts[0] or not counts[2]:
         raise ValueError(
-            f"path={path}: its {len(targets)} samples make {counts[0]} to train on, {counts[1]} to "
-            f"validate and {counts[2]} to test on; give more, or other shares than "
-            f"val_fraction={shares[0]} and test_fraction={shares[1]}"
+            f"path={path}: its {len(targets)} samples make {counts[0]} to train on, "
+            f"{counts[1]} to validate and {counts[2]} to test on; give more, or other "
+            f"shares than val_fraction={shares[0]} and test_fraction={shares[1]}"
         )
     return parts
 

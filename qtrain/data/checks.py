@@ -36,15 +36,22 @@ def wrong_augment(augment: Any, inputs: Tensor, targets: Tensor) -> list[str]:
         return []
     image = inputs[0]
     if image.dim() not in (2, 3) or targets.dim() > 1:
-        return ["augment: it takes images with a label each, and these data are no such; set []"]
+        return [
+            "augment: it takes images with a label each, and these data are no such; "
+            "set []"
+        ]
     with torch.random.fork_rng(devices=[]):
         made = augmented(image, augment)
     if isinstance(made, Tensor) and made.dim() == 3 and made.dtype == image.dtype:
         return []
-    kind = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+    kind = (
+        f"{made.dtype} {tuple(made.shape)}"
+        if isinstance(made, Tensor)
+        else type(made).__name__
+    )
     return [
-        f"augment: makes of an image {image.dtype} {tuple(image.shape)} a {kind}; it must be a "
-        "tensor (C, H, W) of the same type, for normalising comes behind it"
+        f"augment: makes of an image {image.dtype} {tuple(image.shape)} a {kind}; it "
+        "must be a tensor (C, H, W) of the same type, for normalising comes behind it"
     ]
 
 
@@ -62,7 +69,9 @@ def wrong_moments(mean: Any, std: Any, images: Tensor) -> list[str]:
         if not isinstance(value, list | tuple):
             lines += number(name, value, least=least, most=1e6)
         elif len(value) != there:
-            lines.append(f"{name}={value}: must be one number, or {there}, one a channel")
+            lines.append(
+                f"{name}={value}: must be one number, or {there}, one a channel"
+            )
         else:
             each = (number(name, part, least=least, most=1e6) for part in value)
             lines += [line for found in each for line in found]

@@ -59,9 +59,13 @@ def dataset(
     plain = train if calib is None else calib
     rows = _rows(train, plain, val, test, (val_fraction, test_fraction))
 
-    def loader(samples: Any, name: str, size: int, shuffle: bool = False) -> "SampleLoader":
+    def loader(
+        samples: Any, name: str, size: int, shuffle: bool = False
+    ) -> "SampleLoader":
         found = Samples(samples, name, skip=on_bad_sample == "skip", channels=channels)
-        return SampleLoader(found, batch_size=size, shuffle=shuffle, num_workers=num_workers)
+        return SampleLoader(
+            found, batch_size=size, shuffle=shuffle, num_workers=num_workers
+        )
 
     held_out = val if val is not None else Subset(plain, rows[1]) if rows[1] else None
     return DataLoaders(
@@ -94,10 +98,14 @@ def _rows(
         share_of(fractions[1], own_test),
     )
     if len(plain) != len(train):
-        raise ValueError(f"calib: has {len(plain)} samples, and train {len(train)}; give as many")
+        raise ValueError(
+            f"calib: has {len(plain)} samples, and train {len(train)}; give as many"
+        )
     rows = [part.tolist() for part in three_parts(_targets(train), *shares)]
     if not rows[0] or test is None and not rows[2]:
-        raise ValueError(f"train: {len(train)} samples are too few for {shares}; give more")
+        raise ValueError(
+            f"train: {len(train)} samples are too few for {shares}; give more"
+        )
     return rows
 
 
@@ -119,7 +127,9 @@ def _wrong_dataset(name: str, samples: Any) -> list[str]:
 
 def _has_names(samples: Any) -> bool:
     names = getattr(samples, "classes", None)
-    return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return isinstance(names, list | tuple) and all(
+        isinstance(name, str) for name in names
+    )
 
 
 def _targets(samples: Any) -> Tensor:
@@ -137,7 +147,9 @@ class Failure(str):
 class Samples(Dataset[Any]):
     """A dataset whose failures can be told by their place."""
 
-    def __init__(self, samples: Any, name: str, *, skip: bool, channels: int | None) -> None:
+    def __init__(
+        self, samples: Any, name: str, *, skip: bool, channels: int | None
+    ) -> None:
         self.samples, self.name = samples, name
         self.skip, self.channels = skip, channels
 
@@ -151,17 +163,21 @@ class Samples(Dataset[Any]):
         except Exception as err:  # the user's code raises what it likes
             return Failure(f"{where} cannot be made ({type(err).__name__}: {err})")
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            return Failure(f"{where} is a {type(pair).__name__}, and must be (tensor, target)")
+            return Failure(
+                f"{where} is a {type(pair).__name__}, and must be (tensor, target)"
+            )
         if not isinstance(pair[0], Tensor):
             kind = type(pair[0]).__name__
             return Failure(
-                f"{where} holds a {kind}, and must hold a tensor; give the dataset a transform, "
-                "such as torchvision.transforms.v2.PILToTensor and ToDtype"
+                f"{where} holds a {kind}, and must hold a tensor; give the dataset a "
+                "transform, such as torchvision.transforms.v2.PILToTensor and ToDtype"
             )
         return pair
 
     def _place(self, index: int) -> int:
-        return self.samples.indices[index] if isinstance(self.samples, Subset) else index
+        return (
+            self.samples.indices[index] if isinstance(self.samples, Subset) else index
+        )
 
     def collate(self, pairs: list[Any]) -> Any:
         """Returns a batch, or the Failure of a sample that must not be left out."""
@@ -180,8 +196,9 @@ class Samples(Dataset[Any]):
             there = inputs.shape[1] if inputs.dim() == 4 else 0
             if there not in (1, self.channels):
                 return Failure(
-                    f"{self.name}: samples have shape {shapes[0]}, and data.channels="
-                    f"{self.channels} wants that many channels; let the dataset convert them"
+                    f"{self.name}: samples have shape {shapes[0]}, and "
+                    f"data.channels={self.channels} wants that many channels; "
+                    "let the dataset convert them"
                 )
             inputs = inputs.expand(-1, self.channels, -1, -1).contiguous()
         return inputs.float(), torch.as_tensor(targets), bad
@@ -214,7 +231,9 @@ class SampleLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
             if isinstance(batch, Failure):
-                advice = "" if ";" in batch else "; mend it, or set data.on_bad_sample=skip"
+                advice = (
+                    "" if ";" in batch else "; mend it, or set data.on_bad_sample=skip"
+                )
                 raise ValueError(f"data.{batch}{advice}")
             inputs, targets, bad = batch
             for reason in set(bad) - self.skipped:

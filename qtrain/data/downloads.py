@@ -44,7 +44,9 @@ def cifar100(*, root: str, **options: Any) -> DataLoaders:
     return _official("CIFAR100", root, "cifar-100-python", options)
 
 
-def _official(name: str, root: str, folder: str, options: dict[str, Any]) -> DataLoaders:
+def _official(
+    name: str, root: str, folder: str, options: dict[str, Any]
+) -> DataLoaders:
     # Imported here: it takes a second that other data need not wait for.
     from torchvision import datasets
 
@@ -53,20 +55,20 @@ def _official(name: str, root: str, folder: str, options: dict[str, Any]) -> Dat
         splits = [kind(root, train=train, download=True) for train in (True, False)]
     except ERRORS as err:
         raise ValueError(
-            f"root={root}: {folder} is absent there or damaged, and downloading it failed; "
-            "go online once, name the folder that holds it by data.root or the environment "
-            "variable QTRAIN_DATA, or use the bundled data=mnist_sample "
-            f"({' '.join(str(err).split()) or type(err).__name__})"
+            f"root={root}: {folder} is absent there or damaged, and downloading it "
+            "failed; go online once, name the folder that holds it by data.root or "
+            "the environment variable QTRAIN_DATA, or use the bundled "
+            f"data=mnist_sample ({' '.join(str(err).split()) or type(err).__name__})"
         ) from err
     train, test = (_tensors(split) for split in splits)
-    return image_loaders(train, test, about={"classes": list(splits[0].classes)}, **options)
+    return image_loaders(
+        train, test, about={"classes": list(splits[0].classes)}, **options
+    )
 
 
 def _tensors(split: Any) -> Pair:
-    images, labels = (
-        torch.as_tensor(split.data),
-        torch.as_tensor(split.targets),
-    )
+    images = torch.as_tensor(split.data)
+    labels = torch.as_tensor(split.targets)
     if images.dim() == 4:
         images = images.permute(0, 3, 1, 2).contiguous()  # (N, C, H, W)
     return images, labels

@@ -34,8 +34,8 @@ def scan(root: Path) -> tuple[dict[str, Labelled], list[str]]:
     """
     if not root.is_dir():
         raise ValueError(
-            f"root={root}: there is no such folder; name one that holds CLASS/IMAGE, or "
-            "train/CLASS/IMAGE with test, and val, beside it"
+            f"root={root}: there is no such folder; name one that holds CLASS/IMAGE, "
+            "or train/CLASS/IMAGE with test, and val, beside it"
         )
     parts = {"train": root}
     if _folders(root / "train"):
@@ -43,8 +43,8 @@ def scan(root: Path) -> tuple[dict[str, Labelled], list[str]]:
     classes = [folder.name for folder in _folders(parts["train"])]
     if len(classes) < 2:
         raise ValueError(
-            f"root={root}: holds {len(classes)} folders of a class each, and needs two; "
-            "put the images of each class into a folder of its own"
+            f"root={root}: holds {len(classes)} folders of a class each, "
+            "and needs two; put the images of each class into a folder of its own"
         )
     for split, folder in parts.items():
         _refuse_other_classes(
@@ -60,11 +60,15 @@ def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(
-        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith(".")
     )
 
 
-def _refuse_other_classes(folder: Path, found: list[str], classes: list[str], split: str) -> None:
+def _refuse_other_classes(
+    folder: Path, found: list[str], classes: list[str], split: str
+) -> None:
     more = sorted(set(found) - set(classes))
     less = sorted(set(classes) - set(found))
     if more or less:
@@ -89,7 +93,9 @@ def _images(folder: Path, classes: list[str]) -> Labelled:
             )
         found += [(path, label) for path in images]
     if others:
-        log.warning(f"data: {len(others)} files are no images, such as {others[0]}; left out")
+        log.warning(
+            f"data: {len(others)} files are no images, such as {others[0]}; left out"
+        )
     return found
 
 

@@ -52,9 +52,16 @@ def describe(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     else:
         model = json.loads(backend.to_str())
         special = {t["content"] for t in model["added_tokens"] if t["special"]}
-        if model["model"].get("type") not in (None, "BPE") or "merges" not in model["model"]:
-            raise ValueError("tokenizer: only byte-level BPE and bytes can be written as GGUF")
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["model"]["merges"]]
+        if (
+            model["model"].get("type") not in (None, "BPE")
+            or "merges" not in model["model"]
+        ):
+            raise ValueError(
+                "tokenizer: only byte-level BPE and bytes can be written as GGUF"
+            )
+        merges = [
+            m if isinstance(m, str) else " ".join(m) for m in model["model"]["merges"]
+        ]
         tokens = [backend.id_to_token(i) for i in range(tokenizer.vocab_size)]
         end = tokens.index(END) if END in tokens else 0
     kinds = [CONTROL if token in special else NORMAL for token in tokens]
@@ -82,12 +89,14 @@ def read_tokenizer(name: str) -> tuple[list[str], list[str], list[str]] | None:
     merges = gguf.value(reader, "tokenizer.ggml.merges")
     if kind != "gpt2" or not tokens or not merges:
         raise ValueError(
-            f"tokenizer={name}: holds a tokenizer of kind {kind}; "
-            "allowed are byte-level BPE (gpt2) with merges, and tokenizer=bytes without a file"
+            f"tokenizer={name}: holds a tokenizer of kind {kind}; allowed are "
+            "byte-level BPE (gpt2) with merges, and tokenizer=bytes without a file"
         )
     kinds = gguf.value(reader, "tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     used = [token for token, is_a in zip(tokens, kinds, strict=True) if is_a != UNUSED]
     if used == byte_characters():
         return None
-    special = [token for token, is_a in zip(tokens, kinds, strict=True) if is_a == CONTROL]
+    special = [
+        token for token, is_a in zip(tokens, kinds, strict=True) if is_a == CONTROL
+    ]
     return used, merges, special

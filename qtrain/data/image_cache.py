@@ -87,7 +87,9 @@ def decode(
 def _key(files: Sequence[Path], root: Path, shape: tuple[int, ...], fit: bool) -> str:
     """Returns a digest of names, sizes and times, and of what is made of the files."""
     stats = ((path, path.stat()) for path in files)
-    names = [[str(path.relative_to(root)), s.st_size, s.st_mtime_ns] for path, s in stats]
+    names = [
+        [str(path.relative_to(root)), s.st_size, s.st_mtime_ns] for path, s in stats
+    ]
     content = json.dumps([str(root.resolve()), shape, fit, names])
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
@@ -97,7 +99,8 @@ def _require_room(folder: Path, shape: tuple[int, ...]) -> None:
     if needed > free:
         raise ValueError(
             f"cache_dir={folder}: the decoded images take {needed / 1e9:.3f} GB, and "
-            f"{free / 1e9:.3f} GB are free; name a folder on another disk, or a smaller data.size"
+            f"{free / 1e9:.3f} GB are free; "
+            "name a folder on another disk, or a smaller data.size"
         )
 
 
@@ -115,7 +118,9 @@ def _mapped(folder: Path, shape: tuple[int, ...], mode: Any) -> "np.memmap[Any, 
     return np.memmap(folder / "images.bin", np.uint8, mode, shape=shape)
 
 
-def _decode_into(folder: Path, files: Sequence[Path], shape: tuple[int, ...], fit: bool) -> None:
+def _decode_into(
+    folder: Path, files: Sequence[Path], shape: tuple[int, ...], fit: bool
+) -> None:
     images = _mapped(folder, shape, "w+")
     chunks = _Chunks([str(path) for path in files], folder, shape, fit)
     workers = min(os.cpu_count() or 1, MOST_WORKERS) if len(files) > FEW else 0
@@ -150,7 +155,9 @@ class _Chunks(Dataset[dict[int, str]]):
         bad = {}
         for place in range(index * CHUNK, min((index + 1) * CHUNK, len(self.files))):
             try:
-                self.images[place] = decoded(self.files[place], self.shape[1:], self.fit)
+                self.images[place] = decoded(
+                    self.files[place], self.shape[1:], self.fit
+                )
             except Exception as err:  # decoders raise what they like
                 bad[place] = f"{type(err).__name__}: {err}".splitlines()[0]
         return bad

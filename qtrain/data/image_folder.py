@@ -110,7 +110,10 @@ def _wrong_size(size: Any) -> list[str]:
     wrong = [line for side in sides for line in whole("size", side, 4, WIDE, null=True)]
     if len(sides) == 2 and not wrong:
         return []
-    return [f"size={shown(size)}: must be pixels a side, or [height, width], from 4 on; or null"]
+    return [
+        f"size={shown(size)}: must be pixels a side, or [height, width], from 4 on; "
+        "or null"
+    ]
 
 
 def _size(files: list[Path], size: Any) -> tuple[int, int]:
@@ -120,10 +123,14 @@ def _size(files: list[Path], size: Any) -> tuple[int, int]:
     for path in files:
         with suppress(Exception), Image.open(path) as image:  # decoding will tell of it
             return image.height, image.width
-    raise ValueError(f"size=null: none of {len(files)} images can be read, as {files[0]}")
+    raise ValueError(
+        f"size=null: none of {len(files)} images can be read, as {files[0]}"
+    )
 
 
-def _decoded(root: str, files: list[Path], size: Any, channels: int, cache_dir: str) -> Decoded:
+def _decoded(
+    root: str, files: list[Path], size: Any, channels: int, cache_dir: str
+) -> Decoded:
     images = decode(
         files,
         Path(root).expanduser(),
@@ -170,7 +177,10 @@ def _split(
     fractions: tuple[float | None, float | None],
 ) -> Rows:
     """Returns the rows of each split, without those that could not be decoded."""
-    own = {split: f"{root}/{split}" if split in found else None for split in ("val", "test")}
+    own = {
+        split: f"{root}/{split}" if split in found else None
+        for split in ("val", "test")
+    }
     refuse(wrong_shares(*fractions, own_val=own["val"], own_test=own["test"]))
     shares = (
         share_of(fractions[0], own["val"]),
@@ -184,7 +194,9 @@ def _split(
             dtype=torch.int64,
         )
         start += len(of_split)
-    train, val, test = (rows["train"][part] for part in three_parts(labels[rows["train"]], *shares))
+    train, val, test = (
+        rows["train"][part] for part in three_parts(labels[rows["train"]], *shares)
+    )
     return train, rows.get("val", val), rows.get("test", test)
 
 
@@ -192,10 +204,13 @@ def _refuse_missing(root: str, labels: Tensor, rows: Rows, classes: list[str]) -
     """Makes sure that each class is trained on and tested on."""
     for split, of_split in (("train", rows[0]), ("test", rows[2])):
         counts = torch.bincount(labels[of_split], minlength=len(classes))
-        if missing := [classes[place] for place in (counts == 0).nonzero().flatten().tolist()]:
+        if missing := [
+            classes[place] for place in (counts == 0).nonzero().flatten().tolist()
+        ]:
             raise ValueError(
-                f"root={root}: no image of {named(missing)} is left to {split} on; give these "
-                "classes more images, or change data.test_fraction and data.val_fraction"
+                f"root={root}: no image of {named(missing)} is left to {split} on; "
+                "give these classes more images, "
+                "or change data.test_fraction and data.val_fraction"
             )
 
 
@@ -208,7 +223,8 @@ def _moments(
     means, deviations = moments(images.images, rows)
     if max(deviations) == 0:
         raise ValueError(
-            "the training images are all alike, every pixel of one value: there is nothing to learn"
+            "the training images are all alike, every pixel of one value: "
+            "there is nothing to learn"
         )
     mean = means if mean is None else mean
     std = [value or 1.0 for value in deviations] if std is None else std

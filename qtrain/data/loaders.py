@@ -20,7 +20,8 @@ from qtrain.data.checks import (
 )
 
 Batch = tuple[Tensor, Tensor]
-# Samples normalised at once: enough to hide the cost of an op, few enough to stay in cache.
+# Samples normalised at once: enough to hide the cost of an op, few enough to stay in
+# cache.
 CHUNK = 8192
 CHUNK_VALUES = CHUNK * 28 * 28  # of larger samples, fewer
 Moments = float | Sequence[float]  # of all channels, or one each
@@ -127,7 +128,9 @@ class ImageLoader:
             if self.augment:
                 images = self._augmented(images, seed + start)
             x = self._normalised(images.to(labels.device))
-            yield from zip(x.split(self.batch_size), labels.split(self.batch_size), strict=True)
+            yield from zip(
+                x.split(self.batch_size), labels.split(self.batch_size), strict=True
+            )
 
     def _pick(self, part: slice | Tensor) -> Batch:
         where = part if isinstance(part, slice) else part.to(self.labels.device)
@@ -247,14 +250,18 @@ def image_loaders(
     )
     if train[0].min() == train[0].max():
         raise ValueError(
-            "the training images are all alike, every pixel of one value: there is nothing to learn"
+            "the training images are all alike, every pixel of one value: "
+            "there is nothing to learn"
         )
     if size is not None:
-        train, test = [(_resize(images, size), labels) for images, labels in (train, test)]
+        train, test = [
+            (_resize(images, size), labels) for images, labels in (train, test)
+        ]
 
     fingerprint = digest(*train, *test)
     (images, labels), (test_images, test_labels) = [
-        (images.to(device), labels.to(device, torch.int64)) for images, labels in (train, test)
+        (images.to(device), labels.to(device, torch.int64))
+        for images, labels in (train, test)
     ]
     split = num_train - val_size
     return tensor_loaders(
@@ -276,7 +283,8 @@ def _resize(images: Tensor, size: int) -> Tensor:
     """Returns uint8 images of that many pixels a side."""
     four = images if images.dim() == 4 else images[:, None]
     parts = [
-        F.interpolate(x, (size, size), mode="bilinear", antialias=True) for x in four.split(CHUNK)
+        F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        for x in four.split(CHUNK)
     ]
     resized = torch.cat(parts)
     return resized if images.dim() == 4 else resized[:, 0]

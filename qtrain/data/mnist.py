@@ -23,7 +23,8 @@ def mnist_sample(**options: Any) -> DataLoaders:
         (files("qtrain.data") / "samples" / "mnist_sample.npz").open("rb") as file,
         np.load(file) as arrays,
     ):
-        images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+        images = torch.from_numpy(arrays["images"])
+        labels = torch.from_numpy(arrays["labels"])
     train, test = slice(NUM_SAMPLE_TRAIN), slice(NUM_SAMPLE_TRAIN, None)
     parts = (images[train], labels[train]), (images[test], labels[test])
     return image_loaders(*parts, about=ABOUT, **options)
@@ -44,22 +45,33 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
 
     raw = Path(root) / "MNIST" / "raw"
     try:
-        train, test = (MNIST(root, train=train, download=True) for train in (True, False))
+        train, test = (
+            MNIST(root, train=train, download=True) for train in (True, False)
+        )
         if len(train.data) != len(train.targets) or len(test.data) != len(test.targets):
             raise ValueError("it holds another number of images than of labels")
-    except (OSError, RuntimeError, AssertionError, LookupError, TypeError, ValueError) as err:
+    except (
+        OSError,
+        RuntimeError,
+        AssertionError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as err:
         if all((raw / Path(name).stem).is_file() for name, _ in MNIST.resources):
             advice = (
-                "a file in MNIST/raw is damaged; delete that folder and let it be downloaded again"
+                "a file in MNIST/raw is damaged; "
+                "delete that folder and let it be downloaded again"
             )
         else:
             advice = (
-                "there is no MNIST/raw with the four official files, and downloading them failed; "
-                "name the folder by data.root or the environment variable QTRAIN_DATA, "
-                "or use the bundled data=mnist_sample"
+                "there is no MNIST/raw with the four official files, and downloading "
+                "them failed; name the folder by data.root or the environment "
+                "variable QTRAIN_DATA, or use the bundled data=mnist_sample"
             )
         raise ValueError(
-            f"root={root}: {advice} ({(str(err) or type(err).__name__).splitlines()[0]})"
+            f"root={root}: {advice} "
+            f"({(str(err) or type(err).__name__).splitlines()[0]})"
         ) from err
     parts = (train.data, train.targets), (test.data, test.targets)
     return image_loaders(*parts, about=ABOUT, **options)

@@ -6,7 +6,9 @@ from torch import Tensor
 CHUNK_VALUES = 2**24  # looked at at once
 
 
-def moments(inputs: Tensor, rows: Tensor | None = None) -> tuple[list[float], list[float]]:
+def moments(
+    inputs: Tensor, rows: Tensor | None = None
+) -> tuple[list[float], list[float]]:
     """Returns each channel's mean and population standard deviation, to 6 digits.
 
     Args:

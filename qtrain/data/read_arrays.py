@@ -19,7 +19,9 @@ TARGETS = ("y", "labels", "targets", "target", "label")
 KINDS = (".npz", ".npy", ".pt", ".csv")
 
 
-def read(path: str, inputs: str | None, target: str | None) -> dict[str, tuple[Tensor, Any]]:
+def read(
+    path: str, inputs: str | None, target: str | None
+) -> dict[str, tuple[Tensor, Any]]:
     """Returns {split: (inputs (N, ...), targets)} of a file; "" where it has no splits.
 
     Targets are a tensor (N, ...), or a list of texts.
@@ -49,8 +51,8 @@ def read(path: str, inputs: str | None, target: str | None) -> dict[str, tuple[T
     ) as err:
         reason = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise ValueError(
-            f"path={path}: cannot be read ({reason}); it must hold plain arrays or tensors, "
-            "without objects of Python's"
+            f"path={path}: cannot be read ({reason}); "
+            "it must hold plain arrays or tensors, without objects of Python's"
         ) from err
     return _pairs(path, arrays, inputs, target)
 
@@ -61,9 +63,15 @@ def _arrays(file: Path, target: str | None) -> Arrays:
             return {name: found[name] for name in found.files}
     if file.suffix == ".pt":
         content = torch.load(file, map_location="cpu", weights_only=True)
-        return content if isinstance(content, dict) else dict(zip("xy", content, strict=False))
+        return (
+            content
+            if isinstance(content, dict)
+            else dict(zip("xy", content, strict=False))
+        )
     if target is None:
-        raise ValueError("a .npy file holds one array; name that of the targets by data.target")
+        raise ValueError(
+            "a .npy file holds one array; name that of the targets by data.target"
+        )
     other = Path(target).expanduser()
     return {
         "x": np.load(file, allow_pickle=False),
@@ -71,7 +79,9 @@ def _arrays(file: Path, target: str | None) -> Arrays:
     }
 
 
-def _pairs(path: str, arrays: Arrays, inputs: str | None, target: str | None) -> dict[str, Any]:
+def _pairs(
+    path: str, arrays: Arrays, inputs: str | None, target: str | None
+) -> dict[str, Any]:
     found = {}
     for split, endings in {
         "": ("",),
@@ -86,8 +96,9 @@ def _pairs(path: str, arrays: Arrays, inputs: str | None, target: str | None) ->
             found[split] = _checked(path, *map(torch.as_tensor, pair))
     if not found or "" not in found and "train" not in found:
         raise ValueError(
-            f"path={path}: has {', '.join(map(str, arrays)) or 'nothing'}; name the arrays by "
-            "data.inputs=NAME and data.target=NAME, with NAME_train and NAME_test for splits"
+            f"path={path}: has {', '.join(map(str, arrays)) or 'nothing'}; name the "
+            "arrays by data.inputs=NAME and data.target=NAME, "
+            "with NAME_train and NAME_test for splits"
         )
     return found
 
@@ -96,18 +107,24 @@ def _checked(path: str, inputs: Tensor, targets: Tensor) -> Pair:
     """Returns both, images with their channels in front, labels as int64, numbers as float32."""
     if inputs.dim() < 2 or not len(inputs) or len(inputs) != len(targets):
         raise ValueError(
-            f"path={path}: inputs are {tuple(inputs.shape)} and targets {tuple(targets.shape)}; "
-            "both need as many samples, one at least, and inputs another dimension"
+            f"path={path}: inputs are {tuple(inputs.shape)} and targets "
+            f"{tuple(targets.shape)}; both need as many samples, one at least, "
+            "and inputs another dimension"
         )
-    if inputs.dim() == 4 and inputs.shape[3] in (1, 3) and inputs.shape[1] not in (1, 3):
-        inputs = inputs.permute(0, 3, 1, 2).contiguous()  # (N, H, W, C), as images are in NumPy
+    if (
+        inputs.dim() == 4
+        and inputs.shape[3] in (1, 3)
+        and inputs.shape[1] not in (1, 3)
+    ):
+        # (N, H, W, C), as images are in NumPy
+        inputs = inputs.permute(0, 3, 1, 2).contiguous()
     for name, values in (("inputs", inputs), ("targets", targets)):
         bad = ~values.isfinite().flatten(1 if values.dim() > 1 else 0)
         if bad.any():
             first = int(bad.nonzero()[0, 0])
             raise ValueError(
-                f"path={path}: {int(bad.sum())} of the {name} are NaN or infinite, the first in "
-                f"sample {first}; leave such samples out"
+                f"path={path}: {int(bad.sum())} of the {name} are NaN or infinite, "
+                f"the first in sample {first}; leave such samples out"
             )
     is_label = not targets.is_floating_point()
     return inputs, targets.long() if is_label else targets.float()
@@ -118,7 +135,8 @@ def _table(file: Path, target: str | None) -> tuple[Tensor, Any]:
         header, *rows = [row for row in csv.reader(lines) if row] or [[]]
     if target is None or target not in header:
         raise ValueError(
-            f"target={target}: must be one of the columns of {file}: {', '.join(header)}"
+            f"target={target}: must be one of the columns of {file}: "
+            f"{', '.join(header)}"
         )
     if not rows:
         raise ValueError(f"path={file}: has no row below its header")
@@ -126,7 +144,8 @@ def _table(file: Path, target: str | None) -> tuple[Tensor, Any]:
     for number, row in enumerate(rows, 2):
         if len(row) != len(header):
             raise ValueError(
-                f"path={file}: row {number} has {len(row)} cells, and the header {len(header)}"
+                f"path={file}: row {number} has {len(row)} cells, "
+                f"and the header {len(header)}"
             )
     features = [index for index in range(len(header)) if index != column]
     values = [

@@ -29,7 +29,9 @@ def stratified(targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
     if targets.dim() == 1:
         order = order[targets[order].sort(stable=True).indices]
     # In the middle of each stretch, so that neither end is favoured.
-    place = (torch.arange(len(order) + 1, dtype=torch.float64) * share + 0.5 + 1e-9).floor()
+    place = (
+        torch.arange(len(order) + 1, dtype=torch.float64) * share + 0.5 + 1e-9
+    ).floor()
     taken = place.diff() > 0
     return order[~taken].sort().values, order[taken].sort().values
 
@@ -63,11 +65,13 @@ def wrong_shares(
         ("test_fraction", test_fraction, own_test),
     ):
         if own is not None and value is not None:
-            lines.append(f"{name}={shown(value)}: there are such data, {own}; leave it out")
+            lines.append(
+                f"{name}={shown(value)}: there are such data, {own}; leave it out"
+            )
     if not lines and (val_fraction or 0) + (test_fraction or 0) >= 1:
         lines.append(
-            f"val_fraction={val_fraction}: with test_fraction={test_fraction} nothing is left to "
-            "train on; their sum must be below 1"
+            f"val_fraction={val_fraction}: with test_fraction={test_fraction} nothing "
+            "is left to train on; their sum must be below 1"
         )
     return lines
 

@@ -16,7 +16,8 @@ from qtrain.common.validate import refuse, text
 from qtrain.data.gguf import read_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-PIECE = 2**18  # characters encoded at once: a token takes a hundred times its final memory for long
+# Characters encoded at once: a token takes a hundred times its final memory for long
+PIECE = 2**18
 AFTER_WORD = re.compile(r"\S(?=\s)")
 
 
@@ -65,7 +66,9 @@ class ByteTokenizer:
         return 1
 
     def pieces(self, text: str) -> Iterator[str]:
-        return (text[start : start + PIECE] for start in range(0, max(len(text), 1), PIECE))
+        return (
+            text[start : start + PIECE] for start in range(0, max(len(text), 1), PIECE)
+        )
 
 
 class BPETokenizer:
@@ -87,7 +90,9 @@ class BPETokenizer:
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """Returns the text of (N,) tokens; what is no UTF-8 becomes U+FFFD."""
-        return self.backend.decode(torch.as_tensor(tokens).tolist(), skip_special_tokens=False)
+        return self.backend.decode(
+            torch.as_tensor(tokens).tolist(), skip_special_tokens=False
+        )
 
     def num_bytes(self, token: int) -> int:
         """Returns the token's length in bytes, each a character of a byte-level vocabulary."""
@@ -95,7 +100,8 @@ class BPETokenizer:
 
     def pieces(self, text: str) -> Iterator[str]:
         """Yields parts that begin with the white space behind a word: GPT-2's rule for words, which
-        comes before any merge, never looks beyond that; of other rules the whole text is a piece.
+        comes before any merge, never looks beyond that; of other rules the whole text
+        is a piece.
         """
         start = 0
         while len(text) - start > PIECE and self.cuts_at_spaces:
@@ -121,8 +127,8 @@ def own_tokenizer(pretrained: str | None) -> str:
     """Returns the name of the tokenizer that a pretrained model was trained with.
 
     Args:
-        pretrained: a folder, a GGUF file or a name on the hub; a folder without a tokenizer, as of
-            a model over bytes, and None stand for "bytes".
+        pretrained: a folder, a GGUF file or a name on the hub; a folder without a
+            tokenizer, as of a model over bytes, and None stand for "bytes".
     """
     if not isinstance(pretrained, str):
         return "bytes"
@@ -142,9 +148,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of that name.
 
     Args:
-        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt; a GGUF file
-            (extra gguf); or a model on the Hugging Face hub, such as "gpt2". All but bytes need the
-            extra `hf`.
+        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt;
+            a GGUF file (extra gguf); or a model on the Hugging Face hub, such as
+            "gpt2". All but bytes need the extra `hf`.
 
     Raises:
         ValueError: folder or hub hold no such tokenizer, or the extra is not installed.
@@ -158,8 +164,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     folder = Path(name).expanduser()
     if folder.is_dir() and not _holds_tokenizer(folder):
         raise ValueError(
-            f"tokenizer={name}: the folder must hold tokenizer.json, or vocab.json and merges.txt; "
-            "tokenizer=bytes needs no files"
+            f"tokenizer={name}: the folder must hold tokenizer.json, "
+            "or vocab.json and merges.txt; tokenizer=bytes needs no files"
         )
     try:
         import tokenizers
@@ -173,24 +179,33 @@ def load_tokenizer(name: str) -> Tokenizer:
     online = folder.is_dir() or hub_answers()
     try:
         if (folder / "tokenizer.json").is_file():
-            return BPETokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+            return BPETokenizer(
+                tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            )
         if not _holds_bpe(folder):
             return BPETokenizer(tokenizers.Tokenizer.from_pretrained(name))
         backend = tokenizers.ByteLevelBPETokenizer(
             str(folder / "vocab.json"), str(folder / "merges.txt")
         )
     except Exception as err:  # the library raises bare Exceptions
-        reason = err if online else "the hub does not answer, and it was not downloaded before"
+        reason = (
+            err
+            if online
+            else "the hub does not answer, and it was not downloaded before"
+        )
         raise ValueError(
-            f"tokenizer={name}: could not be loaded ({reason}); allowed are bytes, a folder with "
-            "vocab.json and merges.txt, and a model on the Hugging Face hub such as gpt2"
+            f"tokenizer={name}: could not be loaded ({reason}); allowed are bytes, a "
+            "folder with vocab.json and merges.txt, "
+            "and a model on the Hugging Face hub such as gpt2"
         ) from err
     if backend.token_to_id(END_OF_TEXT) is not None:
         backend.add_special_tokens([END_OF_TEXT])
     return BPETokenizer(backend)
 
 
-def _of_file(tokenizers: Any, tokens: list[str], merges: list[str], special: list[str]) -> Any:
+def _of_file(
+    tokenizers: Any, tokens: list[str], merges: list[str], special: list[str]
+) -> Any:
     """Returns a byte-level BPE of the tokenizers library out of what a GGUF file says."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]

@@ -17,10 +17,11 @@ class Exporter:
     Attributes:
         name: by which reports call it.
         file_name: of what it writes, in the folder of a run.
-        max_steps: largest difference between what the file and the simulation put out, in steps of
-            the last quantized layer, root mean square: a runtime that computes on integers rounds
-            otherwise.
-        writes_weights: whether weights are all that it needs, so that any method has some for it.
+        max_steps: largest difference between what the file and the simulation put out,
+            in steps of the last quantized layer, root mean square: a runtime that
+            computes on integers rounds otherwise.
+        writes_weights: whether weights are all that it needs, so that any method has
+            some for it.
     """
 
     name: str
@@ -31,7 +32,9 @@ class Exporter:
     def step(self, simulation: Simulation, inputs: Inputs, output: Any) -> float:
         """Returns the unit in which differences of the output are counted, as `max_steps`."""
         points = output_points(simulation.model)
-        called = [name for name in execution_order(simulation.model, inputs) if name in points]
+        called = [
+            name for name in execution_order(simulation.model, inputs) if name in points
+        ]
         return float(points[called[-1]].calculate_qparams()[0])
 
     def write(self, simulation: Simulation, example: Inputs, path: Path) -> None:

@@ -56,8 +56,8 @@ class Gguf(Exporter):
     def write(self, simulation: Simulation, example: Inputs, path: Path) -> None:
         if any(layer.output is not None for layer in simulation.plan.values()):
             raise ValueError(
-                "export: a GGUF file holds quantized weights alone, and this method quantizes "
-                "activations too; use weight_only, gptq, awq or none"
+                "export: a GGUF file holds quantized weights alone, and this method "
+                "quantizes activations too; use weight_only, gptq, awq or none"
             )
         self.write_model(simulation.model, path)
 
@@ -96,7 +96,9 @@ class Gguf(Exporter):
 
         write_atomically(path, fill)
 
-    def _add(self, writer: Any, library: Any, model: Any, ours: str, theirs: str) -> None:
+    def _add(
+        self, writer: Any, library: Any, model: Any, ours: str, theirs: str
+    ) -> None:
         layer = model.get_submodule(ours)
         if ours == "lm_head" and layer.weight is model.wte.weight:
             return  # llama.cpp takes the embedding then
@@ -124,7 +126,8 @@ class Gguf(Exporter):
 def _refuse_others(model: Any) -> None:
     if not isinstance(model, GPT2):
         raise ValueError(
-            f"export: only GPT-2 is written as GGUF, and this is a {type(model).__name__}"
+            "export: only GPT-2 is written as GGUF, "
+            f"and this is a {type(model).__name__}"
         )
     if not isinstance(model.ln_f, nn.LayerNorm):
         raise ValueError(
@@ -137,8 +140,9 @@ def _quantized(library: Any, values: Tensor, kind: Any, name: str) -> Any:
     columns = values.shape[-1]
     if kind.name.startswith("Q") and columns % BLOCK:
         raise ValueError(
-            f"export: type={kind.name.lower()} has blocks of {BLOCK}, and the rows of layer {name} "
-            f"have {columns} numbers; use type=f16 or a model.n_embd that {BLOCK} divides"
+            f"export: type={kind.name.lower()} has blocks of {BLOCK}, and the rows of "
+            f"layer {name} have {columns} numbers; "
+            f"use type=f16 or a model.n_embd that {BLOCK} divides"
         )
     return library.quants.quantize(values.detach().float().numpy(), kind)
 

@@ -27,7 +27,9 @@ def check_exporters(exporters: Any, quantizer: Any) -> list[str]:
         if not isinstance(item, Exporter)
     ]
     refused = [
-        item.name for item in exporters if isinstance(item, Exporter) and not item.writes_weights
+        item.name
+        for item in exporters
+        if isinstance(item, Exporter) and not item.writes_weights
     ]
     if refused and quantizer is not None and not quantizer.exports:
         problems.append(
@@ -38,7 +40,10 @@ def check_exporters(exporters: Any, quantizer: Any) -> list[str]:
 
 
 def rehearse_exports(
-    exporters: Sequence[Exporter], model: nn.Module, quantizer: Quantizer, inputs: Inputs
+    exporters: Sequence[Exporter],
+    model: nn.Module,
+    quantizer: Quantizer,
+    inputs: Inputs,
 ) -> None:
     """Writes an untrained copy by each exporter: what it refuses is known before any training.
 
@@ -51,7 +56,9 @@ def rehearse_exports(
         simulation = quantizer.prepare(copy_model(model).cpu().eval(), inputs)
         quantizer.calibrate(simulation, [inputs])
         for exporter in exporters:
-            exporter.write(simulation.as_converted(), inputs, Path(folder) / exporter.file_name)
+            exporter.write(
+                simulation.as_converted(), inputs, Path(folder) / exporter.file_name
+            )
 
 
 @torch.no_grad()
@@ -66,20 +73,24 @@ def write_and_judge(
         folder: where the file goes.
 
     Returns:
-        {"file", "size_bytes", "steps"} for the report, and the failures. The steps are the root
-        mean square difference in quantization steps of the last layer.
+        {"file", "size_bytes", "steps"} for the report, and the failures. The steps are
+        the root mean square difference in quantization steps of the last layer.
     """
     path = folder / exporter.file_name
     exporter.write(simulation, inputs, path)
     expected, found = simulation(*inputs), exporter.run(path, inputs)
     steps = _steps(expected, found, exporter.step(simulation, inputs, expected))
-    section = {"file": exporter.file_name, "size_bytes": path.stat().st_size, "steps": steps}
+    section = {
+        "file": exporter.file_name,
+        "size_bytes": path.stat().st_size,
+        "steps": steps,
+    }
     if steps <= exporter.max_steps:
         return section, []
     return section, [
-        f"export: what {exporter.file_name} ({exporter.name}) puts out differs from its simulation "
-        f"by {steps:.3g} quantization steps of the last layer (root mean square), "
-        f"above {exporter.max_steps:g}: do not use it"
+        f"export: what {exporter.file_name} ({exporter.name}) puts out differs from "
+        f"its simulation by {steps:.3g} quantization steps of the last layer (root "
+        f"mean square), above {exporter.max_steps:g}: do not use it"
     ]
 
 
@@ -88,5 +99,7 @@ def _steps(expected: Any, found: Any, scale: float) -> float:
     exact, real = tree_leaves(expected), tree_leaves(found)
     if [x.shape for x in exact] != [getattr(x, "shape", None) for x in real]:
         return torch.inf
-    difference = torch.cat([(y - x).flatten() for x, y in zip(exact, real, strict=True)])
+    difference = torch.cat(
+        [(y - x).flatten() for x, y in zip(exact, real, strict=True)]
+    )
     return float(difference.square().mean().sqrt()) / scale

@@ -27,13 +27,15 @@ class TorchExport(Exporter):
         shapes = tuple({0: batch} for _ in example)
         try:
             program = torch.export.export(model, example, dynamic_shapes=shapes)
-            content = (
-                io.BytesIO()
-            )  # torch warns of a file that does not end in .pt2, as one that is not yet whole
+            # Not the file, which is not yet whole: torch warns of a name not in .pt2
+            content = io.BytesIO()
             torch.export.save(program, content)
-        except Exception as err:  # whatever torch makes of a forward that it cannot follow
+        # Whatever torch makes of a forward that it cannot follow
+        except Exception as err:
             reason = (str(err).strip() or type(err).__name__).splitlines()[0]
-            raise ValueError(f"export: torch.export cannot write this model: {reason}") from err
+            raise ValueError(
+                f"export: torch.export cannot write this model: {reason}"
+            ) from err
         write_atomically(path, lambda new: new.write_bytes(content.getvalue()))
 
     def run(self, path: Path, inputs: Inputs) -> Any:

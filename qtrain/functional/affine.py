@@ -1,8 +1,8 @@
 """Affine quantization: integers from a scale and a zero point, and back. Rounding is half to even.
 
-Two conventions meet here. `quantize`, `dequantize`, `symmetric` and `asymmetric` use torch's scale,
-the size of one step. `absmax` and `zeropoint` follow the literature on large language models, whose
-scale is its reciprocal, steps per unit.
+Two conventions meet here. `quantize`, `dequantize`, `symmetric` and `asymmetric` use
+torch's scale, the size of one step. `absmax` and `zeropoint` follow the literature on
+large language models, whose scale is its reciprocal, steps per unit.
 """
 
 from typing import NamedTuple
@@ -20,10 +20,10 @@ class Quantized(NamedTuple):
     """A quantized tensor, its parameters, and what it stands for.
 
     Attributes:
-        int_repr: the integers, shaped as the input, in the smallest of uint8, int8, int16, int32,
-            int64 that fits.
-        scale: float32, or float64 for more than 8 bits or float64 input; its convention is the
-            function's.
+        int_repr: the integers, shaped as the input, in the smallest of uint8, int8,
+            int16, int32, int64 that fits.
+        scale: float32, or float64 for more than 8 bits or float64 input; its convention
+            is the function's.
         zero_point: int64, shaped as scale: the integer that stands for 0.
         dequantized: shaped as the input, dtype of scale.
     """
@@ -73,9 +73,9 @@ def quantize(
     """
     check_finite(x)
     dtype = arithmetic_dtype(quant_min, quant_max, x.dtype, scale.dtype)
-    steps = x.to(dtype) / expand_parameter(scale, x).to(dtype) + expand_parameter(zero_point, x).to(
-        dtype
-    )
+    steps = x.to(dtype) / expand_parameter(scale, x).to(dtype) + expand_parameter(
+        zero_point, x
+    ).to(dtype)
     return _to_integers(steps, quant_min, quant_max)
 
 
@@ -93,7 +93,9 @@ def dequantize(int_repr: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     >>> dequantize(torch.tensor([0, 2, 15], dtype=torch.uint8), torch.tensor(0.5), torch.tensor(2))
     tensor([-1.0000,  0.0000,  6.5000])
     """
-    steps = int_repr.to(scale.dtype) - expand_parameter(zero_point, int_repr).to(scale.dtype)
+    steps = int_repr.to(scale.dtype) - expand_parameter(zero_point, int_repr).to(
+        scale.dtype
+    )
     return _saturate(steps * expand_parameter(scale, int_repr))
 
 
@@ -115,9 +117,13 @@ def _round_trip(
 ) -> Quantized:
     """Chooses parameters from the range of x, quantizes, dequantizes."""
     low, high = value_range(x, axis=axis, group_size=group_size)
-    scale, zero_point = choose_qparams(low, high, quant_min, quant_max, symmetric=symmetric)
+    scale, zero_point = choose_qparams(
+        low, high, quant_min, quant_max, symmetric=symmetric
+    )
     int_repr = quantize(x, scale, zero_point, quant_min, quant_max)
-    return Quantized(int_repr, scale, zero_point, dequantize(int_repr, scale, zero_point))
+    return Quantized(
+        int_repr, scale, zero_point, dequantize(int_repr, scale, zero_point)
+    )
 
 
 @torch.no_grad()
@@ -137,10 +143,11 @@ def symmetric(
     Args:
         x: any shape, floating point, finite.
         bits: 2..32.
-        restricted: leave out the most negative integer; if False, the range gains it and the
-            divisor is half more.
+        restricted: leave out the most negative integer; if False, the range gains it
+            and the divisor is half more.
         axis: the axis that keeps its own scales; x [A, B], axis 0 -> scale [A, 1].
-        group_size: neighbours on the last axis that share a scale; [A, B] -> [A, B / group_size].
+        group_size: neighbours on the last axis that share a scale; [A, B] -> [A, B /
+            group_size].
 
     Raises:
         ValueError: bits, axis or group_size is not allowed, or x holds NaN or inf.
@@ -149,7 +156,11 @@ def symmetric(
     tensor([-2,  0,  1,  7], dtype=torch.int8)
     """
     return _round_trip(
-        x, *_integers(bits, True, restricted), symmetric=True, axis=axis, group_size=group_size
+        x,
+        *_integers(bits, True, restricted),
+        symmetric=True,
+        axis=axis,
+        group_size=group_size,
     )
 
 
@@ -165,8 +176,8 @@ def asymmetric(
     """Returns x quantized with its own minimum and maximum at the ends of the integers.
 
     `scale = (max - min) / (2^bits - 1)`, `zero_point = round(-min / scale)`,
-    `x_q = clamp(round(x / scale + zero_point), 0, 2^bits - 1)`; signed subtracts 2^(bits-1) from
-    both integers.
+    `x_q = clamp(round(x / scale + zero_point), 0, 2^bits - 1)`; signed subtracts
+    2^(bits-1) from both integers.
 
     Args:
         x: any shape, floating point, finite.
@@ -183,8 +194,9 @@ def asymmetric(
     >>> asymmetric(torch.tensor([-1.2, 0.0, 0.5, 3.4]), 4).int_repr
     tensor([ 0,  4,  6, 15], dtype=torch.uint8)
 
-    After a ReLU all values are positive. A symmetric range spends half its integers on numbers that
-    never come, so its step is about twice, its squared error about four times as large:
+    After a ReLU all values are positive. A symmetric range spends half its integers on
+    numbers that never come, so its step is about twice, its squared error about four
+    times as large:
 
     >>> relu = torch.linspace(0, 6, 1001)
     >>> wasted, used = symmetric(relu, 4), asymmetric(relu, 4)
@@ -195,7 +207,11 @@ def asymmetric(
     '0.0612 0.0133'
     """
     return _round_trip(
-        x, *_integers(bits, signed, False), symmetric=False, axis=axis, group_size=group_size
+        x,
+        *_integers(bits, signed, False),
+        symmetric=False,
+        axis=axis,
+        group_size=group_size,
     )
 
 
@@ -204,7 +220,8 @@ def absmax(x: Tensor, *, quant_max: int = 127) -> Quantized:
     """Returns x quantized by its largest magnitude, per tensor, zero_point 0.
 
     `scale = quant_max / max|x|` (steps per unit: the reciprocal of torch's),
-    `x_q = round(scale * x)`, `x_dq = x_q / scale`. An all-zero tensor counts as max|x| = 1.
+    `x_q = round(scale * x)`, `x_dq = x_q / scale`. An all-zero tensor counts as max|x|
+    = 1.
 
     Args:
         x: any shape, floating point, finite.
@@ -234,10 +251,10 @@ def absmax(x: Tensor, *, quant_max: int = 127) -> Quantized:
 def zeropoint(x: Tensor, *, num_steps: int = 255) -> Quantized:
     """Returns x quantized to int8 with its minimum at -128, per tensor.
 
-    `scale = num_steps / (max - min)` (steps per unit: the reciprocal of torch's; a range of 0
-    counts as 1), `zero_point = round(-scale * min - 128)`,
-    `x_q = clip(round(scale * x + zero_point), -128, 127)`, `x_dq = (x_q - zero_point) / scale`. The
-    scale is at most 2^20 / max|x| in float32, as for `choose_qparams`.
+    `scale = num_steps / (max - min)` (steps per unit: the reciprocal of torch's; a
+    range of 0 counts as 1), `zero_point = round(-scale * min - 128)`,
+    `x_q = clip(round(scale * x + zero_point), -128, 127)`, `x_dq = (x_q - zero_point) /
+    scale`. The scale is at most 2^20 / max|x| in float32, as for `choose_qparams`.
 
     Args:
         x: any shape, floating point, finite.
@@ -258,7 +275,9 @@ def zeropoint(x: Tensor, *, num_steps: int = 255) -> Quantized:
     info = torch.finfo(dtype)
     half_range = high / 2 - low / 2  # high - low may overflow
     half_range = torch.where(half_range == 0, 0.5, half_range)
-    finest = (torch.maximum(low.abs(), high.abs()) * (8 * info.eps)).clamp(min=info.tiny)
+    finest = (torch.maximum(low.abs(), high.abs()) * (8 * info.eps)).clamp(
+        min=info.tiny
+    )
     scale = (num_steps / 2) / torch.maximum(half_range, finest * (num_steps / 2))
     zero_point = torch.round(-scale * low - 128)
     int_repr = _to_integers(scale * x.to(dtype) + zero_point, -128, 127)

@@ -33,4 +33,6 @@ def percentile_range(x: Tensor, percentile: float) -> tuple[Tensor, Tensor]:
     # Rounded: 100 - 99.9 is 0.0999...
     num_clipped = int(round((100 - percentile) / 100 * x.numel(), 6))
     flat = x.flatten()
-    return flat.kthvalue(num_clipped + 1).values, flat.kthvalue(x.numel() - num_clipped).values
+    return flat.kthvalue(num_clipped + 1).values, flat.kthvalue(
+        x.numel() - num_clipped
+    ).values

@@ -53,7 +53,8 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> Tensor:
         approximation: same shape.
 
     Returns:
-        float64 [], in dB; inf when both are identical, -inf when only the reference is all zero.
+        float64 [], in dB; inf when both are identical, -inf when only the reference is
+        all zero.
 
     Raises:
         ValueError: the shapes differ, or one holds NaN or inf.

@@ -42,7 +42,9 @@ class NumberFormat:
     def largest(self) -> float:
         """Largest finite number: `(2 - 2^-mantissa) * 2^bias`, or `2^mantissa - 1`."""
         return (
-            (2 - 2.0**-self.mantissa) * 2.0**self._bias if self.exponent else 2.0**self.mantissa - 1
+            (2 - 2.0**-self.mantissa) * 2.0**self._bias
+            if self.exponent
+            else 2.0**self.mantissa - 1
         )
 
     @property

@@ -14,7 +14,9 @@ def is_narrow(spec: QuantSpec) -> bool:
     above 2 bits.
     """
     return bool(
-        spec.symmetric and spec.bits > 2 if spec.narrow_range == AUTO else spec.narrow_range
+        spec.symmetric and spec.bits > 2
+        if spec.narrow_range == AUTO
+        else spec.narrow_range
     )
 
 
@@ -30,7 +32,9 @@ def grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         axis=0 if spec.granularity == "per_channel" else None,
         group_size=spec.group_size,
     )
-    scale, zero_point = choose_qparams(low, high, *ends(spec), symmetric=bool(spec.symmetric))
+    scale, zero_point = choose_qparams(
+        low, high, *ends(spec), symmetric=bool(spec.symmetric)
+    )
     if not has_short_scales(spec):
         return scale, zero_point
     scale = scale.bfloat16().float()
@@ -44,7 +48,9 @@ def has_short_scales(spec: QuantSpec) -> bool:
     return spec.granularity == "per_group" and spec.bits <= 4
 
 
-def quantize(weight: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Tensor:
+def quantize(
+    weight: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor
+) -> Tensor:
     """Returns the integers (N, K) of a float weight on a `grid`."""
     return affine.quantize(weight, scale, zero_point, *ends(spec))
 

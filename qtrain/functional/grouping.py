@@ -16,7 +16,8 @@ def to_groups(x: Tensor, group_size: int) -> Tensor:
     >>> to_groups(torch.arange(6), 4)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    ValueError: group_size=4 does not divide the last dimension, 6, ...: use one of 1, 2, 3, 6
+    ValueError: group_size=4 does not divide the last dimension, 6, ...: use one of 1,
+    2, 3, 6
     """
     if x.ndim == 0:
         raise ValueError(
@@ -50,11 +51,12 @@ def from_groups(groups: Tensor) -> Tensor:
 def expand_parameter(parameter: Tensor, x: Tensor) -> Tensor:
     """Returns a scale or zero point in a shape that broadcasts against x.
 
-    For x [A, B]: per tensor [] or [1], per channel [A, 1] or [1, B], per group [A, B / group_size],
-    whose elements are repeated group_size times.
+    For x [A, B]: per tensor [] or [1], per channel [A, 1] or [1, B], per group [A, B /
+    group_size], whose elements are repeated group_size times.
 
     Raises:
-        ValueError: the shape is none of these, for instance [A], which would broadcast along B.
+        ValueError: the shape is none of these, for instance [A], which would broadcast
+            along B.
 
     >>> import torch
     >>> expand_parameter(torch.tensor([[0.1, 0.2]]), torch.zeros(3, 4))
@@ -70,7 +72,7 @@ def expand_parameter(parameter: Tensor, x: Tensor) -> Tensor:
         if fits and size and x.shape[-1] % size == 0:
             return parameter.repeat_interleave(x.shape[-1] // size, -1)
     raise ValueError(
-        f"a parameter of shape {list(parameter.shape)} does not fit x of shape {list(x.shape)}: "
-        "for x [A, B], per tensor is [], per channel [A, 1] or [1, B], "
-        "per group [A, B / group_size]"
+        f"a parameter of shape {list(parameter.shape)} does not fit x of shape "
+        f"{list(x.shape)}: for x [A, B], per tensor is [], per channel [A, 1] or [1, "
+        "B], per group [A, B / group_size]"
     )

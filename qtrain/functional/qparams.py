@@ -13,10 +13,13 @@ from qtrain.functional.finite import check_finite
 from qtrain.functional.grouping import to_groups
 
 
-def arithmetic_dtype(quant_min: int, quant_max: int, *dtypes: torch.dtype) -> torch.dtype:
+def arithmetic_dtype(
+    quant_min: int, quant_max: int, *dtypes: torch.dtype
+) -> torch.dtype:
     """Returns the dtype to compute in: float64 for more than 8 bits or float64 data, else float32.
 
-    float32 holds whole numbers only up to 2^24: 2^31 - 1 would round to 2^31, and overflow.
+    float32 holds whole numbers only up to 2^24: 2^31 - 1 would round to 2^31, and
+    overflow.
 
     >>> arithmetic_dtype(-128, 127, torch.float16)
     torch.float32
@@ -24,7 +27,9 @@ def arithmetic_dtype(quant_min: int, quant_max: int, *dtypes: torch.dtype) -> to
     torch.float64
     """
     return (
-        torch.float64 if quant_max - quant_min > 255 or torch.float64 in dtypes else torch.float32
+        torch.float64
+        if quant_max - quant_min > 255 or torch.float64 in dtypes
+        else torch.float32
     )
 
 
@@ -36,15 +41,16 @@ def value_range(
     Args:
         x: any shape, floating point.
         axis: one range for each index of this axis (per channel).
-        group_size: one range for each group_size neighbours along the last axis (per group).
+        group_size: one range for each group_size neighbours along the last axis (per
+            group).
 
     Returns:
-        Two tensors of x's dtype. x [A, B] per tensor -> [], axis 0 -> [A, 1], axis 1 -> [1, B],
-        per group -> [A, B / group_size].
+        Two tensors of x's dtype. x [A, B] per tensor -> [], axis 0 -> [A, 1], axis 1 ->
+        [1, B], per group -> [A, B / group_size].
 
     Raises:
-        ValueError: x holds NaN or inf, there is no such axis, group_size does not divide B, or
-            both are given.
+        ValueError: x holds NaN or inf, there is no such axis, group_size does not
+            divide B, or both are given.
 
     >>> value_range(torch.tensor([[-1.2, 3.4], [0.5, 2.0]]), axis=0)
     (tensor([[-1.2000],
@@ -53,23 +59,27 @@ def value_range(
     """
     if axis is not None and group_size is not None:
         raise ValueError(
-            f"axis={axis} and group_size={group_size}: give one; groups lie along the last axis"
+            f"axis={axis} and group_size={group_size}: give one; "
+            "groups lie along the last axis"
         )
     if axis is not None and not -x.ndim <= axis < x.ndim:
         raise ValueError(
-            f"axis={axis}: x of shape {list(x.shape)} has the axes {-x.ndim}..{x.ndim - 1}"
+            f"axis={axis}: x of shape {list(x.shape)} has the axes "
+            f"{-x.ndim}..{x.ndim - 1}"
         )
     check_finite(x)
     dims = [-1]
     if group_size is not None:
         blocks = to_groups(x, group_size)
     elif axis is not None:
-        blocks = x.unsqueeze(-1)  # (..., 1): dims is never empty, which would reduce every axis
+        # (..., 1): dims is never empty, which would reduce every axis
+        blocks = x.unsqueeze(-1)
         dims = [dim for dim in range(blocks.ndim) if dim != axis % x.ndim]
     else:
         blocks = x.flatten()
     if x.numel() == 0:
-        low = high = blocks.sum(dims, keepdim=True)  # a sum of nothing: zeros of the right shape
+        # A sum of nothing: zeros of the right shape
+        low = high = blocks.sum(dims, keepdim=True)
     else:
         low, high = blocks.amin(dims, keepdim=True), blocks.amax(dims, keepdim=True)
     return low.squeeze(-1), high.squeeze(-1)
@@ -82,12 +92,14 @@ def choose_qparams(
 
     asymmetric: `scale = (high - low) / (quant_max - quant_min)`,
     `zero_point = quant_min + round(-low / scale)`
-    symmetric: `scale = max(|low|, |high|) / ((quant_max - quant_min) / 2)`, zero_point 0, or the
-    middle of an unsigned range. With the restricted range -127..127 the divisor is 127.
+    symmetric: `scale = max(|low|, |high|) / ((quant_max - quant_min) / 2)`, zero_point
+    0, or the middle of an unsigned range. With the restricted range -127..127 the
+    divisor is 127.
 
-    The zero point may lie outside quant_min..quant_max: it does for a range that excludes 0. A
-    scale is never finer than 8 eps (2^-20 in float32) of the largest magnitude, where x / scale
-    would lose its fraction, nor below the smallest normal number; an all-zero range gets 1.
+    The zero point may lie outside quant_min..quant_max: it does for a range that
+    excludes 0. A scale is never finer than 8 eps (2^-20 in float32) of the largest
+    magnitude, where x / scale would lose its fraction, nor below the smallest normal
+    number; an all-zero range gets 1.
 
     Args:
         low: smallest values, any shape, as of `value_range`.
@@ -97,11 +109,12 @@ def choose_qparams(
         symmetric: whether positive and negative values get the same range.
 
     Returns:
-        scale (float32, or float64 for more than 8 bits or a float64 range) and zero_point (int64),
-        shaped as low.
+        scale (float32, or float64 for more than 8 bits or a float64 range) and
+        zero_point (int64), shaped as low.
 
     Raises:
-        ValueError: low or high holds NaN or inf, as those of an observer that has seen no data.
+        ValueError: low or high holds NaN or inf, as those of an observer that has seen
+            no data.
 
     >>> from qtrain.functional.spec import int_range
     >>> low, high = torch.tensor(-1.0), torch.tensor(2.0)
@@ -116,13 +129,16 @@ def choose_qparams(
     low, high = low.to(dtype), high.to(dtype)
     info = torch.finfo(dtype)
     magnitude = torch.maximum(low.abs(), high.abs())
-    half_range = magnitude if symmetric else high / 2 - low / 2  # high - low may overflow
+    # High - low may overflow
+    half_range = magnitude if symmetric else high / 2 - low / 2
     scale = torch.maximum(
         half_range / ((quant_max - quant_min) / 2), magnitude * (8 * info.eps)
     ).clamp(min=info.tiny)
     scale = torch.where(magnitude == 0, 1.0, scale)
     if symmetric:
-        zero_point = torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int64)
+        zero_point = torch.full_like(
+            scale, (quant_min + quant_max + 1) // 2, dtype=torch.int64
+        )
     else:
         zero_point = quant_min + torch.round(-low / scale).to(torch.int64)
     return scale, zero_point
@@ -143,22 +159,29 @@ def float32s(x: float, y: float) -> tuple[float, float]:
 
 
 def range_qparams(
-    low: Tensor, high: Tensor, *, quant_min: int, quant_max: int, symmetric: bool, eps: float
+    low: Tensor,
+    high: Tensor,
+    *,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    eps: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Returns torch's observers' (scale, zero_point) for a range, without reading a value back.
 
-    The range is widened to include 0. asymmetric: `scale = (high - low) / (quant_max - quant_min)`,
-    `zero_point = quant_min - round(low / scale)`; symmetric:
-    `scale = max(-low, high) / ((quant_max - quant_min) / 2)`, zero_point the middle, rounded down
-    for unsigned integers and 0 for signed ones. `choose_qparams` differs in its smallest scale, and
-    in keeping a range that excludes 0.
+    The range is widened to include 0. asymmetric: `scale = (high - low) / (quant_max -
+    quant_min)`, `zero_point = quant_min - round(low / scale)`; symmetric:
+    `scale = max(-low, high) / ((quant_max - quant_min) / 2)`, zero_point the middle,
+    rounded down for unsigned integers and 0 for signed ones. `choose_qparams` differs
+    in its smallest scale, and in keeping a range that excludes 0.
 
     Args:
         low, high: smallest and largest values, [] or [C], float32.
         eps: smallest scale.
 
     Returns:
-        scale (float32) and zero_point (int32), both [1] or [C]; None for a constant zero_point 0.
+        scale (float32) and zero_point (int32), both [1] or [C]; None for a constant
+        zero_point 0.
 
     >>> low, high = torch.tensor(-1.0), torch.tensor(2.0)
     >>> range_qparams(low, high, quant_min=0, quant_max=3, symmetric=False, eps=1e-7)
@@ -167,17 +190,29 @@ def range_qparams(
     if low.ndim == 0:
         low, high = low.reshape(1), high.reshape(1)
     if symmetric:  # one of -low and high is not below 0
-        scale = torch.maximum(-low, high).div_((quant_max - quant_min) / 2).clamp_(min=eps)
+        scale = (
+            torch.maximum(-low, high).div_((quant_max - quant_min) / 2).clamp_(min=eps)
+        )
         middle = (quant_min + quant_max) // 2
-        return scale, None if quant_min < 0 else torch.full_like(scale, middle, dtype=torch.int32)
+        return scale, None if quant_min < 0 else torch.full_like(
+            scale, middle, dtype=torch.int32
+        )
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low).div_(quant_max - quant_min).clamp_(min=eps)
-    zero_point = torch.round(low / scale).neg_().add_(quant_min).clamp_(quant_min, quant_max)
+    zero_point = (
+        torch.round(low / scale).neg_().add_(quant_min).clamp_(quant_min, quant_max)
+    )
     return scale, zero_point.to(torch.int32)
 
 
 def range_numbers(
-    low: float, high: float, *, quant_min: int, quant_max: int, symmetric: bool, eps: float
+    low: float,
+    high: float,
+    *,
+    quant_min: int,
+    quant_max: int,
+    symmetric: bool,
+    eps: float,
 ) -> tuple[float, int]:
     """Returns what `range_qparams` does for one range, in numbers: float32 ones, of less than 1e30.
 
@@ -189,4 +224,6 @@ def range_numbers(
         scale = max(float32(max(-low, high) / ((quant_max - quant_min) / 2)), eps)
         return scale, 0 if quant_min < 0 else (quant_min + quant_max) // 2
     scale = max(float32(float32(high - low) / (quant_max - quant_min)), eps)
-    return scale, min(max(quant_min - round(float32(low / scale)), quant_min), quant_max)
+    return scale, min(
+        max(quant_min - round(float32(low / scale)), quant_min), quant_max
+    )

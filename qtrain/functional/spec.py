@@ -13,7 +13,8 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 def int_range(bits: int, signed: bool, *, restricted: bool = False) -> tuple[int, int]:
     """Returns (quant_min, quant_max), the integers that `bits` bits can hold.
 
-    restricted drops the most negative signed integer, so that the range is symmetric about 0.
+    restricted drops the most negative signed integer, so that the range is symmetric
+    about 0.
 
     >>> int_range(8, signed=True), int_range(8, signed=False)
     ((-128, 127), (0, 255))
@@ -51,15 +52,21 @@ class QuantSpec:
     """How one kind of tensor is quantized; `backend.torch_ao.Engine.settle` settles "auto".
 
     Args:
-        bits: width of the integers, 2..8. They are stored as 8-bit integers by torch's kernels.
+        bits: width of the integers, 2..8. They are stored as 8-bit integers by torch's
+            kernels.
         symmetric: zero maps to the middle of the range (weights: to 0), or "auto".
-        granularity: which elements share a scale. Of a weight [A, B]: "per_tensor" -> scale [],
-            "per_channel" -> scale [A], "per_group" -> scale [A, B / group_size]; or "auto".
-        group_size: neighbours along the last axis that share a scale; only with "per_group".
-        observer: the name of a file in conf/observer, its mapping, or a factory of observers.
-        reduce_range: leave out the top bit, for kernels whose 16-bit accumulators would saturate.
-        narrow_range: leave out the lowest signed integer: symmetric weights then end exactly at the
-            integers' ends, and none is clipped; or "auto", the method's rule.
+        granularity: which elements share a scale. Of a weight [A, B]: "per_tensor" ->
+            scale [], "per_channel" -> scale [A], "per_group" -> scale [A, B /
+            group_size]; or "auto".
+        group_size: neighbours along the last axis that share a scale; only with
+            "per_group".
+        observer: the name of a file in conf/observer, its mapping, or a factory of
+            observers.
+        reduce_range: leave out the top bit, for kernels whose 16-bit accumulators would
+            saturate.
+        narrow_range: leave out the lowest signed integer: symmetric weights then end
+            exactly at the integers' ends, and none is clipped; or "auto", the method's
+            rule.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
@@ -82,12 +89,17 @@ class QuantSpec:
             + choice("granularity", self.granularity, (*GRANULARITIES, AUTO))
             + whole("group_size", self.group_size, 1, MANY, null=True)
         )
-        if not problems and (self.granularity == "per_group") != (self.group_size is not None):
+        if not problems and (self.granularity == "per_group") != (
+            self.group_size is not None
+        ):
             problems.append(
-                f"group_size={self.group_size}: goes with granularity=per_group, and only with it"
+                f"group_size={self.group_size}: "
+                "goes with granularity=per_group, and only with it"
             )
         if self.observer is not None and not callable(self.observer):
-            problems.append(f"observer={self.observer}: must be a callable that makes an observer")
+            problems.append(
+                f"observer={self.observer}: must be a callable that makes an observer"
+            )
         refuse(problems)
 
     def quant_range(self, signed: bool) -> tuple[int, int]:
@@ -109,5 +121,7 @@ class QuantSpec:
             "group_size": self.group_size,
             "reduce_range": self.reduce_range,
             "narrow_range": self.narrow_range,
-            "observer": getattr(factory, "short_name", getattr(factory, "__name__", None)),
+            "observer": getattr(
+                factory, "short_name", getattr(factory, "__name__", None)
+            ),
         }

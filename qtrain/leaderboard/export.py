@@ -12,13 +12,19 @@ from qtrain.leaderboard.runs import Found
 
 
 def as_records(sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """Returns all rows as flat records, in full precision; in groups the runs' folders stand under "folders"."""
+    """Returns all rows as flat records; in groups the runs' folders are "folders"."""
     records = []
     for section in sections:
         for row in section.rows:
-            where = {"model": section.model, "data": section.data, "quality": section.quality.name}
+            where = {
+                "model": section.model,
+                "data": section.data,
+                "quality": section.quality.name,
+            }
             folders = (
-                {"folders": [plain(str(run.folder)) for run in row.runs]} if section.grouped else {}
+                {"folders": [plain(str(run.folder)) for run in row.runs]}
+                if section.grouped
+                else {}
             )
             shown = {
                 "unit": section.quality.unit,
@@ -29,13 +35,15 @@ def as_records(sections: Sequence[Section]) -> list[dict[str, Any]]:
 
 
 def as_csv(sections: Sequence[Section]) -> str:
-    """Returns all rows of all sections as one CSV; a column is empty where a row has no such value."""
+    """Returns all rows of all sections as one CSV; a cell is empty where a row has none."""
     records = as_records(sections)
     fields = list(dict.fromkeys(key for record in records for key in record))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(_no_formula, fields))
-    writer.writerows([_no_formula(record.get(key)) for key in fields] for record in records)
+    writer.writerows(
+        [_no_formula(record.get(key)) for key in fields] for record in records
+    )
     return text.getvalue()
 
 
@@ -43,7 +51,9 @@ def _no_formula(cell: Any) -> Any:
     """Returns the cell so that no spreadsheet takes a text for a formula and carries it out."""
     return (
         f"'{cell}"
-        if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) and not _is_number(cell)
+        if isinstance(cell, str)
+        and cell.startswith(("=", "+", "-", "@"))
+        and not _is_number(cell)
         else cell
     )
 
@@ -59,8 +69,16 @@ def _is_number(text: str) -> bool:
 def as_json(sections: Sequence[Section], found: Found) -> str:
     """Returns all rows, the runs without a result and the skipped files as JSON."""
     failures = [
-        {"folder": plain(str(run.folder)), "error": run.error, "overrides": run.overrides}
+        {
+            "folder": plain(str(run.folder)),
+            "error": run.error,
+            "overrides": run.overrides,
+        }
         for run in found.failures
     ]
-    content = {"rows": as_records(sections), "failures": failures, "unreadable": found.unreadable}
+    content = {
+        "rows": as_records(sections),
+        "failures": failures,
+        "unreadable": found.unreadable,
+    }
     return json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"

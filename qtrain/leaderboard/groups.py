@@ -32,11 +32,16 @@ def group(section: Section, names: Sequence[str]) -> Section:
     """
     members: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in section.rows:
-        members[tuple(keys.shown(keys.value(row.runs[0], name)) for name in names)].append(row)
+        members[
+            tuple(keys.shown(keys.value(row.runs[0], name)) for name in names)
+        ].append(row)
     rows = []
     for rows_of_group in members.values():
-        # The float model is no quantization of its own; it counts only where it is alone.
-        quantized = [row for row in rows_of_group if row.cells["method"] != "none"] or rows_of_group
+        # The float model is no quantization of its own; it counts only where it is
+        # alone.
+        quantized = [
+            row for row in rows_of_group if row.cells["method"] != "none"
+        ] or rows_of_group
         cells = {name: keys.label(quantized[0].runs[0], name) for name in names}
         cells["runs"] = len(quantized)
         cells["seeds"] = len({row.cells["seed"] for row in quantized})
@@ -47,11 +52,15 @@ def group(section: Section, names: Sequence[str]) -> Section:
         for ratio, part, whole in RATIOS:  # of the means, which stand beside it
             known = cells[part] is not None and cells[whole] is not None
             is_float = quantized[0].cells["method"] == "none"
-            cells[ratio] = cells[part] / cells[whole] if known and not is_float else None
+            cells[ratio] = (
+                cells[part] / cells[whole] if known and not is_float else None
+            )
         for key in ("difference", "baseline_difference"):
             cells |= _mean_difference(quantized, key)
         rows.append(Row(cells, [row.runs[0] for row in quantized]))
-    grouped = Section(section.model, section.data, section.quality, rows, list(names), True)
+    grouped = Section(
+        section.model, section.data, section.quality, rows, list(names), True
+    )
     correct(grouped)
     mark_front(grouped)
     return grouped
@@ -67,7 +76,7 @@ def _by_seed(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def _mean_and_sd(rows: Sequence[Row], key: str) -> tuple[float | None, float | None]:
-    """Returns both over seeds; nothing where a row lacks the value: all means are of the same runs."""
+    """Returns both over seeds, or nothing where a row lacks the value."""
     if not rows or any(row.cells.get(key) is None for row in rows):
         return None, None
     return mean_and_sd(_by_seed(rows, key))

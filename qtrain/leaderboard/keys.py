@@ -69,9 +69,13 @@ def check(key: str, runs: Sequence[Run | Failure], option: str) -> None:
         except KeyError:
             pass
     qualities = {run.quality.name for run in runs if isinstance(run, Run)}
-    facts = sorted({name for run in runs for name in run.facts} | set(ALIASES) | qualities)
+    facts = sorted(
+        {name for run in runs for name in run.facts} | set(ALIASES) | qualities
+    )
     hidden = ("._target_", "._partial_")
-    settings = {name for run in runs for name in run.settings if not name.endswith(hidden)}
+    settings = {
+        name for run in runs for name in run.settings if not name.endswith(hidden)
+    }
     near = nearest(key, [*facts, *sorted(settings)])
     of_config = "every key of the config, such as optimizer.lr"
     if not near:
@@ -111,7 +115,9 @@ def parse_filters(texts: Iterable[str]) -> dict[str, list[str]]:
     return filters
 
 
-def select(runs: Sequence[Any], filters: dict[str, list[str]], option: str = "filter") -> list[Any]:
+def select(
+    runs: Sequence[Any], filters: dict[str, list[str]], option: str = "filter"
+) -> list[Any]:
     """Returns the runs whose values are among the allowed ones.
 
     Raises:
@@ -124,7 +130,8 @@ def select(runs: Sequence[Any], filters: dict[str, list[str]], option: str = "fi
             there = sorted({shown(value(run, key)) for run in runs})
             more = f" and {len(there) - 20} more" if len(there) > 20 else ""
             raise ValueError(
-                f"{option} {key}={','.join(allowed)}: no run is left; there is {', '.join(there[:20])}{more}"
+                f"{option} {key}={','.join(allowed)}: no run is left; "
+                f"there is {', '.join(there[:20])}{more}"
             )
         runs = left
     return list(runs)
@@ -133,14 +140,17 @@ def select(runs: Sequence[Any], filters: dict[str, list[str]], option: str = "fi
 def may_match(run: Run | Failure, filters: dict[str, list[str]]) -> bool:
     """Returns whether nothing that is known of a run speaks against it; a setting of null does."""
     known = {key: label(run, key) for key in filters}
-    return all(found is None or matches(found, filters[key], key) for key, found in known.items())
+    return all(
+        found is None or matches(found, filters[key], key)
+        for key, found in known.items()
+    )
 
 
 def matches(found: Any, allowed: Sequence[str], key: str = "") -> bool:
     """Returns whether a value is written as one of the allowed texts, or equals it as a number.
 
-    `bits=8` stands for 8-bit weights with 8-bit or float activations; `bits=4/8` is exact.
-    `method=float` is `method=none`.
+    `bits=8` stands for 8-bit weights with 8-bit or float activations; `bits=4/8` is
+    exact. `method=float` is `method=none`.
     """
     texts = {shown(found).lower()}
     if ALIASES.get(key, key) == "method" and found == "none":
@@ -153,7 +163,11 @@ def matches(found: Any, allowed: Sequence[str], key: str = "") -> bool:
 
 def _same_number(found: Any, text: str) -> bool:
     try:
-        return not isinstance(found, bool) and found is not None and float(found) == float(text)
+        return (
+            not isinstance(found, bool)
+            and found is not None
+            and float(found) == float(text)
+        )
     except ValueError:
         return False
 

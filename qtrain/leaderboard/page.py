@@ -18,7 +18,8 @@ from qtrain.leaderboard import keys, table
 from qtrain.leaderboard.rows import LATENCY_TOLERANCE, SIZE_TOLERANCE, Row, Section
 from qtrain.leaderboard.runs import Found, Run
 
-# Points of a training curve: 200 for few runs, for many about 50,000 times the curves of a run.
+# Points of a training curve: 200 for few runs, for many about 50,000 times the curves
+# of a run.
 MOST_POINTS, LEAST_POINTS, ALL_POINTS = 200, 30, 50_000
 Curve = tuple[list[int], list[float]]  # steps and values
 AXES = ("size_kb", "kb_at_bits", "latency_ms", "seconds", "quantized", "difference")
@@ -35,7 +36,9 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         sections: of groups, of runs, or both: their runs are held once.
         folder: where the page will lie; links to the runs start there.
     """
-    num_points = max(LEAST_POINTS, min(MOST_POINTS, ALL_POINTS // max(1, len(found.runs))))
+    num_points = max(
+        LEAST_POINTS, min(MOST_POINTS, ALL_POINTS // max(1, len(found.runs)))
+    )
     start = folder.resolve()
     places = {run: place for place, run in enumerate(found.runs)}
     names: dict[str, int] = {}
@@ -60,7 +63,8 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
             for run in found.failures
         ],
         "unreadable": found.unreadable,
-        "aliases": keys.ALIASES | {section.quality.name: "quantized" for section in sections},
+        "aliases": keys.ALIASES
+        | {section.quality.name: "quantized" for section in sections},
         "tolerances": {
             "size_kb": SIZE_TOLERANCE,
             "kb_at_bits": SIZE_TOLERANCE,
@@ -69,38 +73,56 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
     }
     names_of_files = ("page.html", "page.css", "page_plots.js", "page.js")
     template, css, plots, js = (
-        files("qtrain.leaderboard").joinpath(name).read_text("utf-8") for name in names_of_files
+        files("qtrain.leaderboard").joinpath(name).read_text("utf-8")
+        for name in names_of_files
     )
-    # In JSON a < can only be in a string, where the escape means the same: no text can close the
-    # script element.
-    data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    title = html.escape(", ".join(section.title for section in sections[:3]) or "no results")
+    # In JSON a < can only be in a string, where the escape means the same: no text can
+    # close the script element.
+    data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
+    title = html.escape(
+        ", ".join(section.title for section in sections[:3]) or "no results"
+    )
     parts = {"title": title, "css": css, "plots": plots, "js": js, "data": data}
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
 
 
 def _link(run: Path, start: Path) -> str:
     """Returns a relative link; quoting leaves no colon, so none can be read as a scheme."""
-    return quote(os.fsencode(Path(os.path.relpath(run.resolve(), start)).as_posix())) + "/"
+    return (
+        quote(os.fsencode(Path(os.path.relpath(run.resolve(), start)).as_posix())) + "/"
+    )
 
 
 def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
     # The first column names and links to the runs.
     columns = [column for column in table.columns(section) if column.key != "folder"]
     columns.sort(key=lambda column: column.key != "front")
-    quality, by = section.quality, f" by {', '.join(section.labels)}" if section.grouped else ""
+    quality = section.quality
+    by = f" by {', '.join(section.labels)}" if section.grouped else ""
     return {
         "title": section.title + by,
         "unit": "group" if section.grouped else "run",
-        "quality": {"name": quality.name, "unit": quality.unit, "higher": quality.higher_is_better},
+        "quality": {
+            "name": quality.name,
+            "unit": quality.unit,
+            "higher": quality.higher_is_better,
+        },
         "columns": [_column(column) for column in columns],
         "rows": [
             {
                 "cells": [column.text(row).strip() for column in columns],
-                "numbers": [column.number(row) if column.number else None for column in columns],
+                "numbers": [
+                    column.number(row) if column.number else None for column in columns
+                ],
                 # Whether or not the table has such a column.
                 "at": {key: row.cells[key] for key in AXES},
-                "sd": {key: row.cells[f"{key}_sd"] for key in AXES if row.cells.get(f"{key}_sd")},
+                "sd": {
+                    key: row.cells[f"{key}_sd"]
+                    for key in AXES
+                    if row.cells.get(f"{key}_sd")
+                },
                 "front": row.cells["front"],
                 "disturbed": row.cells["contended"],
                 "name": _name(row, section),
@@ -114,14 +136,20 @@ def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
 
 
 def _column(column: table.Column) -> dict[str, Any]:
-    return {"key": column.key, "header": column.header, "numeric": column.number is not None}
+    return {
+        "key": column.key,
+        "header": column.header,
+        "numeric": column.number is not None,
+    }
 
 
 def _name(row: Row, section: Section) -> str:
     """Returns what the page calls a row: its folder, or what its group has in common."""
     if not section.grouped:
         return str(plain(row.runs[0].folder.name))
-    labels = [column for column in table.columns(section) if column.key in section.labels]
+    labels = [
+        column for column in table.columns(section) if column.key in section.labels
+    ]
     texts = {column.key: column.text(row) for column in labels}
     parts = [
         text if key in CLEAR else f"{key.rpartition('.')[2]}={text}"
@@ -148,13 +176,18 @@ def _config(section: Section) -> dict[str, Any]:
         texts = [_setting(row.runs, key) for row in section.rows]
         values = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         if len(values) > 1:
-            varied[key] = {"values": list(values), "rows": [values[text] for text in texts]}
+            varied[key] = {
+                "values": list(values),
+                "rows": [values[text] for text in texts],
+            }
     return varied
 
 
 def _setting(runs: Sequence[Run], key: str) -> str:
     """Returns what the runs have set, each value once."""
-    texts = (keys.shown(run.settings[key]) if key in run.settings else "" for run in runs)
+    texts = (
+        keys.shown(run.settings[key]) if key in run.settings else "" for run in runs
+    )
     return ", ".join(dict.fromkeys(texts))
 
 
@@ -190,7 +223,8 @@ def _records(path: Path) -> Iterator[Any]:
     except (OSError, ValueError):
         return
     try:
-        yield from json.loads(f"[{','.join(lines)}]")  # at once, for that takes a third of the time
+        # At once, for that takes a third of the time
+        yield from json.loads(f"[{','.join(lines)}]")
     except (ValueError, RecursionError):
         for line in lines:
             try:

@@ -1,4 +1,4 @@
-"""Two models scored on the same examples: how far apart they are, and whether that is more than chance."""
+"""Two models on the same examples: how far apart, and whether by more than chance."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -28,20 +28,27 @@ class Difference:
 
 
 def to_float(runs: Sequence[Run]) -> tuple[list[Difference | None], list[str]]:
-    """Returns each run's difference to its own float model (None for the float model itself), and warnings.
+    """Returns each run's difference to its float model (None for that), and warnings.
 
-    For right-or-wrong examples the report has all that the test needs; other scores are read.
+    For right-or-wrong examples the report has all that the test needs; other scores are
+    read.
     """
     found: list[Difference | None] = []
     for run in runs:
         value, counts, p = run.facts["difference"], run.report["difference"], None
         if run.examples == RIGHT_OR_WRONG and value is not None:
             p = mcnemar(counts["gained"], counts["lost"])
-        found.append(None if value is None else Difference(value, run.facts["difference_se"], p))
+        found.append(
+            None if value is None else Difference(value, run.facts["difference_se"], p)
+        )
     tested = [
-        i for i, run in enumerate(runs) if found[i] is not None and run.examples in (MEAN, LOG)
+        i
+        for i, run in enumerate(runs)
+        if found[i] is not None and run.examples in (MEAN, LOG)
     ]
-    differences, warnings = _test_means([(runs[i], "quantized", runs[i], "float") for i in tested])
+    differences, warnings = _test_means(
+        [(runs[i], "quantized", runs[i], "float") for i in tested]
+    )
     for i, difference in zip(tested, differences, strict=True):
         found[i] = difference
     return found, warnings
@@ -50,7 +57,7 @@ def to_float(runs: Sequence[Run]) -> tuple[list[Difference | None], list[str]]:
 def to_baselines(
     pairs: Sequence[tuple[Run, Run | None]],
 ) -> tuple[list[Difference | None], list[str]]:
-    """Returns each run's difference to its baseline (None where that is missing or itself), and warnings."""
+    """Returns each run's difference to its baseline, None without one, and warnings."""
     found: list[Difference | None] = [None] * len(pairs)
     means = []
     warnings = _unverified(run for pair in pairs if pair[1] is not None for run in pair)
@@ -71,7 +78,9 @@ def to_baselines(
         p = mcnemar(int((gain > 0).sum()), int((gain < 0).sum()))
         found[i] = Difference(run.quality.scale * float(gain.mean()), error, p)
     quadruples = [
-        (run, "quantized", base, "quantized") for run, base in (pairs[i] for i in means) if base
+        (run, "quantized", base, "quantized")
+        for run, base in (pairs[i] for i in means)
+        if base
     ]
     differences, more = _test_means(quadruples)
     for i, difference in zip(means, differences, strict=True):
@@ -79,8 +88,10 @@ def to_baselines(
     return found, warnings + more
 
 
-def _test_means(pairs: Sequence[tuple[Run, str, Run, str]]) -> tuple[list[Difference], list[str]]:
-    """Returns the differences in quality, tested by the paired bootstrap on the scores of the examples."""
+def _test_means(
+    pairs: Sequence[tuple[Run, str, Run, str]],
+) -> tuple[list[Difference], list[str]]:
+    """Returns the differences in quality, by the paired bootstrap on examples."""
     if not pairs:
         return [], []
     import numpy as np
@@ -121,8 +132,8 @@ def _gain(run: Run, kind: str, base: Run, base_kind: str) -> "np.ndarray":
     ours, theirs = _scores(run)[kind], _scores(base)[base_kind]
     if ours.shape != theirs.shape or len(ours) < 2:
         raise ValueError(
-            f"{run.folder}: its {len(ours)} examples cannot be paired with the {len(theirs)} of {base.folder}; "
-            "significance is not tested"
+            f"{run.folder}: its {len(ours)} examples cannot be paired with the "
+            f"{len(theirs)} of {base.folder}; significance is not tested"
         )
     difference: np.ndarray[Any, Any] = ours.astype("float64") - theirs.astype("float64")
     return difference
@@ -144,8 +155,12 @@ def _scores(run: Run) -> "dict[str, np.ndarray]":
         raise ValueError(
             f"{path}: holds no scores named {missing.pop()}; significance is not tested"
         )
-    if not all(abs(values.astype("float64").sum()) < LARGEST for values in scores.values()):
-        raise ValueError(f"{path}: holds scores that are no numbers; significance is not tested")
+    if not all(
+        abs(values.astype("float64").sum()) < LARGEST for values in scores.values()
+    ):
+        raise ValueError(
+            f"{path}: holds scores that are no numbers; significance is not tested"
+        )
     return scores
 
 
@@ -153,7 +168,10 @@ def _unverified(runs: Iterable[Run | None]) -> list[str]:
     """Returns a warning if the examples of a run cannot be verified."""
     count = sum(run is not None and not run.report["sha256"] for run in runs)
     return (
-        ["not verified: examples, where a run's report notes no SHA-256, as older versions'"]
+        [
+            "not verified: examples, where a run's report notes no SHA-256, "
+            "as older versions'"
+        ]
         if count
         else []
     )

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from qtrain.leaderboard import pareto
 from qtrain.leaderboard.rows import SIZE_TOLERANCE, Row, Section
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; the page uses the same.
+# Okabe and Ito's colours, which the colour-blind can tell apart; the page uses the
+# same.
 FLOAT = "#222222"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
 MARKERS = "^sDvPX*"
@@ -17,7 +18,7 @@ MAX_PANELS = 12
 
 
 def scatter(sections: Sequence[Section]) -> Figure:
-    """Returns a figure with a panel for each section: quality over file size, and their Pareto front."""
+    """Returns a figure: a panel a section, quality over file size, the Pareto front."""
     shown = sections[:MAX_PANELS]
     across = min(2, max(1, len(shown)))
     down = -(-max(1, len(shown)) // across)
@@ -34,7 +35,9 @@ def scatter(sections: Sequence[Section]) -> Figure:
 
 def _kind(row: Row, section: Section) -> str:
     """Returns what tells points apart: the method, or the first thing that is grouped by."""
-    found = str(row.cells[section.labels[0]] if section.grouped else row.cells["method"])
+    found = str(
+        row.cells[section.labels[0]] if section.grouped else row.cells["method"]
+    )
     return "float" if found == "none" else found
 
 
@@ -46,7 +49,9 @@ def _panel(axes: Any, section: Section) -> None:
         of_kind = [row for row in rows if _kind(row, section) == kind]
         if not of_kind:
             continue
-        x, y = ([row.cells[key] for row in of_kind] for key in ("kb_at_bits", "quantized"))
+        x, y = (
+            [row.cells[key] for row in of_kind] for key in ("kb_at_bits", "quantized")
+        )
         colour, marker = (
             (FLOAT, "o")
             if kind == "float"
@@ -54,13 +59,25 @@ def _panel(axes: Any, section: Section) -> None:
         )
         alpha = 0.9 if len(rows) < 100 else 0.5
         axes.scatter(
-            x, y, s=36, linewidths=0, zorder=3, label=kind, color=colour, marker=marker, alpha=alpha
+            x,
+            y,
+            s=36,
+            linewidths=0,
+            zorder=3,
+            label=kind,
+            color=colour,
+            marker=marker,
+            alpha=alpha,
         )
-    points = [(row.cells["kb_at_bits"], -quality.gain(row.cells["quantized"])) for row in rows]
+    points = [
+        (row.cells["kb_at_bits"], -quality.gain(row.cells["quantized"])) for row in rows
+    ]
     # In logarithms a tolerance that is relative is one for all.
     costs = [(math.log(size), cost) for size, cost in points]
     on_front = pareto.front(costs, (math.log1p(SIZE_TOLERANCE), 0.0))
-    front = sorted({point for point, best in zip(points, on_front, strict=True) if best})
+    front = sorted(
+        {point for point, best in zip(points, on_front, strict=True) if best}
+    )
     axes.step(
         [x for x, _ in front],
         [-quality.gain(y) for _, y in front],

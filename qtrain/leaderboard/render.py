@@ -41,7 +41,10 @@ def console(section: Section) -> str:
     pads = [str.ljust if column.number is None else str.rjust for column in shown]
     lines = []
     for cells in grid:
-        aligned = [pad(cell, width) for pad, cell, width in zip(pads, cells, widths, strict=True)]
+        aligned = [
+            pad(cell, width)
+            for pad, cell, width in zip(pads, cells, widths, strict=True)
+        ]
         lines.append("  ".join(aligned).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([f"{section.title}: {_count(section)}", *lines])
@@ -73,7 +76,9 @@ def document(sections: Sequence[Section], failures: Sequence[Failure]) -> str:
 
 def latex(sections: Sequence[Section]) -> str:
     """Returns a LaTeX table of each section, its legend below; wants booktabs and graphicx."""
-    return "\n".join(["% \\usepackage{booktabs,graphicx}", *map(_latex_table, sections)])
+    return "\n".join(
+        ["% \\usepackage{booktabs,graphicx}", *map(_latex_table, sections)]
+    )
 
 
 def _latex_table(section: Section) -> str:
@@ -90,8 +95,16 @@ def _latex_table(section: Section) -> str:
         "\\midrule",
     ]
     for row in section.rows:
-        lines.append(_latex_row(_latex_cell(column, column.text(row).strip()) for column in shown))
-    lines += ["\\bottomrule", "\\end{tabular}}", "\\par\\smallskip\\raggedright\\footnotesize"]
+        lines.append(
+            _latex_row(
+                _latex_cell(column, column.text(row).strip()) for column in shown
+            )
+        )
+    lines += [
+        "\\bottomrule",
+        "\\end{tabular}}",
+        "\\par\\smallskip\\raggedright\\footnotesize",
+    ]
     lines += [f"{_latex_text(line)}\\\\" for line in legend([section])]
     return "\n".join([*lines, "\\end{table}", ""])
 

@@ -19,9 +19,9 @@ SHOWN_OVERRIDES = {
     *("quant.engine", "quant.weight.bits", "quant.activation.bits"),
     *("quant.activation.observer", "observer@quant.activation.observer"),
 }
-# Both relative. At rest, on 2 cores, eight medians of 200 forwards at batch 1 differed by 0 to 4 %
-# between two runs of qtrain-bench in a row. A file's size has the padding of its tensors in it,
-# some 100 bytes.
+# Both relative. At rest, on 2 cores, eight medians of 200 forwards at batch 1 differed
+# by 0 to 4 % between two runs of qtrain-bench in a row. A file's size has the padding
+# of its tensors in it, some 100 bytes.
 LATENCY_TOLERANCE = 0.05
 SIZE_TOLERANCE = 0.001
 
@@ -39,7 +39,8 @@ class Section:
     """Rows that may be compared: one model, one data set, one metric.
 
     Attributes:
-        labels: the config keys that tell rows apart: overrides that vary, or what is grouped by.
+        labels: the config keys that tell rows apart: overrides that vary, or what is
+            grouped by.
     """
 
     model: str
@@ -62,12 +63,15 @@ def section_of_runs(
     """Returns a section with a row for each run.
 
     Args:
-        bases: the runs that `baseline_of` takes each run's baseline from; None: no such column.
+        bases: the runs that `baseline_of` takes each run's baseline from; None: no such
+            column.
     """
     differences, warnings = pairs.to_float(runs)
     rows = []
     for run, difference in zip(runs, differences, strict=True):
-        rows.append(Row(run.facts | {"difference_p": difference and difference.p}, [run]))
+        rows.append(
+            Row(run.facts | {"difference_p": difference and difference.p}, [run])
+        )
         rows[-1].cells["difference_se"] = difference and difference.standard_error
     if bases is not None:
         matched = [baseline_of(run, bases) for run in runs]
@@ -75,7 +79,9 @@ def section_of_runs(
         for row, base, difference in zip(rows, matched, to_baseline, strict=True):
             row.cells["is_baseline"] = base is row.runs[0]
             row.cells["baseline_difference"] = difference and difference.value
-            row.cells["baseline_difference_se"] = difference and difference.standard_error
+            row.cells["baseline_difference_se"] = (
+                difference and difference.standard_error
+            )
             row.cells["baseline_difference_p"] = difference and difference.p
         warnings += more
     labels = varied_overrides(runs)
@@ -93,7 +99,9 @@ def correct(section: Section) -> None:
     """Sets the cells "..._p_holm" of each row, in place: p, corrected for all rows of the table."""
     for key in ("difference_p", "baseline_difference_p"):
         tested = [row for row in section.rows if row.cells.get(key) is not None]
-        corrected = dict(zip(tested, holm([row.cells[key] for row in tested]), strict=True))
+        corrected = dict(
+            zip(tested, holm([row.cells[key] for row in tested]), strict=True)
+        )
         for row in section.rows:
             if key in row.cells:
                 row.cells[f"{key}_holm"] = corrected.get(row)
@@ -123,8 +131,9 @@ def find_baselines(
     """Returns the runs that `--baseline` names: by a folder, or by filters.
 
     Args:
-        wanted: the filters of the comparison. They hold for baselines that are found by filters,
-            but for keys that these name, and keys that a run lacks, as the float model has no bits.
+        wanted: the filters of the comparison. They hold for baselines that are found by
+            filters, but for keys that these name, and keys that a run lacks, as the
+            float model has no bits.
 
     Raises:
         ValueError: there is none.
@@ -134,7 +143,8 @@ def find_baselines(
         found = [run for run in runs if run.folder.resolve() == folder]
         if not found:
             raise ValueError(
-                f"--baseline {texts[0]}: neither a folder of the compared runs nor a filter key=value"
+                f"--baseline {texts[0]}: "
+                "neither a folder of the compared runs nor a filter key=value"
             )
         return found
     named = keys.parse_filters(texts)
@@ -143,10 +153,12 @@ def find_baselines(
     candidates = keys.select(runs, named, "--baseline")
     found = [run for run in candidates if keys.may_match(run, held)]
     if not found:
-        filters = " ".join(f"{key}={','.join(allowed)}" for key, allowed in held.items())
+        filters = " ".join(
+            f"{key}={','.join(allowed)}" for key, allowed in held.items()
+        )
         raise ValueError(
-            f"--baseline {' '.join(texts)}: of {len(candidates)} such runs none is left by the "
-            f"filters {filters}, which hold for baselines too; "
+            f"--baseline {' '.join(texts)}: of {len(candidates)} such runs none is "
+            f"left by the filters {filters}, which hold for baselines too; "
             "repeat a key in --baseline to set it apart"
         )
     return found
@@ -165,8 +177,8 @@ def varied_overrides(runs: Iterable[Run]) -> list[str]:
 def mark_front(section: Section) -> None:
     """Sets the cell "front" of each row, in place: on the front of quality, size and latency.
 
-    Sizes are those of weights at their bits, whatever they are stored in. Where other programs disturbed
-    one latency of the table, it is that of quality and size alone.
+    Sizes are those of weights at their bits, whatever they are stored in. Where other
+    programs disturbed one latency of the table, it is that of quality and size alone.
 
     Quality is exact: the same examples are scored to the same bits each time.
     """
@@ -182,22 +194,28 @@ def mark_front(section: Section) -> None:
             point = -section.quality.gain(quality), math.log(size)
             points.append(point if disturbed else (*point, math.log(latency)))
     slack = math.log1p(SIZE_TOLERANCE)
-    tolerances = (0.0, slack) if disturbed else (0.0, slack, math.log1p(LATENCY_TOLERANCE))
-    for row, on_front in zip(section.rows, pareto.front(points, tolerances), strict=True):
+    tolerances = (
+        (0.0, slack) if disturbed else (0.0, slack, math.log1p(LATENCY_TOLERANCE))
+    )
+    for row, on_front in zip(
+        section.rows, pareto.front(points, tolerances), strict=True
+    ):
         row.cells["front"] = on_front
 
 
 def is_disturbed(section: Section) -> bool:
     """Returns whether other programs used the CPU while a latency of the table was measured."""
-    measured = (row.cells for row in section.rows if row.cells["latency_ms"] is not None)
+    measured = (
+        row.cells for row in section.rows if row.cells["latency_ms"] is not None
+    )
     return any(cells["contended"] for cells in measured)
 
 
 def sort(section: Section, key: str | None) -> None:
     """Sorts the rows, in place: qualities best first, everything else from small to large.
 
-    Without a key: the float model, then by quality. A group has a key's mean over its runs, or the
-    text that they share.
+    Without a key: the float model, then by quality. A group has a key's mean over its
+    runs, or the text that they share.
     """
     name = keys.fact(key, section.quality) if key is not None else "quantized"
     descending = name in keys.QUALITY_KEYS and section.quality.higher_is_better

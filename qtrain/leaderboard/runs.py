@@ -20,9 +20,11 @@ class Run:
     """One finished run.
 
     Attributes:
-        examples: how their scores make up the quality, as `qtrain.runs.quality` names it; None: not known.
+        examples: how their scores make up the quality, as `qtrain.runs.quality` names
+            it; None: not known.
         facts: what tables show, by the names that filters, sorting and grouping use.
-        settings: the config, flattened to {"optimizer.lr": 0.001}, and the options of groups: {"trainer": "smoke"}.
+        settings: the config, flattened to {"optimizer.lr": 0.001}, and the options of
+            groups: {"trainer": "smoke"}.
         overrides: the keys that its command line set.
         report: its remaining numbers.
     """
@@ -63,7 +65,9 @@ def find(folders: Sequence[Path]) -> Found:
         ValueError: a folder is missing, or there is no run in any of them.
     """
     found = Found()
-    for folder in dict.fromkeys(path for root in folders for path in _run_folders(root)):
+    for folder in dict.fromkeys(
+        path for root in folders for path in _run_folders(root)
+    ):
         if not (folder / FILE_NAME).is_file():
             found.failures.append(_without_report(folder))
             continue
@@ -88,7 +92,8 @@ def find(folders: Sequence[Path]) -> Found:
     if not (found.runs or found.failures or found.unreadable):
         names = ", ".join(map(str, folders))
         raise ValueError(
-            f"{names}: no runs there; name run folders (they hold a {FILE_NAME}) or folders of them"
+            f"{names}: no runs there; name run folders (they hold a {FILE_NAME}) or "
+            "folders of them"
         )
     return found
 
@@ -105,7 +110,10 @@ def _run_folders(root: Path) -> Iterator[Path]:
 
 def _natural(name: str) -> list[Any]:
     """Returns a sort key that puts job 2_ before job 10_."""
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
+    return [
+        int(part) if index % 2 else part
+        for index, part in enumerate(re.split(r"(\d+)", name))
+    ]
 
 
 def _without_report(folder: Path) -> Failure:
@@ -118,13 +126,18 @@ def _without_report(folder: Path) -> Failure:
         overrides = [plain(text) for text in command_line(folder)]
     except ValueError as err:
         overrides = []
-        error += f"; how it was started cannot be read ({plain_lines(str(err))})".replace("\n", " ")
+        error += (
+            f"; how it was started cannot be read ({plain_lines(str(err))})".replace(
+                "\n", " "
+            )
+        )
     return Failure(folder, error, overrides, {}, {})
 
 
 def _settings(report: dict[str, Any]) -> dict[str, Any]:
     settings = dict(_flatten(up_to_date(report["config"]), ""))
-    for override in report["overrides"]:  # the config holds a group's content, not its name
+    # The config holds a group's content, not its name
+    for override in report["overrides"]:
         key, _, value = override.lstrip("+~").partition("=")
         settings.setdefault(key, value)
     return settings
@@ -156,14 +169,20 @@ def _identity(report: dict[str, Any]) -> dict[str, Any]:
         bits[0] = f"{_number(quant['weight_bits']):.3g}"
     observer = (quant.get("activation") or quant.get("weight") or {}).get("observer")
     facts = {key: report[key] for key in ("name", "model", "data", "seed")}
-    facts |= {"method": quant["method"], "engine": quant.get("engine"), "observer": observer}
+    facts |= {
+        "method": quant["method"],
+        "engine": quant.get("engine"),
+        "observer": observer,
+    }
     for key, value in facts.items():
         if not isinstance(value, str | int) and not (
             value is None and key in ("engine", "observer")
         ):
             raise TypeError(f"{key} is {value!r}")
     return facts | {
-        "bits": "/".join("-" if n is None else str(n) for n in bits) if any(bits) else None
+        "bits": "/".join("-" if n is None else str(n) for n in bits)
+        if any(bits)
+        else None
     }
 
 
@@ -172,15 +191,20 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
     quality, examples = of_report(report)
     identity = _identity(report)
     exact, quantized = (
-        quality.scale * _number(metrics[kind][quality.name]) for kind in ("float", "quantized")
+        quality.scale * _number(metrics[kind][quality.name])
+        for kind in ("float", "quantized")
     )
     fake = (
-        None if metrics["fake"] is None else quality.scale * _number(metrics["fake"][quality.name])
+        None
+        if metrics["fake"] is None
+        else quality.scale * _number(metrics["fake"][quality.name])
     )
-    # The mean loss is the perplexity's logarithm: an error of the one is that much of the other, relatively.
+    # The mean loss is the perplexity's logarithm: an error of the one is that much of
+    # the other, relatively.
     scale = quantized if examples == LOG else quality.scale
     is_float = identity["method"] == "none"
-    error = difference["standard_error"] if examples else None  # of a single example there is none
+    # Of a single example there is none
+    error = difference["standard_error"] if examples else None
     sizes, latency = report["size_bytes"], report["latency_ms"]
     size = sizes.get("float_file" if is_float else "quantized_file")
     at_bits = (
@@ -198,27 +222,42 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         "quantized": quantized,
         "difference": None if is_float else quantized - exact,
         "difference_se": None if is_float or error is None else scale * _number(error),
-        "float_size_kb": None if size is None else _positive(sizes["float_file"]) / 1000,
+        "float_size_kb": None
+        if size is None
+        else _positive(sizes["float_file"]) / 1000,
         "size_kb": None if size is None else _positive(size) / 1000,
         "kb_at_bits": None if at_bits is None else _positive(at_bits) / 1000,
-        "size_ratio": None if is_float or size is None else size / _positive(sizes["float_file"]),
+        "size_ratio": None
+        if is_float or size is None
+        else size / _positive(sizes["float_file"]),
         "float_latency_ms": None if fast is None else slow,
         "latency_ms": fast,
-        "latency_ratio": None if is_float or fast is None or slow is None else fast / slow,
+        "latency_ratio": None
+        if is_float or fast is None or slow is None
+        else fast / slow,
         "contended": (report.get("other_load") or 0) > QUIET,
         "tokens_per_s": (report.get("tokens_per_s") or {}).get(
             "float" if is_float else "quantized"
         ),
         "seconds": sum(_number(t) for t in report["time_s"].values()),
     }
-    keys = ("coverage", "data_fingerprint", "peak_memory_bytes", "threads", "device", "float_from")
+    keys = (
+        "coverage",
+        "data_fingerprint",
+        "peak_memory_bytes",
+        "threads",
+        "device",
+        "float_from",
+    )
     slim = {key: report.get(key) for key in keys}
     slim["truth"] = {"min_sqnr_db": report["truth"].get("min_sqnr_db")}
     slim["metrics"] = {
         kind: {k: v for k, v in (found or {}).items() if isinstance(v, int | float)}
         for kind, found in metrics.items()
     }
-    slim["difference"] = {key: int(_number(difference[key])) for key in ("gained", "lost")}
+    slim["difference"] = {
+        key: int(_number(difference[key])) for key in ("gained", "lost")
+    }
     slim |= {"batch": batch, "sha256": report.get("sha256")}
     overrides = [text.lstrip("+~").partition("=")[0] for text in report["overrides"]]
     return Run(folder, quality, examples, facts, _settings(report), overrides, slim)
@@ -237,4 +276,6 @@ def _positive(value: Any) -> float:
 
 
 def _median(times: dict[str, Any] | None, batch: str | None) -> float | None:
-    return None if not times or batch not in times else _positive(times[batch]["median"])
+    return (
+        None if not times or batch not in times else _positive(times[batch]["median"])
+    )

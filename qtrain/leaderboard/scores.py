@@ -26,7 +26,11 @@ def read_scores(path: Path) -> Scores:
     """
     require_file(path)
     try:
-        return _saved_by_torch(path) if path.name == OLD_EXAMPLES else _saved_by_numpy(path)
+        return (
+            _saved_by_torch(path)
+            if path.name == OLD_EXAMPLES
+            else _saved_by_numpy(path)
+        )
     except Exception as err:  # a damaged file can raise anything
         reason = str(err).split("\n")[0]
         raise ValueError(f"{path}: not readable as scores ({reason})") from err
@@ -38,7 +42,8 @@ def _saved_by_numpy(path: Path) -> Scores:
 
 
 def _saved_by_torch(path: Path) -> Scores:
-    import torch  # takes longer than comparing 1,000 runs, and is needed for old runs alone
+    # Takes longer than comparing 1,000 runs, and is needed for old runs alone
+    import torch
 
     found = torch.load(path, weights_only=True)
     return {name: _vector(name, values.numpy()) for name, values in found.items()}

@@ -1,6 +1,7 @@
 """Whether a difference is more than chance: pure functions on counts and numbers.
 
-Tails of distributions are scipy's where it is installed (the extra `stats`), else our own.
+Tails of distributions are scipy's where it is installed (the extra `stats`), else our
+own.
 """
 
 import math
@@ -30,8 +31,9 @@ def scipy_special() -> Any:
 def mcnemar(gained: int, lost: int) -> float:
     """Returns the two-sided p of the exact McNemar test.
 
-    It is 2 P(X <= min(gained, lost)), X ~ Binomial(gained + lost, 1/2). Examples that both models
-    get right, or both wrong, say nothing about which is better and do not enter.
+    It is 2 P(X <= min(gained, lost)), X ~ Binomial(gained + lost, 1/2). Examples that
+    both models get right, or both wrong, say nothing about which is better and do not
+    enter.
 
     >>> round(mcnemar(1, 9), 9)  # 2 (1 + 10) / 2**10
     0.021484375
@@ -49,8 +51,8 @@ def mcnemar(gained: int, lost: int) -> float:
 def holm(p: Sequence[float]) -> list[float]:
     """Returns each p corrected by Holm for all of them.
 
-    Where no row truly differs, a table then has a row below ALPHA with a chance of ALPHA at most;
-    uncorrected, each row has that chance.
+    Where no row truly differs, a table then has a row below ALPHA with a chance of
+    ALPHA at most; uncorrected, each row has that chance.
 
     >>> holm([0.03, 0.01, 0.04])
     [0.06, 0.03, 0.06]
@@ -69,9 +71,9 @@ def paired_bootstrap(
 ) -> "np.ndarray":
     """Returns the two-sided p of "the mean is 0" for each row, by the studentized bootstrap.
 
-    The p is the share of resamples whose |t| about the observed mean reaches the observed |t|
-    about 0 (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, algorithm 16.2), the
-    observed one counted in.
+    The p is the share of resamples whose |t| about the observed mean reaches the
+    observed |t| about 0 (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+    algorithm 16.2), the observed one counted in.
 
     Args:
         differences: (R, N), one row a pair of runs; all rows are resampled alike.
@@ -107,10 +109,10 @@ def student_t(t: float, degrees: int) -> float:
 def over_seeds(differences: Sequence[float], standard_errors: Sequence[float]) -> float:
     """Returns p of "the mean difference is 0", for new seeds and new examples.
 
-    It is a t-test with the errors of both added. The seeds share their examples, so the error that
-    the examples leave does not shrink with the number of seeds. Without it, two seeds that happen
-    to gain the same one example would count as certain. The degrees of freedom are Welch's, rounded
-    down.
+    It is a t-test with the errors of both added. The seeds share their examples, so the
+    error that the examples leave does not shrink with the number of seeds. Without it,
+    two seeds that happen to gain the same one example would count as certain. The
+    degrees of freedom are Welch's, rounded down.
 
     Args:
         differences: of each seed; at least two.
@@ -126,7 +128,11 @@ def over_seeds(differences: Sequence[float], standard_errors: Sequence[float]) -
     degrees = math.inf
     if by_seeds > 1e-6 * by_examples:
         degrees = (n - 1) * (1 + by_examples / by_seeds) ** 2
-    return student_t(t, int(degrees)) if degrees < 1000 else math.erfc(abs(t) / math.sqrt(2))
+    return (
+        student_t(t, int(degrees))
+        if degrees < 1000
+        else math.erfc(abs(t) / math.sqrt(2))
+    )
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
@@ -137,4 +143,6 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, None
-    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1))
+    return mean, math.sqrt(
+        math.fsum((x - mean) ** 2 for x in values) / (len(values) - 1)
+    )

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtrain.common.plain import plain
-from qtrain.leaderboard.rows import LATENCY_TOLERANCE, SIZE_TOLERANCE, Row, Section, is_disturbed
+from qtrain.leaderboard.rows import (
+    LATENCY_TOLERANCE,
+    SIZE_TOLERANCE,
+    Row,
+    Section,
+    is_disturbed,
+)
 from qtrain.leaderboard.statistics import ALPHA
 from qtrain.runs.quality import KNOWN, RIGHT_OR_WRONG
 
@@ -28,23 +34,37 @@ def columns(section: Section) -> list[Column]:
     rows, unit = section.rows, section.quality.unit
     qualities = [row.cells[kind] for row in rows for kind in ("float", "quantized")]
     digits = section.quality.digits([value for value in qualities if value is not None])
-    batch = next((row.runs[0].report["batch"] for row in rows if row.runs[0].report["batch"]), "1")
+    batch = next(
+        (row.runs[0].report["batch"] for row in rows if row.runs[0].report["batch"]),
+        "1",
+    )
     space = " " if unit else ""
     labels = [_label(key) for key in section.labels]
     if section.grouped:
         labels += [_label("runs")] + (
-            [_label("seeds")] if _differs(rows, lambda row: row.cells["seeds"], 0) else []
+            [_label("seeds")]
+            if _differs(rows, lambda row: row.cells["seeds"], 0)
+            else []
         )
     else:
-        labels = [_label(key) for key in ("method", "engine", "bits", "observer")] + labels
-        labels += [_label("seed")] if _differs(rows, lambda row: row.cells["seed"]) else []
+        labels = [
+            _label(key) for key in ("method", "engine", "bits", "observer")
+        ] + labels
+        labels += (
+            [_label("seed")] if _differs(rows, lambda row: row.cells["seed"]) else []
+        )
         own_name = any(
-            row.cells["name"] != f"{row.cells['model']}_{row.cells['method']}" for row in rows
+            row.cells["name"] != f"{row.cells['model']}_{row.cells['method']}"
+            for row in rows
         )
         if own_name and _differs(rows, lambda row: row.cells["name"]):
             labels.insert(0, _label("name"))
-        if len({tuple(label.text(row) for label in labels) for row in rows}) < len(rows):
-            labels.insert(0, Column("folder", "run", lambda row: plain(row.runs[0].folder.name)))
+        if len({tuple(label.text(row) for label in labels) for row in rows}) < len(
+            rows
+        ):
+            labels.insert(
+                0, Column("folder", "run", lambda row: plain(row.runs[0].folder.name))
+            )
     labels = [label for label in labels if any(label.text(row) != NONE for row in rows)]
 
     quantized = "int8" if all(_is_int8(row) for row in rows) else "quantized"
@@ -68,7 +88,11 @@ def columns(section: Section) -> list[Column]:
             else [_number("float_size_kb", "float KB", 1, hide_float=True)]
         ),
         _number("size_kb", "file KB", 1),
-        *([_number("kb_at_bits", "KB at bits", 1)] if any(map(_is_stored_wider, rows)) else []),
+        *(
+            [_number("kb_at_bits", "KB at bits", 1)]
+            if any(map(_is_stored_wider, rows))
+            else []
+        ),
         _number("size_ratio", "size ratio", 2, suffix="x"),
         _number("float_latency_ms", "float ms", 3, hide_float=True),
         _number("latency_ms", f"ms, batch {batch}", 3),
@@ -76,9 +100,15 @@ def columns(section: Section) -> list[Column]:
         _number("tokens_per_s", "tokens/s", 0),
         _number("seconds", "seconds", 1),
     ]
-    found = [column for column in found if any(column.text(row).strip() != NONE for row in rows)]
+    found = [
+        column
+        for column in found
+        if any(column.text(row).strip() != NONE for row in rows)
+    ]
     return (
-        labels + found + [Column("front", "front", lambda row: FRONT if row.cells["front"] else "")]
+        labels
+        + found
+        + [Column("front", "front", lambda row: FRONT if row.cells["front"] else "")]
     )
 
 
@@ -92,8 +122,12 @@ def _label(key: str) -> Column:
     return Column(key, key, text)
 
 
-def _differs(rows: Sequence[Row], fact: Callable[[Row], Any], first: Any = None) -> bool:
-    return len({fact(row) for row in rows} | ({first} if first is not None else set())) > 1
+def _differs(
+    rows: Sequence[Row], fact: Callable[[Row], Any], first: Any = None
+) -> bool:
+    return (
+        len({fact(row) for row in rows} | ({first} if first is not None else set())) > 1
+    )
 
 
 def _float_row_has_size(rows: Sequence[Row]) -> bool:
@@ -120,8 +154,12 @@ def _number(
         found, sd = row.cells.get(key), row.cells.get(f"{key}_sd")
         if found is None or (hide_float and row.cells.get("method") == "none"):
             return NONE
-        spread = f" ± {sd:.{digits}f}" if sd is not None and key in ("float", "fake") else ""
-        mark = CONTENDED if key.endswith("latency_ms") and row.cells["contended"] else ""
+        spread = (
+            f" ± {sd:.{digits}f}" if sd is not None and key in ("float", "fake") else ""
+        )
+        mark = (
+            CONTENDED if key.endswith("latency_ms") and row.cells["contended"] else ""
+        )
         return f"{found:.{digits}f}{suffix}{spread}{mark}"
 
     return Column(key, header, text, lambda row: row.cells.get(key))
@@ -151,7 +189,9 @@ def _difference(key: str, header: str, digits: int) -> Column:
             return f"{NONE}  "
         spread = row.cells.get(f"{key}_sd", row.cells.get(f"{key}_se"))
         p = row.cells[f"{key}_p"]
-        shown = f"{found:+.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+        shown = f"{found:+.{digits}f}" + (
+            f" ± {spread:.{digits}f}" if spread is not None else ""
+        )
         return f"{shown} {'?' if p is None else UNSURE if p >= ALPHA else ' '}"
 
     return Column(key, header, text, lambda row: row.cells.get(key))
@@ -179,7 +219,9 @@ def legend(sections: Sequence[Section]) -> list[str]:
     grouped = any(section.grouped for section in sections)
     steps, names = (
         " or ".join(dict.fromkeys(found))
-        for found in zip(*((s.quality.step, s.quality.name) for s in sections), strict=True)
+        for found in zip(
+            *((s.quality.step, s.quality.name) for s in sections), strict=True
+        )
     )
     runs = [run for section in sections for row in section.rows for run in row.runs]
     tests = {
@@ -187,7 +229,9 @@ def legend(sections: Sequence[Section]) -> list[str]:
         for run in runs
     }
     if grouped:
-        tests.add("over several seeds a t-test with the errors of seeds and of examples added")
+        tests.add(
+            "over several seeds a t-test with the errors of seeds and of examples added"
+        )
     shown = [(column, section) for section in sections for column in columns(section)]
     texts = [column.text(row) for column, section in shown for row in section.rows]
     lines = [
@@ -198,15 +242,19 @@ def legend(sections: Sequence[Section]) -> list[str]:
     for quality in dict.fromkeys(section.quality for section in sections):
         if quality not in KNOWN.values():
             lines.append(
-                f"{quality.name}: {'higher' if quality.higher_is_better else 'lower'} is better"
+                f"{quality.name}: {'higher' if quality.higher_is_better else 'lower'} "
+                "is better"
             )
     if any(text.endswith(UNSURE) for text in texts):
         names_of_tests = "; ".join(sorted(tests))
-        lines.append(f"{UNSURE}: no significant difference (p >= {ALPHA}, {names_of_tests})")
+        lines.append(
+            f"{UNSURE}: no significant difference (p >= {ALPHA}, {names_of_tests})"
+        )
     if any(column.key.endswith("_holm") for column, _ in shown):
         lines.append(
-            f"p and {UNSURE}: of a row by itself; Holm p: corrected for all rows of its table, so that chance alone "
-            f"puts one of them below {ALPHA} in 1 of {round(1 / ALPHA)} tables at most"
+            f"p and {UNSURE}: of a row by itself; Holm p: corrected for all rows of "
+            f"its table, so that chance alone puts one of them below {ALPHA} in 1 of "
+            f"{round(1 / ALPHA)} tables at most"
         )
     if any(text.endswith("?") for text in texts):
         reason = "no scores of examples whose mean is the quality can be compared"
@@ -215,23 +263,29 @@ def legend(sections: Sequence[Section]) -> list[str]:
         lines.append(f"?: significance not tested: {reason}")
     if any("(sim)" in text for text in texts):
         lines.append(
-            "(sim): simulated in float; there is no integer model, so neither size nor latency"
+            "(sim): simulated in float; "
+            "there is no integer model, so neither size nor latency"
         )
     if any("(float)" in text for text in texts):
         lines.append("(float): not quantized, but the float model trained on")
     if any(text.endswith(CONTENDED) for text in texts):
         lines.append(
-            f"{CONTENDED}: measured while other programs used the CPU; qtrain-bench RUN... measures again"
+            f"{CONTENDED}: measured while other programs used the CPU; "
+            "qtrain-bench RUN... measures again"
         )
     if any(
-        row.cells.get("latency_ratio") is not None for section in sections for row in section.rows
+        row.cells.get("latency_ratio") is not None
+        for section in sections
+        for row in section.rows
     ):
         lines.append(
-            "float ms: of the float model in the same run, measured in turns with the row's own"
+            "float ms: of the float model in the same run, "
+            "measured in turns with the row's own"
         )
     if any(_is_stored_wider(row) for section in sections for row in section.rows):
         lines.append(
-            "KB at bits: the file with each weight in its bits, which torch stores in a byte; fronts go by it"
+            "KB at bits: the file with each weight in its bits, "
+            "which torch stores in a byte; fronts go by it"
         )
     return lines + _front_lines(sections, names)
 
@@ -241,9 +295,13 @@ def _front_lines(sections: Sequence[Section], names: str) -> list[str]:
     found = {is_disturbed(section) for section in sections}
     lines = []
     if False in found:
-        tolerance = f"sizes within {SIZE_TOLERANCE:.1%} and latencies within {LATENCY_TOLERANCE:.0%} count as equal"
+        tolerance = (
+            f"sizes within {SIZE_TOLERANCE:.1%} and latencies within "
+            f"{LATENCY_TOLERANCE:.0%} count as equal"
+        )
         lines.append(
-            f"{FRONT}: on the Pareto front of {names}, size and latency of its table; {tolerance}"
+            f"{FRONT}: on the Pareto front of {names}, size and latency of its table; "
+            f"{tolerance}"
         )
     if True in found:
         where = f"in a table where a latency is marked {CONTENDED}"

@@ -11,7 +11,8 @@ def binomial(k: int, n: int) -> float:
     """
     if n < 1000:
         return float(sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-    # From the largest term, in logarithms, downwards: each is the one above times i / (n - i + 1).
+    # From the largest term, in logarithms, downwards: each is the one above times i /
+    # (n - i + 1).
     term = total = 1.0
     for i in range(k, 0, -1):
         term *= i / (n - i + 1)

@@ -15,8 +15,9 @@ from qtrain.common.files import write_atomically
 class Logger:
     """Takes what a run has to show, and shows nothing; a logger overrides what it can show.
 
-    `step` counts optimizer steps of the stage that a metric's name begins with, and epochs of all
-    stages where the name ends with a kind of model, as "val_accuracy/fake".
+    `step` counts optimizer steps of the stage that a metric's name begins with, and
+    epochs of all stages where the name ends with a kind of model, as
+    "val_accuracy/fake".
 
     Attributes:
         shows_images: whether a call of `image` has any effect; drawing takes time.
@@ -63,7 +64,9 @@ class Pictures(Logger):
 
     def _write(self, name: str, content: bytes) -> None:
         self.folder.mkdir(exist_ok=True)
-        write_atomically(self.folder / name.replace("/", "_"), lambda new: new.write_bytes(content))
+        write_atomically(
+            self.folder / name.replace("/", "_"), lambda new: new.write_bytes(content)
+        )
 
 
 def _leave_to_caller(args: threading.ExceptHookArgs) -> None:
@@ -92,11 +95,14 @@ class TensorBoard(Logger):
         self.writer.add_histogram(name, values, step)
 
     def image(self, name: str, png: bytes, step: int) -> None:
-        # As it is, where SummaryWriter.add_image would take pixels and compress them once more.
+        # As it is, where SummaryWriter.add_image would take pixels and compress them
+        # once more.
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         width, height = struct.unpack(">II", png[16:24])
-        image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+        image = Summary.Image(
+            height=height, width=width, colorspace=4, encoded_image_string=png
+        )
         self.writer._get_file_writer().add_summary(
             Summary(value=[Summary.Value(tag=name, image=image)]), step
         )
@@ -105,19 +111,23 @@ class TensorBoard(Logger):
         self.writer.add_text(name, markdown, step)
 
     def hparams(self, params: dict[str, Any]) -> None:
-        # SummaryWriter.add_hparams would open a second run; this keeps one run folder one run.
+        # SummaryWriter.add_hparams would open a second run; this keeps one run folder
+        # one run.
         from torch.utils.tensorboard.summary import hparams
 
         values = {
-            k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in params.items()
+            k: v if isinstance(v, bool | int | float | str) else str(v)
+            for k, v in params.items()
         }
-        # The first summary lists columns, and TensorBoard takes the list of any one run for all.
-        # Without it the columns are what all runs have, those that differ first.
+        # The first summary lists columns, and TensorBoard takes the list of any one run
+        # for all. Without it the columns are what all runs have, those that differ
+        # first.
         for summary in hparams(values, {})[1:]:
             self.writer._get_file_writer().add_summary(summary)
 
     def chart(self, title: str, names: list[str]) -> None:
-        # One axis for several scalars: under Custom Scalars, whose tags are regular expressions.
+        # One axis for several scalars: under Custom Scalars, whose tags are regular
+        # expressions.
         from torch.utils.tensorboard.summary import custom_scalars
 
         tags = [f"{re.escape(name)}$" for name in names]

@@ -40,10 +40,22 @@ def distribution(pairs: Pairs, method: str) -> Figure:
     limit = min(WIDEST, float(exact.abs().max()) or WIDEST)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes: Any = figure.subplots()
-    for values, name, colour in ((exact, "original", "tab:blue"), (restored, method, "tab:red")):
-        axes.hist(values.numpy(), 150, range=(-limit, limit), label=name, color=colour, alpha=0.5)
+    for values, name, colour in (
+        (exact, "original", "tab:blue"),
+        (restored, method, "tab:red"),
+    ):
+        axes.hist(
+            values.numpy(),
+            150,
+            range=(-limit, limit),
+            label=name,
+            color=colour,
+            alpha=0.5,
+        )
     axes.set(
-        xlabel="weight", ylabel="count", title=f"{len(exact):,} weights, original and {method}"
+        xlabel="weight",
+        ylabel="count",
+        title=f"{len(exact):,} weights, original and {method}",
     )
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.grid(color="0.9")
@@ -56,10 +68,12 @@ def noise(decibels: dict[str, dict[str, float]]) -> Figure:
     """Returns bars of the signal-to-quantization-noise ratio, a group for each layer.
 
     Args:
-        decibels: {what was quantized: {layer: dB}}; where there is no error, and so infinitely
-            many, words say so.
+        decibels: {what was quantized: {layer: dB}}; where there is no error, and so
+            infinitely many, words say so.
     """
-    layers = list(dict.fromkeys(name for of_kind in decibels.values() for name in of_kind))
+    layers = list(
+        dict.fromkeys(name for of_kind in decibels.values() for name in of_kind)
+    )
     figure = Figure(figsize=(7, 1.6 + 0.26 * len(layers)), layout="constrained")
     axes: Any = figure.subplots()
     height = 0.8 / len(decibels)
@@ -99,7 +113,8 @@ def weights(pairs: Pairs) -> Figure:
     """Returns histograms of each layer's float and dequantized weights, and of its integers.
 
     Args:
-        pairs: {layer: (float weight, quantized weight of the same shape)}; the first eight count.
+        pairs: {layer: (float weight, quantized weight of the same shape)}; the first
+            eight count.
     """
     shown = list(pairs.items())[:MAX_LAYERS]
     figure = Figure(figsize=(9, 2.2 * len(shown) + 0.6), layout="constrained")
@@ -111,10 +126,19 @@ def weights(pairs: Pairs) -> Figure:
         low, high = int(integers.min()), int(integers.max())
         bins = bin_edges(values, dequantized, high - low + 1)
         left.hist(
-            values.numpy(), bins, label="float", color="tab:blue", alpha=0.6, histtype="stepfilled"
+            values.numpy(),
+            bins,
+            label="float",
+            color="tab:blue",
+            alpha=0.6,
+            histtype="stepfilled",
         )
         left.hist(
-            dequantized.numpy(), bins, label="dequantized", color="tab:orange", histtype="step"
+            dequantized.numpy(),
+            bins,
+            label="dequantized",
+            color="tab:orange",
+            histtype="step",
         )
         left.set_title(f"{name}: weights", fontsize=9)
         steps = (torch.arange(low, high + 2) - 0.5).numpy()
@@ -127,12 +151,14 @@ def weights(pairs: Pairs) -> Figure:
     return figure
 
 
-def bin_edges(values: Tensor, dequantized: Tensor, num_levels: int, most: int = 100) -> list[float]:
+def bin_edges(
+    values: Tensor, dequantized: Tensor, num_levels: int, most: int = 100
+) -> list[float]:
     """Returns the edges of histogram bins over both tensors.
 
-    With one scale for all, each bin holds as many of the levels as any other: a count that went up
-    and down with them would look like an effect of quantization. Fewer levels than bins are spikes,
-    as they are.
+    With one scale for all, each bin holds as many of the levels as any other: a count
+    that went up and down with them would look like an effect of quantization. Fewer
+    levels than bins are spikes, as they are.
     """
     first, last = float(dequantized.min()), float(dequantized.max())
     low, high = min(first, float(values.min())), max(last, float(values.max()))
@@ -143,10 +169,8 @@ def bin_edges(values: Tensor, dequantized: Tensor, num_levels: int, most: int = 
     width = -(-num_levels // most) * step
     start = first - step / 2
     # Floats that were clipped have bins of their own.
-    before, after = (
-        max(0, math.ceil((start - low) / width)),
-        math.ceil((max(last + step / 2, high) - start) / width),
-    )
+    before = max(0, math.ceil((start - low) / width))
+    after = math.ceil((max(last + step / 2, high) - start) / width)
     return [start + width * i for i in range(-before, after + 1)]
 
 

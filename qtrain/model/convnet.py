@@ -62,5 +62,9 @@ class ConvNet(nn.Module):
 
     def fuse_model(self, is_qat: bool = False) -> None:
         """Fuses Conv-BN-ReLU and Linear-ReLU, in place."""
-        groups = [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"], ["linear1", "relu3"]]
+        groups = [
+            ["conv1", "bn1", "relu1"],
+            ["conv2", "bn2", "relu2"],
+            ["linear1", "relu3"],
+        ]
         fuse(self, groups, is_qat=is_qat)

@@ -55,13 +55,15 @@ def load_gguf(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     architecture = gguf.value(reader, "general.architecture")
     if architecture != ARCHITECTURE:
         raise ValueError(
-            f"{key}={name}: its architecture is {architecture}; only {ARCHITECTURE} can be read"
+            f"{key}={name}: its architecture is {architecture}; "
+            f"only {ARCHITECTURE} can be read"
         )
     sizes = {ours: _size(reader, name, theirs) for ours, theirs in SIZES.items()}
     epsilon = gguf.value(reader, f"{ARCHITECTURE}.attention.layer_norm_epsilon")
     if epsilon is None or abs(epsilon - EPSILON) > 1e-9:
         raise ValueError(
-            f"{key}={name}: its attention.layer_norm_epsilon is {epsilon}; supported is {EPSILON}"
+            f"{key}={name}: its attention.layer_norm_epsilon is {epsilon}; "
+            f"supported is {EPSILON}"
         )
     weights = _weights(reader, name, sizes["n_layer"])
     head = weights.pop("lm_head.weight", None)
@@ -79,8 +81,8 @@ def _size(reader: Any, name: str, theirs: str) -> int:
     found = gguf.value(reader, f"{ARCHITECTURE}.{theirs}")
     if type(found) is not int:
         raise ValueError(
-            f"pretrained={name}: it says nothing of {ARCHITECTURE}.{theirs}, so it is no model; "
-            "write it again"
+            f"pretrained={name}: it says nothing of {ARCHITECTURE}.{theirs}, "
+            "so it is no model; write it again"
         )
     return found
 
@@ -99,8 +101,11 @@ def _weights(reader: Any, name: str, n_layer: int) -> dict[str, Tensor]:
             elif ours != "lm_head" and (part == "weight" or ours not in ("wte", "wpe")):
                 missing.append(f"{theirs}.{part}")
     if missing or tensors:
-        lines = [f"missing: {x}" for x in missing] + [f"unexpected: {x}" for x in sorted(tensors)]
+        lines = [f"missing: {x}" for x in missing] + [
+            f"unexpected: {x}" for x in sorted(tensors)
+        ]
         raise ValueError(
-            f"pretrained={name}: its tensors are not those of a GPT-2\n  " + "\n  ".join(lines)
+            f"pretrained={name}: its tensors are not those of a GPT-2\n  "
+            + "\n  ".join(lines)
         )
     return found

@@ -1,7 +1,7 @@
 """GPT-2 whole, quantizable in eager mode: pre-norm blocks, tanh-GELU, tied head; a KV cache.
 
-Each Linear layer stands between its own QuantStub and DeQuantStub. All else stays in float:
-embeddings, LayerNorm, attention with its mask and softmax, GELU, residual sums.
+Each Linear layer stands between its own QuantStub and DeQuantStub. All else stays in
+float: embeddings, LayerNorm, attention with its mask and softmax, GELU, residual sums.
 
 Shapes: B batch, T tokens of one call, S tokens seen by attention (T and the cache's),
 C = n_embd, H = n_head, D = C / H, V = vocab_size.
@@ -24,8 +24,9 @@ from qtrain.model.sampling import Sampling
 class GPT2(nn.Module):
     """GPT-2 as published; with the default sizes it has 124,439,808 parameters.
 
-    The head is a Linear layer of its own, `lm_head`, without bias, and its weight is the same
-    Parameter as `wte.weight`. A conversion that packs the head leaves the embedding as it is.
+    The head is a Linear layer of its own, `lm_head`, without bias, and its weight is
+    the same Parameter as `wte.weight`. A conversion that packs the head leaves the
+    embedding as it is.
 
     Args:
         vocab_size: V.
@@ -33,15 +34,17 @@ class GPT2(nn.Module):
         n_layer: number of blocks.
         n_head: heads of each block; divides n_embd.
         n_embd: width.
-        dropout: of embeddings, attention weights and what each half of a block adds; in [0, 1).
-        pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes replace those
-            given. None: weights are drawn from torch's global generator.
+        dropout: of embeddings, attention weights and what each half of a block adds; in
+            [0, 1).
+        pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes replace
+            those given. None: weights are drawn from torch's global generator.
 
     Raises:
         ValueError: a parameter is out of range, or `load_gpt2` refuses the checkpoint.
     """
 
-    # Its state dict holds all tensors that it has, so that it can be made without any, and filled.
+    # Its state dict holds all tensors that it has, so that it can be made without any,
+    # and filled.
     is_all_state = True
 
     def __init__(
@@ -74,12 +77,18 @@ class GPT2(nn.Module):
             "n_embd": WIDE,
         }
         problems = [
-            line for name, value in sizes.items() for line in whole(name, value, 1, most[name])
+            line
+            for name, value in sizes.items()
+            for line in whole(name, value, 1, most[name])
         ]
         refuse(problems + number("dropout", dropout, least=0, below=1))
-        self.vocab_size, self.n_positions, self.n_layer, self.n_head, self.n_embd = sizes.values()
+        self.vocab_size, self.n_positions, self.n_layer, self.n_head, self.n_embd = (
+            sizes.values()
+        )
         if self.n_embd % self.n_head:
-            refuse([f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}"])
+            refuse(
+                [f"n_embd={self.n_embd}: must be a multiple of n_head={self.n_head}"]
+            )
         self.wte = nn.Embedding(self.vocab_size, self.n_embd)
         self.wpe = nn.Embedding(self.n_positions, self.n_embd)
         self.dropout = nn.Dropout(dropout)
@@ -119,7 +128,8 @@ class GPT2(nn.Module):
 
         Args:
             idx: int64 (B, T), tokens in 0..V-1.
-            cache: holds the tokens before these, and these afterwards. No gradient flows then.
+            cache: holds the tokens before these, and these afterwards. No gradient
+                flows then.
             last_only: compute the logits of the last position only.
 
         Returns:
@@ -132,7 +142,8 @@ class GPT2(nn.Module):
         start = 0 if cache is None else cache.length
         if start + num_tokens > self.n_positions:
             problem = (
-                f"context={start + num_tokens}: must be at most n_positions={self.n_positions}"
+                f"context={start + num_tokens}: "
+                f"must be at most n_positions={self.n_positions}"
             )
             raise ValueError(
                 f"{problem}; shorten the input (data.context), "
@@ -177,7 +188,8 @@ class GPT2(nn.Module):
             max_new_tokens: tokens to add; with the prompt at most n_positions.
             greedy, temperature, top_k, top_p, repetition_penalty: see `Sampling`.
             seed: of the generator that draws; torch's global one is left alone.
-            stop_token: a row that has drawn it is filled up with it; once all rows have, it ends.
+            stop_token: a row that has drawn it is filled up with it; once all rows
+                have, it ends.
             cache: how keys and values are kept, see `KVCache`: "float" or "int8".
 
         Returns:
@@ -246,8 +258,8 @@ def _check_request(model: GPT2, length: int, new: int, sampling: Sampling) -> No
     lines = [] if length else ["idx: the prompt is empty; give at least one token"]
     if not 1 <= new <= room:
         lines.append(
-            f"max_new_tokens={new}: must be at least 1, and a prompt of {length} tokens leaves "
-            f"room for {room} in n_positions={model.n_positions}; "
+            f"max_new_tokens={new}: must be at least 1, and a prompt of {length} "
+            f"tokens leaves room for {room} in n_positions={model.n_positions}; "
             "ask for fewer, or shorten the prompt"
         )
     refuse(lines + sampling.mistakes(model.vocab_size))

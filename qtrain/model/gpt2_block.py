@@ -34,7 +34,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
         """(B, T, C) -> (B, T, C). mask: bool (T, S), True: may look; None: the usual triangle."""
         dropout = self.dropout if self.training else 0.0
-        return attend(x, slot, mask, self._project_in, self._project_out, self.n_head, dropout)
+        return attend(
+            x, slot, mask, self._project_in, self._project_out, self.n_head, dropout
+        )
 
     def _project_in(self, x: Tensor) -> Tensor:
         return self.dequant_attn(self.c_attn(self.quant_attn(x)))
@@ -48,7 +50,9 @@ class Attention(nn.Module):
             return self
         project_in = resolve(self.quant_attn, self.c_attn, self.dequant_attn)
         project_out = resolve(self.quant_proj, self.c_proj, self.dequant_proj)
-        return partial(attend, project_in=project_in, project_out=project_out, n_head=self.n_head)
+        return partial(
+            attend, project_in=project_in, project_out=project_out, n_head=self.n_head
+        )
 
 
 def attend(
@@ -126,7 +130,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return run_block(x, slot, mask, self.ln_1, self.attn, self.ln_2, self.mlp, self.dropout)
+        return run_block(
+            x, slot, mask, self.ln_1, self.attn, self.ln_2, self.mlp, self.dropout
+        )
 
     def resolved(self) -> Call:
         """Returns what the module is in eval mode, as a call."""
@@ -163,8 +169,8 @@ def gelu(x: Tensor) -> Tensor:
         is_plain or is_compiling() or x.numel() < 1 << 15
     ):  # a program of torch.export is for batches of any size
         return F.gelu(x, approximate="tanh")
-    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it takes half
-    # of torch's time.
+    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it
+    # takes half of torch's time.
     slope = 2 * math.sqrt(2 / math.pi)
     return (
         torch.addcmul(torch.full((), slope), x, x, value=0.044715 * slope)

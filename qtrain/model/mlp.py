@@ -12,9 +12,10 @@ class MLP(nn.Module):
 
     Args:
         hidden: width of both hidden layers.
-        hidden_relu: a ReLU after each hidden layer. The articles' DigitsNet has none, so it is
-            linear throughout.
-        output_relu: a ReLU on the logits, as in DigitsNet; it is not fused there, and not here.
+        hidden_relu: a ReLU after each hidden layer. The articles' DigitsNet has none,
+            so it is linear throughout.
+        output_relu: a ReLU on the logits, as in DigitsNet; it is not fused there, and
+            not here.
         inputs: numbers a sample, of whatever shape.
         num_classes: N; of other tasks the numbers that the model puts out.
 

@@ -12,20 +12,21 @@ from qtrain.model.gpt2 import GPT2
 def plant_outliers(model: GPT2, *, num_channels: int, factor: float) -> None:
     """Multiplies some channels of a block's LayerNorms by `factor`; the next layer divides by it.
 
-    Large language models grow such features by themselves (T. Dettmers et al., arXiv:2208.07339,
-    section 4); small ones do not, so here they are made, in place.
+    Large language models grow such features by themselves (T. Dettmers et al.,
+    arXiv:2208.07339, section 4); small ones do not, so here they are made, in place.
 
     Args:
         num_channels: how many of the n_embd channels, evenly spaced.
-        factor: above 0; by a power of 2 the outputs would be the same bit for bit, by others to
-            float rounding.
+        factor: above 0; by a power of 2 the outputs would be the same bit for bit, by
+            others to float rounding.
 
     Raises:
         ValueError: the model is no GPT2, or num_channels or factor is out of range.
     """
     if not isinstance(model, GPT2):
         raise ValueError(
-            f"model_transform: plants outliers in a GPT2, but the model is a {type(model).__name__}"
+            "model_transform: plants outliers in a GPT2, "
+            f"but the model is a {type(model).__name__}"
         )
     refuse(
         whole("model_transform.num_channels", num_channels, 1, model.n_embd)
@@ -34,7 +35,10 @@ def plant_outliers(model: GPT2, *, num_channels: int, factor: float) -> None:
     channels = torch.arange(num_channels) * model.n_embd // num_channels
     block: Any
     for block in model.h:
-        for norm, linear in ((block.ln_1, block.attn.c_attn), (block.ln_2, block.mlp.c_fc)):
+        for norm, linear in (
+            (block.ln_1, block.attn.c_attn),
+            (block.ln_2, block.mlp.c_fc),
+        ):
             norm.weight[channels] *= factor
             norm.bias[channels] *= factor
             linear.weight[:, channels] /= factor

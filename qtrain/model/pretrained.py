@@ -10,7 +10,8 @@ from qtrain.common.network import hub_answers
 from qtrain.model.gguf import load_gguf
 
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-# What qtrain.model.gpt2 computes: a checkpoint of anything else would load and be wrong.
+# What qtrain.model.gpt2 computes: a checkpoint of anything else would load and be
+# wrong.
 FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -26,17 +27,18 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Returns the sizes and the weights of a GPT-2 checkpoint, for `qtrain.model.gpt2.GPT2`.
 
     Args:
-        name: a folder written by `save_pretrained`, a GGUF file (FILE.gguf, extra gguf), or a
-            model on the Hugging Face hub such as "gpt2", "gpt2-medium".
+        name: a folder written by `save_pretrained`, a GGUF file (FILE.gguf, extra
+            gguf), or a model on the Hugging Face hub such as "gpt2", "gpt2-medium".
 
     Returns:
         sizes: vocab_size, n_positions, n_layer, n_head, n_embd.
-        weights: float32 by GPT2's own keys; Conv1D's [in, out] transposed to Linear's [out, in].
+        weights: float32 by GPT2's own keys; Conv1D's [in, out] transposed to Linear's
+            [out, in].
 
     Raises:
-        ValueError: transformers is not installed, the name is no checkpoint, its architecture is
-            not GPT-2's as published, or keys are missing, unexpected or of another shape (all are
-            listed).
+        ValueError: transformers is not installed, the name is no checkpoint, its
+            architecture is not GPT-2's as published, or keys are missing, unexpected or
+            of another shape (all are listed).
     """
     if is_gguf(name):
         return load_gguf(name)
@@ -58,15 +60,22 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     except Exception as err:  # OSError, ValueError and the file formats' own
         if not online:
             raise ValueError(
-                f"pretrained={name}: the hub does not answer, and the model was not downloaded "
-                "before; go online, or name a folder written by save_pretrained"
+                f"pretrained={name}: the hub does not answer, and the model was not "
+                "downloaded before; go online, "
+                "or name a folder written by save_pretrained"
             ) from err
         # Theirs have lines, of which ours would make mistakes of their own.
         reason = " ".join(str(err).split())
-        raise ValueError(f"pretrained={name}: could not be loaded as GPT-2: {reason}") from err
-    _refuse_wrong_keys(name, info, tied=model.lm_head.weight.equal(model.transformer.wte.weight))
+        raise ValueError(
+            f"pretrained={name}: could not be loaded as GPT-2: {reason}"
+        ) from err
+    _refuse_wrong_keys(
+        name, info, tied=model.lm_head.weight.equal(model.transformer.wte.weight)
+    )
     transposed = {
-        f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, Conv1D)
     }
     weights = {
         key.removeprefix("transformer."): (value.t() if key in transposed else value)
@@ -83,8 +92,9 @@ def _folder_or_name(name: str) -> tuple[str, bool]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(
-                f"pretrained={name}: the folder is no checkpoint, for it holds no config.json; "
-                "name a folder written by save_pretrained, or a model on the hub such as gpt2"
+                f"pretrained={name}: the folder is no checkpoint, for it holds no "
+                "config.json; name a folder written by save_pretrained, "
+                "or a model on the hub such as gpt2"
             )
         return str(folder), True
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -98,7 +108,8 @@ def _folder_or_name(name: str) -> tuple[str, bool]:
 def _refuse_other_architectures(name: str, config: Any) -> None:
     allowed = {**FIXED, "n_inner": (None, 4 * getattr(config, "n_embd", 0))}
     problems = [
-        f"{key}={getattr(config, key, None)} (supported: {' or '.join(map(str, values))})"
+        f"{key}={getattr(config, key, None)} (supported: "
+        f"{' or '.join(map(str, values))})"
         for key, values in allowed.items()
         if getattr(config, key, None) not in values
     ]
@@ -108,7 +119,8 @@ def _refuse_other_architectures(name: str, config: Any) -> None:
 
 def _refuse_wrong_keys(name: str, info: dict[str, Any], *, tied: bool) -> None:
     shapes = sorted(
-        (key, tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]
+        (key, tuple(found), tuple(wanted))
+        for key, found, wanted in info["mismatched_keys"]
     )
     lines = [
         *(f"missing: {key}" for key in sorted(info["missing_keys"])),
@@ -126,6 +138,7 @@ def _refuse_wrong_keys(name: str, info: dict[str, Any], *, tied: bool) -> None:
         )
     if lines:
         raise ValueError(
-            f"pretrained={name}: the weights do not fit GPT-2 as its config.json describes it; "
+            f"pretrained={name}: the weights do not fit GPT-2 as its config.json "
+            "describes it; "
             "use an undamaged checkpoint\n  " + "\n  ".join(lines)
         )

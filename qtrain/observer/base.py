@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from qtrain.functional.qparams import range_qparams
 from qtrain.functional.spec import AUTO, QuantSpec
 
-# As torch's own observers want them; a torch without quantized tensors has the plain ones alone.
+# As torch's own observers want them; a torch without quantized tensors has the plain
+# ones alone.
 SIGNED = getattr(torch, "qint8", torch.int8)
 UNSIGNED = getattr(torch, "quint8", torch.uint8)
 EPS = torch.finfo(torch.float32).eps  # the smallest scale
@@ -26,7 +27,8 @@ class Observer(nn.Module):
         eps: the smallest scale.
 
     Attributes:
-        min_val, max_val: the smallest and the largest value seen, [] or [C]; infinite before that.
+        min_val, max_val: the smallest and the largest value seen, [] or [C]; infinite
+            before that.
     """
 
     short_name: str  # by which reports and messages call it
@@ -83,7 +85,9 @@ class Observer(nn.Module):
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
         return scale, zero_point
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         # One number in a fresh observer, one a channel in a saved one.
         for name in ("min_val", "max_val"):
             saved = state_dict.get(prefix + name)
@@ -103,7 +107,10 @@ def refuse_per_channel(observer: str, qscheme: torch.qscheme) -> None:
 
 def make_observer(spec: QuantSpec, *, signed: bool) -> Any:
     """Returns an observer for a settled spec; signed for weights, unsigned for activations."""
-    assert spec.observer is not None and AUTO not in (spec.symmetric, spec.granularity), spec
+    assert spec.observer is not None and AUTO not in (
+        spec.symmetric,
+        spec.granularity,
+    ), spec
     kind = f"{spec.granularity}_{'symmetric' if spec.symmetric else 'affine'}"
     low, high = spec.quant_range(signed)
     return spec.observer(

@@ -25,9 +25,13 @@ class FixedObserver(nn.Module):
         self.dtype, self.qscheme = UNSIGNED, torch.per_tensor_affine
         self.quant_min, self.quant_max = 0, 2**bits - 1
         self.register_buffer("scale", torch.tensor([scale]))
-        self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int32))
+        self.register_buffer(
+            "zero_point", torch.tensor([zero_point], dtype=torch.int32)
+        )
         self.register_buffer("min_val", torch.tensor(-zero_point * scale))
-        self.register_buffer("max_val", torch.tensor((self.quant_max - zero_point) * scale))
+        self.register_buffer(
+            "max_val", torch.tensor((self.quant_max - zero_point) * scale)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x

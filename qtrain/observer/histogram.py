@@ -1,8 +1,9 @@
 """The clipping range of least squared error, searched on a histogram of all that was seen.
 
-The search is that of torch.ao's HistogramObserver, to the same bins: it cuts off ever more values
-at both ends, a hundred thousandth of them at a time, as long as the expected squared error falls.
-Here stretching the histogram to a new range, torch's longest work, costs next to nothing.
+The search is that of torch.ao's HistogramObserver, to the same bins: it cuts off ever
+more values at both ends, a hundred thousandth of them at a time, as long as the
+expected squared error falls. Here stretching the histogram to a new range, torch's
+longest work, costs next to nothing.
 """
 
 from bisect import bisect_left, bisect_right
@@ -64,18 +65,26 @@ class HistogramObserver(Observer):
         self.histogram = torch.histc(seen, self.bins, low, high).add_(histogram)
         return x
 
-    def _stretched(self, old_low: float, old_high: float, low: float, high: float) -> Tensor:
+    def _stretched(
+        self, old_low: float, old_high: float, low: float, high: float
+    ) -> Tensor:
         """Returns the histogram of old_low..old_high as one of low..high.
 
-        Each bin is spread over UPSAMPLE points; how many lie below each new boundary says how much
-        of it lies there.
+        Each bin is spread over UPSAMPLE points; how many lie below each new boundary
+        says how much of it lies there.
         """
         if old_low == old_high:
-            return torch.histc(self.min_val, self.bins, low, high) * self.histogram.sum()
+            return (
+                torch.histc(self.min_val, self.bins, low, high) * self.histogram.sum()
+            )
         device = self.histogram.device
         points = self.bins * UPSAMPLE
-        boundaries = torch.linspace(low, high, self.bins + 1, device=device, dtype=torch.float64)
-        below_each = (boundaries - old_low).mul_(points / (old_high - old_low)).sub_(0.5).ceil_()
+        boundaries = torch.linspace(
+            low, high, self.bins + 1, device=device, dtype=torch.float64
+        )
+        below_each = (
+            (boundaries - old_low).mul_(points / (old_high - old_low)).sub_(0.5).ceil_()
+        )
         below_each = below_each.clamp_(0, points).long()
         full, part = below_each // UPSAMPLE, below_each % UPSAMPLE
         # 0 before the first bin and behind the last.
@@ -116,8 +125,9 @@ class HistogramObserver(Observer):
     def _squared_error(self, first: int, last: int) -> float:
         """Returns the squared error of rounding all seen to LEVELS values between two bins' edges.
 
-        A bin's values count as spread evenly over it. Between two of its points the error, measured
-        from the middle of the level that they round to, is the integral of x^2.
+        A bin's values count as spread evenly over it. Between two of its points the
+        error, measured from the middle of the level that they round to, is the integral
+        of x^2.
         """
         width = (self.max_val.item() - self.min_val.item()) / self.bins
         step = width * (last - first + 1) / LEVELS
@@ -125,8 +135,12 @@ class HistogramObserver(Observer):
             return 0.0
         begins = (torch.arange(self.bins, device=self.histogram.device) - first) * width
         closes = begins + width
-        first_level = torch.div(begins, step, rounding_mode="floor").clamp_(0, LEVELS - 1)
-        last_level = torch.div(closes, step, rounding_mode="floor").clamp_(0, LEVELS - 1)
+        first_level = torch.div(begins, step, rounding_mode="floor").clamp_(
+            0, LEVELS - 1
+        )
+        last_level = torch.div(closes, step, rounding_mode="floor").clamp_(
+            0, LEVELS - 1
+        )
         density = self.histogram / width
         half = torch.tensor(step / 2, device=self.histogram.device)
         from_first = begins - (first_level + 0.5) * step

@@ -55,8 +55,8 @@ class MinMaxObserver(Observer):
     ) -> tuple[tuple[float, float], tuple[float, float]] | None:
         """Does what `observe` does per tensor, with numbers; returns the ranges of `x` and of all.
 
-        Returns None, having changed nothing, where a number is not finite or so large that its
-        scale may not be.
+        Returns None, having changed nothing, where a number is not finite or so large
+        that its scale may not be.
 
         Args:
             rectified: observe relu(x).
@@ -97,7 +97,8 @@ class MinMaxObserver(Observer):
         """Observes `x` alone, by channel of axis 0; returns scales (C,): the largest is `last`.
 
         Args:
-            last: the largest integer, as a tensor [], which takes a third of a number's time.
+            last: the largest integer, as a tensor [], which takes a third of a number's
+                time.
         """
         low, high = ends(x)
         self._set_range(low, high)

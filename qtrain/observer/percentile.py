@@ -11,13 +11,14 @@ from qtrain.observer.base import Observer, refuse_per_channel
 class PercentileObserver(Observer):
     """Observes a histogram of everything seen, and clips it at a percentile on each side.
 
-    The histogram spans [-limit, limit]; when a larger value comes, limit doubles and neighbouring
-    bins are merged, so that no count is ever moved to a wrong place. The percentiles are exact to
-    one bin: at most 4 * max|x| / bins.
+    The histogram spans [-limit, limit]; when a larger value comes, limit doubles and
+    neighbouring bins are merged, so that no count is ever moved to a wrong place. The
+    percentiles are exact to one bin: at most 4 * max|x| / bins.
 
     Args:
-        percentile: share of values in percent, above 50 and at most 100, that lies below the upper
-            end; as many lie above the lower end. 100 is the plain minimum and maximum.
+        percentile: share of values in percent, above 50 and at most 100, that lies
+            below the upper end; as many lie above the lower end. 100 is the plain
+            minimum and maximum.
         bins: a multiple of 4, up to MOST_BINS.
         qargs: as for `Observer`; per tensor.
 
@@ -46,10 +47,8 @@ class PercentileObserver(Observer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         seen = x.detach().float()
         low, high = torch.aminmax(seen)
-        self.min_val, self.max_val = (
-            torch.minimum(self.min_val, low),
-            torch.maximum(self.max_val, high),
-        )
+        self.min_val = torch.minimum(self.min_val, low)
+        self.max_val = torch.maximum(self.max_val, high)
         peak = float(torch.maximum(self.max_val, -self.min_val))
         if peak == 0:  # zeros lie in the middle, whatever the limit will be
             self.counts[self.bins // 2] += seen.numel()
@@ -72,19 +71,25 @@ class PercentileObserver(Observer):
         """Returns (low, high), inside the observed minimum and maximum."""
         tail = self.counts.sum() * (1 - self.percentile / 100)
         edges = (
-            torch.linspace(-1, 1, self.bins + 1, dtype=torch.float64, device=self.counts.device)
+            torch.linspace(
+                -1, 1, self.bins + 1, dtype=torch.float64, device=self.counts.device
+            )
             * self.limit
         )
         below = self.counts.cumsum(0)
-        low = edges[torch.searchsorted(below, tail, right=True).clamp(max=self.bins - 1)]
+        low = edges[
+            torch.searchsorted(below, tail, right=True).clamp(max=self.bins - 1)
+        ]
         above = self.counts.flip(0).cumsum(0)
-        high = edges.flip(0)[torch.searchsorted(above, tail, right=True).clamp(max=self.bins - 1)]
-        return torch.maximum(low.float(), self.min_val), torch.minimum(high.float(), self.max_val)
+        high = edges.flip(0)[
+            torch.searchsorted(above, tail, right=True).clamp(max=self.bins - 1)
+        ]
+        return torch.maximum(low.float(), self.min_val), torch.minimum(
+            high.float(), self.max_val
+        )
 
     def reset_min_max_vals(self) -> None:
-        self.min_val, self.max_val = (
-            self.min_val.new_tensor(torch.inf),
-            self.max_val.new_tensor(-torch.inf),
-        )
+        self.min_val = self.min_val.new_tensor(torch.inf)
+        self.max_val = self.max_val.new_tensor(-torch.inf)
         self.counts.zero_()
         self.limit = self.limit.new_tensor(0.0)

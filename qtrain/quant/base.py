@@ -12,8 +12,9 @@ from qtrain.simulate.simulation import Batches, Simulation
 class Quantizer:
     """Leaves the model as it is; a method overrides what it changes.
 
-    The pipeline calls `prepare`, `calibrate`, then trains where `trains`, then `convert`. None of
-    them changes the model it is given, except that calibration fills the simulation's observers.
+    The pipeline calls `prepare`, `calibrate`, then trains where `trains`, then
+    `convert`. None of them changes the model it is given, except that calibration fills
+    the simulation's observers.
 
     Attributes:
         calibrates: whether `calibrate` heeds its batches.
@@ -23,8 +24,9 @@ class Quantizer:
         engine: torch's quantized engine of the converted model, or None.
         weight, activation: the settled specs, or None.
         simulated: whether no kernel can do what is asked, so that `fake` is the result.
-        is_all_state: whether models that it converts can be made without values, on torch's device
-            "meta", and filled from a state dict, where the float model can.
+        is_all_state: whether models that it converts can be made without values, on
+            torch's device "meta", and filled from a state dict, where the float model
+            can.
         exports: whether its simulation has something that an exporter can write.
     """
 
@@ -43,7 +45,8 @@ class Quantizer:
         """Returns the simulation of a copy of the float `model`, to be calibrated; maybe bare.
 
         Args:
-            example: forward's arguments, a few samples: for a model that must be traced.
+            example: forward's arguments, a few samples: for a model that must be
+                traced.
         """
         return Simulation(torch_ao.copy_model(model)).eval()
 

@@ -23,8 +23,8 @@ class Cast(Quantizer):
 
     Args:
         dtype: "float16" or "bfloat16".
-        layers: {pattern of layer names: "float"}: these stay in float32, their inputs are cast as
-            they come.
+        layers: {pattern of layer names: "float"}: these stay in float32, their inputs
+            are cast as they come.
 
     Raises:
         ValueError: the dtype is neither, or a layer setting is not "float".
@@ -33,14 +33,19 @@ class Cast(Quantizer):
     weight: FloatFormat
 
     def __init__(self, *, dtype: str, layers: dict[str, str]) -> None:
-        refuse(choice("dtype", dtype, DTYPES) + only_float(layers, f"all others have {dtype}"))
+        refuse(
+            choice("dtype", dtype, DTYPES)
+            + only_float(layers, f"all others have {dtype}")
+        )
         self.dtype, self.layers = DTYPES[dtype], layers
         self.weight = self.activation = FloatFormat(dtype)
 
     def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
         floats = self._floats(model)
         plan = {
-            name: LayerPlan(type(layer).__name__, weight=self.weight, backend=self.weight.dtype)
+            name: LayerPlan(
+                type(layer).__name__, weight=self.weight, backend=self.weight.dtype
+            )
             for name, layer in model.named_modules()
             if name not in floats and any(True for _ in layer.parameters(recurse=False))
         }
@@ -49,13 +54,15 @@ class Cast(Quantizer):
     def _floats(self, model: nn.Module) -> set[str]:
         """Returns the layers that stay in float32.
 
-        Those with a matrix, each by itself: what lies between them, as attention, stays in one
-        format.
+        Those with a matrix, each by itself: what lies between them, as attention, stays
+        in one format.
         """
         floats: set[str] = set()
         for outer in torch_ao.match_layers(model, dict.fromkeys(self.layers)):
             modules = model.get_submodule(outer).named_modules(prefix=outer)
-            found = {name for name, module in modules if isinstance(module, WITH_MATRIX)}
+            found = {
+                name for name, module in modules if isinstance(module, WITH_MATRIX)
+            }
             if not found:
                 raise ValueError(
                     f"quant.layers: {outer} has no matrix to keep in float; "
@@ -77,7 +84,9 @@ class Cast(Quantizer):
         return model
 
 
-def _cast_between(model: nn.Module, inside: torch.dtype, outside: torch.dtype) -> nn.Module:
+def _cast_between(
+    model: nn.Module, inside: torch.dtype, outside: torch.dtype
+) -> nn.Module:
     """Returns `model`, in place with hooks that cast what it is given, and what it puts out."""
     model.register_forward_pre_hook(lambda _, args: tuple(_to(x, inside) for x in args))
     model.register_forward_hook(lambda _, args, output: _to(output, outside))

@@ -1,6 +1,7 @@
 """Dynamic quantization: int8 weights in Linear layers, inputs quantized on the fly; no calibration.
 
-The range of each input is measured when it comes, so there is nothing to simulate beforehand.
+The range of each input is measured when it comes, so there is nothing to simulate
+beforehand.
 """
 
 from dataclasses import replace
@@ -28,12 +29,13 @@ class Dynamic(Quantizer):
         engine: "int8", "fbgemm", "qnnpack", "x86", "onednn" or "auto".
         weight: what weights are quantized to.
         embedding, head: as for PTQ.
-        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4};
-            or what these layers are instead, see `layer_format`: "float", "fp16", "llm_int8",
-            {"method": "weight_only", "bits": 4} ...}.
+        layers: {pattern of layer names: the fields of `weight` that differ there, as
+            {"bits": 4}; or what these layers are instead, see `layer_format`: "float",
+            "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
 
     Raises:
-        ValueError: the engine is unknown or refuses a spec; a layer setting is none of these.
+        ValueError: the engine is unknown or refuses a spec; a layer setting is none of
+            these.
     """
 
     engine: str
@@ -53,9 +55,12 @@ class Dynamic(Quantizer):
         self.backend = find(engine)
         self.engine = self.backend.name
         if not self.backend.is_dynamic:
-            able = ", ".join(name for name, other in engines().items() if other.is_dynamic)
+            able = ", ".join(
+                name for name, other in engines().items() if other.is_dynamic
+            )
             raise ValueError(
-                f"engine={self.engine}: has no dynamic quantization; allowed are auto, {able}"
+                f"engine={self.engine}: has no dynamic quantization; "
+                f"allowed are auto, {able}"
             )
         self.weight = self._settle(weight)
         self.layers = read_settings(layers if layers is not None else {}, self._setting)
@@ -65,21 +70,25 @@ class Dynamic(Quantizer):
 
     def _setting(self, pattern: str, setting: Any) -> QuantSpec | PackedFormat | None:
         return spec_or_format(
-            pattern, setting, lambda fields: self._settle(replace(self.weight, **fields))
+            pattern,
+            setting,
+            lambda fields: self._settle(replace(self.weight, **fields)),
         )
 
     def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
         own = settings_of(model, self.layers)
         floats = {name for name, setting in own.items() if setting is None}
-        found: dict[str, Any] = dict(formats(model, self.embedding, self.head, own, floats))
+        found: dict[str, Any] = dict(
+            formats(model, self.embedding, self.head, own, floats)
+        )
         first: dict[int, str] = {}
         for name, layer in model.named_modules(remove_duplicate=False):
             if type(layer) is not nn.Linear:
                 continue
             if first.setdefault(id(layer), name) != name:
                 raise ValueError(
-                    f"model: layer {name} is layer {first[id(layer)]} under a second name, "
-                    "and only the first would be converted; register it once"
+                    f"model: layer {name} is layer {first[id(layer)]} under a second "
+                    "name, and only the first would be converted; register it once"
                 )
             found.setdefault(name, own.get(name, self.weight))
         plan = {
@@ -87,7 +96,9 @@ class Dynamic(Quantizer):
             for n, form in found.items()
             if isinstance(form, QuantSpec)
         }
-        others = {name: form for name, form in found.items() if isinstance(form, PackedFormat)}
+        others = {
+            name: form for name, form in found.items() if isinstance(form, PackedFormat)
+        }
         plan |= {
             name: form.plan(type(model.get_submodule(name)).__name__)
             for name, form in others.items()
@@ -96,7 +107,13 @@ class Dynamic(Quantizer):
 
     def convert(self, simulation: Simulation) -> nn.Module:
         weights = {
-            name: layer.weight for name, layer in simulation.plan.items() if layer.backend is None
+            name: layer.weight
+            for name, layer in simulation.plan.items()
+            if layer.backend is None
         }
-        specs = {name: weight for name, weight in weights.items() if isinstance(weight, QuantSpec)}
+        specs = {
+            name: weight
+            for name, weight in weights.items()
+            if isinstance(weight, QuantSpec)
+        }
         return self.backend.lower_dynamic(super().convert(simulation), specs)

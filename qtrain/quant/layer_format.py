@@ -23,10 +23,11 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> PackedFormat 
 
     Args:
         pattern: of layer names, for messages.
-        setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of `method`, the
-            fields of `weight` that differ (of weight_only, which is meant without a method), and
-            `threshold` (of llm_int8).
-        weight: what weight_only quantizes to where the setting does not say otherwise; not settled.
+        setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of
+            `method`, the fields of `weight` that differ (of weight_only, which is meant
+            without a method), and `threshold` (of llm_int8).
+        weight: what weight_only quantizes to where the setting does not say otherwise;
+            not settled.
 
     Raises:
         ValueError: names the pattern and what is allowed.
@@ -38,7 +39,9 @@ def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> PackedFormat 
             f"layers.{pattern}={shown(setting)}: must be {', '.join(METHODS)}, "
             "or a mapping such as {bits: 4} or {method: llm_int8, threshold: 5.0}"
         )
-    allowed = {"weight_only": set(vars(weight)), "llm_int8": {"threshold"}}.get(method, set())
+    allowed = {"weight_only": set(vars(weight)), "llm_int8": {"threshold"}}.get(
+        method, set()
+    )
     _refuse_unknown(pattern, fields, allowed, method)
     if method == "float":
         return None
@@ -72,7 +75,9 @@ def spec_or_format(
     """
     if not isinstance(setting, dict) or "method" in setting:
         return layer_format(pattern, setting, QuantSpec())
-    _refuse_unknown(pattern, setting, set(vars(QuantSpec())), "a mapping without a method")
+    _refuse_unknown(
+        pattern, setting, set(vars(QuantSpec())), "a mapping without a method"
+    )
     try:
         return settle_fields(setting)
     except ValueError as err:
@@ -81,7 +86,9 @@ def spec_or_format(
         ) from err
 
 
-def _refuse_unknown(pattern: str, fields: dict[str, Any], allowed: set[str], owner: str) -> None:
+def _refuse_unknown(
+    pattern: str, fields: dict[str, Any], allowed: set[str], owner: str
+) -> None:
     has = ", ".join(sorted(allowed)) or "no others"
     refuse(
         f"layers.{pattern}.{k}={shown(v)}: {owner} has {has}"
@@ -90,7 +97,9 @@ def _refuse_unknown(pattern: str, fields: dict[str, Any], allowed: set[str], own
     )
 
 
-def read_settings(layers: dict[str, Any], read: Callable[[str, Any], Any]) -> dict[str, Any]:
+def read_settings(
+    layers: dict[str, Any], read: Callable[[str, Any], Any]
+) -> dict[str, Any]:
     """Returns {pattern: read(pattern, setting)}.
 
     Raises:
@@ -112,7 +121,9 @@ def only_float(layers: Any, reason: str) -> list[str]:
     if problems := mapping("layers", layers):
         return problems
     return [
-        f"layers.{p}={shown(s)}: must be float; {reason}" for p, s in layers.items() if s != "float"
+        f"layers.{p}={shown(s)}: must be float; {reason}"
+        for p, s in layers.items()
+        if s != "float"
     ]
 
 
@@ -132,16 +143,22 @@ def settings_of(
         other_specs: whether a QuantSpec has an effect on other layers too.
 
     Raises:
-        ValueError: a pattern matches nothing, or nothing on which its setting has an effect.
+        ValueError: a pattern matches nothing, or nothing on which its setting has an
+            effect.
     """
     own = torch_ao.match_layers(model, layers)
-    linears = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    linears = [
+        name for name, layer in model.named_modules() if type(layer) is nn.Linear
+    ]
     for pattern, setting in layers.items():
         if setting is None or other_specs and isinstance(setting, QuantSpec):
             continue
-        if not any(fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*") for n in linears):
+        if not any(
+            fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*") for n in linears
+        ):
             raise ValueError(
-                f"quant.layers.{pattern}: has no Linear layer, and this is a setting of theirs"
+                f"quant.layers.{pattern}: "
+                "has no Linear layer, and this is a setting of theirs"
             )
     found = {}
     for name, layer in model.named_modules():
@@ -167,7 +184,8 @@ def settle(weight: QuantSpec) -> QuantSpec:
     if weight.observer is not None:
         name = weight.describe()["observer"]
         problems.append(
-            f"observer={name}: weights are taken by their minimum and maximum; leave it at null"
+            f"observer={name}: weights are taken by their minimum and maximum; "
+            "leave it at null"
         )
     if problems:
         raise ValueError("\n".join(problems))

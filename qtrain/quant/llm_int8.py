@@ -16,7 +16,8 @@ class LLMInt8(WeightOnly):
     """Vector-wise int8 with outlier columns in float.
 
     Args:
-        threshold: magnitude from which a feature's column is an outlier; 6.0 in the paper; or null.
+        threshold: magnitude from which a feature's column is an outlier; 6.0 in the
+            paper; or null.
         embedding, head: as for `WeightOnly`.
         layers: as for `WeightOnly`; {"bits": 4} means weight_only there.
 
@@ -25,7 +26,12 @@ class LLMInt8(WeightOnly):
     """
 
     def __init__(
-        self, *, threshold: float | None, embedding: str, head: str, layers: dict[str, Any]
+        self,
+        *,
+        threshold: float | None,
+        embedding: str,
+        head: str,
+        layers: dict[str, Any],
     ) -> None:
         problems = []
         for check in (
@@ -49,7 +55,8 @@ class LLMInt8(WeightOnly):
         return PackedFormat("llm_int8", self.weight, self.threshold)
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
-        return None  # the scales of its inputs are measured when they come, as for `Dynamic`
+        # The scales of its inputs are measured when they come, as for `Dynamic`
+        return None
 
     def reference(self, simulation: Simulation) -> Any:
         return None

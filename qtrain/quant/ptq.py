@@ -1,7 +1,8 @@
 """Static post-training quantization: observe calibration data, convert weights and activations.
 
-B. Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
-Inference", arXiv:1712.05877, section 2; R. Krishnamoorthi, arXiv:1806.08342, section 3.
+B. Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", arXiv:1712.05877, section 2; R. Krishnamoorthi,
+arXiv:1806.08342, section 3.
 """
 
 from collections.abc import Sequence
@@ -47,26 +48,28 @@ class PTQ(Quantizer):
     """Calibrates observers at every quantized tensor, then converts.
 
     Args:
-        engine: "int8", "fbgemm", "qnnpack", "x86", "onednn", "reference" or "auto"; or a backend.
+        engine: "int8", "fbgemm", "qnnpack", "x86", "onednn", "reference" or "auto"; or
+            a backend.
         weight: what weights are quantized to.
-        activation: what activations are quantized to; below the bits of the engine's kernels the
-            simulation is the result.
-        fake_quantize: "qtrain", or "torch" for torch's own kernels and observers, the slow ones.
+        activation: what activations are quantized to; below the bits of the engine's
+            kernels the simulation is the result.
+        fake_quantize: "qtrain", or "torch" for torch's own kernels and observers, the
+            slow ones.
         transforms: what improves the simulation, in this order; see `qtrain.transform`.
-        embedding: how embeddings are stored once converted: "float", "fp16", "int8" with one scale
-            a row, or "int4" in groups.
-        head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate" is quantized
-            like others, "shared" stays one with it, in the embedding's format, and "float" in
-            float32.
-        layers: {pattern of layer names: the fields of `weight` that differ there, as {"bits": 4};
-            or what these layers are instead, see `layer_format`: "float", "fp16", "llm_int8",
-            {"method": "weight_only", "bits": 4} ...}. Until conversion the latter are float, as
-            their inputs and outputs stay.
+        embedding: how embeddings are stored once converted: "float", "fp16", "int8"
+            with one scale a row, or "int4" in groups.
+        head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate" is
+            quantized like others, "shared" stays one with it, in the embedding's
+            format, and "float" in float32.
+        layers: {pattern of layer names: the fields of `weight` that differ there, as
+            {"bits": 4}; or what these layers are instead, see `layer_format`: "float",
+            "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}. Until
+            conversion the latter are float, as their inputs and outputs stay.
         capture: how a model without stubs becomes one that can be simulated.
 
     Raises:
-        ValueError: the engine is unknown or refuses a spec; there is no such fake quantization; a
-            layer setting is none of these.
+        ValueError: the engine is unknown or refuses a spec; there is no such fake
+            quantization; a layer setting is none of these.
     """
 
     calibrates = True
@@ -111,14 +114,21 @@ class PTQ(Quantizer):
         self.layers = read_settings(layers if layers is not None else {}, setting_of)
         self.simulated = self.activation.bits < self.backend.least_activation_bits
 
-    def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
+    def _settle(
+        self, weight: QuantSpec, activation: QuantSpec
+    ) -> tuple[QuantSpec, QuantSpec]:
         return self.backend.settle(weight, activation)
 
     def prepare(self, model: nn.Module, example: Inputs = ()) -> Simulation:
         return self._simulate(model, example, is_qat=False)
 
     def _simulate(
-        self, model: nn.Module, example: Inputs, *, is_qat: bool, conv_bn: str = "folded"
+        self,
+        model: nn.Module,
+        example: Inputs,
+        *,
+        is_qat: bool,
+        conv_bn: str = "folded",
     ) -> Simulation:
         """Returns the simulation of a copy of `model`."""
         if self.transforms:
@@ -129,9 +139,15 @@ class PTQ(Quantizer):
         captured = self._captured(model, few(example), is_qat)
         names, model = list(model.state_dict()), captured.model
         chosen = torch_ao.match_layers(
-            model, {p: s if isinstance(s, QuantSpec) else None for p, s in self.layers.items()}
+            model,
+            {
+                p: s if isinstance(s, QuantSpec) else None
+                for p, s in self.layers.items()
+            },
         )
-        floats = {name: "set by quant.layers" for name, spec in chosen.items() if spec is None}
+        floats = {
+            name: "set by quant.layers" for name, spec in chosen.items() if spec is None
+        }
         floats |= dict.fromkeys(heads, "set by quant.head") | captured.floats
         backend = self.backend
         groups = find_groups(model, floats, backend.why_float, backend.has_scale)
@@ -148,16 +164,22 @@ class PTQ(Quantizer):
             )
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
         simulation.capture = captured.describe()
-        simulation.home = Home(names, captured.tensors, captured.origins, simulation.model)
+        simulation.home = Home(
+            names, captured.tensors, captured.origins, simulation.model
+        )
         simulation.backend = self.backend
         simulation.clips_at_type = self.backend.clips_at_type and not self.simulated
-        simulation.others = {place(simulation.model, name): form for name, form in packed.items()}
+        simulation.others = {
+            place(simulation.model, name): form for name, form in packed.items()
+        }
         if not is_qat:
             observe_weights(simulation.model)
             simulation.set_mode(observing=False, quantizing=False)
         if captured.original is not None:
             copied = simulation.float_copy()
-            error = prove(captured.original, copied, few(example), exact=False, training=False)
+            error = prove(
+                captured.original, copied, few(example), exact=False, training=False
+            )
             simulation.capture["error"]["fused"] = error
         return simulation
 
@@ -169,22 +191,33 @@ class PTQ(Quantizer):
         torch_ao.make_ready(model, is_qat=is_qat, fuses=as_is)
         if as_is:
             return Captured("as_is", model, tensors=owned)
-        return capture(model, example, self.capture, self.backend.why_float, is_qat=is_qat)
+        return capture(
+            model, example, self.capture, self.backend.why_float, is_qat=is_qat
+        )
 
     def _packed(self, model: nn.Module) -> tuple[dict[str, PackedFormat], set[str]]:
         """Returns {layer: the format it is packed in}, and the heads kept with an embedding."""
         own: dict[str, Any] = {}
-        is_packed = any(isinstance(setting, PackedFormat) for setting in self.layers.values())
-        # By the names before fusing, where they are needed; messages are better behind it.
+        is_packed = any(
+            isinstance(setting, PackedFormat) for setting in self.layers.values()
+        )
+        # By the names before fusing, where they are needed; messages are better behind
+        # it.
         if is_packed or (self.embedding, self.head) != ("float", "separate"):
             own = settings_of(model, self.layers, other_specs=True)
-        found = {name: form for name, form in own.items() if isinstance(form, PackedFormat)}
+        found = {
+            name: form for name, form in own.items() if isinstance(form, PackedFormat)
+        }
         floats = {name for name, setting in own.items() if setting is None}
         tied = formats(model, self.embedding, self.head, own, floats)
         found |= {name: form for name, form in tied.items() if form is not None}
-        return found, {name for name in tied if type(model.get_submodule(name)) is nn.Linear}
+        return found, {
+            name for name in tied if type(model.get_submodule(name)) is nn.Linear
+        }
 
-    def _fake_quantize(self, spec: QuantSpec | FixedSpec, is_weight: bool) -> FakeQuantize:
+    def _fake_quantize(
+        self, spec: QuantSpec | FixedSpec, is_weight: bool
+    ) -> FakeQuantize:
         if isinstance(spec, FixedSpec):
             observer: Any = FixedObserver(spec.scale, spec.zero_point, spec.bits)
         else:
@@ -198,7 +231,9 @@ class PTQ(Quantizer):
         )
 
     def calibrate(self, simulation: Simulation, batches: Batches) -> None:
-        equivalent = [transform for transform in self.transforms if transform.before_observation]
+        equivalent = [
+            transform for transform in self.transforms if transform.before_observation
+        ]
         for transform in equivalent:
             transform(simulation, batches)
         if equivalent and not self.trains:
@@ -236,4 +271,8 @@ def place(model: nn.Module, name: str) -> str:
         if isinstance(model.get_submodule(name[:end]), QuantModule):
             name = f"{name[:end]}.layer{name[end:]}"
             break
-    return name if isinstance(model.get_submodule(name), nn.Linear | nn.Embedding) else f"{name}.0"
+    return (
+        name
+        if isinstance(model.get_submodule(name), nn.Linear | nn.Embedding)
+        else f"{name}.0"
+    )

@@ -1,6 +1,7 @@
 """Quantization-aware training: simulated integers, trained straight through, then converted.
 
-B. Jacob et al., arXiv:1712.05877, section 3; R. Krishnamoorthi, arXiv:1806.08342, section 4.
+B. Jacob et al., arXiv:1712.05877, section 3; R. Krishnamoorthi, arXiv:1806.08342,
+section 4.
 """
 
 from dataclasses import replace
@@ -24,20 +25,24 @@ class QAT(PTQ):
 
     Args:
         epochs: epochs of quantization-aware training.
-        optimizer, scheduler: factories, as at the top level; they serve this training alone.
+        optimizer, scheduler: factories, as at the top level; they serve this training
+            alone.
         from_scratch: start from the untrained model, not from the trained float model.
         start_epoch: first epoch with fake quantization; null: never, only observe.
-        freeze_observers_epoch: first epoch with the ranges of activations frozen; null: never.
-        freeze_batch_norm_epoch: first epoch with batch-norm statistics frozen; null: never.
-        conv_bn: how convolutions with batch-norm train: "folded", with one convolution, which
-            normalises by the statistics of the quantized weights; "exact", with two, by those of
-            the float weights. See `qtrain.simulate.batch_norm`.
-        convert_every: convert and score the int8 model every so many epochs, at most `epochs`, and
-            keep the best; 0: keep the last.
+        freeze_observers_epoch: first epoch with the ranges of activations frozen; null:
+            never.
+        freeze_batch_norm_epoch: first epoch with batch-norm statistics frozen; null:
+            never.
+        conv_bn: how convolutions with batch-norm train: "folded", with one convolution,
+            which normalises by the statistics of the quantized weights; "exact", with
+            two, by those of the float weights. See `qtrain.simulate.batch_norm`.
+        convert_every: convert and score the int8 model every so many epochs, at most
+            `epochs`, and keep the best; 0: keep the last.
         ptq: engine, weight, activation, fake_quantize and layers, as for PTQ.
 
     Raises:
-        ValueError: an epoch out of range, an observer too slow for training, or what PTQ refuses.
+        ValueError: an epoch out of range, an observer too slow for training, or what
+            PTQ refuses.
     """
 
     trains = True
@@ -67,8 +72,12 @@ class QAT(PTQ):
         last = MANY if problems else epochs - 1
         problems += (
             whole("start_epoch", start_epoch, 0, last, null=True)
-            + whole("freeze_observers_epoch", freeze_observers_epoch, 0, last, null=True)
-            + whole("freeze_batch_norm_epoch", freeze_batch_norm_epoch, 0, last, null=True)
+            + whole(
+                "freeze_observers_epoch", freeze_observers_epoch, 0, last, null=True
+            )
+            + whole(
+                "freeze_batch_norm_epoch", freeze_batch_norm_epoch, 0, last, null=True
+            )
             + whole("convert_every", convert_every, 0, last + 1)
         )
         try:
@@ -78,19 +87,21 @@ class QAT(PTQ):
         else:
             if self.activation.describe()["observer"] == "histogram":
                 problems.append(
-                    "activation.observer=histogram: searches its range anew for each batch of the "
-                    "training; use moving_average or minmax"
+                    "activation.observer=histogram: searches its range anew for each "
+                    "batch of the training; use moving_average or minmax"
                 )
         refuse(problems)
         self.epochs, self.optimizer, self.scheduler = epochs, optimizer, scheduler
-        self.from_scratch, self.conv_bn, self.convert_every = from_scratch, conv_bn, convert_every
+        self.from_scratch = from_scratch
+        self.conv_bn = conv_bn
+        self.convert_every = convert_every
         self.start_epoch = start_epoch
-        self.freeze_observers_epoch, self.freeze_batch_norm_epoch = (
-            freeze_observers_epoch,
-            freeze_batch_norm_epoch,
-        )
+        self.freeze_observers_epoch = freeze_observers_epoch
+        self.freeze_batch_norm_epoch = freeze_batch_norm_epoch
 
-    def _settle(self, weight: QuantSpec, activation: QuantSpec) -> tuple[QuantSpec, QuantSpec]:
+    def _settle(
+        self, weight: QuantSpec, activation: QuantSpec
+    ) -> tuple[QuantSpec, QuantSpec]:
         if weight.narrow_range == AUTO:  # fewer bits cannot spare an integer
             weight = replace(
                 weight, narrow_range=weight.bits == 8 and weight.symmetric is not False

@@ -1,7 +1,7 @@
 """Every parameter in int8, restored where it is used: absmax and zero-point quantization.
 
-Any layer can be treated so, for it computes in float as before; what is gained is size, not speed.
-Per tensor.
+Any layer can be treated so, for it computes in float as before; what is gained is size,
+not speed. Per tensor.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ class RoundTrip(Quantizer):
     """Stores parameters as integers, each tensor by itself.
 
     Args:
-        scope: "all": every parameter, biases and norms too, as in the articles; "linear": weights
-            of Linear layers.
+        scope: "all": every parameter, biases and norms too, as in the articles;
+            "linear": weights of Linear layers.
         layers: {pattern of layer names: "float"}.
 
     Raises:
@@ -38,7 +38,10 @@ class RoundTrip(Quantizer):
     method: str
 
     def __init__(self, *, scope: str, layers: dict[str, str]) -> None:
-        refuse(choice("scope", scope, SCOPES) + only_float(layers, "each tensor has one format"))
+        refuse(
+            choice("scope", scope, SCOPES)
+            + only_float(layers, "each tensor has one format")
+        )
         self.scope, self.layers = scope, layers
 
     def quantize(self, x: Tensor) -> Quantized:
@@ -48,10 +51,17 @@ class RoundTrip(Quantizer):
     def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
         floats = torch_ao.match_layers(model, dict.fromkeys(self.layers))
         plan = {
-            name: LayerPlan(type(layer).__name__, weight=self.weight, backend=self.method)
+            name: LayerPlan(
+                type(layer).__name__, weight=self.weight, backend=self.method
+            )
             for name, layer in model.named_modules()
-            if not any(name == outer or name.startswith(f"{outer}.") for outer in floats)
-            if any(self._is_stored(layer, own) for own, _ in layer.named_parameters(recurse=False))
+            if not any(
+                name == outer or name.startswith(f"{outer}.") for outer in floats
+            )
+            if any(
+                self._is_stored(layer, own)
+                for own, _ in layer.named_parameters(recurse=False)
+            )
         }
         return Simulation(torch_ao.copy_model(model), plan).eval()
 
@@ -69,11 +79,14 @@ class RoundTrip(Quantizer):
                 else:
                     kept.add(parameter)
         stored: dict[nn.Parameter, RestoredWeight] = {}
-        for layer, name, parameter in chosen:  # a tied parameter is stored once, or stays in float
+        # A tied parameter is stored once, or stays in float
+        for layer, name, parameter in chosen:
             if parameter not in kept:
                 if parameter not in stored:
                     stored[parameter] = RestoredWeight(*self.quantize(parameter)[:3])
-                parametrize.register_parametrization(layer, name, stored[parameter], unsafe=True)
+                parametrize.register_parametrization(
+                    layer, name, stored[parameter], unsafe=True
+                )
         return model
 
 
@@ -86,7 +99,9 @@ class Absmax(RoundTrip):
     """
 
     method = "absmax"
-    weight = QuantSpec(bits=8, symmetric=True, granularity="per_tensor", reduce_range=False)
+    weight = QuantSpec(
+        bits=8, symmetric=True, granularity="per_tensor", reduce_range=False
+    )
 
     def __init__(self, *, quant_max: int, scope: str, layers: dict[str, str]) -> None:
         refuse(whole("quant_max", quant_max, 1, 127))
@@ -106,7 +121,9 @@ class Zeropoint(RoundTrip):
     """
 
     method = "zeropoint"
-    weight = QuantSpec(bits=8, symmetric=False, granularity="per_tensor", reduce_range=False)
+    weight = QuantSpec(
+        bits=8, symmetric=False, granularity="per_tensor", reduce_range=False
+    )
 
     def __init__(self, *, num_steps: int, scope: str, layers: dict[str, str]) -> None:
         refuse(whole("num_steps", num_steps, 1, 255))

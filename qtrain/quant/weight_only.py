@@ -28,17 +28,20 @@ class WeightOnly(Quantizer):
     """Stores the weights of Linear and, if asked, Embedding layers in fewer bits.
 
     Args:
-        weight: bits 8, 4, 3 or 2; granularity per_channel (auto), per_tensor or per_group;
-            symmetric (auto) or not.
-        embedding: how embeddings are stored: "float", "fp16", "int8" by rows, or "int4" in groups.
-        head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays one with
-            it, in the embedding's format; "separate" becomes a weight of its own, in `weight`'s;
-            "float" stays in float32. With a setting of its own in `layers` it is separate.
-        layers: {pattern of layer names: what these are instead, see `layer_format`: "float",
-            "fp16", {"bits": 4} ...}.
-        transforms: what chooses the integers by calibration data, see `qtrain.transform`; without
-            any, each weight is rounded to the nearest.
-        samples: of the calibration data, for a text windows of its context; None: all there are.
+        weight: bits 8, 4, 3 or 2; granularity per_channel (auto), per_tensor or
+            per_group; symmetric (auto) or not.
+        embedding: how embeddings are stored: "float", "fp16", "int8" by rows, or "int4"
+            in groups.
+        head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays
+            one with it, in the embedding's format; "separate" becomes a weight of its
+            own, in `weight`'s; "float" stays in float32. With a setting of its own in
+            `layers` it is separate.
+        layers: {pattern of layer names: what these are instead, see `layer_format`:
+            "float", "fp16", {"bits": 4} ...}.
+        transforms: what chooses the integers by calibration data, see
+            `qtrain.transform`; without any, each weight is rounded to the nearest.
+        samples: of the calibration data, for a text windows of its context; None: all
+            there are.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -84,9 +87,13 @@ class WeightOnly(Quantizer):
         floats = {name for name, setting in own.items() if setting is None}
         found = formats(model, self.embedding, self.head, own, floats)
         layers = [
-            (name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear
+            (name, layer)
+            for name, layer in model.named_modules()
+            if type(layer) is nn.Linear
         ]
-        found |= {name: own.get(name, self.linear) for name, _ in layers if name not in found}
+        found |= {
+            name: own.get(name, self.linear) for name, _ in layers if name not in found
+        }
         packed = {name: form for name, form in found.items() if form is not None}
         plan = {
             name: form.plan(type(model.get_submodule(name)).__name__)

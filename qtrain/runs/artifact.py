@@ -33,8 +33,8 @@ def sample_inputs(run_dir: Path, trust: Sequence[str] = ()) -> tuple[Tensor, ...
     """Returns forward's arguments for the first test batch of the run in `run_dir`, on the CPU.
 
     Raises:
-        ValueError: the folder holds no finished run, or names code that is not trusted, or its data
-            are not there.
+        ValueError: the folder holds no finished run, or names code that is not trusted,
+            or its data are not there.
     """
     report = _report(run_dir, trust)
     with _rebuilding(run_dir, "data"):
@@ -47,23 +47,26 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
     """Returns the converted model of a run, with predictions bit-identical to the run's.
 
     Its modules are made by the same prepare and convert, uncalibrated, and filled from
-    quantized.pt, which is loaded with `weights_only=True`. The model's own class, named in the
-    run's config, must be importable.
+    quantized.pt, which is loaded with `weights_only=True`. The model's own class, named
+    in the run's config, must be importable.
 
     Args:
-        trust: packages of yours whose code the run may name; torch's and torchvision's modules and
-            what qtrain's own config names are harmless, and all else is refused.
+        trust: packages of yours whose code the run may name; torch's and torchvision's
+            modules and what qtrain's own config names are harmless, and all else is
+            refused.
 
     Raises:
-        ValueError: the folder holds no finished run, names code that is not trusted, or its weights
-            are damaged.
+        ValueError: the folder holds no finished run, names code that is not trusted, or
+            its weights are damaged.
     """
     report = _report(run_dir, trust)
     engine = report["quant"].get("engine")  # what "auto" was where the run was made
     with _rebuilding(run_dir, "model"):
         if isinstance(report["config"]["quant"].get("engine"), dict):
             engine = None  # a backend of the user's own
-        quantizer = _make(report, "quant", **({} if engine is None else {"engine": engine}))
+        quantizer = _make(
+            report, "quant", **({} if engine is None else {"engine": engine})
+        )
         # Without values nothing takes memory but what is read from the file.
         bare = quantizer.is_all_state and _is_all_state(report["config"]["model"])
         with torch.device("meta") if bare else nullcontext():
@@ -115,7 +118,11 @@ def _rebuilding(run_dir: Path, what: str) -> Iterator[None]:
 
 
 def _fill(
-    model: nn.Module, run_dir: Path, report: dict[str, Any], name: str, rename: Any = None
+    model: nn.Module,
+    run_dir: Path,
+    report: dict[str, Any],
+    name: str,
+    rename: Any = None,
 ) -> None:
     load_weights(
         model, run_dir / name, rename

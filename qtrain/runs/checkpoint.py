@@ -14,7 +14,12 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from qtrain.common.files import remove_leftovers, require_file, write_atomically, write_json
+from qtrain.common.files import (
+    remove_leftovers,
+    require_file,
+    write_atomically,
+    write_json,
+)
 from qtrain.train.state import unreadable
 
 log = logging.getLogger(__name__)
@@ -36,14 +41,17 @@ def kept_engine() -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def load_weights(model: nn.Module, path: Path, rename: Callable[[Any], Any] | None = None) -> None:
+def load_weights(
+    model: nn.Module, path: Path, rename: Callable[[Any], Any] | None = None
+) -> None:
     """Loads a state dict of a run's into `model`, in place.
 
     Args:
         rename: applied to the state dict before.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it belongs to another model.
+        ValueError: there is no such file, it is damaged, or it belongs to another
+            model.
     """
     state = read_state(path)
     load_state(model, state if rename is None else rename(state), path)
@@ -68,12 +76,15 @@ def read_state(path: Path) -> dict[Any, Any]:
         ) from None
     if not isinstance(state, dict):
         raise ValueError(
-            f"checkpoint={path}: holds a {type(state).__name__}; allowed is a state dict"
+            f"checkpoint={path}: holds a {type(state).__name__}; "
+            "allowed is a state dict"
         )
     return state
 
 
-def load_state(model: nn.Module, state: dict[str, Any], path: Path, hint: str = "") -> None:
+def load_state(
+    model: nn.Module, state: dict[str, Any], path: Path, hint: str = ""
+) -> None:
     """Loads a state dict that was read from `path` into `model`, in place.
 
     Args:
@@ -90,7 +101,8 @@ def load_state(model: nn.Module, state: dict[str, Any], path: Path, hint: str = 
                 model.load_state_dict(state)
     except Exception as err:  # torch takes the keys' being strings for granted
         raise ValueError(
-            f"checkpoint={path}: does not fit the model ({err}); is it another model's?{hint}"
+            f"checkpoint={path}: does not fit the model ({err}); "
+            f"is it another model's?{hint}"
         ) from err
 
 
@@ -116,8 +128,8 @@ def digest(content: Any) -> str:
 class FloatCache:
     """Trained float models by the digest of everything that determines them.
 
-    An entry is a folder: weights.pt, and meta.json with the weights' SHA-256 and what training had
-    to report.
+    An entry is a folder: weights.pt, and meta.json with the weights' SHA-256 and what
+    training had to report.
 
     Args:
         root: the folder of entries.
@@ -128,7 +140,9 @@ class FloatCache:
         self.root, self.folder = root, root / key
         self.lock: AbstractContextManager[Any] = nullcontext()
         try:
-            if (self.folder / "meta.json").exists() and not os.access(self.folder, os.W_OK):
+            if (self.folder / "meta.json").exists() and not os.access(
+                self.folder, os.W_OK
+            ):
                 return  # a cache to read only, in which nobody writes
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as err:
@@ -148,12 +162,14 @@ class FloatCache:
             if hashlib.sha256(weights.read_bytes()).hexdigest() != found["sha256"]:
                 raise ValueError("its weights are not those that were saved")
             training = dict(found["training"])
-            untouched = copy.deepcopy(model)  # weights that do not fit may have filled some layers
+            # Weights that do not fit may have filled some layers
+            untouched = copy.deepcopy(model)
             load_weights(untouched, weights)
             model.load_state_dict(untouched.state_dict())
         except (OSError, ValueError, LookupError, TypeError) as err:
             log.warning(
-                f"float cache: entry {self.folder} is damaged ({err}) and will be trained again"
+                f"float cache: entry {self.folder} is damaged ({err}) and will be "
+                "trained again"
             )
             return None
         return training
@@ -163,9 +179,14 @@ class FloatCache:
         try:
             remove_leftovers(self.folder)
             save_weights(self.folder / "weights.pt", model)
-            sha256 = hashlib.sha256((self.folder / "weights.pt").read_bytes()).hexdigest()
-            write_json(self.folder / "meta.json", {"sha256": sha256, "training": training})
+            sha256 = hashlib.sha256(
+                (self.folder / "weights.pt").read_bytes()
+            ).hexdigest()
+            write_json(
+                self.folder / "meta.json", {"sha256": sha256, "training": training}
+            )
         except OSError as err:
             raise OSError(
-                f"float_cache={self.root}: {err}; name a folder that can be written, or null"
+                f"float_cache={self.root}: {err}; "
+                "name a folder that can be written, or null"
             ) from err

@@ -1,6 +1,7 @@
 """The quality over epochs on one axis: of the float training, of the fine-tuning, of the result.
 
-Steps count within a stage, so that curves over steps lie on top of each other; epochs go on.
+Steps count within a stage, so that curves over steps lie on top of each other; epochs
+go on.
 """
 
 from typing import Any
@@ -38,6 +39,10 @@ def lay_out(logger: Logger, quality: str) -> None:
 def show(logger: Logger, quality: str, epoch: int, **scores: dict[str, float]) -> None:
     """Logs the validation data's quality of each kind of model; of no validation data nothing."""
     name = f"val_{quality}"
-    found = {f"{name}/{kind}": metrics[name] for kind, metrics in scores.items() if name in metrics}
+    found = {
+        f"{name}/{kind}": metrics[name]
+        for kind, metrics in scores.items()
+        if name in metrics
+    }
     if found:
         logger.log(found, epoch)

@@ -13,7 +13,8 @@ from qtrain.runs.checkpoint import load_state, read_state
 
 SECTIONS = ("state_dict", "model_state_dict", "model", "module", "net", "weights")
 MASK = re.compile(r"\.attn\.(?:masked_)?bias$")  # of attention, in older GPT-2 files
-WRAPPER = re.compile(r"(^|\.)(?:module|_orig_mod)\.")  # of DataParallel and torch.compile
+# Of DataParallel and torch.compile
+WRAPPER = re.compile(r"(^|\.)(?:module|_orig_mod)\.")
 MOST_NAMED, MOST_LEVELS = 5, 3
 
 
@@ -21,14 +22,15 @@ def load_checkpoint(model: nn.Module, path: Path, *, strict: bool) -> list[str]:
     """Loads the weights in a file of anyone's making into `model`, in place.
 
     Args:
-        strict: each weight must fit; else those that do not are left out, as those of a head for
-            other classes.
+        strict: each weight must fit; else those that do not are left out, as those of a
+            head for other classes.
 
     Returns:
         lines that say what was unwrapped, converted and left out.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it belongs to another model.
+        ValueError: there is no such file, it is damaged, or it belongs to another
+            model.
     """
     own = model.state_dict()
     state, notes = unwrap(read_state(path), own, f"checkpoint={path}")
@@ -36,25 +38,36 @@ def load_checkpoint(model: nn.Module, path: Path, *, strict: bool) -> list[str]:
         state, left_out = _fitting(state, own, f"checkpoint={path}")
         notes += left_out
     tensors = {
-        key: value for key, value in state.items() if key in own and isinstance(value, Tensor)
+        key: value
+        for key, value in state.items()
+        if key in own and isinstance(value, Tensor)
     }
-    types = {str(value.dtype) for key, value in tensors.items() if value.dtype != own[key].dtype}
+    types = {
+        str(value.dtype)
+        for key, value in tensors.items()
+        if value.dtype != own[key].dtype
+    }
     if types:
-        notes.append(f"its {', '.join(sorted(types))} weights become those of the model's type")
+        notes.append(
+            f"its {', '.join(sorted(types))} weights become those of the model's type"
+        )
     hint = "; checkpoint_strict=false leaves out what does not fit" if strict else ""
-    transposed = [k for k, v in tensors.items() if v.ndim == 2 and v.shape != own[k].shape]
+    transposed = [
+        k for k, v in tensors.items() if v.ndim == 2 and v.shape != own[k].shape
+    ]
     if transposed and all(tensors[k].T.shape == own[k].shape for k in transposed):
         hint = (
             "; its Linear weights lie transposed, as in Hugging Face's GPT-2: "
             "model.pretrained=FOLDER reads such a model"
         )
     load_state(model, state, path, hint)
-    # Two names of one weight, as a head that is tied to an embedding: the last to be loaded has
-    # overwritten the other.
+    # Two names of one weight, as a head that is tied to an embedding: the last to be
+    # loaded has overwritten the other.
     untied = [k for k, v in tensors.items() if not _same(v.to(own[k].dtype), own[k])]
     if untied:
         raise ValueError(
-            f"checkpoint={path}: {_named(untied)}: one weight in the model, and several in the file"
+            f"checkpoint={path}: {_named(untied)}: "
+            "one weight in the model, and several in the file"
         )
     return [f"checkpoint={path}: {note}" for note in notes]
 
@@ -73,14 +86,19 @@ def unwrap(
     """
     notes: list[str] = []
     for _ in range(MOST_LEVELS):
-        section = next((name for name in SECTIONS if isinstance(state.get(name), dict)), None)
+        section = next(
+            (name for name in SECTIONS if isinstance(state.get(name), dict)), None
+        )
         if section is not None:
             notes.append(f"the weights are those below {section!r}")
             state = state[section]
-    names = {key: str(key) if key in own else WRAPPER.sub(r"\1", str(key)) for key in state}
+    names = {
+        key: str(key) if key in own else WRAPPER.sub(r"\1", str(key)) for key in state
+    }
     if any(key != name for key, name in names.items()):
         notes.append(
-            "its names without module. and _orig_mod., which DataParallel and torch.compile add"
+            "its names without module. and _orig_mod., "
+            "which DataParallel and torch.compile add"
         )
     prefix = _prefix(names.values(), own, where)
     if prefix:
@@ -106,7 +124,8 @@ def _same(a: Any, b: Any) -> bool:
         or (a.shape, a.dtype) != (b.shape, b.dtype)
     ):
         return False
-    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)  # NaN is refused later, by its name
+    # NaN is refused later, by its name
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _prefix(names: Collection[str], own: Collection[str], where: str) -> str:
@@ -129,10 +148,14 @@ def _fitting(
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns the weights that fit, the model's own for all others, and the names of these."""
     fits = {
-        k: v for k, v in state.items() if k in own and getattr(v, "shape", None) == own[k].shape
+        k: v
+        for k, v in state.items()
+        if k in own and getattr(v, "shape", None) == own[k].shape
     }
     if not fits:
-        raise ValueError(f"{where}: none of its weights fits the model; is it another model's?")
+        raise ValueError(
+            f"{where}: none of its weights fits the model; is it another model's?"
+        )
     lines = []
     if others := [key for key in state if key not in fits]:
         lines.append(f"left out: {_named(others)}")

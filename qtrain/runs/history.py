@@ -11,7 +11,12 @@ from qtrain.runs.sweep import count_jobs, grid, jobs, jobs_at_once
 
 MOST_READ = 200  # reports, the newest; each takes a millisecond or two
 # Runs that agree in these, and in their groups' files, take about as long.
-KIND = ("trainer.epochs", "trainer.max_steps", "quant.epochs", "trainer.max_finetuning_steps")
+KIND = (
+    "trainer.epochs",
+    "trainer.max_steps",
+    "quant.epochs",
+    "trainer.max_finetuning_steps",
+)
 
 
 def duration(seconds: float) -> str:
@@ -88,7 +93,11 @@ def _count(number: Any, word: str) -> str:
 
 def _finished(patterns: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Yields the reports of finished runs, newest first; patterns: by folder, if below it."""
-    paths = [path for folder, pattern in patterns.items() for path in Path(folder).glob(pattern)]
+    paths = [
+        path
+        for folder, pattern in patterns.items()
+        for path in Path(folder).glob(pattern)
+    ]
     for path in sorted(paths, key=_written, reverse=True)[:MOST_READ]:
         try:
             report = load_report(path)
@@ -99,11 +108,17 @@ def _finished(patterns: dict[str, str]) -> Iterator[dict[str, Any]]:
 
 
 def _runs(hydra_config: Any) -> dict[str, str]:
-    return {str(_from_start(hydra_config, hydra_config.run.dir).parent): f"*/{FILE_NAME}"}
+    return {
+        str(_from_start(hydra_config, hydra_config.run.dir).parent): f"*/{FILE_NAME}"
+    }
 
 
 def _sweeps(hydra_config: Any) -> dict[str, str]:
-    return {str(_from_start(hydra_config, hydra_config.sweep.dir).parent): f"*/*/{FILE_NAME}"}
+    return {
+        str(
+            _from_start(hydra_config, hydra_config.sweep.dir).parent
+        ): f"*/*/{FILE_NAME}"
+    }
 
 
 def _from_start(hydra_config: Any, folder: Any) -> Path:

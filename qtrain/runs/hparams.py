@@ -23,7 +23,8 @@ SHOWN = {
 def hparams(report: Report) -> dict[str, Any]:
     """Returns the settings that comparisons are made over, and all that the command line set.
 
-    So whatever differs within a sweep is there. TensorBoard puts what differs between runs first.
+    So whatever differs within a sweep is there. TensorBoard puts what differs between
+    runs first.
     """
     config, activation = report.config, report.quant["activation"] or {}
     bits = [str(spec["bits"]) for spec in (report.quant["weight"], activation) if spec]

@@ -30,8 +30,9 @@ def check_quantizer(quantizer: Quantizer) -> None:
     observer = quantizer.activation.describe()["observer"]
     if observer not in SYNCHRONISED:
         raise ValueError(
-            f"trainer.devices={num_ranks()}: quant.activation.observer {observer} cannot be "
-            f"synchronised; use {' or '.join(SYNCHRONISED)}, or trainer.devices=1"
+            f"trainer.devices={num_ranks()}: quant.activation.observer {observer} "
+            f"cannot be synchronised; use {' or '.join(SYNCHRONISED)}, "
+            "or trainer.devices=1"
         )
 
 
@@ -39,12 +40,14 @@ def _check_devices(devices: int, device: str) -> None:
     there = {"cuda": torch.cuda.device_count(), "cpu": devices}.get(device, 1)
     if there < devices:
         raise ValueError(
-            f"trainer.devices={devices}: device={device} is {there}; use fewer, or device=cpu"
+            f"trainer.devices={devices}: device={device} is {there}; "
+            "use fewer, or device=cpu"
         )
     if from_torchrun() and int(os.environ["WORLD_SIZE"]) != devices:
         started = os.environ["WORLD_SIZE"]
         raise ValueError(
-            f"trainer.devices={devices}: torchrun started {started} processes; the two must agree"
+            f"trainer.devices={devices}: torchrun started {started} processes; "
+            "the two must agree"
         )
 
 
@@ -67,10 +70,12 @@ def group(
     The others are started here, unless torchrun has started them.
 
     Args:
-        follow: what they do, called with `config`, `run_dir` and `resume`; a function of a module.
+        follow: what they do, called with `config`, `run_dir` and `resume`; a function
+            of a module.
 
     Raises:
-        ValueError: there are fewer devices, or torchrun has started another number of processes.
+        ValueError: there are fewer devices, or torchrun has started another number of
+            processes.
     """
     devices = config.trainer.devices
     if not (type(devices) is int and 1 < devices <= MOST_DEVICES or from_torchrun()):
@@ -79,7 +84,11 @@ def group(
     _check_devices(devices, config.device)
     if from_torchrun():
         _join(
-            devices, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), "env://", config.device
+            devices,
+            int(os.environ["RANK"]),
+            int(os.environ["LOCAL_RANK"]),
+            "env://",
+            config.device,
         )
         named = [str(run_dir)]
         dist.broadcast_object_list(named)
@@ -90,12 +99,22 @@ def group(
         return
     with tempfile.TemporaryDirectory() as folder:
         address = f"file://{folder}/rendezvous"
-        arguments = (devices, address, torch.get_num_threads(), follow, config, run_dir, resume)
+        arguments = (
+            devices,
+            address,
+            torch.get_num_threads(),
+            follow,
+            config,
+            run_dir,
+            resume,
+        )
         spawn = mp.get_context("spawn")
         workers = {}
         for number in range(1, devices):
             ready = spawn.Event()
-            worker = spawn.Process(target=_work, args=(ready, number, *arguments), daemon=True)
+            worker = spawn.Process(
+                target=_work, args=(ready, number, *arguments), daemon=True
+            )
             worker.start()
             workers[worker] = ready
         try:
@@ -117,9 +136,9 @@ def _wait_for(workers: dict[Any, Any]) -> None:
         while not ready.wait(0.1):
             if not worker.is_alive():
                 raise ValueError(
-                    f"trainer.devices={len(workers) + 1}: a process could not be started (its "
-                    "error stands above); a script of your own must start runs below "
-                    "`if __name__ == '__main__':`"
+                    f"trainer.devices={len(workers) + 1}: a process could not be "
+                    "started (its error stands above); a script of your own must "
+                    "start runs below `if __name__ == '__main__':`"
                 )
 
 
@@ -133,7 +152,8 @@ def _work(
     config: DictConfig,
     *rest: Any,
 ) -> None:
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the first rank decides, and tells the others
+    # The first rank decides, and tells the others
+    for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     keep_freed_memory()
     logging.disable()

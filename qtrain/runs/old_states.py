@@ -11,8 +11,8 @@ from qtrain.simulate.simulation import leave_float, sites
 def up_to_date_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Returns the state dict of a simulation by the names that `model` has now.
 
-    0.1.0 simulated on torch.ao's modules. Of PTQ it wrote weights that were quantized already:
-    their sites in `model` lose what would do it again.
+    0.1.0 simulated on torch.ao's modules. Of PTQ it wrote weights that were quantized
+    already: their sites in `model` lose what would do it again.
     """
     own = model.state_dict()
     found = {}
@@ -21,7 +21,8 @@ def up_to_date_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
             ".weight_fake_quant.", ".weight_q."
         )
         if new not in own:
-            new = re.sub(r"\.0\.(weight|bias)$", r".\1", new)  # the first of a fused run
+            # The first of a fused run
+            new = re.sub(r"\.0\.(weight|bias)$", r".\1", new)
         if not new.endswith(".observer.eps"):
             found[new] = value
     for name, site in sites(model).items():

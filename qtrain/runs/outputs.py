@@ -42,7 +42,8 @@ def _save(path: Path, arrays: dict[str, "np.ndarray[Any, Any]"]) -> None:
 
 def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Returns the fields of a report that are known before the run."""
-    # Of a list or a mapping, which will be refused, only a plain one can be written down.
+    # Of a list or a mapping, which will be refused, only a plain one can be written
+    # down.
     name, seed = (
         OmegaConf.to_container(v) if OmegaConf.is_config(v) else v
         for v in (config.name, config.seed)
@@ -98,13 +99,16 @@ def scoring(task: Task, scores: Sequence[Scores]) -> dict[str, Any]:
     return shown | {"examples": made_of(quality, found)}
 
 
-def activation_qparams(simulation: nn.Module, quantized: nn.Module) -> dict[str, dict[str, float]]:
+def activation_qparams(
+    simulation: nn.Module, quantized: nn.Module
+) -> dict[str, dict[str, float]]:
     """Returns {module: {"scale", "zero_point"}} of all that put out a quantized tensor."""
     found: dict[str, tuple[Any, Any]] = {}
     for name, point in output_points(simulation).items():
         found[name] = point.calculate_qparams()
     for name, module in quantized.named_modules() if not found else ():
-        scale, zero_point = getattr(module, "scale", None), getattr(module, "zero_point", None)
+        scale = getattr(module, "scale", None)
+        zero_point = getattr(module, "zero_point", None)
         if (
             scale is not None
             and zero_point is not None
@@ -164,7 +168,9 @@ def write(
     if report.samples:
         logger.text(
             "samples",
-            "\n\n".join(f"**{kind}**: {text!r}" for kind, text in report.samples.items()),
+            "\n\n".join(
+                f"**{kind}**: {text!r}" for kind, text in report.samples.items()
+            ),
             0,
         )
     if report.qparams:
@@ -185,11 +191,14 @@ def figures(
         yield "weight_distribution", plots.distribution(pairs, report.quant["method"])
         kinds = {
             "weights": {
-                n: float(sqnr_db(w, q.dequantize().to(w.dtype))) for n, (w, q) in pairs.items()
+                n: float(sqnr_db(w, q.dequantize().to(w.dtype)))
+                for n, (w, q) in pairs.items()
             }
         }
         activations = {
-            name: value for name, value in report.truth["sqnr_db"].items() if value is not None
+            name: value
+            for name, value in report.truth["sqnr_db"].items()
+            if value is not None
         }
         yield (
             "quantization_noise",
@@ -211,8 +220,14 @@ def _float_weight(layer: nn.Module) -> Tensor | None:
 
 def final_scores(report: Report, quality: str) -> dict[str, float]:
     """Returns the finished run's scores on the test data, by TensorBoard's names."""
-    known = {kind: metrics for kind, metrics in report.metrics.items() if metrics is not None}
-    return {f"{name}/{kind}": known[kind][name] for name in (quality, "loss") for kind in known}
+    known = {
+        kind: metrics for kind, metrics in report.metrics.items() if metrics is not None
+    }
+    return {
+        f"{name}/{kind}": known[kind][name]
+        for name in (quality, "loss")
+        for kind in known
+    }
 
 
 def final_costs(report: Report) -> dict[str, float]:
@@ -223,10 +238,13 @@ def final_costs(report: Report) -> dict[str, float]:
         for kind, size in report.size_bytes.items()
         if size is not None
     }
-    scalars |= {f"tokens_per_s/{kind}": rate for kind, rate in report.tokens_per_s.items()}
+    scalars |= {
+        f"tokens_per_s/{kind}": rate for kind, rate in report.tokens_per_s.items()
+    }
     for kind, sizes in report.latency_ms.items():
         scalars |= {
-            f"latency_ms/{kind}_batch_{size}": t["median"] for size, t in (sizes or {}).items()
+            f"latency_ms/{kind}_batch_{size}": t["median"]
+            for size, t in (sizes or {}).items()
         }
     return scalars
 
@@ -244,7 +262,8 @@ def qparams_table(report: Report) -> str:
 def weight_table(pairs: "Pairs", count: int = 3) -> str:
     """Returns each layer's first weights as a Markdown table: scale, zero point and error."""
     lines = [
-        "| layer | float | integers | scale | zero point | dequantized | MSE | SQNR, dB |",
+        "| layer | float | integers | scale | zero point | dequantized | MSE | SQNR, "
+        "dB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, (exact, quantized) in pairs.items():
@@ -255,6 +274,9 @@ def weight_table(pairs: "Pairs", count: int = 3) -> str:
         ]
         scale, zero_point = integers.weight_qparams(quantized)
         columns[2:2] = [f"{scale:.4g}", f"{zero_point}"]
-        columns += [f"{float(mse(exact, restored)):.1e}", f"{float(sqnr_db(exact, restored)):.1f}"]
+        columns += [
+            f"{float(mse(exact, restored)):.1e}",
+            f"{float(sqnr_db(exact, restored)):.1f}",
+        ]
         lines.append(f"| {name} | " + " | ".join(columns) + " |")
     return "\n".join(lines)

@@ -24,7 +24,12 @@ from qtrain.runs.sources import code, with_fingerprint
 from qtrain.runs.work import Run
 from qtrain.train import ranks
 
-ON_ALL_RANKS = (trainings.obtain_float, stages.prepare, stages.calibrate, trainings.finetune)
+ON_ALL_RANKS = (
+    trainings.obtain_float,
+    stages.prepare,
+    stages.calibrate,
+    trainings.finetune,
+)
 ON_THE_FIRST = (stages.convert, stages.score, stages.measure, stages.record)
 
 
@@ -43,11 +48,12 @@ def execute(
         run_dir: an existing folder.
         overrides: the command line, for the record.
         resume: go on from what the run in `run_dir` had reached.
-        signals: those that end the run at the next step of a training, entered by the caller;
-            None leaves all signals alone, as a library must.
+        signals: those that end the run at the next step of a training, entered by the
+            caller; None leaves all signals alone, as a library must.
 
     Raises:
-        ValueError: the config, the model or a number is wrong; says which and what to do.
+        ValueError: the config, the model or a number is wrong; says which and what to
+            do.
         OSError: a file cannot be written.
         Interrupted: one of `signals` came; says how to go on.
     """
@@ -57,8 +63,13 @@ def execute(
         report.config = OmegaConf.to_container(config)  # type: ignore[assignment]
         if ranks.is_first():
             write_json(run_dir / OVERRIDES, overrides)
-            write_atomically(run_dir / "config.yaml", lambda new: OmegaConf.save(config, new))
-        with said_how(run_dir), launch.group(config, run_dir, resume, follow) as run_dir:
+            write_atomically(
+                run_dir / "config.yaml", lambda new: OmegaConf.save(config, new)
+            )
+        with (
+            said_how(run_dir),
+            launch.group(config, run_dir, resume, follow) as run_dir,
+        ):
             run(config, run_dir, report, resume, signals or Signals())
     except BaseException as err:
         report.status, report.error = "failed", f"{type(err).__name__}: {err}"
@@ -76,7 +87,9 @@ def follow(config: DictConfig, run_dir: Path, resume: bool) -> None:
     run(config, run_dir, Report(**outputs.identity(config, [])), resume, Signals())
 
 
-def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals) -> None:
+def run(
+    config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals
+) -> None:
     """Carries out one run: writes its weights, pictures and `report` into `run_dir`.
 
     Of several ranks all come here, and all but the first leave after the last training.
@@ -91,18 +104,24 @@ def run(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals
         work.logger.close()
 
 
-def begin(config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals) -> Run:
+def begin(
+    config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals
+) -> Run:
     """Builds what the run is made of, and tries every stage on a few samples beforehand."""
     reset_peak_memory()
     parts = build(config)
     parts = replace(parts, data=with_fingerprint(config, parts.data))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    settings = OmegaConf.to_container(config)  # in which nothing is `auto` that the data say
+    # In which nothing is `auto` that the data say
+    settings = OmegaConf.to_container(config)
     report.config, report.about_data = settings, dict(parts.data.about)  # type: ignore[assignment]
     key = digest([settings, code(settings), parts.data.fingerprint, torch.__version__])
-    progress = Progress(run_dir, key, resume=resume, signals=signals, writes=ranks.is_first())
-    ranks.decide(True, config.device)  # the others read no state that the first is about to remove
+    progress = Progress(
+        run_dir, key, resume=resume, signals=signals, writes=ranks.is_first()
+    )
+    # The others read no state that the first is about to remove
+    ranks.decide(True, config.device)
     launch.check_quantizer(parts.quantizer)
     require_finite_weights(parts.model)
     report.quality = of_task(parts.task).name
@@ -117,6 +136,8 @@ def begin(config: DictConfig, run_dir: Path, report: Report, resume: bool, signa
     rehearse_exports(parts.export, parts.model, parts.quantizer, sample)
     work = Run(config, run_dir, report, parts, progress, sample, auxiliary)
     if ranks.is_first():
-        work.logger = Loggers(JsonLines(run_dir), *outputs.extra_loggers(config, run_dir))
+        work.logger = Loggers(
+            JsonLines(run_dir), *outputs.extra_loggers(config, run_dir)
+        )
         epochs.lay_out(work.logger, parts.task.quality)
     return work

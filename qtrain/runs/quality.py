@@ -61,15 +61,23 @@ def of_task(task: Any) -> Quality:
     """
     name, higher = task.quality, task.higher_is_better
     if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
-        raise ValueError(f"task.quality={name!r}: must be a name of letters, digits, _ and -")
+        raise ValueError(
+            f"task.quality={name!r}: must be a name of letters, digits, _ and -"
+        )
     if not isinstance(higher, bool):
         raise ValueError(f"task.higher_is_better={higher!r}: must be True or False")
     known = KNOWN.get(name, Quality(name, higher))
     unit, scale = getattr(task, "unit", known.unit), getattr(task, "scale", known.scale)
     if not (isinstance(unit, str) and len(unit) <= 20 and unit.isprintable()):
-        raise ValueError(f"task.unit={unit!r}: must be a short text such as 'dB', or ''")
-    if isinstance(scale, bool) or not (isinstance(scale, int | float) and 0 < scale < math.inf):
-        raise ValueError(f"task.scale={scale!r}: must be a number above 0, such as 100 for %")
+        raise ValueError(
+            f"task.unit={unit!r}: must be a short text such as 'dB', or ''"
+        )
+    if isinstance(scale, bool) or not (
+        isinstance(scale, int | float) and 0 < scale < math.inf
+    ):
+        raise ValueError(
+            f"task.scale={scale!r}: must be a number above 0, such as 100 for %"
+        )
     return Quality(name, higher, unit, float(scale))
 
 
@@ -82,15 +90,24 @@ def of_report(report: dict[str, Any]) -> tuple[Quality, str | None]:
     name, stated = report["quality"], report.get("scoring")
     if not stated:
         if name not in KNOWN:
-            raise ValueError(f"quality is {name!r}, and no scoring says which way is up")
+            raise ValueError(
+                f"quality is {name!r}, and no scoring says which way is up"
+            )
         return KNOWN[name], EXAMPLES[name]
-    quality = Quality(name, *(stated[key] for key in ("higher_is_better", "unit", "scale")))
-    if None in (name, quality.higher_is_better, quality.unit, quality.scale) or quality.scale <= 0:
+    quality = Quality(
+        name, *(stated[key] for key in ("higher_is_better", "unit", "scale"))
+    )
+    if (
+        None in (name, quality.higher_is_better, quality.unit, quality.scale)
+        or quality.scale <= 0
+    ):
         raise ValueError(f"scoring is {stated!r}")
     return quality, stated["examples"]
 
 
-def made_of(quality: Quality, pairs: Sequence[tuple[float, Sequence[float]]]) -> str | None:
+def made_of(
+    quality: Quality, pairs: Sequence[tuple[float, Sequence[float]]]
+) -> str | None:
     """Returns how the examples make up a quality, as far as their numbers show.
 
     Args:
@@ -103,4 +120,8 @@ def made_of(quality: Quality, pairs: Sequence[tuple[float, Sequence[float]]]) ->
         mean = math.fsum(scores) / max(1, len(scores))
         if not math.isclose(mean, value, rel_tol=1e-4, abs_tol=1e-9):
             return None
-    return RIGHT_OR_WRONG if {score for _, scores in pairs for score in scores} <= {0, 1} else MEAN
+    return (
+        RIGHT_OR_WRONG
+        if {score for _, scores in pairs for score in scores} <= {0, 1}
+        else MEAN
+    )

@@ -23,8 +23,9 @@ OLD_EXAMPLES = "examples.pt"  # of 0.1.0, written by torch
 DIGESTED = ("float.pt", "quantized.pt", EXAMPLES)
 NUMBER = int | float
 SPEC = {"bits": int, "observer": str}
-# What readers rely on, where it is there: a class, [content of a list] or {key of a dict: content};
-# "*" stands for all other keys. Within a section null may stand for anything.
+# What readers rely on, where it is there: a class, [content of a list] or {key of a
+# dict: content}; "*" stands for all other keys. Within a section null may stand for
+# anything.
 SHAPE: dict[str, Any] = {
     "name": str | int,
     "seed": str | int,
@@ -34,7 +35,12 @@ SHAPE: dict[str, Any] = {
     "data": str | int,
     "status": str,
     "quant": {"method": str | int, "engine": str, "weight": SPEC, "activation": SPEC},
-    "scoring": {"higher_is_better": bool, "unit": str, "scale": NUMBER, "examples": str},
+    "scoring": {
+        "higher_is_better": bool,
+        "unit": str,
+        "scale": NUMBER,
+        "examples": str,
+    },
     "metrics": {"*": {}},
     "difference": {"*": NUMBER},
     "truth": {"min_sqnr_db": NUMBER},
@@ -89,7 +95,8 @@ class Report:
     coverage: dict[str, Any] = field(default_factory=dict)
     size_bytes: dict[str, Any] = field(default_factory=dict)
     latency_ms: dict[str, Any] = field(default_factory=dict)
-    other_load: float | None = None  # CPU cores that other programs used while latency was measured
+    # CPU cores that other programs used while latency was measured
+    other_load: float | None = None
     tokens_per_s: dict[str, float] = field(default_factory=dict)
     threads: int | None = None
     device: str | None = None
@@ -103,10 +110,15 @@ class Report:
     def __repr__(self) -> str:
         method, quality = self.quant.get("method"), self.quality
         found = {
-            kind: scores[quality] for kind, scores in self.metrics.items() if scores and quality
+            kind: scores[quality]
+            for kind, scores in self.metrics.items()
+            if scores and quality
         }
         scores = ", ".join(f"{kind} {value:.4g}" for kind, value in found.items())
-        return f"Report({self.model} on {self.data}, {method}: {self.status}; {quality} {scores})"
+        return (
+            f"Report({self.model} on {self.data}, {method}: {self.status}; "
+            f"{quality} {scores})"
+        )
 
     def _repr_html_(self) -> str:
         """Returns a table of scores and sizes, which notebooks show."""
@@ -115,9 +127,19 @@ class Report:
             if scores is not None:
                 size = self.size_bytes.get(f"{kind}_file")
                 shown = "-" if size is None else f"{size / 1000:.1f} KB"
-                rows.append((kind, f"{scores[self.quality]:.4g}", f"{scores['loss']:.4g}", shown))
+                rows.append(
+                    (
+                        kind,
+                        f"{scores[self.quality]:.4g}",
+                        f"{scores['loss']:.4g}",
+                        shown,
+                    )
+                )
         head = ("model", str(self.quality), "loss", "file")
-        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in (head, *rows)]
+        lines = [
+            "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+            for row in (head, *rows)
+        ]
         return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
     def save(self, run_dir: Path) -> None:
@@ -130,7 +152,9 @@ def _finite(content: Any) -> Any:
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
+    return (
+        None if isinstance(content, float) and not math.isfinite(content) else content
+    )
 
 
 def load_report(path: Path) -> dict[str, Any]:
@@ -148,7 +172,9 @@ def load_report(path: Path) -> dict[str, Any]:
         or content.get("schema") not in READABLE
         or "status" not in content
     ):
-        raise ValueError(f"{path}: not a report of schema {' or '.join(map(str, READABLE))}")
+        raise ValueError(
+            f"{path}: not a report of schema {' or '.join(map(str, READABLE))}"
+        )
     for problem in _problems(content):
         raise ValueError(f"{path}: not a whole report ({plain(problem)})")
     return content
@@ -159,7 +185,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def _problems(report: dict[str, Any]) -> Iterator[str]:
-    yield from (f"there is no {key}" for key in SHAPE if key in REQUIRED and key not in report)
+    yield from (
+        f"there is no {key}" for key in SHAPE if key in REQUIRED and key not in report
+    )
     yield from (
         f"{key} is too deep, or holds a number beyond {LARGEST}"
         for key in report
@@ -168,7 +196,9 @@ def _problems(report: dict[str, Any]) -> Iterator[str]:
     for key, shape in SHAPE.items():
         if key in report:
             yield from (
-                [f"{key} is null"] if report[key] is None else misfits(report[key], shape, key)
+                [f"{key} is null"]
+                if report[key] is None
+                else misfits(report[key], shape, key)
             )
 
 
@@ -197,8 +227,8 @@ def verify(run_dir: Path, report: dict[str, Any], name: str) -> None:
         )
     elif sha256(path) != digests.get(name):
         raise ValueError(
-            f"{path}: damaged, or of another run: its SHA-256 is not that of {FILE_NAME}; "
-            "copy it from the run again"
+            f"{path}: damaged, or of another run: "
+            f"its SHA-256 is not that of {FILE_NAME}; copy it from the run again"
         )
 
 

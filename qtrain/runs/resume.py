@@ -1,8 +1,8 @@
 """Resuming: the state of a run's training stages on disk, and signals that end a run in good order.
 
-A state is written as a step or an epoch ends, so that a run that is killed at any moment goes on
-from the last one and ends with the same bits. What comes between and after the stages is done
-again, from the same numbers.
+A state is written as a step or an epoch ends, so that a run that is killed at any
+moment goes on from the last one and ends with the same bits. What comes between and
+after the stages is done again, from the same numbers.
 """
 
 import hashlib
@@ -94,7 +94,10 @@ class StageCheckpoint(Checkpoint):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        err: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         signals = self.progress.signals
         signals.training = False
@@ -117,7 +120,13 @@ class Progress:
     """
 
     def __init__(
-        self, run_dir: Path, key: str, *, resume: bool, signals: Signals, writes: bool = True
+        self,
+        run_dir: Path,
+        key: str,
+        *,
+        resume: bool,
+        signals: Signals,
+        writes: bool = True,
     ) -> None:
         self.run_dir, self.folder, self.key = run_dir, run_dir / FOLDER, key
         self.signals, self.writes = signals, writes
@@ -156,7 +165,10 @@ class Progress:
         content = io.BytesIO()
         torch.save(
             state
-            | {"key": self.key, "logs": {path.name: path.stat().st_size for path in self._logs()}},
+            | {
+                "key": self.key,
+                "logs": {path.name: path.stat().st_size for path in self._logs()},
+            },
             content,
         )
         digest = hashlib.sha256(content.getbuffer()).digest()
@@ -175,14 +187,17 @@ class Progress:
         if not path.is_file():
             return None
         again = (
-            f"delete the folder {self.folder} to train again from the start, with the same result"
+            f"delete the folder {self.folder} to train again from the start, "
+            "with the same result"
         )
         content = path.read_bytes()
         if hashlib.sha256(content[DIGEST_BYTES:]).digest() != content[:DIGEST_BYTES]:
             raise ValueError(f"resume={self.run_dir}: {path} is damaged; {again}")
         try:
             state = torch.load(
-                io.BytesIO(content[DIGEST_BYTES:]), map_location="cpu", weights_only=True
+                io.BytesIO(content[DIGEST_BYTES:]),
+                map_location="cpu",
+                weights_only=True,
             )
             if not (
                 isinstance(state["extra"], dict)
@@ -196,9 +211,10 @@ class Progress:
             ) from None
         if not is_ours:
             raise ValueError(
-                f"resume={self.run_dir}: {path} was written by a run with another config, other "
-                "data, other code or another torch; "
-                f"put {self.run_dir / 'config.yaml'} and the code back as they were, or {again}"
+                f"resume={self.run_dir}: {path} was written by a run with another "
+                "config, other data, other code or another torch; put "
+                f"{self.run_dir / 'config.yaml'} and the code back as they were, "
+                f"or {again}"
             )
         return state
 
@@ -227,7 +243,8 @@ def said_how(run_dir: Path) -> Iterator[None]:
     except OSError as err:
         if not run_dir.is_dir():
             raise OSError(
-                f"{run_dir}: this folder was deleted while the run was at work; start it again"
+                f"{run_dir}: this folder was deleted while the run was at work; "
+                "start it again"
             ) from err
         if err.errno is None or err.filename is not None:  # it names its path
             raise
@@ -241,21 +258,23 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
     """Returns the config and the overrides of a run that can be continued.
 
     Args:
-        extra: what else stood on the command line; it may repeat the run's settings alone.
+        extra: what else stood on the command line; it may repeat the run's settings
+            alone.
 
     Raises:
-        ValueError: the folder holds no run, a finished one, or a link; or `extra` contradicts it.
+        ValueError: the folder holds no run, a finished one, or a link; or `extra`
+            contradicts it.
     """
     if not (run_dir / "config.yaml").is_file():
         raise ValueError(
-            f"resume={run_dir}: no run to continue: there is no config.yaml; name a run's folder, "
-            "or start the run again if it was ended before it wrote one"
+            f"resume={run_dir}: no run to continue: there is no config.yaml; name a "
+            "run's folder, or start the run again if it was ended before it wrote one"
         )
     for path in run_dir.rglob("*"):  # logs are appended to, and cut off
         if path.is_symlink():
             raise ValueError(
-                f"resume={run_dir}: {path} is a symbolic link, which no run makes, and would lead "
-                "the run's output out of its folder; "
+                f"resume={run_dir}: {path} is a symbolic link, which no run makes, and "
+                "would lead the run's output out of its folder; "
                 "remove it, or put what it points to in its place"
             )
     if (run_dir / FILE_NAME).is_file():
@@ -266,7 +285,9 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
                 f"resume={run_dir}: {err}; delete that file to go on with the run"
             ) from err
         if report["status"] == "ok":
-            raise ValueError(f"resume={run_dir}: this run is finished; see its {FILE_NAME}")
+            raise ValueError(
+                f"resume={run_dir}: this run is finished; see its {FILE_NAME}"
+            )
     try:
         config = OmegaConf.create(read_config(run_dir / "config.yaml"))
         overrides = command_line(run_dir)
@@ -274,8 +295,9 @@ def open_run(run_dir: Path, extra: list[str]) -> tuple[DictConfig, list[str]]:
         raise ValueError(f"resume={run_dir}: {err}") from err
     if not (run_dir / OVERRIDES).is_file():
         raise ValueError(
-            f"resume={run_dir}: begun by qtrain 0.1.0, whose training this version cannot go on "
-            f"with to the same bits; start it again: qtrain {shlex.join(overrides)}"
+            f"resume={run_dir}: begun by qtrain 0.1.0, whose training this version "
+            "cannot go on with to the same bits; "
+            f"start it again: qtrain {shlex.join(overrides)}"
         )
     for override in extra:
         key, _, value = override.partition("=")

@@ -1,7 +1,7 @@
 """Digests of what a float model comes from: code, data and first weights, each read itself.
 
-Not seen are modules imported by a name that is computed, installed packages but for their versions,
-and other files that code reads while it trains.
+Not seen are modules imported by a name that is computed, installed packages but for
+their versions, and other files that code reads while it trains.
 """
 
 import ast
@@ -26,18 +26,28 @@ from qtrain.data.loaders import DataLoaders, Loader
 from qtrain.runs.checkpoint import digest
 from qtrain.train.generators import undisturbed
 
-# The quantizer and measurements have no say in the float model; everything else does. Of a
-# checkpoint that is trained on, the weights count, which the model holds by then.
-SETTINGS = ("model", "data", "task", "trainer", "optimizer", "scheduler", "seed", "device")
+# The quantizer and measurements have no say in the float model; everything else does.
+# Of a checkpoint that is trained on, the weights count, which the model holds by then.
+SETTINGS = (
+    "model",
+    "data",
+    "task",
+    "trainer",
+    "optimizer",
+    "scheduler",
+    "seed",
+    "device",
+)
 # Whose fingerprints are of the content.
 OWN_DATA = tuple(
-    f"qtrain.data.{name}." for name in ("mnist", "text", "arrays", "image_folder", "downloads")
+    f"qtrain.data.{name}."
+    for name in ("mnist", "text", "arrays", "image_folder", "downloads")
 )
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = {"site-packages", "dist-packages"}
 
-# By path: the module's spec, the SHA-256, the imports. What runs is the file as it was when the
-# module was loaded.
+# By path: the module's spec, the SHA-256, the imports. What runs is the file as it was
+# when the module was loaded.
 _sources: dict[str, tuple[ModuleSpec | None, str, list[str]]] = {}
 
 
@@ -45,8 +55,8 @@ def float_key(config: DictConfig, parts: Parts) -> str:
     """Returns a digest of all that determines the float model which a run will train.
 
     Raises:
-        ValueError: the model comes from a script or a notebook, whose code has no file that would
-            tell of its changes.
+        ValueError: the model comes from a script or a notebook, whose code has no file
+            that would tell of its changes.
     """
     content: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(SETTINGS)))
     for text in _texts(content):
@@ -57,7 +67,8 @@ def float_key(config: DictConfig, parts: Parts) -> str:
             )
     sources = code(content)
     if _is_own(config):
-        for setting in ("root", "cache_dir"):  # the same data elsewhere are the same data
+        # The same data elsewhere are the same data
+        for setting in ("root", "cache_dir"):
             content["data"].pop(setting, None)
     for setting in ("save_every", "max_finetuning_steps"):
         content["trainer"].pop(setting)
@@ -104,15 +115,20 @@ def tensors(named: Iterable[tuple[Any, Any]]) -> str:
             kinds.add(f"{name} {tensor.dtype} {list(tensor.shape[1:])}")
             flat = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
             hashes.setdefault(name, hashlib.sha256()).update(flat.numpy())
-    return digest([sorted(kinds), {str(name): found.hexdigest() for name, found in hashes.items()}])
+    return digest(
+        [
+            sorted(kinds),
+            {str(name): found.hexdigest() for name, found in hashes.items()},
+        ]
+    )
 
 
 def code(config: Any) -> dict[str, str | None]:
     """Returns {module: SHA-256} of all source that the pipeline and `config` import, anyhow deep.
 
-    Of this package that is nearly all: a choice of what matters would be wrong one day, and a
-    training too many does no harm. Of installed packages it is the version, where they have one
-    under the name that they are imported by.
+    Of this package that is nearly all: a choice of what matters would be wrong one day,
+    and a training too many does no harm. Of installed packages it is the version, where
+    they have one under the name that they are imported by.
 
     Args:
         config: plain dicts, lists and values; each text that is a dotted name counts.
@@ -150,7 +166,9 @@ def _specs(name: str) -> Iterator[ModuleSpec]:
     if parts[0] in sys.stdlib_module_names:
         return
     for end in range(1, len(parts) + 1):
-        finders = (finder.find_spec(".".join(parts[:end]), path) for finder in sys.meta_path)
+        finders = (
+            finder.find_spec(".".join(parts[:end]), path) for finder in sys.meta_path
+        )
         spec = next((spec for spec in finders if spec is not None), None)
         if spec is None:
             return
@@ -181,7 +199,8 @@ def _imports(content: bytes, package: str | None) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            with suppress(ImportError):  # outside a package; the module expects it, or fails itself
+            # Outside a package; the module expects it, or fails itself
+            with suppress(ImportError):
                 base = resolve_name("." * node.level + (node.module or ""), package)
                 yield from [f"{base}.{alias.name}" for alias in node.names]
 

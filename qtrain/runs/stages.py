@@ -43,7 +43,9 @@ def calibrate(run: Run) -> None:
     run.prepared.kept = FinishedLayers(run.progress)
     watched = finite_outputs(run.prepared.model, "calibration", called=run.prepared)
     with run.clock("calibration"), watched:
-        run.parts.quantizer.calibrate(run.prepared, CalibrationInputs(run.config, run.parts))
+        run.parts.quantizer.calibrate(
+            run.prepared, CalibrationInputs(run.config, run.parts)
+        )
     run.prepared.kept = Kept()
     run.failures += run.parts.truth.unobserved(run.prepared.model, run.auxiliary)
     run.report.plan = {
@@ -77,14 +79,22 @@ def score(run: Run) -> None:
         run.scores["quantized"] = evaluate(quantized, parts.data.test, parts.task)
         shown = {"float": run.float_model, "fake": fake, "quantized": quantized}
         samples = {
-            name: parts.task.sample(model) for name, model in shown.items() if model is not None
+            name: parts.task.sample(model)
+            for name, model in shown.items()
+            if model is not None
         }
-        report.samples = {name: text for name, text in samples.items() if text is not None}
-        report.truth, found = parts.truth.compare(run.reference, fake, quantized, run.sample)
+        report.samples = {
+            name: text for name, text in samples.items() if text is not None
+        }
+        report.truth, found = parts.truth.compare(
+            run.reference, fake, quantized, run.sample
+        )
         run.failures += found
         simulated, real = run.scores["fake"], run.scores["quantized"]
         if simulated is not None and real is not None:
-            report.truth["loss_gap"], found = parts.truth.ends(simulated.losses, real.losses)
+            report.truth["loss_gap"], found = parts.truth.ends(
+                simulated.losses, real.losses
+            )
             run.failures += found
         run.failures += _write_exports(run)
         if getattr(parts.task, "puts_out_logits", False):
@@ -100,7 +110,9 @@ def measure(run: Run) -> None:
         _describe(run)
     report.qparams = outputs.activation_qparams(run.prepared.model, run.quantized)
     report.quant["weight_bits"] = mean_bits(run.quantized, plan)
-    at_bits = bytes_at_bits(run.quantized, plan, run.float_model, simulated=quantizer.simulated)
+    at_bits = bytes_at_bits(
+        run.quantized, plan, run.float_model, simulated=quantizer.simulated
+    )
     report.size_bytes["quantized_at_bits"] = at_bits
     report.time_s = dict(run.clock.seconds)
     run.parts.truth.enforce(run.failures)
@@ -110,11 +122,16 @@ def record(run: Run) -> None:
     """Writes weights, pictures and the report, and removes the states to resume from."""
     report, run_dir, quantizer = run.report, run.run_dir, run.parts.quantizer
     with run.clock("records"):
-        report.size_bytes["float_file"] = save_weights(run_dir / "float.pt", run.float_model)
+        report.size_bytes["float_file"] = save_weights(
+            run_dir / "float.pt", run.float_model
+        )
         quantized_file = save_weights(run_dir / "quantized.pt", run.quantized)
         at_bits = report.size_bytes["quantized_at_bits"]
         if quantizer.simulated:
-            report.size_bytes |= {"quantized_file": None, "quantized_file_at_bits": at_bits}
+            report.size_bytes |= {
+                "quantized_file": None,
+                "quantized_file_at_bits": at_bits,
+            }
         else:
             spared = report.size_bytes["quantized"] - at_bits
             report.size_bytes |= {
@@ -143,7 +160,9 @@ def _write_exports(run: Run) -> list[str]:
     """Writes what `export` asks for, and returns where it is not what it should be."""
     failures: list[str] = []
     for exporter in run.parts.export:
-        made = write_and_judge(exporter, run.prepared.as_converted(), run.sample, run.run_dir)
+        made = write_and_judge(
+            exporter, run.prepared.as_converted(), run.sample, run.run_dir
+        )
         run.report.exports[exporter.name], found = made
         failures += found
     return failures
@@ -165,14 +184,17 @@ def _describe(run: Run) -> None:
     config, parts, report = run.config, run.parts, run.report
     scores, quantized = run.scores, run.quantized
     simulated = parts.quantizer.simulated
-    models = {"float": run.float_model} | ({} if simulated else {"quantized": quantized})
+    models = {"float": run.float_model} | (
+        {} if simulated else {"quantized": quantized}
+    )
     settings = OmegaConf.to_container(config.measure)
     with OtherLoad() as others:
         report.latency_ms = latency(models, run.sample, **settings)  # type: ignore[arg-type]
         report.tokens_per_s = generation_speed(models, run.sample[0][:1, :1])
     report.other_load = others.cores
     report.size_bytes = {name: weight_bytes(model) for name, model in models.items()}
-    if simulated:  # float tensors: neither their size nor their speed is that of the integers
+    # Float tensors: neither their size nor their speed is that of the integers
+    if simulated:
         report.latency_ms["quantized"] = report.size_bytes["quantized"] = None  # type: ignore[assignment]
     report.metrics = {name: score and score.metrics for name, score in scores.items()}
     report.quant |= outputs.quantizer_facts(parts.quantizer)
@@ -185,7 +207,8 @@ def _describe(run: Run) -> None:
     report.scoring = outputs.scoring(parts.task, [exact, real])
     gain = real.examples.double() - exact.examples.double()
     report.difference = {
-        parts.task.quality: real.metrics[parts.task.quality] - exact.metrics[parts.task.quality],
+        parts.task.quality: real.metrics[parts.task.quality]
+        - exact.metrics[parts.task.quality],
         "standard_error": float(gain.std(correction=1) / len(gain) ** 0.5)
         if len(gain) > 1
         else None,

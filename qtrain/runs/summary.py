@@ -7,12 +7,17 @@ from qtrain.runs.report import Report
 def summary(report: Report, quality: Quality) -> list[str]:
     """Returns the lines that a person reads at the end of a run."""
     lines = []
-    is_float = report.quant["weight"] is None  # the float model itself, or the same trained on
+    # The float model itself, or the same trained on
+    is_float = report.quant["weight"] is None
     for kind, metrics in report.metrics.items():
-        if metrics is None or (kind == "quantized" and report.quant["method"] == "none"):
+        if metrics is None or (
+            kind == "quantized" and report.quant["method"] == "none"
+        ):
             continue
         label = "trained on" if kind == "quantized" and is_float else kind
-        simulated = " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
+        simulated = (
+            " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
+        )
         size = report.size_bytes.get(f"{kind}_file")
         facts = [
             f"{quality.name} {quality.text(metrics[quality.name])}",
@@ -24,7 +29,9 @@ def summary(report: Report, quality: Quality) -> list[str]:
             for n, t in (report.latency_ms.get(kind) or {}).items()
         ]
         facts += (
-            [f"{report.tokens_per_s[kind]:.0f} tokens/s"] if kind in report.tokens_per_s else []
+            [f"{report.tokens_per_s[kind]:.0f} tokens/s"]
+            if kind in report.tokens_per_s
+            else []
         )
         lines.append(f"{label + simulated:>21}: " + ", ".join(facts))
         others = [
@@ -38,10 +45,8 @@ def summary(report: Report, quality: Quality) -> list[str]:
             names = report.about_data.get("classes")
             wrong = wrong_by_class(metrics["wrong_per_class"], names)
             lines.append(f"{'':>23}{wrong}")
-    exact, real = (
-        report.latency_ms["float"],
-        report.latency_ms["quantized"] if not report.quant["simulated"] else {},
-    )
+    exact = report.latency_ms["float"]
+    real = report.latency_ms["quantized"] if not report.quant["simulated"] else {}
     for size, times in (real or {}).items():
         ratio = times["median"] / exact[size]["median"]
         if ratio > 1 and not is_float:
@@ -51,7 +56,9 @@ def summary(report: Report, quality: Quality) -> list[str]:
             )
     lines += [f"{kind:>21}: {text!r}" for kind, text in report.samples.items()]
     threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
-    lines.append(f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s))
+    lines.append(
+        f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s)
+    )
     return lines if is_float else lines + _of_quantization(report)
 
 
@@ -63,7 +70,9 @@ def _of_quantization(report: Report) -> list[str]:
         f"{100 * cover['macs_quantized']:.1f} % of multiply-accumulates"
     ]
     lines = _of_capture(report) + lines
-    before, after = (report.size_bytes.get(f"{kind}_file") for kind in ("float", "quantized"))
+    before, after = (
+        report.size_bytes.get(f"{kind}_file") for kind in ("float", "quantized")
+    )
     if before and after and after > before:
         largest = cover.get("largest_float")
         lines.append(
@@ -84,20 +93,28 @@ def _of_capture(report: Report) -> list[str]:
     if found.get("mode", "as_is") == "as_is":
         return []
     groups = ", ".join(f"{count} {kind}" for kind, count in found["fused"].items())
-    lines = [f"captured: by {found['mode']}; {found['sites']} sites; fused: {groups or 'nothing'}"]
+    lines = [
+        f"captured: by {found['mode']}; {found['sites']} sites; "
+        f"fused: {groups or 'nothing'}"
+    ]
     for name, leaf in found["leaves"].items():
         share = 100 * leaf["macs"]
         lines.append(
-            f"  not looked into: {name}, {share:.1f} % of multiply-accumulates: {leaf['reason']}"
+            f"  not looked into: {name}, {share:.1f} % of multiply-accumulates: "
+            f"{leaf['reason']}"
         )
     return lines + [f"  note: {note}" for note in found["notes"]]
 
 
 def _seconds(stages: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in stages.items())
+    return ", ".join(
+        f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in stages.items()
+    )
 
 
-def wrong_by_class(counts: list[int], names: list[str] | None = None, most: int = 10) -> str:
+def wrong_by_class(
+    counts: list[int], names: list[str] | None = None, most: int = 10
+) -> str:
     """Returns how many predictions are wrong in each class or, of many classes, in the worst.
 
     >>> wrong_by_class([3, 0, 5]), wrong_by_class([3, 0, 5], most=2)

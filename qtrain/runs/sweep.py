@@ -21,9 +21,9 @@ from qtrain.runs.report import FILE_NAME, Report, load_report, versions
 if TYPE_CHECKING:
     from qtrain.runs.resume import Signals
 
-# Float results depend on the number of threads: in the last bits at first, and after an epoch of
-# training visibly. With one thread a job has the same results under every launcher, alone or beside
-# others; jobs are what uses the cores.
+# Float results depend on the number of threads: in the last bits at first, and after an
+# epoch of training visibly. With one thread a job has the same results under every
+# launcher, alone or beside others; jobs are what uses the cores.
 THREADS = 1
 EXTRAS = ("joblib", "optuna", "submitit", "ray")
 
@@ -40,7 +40,9 @@ def extra_for(missing_config: str | None) -> str | None:
     extra = choice.partition("_")[0]
     if group not in ("hydra/launcher", "hydra/sweeper") or extra not in EXTRAS:
         return None
-    return f"{group}={choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
+    return (
+        f"{group}={choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
+    )
 
 
 def is_grid(hydra_config: Any) -> bool:
@@ -52,9 +54,14 @@ def grid(hydra_config: DictConfig) -> list[Override] | None:
     """Returns what a sweep varies and what is the same for all; None where its sweeper searches."""
     if not is_grid(hydra_config):
         return None
-    preset = [f"{key}={values}" for key, values in (hydra_config.sweeper.params or {}).items()]
-    found = OverridesParser.create().parse_overrides([*preset, *hydra_config.overrides.task])
-    return list({o.get_key_element(): o for o in found}.values())  # of a key given twice, the later
+    preset = [
+        f"{key}={values}" for key, values in (hydra_config.sweeper.params or {}).items()
+    ]
+    found = OverridesParser.create().parse_overrides(
+        [*preset, *hydra_config.overrides.task]
+    )
+    # Of a key given twice, the later
+    return list({o.get_key_element(): o for o in found}.values())
 
 
 def count_jobs(hydra_config: DictConfig) -> int | None:
@@ -79,15 +86,20 @@ def _values(override: Override) -> list[str]:
 
 def jobs_at_once(hydra_config: DictConfig) -> float:
     """Returns how many jobs of a sweep may run here at the same time; infinity without a limit."""
-    launcher, kind = hydra_config.launcher, hydra_config.launcher._target_.rpartition(".")[2]
+    launcher = hydra_config.launcher
+    kind = hydra_config.launcher._target_.rpartition(".")[2]
     cores = os.cpu_count() or 1
     if kind == "JoblibLauncher":
         # as joblib reads it: -1 is all cores, -2 all but one
-        return launcher.n_jobs if launcher.n_jobs > 0 else max(1, cores + 1 + launcher.n_jobs)
-    if kind == "LocalLauncher":
-        batch: Any = hydra_config.sweeper.get("max_batch_size") or hydra_config.sweeper.get(
-            "n_jobs"
+        return (
+            launcher.n_jobs
+            if launcher.n_jobs > 0
+            else max(1, cores + 1 + launcher.n_jobs)
         )
+    if kind == "LocalLauncher":
+        batch: Any = hydra_config.sweeper.get(
+            "max_batch_size"
+        ) or hydra_config.sweeper.get("n_jobs")
         return batch or float("inf")
     if kind == "RayLauncher":
         share = launcher.ray.remote.get("num_cpus", 1) or 1
@@ -107,19 +119,22 @@ def crowding(config: DictConfig) -> str | None:
         )
     if jobs > 1 and jobs * threads > cores:
         return (
-            f"{jobs:.0f} jobs at once with {threads} threads each on {cores} cores will slow each "
-            "other down"
+            f"{jobs:.0f} jobs at once with {threads} threads each on {cores} cores "
+            "will slow each other down"
         )
     return None
 
 
 def carry_out(
-    config: DictConfig, run_dir: Path, overrides: list[str], signals: "Signals | None" = None
+    config: DictConfig,
+    run_dir: Path,
+    overrides: list[str],
+    signals: "Signals | None" = None,
 ) -> Report:
     """Carries out a job in its folder, unless it is done; returns its report.
 
-    A job that was killed goes on from its last state, to the same bits. One that failed begins
-    anew, for what made it fail may have been mended.
+    A job that was killed goes on from its last state, to the same bits. One that failed
+    begins anew, for what made it fail may have been mended.
 
     Raises:
         Occupied: the folder holds a finished run of another config.
@@ -135,7 +150,11 @@ def carry_out(
     # The process of a sweep that was killed may still be at this job.
     with FileLock(run_dir / LOCK):
         before = run_dir / "config.yaml"
-        is_same = wanted is not None and before.is_file() and before.read_bytes() == wanted.encode()
+        is_same = (
+            wanted is not None
+            and before.is_file()
+            and before.read_bytes() == wanted.encode()
+        )
         try:
             report = load_report(run_dir / FILE_NAME)
         except ValueError:  # there is none, or a broken one
@@ -143,14 +162,21 @@ def carry_out(
         if report["status"] == "ok":
             if not is_same or report.get("versions") != versions():
                 raise Occupied(
-                    f"hydra.sweep.dir={run_dir.parent}: {run_dir.name} holds a finished run of "
-                    "another config or version; name another folder, or delete this run"
+                    f"hydra.sweep.dir={run_dir.parent}: {run_dir.name} holds a "
+                    "finished run of another config or version; "
+                    "name another folder, or delete this run"
                 )
             log.info(f"{run_dir.name}: done before, skipped")
             return Report(
-                **{item.name: report[item.name] for item in fields(Report) if item.name in report}
+                **{
+                    item.name: report[item.name]
+                    for item in fields(Report)
+                    if item.name in report
+                }
             )
         if not is_same or report["status"] == "failed":
             shutil.rmtree(run_dir / "resume", ignore_errors=True)
         (run_dir / FILE_NAME).unlink(missing_ok=True)
-        return pipeline.execute(config, run_dir, overrides, resume=True, signals=signals)
+        return pipeline.execute(
+            config, run_dir, overrides, resume=True, signals=signals
+        )

@@ -53,7 +53,9 @@ def _obtain(run: Run) -> None:
         with cache.lock if ranks.is_first() else nullcontext():
             # What this run has begun, it ends.
             training = (
-                cache.load(model) if ranks.is_first() and not run.progress.has("float") else None
+                cache.load(model)
+                if ranks.is_first() and not run.progress.has("float")
+                else None
             )
             report.float_from = "training" if training is None else "cache"
             if ranks.decide(training is None, config.device):
@@ -76,7 +78,9 @@ def train_float(run: Run) -> None:
     torch.set_rng_state(parts.generator_state)
 
     def score(epoch: int) -> dict[str, float]:
-        metrics = val_scores(parts, parts.model, config.device) if ranks.is_first() else {}
+        metrics = (
+            val_scores(parts, parts.model, config.device) if ranks.is_first() else {}
+        )
         epochs.show(run.logger, parts.task.quality, epoch + 1, float=metrics)
         return metrics
 
@@ -106,13 +110,15 @@ def finetune(run: Run) -> None:
 def _finetune(run: Run) -> None:
     config, parts, prepared = run.config, run.parts, run.prepared
     quantizer: Any = parts.quantizer
-    # Not where the float training ended: that would depend on whether it came out of the cache.
+    # Not where the float training ended: that would depend on whether it came out of
+    # the cache.
     torch.set_rng_state(parts.generator_state)
     checkpoint = run.progress.stage(quantizer.stage)
     checkpoint.load()
     kind = "" if quantizer.weight is None else "int8_"
     before = epochs.of_float(config, parts)
-    best = checkpoint.extra  # nothing, or the quality, epoch and weights of the best epoch so far
+    # nothing, or the quality, epoch and weights of the best epoch so far
+    best = checkpoint.extra
 
     def score(epoch: int) -> dict[str, float]:
         if not quantizer.convert_every or (epoch + 1) % quantizer.convert_every:
@@ -126,9 +132,14 @@ def _finetune(run: Run) -> None:
             with torch.random.fork_rng(devices=[]):
                 scores["fake"] = val_scores(parts, fake.cpu(), "cpu")
         epochs.show(run.logger, parts.task.quality, before + epoch + 1, **scores)
-        quality = metrics[f"val_{parts.task.quality}"] * (1 if parts.task.higher_is_better else -1)
-        if not best or quality >= best["quality"]:  # of equals the later, trained longer
-            best.update(quality=quality, epoch=epoch, model=copy.deepcopy(prepared.state_dict()))
+        quality = metrics[f"val_{parts.task.quality}"] * (
+            1 if parts.task.higher_is_better else -1
+        )
+        # Of equals the later, trained longer
+        if not best or quality >= best["quality"]:
+            best.update(
+                quality=quality, epoch=epoch, model=copy.deepcopy(prepared.state_dict())
+            )
         return {f"{kind}{name}": value for name, value in metrics.items()}
 
     parts.trainer.for_finetuning(quantizer.epochs).fit(

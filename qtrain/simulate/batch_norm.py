@@ -1,19 +1,19 @@
 """Products before batch-norm, in training, with no activation divided by the batch-norm scale.
 
-torch's own layers offer two ways. The quick one divides the convolution's output by gamma / std, a
-whole activation, and NaN where gamma is 0; it normalises by the statistics of the quantized
-convolution. The slow one normalises by those of the float convolution, for which it runs a second
-one. Here:
+torch's own layers offer two ways. The quick one divides the convolution's output by
+gamma / std, a whole activation, and NaN where gamma is 0; it normalises by the
+statistics of the quantized convolution. The slow one normalises by those of the float
+convolution, for which it runs a second one. Here:
 
-- folded: one convolution, with the quantized weights in the convolution's own scale, and an
-  ordinary batch-norm behind it. The statistics are those of the quantized convolution, so they fit
-  what inference will normalise.
-- exact: what torch's slow way computes, to rounding, in fewer passes over the activations. Two
-  convolutions.
+- folded: one convolution, with the quantized weights in the convolution's own scale,
+  and an ordinary batch-norm behind it. The statistics are those of the quantized
+  convolution, so they fit what inference will normalise.
+- exact: what torch's slow way computes, to rounding, in fewer passes over the
+  activations. Two convolutions.
 
-Both fold batch-norm into the weights as inference does where its statistics are frozen (R.
-Krishnamoorthi, arXiv:1806.08342, section 3.2.2), and train on where gamma is 0. A Linear layer with
-batch-norm is treated alike.
+Both fold batch-norm into the weights as inference does where its statistics are frozen
+(R. Krishnamoorthi, arXiv:1806.08342, section 3.2.2), and train on where gamma is 0. A
+Linear layer with batch-norm is treated alike.
 """
 
 import math
@@ -35,7 +35,8 @@ def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
 def running_factor(bn: Any) -> Tensor:
     """Returns (C,) what inference multiplies by, to the digit as torch's conversion folds it.
 
-    The largest weights often lie halfway between two integers, where the last digit decides.
+    The largest weights often lie halfway between two integers, where the last digit
+    decides.
     """
     factor: Tensor = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
     return factor
@@ -53,7 +54,9 @@ def _pays(site: Any, x: Tensor, channels: int) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    return bool(x.numel() // x.shape[1] * channels // math.prod(site.layer.stride) >= MANY)
+    return bool(
+        x.numel() // x.shape[1] * channels // math.prod(site.layer.stride) >= MANY
+    )
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -74,7 +77,9 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, grad: Tensor, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, inverse_std = ctx.saved_tensors
         arguments = (
             grad,
@@ -106,8 +111,8 @@ def folded(site: Any, x: Tensor) -> Tensor:
     if weight_q is None or weight_q.scale_free:
         weight = site.quantized_weight(weight)
     else:
-        # Batch-norm undoes any factor before it; this one only puts the weights in the scale of
-        # inference's integers.
+        # Batch-norm undoes any factor before it; this one only puts the weights in the
+        # scale of inference's integers.
         with torch.no_grad():
             factor = running_factor(bn)
             factor = torch.where(factor == 0, 1, factor)
@@ -115,10 +120,12 @@ def folded(site: Any, x: Tensor) -> Tensor:
     if not _pays(site, x, len(weight)):
         output: Tensor = bn(site.product(x, weight, bias))
         return output
-    # Batch-norm undoes any bias before it, too. This one keeps the output about 0, where sums of
-    # squares are exact.
+    # Batch-norm undoes any bias before it, too. This one keeps the output about 0,
+    # where sums of squares are exact.
     running_mean = bn._buffers["running_mean"]
-    plain = site.product(x, weight, -running_mean if bias is None else bias - running_mean)
+    plain = site.product(
+        x, weight, -running_mean if bias is None else bias - running_mean
+    )
     output, mean, var = _BatchNorm.apply(
         plain, bn._parameters["weight"], bn._parameters["bias"], bn.eps
     )
@@ -137,12 +144,17 @@ def exact(site: Any, x: Tensor) -> Tensor:
         _follow(bn, seen_mean, var, plain.numel() // len(mean))
         running_std = torch.sqrt(bn.running_var + bn.eps)
     std = torch.sqrt(var + bn.eps)
-    weight = site.quantized_weight(site.weight * along(bn.weight / running_std, site.weight, 0))
+    weight = site.quantized_weight(
+        site.weight * along(bn.weight / running_std, site.weight, 0)
+    )
     output = site.product(x, weight, None)
     shift = bn.bias - bn.weight * mean / std
     if site.bias is not None:
-        shift = shift + 0 * site.bias  # a gradient of 0, for distributed training waits for one
-    return torch.addcmul(along(shift, output, 1), output, along(running_std / std, output, 1))
+        # A gradient of 0, for distributed training waits for one
+        shift = shift + 0 * site.bias
+    return torch.addcmul(
+        along(shift, output, 1), output, along(running_std / std, output, 1)
+    )
 
 
 def _follow(bn: Any, mean: Tensor, var: Tensor, count: int) -> None:

@@ -22,8 +22,8 @@ from qtrain.simulate.sites import (
     Site,
 )
 
-# Modules whose output has a range that their input's does not tell. All others hand their input's
-# integers on.
+# Modules whose output has a range that their input's does not tell. All others hand
+# their input's integers on.
 SCALED = (
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -91,7 +91,8 @@ def find_groups(
         model: the float model, fused.
         floats: {layer that stays float, whatever lies in it: why}.
         why_float: says of a layer why there is no kernel for it, or None.
-        has_scale: tells of a layer whether its output gets a scale, beside `SCALED` and `FIXED`.
+        has_scale: tells of a layer whether its output gets a scale, beside `SCALED` and
+            `FIXED`.
     """
     found: dict[str, Group] = {}
     closed: list[str] = []  # what lies below belongs to it
@@ -119,14 +120,15 @@ def refuse_second_names(model: nn.Module, groups: Groups) -> None:
     floats = [name for name, group in groups.items() if group.is_float]
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        is_float = any(name == outer or name.startswith(f"{outer}.") for outer in floats)
+        is_float = any(
+            name == outer or name.startswith(f"{outer}.") for outer in floats
+        )
         if isinstance(module, nn.Identity) or is_marked_float(model, name):
             continue
         if id(module) in first and not is_float:
             raise ValueError(
-                f"model: layer {name} is layer {first[id(module)]} under a second name, "
-                "and only the first would be "
-                "converted; register it once"
+                f"model: layer {name} is layer {first[id(module)]} under a second "
+                "name, and only the first would be converted; register it once"
             )
         first[id(module)] = name
 
@@ -149,7 +151,9 @@ def make_plan(
     for name, group in groups.items():
         if is_stub(group.head, "DeQuantStub"):
             continue
-        own = [outer for outer in layers if name == outer or name.startswith(f"{outer}.")]
+        own = [
+            outer for outer in layers if name == outer or name.startswith(f"{outer}.")
+        ]
         spec = layers[max(own, key=len)] if own else weight
         fixed = FIXED.get(type(group.head)) if not group.is_float else None
         tied = None
@@ -177,7 +181,8 @@ def build(
     """Returns the simulation of `model`, which is changed in place.
 
     Args:
-        make: called with a spec and whether it is a weight's; returns its fake quantization.
+        make: called with a spec and whether it is a weight's; returns its fake
+            quantization.
         conv_bn: how batch-norm behind a product trains.
     """
     for name, group in groups.items():
@@ -209,7 +214,9 @@ def _made(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) 
         bn=next((part for part in group.parts if isinstance(part, _BatchNorm)), None),
         relu=any(isinstance(part, nn.ReLU) for part in group.parts),
         conv_bn=conv_bn,
-        weight_q=make(layer.weight, True) if isinstance(layer.weight, QuantSpec) else None,
+        weight_q=make(layer.weight, True)
+        if isinstance(layer.weight, QuantSpec)
+        else None,
         output_q=output_q,
     )
 

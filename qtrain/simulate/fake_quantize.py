@@ -1,7 +1,7 @@
 """FakeQuantize: observe a tensor, then replace it by what its integers would mean.
 
-One module serves PTQ and QAT, weights and activations, so that calibration, simulation and
-conversion read the same scale and zero point.
+One module serves PTQ and QAT, weights and activations, so that calibration, simulation
+and conversion read the same scale and zero point.
 """
 
 from dataclasses import dataclass
@@ -28,25 +28,26 @@ KERNELS = ("qtrain", "torch")
 class FakeQuantize(nn.Module):
     """Observes if `observing`; returns dequantize(quantize(x)) if `quantizing`, else x itself.
 
-    x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale,
-    rounding half to even; the gradient passes straight through inside the clipping range alone.
+    x_out = (clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) *
+    scale, rounding half to even; the gradient passes straight through inside the
+    clipping range alone.
 
     Args:
-        observer: an observer of torch's interface: forward(x) records, calculate_qparams() ->
-            (scale, zero_point).
+        observer: an observer of torch's interface: forward(x) records,
+            calculate_qparams() -> (scale, zero_point).
         kernel: "qtrain", or "torch": torch's kernels and observers, the slow reference.
-        memoryless: forget the range before each observation. For weights, which are seen whole
-            every time.
+        memoryless: forget the range before each observation. For weights, which are
+            seen whole every time.
         observing: whether forward records the tensor's range.
         quantizing: whether forward fake-quantizes.
 
     Attributes:
-        stays: whether scale and zero point are kept (PTQ's weights, an algorithm's choice); else
-            they follow what is observed.
+        stays: whether scale and zero point are kept (PTQ's weights, an algorithm's
+            choice); else they follow what is observed.
         rectifies: whether forward works on relu(x) in place of x.
-        scale_free: whether the largest magnitude of each channel becomes the last integer, on
-            either side: then nothing is clipped, and a channel's integers stay whatever it is
-            multiplied by, but for their sign.
+        scale_free: whether the largest magnitude of each channel becomes the last
+            integer, on either side: then nothing is clipped, and a channel's integers
+            stay whatever it is multiplied by, but for their sign.
 
     Raises:
         ValueError: there is no such kernel.
@@ -73,7 +74,8 @@ class FakeQuantize(nn.Module):
         self.observer, self.kernel, self.memoryless = observer, kernel, memoryless
         self.observing, self.quantizing = observing, quantizing
         self.dtype, self.qscheme = observer.dtype, observer.qscheme
-        self.quant_min, self.quant_max = int(observer.quant_min), int(observer.quant_max)
+        self.quant_min = int(observer.quant_min)
+        self.quant_max = int(observer.quant_max)
         self.is_per_channel = self.qscheme in (
             torch.per_channel_affine,
             torch.per_channel_symmetric,
@@ -88,8 +90,12 @@ class FakeQuantize(nn.Module):
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.rectifies = False
         self.stays = False
-        self._limits: dict[str, Any] = {"quant_min": self.quant_min, "quant_max": self.quant_max}
-        # A min-max observer's work is done here, on its own buffers, which stay the truth.
+        self._limits: dict[str, Any] = {
+            "quant_min": self.quant_min,
+            "quant_max": self.quant_max,
+        }
+        # A min-max observer's work is done here, on its own buffers, which stay the
+        # truth.
         folds = type(observer) in (MinMaxObserver, MovingAverageObserver)
         self._folded = kernel == "qtrain" and folds
         self._rule = {**self._limits, "symmetric": self.is_symmetric}
@@ -97,7 +103,11 @@ class FakeQuantize(nn.Module):
             self._rule["eps"] = observer.eps
         is_narrow = self.is_symmetric and self.quant_min == -self.quant_max
         self.scale_free = (
-            is_narrow and self._folded and memoryless and self.is_per_channel and self.ch_axis == 0
+            is_narrow
+            and self._folded
+            and memoryless
+            and self.is_per_channel
+            and self.ch_axis == 0
         )
         self._last = torch.tensor(float(self.quant_max), device="cpu")
         self._known = _Known()
@@ -132,8 +142,12 @@ class FakeQuantize(nn.Module):
         """Returns what forward does; None, having changed nothing, where numbers do not do."""
         known, ends = self._known, None
         if self.observing:
-            first = self.memoryless or not known.observed and self.observer.is_untouched()
-            found = self.observer.observe_numbers(x.detach(), first=first, rectified=self.rectifies)
+            first = (
+                self.memoryless or not known.observed and self.observer.is_untouched()
+            )
+            found = self.observer.observe_numbers(
+                x.detach(), first=first, rectified=self.rectifies
+            )
             if found is None:
                 return None
             ends, observed = found
@@ -143,7 +157,10 @@ class FakeQuantize(nn.Module):
             return F.relu(x) if self.rectifies else x
         if known.numbers is None:
             scale, zero_point = self._qparams()
-            known.numbers = scale.item(), 0 if zero_point is None else int(zero_point.item())
+            known.numbers = (
+                scale.item(),
+                0 if zero_point is None else int(zero_point.item()),
+            )
         if not within_reach(known.numbers[0]):
             return None
         return fake_quantize_by_numbers(
@@ -155,16 +172,19 @@ class FakeQuantize(nn.Module):
         axis = self._axis
         if self.kernel == "qtrain":
             return fake_quantize(x, scale, zero_point, **self._limits, axis=axis)
-        limits = self.quant_min, self.quant_max
+        numbers: list[Any] = [scale, zero_point, self.quant_min, self.quant_max]
         if axis is None:
-            return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *limits)  # type: ignore[arg-type]
-        return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, *limits)  # type: ignore[arg-type]
+            return torch.fake_quantize_per_tensor_affine(x, *numbers)
+        numbers.insert(2, axis)
+        return torch.fake_quantize_per_channel_affine(x, *numbers)
 
     def _observe(self, x: Tensor) -> None:
         known = self._known
         known.qparams = known.numbers = None
         if self._folded:
-            first = self.memoryless or not known.observed and self.observer.is_untouched()
+            first = (
+                self.memoryless or not known.observed and self.observer.is_untouched()
+            )
             self.observer.observe(x, first=first)
         else:
             if self.memoryless:
@@ -199,18 +219,23 @@ class FakeQuantize(nn.Module):
         Raises:
             ValueError: nothing was observed.
         """
-        known = _Known() if is_compiling() else self._known  # a tracer's tensors hold no numbers
+        # A tracer's tensors hold no numbers
+        known = _Known() if is_compiling() else self._known
         if known.qparams is None:
             if self.stays:
                 known.qparams = self.scale, self.zero_point
                 return known.qparams
             if not self.has_observed():
                 raise ValueError(
-                    "it runs now, but did not during calibration, so its scale is unknown"
+                    "it runs now, but did not during calibration, "
+                    "so its scale is unknown"
                 )
             if self._folded:
-                seen = self.observer._buffers  # past nn.Module's attributes, which are slow
-                known.qparams = range_qparams(seen["min_val"], seen["max_val"], **self._rule)
+                # Past nn.Module's attributes, which are slow
+                seen = self.observer._buffers
+                known.qparams = range_qparams(
+                    seen["min_val"], seen["max_val"], **self._rule
+                )
             else:
                 scale, zero_point = self.observer.calculate_qparams()
                 device = self.scale.device
@@ -229,7 +254,9 @@ class FakeQuantize(nn.Module):
             self.zero_point = zero_point
         return self.scale, self.zero_point
 
-    def stay(self, scale: Tensor | None = None, zero_point: Tensor | None = None) -> None:
+    def stay(
+        self, scale: Tensor | None = None, zero_point: Tensor | None = None
+    ) -> None:
         """Keeps scale and zero point from now on, in place, whatever becomes of the tensor.
 
         Args:
@@ -250,7 +277,9 @@ class FakeQuantize(nn.Module):
             return True
         if not self._known.observed:
             low = self.observer.min_val
-            self._known.observed = low.numel() > 0 and bool((low <= self.observer.max_val).all())
+            self._known.observed = low.numel() > 0 and bool(
+                (low <= self.observer.max_val).all()
+            )
         return self._known.observed
 
     def observed_range(self) -> tuple[float, float]:
@@ -278,7 +307,9 @@ class FakeQuantize(nn.Module):
         self.calculate_qparams()  # may not have been asked for yet
         super()._save_to_state_dict(*args)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         # A fresh module has one scale; the saved one may have one a channel.
         for name in ("scale", "zero_point"):
             saved = state_dict.get(prefix + name)
@@ -294,4 +325,5 @@ class _Known:
 
     numbers: tuple[float, int] | None = None  # scale and zero point
     qparams: tuple[Tensor, Tensor | None] | None = None
-    observed: bool = False  # asking the observer again would wait for the device in every step
+    # Asking the observer again would wait for the device in every step
+    observed: bool = False

@@ -1,8 +1,8 @@
 """Fake quantization with a straight-through gradient, as a chain of elementwise operations.
 
-Forward and gradient are those of torch.fake_quantize_per_tensor_affine and _per_channel_affine bit
-for bit, at a small part of their time: torch's kernels work number by number, these operations are
-vectorized.
+Forward and gradient are those of torch.fake_quantize_per_tensor_affine and
+_per_channel_affine bit for bit, at a small part of their time: torch's kernels work
+number by number, these operations are vectorized.
 """
 
 import struct
@@ -18,7 +18,8 @@ from qtrain.functional.qparams import float32, float32s
 
 # grad strictly between two limits, and 0 elsewhere.
 HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward
-# Numbers for which torch's conversions to uint8 and back, and a way back in Python, pay.
+# Numbers for which torch's conversions to uint8 and back, and a way back in Python,
+# pay.
 MANY = 1 << 17
 # Other conversions may round differently.
 HAS_FBGEMM = has_torch_ao() and "fbgemm" in torch.backends.quantized.supported_engines
@@ -35,17 +36,18 @@ def fake_quantize(
 ) -> Tensor:
     """Returns dequantize(quantize(x)).
 
-    `(clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max) - zero_point) * scale`
+    `(clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max) - zero_point) *
+    scale`
 
-    Rounding is half to even. The gradient is passed on where the integer, before it is clamped,
-    lies in quant_min..quant_max, and is 0 elsewhere (B. Jacob et al., arXiv:1712.05877, section 3).
-    NaN stays NaN and infinity is clipped; torch's kernels turn NaN, and per channel every integer
-    beyond 2^63, into quant_min.
+    Rounding is half to even. The gradient is passed on where the integer, before it is
+    clamped, lies in quant_min..quant_max, and is 0 elsewhere (B. Jacob et al.,
+    arXiv:1712.05877, section 3). NaN stays NaN and infinity is clipped; torch's kernels
+    turn NaN, and per channel every integer beyond 2^63, into quant_min.
 
     Args:
         x: floating point; half precision is computed, and returned, in float32.
-        scale: size of one step, not 0: one element per tensor, [C] per channel. Below 0 it stands
-            for a tensor that is quantized with its sign changed.
+        scale: size of one step, not 0: one element per tensor, [C] per channel. Below 0
+            it stands for a tensor that is quantized with its sign changed.
         zero_point: integers, shaped as scale; None: 0.
         quant_min: smallest integer.
         quant_max: largest integer.
@@ -69,12 +71,17 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    # Keeps x, which the operation before it has mostly kept already, and rounds it a second time in
-    # backward: a mask would be one more tensor to write and to hold.
+    # Keeps x, which the operation before it has mostly kept already, and rounds it a
+    # second time in backward: a mask would be one more tensor to write and to hold.
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, low: int, high: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        low: int,
+        high: int,
     ) -> Tensor:
         inverse = scale.reciprocal()
         ctx.save_for_backward(x, inverse, zero_point)
@@ -86,8 +93,14 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, inverse, zero_point = ctx.saved_tensors
         low, high = ctx.limits
-        if zero_point is not None or x.dtype != torch.float32 or torch.compiler.is_compiling():
-            x_grad = HARDTANH_BACKWARD(grad, _steps(x, inverse, zero_point), low - 0.5, high + 0.5)
+        if (
+            zero_point is not None
+            or x.dtype != torch.float32
+            or torch.compiler.is_compiling()
+        ):
+            x_grad = HARDTANH_BACKWARD(
+                grad, _steps(x, inverse, zero_point), low - 0.5, high + 0.5
+            )
         else:
             steps = x * inverse  # its memory takes the result
             x_grad = HARDTANH_BACKWARD.grad_input(
@@ -111,7 +124,8 @@ def fake_quantize_unclipped(x: Tensor, scale: Tensor) -> Tensor:
     """Returns `fake_quantize` for zero_point 0 with nothing clipped: the gradient passes whole.
 
     Args:
-        x: float32 or float64; of at most quant_max steps of `scale`, and not below quant_min.
+        x: float32 or float64; of at most quant_max steps of `scale`, and not below
+            quant_min.
         scale: broadcasts to x.
 
     >>> fake_quantize_unclipped(torch.tensor([-1.0, 0.3, 0.75]), torch.tensor(0.5))
@@ -158,10 +172,12 @@ def fake_quantize_by_numbers(
     Args:
         x: float32.
         scale: a float32 number, for which `within_reach` holds.
-        zero_point, quant_min, quant_max: as there; quant_min <= zero_point <= quant_max.
+        zero_point, quant_min, quant_max: as there; quant_min <= zero_point <=
+            quant_max.
         rectify: fake-quantize relu(x), at no cost.
-        ends: the smallest and the largest number of x, if known, and finite: where nothing is
-            clipped, there is less to do; and a large x becomes real integers in between.
+        ends: the smallest and the largest number of x, if known, and finite: where
+            nothing is clipped, there is less to do; and a large x becomes real integers
+            in between.
 
     >>> x = torch.tensor([-1.0, 0.25, 0.75, 9.0])
     >>> fake_quantize_by_numbers(x, 0.5, 2, quant_min=0, quant_max=15)
@@ -174,34 +190,53 @@ def fake_quantize_by_numbers(
             and not (needs_gradient and x.numel() < MANY)
             and max(-ends[0], ends[1]) < 2**30 * scale
         ):
-            arguments = x, scale, quant_min - zero_point, quant_max - zero_point, rectify, ends
+            arguments = (
+                x,
+                scale,
+                quant_min - zero_point,
+                quant_max - zero_point,
+                rectify,
+                ends,
+            )
             result: Tensor = (
-                _ByIntegers.apply(*arguments) if needs_gradient else _by_integers(*arguments)[0]
+                _ByIntegers.apply(*arguments)
+                if needs_gradient
+                else _by_integers(*arguments)[0]
             )
             return result
     low, high = quant_min - zero_point, quant_max - zero_point
     inverse, below, above = _clipping_bounds(scale, low, high)
     fits = ends is not None and ends[1] < above and (rectify or below < ends[0])
-    # The gradient is that of a clamp which ends just beside the last numbers that round into the
-    # range. What it puts out is then replaced in its own memory, past autograd: nobody else holds
-    # it, for a clamp keeps its input.
-    output = x.clone() if fits and not rectify else F.hardtanh(x, 0.0 if rectify else below, above)
+    # The gradient is that of a clamp which ends just beside the last numbers that round
+    # into the range. What it puts out is then replaced in its own memory, past
+    # autograd: nobody else holds it, for a clamp keeps its input.
+    output = (
+        x.clone()
+        if fits and not rectify
+        else F.hardtanh(x, 0.0 if rectify else below, above)
+    )
     steps = output.detach().mul_(inverse).round_()
     (steps if fits else steps.clamp_(low, high)).mul_(scale)
     return output
 
 
 def _by_integers(
-    x: Tensor, scale: float, low: int, high: int, rectify: bool, ends: tuple[float, float]
+    x: Tensor,
+    scale: float,
+    low: int,
+    high: int,
+    rectify: bool,
+    ends: tuple[float, float],
 ) -> tuple[Tensor, Tensor | None, tuple[float, float] | None]:
     """Returns the output, what backward keeps, and its limits; neither where nothing was clipped.
 
-    Half the passes over memory: x becomes uint8 in one, and floats again in another. Where the
-    integers leave two of the 256 free, these show what was clipped, and a quarter of x's memory is
-    all that is kept.
+    Half the passes over memory: x becomes uint8 in one, and floats again in another.
+    Where the integers leave two of the 256 free, these show what was clipped, and a
+    quarter of x's memory is all that is kept.
     """
     _, below, above = _clipping_bounds(scale, low, high)
-    spare = int(high - low < 254 and not rectify)  # integers free below low, and above high
+    # Integers free below low, and above high
+    spare = int(high - low < 254 and not rectify)
     integers = torch.quantize_per_tensor(x, scale, spare - low, torch.quint8)
     clipped_above = not ends[1] < above
     kept = limits = None
@@ -252,9 +287,11 @@ def within_reach(scale: float) -> bool:
 def _clipping_bounds(scale: float, low: int, high: int) -> tuple[float, float, float]:
     """Returns 1 / scale, and the float32 next to all x with round(x / scale) in low..high."""
     inverse = float32(1 / scale)
-    (least, low_is_odd), (most, high_is_odd) = _first_product(-low), _first_product(high)
+    (least, low_is_odd) = _first_product(-low)
+    (most, high_is_odd) = _first_product(high)
     below, above = float32s(least / inverse, most / inverse)
-    # The product of two float32 is exact here. What lies below is at most one float32 away.
+    # The product of two float32 is exact here. What lies below is at most one float32
+    # away.
     product = below * inverse
     if product < least or product == least and not low_is_odd:
         below = float32(below * NEXT)

@@ -51,7 +51,8 @@ class Home:
     Args:
         names: of the user's state dict.
         owned: {name in the user's model: the parameter or buffer, as an object}.
-        origins: {name in the user's model: what of `owned` it may be made of}, where not of itself.
+        origins: {name in the user's model: what of `owned` it may be made of}, where
+            not of itself.
         model: of the simulation, which has taken these objects over.
     """
 
@@ -95,8 +96,9 @@ class Home:
         """
         if self.lost:
             raise ValueError(
-                f"float_state_dict: {', '.join(self.lost[:5])} were worked into other tensors "
-                "when fuse_model fused for inference; use qtrain.prepare, or capture='trace'"
+                f"float_state_dict: {', '.join(self.lost[:5])} were worked into other "
+                "tensors when fuse_model fused for inference; "
+                "use qtrain.prepare, or capture='trace'"
             )
         now = tensors(model)
         state = {name: value.clone() for name, value in self.unused.items()}

@@ -30,12 +30,13 @@ class LayerPlan:
     """What one layer becomes.
 
     Args:
-        kind: names of its parts, as "Conv2d" or "Conv2d+BatchNorm2d+ReLU"; backends settle by it.
+        kind: names of its parts, as "Conv2d" or "Conv2d+BatchNorm2d+ReLU"; backends
+            settle by it.
         weight: the format of its weight; None: float, or it has none.
         output: the format of its output; None: float.
         weight_of: of a tied weight the parameter's first name, such as "wte.weight".
-        backend: another than that of the run, such as "llm_int8"; "float": it runs in float between
-            quantized neighbours.
+        backend: another than that of the run, such as "llm_int8"; "float": it runs in
+            float between quantized neighbours.
         reason: why it does.
     """
 

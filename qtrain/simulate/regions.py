@@ -25,7 +25,8 @@ def running_in_float(
         inputs: arguments of forward.
 
     Raises:
-        ValueError: a layer without a kernel runs both on quantized and on float tensors.
+        ValueError: a layer without a kernel runs both on quantized and on float
+            tensors.
     """
     was_training = [(module, module.training) for module in model.modules()]
     found = _on_marked(model.eval(), names, inputs)
@@ -34,8 +35,9 @@ def running_in_float(
     for name, on_quantized in found.items():
         if plan[name].reason and len(on_quantized) > 1:
             raise ValueError(
-                f"model: layer {name} ({plan[name].kind}) runs both between QuantStub and "
-                "DeQuantStub and outside of them; register a layer of its own for each place"
+                f"model: layer {name} ({plan[name].kind}) runs both between QuantStub "
+                "and DeQuantStub and outside of them; "
+                "register a layer of its own for each place"
             )
     return [name for name, on_quantized in found.items() if True not in on_quantized]
 
@@ -52,13 +54,20 @@ def _on_marked(
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, QuantInput):
-            handles.append(module.register_forward_hook(lambda *call: call[-1].as_subclass(Marked)))
+            handles.append(
+                module.register_forward_hook(lambda *call: call[-1].as_subclass(Marked))
+            )
         elif isinstance(module, QuantOutput):
-            handles.append(module.register_forward_hook(lambda *call: call[-1].as_subclass(Tensor)))
+            handles.append(
+                module.register_forward_hook(lambda *call: call[-1].as_subclass(Tensor))
+            )
         elif name in names:
 
             def note(
-                _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+                _: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                name: str = name,
             ) -> None:
                 found.setdefault(name, set()).add(
                     any(isinstance(x, Marked) for x in (*args, *kwargs.values()))

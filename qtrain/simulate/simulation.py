@@ -41,12 +41,13 @@ class Simulation(nn.Module):
     Args:
         model: with sites, or without any: then it stands for itself.
         plan: {name of a site in `model`: what it becomes}.
-        others: {name of a float layer in `model`: what takes its place in the end}, in that order.
+        others: {name of a float layer in `model`: what takes its place in the end}, in
+            that order.
 
     Attributes:
         backend: what lowers it, or None.
-        clips_at_type: whether its kernels clip at the ends of uint8, though a scale be made for
-            0..127.
+        clips_at_type: whether its kernels clip at the ends of uint8, though a scale be
+            made for 0..127.
         improvements: what transforms have done to it, for reports.
         capture: how the float model was made ready to be simulated, for reports.
         home: brings its weights back to the user's class, or None: it is the user's.
@@ -71,7 +72,8 @@ class Simulation(nn.Module):
         self.home: Home | None = None
         self.kept = Kept()
         self._knows_regions = False
-        self._twin: list[nn.Module] = []  # hidden from nn.Module: it is no part of the state
+        # Hidden from nn.Module: it is no part of the state
+        self._twin: list[nn.Module] = []
 
     def train(self, mode: bool = True) -> "Simulation":
         """Sets the mode; in eval mode no output's range moves: validation data must not move it."""
@@ -85,7 +87,9 @@ class Simulation(nn.Module):
             self._leave_float(args)
         return self.model(*args, **kwargs)
 
-    def set_mode(self, *, observing: bool, quantizing: bool, only: str | None = None) -> None:
+    def set_mode(
+        self, *, observing: bool, quantizing: bool, only: str | None = None
+    ) -> None:
         """Switches all fake quantizations, in place.
 
         Args:
@@ -104,7 +108,10 @@ class Simulation(nn.Module):
     @contextmanager
     def mode(self, **how: Any) -> Iterator[nn.Module]:
         """Yields the model, switched as by `set_mode` until the block is left."""
-        points = [*weight_points(self.model).values(), *output_points(self.model).values()]
+        points = [
+            *weight_points(self.model).values(),
+            *output_points(self.model).values(),
+        ]
         before = [(point, point.observing, point.quantizing) for point in points]
         self.set_mode(**how)
         observes = self._observes
@@ -174,17 +181,24 @@ class Simulation(nn.Module):
     def leave_float_as(self, plan: dict[str, Any]) -> None:
         """Takes the output's format from the layers that have none in a report's plan, in place."""
         for name, layer in plan.items():
-            if layer["output"] is None and name in self.plan and self.plan[name].output is not None:
+            if (
+                layer["output"] is None
+                and name in self.plan
+                and self.plan[name].output is not None
+            ):
                 self.leave_float(name)
         self._knows_regions = True
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         saved = {
             name
             for name in self._of_regions()
             if f"{prefix}model.{name}.output_q.scale" in state_dict
         }
-        for name in self._of_regions() - saved:  # a forward pass has shown that it runs in float
+        # A forward pass has shown that it runs in float
+        for name in self._of_regions() - saved:
             self.leave_float(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -223,7 +237,11 @@ class Simulation(nn.Module):
         Raises:
             ValueError: some were worked into others.
         """
-        return self.model.state_dict() if self.home is None else self.home.state_dict(self.model)
+        return (
+            self.model.state_dict()
+            if self.home is None
+            else self.home.state_dict(self.model)
+        )
 
     def as_converted(self) -> "Simulation":
         """Returns a copy that behaves as what `convert` makes: quantizing, in eval mode."""
@@ -265,7 +283,9 @@ def leave_float(model: nn.Module, name: str) -> None:
 
 def sites(model: nn.Module) -> dict[str, Site]:
     """Returns {name: site} of a simulation's model, as registered; {} of any other."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Site)}
+    return {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, Site)
+    }
 
 
 def output_points(model: nn.Module) -> dict[str, FakeQuantize]:
@@ -283,7 +303,8 @@ def weight_points(model: nn.Module) -> dict[str, FakeQuantize]:
 def integers(point: FakeQuantize, x: Tensor) -> Tensor:
     """Returns the integers that stand for `x`: the one rounding, of the simulation and of backends.
 
-    clamp(round(x * (1 / scale)) + zero_point), as kernels do: x / scale would round ties otherwise.
+    clamp(round(x * (1 / scale)) + zero_point), as kernels do: x / scale would round
+    ties otherwise.
 
     Returns:
         int32, of x's shape.

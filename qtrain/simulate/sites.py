@@ -1,10 +1,11 @@
 """Layers of a simulation: each computes in float what a layer on integers will mean.
 
-A site owns the parameters of the layer that it stands for, under the same names, and up to two fake
-quantizations: `weight_q` of its weight, `output_q` of its output. The same class serves PTQ, in
-eval mode, and QAT, in train mode.
+A site owns the parameters of the layer that it stands for, under the same names, and up
+to two fake quantizations: `weight_q` of its weight, `output_q` of its output. The same
+class serves PTQ, in eval mode, and QAT, in train mode.
 
-Whether a kernel runs it, or float between conversions, is a backend's affair: both compute this.
+Whether a kernel runs it, or float between conversions, is a backend's affair: both
+compute this.
 """
 
 from typing import Any
@@ -22,7 +23,8 @@ class Site(nn.Module):
     """A place of the model where something is quantized.
 
     Args:
-        weight_q: the fake quantization of its weight; None: it has none, or it stays float.
+        weight_q: the fake quantization of its weight; None: it has none, or it stays
+            float.
         output_q: the fake quantization of its output; None: it stays float.
     """
 
@@ -31,7 +33,10 @@ class Site(nn.Module):
     kind = ""  # what it stands for, as users know it: "Conv2d"
 
     def __init__(
-        self, *, weight_q: FakeQuantize | None = None, output_q: FakeQuantize | None = None
+        self,
+        *,
+        weight_q: FakeQuantize | None = None,
+        output_q: FakeQuantize | None = None,
     ) -> None:
         super().__init__()
         self.register_module("weight_q", weight_q)
@@ -39,7 +44,8 @@ class Site(nn.Module):
 
     def quantized_output(self, x: Tensor) -> Tensor:
         """Returns `x` as its integers will mean it."""
-        output_q = self._modules["output_q"]  # past nn.Module's attributes, which are slow
+        # Past nn.Module's attributes, which are slow
+        output_q = self._modules["output_q"]
         return x if output_q is None else output_q(x)
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
@@ -68,7 +74,8 @@ class QuantModule(Site):
     """Any module without a weight that could be quantized, with an output of its own.
 
     Args:
-        layer: the float module; of several outputs, as of attention, the first goes on quantized.
+        layer: the float module; of several outputs, as of attention, the first goes on
+            quantized.
     """
 
     def __init__(self, layer: nn.Module, *, output_q: FakeQuantize | None) -> None:
@@ -139,22 +146,28 @@ class QuantEmbedding(Site):
     """
 
     def __init__(
-        self, layer: nn.Embedding, *, weight_q: FakeQuantize | None, output_q: FakeQuantize | None
+        self,
+        layer: nn.Embedding,
+        *,
+        weight_q: FakeQuantize | None,
+        output_q: FakeQuantize | None,
     ) -> None:
         super().__init__(weight_q=weight_q, output_q=output_q)
         self.weight = layer.weight
         self.padding_idx = layer.padding_idx
 
     def forward(self, indices: Tensor) -> Tensor:
-        rows = F.embedding(indices, self.quantized_weight(self.weight), self.padding_idx)
+        rows = F.embedding(
+            indices, self.quantized_weight(self.weight), self.padding_idx
+        )
         return self.quantized_output(rows)
 
 
 class QuantWeighted(Site):
     """A Linear layer, convolution or transposed convolution; behind it maybe batch-norm, and ReLU.
 
-    In train mode batch-norm trains by `batch_norm.TRAINING[conv_bn]`; in eval mode, and where it is
-    frozen, it is folded into weight and bias, as inference has it.
+    In train mode batch-norm trains by `batch_norm.TRAINING[conv_bn]`; in eval mode, and
+    where it is frozen, it is folded into weight and bias, as inference has it.
 
     Args:
         layer: the float layer; its weight and bias become this site's.
@@ -214,7 +227,9 @@ class QuantWeighted(Site):
             return self.weight, self.bias
         factor = batch_norm.running_factor(bn)
         mean = bn.running_mean if self.bias is None else bn.running_mean - self.bias
-        return self.weight * batch_norm.along(factor, self.weight, 0), bn.bias - factor * mean
+        return self.weight * batch_norm.along(
+            factor, self.weight, 0
+        ), bn.bias - factor * mean
 
     def set_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Replaces the weight, and the bias if given, without writing to it: it may be tied."""
@@ -232,7 +247,9 @@ class QuantWeighted(Site):
         self.frozen = frozen
         self.train(self.training)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         saved = state_dict.get(f"{prefix}bias")
         if saved is not None and self.bias is None:  # a transform gave it one
             self.bias = nn.Parameter(torch.empty_like(saved))
@@ -257,7 +274,9 @@ def _taken(layer: nn.Module, name: str) -> nn.Parameter | None:
 
 def _like(old: nn.Parameter | None, value: Tensor) -> nn.Parameter:
     """Returns a parameter of that value, which is trained where the old one is."""
-    return nn.Parameter(value.detach().clone(), requires_grad=old is None or old.requires_grad)
+    return nn.Parameter(
+        value.detach().clone(), requires_grad=old is None or old.requires_grad
+    )
 
 
 TRANSPOSED: dict[int, Any] = {
@@ -273,7 +292,13 @@ def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     if isinstance(layer, nn.Linear):
         output = F.linear(x, weight, bias)
     elif isinstance(layer, _ConvTransposeNd):
-        settings = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        settings = (
+            layer.stride,
+            layer.padding,
+            layer.output_padding,
+            layer.groups,
+            layer.dilation,
+        )
         output = TRANSPOSED[len(layer.kernel_size)](x, weight, bias, *settings)
     else:
         output = layer._conv_forward(x, weight, bias)

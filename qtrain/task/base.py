@@ -6,9 +6,8 @@ from torch import Tensor, nn
 
 from qtrain.data.loaders import Batch, DataLoaders, Loader
 
-AUXILIARY_WEIGHT = (
-    0.3  # C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 5
-)
+# C. Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842, section 5
+AUXILIARY_WEIGHT = 0.3
 
 
 def training_loss(task: "Task", output: Any, batch: Batch) -> Tensor:
@@ -28,7 +27,8 @@ class Task(Protocol):
     quality: str  # the metric that comparisons are made by
     higher_is_better: bool
     unit: str  # of the shown quality, such as "dB"; may be missing
-    scale: float  # from the quality to the shown one, such as 100 for a share in %; may be missing
+    # From the quality to the shown one, such as 100 for a share in %; may be missing
+    scale: float
     puts_out_logits: bool  # whether outputs are logits, classes last; may be missing
     numbers: tuple[str, ...]  # the metrics that are single numbers
     sample_settings: tuple[str, ...]  # of its config, those that only `sample` heeds
@@ -48,8 +48,8 @@ class Task(Protocol):
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns one score an example (B,), to be compared in pairs between models.
 
-        Differences are tested where the quality is the scores' mean (or is a perplexity, and they
-        are log losses).
+        Differences are tested where the quality is the scores' mean (or is a
+        perplexity, and they are log losses).
         """
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:

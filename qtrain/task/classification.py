@@ -51,7 +51,9 @@ class Classification(PerExample):
             )
         )
         self.label_smoothing = label_smoothing
-        self.class_weights = None if class_weights is None else torch.tensor(class_weights)
+        self.class_weights = (
+            None if class_weights is None else torch.tensor(class_weights)
+        )
         self.own_loss = loss
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
@@ -91,8 +93,8 @@ class Classification(PerExample):
         labels, shape = batch[1], tuple(output.shape)
         if output.dim() != 2:
             return [
-                f"model: its output has shape {shape}, and classification needs logits (B, C); "
-                "flatten it"
+                f"model: its output has shape {shape}, "
+                "and classification needs logits (B, C); flatten it"
             ]
         if (
             labels.dim() != 1
@@ -107,14 +109,14 @@ class Classification(PerExample):
         low, high, last = int(labels.min()), int(labels.max()), shape[1] - 1
         if low < 0 or high > last:
             return [
-                f"data: labels reach from {low} to {high}, and the model's output has {shape[1]} "
-                f"classes; labels must lie in 0..{last}: "
+                f"data: labels reach from {low} to {high}, and the model's output has "
+                f"{shape[1]} classes; labels must lie in 0..{last}: "
                 f"count them from 0, or give the model {high + 1} outputs"
             ]
         if self.class_weights is not None and len(self.class_weights) != shape[1]:
             return [
-                f"task.class_weights: has {len(self.class_weights)} numbers, and the model's "
-                f"output {shape[1]} classes; give one each, or auto"
+                f"task.class_weights: has {len(self.class_weights)} numbers, "
+                f"and the model's output {shape[1]} classes; give one each, or auto"
             ]
         return []
 
@@ -126,10 +128,8 @@ class Classification(PerExample):
         """
         count, confusion = int(sums["count"]), sums["confusion"].cpu()
         right = confusion.diagonal()
-        recall, precision = (
-            _shares(right, confusion.sum(1)),
-            _shares(right, confusion.sum(0)),
-        )
+        recall = _shares(right, confusion.sum(1))
+        precision = _shares(right, confusion.sum(0))
         known = [share for share in recall if share is not None]
         return {
             "accuracy": int(right.sum()) / count,
@@ -147,9 +147,14 @@ def _wrong_weights(weights: Any) -> list[str]:
     if weights is None:
         return []
     if isinstance(weights, list) and weights:
-        found = [number("class_weights", weight, least=0, most=1e6) for weight in weights]
+        found = [
+            number("class_weights", weight, least=0, most=1e6) for weight in weights
+        ]
         return [line for lines in found for line in lines]
-    return [f"class_weights={shown(weights)}: must be a list, one number a class; auto; or null"]
+    return [
+        f"class_weights={shown(weights)}: must be a list, one number a class; auto; "
+        "or null"
+    ]
 
 
 def _shares(parts: Tensor, wholes: Tensor) -> list[float | None]:

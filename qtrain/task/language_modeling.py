@@ -18,7 +18,8 @@ class LanguageModeling:
 
     Args:
         tokenizer: that of the data.
-        prompt: what each model continues, where it can generate; all with the same seed.
+        prompt: what each model continues, where it can generate; all with the same
+            seed.
         max_new_tokens: tokens to add; fewer where the model's context is shorter.
         top_k: draw among the k most likely tokens; null: among all.
         seed: of the generator that draws.
@@ -34,7 +35,13 @@ class LanguageModeling:
     sample_settings: tuple[str, ...] = ("prompt", "max_new_tokens", "top_k", "seed")
 
     def __init__(
-        self, *, tokenizer: str, prompt: str, max_new_tokens: int, top_k: int | None, seed: int
+        self,
+        *,
+        tokenizer: str,
+        prompt: str,
+        max_new_tokens: int,
+        top_k: int | None,
+        seed: int,
     ) -> None:
         self.tokenizer = load_tokenizer(tokenizer)
         refuse(
@@ -51,8 +58,8 @@ class LanguageModeling:
         problems = []
         if there is not None and there < needed:
             problems.append(
-                f"model.vocab_size={there}: "
-                f"must be at least {needed}, the tokens of data.tokenizer; set it to {needed}"
+                f"model.vocab_size={there}: must be at least {needed}, "
+                f"the tokens of data.tokenizer; set it to {needed}"
             )
         length, room = self.prompt.shape[1], getattr(model, "n_positions", None)
         if room is not None and length >= room:
@@ -66,7 +73,9 @@ class LanguageModeling:
         return (batch[0],)
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(output.flatten(0, 1), batch[1].flatten(), ignore_index=IGNORE)
+        return F.cross_entropy(
+            output.flatten(0, 1), batch[1].flatten(), ignore_index=IGNORE
+        )
 
     def metrics(self, output: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Returns how many tokens were scored, their summed loss in nats, and how many were top."""
@@ -100,7 +109,9 @@ class LanguageModeling:
         return {
             "perplexity": math.exp(loss / count),
             "loss": loss / count,
-            "bits_per_byte": None if num_bytes is None else loss / math.log(2) / num_bytes,
+            "bits_per_byte": None
+            if num_bytes is None
+            else loss / math.log(2) / num_bytes,
             "next_token_accuracy": int(sums["correct"]) / count,
             "count": count,
         }
@@ -109,6 +120,9 @@ class LanguageModeling:
 def _token_losses(output: Tensor, targets: Tensor) -> Tensor:
     """Returns the loss of each token (B, T), 0 where it is not scored."""
     losses = F.cross_entropy(
-        output.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
+        output.flatten(0, 1).float(),
+        targets.flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
     )
     return losses.view_as(targets)

@@ -35,7 +35,9 @@ class Multilabel(PerExample):
         """Returns the number of labels."""
         targets = next(iter(data.calib))[1]
         if targets.dim() != 2:
-            raise ValueError(f"targets have shape {tuple(targets.shape)}; make them (N, C)")
+            raise ValueError(
+                f"targets have shape {tuple(targets.shape)}; make them (N, C)"
+            )
         return targets.shape[1]
 
     def loss(self, output: Tensor, batch: Batch) -> Tensor:
@@ -45,7 +47,9 @@ class Multilabel(PerExample):
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
         target = batch[1].to(output)
-        return F.binary_cross_entropy_with_logits(output, target, reduction="none").mean(1)
+        return F.binary_cross_entropy_with_logits(
+            output, target, reduction="none"
+        ).mean(1)
 
     def examples(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns each example's F1; 1 where it has no label and none is predicted."""
@@ -68,12 +72,13 @@ class Multilabel(PerExample):
         if output.shape != targets.shape:
             return [
                 f"model: its output has shape {tuple(output.shape)}, and the targets "
-                f"{tuple(targets.shape)}; multilabel needs a logit for each target, (B, C)"
+                f"{tuple(targets.shape)}; "
+                "multilabel needs a logit for each target, (B, C)"
             ]
         if ((targets != 0) & (targets != 1)).any():
             return [
-                f"data: targets reach from {float(targets.min()):g} to {float(targets.max()):g}, "
-                "and multilabel needs each to be 0 or 1"
+                f"data: targets reach from {float(targets.min()):g} to "
+                f"{float(targets.max()):g}, and multilabel needs each to be 0 or 1"
             ]
         return []
 
@@ -83,12 +88,12 @@ class Multilabel(PerExample):
         Labels that no example has have no average precision, and are left
         out.
         """
-        logits, targets = (
-            torch.cat(sums["logits"]),
-            torch.cat(sums["targets"]),
-        )
+        logits = torch.cat(sums["logits"])
+        targets = torch.cat(sums["targets"])
         columns = zip(logits.T, targets.T, strict=True)
-        found = [average_precision(scores, holds) for scores, holds in columns if holds.any()]
+        found = [
+            average_precision(scores, holds) for scores, holds in columns if holds.any()
+        ]
         by_label = f1(sums["hit"], sums["predicted"], sums["there"])
         return super().summary(sums, loader) | {
             "f1_macro": float(by_label.double().mean()),
@@ -96,7 +101,9 @@ class Multilabel(PerExample):
             "f1_per_class": by_label.tolist(),
         }
 
-    def _counts(self, output: Tensor, batch: Batch, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _counts(
+        self, output: Tensor, batch: Batch, dim: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         predicted, there = output.sigmoid() >= self.threshold, batch[1] > 0
         return (
             (predicted & there).sum(dim),

@@ -60,8 +60,8 @@ class Regression(PerExample):
             return []
         return [
             f"model: its output has shape {tuple(output.shape)}, and the targets "
-            f"{tuple(batch[1].shape)}; regression needs as many numbers, {tuple(wanted)}: "
-            f"give the model {wanted[1]} outputs"
+            f"{tuple(batch[1].shape)}; regression needs as many numbers, "
+            f"{tuple(wanted)}: give the model {wanted[1]} outputs"
         ]
 
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:

@@ -42,11 +42,9 @@ class Segmentation(PerExample):
             + number("label_smoothing", label_smoothing, least=0, below=1)
             + wrong_loss(loss, label_smoothing=label_smoothing)
         )
-        self.ignore, self.label_smoothing, self.own_loss = (
-            ignore,
-            label_smoothing,
-            loss,
-        )
+        self.ignore = ignore
+        self.label_smoothing = label_smoothing
+        self.own_loss = loss
 
     def num_outputs(self, data: DataLoaders) -> int:
         """Returns one more than the largest class of a pixel."""
@@ -66,7 +64,9 @@ class Segmentation(PerExample):
 
     def losses(self, output: Tensor, batch: Batch) -> Tensor:
         """Returns each image's mean over the pixels that count."""
-        found = F.cross_entropy(output, batch[1], ignore_index=self.ignore, reduction="none")
+        found = F.cross_entropy(
+            output, batch[1], ignore_index=self.ignore, reduction="none"
+        )
         count = (batch[1] != self.ignore).sum((1, 2)).clamp(min=1)
         return found.sum((1, 2)) / count
 
@@ -87,11 +87,16 @@ class Segmentation(PerExample):
                 f"{tuple(targets.shape)}; segmentation needs (B, C, H, W) and (B, H, W)"
             ]
         known = targets[targets != self.ignore]
-        if targets.dtype == torch.int64 and (known < output.shape[1]).all() and (known >= 0).all():
+        if (
+            targets.dtype == torch.int64
+            and (known < output.shape[1]).all()
+            and (known >= 0).all()
+        ):
             return []
         return [
-            f"data: targets are {targets.dtype}, up to {known.max()}; segmentation needs int64 in "
-            f"0..{output.shape[1] - 1}, the model's classes, or task.ignore={self.ignore}"
+            f"data: targets are {targets.dtype}, up to {known.max()}; segmentation "
+            f"needs int64 in 0..{output.shape[1] - 1}, the model's classes, "
+            f"or task.ignore={self.ignore}"
         ]
 
     def summary(self, sums: dict[str, Tensor], loader: Loader) -> dict[str, Any]:

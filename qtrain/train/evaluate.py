@@ -22,7 +22,9 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: Loader, task: Task, *, device: str = "cpu") -> Scores:
+def evaluate(
+    model: nn.Module, loader: Loader, task: Task, *, device: str = "cpu"
+) -> Scores:
     """Returns the scores of `model` over `loader`. The model is left in eval mode.
 
     Raises:
@@ -38,11 +40,14 @@ def evaluate(model: nn.Module, loader: Loader, task: Task, *, device: str = "cpu
     for index, batch in enumerate(loader):
         batch = (batch[0].to(device), batch[1].to(device))
         inputs = task.inputs(batch)
-        output = model(*(x.clone() for x in inputs))  # its forward may change them in place
+        # Its forward may change them in place
+        output = model(*(x.clone() for x in inputs))
         if not output.isfinite().all():
             with finite_outputs(model, "evaluation", first_batch=index):
                 model(*(x.clone() for x in inputs))
-            raise TruthError(f"model: its output on evaluation batch {index} is not finite")
+            raise TruthError(
+                f"model: its output on evaluation batch {index} is not finite"
+            )
         for name, value in task.metrics(output, batch).items():
             sums[name] = sums[name] + value if name in sums else value
         examples.append(task.examples(output, batch).cpu())

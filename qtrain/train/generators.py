@@ -33,7 +33,9 @@ def set_generator_states(states: dict[str, Any], loader: Loader) -> None:
 @contextmanager
 def undisturbed(loader: Loader) -> Iterator[None]:
     """Lets the block draw what follows seed 0; puts back Python's and NumPy's generators too."""
-    states, python, numpy = generator_states(loader), random.getstate(), np.random.get_state()
+    states = generator_states(loader)
+    python = random.getstate()
+    numpy = np.random.get_state()
     # torch.manual_seed would reach generators of which no state is kept.
     torch.default_generator.manual_seed(0)
     random.seed(0)
@@ -49,8 +51,11 @@ def undisturbed(loader: Loader) -> Iterator[None]:
 def _own_generators(loader: Loader) -> list[torch.Generator]:
     """Returns the generators where a DataLoader, or one like it, has them; each of them once."""
     held = (
-        getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))
+        getattr(owner, "generator", None)
+        for owner in (loader, getattr(loader, "sampler", None))
     )
     return list(
-        dict.fromkeys(generator for generator in held if isinstance(generator, torch.Generator))
+        dict.fromkeys(
+            generator for generator in held if isinstance(generator, torch.Generator)
+        )
     )

@@ -1,10 +1,10 @@
 """What the processes of one training, started by `qtrain.runs.launch`, tell each other.
 
-Gradients are averaged by torch's DistributedDataParallel. The ranges that activation observers see,
-and batch-norm's running statistics, are made equal in every step, so that all ranks hold the same
-prepared model. The statistics with which batch-norm normalises in training are those of a rank's
-own part: with batch-norm, more ranks is another training. Dropout draws the same masks for every
-rank's part.
+Gradients are averaged by torch's DistributedDataParallel. The ranges that activation
+observers see, and batch-norm's running statistics, are made equal in every step, so
+that all ranks hold the same prepared model. The statistics with which batch-norm
+normalises in training are those of a rank's own part: with batch-norm, more ranks is
+another training. Dropout draws the same masks for every rank's part.
 """
 
 import os
@@ -91,9 +91,16 @@ def average_statistics(model: nn.Module) -> None:
     """Gives every rank the mean of the ranks' running batch-norm statistics, in place."""
     if num_ranks() == 1:
         return
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None
+    ]
     statistics = [
-        s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None
+        s
+        for norm in norms
+        for s in (norm.running_mean, norm.running_var)
+        if s is not None
     ]
     if statistics:
         means = mean(torch.cat(statistics)).split([len(s) for s in statistics])
@@ -111,7 +118,8 @@ def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
     if next(model.parameters()).device.type == "cpu":
         torch.set_num_threads(max(threads // num_ranks(), 1))
     hooks = []
-    observing: list[Any] = []  # points that observe, while their forward runs and only quantizes
+    # Points that observe, while their forward runs and only quantizes
+    observing: list[Any] = []
 
     def observe(point: Any, inputs: tuple[Tensor, ...]) -> None:
         if point.observing:
@@ -129,9 +137,13 @@ def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
             observing.pop().observing = True
 
     for point in output_points(model).values():
-        hooks += [point.register_forward_pre_hook(observe), point.register_forward_hook(restore)]
+        hooks += [
+            point.register_forward_pre_hook(observe),
+            point.register_forward_hook(restore),
+        ]
     try:
-        # Its own way with buffers is to take the first rank's, and to keep those met at first.
+        # Its own way with buffers is to take the first rank's, and to keep those met at
+        # first.
         yield DistributedDataParallel(model, broadcast_buffers=False)
     finally:
         for hook in hooks:

@@ -34,20 +34,18 @@ class RunningMean:
 
     def load(self, state: dict[str, Any]) -> None:
         self.recent.copy_(state["recent"])
-        self.num_recent, self.total, self.count = (
-            state["num_recent"],
-            state["total"],
-            state["count"],
-        )
+        self.num_recent = state["num_recent"]
+        self.total = state["total"]
+        self.count = state["count"]
 
     def take(self, step: int) -> float:
         """Returns the mean loss since the last call."""
         value = float(ranks.mean(self.recent))
         if not math.isfinite(value):
             raise ValueError(
-                f"{self.stage}: the training loss is {value} in epoch {self.epoch_index + 1}, "
-                f"within the {self.num_recent} batches before step {step}; "
-                "lower the learning rate, or set trainer.clip_norm"
+                f"{self.stage}: the training loss is {value} in epoch "
+                f"{self.epoch_index + 1}, within the {self.num_recent} batches before "
+                f"step {step}; lower the learning rate, or set trainer.clip_norm"
             )
         mean = value / max(self.num_recent, 1)
         self.total, self.count = self.total + value, self.count + self.num_recent

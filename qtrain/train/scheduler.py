@@ -13,7 +13,9 @@ def constant(optimizer: Optimizer, num_steps: int) -> LRScheduler | None:
     return None
 
 
-def cosine(optimizer: Optimizer, num_steps: int, *, warmup: float, final: float) -> LRScheduler:
+def cosine(
+    optimizer: Optimizer, num_steps: int, *, warmup: float, final: float
+) -> LRScheduler:
     """Returns a linear rise from 0 over the first share of the steps, then half a cosine down.
 
     Args:
@@ -24,7 +26,10 @@ def cosine(optimizer: Optimizer, num_steps: int, *, warmup: float, final: float)
     Raises:
         ValueError: a share is out of range.
     """
-    refuse(number("warmup", warmup, least=0, most=1) + number("final", final, least=0, most=1))
+    refuse(
+        number("warmup", warmup, least=0, most=1)
+        + number("final", final, least=0, most=1)
+    )
     num_warmup = round(warmup * num_steps)
 
     def factor(step: int) -> float:

@@ -35,7 +35,10 @@ class Checkpoint:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        err: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         pass
 
@@ -46,8 +49,13 @@ def restoring(stage: str) -> Iterator[None]:
     try:
         yield
     except Exception as err:
-        reason = f"the state in {FOLDER}/{stage}.pt does not fit the training ({unreadable(err)})"
-        raise ValueError(f"{stage}: {reason}; delete it to train again from the start") from err
+        reason = (
+            f"the state in {FOLDER}/{stage}.pt does not fit the training "
+            f"({unreadable(err)})"
+        )
+        raise ValueError(
+            f"{stage}: {reason}; delete it to train again from the start"
+        ) from err
 
 
 def unreadable(err: Exception) -> str:

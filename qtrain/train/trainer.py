@@ -36,9 +36,10 @@ class Trainer:
         max_finetuning_steps: the same for a quantizer's own training.
         accumulate: batches whose gradients are averaged into one optimizer step.
         clip_norm: largest norm of all gradients together; null: no clipping.
-        log_every: optimizer steps between two logged losses. Reading a loss waits for the device.
-        save_every: optimizer steps between two saved states that a run can be resumed from; they
-            are saved as each epoch ends in any case. Null: only then.
+        log_every: optimizer steps between two logged losses. Reading a loss waits for
+            the device.
+        save_every: optimizer steps between two saved states that a run can be resumed
+            from; they are saved as each epoch ends in any case. Null: only then.
         devices: processes that share every batch: of CPUs, or with a GPU each. See
             `qtrain.train.ranks`.
 
@@ -59,7 +60,13 @@ class Trainer:
         refuse(
             whole("epochs", self.epochs, 0, MANY)
             + whole("max_steps", self.max_steps, 1, 1000 * MANY, null=True)
-            + whole("max_finetuning_steps", self.max_finetuning_steps, 1, 1000 * MANY, null=True)
+            + whole(
+                "max_finetuning_steps",
+                self.max_finetuning_steps,
+                1,
+                1000 * MANY,
+                null=True,
+            )
             + whole("accumulate", self.accumulate, 1, MANY)
             + number("clip_norm", self.clip_norm, above=0, null=True)
             + whole("log_every", self.log_every, 1, MANY)
@@ -100,8 +107,8 @@ class Trainer:
 
         Args:
             stage: the name that logged metrics and messages carry.
-            on_epoch_start: called with the epoch, counted from 0, once the model is in train mode;
-                when a training is resumed inside an epoch, called again.
+            on_epoch_start: called with the epoch, counted from 0, once the model is in
+                train mode; when a training is resumed inside an epoch, called again.
             on_epoch_end: called likewise; returns metrics to log with the epoch.
             checkpoint: holds the state to go on from, and takes the states to come.
 
@@ -156,14 +163,18 @@ class _WithoutLast:
 def without_single(loader: Loader, model: nn.Module) -> Loader:
     """Returns the loader without a last batch of a single sample where `model` has batch-norms.
 
-    One sample has no variance: torch's batch-norm refuses it where a channel is one number.
+    One sample has no variance: torch's batch-norm refuses it where a channel is one
+    number.
     """
     labels, size = getattr(loader, "labels", ()), getattr(loader, "batch_size", 0)
     is_single = size > 1 and len(labels) > 1 and len(labels) % size == 1
-    if not is_single or not any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if not is_single or not any(
+        isinstance(module, _BatchNorm) for module in model.modules()
+    ):
         return loader
     log.warning(
-        f"data.batch_size={size}: the last batch of {len(labels)} samples would be a single one, "
-        "which batch-norm cannot train on; each epoch leaves one sample out"
+        f"data.batch_size={size}: the last batch of {len(labels)} samples would be a "
+        "single one, which batch-norm cannot train on; "
+        "each epoch leaves one sample out"
     )
     return _WithoutLast(loader)

@@ -70,7 +70,8 @@ class Training:
         self.epoch = 0
         self.step = 0
         self.done = 0
-        self._inside: dict[str, Any] | None = None  # the state of an epoch that was interrupted
+        # The state of an epoch that was interrupted
+        self._inside: dict[str, Any] | None = None
         self._at_start: Any = None  # the generators' states as the epoch began
         self._parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
         if schedule is not None:
@@ -127,7 +128,9 @@ class Training:
                 break
             stop = self.must_stop()
             if stop or self._is_due():
-                self._save(epoch, index + 1, at_start=self._at_start, mean=self.mean.state())
+                self._save(
+                    epoch, index + 1, at_start=self._at_start, mean=self.mean.state()
+                )
             if stop:
                 return False
         bar.close()
@@ -141,7 +144,10 @@ class Training:
         named = {f"{self.stage}/{name}": value for name, value in scores.items()}
         self.logger.log({f"{self.stage}/epoch_loss": loss, **named}, self.step)
         shown = "".join(f", {name} {value:.4f}" for name, value in scores.items())
-        log.info(f"{self.stage}: epoch {epoch + 1}/{self.settings.epochs}, loss {loss:.4f}{shown}")
+        log.info(
+            f"{self.stage}: epoch {epoch + 1}/{self.settings.epochs}, "
+            f"loss {loss:.4f}{shown}"
+        )
         self._save(epoch + 1, 0)
 
     def _batches(self) -> Iterator[Batch]:
@@ -162,7 +168,9 @@ class Training:
 
     def _learn(self, batch: Batch, index: int) -> None:
         """Adds the gradients of one batch."""
-        batch, weight = ranks.share((batch[0].to(self.device), batch[1].to(self.device)))
+        batch, weight = ranks.share(
+            (batch[0].to(self.device), batch[1].to(self.device))
+        )
         # A forward may change them, and data come again.
         inputs = (x.clone() for x in self.task.inputs(batch))
         loss: Tensor = training_loss(self.task, self.forward(*inputs), batch)
@@ -187,7 +195,9 @@ class Training:
             loss = self.mean.take(self.step)
             bar.set_postfix(loss=f"{loss:.4f}")
             rate = self.optimizer.param_groups[0]["lr"]
-            self.logger.log({f"{self.stage}/train_loss": loss, f"{self.stage}/lr": rate}, self.step)
+            self.logger.log(
+                {f"{self.stage}/train_loss": loss, f"{self.stage}/lr": rate}, self.step
+            )
         if self.schedule is not None:
             self.schedule.step()
 

@@ -54,7 +54,8 @@ class AWQ(Rounding):
 
     def choose(self, target: Any, hessian: Tensor) -> Choice:
         nearest: Choice = target.rounded()
-        if not self.clip or target.scale.numel() == 1:  # of one scale rows cannot choose
+        # Of one scale rows cannot choose
+        if not self.clip or target.scale.numel() == 1:
             return nearest
         # Group by group all may gain, and the row still lose.
         narrower = target.rounded(clipped(target, hessian, RATIOS))
@@ -68,7 +69,9 @@ class AWQ(Rounding):
             hessian = hessian / torch.outer(factor, factor).double()
         return self.choose(target, hessian)._asdict() | {"factor": factor}
 
-    def error(self, target: Any, weight: Tensor, found: dict[str, Any], hessian: Tensor) -> float:
+    def error(
+        self, target: Any, weight: Tensor, found: dict[str, Any], hessian: Tensor
+    ) -> float:
         choice, factor = _parts(found)
         restored = choice.dequantized()
         restored = restored if factor is None else restored / factor
@@ -80,12 +83,16 @@ class AWQ(Rounding):
             norm, layers = self._norms[name]
             rescale(norm, layers, factor)
             # The other layers that it feeds are scaled by now.
-            self._norms = {n: fed for n, fed in self._norms.items() if fed[0] is not norm}
+            self._norms = {
+                n: fed for n, fed in self._norms.items() if fed[0] is not norm
+            }
         target.keep(choice)
 
 
 def _parts(found: dict[str, Any]) -> tuple[Choice, Tensor | None]:
-    return Choice(found["integers"], found["scale"], found["zero_point"]), found["factor"]
+    return Choice(found["integers"], found["scale"], found["zero_point"]), found[
+        "factor"
+    ]
 
 
 def best_factor(target: PackedTarget, hessian: Tensor) -> Tensor:
@@ -118,13 +125,17 @@ def rescale(norm: Any, layers: list[Any], factor: Tensor) -> None:
     for name in ("weight", "bias"):
         old = getattr(norm, name, None)
         if old is not None:
-            setattr(norm, name, nn.Parameter(old.detach() / factor, requires_grad=False))
+            setattr(
+                norm, name, nn.Parameter(old.detach() / factor, requires_grad=False)
+            )
     for layer in layers:
         scaled = layer.weight.detach() * factor
         layer.weight = nn.Parameter(scaled, requires_grad=False)
 
 
-def norms_before(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, tuple[Any, list[Any]]]:
+def norms_before(
+    model: nn.Module, batch: tuple[Any, ...]
+) -> dict[str, tuple[Any, list[Any]]]:
     """Returns {Linear layer: (the norm whose output is its input, all
     Linear layers it feeds)}.
 
@@ -162,6 +173,8 @@ def norms_before(model: nn.Module, batch: tuple[Any, ...]) -> dict[str, tuple[An
         if factor == 2.0:
             after = model(*cloned(batch))
     if not isinstance(before, Tensor) or (after - before).norm() > SAME * before.norm():
-        log.info("awq: outputs of norms are used elsewhere too, so columns are not scaled")
+        log.info(
+            "awq: outputs of norms are used elsewhere too, so columns are not scaled"
+        )
         return {}
     return {name: (norm, norms[norm]) for name, norm in found.items() if norm in norms}

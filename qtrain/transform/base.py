@@ -15,8 +15,8 @@ class Transform:
 
     Attributes:
         name: by which reports call it.
-        before_observation: whether it leaves the float function as it is, and so comes before
-            ranges are observed.
+        before_observation: whether it leaves the float function as it is, and so comes
+            before ranges are observed.
     """
 
     name: str
@@ -29,7 +29,8 @@ class Transform:
         """Improves `simulation`, in place.
 
         Args:
-            batches: forward's arguments, of calibration data; may be gone through again and again.
+            batches: forward's arguments, of calibration data; may be gone through again
+                and again.
         """
         raise NotImplementedError
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qtrain.transform.target import Target
 
-RATIOS = tuple(1 - k / 20 for k in range(11))  # as AWQ: down to half, in steps of a twentieth
+# As AWQ: down to half, in steps of a twentieth
+RATIOS = tuple(1 - k / 20 for k in range(11))
 
 
 def clipped(target: Target, hessian: Tensor, ratios: Sequence[float]) -> Tensor:

@@ -1,8 +1,8 @@
 """Bias correction: quantization shifts the mean of a layer's output, and a bias can take that back.
 
-M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
-arXiv:1906.04721, section 4.2, with means over calibration data in place of those that batch-norm
-implies.
+M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+Correction", arXiv:1906.04721, section 4.2, with means over calibration data in place of
+those that batch-norm implies.
 """
 
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ from qtrain.transform.base import Transform
 class CorrectBias(Transform):
     """Adds to each bias the mean of (float output - quantized output), channel by channel.
 
-    Layer by layer in the order of execution, each in the quantized network with the layers before
-    it corrected.
+    Layer by layer in the order of execution, each in the quantized network with the
+    layers before it corrected.
 
     Args:
         batches: of the calibration data, at most.
@@ -47,7 +47,9 @@ class CorrectBias(Transform):
                 continue
             twin = simulation.twin.get_submodule(name)
             assert isinstance(twin, QuantWeighted)
-            exact = (_product(twin, *x) for x in simulation.inputs(name, taken, of="twin"))
+            exact = (
+                _product(twin, *x) for x in simulation.inputs(name, taken, of="twin")
+            )
             found = (_product(site, *x) for x in simulation.inputs(name, taken))
             site.shift_bias(_mean(exact) - _mean(found))
 

@@ -47,7 +47,10 @@ class GPTQ(Rounding):
             + boolean("clip", clip)
             + whole("block", block, 1, MANY)
         )
-        self.damping, self.act_order, self.clip, self.block = damping, act_order, clip, block
+        self.damping = damping
+        self.act_order = act_order
+        self.clip = clip
+        self.block = block
 
     def choose(self, target: Target, hessian: Tensor) -> Choice:
         nearest = target.rounded()
@@ -57,7 +60,9 @@ class GPTQ(Rounding):
         count = len(target.weight)
         start = Choice(nearest.integers, *(_rows(x, count) for x in nearest[1:]))
         scale = _rows(scale, count)
-        parts = (x.chunk(target.parts) for x in (target.weight, scale, start.zero_point))
+        parts = (
+            x.chunk(target.parts) for x in (target.weight, scale, start.zero_point)
+        )
         found = [
             gptq(
                 weight,

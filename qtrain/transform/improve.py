@@ -16,7 +16,9 @@ from qtrain.transform.base import Transform
 def check_transforms(transforms: Any) -> list[str]:
     """Returns what is wrong with a list of transforms, a line each."""
     if not isinstance(transforms, Sequence) or isinstance(transforms, str):
-        return [f"transforms={shown(transforms)}: must be a list, such as [correct_bias]"]
+        return [
+            f"transforms={shown(transforms)}: must be a list, such as [correct_bias]"
+        ]
     return [
         f"transforms={shown(item)}: must be a Transform, "
         "by the name of a file in conf/transform or by its _target_"

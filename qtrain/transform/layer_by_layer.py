@@ -41,22 +41,33 @@ def layer_by_layer(
     first = cloned(next(iter(batches)))
     order = _calls(model, names, first)
     chain = _chain(model, [*order], first)
-    inside = [name for name in order if any(name.startswith(f"{block}.") for block in chain)]
+    inside = [
+        name for name in order if any(name.startswith(f"{block}.") for block in chain)
+    ]
     before = [name for name in order if name not in inside]
     after = before[len(_until(order, inside)) :]
     for name in _until(order, inside):
-        yield name, _inputs(model, model.get_submodule(name), order[name], _whole(batches))
+        yield (
+            name,
+            _inputs(model, model.get_submodule(name), order[name], _whole(batches)),
+        )
     if chain:
         blocks = [model.get_submodule(name) for name in chain]
         calls = [_call(model, blocks[0], batch) for batch in batches]
         for path, block in zip(chain, blocks, strict=True):
             for name in inside:
                 if name.startswith(f"{path}."):
-                    yield name, _inputs(block, model.get_submodule(name), order[name], calls)
+                    yield (
+                        name,
+                        _inputs(block, model.get_submodule(name), order[name], calls),
+                    )
             for index, (args, named) in enumerate(calls):
                 calls[index] = (block(*args, **named), *args[1:]), named
     for name in after:
-        yield name, _inputs(model, model.get_submodule(name), order[name], _whole(batches))
+        yield (
+            name,
+            _inputs(model, model.get_submodule(name), order[name], _whole(batches)),
+        )
 
 
 def _until(order: dict[str, int], inside: list[str]) -> list[str]:
@@ -81,7 +92,9 @@ def _hooked(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _calls(model: nn.Module, names: list[str], batch: tuple[Any, ...]) -> dict[str, int]:
+def _calls(
+    model: nn.Module, names: list[str], batch: tuple[Any, ...]
+) -> dict[str, int]:
     """Returns {layer: how often a forward pass calls it}, in the order of
     first calls.
     """
@@ -91,7 +104,9 @@ def _calls(model: nn.Module, names: list[str], batch: tuple[Any, ...]) -> dict[s
         return lambda *_: found.update({name: found.get(name, 0) + 1})
 
     layers = [(name, model.get_submodule(name)) for name in names]
-    with _hooked([layer.register_forward_pre_hook(count(name)) for name, layer in layers]):
+    with _hooked(
+        [layer.register_forward_pre_hook(count(name)) for name, layer in layers]
+    ):
         model(*cloned(batch))
     return found
 
@@ -108,7 +123,8 @@ def _chain(model: nn.Module, names: list[str], batch: tuple[Any, ...]) -> list[s
     held = {
         path: sum(name.startswith(f"{path}.") for name in names)
         for path, children in lists.items()
-        if len(children) > 1 and all(any(n.startswith(f"{c}.") for n in names) for c in children)
+        if len(children) > 1
+        and all(any(n.startswith(f"{c}.") for n in names) for c in children)
     }
     if not held:
         return []
@@ -116,7 +132,9 @@ def _chain(model: nn.Module, names: list[str], batch: tuple[Any, ...]) -> list[s
     seen: list[tuple[str, Any, Any]] = []
 
     def note(name: str) -> Any:
-        return lambda _, args, output: seen.append((name, args[0] if args else None, output))
+        return lambda _, args, output: seen.append(
+            (name, args[0] if args else None, output)
+        )
 
     layers = [(name, model.get_submodule(name)) for name in blocks]
     with _hooked([layer.register_forward_hook(note(name)) for name, layer in layers]):
@@ -143,7 +161,9 @@ def _call(model: nn.Module, block: nn.Module, batch: tuple[Any, ...]) -> Call:
 
 
 @torch.no_grad()
-def _inputs(part: nn.Module, layer: nn.Module, calls: int, batches: Any) -> Iterator[Tensor]:
+def _inputs(
+    part: nn.Module, layer: nn.Module, calls: int, batches: Any
+) -> Iterator[Tensor]:
     """Yields the inputs of a layer, call by call, as runs of `part` come
     to it.
     """

@@ -50,11 +50,13 @@ def rotate(model: Any) -> None:
     """
     if not all(hasattr(model, part) for part in PARTS):
         raise ValueError(
-            f"transforms: rotate knows GPT-2 alone, and this is a {type(model).__name__}; "
-            "leave rotate out"
+            "transforms: rotate knows GPT-2 alone, "
+            f"and this is a {type(model).__name__}; leave rotate out"
         )
     width = model.ln_f.normalized_shape[0]
-    signs = torch.randint(2, (width,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    signs = (
+        torch.randint(2, (width,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
     matrix = (hadamard(width) * signs[:, None]).to(model.ln_f.weight.device)
     head = nn.Linear(width, len(model.lm_head.weight), device=matrix.device)
     head.weight = nn.Parameter(model.lm_head.weight.clone())
@@ -86,7 +88,9 @@ def _fold(norm: nn.LayerNorm, layer: nn.Linear, matrix: Tensor) -> nn.RMSNorm:
     weight = layer.weight.double()
     bias = layer.bias.double() + weight @ norm.bias.double()
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
-    layer.weight = nn.Parameter((weight * norm.weight.double() @ matrix).to(layer.weight.dtype))
+    layer.weight = nn.Parameter(
+        (weight * norm.weight.double() @ matrix).to(layer.weight.dtype)
+    )
     plain = nn.RMSNorm(norm.normalized_shape, norm.eps, device=matrix.device)
     plain.__dict__["qconfig"] = None  # eager mode's mark of a layer that stays in float
     return plain

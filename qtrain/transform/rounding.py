@@ -72,10 +72,14 @@ class Rounding(Transform):
                     simulation.kept.put(f"{self.name}: {name}", found)
                 self.losses[name] = dict(found["losses"])
                 self.finish(name, targets[name](), found["layer"])
-                rest = f"{self.losses[name]['share']:.3f} of the error of plain rounding"
+                rest = (
+                    f"{self.losses[name]['share']:.3f} of the error of plain rounding"
+                )
                 log.info(f"{self.name}: {number}/{len(targets)} {name}, {rest}")
 
-    def _improved(self, name: str, target: Any, inputs: Iterator[Tensor]) -> dict[str, Any]:
+    def _improved(
+        self, name: str, target: Any, inputs: Iterator[Tensor]
+    ) -> dict[str, Any]:
         hessian = _hessian(name, target, inputs)
         nearest = weight_loss(target, target.rounded(), hessian)
         weight = target.weight
@@ -85,7 +89,9 @@ class Rounding(Transform):
         losses = {"nearest": nearest, "chosen": chosen, "share": share}
         return {"layer": layer, "losses": losses}
 
-    def error(self, target: Any, weight: Tensor, found: dict[str, Any], hessian: Tensor) -> float:
+    def error(
+        self, target: Any, weight: Tensor, found: dict[str, Any], hessian: Tensor
+    ) -> float:
         """Returns the loss of what was found, of the weight as it was."""
         return _sum(weight - Choice(**found).dequantized(), hessian)
 
@@ -105,11 +111,15 @@ def _sum(error: Tensor, hessian: Tensor) -> float:
     return float(row_losses(error, hessian).sum())
 
 
-def better_rows(weight: Tensor, first: Choice, second: Choice, hessian: Tensor) -> Choice:
+def better_rows(
+    weight: Tensor, first: Choice, second: Choice, hessian: Tensor
+) -> Choice:
     """Returns of each row that choice whose loss is smaller; the first's
     where they are equal.
     """
-    losses = [row_losses(weight - choice.dequantized(), hessian) for choice in (first, second)]
+    losses = [
+        row_losses(weight - choice.dequantized(), hessian) for choice in (first, second)
+    ]
     takes = (losses[1] < losses[0])[:, None]
     pairs = zip(first, second, strict=True)
     return Choice(*(torch.where(takes, theirs, ours) for ours, theirs in pairs))

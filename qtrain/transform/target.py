@@ -108,7 +108,9 @@ class PackedTarget(Target):
         return scale.bfloat16().float() if has_short_scales(self.spec) else scale
 
     def keep(self, choice: Choice) -> None:
-        integers = choice.integers.to(torch.int8 if self.spec.symmetric else torch.uint8)
+        integers = choice.integers.to(
+            torch.int8 if self.spec.symmetric else torch.uint8
+        )
         packed = IntegerWeight.of(integers, self.spec, *self._on_grid(choice))
         form: Any = self.simulation.others[self.name]
         self.simulation.others[self.name] = form.made_of(packed)
@@ -128,7 +130,8 @@ class SiteTarget(Target):
         self.weight = weight.detach().float().flatten(1)
         scale, zero_point = site.weight_q.calculate_qparams()
         self.scale, self.zero_point = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
-        self.quant_min, self.quant_max = site.weight_q.quant_min, site.weight_q.quant_max
+        self.quant_min = site.weight_q.quant_min
+        self.quant_max = site.weight_q.quant_max
         self.parts = getattr(site.layer, "groups", 1)
 
     def rows(self, x: Tensor) -> Tensor:
@@ -144,7 +147,8 @@ class SiteTarget(Target):
             x = windows[..., ::gap]
         places = len(layer.kernel_size)
         x = x.movedim(1, 1 + places)  # (B, places ..., C, kernel ...)
-        x = x.flatten(0, places).unflatten(1, (self.parts, -1))  # (M, P, C / P, kernel ...)
+        # (M, P, C / P, kernel ...)
+        x = x.flatten(0, places).unflatten(1, (self.parts, -1))
         return x.flatten(2).transpose(0, 1)
 
     def keep(self, choice: Choice) -> None:
@@ -152,7 +156,11 @@ class SiteTarget(Target):
         weight = choice.dequantized().reshape(self.shape)
         raw, folded = self.site.weight.detach(), self.site.folded()[0].detach()
         # Of a batch-norm that stays: what its factor makes of the weight is taken back.
-        factor = torch.where(folded == 0, 1.0, raw / folded) if self.site.bn is not None else 1.0
+        factor = (
+            torch.where(folded == 0, 1.0, raw / folded)
+            if self.site.bn is not None
+            else 1.0
+        )
         self.site.set_weight(weight * factor)
         self.site.weight_q.stay(self._on_grid(choice)[0].float().flatten())
 

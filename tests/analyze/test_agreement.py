@@ -36,7 +36,9 @@ def test_one_place_an_example():
     p, q = exact.rows.log_softmax(-1), other.rows.log_softmax(-1)
     each = (p.exp() * (p - q)).sum(1)
     assert found["kl"] == pytest.approx(float(each.mean()))
-    assert found["kl_standard_error"] == pytest.approx(float((each[0] - each[1]).abs() / 2))
+    assert found["kl_standard_error"] == pytest.approx(
+        float((each[0] - each[1]).abs() / 2)
+    )
     assert found["top1"] == 0.5 and found["count"] == 2
 
 

@@ -35,7 +35,8 @@ class Failing(nn.Module):
 def test_an_error_is_blamed_on_the_innermost_layer_and_keeps_its_cause(error):
     model = nn.Sequential(nn.Identity(), nn.Sequential(nn.Identity(), Failing(error)))
     with pytest.raises(
-        ValueError, match=r"model: layer 1\.1 \(Failing\) cannot run in the some model: "
+        ValueError,
+        match=r"model: layer 1\.1 \(Failing\) cannot run in the some model: ",
     ) as caught:
         with blame(model, "some"):
             model(X)

@@ -14,8 +14,14 @@ def converted(quantizer, model):
     return quantizer.convert(quantizer.prepare(model))
 
 
-CONV1, CONV2, LINEAR1, LINEAR2 = 4 * 9, 8 * 4 * 9, 8 * 49 * 8, 10 * 8  # weights of the tiny ConvNet
-MACS = {"conv1": CONV1 * 28 * 28, "conv2": CONV2 * 14 * 14, "linear1": LINEAR1, "linear2": LINEAR2}
+# Weights of the tiny ConvNet
+CONV1, CONV2, LINEAR1, LINEAR2 = 4 * 9, 8 * 4 * 9, 8 * 49 * 8, 10 * 8
+MACS = {
+    "conv1": CONV1 * 28 * 28,
+    "conv2": CONV2 * 14 * 14,
+    "linear1": LINEAR1,
+    "linear2": LINEAR2,
+}
 
 
 def test_coverage_of_a_whole_network(quantizer, convnet, images):
@@ -33,7 +39,9 @@ def test_coverage_with_a_float_island(convnet, images, make_ptq):
     found = dry_run(convnet, make_ptq(layers={"conv2": "float"}), (images[:2],))
     weights, rest = CONV1 + LINEAR1 + LINEAR2, CONV2 + 4 + 8 + 8 + 10
     assert found["params_quantized"] == pytest.approx(weights / (weights + rest))
-    assert found["macs_quantized"] == pytest.approx(1 - MACS["conv2"] / sum(MACS.values()))
+    assert found["macs_quantized"] == pytest.approx(
+        1 - MACS["conv2"] / sum(MACS.values())
+    )
     assert found["float_layers"] == {"conv2": "set by quant.layers"}
 
 
@@ -41,7 +49,9 @@ def test_coverage_of_dynamic_quantization(convnet, images, make_dynamic):
     found = dry_run(convnet, make_dynamic(), (images[:2],))
     weights, rest = LINEAR1 + LINEAR2, CONV1 + CONV2 + 2 * 4 + 2 * 8 + 8 + 10
     assert found["params_quantized"] == pytest.approx(weights / (weights + rest))
-    assert found["macs_quantized"] == pytest.approx((LINEAR1 + LINEAR2) / sum(MACS.values()))
+    assert found["macs_quantized"] == pytest.approx(
+        (LINEAR1 + LINEAR2) / sum(MACS.values())
+    )
     assert found["float_layers"] == {
         "conv1": "Conv2d is not quantized by this method",
         "bn1": "BatchNorm2d is not quantized by this method",
@@ -61,7 +71,14 @@ def test_each_float_layer_has_its_own_reason(convnet, images, make_dynamic):
 def test_coverage_of_nothing(convnet, images):
     found = dry_run(convnet, NoQuantizer(), (images[:2],))
     assert (found["params_quantized"], found["macs_quantized"]) == (0, 0)
-    assert set(found["float_layers"]) == {"conv1", "bn1", "conv2", "bn2", "linear1", "linear2"}
+    assert set(found["float_layers"]) == {
+        "conv1",
+        "bn1",
+        "conv2",
+        "bn2",
+        "linear1",
+        "linear2",
+    }
     assert set(found["float_layers"].values()) == {"nothing is quantized"}
 
 
@@ -98,7 +115,9 @@ def test_multiply_accumulates_are_counted_as_by_hand(case, make_dynamic):
         def forward(self, x):
             return self.layer(x).sum() + self.linear(torch.ones(1, 10)).sum()
 
-    model = converted(make_dynamic(layers={"layer": "float"} if case == "linear" else {}), Beside())
+    model = converted(
+        make_dynamic(layers={"layer": "float"} if case == "linear" else {}), Beside()
+    )
     model.linear.register_forward_hook(lambda *_: None)
     found = coverage(model, (torch.randn(shape),), {})
     assert found["macs_quantized"] == pytest.approx(100 / (100 + macs))

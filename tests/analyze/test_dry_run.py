@@ -25,7 +25,10 @@ WITHOUT_KERNEL = {
     "max_pool": [nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(2)],
     "prelu_per_channel": [nn.Conv2d(3, 4, 3), nn.PReLU(4)],
     "padding_same": [nn.ReLU(), nn.Conv2d(3, 4, 3, padding="same")],
-    "padding_circular": [nn.ReLU(), nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")],
+    "padding_circular": [
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
+    ],
 }
 
 
@@ -44,10 +47,12 @@ def test_a_layer_without_an_int8_kernel_runs_in_float_and_coverage_says_so(
         simulation = quantizer.prepare(model)
         quantizer.calibrate(simulation, [(X,)])
         fake, int8 = quantizer.fake(simulation)(X), quantizer.convert(simulation)(X)
-        step = float(simulation.plan and simulation.model.get_submodule(last).output_q.scale)
-        assert (fake - int8).abs().max() < 2.01 * step and (model(X) - int8).norm() < 0.1 * model(
-            X
-        ).norm()
+        step = float(
+            simulation.plan and simulation.model.get_submodule(last).output_q.scale
+        )
+        assert (fake - int8).abs().max() < 2.01 * step and (
+            model(X) - int8
+        ).norm() < 0.1 * model(X).norm()
 
 
 def test_behind_the_last_stub_such_a_layer_is_as_it_was(between, make_ptq):
@@ -70,13 +75,18 @@ def test_a_recurrent_layer_is_refused_with_its_kind(between, quantizer):
 
 def test_an_embedding_stays_float_and_coverage_says_why(make_ptq):
     model = nn.Sequential(
-        nn.Embedding(9, 4), torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub()
+        nn.Embedding(9, 4),
+        torch_ao.QuantStub(),
+        nn.Linear(4, 4),
+        torch_ao.DeQuantStub(),
     )
     for layers, reason in (
         ({}, "Embedding is not quantized by this method"),
         ({"0": "float"}, "set by quant.layers"),
     ):
-        found = dry_run(model, make_ptq(layers=layers), (torch.arange(9).reshape(1, 9),))
+        found = dry_run(
+            model, make_ptq(layers=layers), (torch.arange(9).reshape(1, 9),)
+        )
         assert found["float_layers"] == {"0": reason}
 
 
@@ -94,11 +104,9 @@ class Plus(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.quant, self.dequant, self.block = (
-            torch_ao.QuantStub(),
-            torch_ao.DeQuantStub(),
-            self.Block(),
-        )
+        self.quant = torch_ao.QuantStub()
+        self.dequant = torch_ao.DeQuantStub()
+        self.block = self.Block()
 
     def forward(self, x):
         return self.dequant(self.block(self.quant(x)))
@@ -132,7 +140,8 @@ def test_other_raw_operators_are_shown_too(operator, make_ptq):
             return self.dequant(operator(self.quant(x)))
 
     with pytest.raises(
-        ValueError, match=r"forward of Raw cannot run in the int8 model: .*test_dry_run\.py"
+        ValueError,
+        match=r"forward of Raw cannot run in the int8 model: .*test_dry_run\.py",
     ):
         dry_run(Raw(), make_ptq(), (X,))
 
@@ -142,11 +151,9 @@ class Attention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.quant, self.dequant, self.linear = (
-            torch_ao.QuantStub(),
-            torch_ao.DeQuantStub(),
-            nn.Linear(8, 8),
-        )
+        self.quant = torch_ao.QuantStub()
+        self.dequant = torch_ao.DeQuantStub()
+        self.linear = nn.Linear(8, 8)
 
     def forward(self, x):
         x = self.linear(self.quant(x))
@@ -155,7 +162,8 @@ class Attention(nn.Module):
 
 def test_scaled_dot_product_attention_on_quantized_tensors_is_shown(quantizer):
     with pytest.raises(
-        ValueError, match="forward of Attention cannot run in the int8 model: .*scaled_dot_product"
+        ValueError,
+        match="forward of Attention cannot run in the int8 model: .*scaled_dot_product",
     ):
         dry_run(Attention(), quantizer, (X,))
 
@@ -177,13 +185,18 @@ def test_a_layer_that_gets_float_inputs_is_named(layers, layer, quantizer):
 
 def test_an_output_that_is_no_float_tensor_is_refused(make_ptq):
     model = nn.Sequential(torch_ao.QuantStub(), nn.Conv2d(3, 4, 3))
-    with pytest.raises(ValueError, match="model: its output is a quantized tensor; .*DeQuantStub"):
+    with pytest.raises(
+        ValueError, match="model: its output is a quantized tensor; .*DeQuantStub"
+    ):
         dry_run(model, make_ptq(), (X,))
 
 
 def test_a_layer_behind_the_last_stub_can_be_kept_float(make_ptq):
     model = nn.Sequential(
-        torch_ao.QuantStub(), nn.Conv2d(3, 4, 3), torch_ao.DeQuantStub(), nn.Linear(6, 2)
+        torch_ao.QuantStub(),
+        nn.Conv2d(3, 4, 3),
+        torch_ao.DeQuantStub(),
+        nn.Linear(6, 2),
     )
     assert dry_run(model, make_ptq(layers={"3": "float"}), (X,))["float_layers"] == {
         "3": "set by quant.layers"
@@ -201,7 +214,14 @@ def test_a_float_model_that_does_not_run_is_told_as_such(quantizer, between):
 # ---- what passes ---------------------------------------------------------------------------------
 
 RUNNABLE = {
-    "activations": [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.ELU(), nn.Hardswish(), nn.GELU()],
+    "activations": [
+        nn.ReLU(),
+        nn.ReLU6(),
+        nn.LeakyReLU(),
+        nn.ELU(),
+        nn.Hardswish(),
+        nn.GELU(),
+    ],
     "fixed_range": [nn.Sigmoid(), nn.Tanh()],
     "pooling": [
         nn.MaxPool2d(2),
@@ -227,8 +247,12 @@ def test_what_torch_can_convert_passes_and_stays_close(case, between, quantizer)
     assert exact.norm() > 10 * (exact - quantized).norm()
 
 
-def test_methods_without_int8_activations_pass_what_has_no_kernel(between, make_dynamic):
-    model = between(nn.Conv2d(3, 4, 3, padding="same"), nn.SiLU(), nn.Linear(8, 2), nn.Softmax(-1))
+def test_methods_without_int8_activations_pass_what_has_no_kernel(
+    between, make_dynamic
+):
+    model = between(
+        nn.Conv2d(3, 4, 3, padding="same"), nn.SiLU(), nn.Linear(8, 2), nn.Softmax(-1)
+    )
     found = dry_run(model, make_dynamic(), (X,))
     assert set(found["float_layers"]) == {"body.0"}
     assert dry_run(model, NoQuantizer(), (X,))["params_quantized"] == 0
@@ -251,7 +275,9 @@ def test_a_module_called_twice_is_told(kind, make_ptq, caplog):
     dry_run(Twice(), make_ptq(), (X,))
     name = "linear" if kind == "layer" else "shared"
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and f"layer {name} runs 2 times" in record.message
+    assert (
+        record.levelname == "WARNING" and f"layer {name} runs 2 times" in record.message
+    )
 
 
 def test_a_sound_model_gives_no_warning(model, images, make_ptq, caplog):
@@ -269,10 +295,13 @@ def test_neither_generators_nor_weights_change(quantizer, convnet, images):
     dry_run(convnet, quantizer, (images[:2],))
     assert torch.equal(torch.get_rng_state(), before) and random.getstate() == python
     assert torch.backends.quantized.engine == engine
-    assert all(torch.equal(state[name], value) for name, value in convnet.state_dict().items())
+    assert all(
+        torch.equal(state[name], value) for name, value in convnet.state_dict().items()
+    )
     assert all(p.grad is None and p.requires_grad for p in convnet.parameters())
     assert not any(
-        m._forward_hooks or m._forward_pre_hooks or hasattr(m, "qconfig") for m in convnet.modules()
+        m._forward_hooks or m._forward_pre_hooks or hasattr(m, "qconfig")
+        for m in convnet.modules()
     )
 
 
@@ -280,11 +309,9 @@ def test_generators_do_not_change_where_the_forward_pass_draws(quantizer):
     class Noisy(nn.Module):
         def __init__(self):
             super().__init__()
-            self.quant, self.linear, self.dequant = (
-                torch_ao.QuantStub(),
-                nn.Linear(8, 8),
-                torch_ao.DeQuantStub(),
-            )
+            self.quant = torch_ao.QuantStub()
+            self.linear = nn.Linear(8, 8)
+            self.dequant = torch_ao.DeQuantStub()
 
         def forward(self, x):
             return self.dequant(self.linear(self.quant(x + torch.rand_like(x))))

@@ -19,7 +19,9 @@ def test_a_weight_that_is_not_finite_is_named(name, value, convnet):
     require_finite_weights(convnet)
     convnet.state_dict()[name].view(-1)[1] = value
     size = convnet.state_dict()[name].numel()
-    with pytest.raises(TruthError, match=rf"layer {name}: 1 of {size} weights are NaN or infinite"):
+    with pytest.raises(
+        TruthError, match=rf"layer {name}: 1 of {size} weights are NaN or infinite"
+    ):
         require_finite_weights(convnet)
 
 
@@ -41,8 +43,11 @@ def test_prepared_models_are_checked_past_their_empty_observers(
 def test_a_calibration_batch_that_is_not_finite_is_named_with_its_layer(
     method, value, convnet, images, make_ptq, make_qat
 ):
-    if method == "ptq_histogram":  # torch's observer, which would raise an error of its own for NaN
-        quantizer = make_ptq(activation={"observer": partial(HistogramObserver, bins=64)})
+    # torch's observer, which would raise an error of its own for NaN
+    if method == "ptq_histogram":
+        quantizer = make_ptq(
+            activation={"observer": partial(HistogramObserver, bins=64)}
+        )
     else:
         quantizer = (make_qat if method == "qat" else make_ptq)()
     prepared = quantizer.prepare(convnet)
@@ -51,7 +56,8 @@ def test_a_calibration_batch_that_is_not_finite_is_named_with_its_layer(
         quantizer.calibrate(prepared, batches)
     batches[2][0][3, 0, 5, 5] = value
     with pytest.raises(
-        TruthError, match="layer quant: its output is not finite in calibration, batch 2"
+        TruthError,
+        match="layer quant: its output is not finite in calibration, batch 2",
     ):
         with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, batches)
@@ -62,7 +68,8 @@ def test_the_layer_where_nan_arises_is_the_one_that_is_named(convnet, images, ma
     prepared = quantizer.prepare(convnet)
     prepared.model.conv2.weight.data[0, 0, 0, 0] = math.nan
     with pytest.raises(
-        TruthError, match="layer conv2: its output is not finite in calibration, batch 0"
+        TruthError,
+        match="layer conv2: its output is not finite in calibration, batch 0",
     ):
         with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(images,)])

@@ -22,12 +22,16 @@ LINEARS = [(784, 16), (16, 16), (16, 10)]  # of the MLP
 
 
 def test_bytes_of_a_float_model(mlp):
-    assert weight_bytes(mlp) == 4 * sum(rows * columns + columns for rows, columns in LINEARS)
+    assert weight_bytes(mlp) == 4 * sum(
+        rows * columns + columns for rows, columns in LINEARS
+    )
 
 
 def test_buffers_count():
     model = ConvNet(width=3, hidden=7)
-    parameters = (3 * 9 + 2 * 3) + (6 * 3 * 9 + 2 * 6) + (6 * 49 * 7 + 7) + (7 * 10 + 10)
+    parameters = (
+        (3 * 9 + 2 * 3) + (6 * 3 * 9 + 2 * 6) + (6 * 49 * 7 + 7) + (7 * 10 + 10)
+    )
     statistics = 2 * 3 + 2 * 6  # mean and variance of each channel
     counters = 2  # of batches, as 64-bit integers
     assert weight_bytes(model) == 4 * (parameters + statistics) + 8 * counters
@@ -35,7 +39,11 @@ def test_buffers_count():
 
 def test_shared_weights_count_once():
     model = nn.ModuleList(
-        [nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)]
+        [
+            nn.Linear(8, 8, bias=False),
+            nn.Linear(8, 8, bias=False),
+            nn.Linear(8, 8, bias=False),
+        ]
     )
     model[2].weight = model[0].weight
     assert weight_bytes(model) == 4 * 64 * 2
@@ -51,7 +59,9 @@ def test_other_types():
     "granularity, qparams",
     [
         pytest.param("per_tensor", lambda channels: 8 + 8, id="per_tensor"),
-        pytest.param("per_channel", lambda channels: channels * (8 + 8), id="per_channel"),
+        pytest.param(
+            "per_channel", lambda channels: channels * (8 + 8), id="per_channel"
+        ),
     ],
 )
 def test_bytes_of_a_converted_model(mlp, make_ptq, images, granularity, qparams):
@@ -59,7 +69,9 @@ def test_bytes_of_a_converted_model(mlp, make_ptq, images, granularity, qparams)
     prepared = quantizer.prepare(mlp)
     quantizer.calibrate(prepared, [(images,)])
     # int8; biases float.
-    weights = sum(rows * columns + qparams(columns) + 4 * columns for rows, columns in LINEARS)
+    weights = sum(
+        rows * columns + qparams(columns) + 4 * columns for rows, columns in LINEARS
+    )
     # Of the input and the three layers: a float32 scale and a 64-bit zero point.
     outputs = 4 * (4 + 8)
     assert weight_bytes(quantizer.convert(prepared)) == weights + outputs
@@ -75,12 +87,10 @@ def test_bytes_of_a_dynamic_model(mlp, make_dynamic):
 class Probe(nn.Module):
     def __init__(self, name="", log=None, seconds=0.0):
         super().__init__()
-        self.name, self.log, self.seconds, self.batches = (
-            name,
-            [] if log is None else log,
-            seconds,
-            [],
-        )
+        self.name = name
+        self.log = [] if log is None else log
+        self.seconds = seconds
+        self.batches = []
 
     def forward(self, *inputs):
         self.log.append(self.name)
@@ -92,13 +102,21 @@ class Probe(nn.Module):
 def test_latency_is_of_both_models_in_turn():
     log = []
     models = {"float": Probe("float", log), "quantized": Probe("quantized", log)}
-    result = latency(models, (torch.zeros(3, 2),), batch_sizes=[1, 64], warmup=2, repeats=5)
+    result = latency(
+        models, (torch.zeros(3, 2),), batch_sizes=[1, 64], warmup=2, repeats=5
+    )
     assert log == ["float", "quantized"] * (2 + 5) * 2
     assert {name: list(sizes) for name, sizes in result.items()} == dict.fromkeys(
         models, ["1", "64"]
     )
-    assert all(list(t) == ["median", "p90"] for sizes in result.values() for t in sizes.values())
-    assert all(0 < t["median"] <= t["p90"] for sizes in result.values() for t in sizes.values())
+    assert all(
+        list(t) == ["median", "p90"]
+        for sizes in result.values()
+        for t in sizes.values()
+    )
+    assert all(
+        0 < t["median"] <= t["p90"] for sizes in result.values() for t in sizes.values()
+    )
 
 
 def test_latency_is_in_milliseconds():
@@ -114,9 +132,13 @@ def test_latency_is_in_milliseconds():
 
 
 def test_median_and_p90(monkeypatch):
-    clock = iter([0.0, 0.001 * 7, *(t for ms in (5, 1, 4, 2, 3) for t in (0.0, ms * 0.001))])
+    clock = iter(
+        [0.0, 0.001 * 7, *(t for ms in (5, 1, 4, 2, 3) for t in (0.0, ms * 0.001))]
+    )
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    result = latency({"model": Probe()}, (torch.zeros(1),), batch_sizes=[1], warmup=1, repeats=5)
+    result = latency(
+        {"model": Probe()}, (torch.zeros(1),), batch_sizes=[1], warmup=1, repeats=5
+    )
     # The warm-up's 7 ms do not count.
     assert result["model"]["1"] == pytest.approx({"median": 3, "p90": 4.6})
 
@@ -134,7 +156,9 @@ def test_latency_is_of_inference():
     model = nn.Linear(2, 2)
     seen = []
     model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    latency({"model": model}, (torch.zeros(1, 2),), batch_sizes=[1], warmup=0, repeats=1)
+    latency(
+        {"model": model}, (torch.zeros(1, 2),), batch_sizes=[1], warmup=0, repeats=1
+    )
     assert seen == [False]
 
 
@@ -172,7 +196,10 @@ def test_freed_memory_is_kept_for_the_next_step():
     kept, given_back = (
         int(
             subprocess.run(
-                [sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True
+                [sys.executable, "-c", FAULTS, how],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
         )
         for how in ("keep", "default")
@@ -180,7 +207,9 @@ def test_freed_memory_is_kept_for_the_next_step():
     assert kept < 100 and given_back > 10_000  # 5 x 20 x 1024 pages
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can start the peak anew")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux can start the peak anew"
+)
 def test_peak_memory():
     megabyte = 2**20
     reset_peak_memory()
@@ -193,7 +222,13 @@ def test_peak_memory():
 
 
 def test_generation_speed():
-    sizes = {"vocab_size": 20, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 8}
+    sizes = {
+        "vocab_size": 20,
+        "n_positions": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 8,
+    }
     models = {
         "fast": GPT2(**sizes),
         "slow": GPT2(**{**sizes, "n_layer": 12}),

@@ -20,11 +20,9 @@ from qtrain.simulate.sites import QuantModule
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.dequant = (
-            torch_ao.QuantStub(),
-            torch_ao.QuantStub(),
-            torch_ao.DeQuantStub(),
-        )
+        self.first = torch_ao.QuantStub()
+        self.second = torch_ao.QuantStub()
+        self.dequant = torch_ao.DeQuantStub()
         self.linear, self.sum = nn.Linear(8, 8), torch_ao.FloatFunctional()
 
     def forward(self, x, y):
@@ -43,8 +41,14 @@ class TwoInputs(nn.Module):
         ({"samples": True}, "samples=True: must be a whole number"),
         ({"max_steps": 0}, "max_steps=0: must be a number above 0"),
         ({"max_steps": math.nan}, "max_steps=nan: must be a number above 0"),
-        ({"max_range_ratio": 0.9}, "max_range_ratio=0.9: must be a number of at least 1"),
-        ({"max_range_ratio": math.nan}, "max_range_ratio=nan: must be a number of at least 1"),
+        (
+            {"max_range_ratio": 0.9},
+            "max_range_ratio=0.9: must be a number of at least 1",
+        ),
+        (
+            {"max_range_ratio": math.nan},
+            "max_range_ratio=nan: must be a number of at least 1",
+        ),
     ],
     ids=str,
 )
@@ -68,35 +72,45 @@ def test_sqnr_of_each_layer_is_that_of_the_formula(engine, convnet, images, make
     prepared = calibrated(quantizer, convnet, images)
     section, failures = compare(quantizer, prepared, images)
     assert failures == []
-    reference, fake, quantized = (
-        quantizer.reference(prepared),
-        quantizer.fake(prepared),
-        quantizer.convert(prepared),
-    )
+    reference = quantizer.reference(prepared)
+    fake = quantizer.fake(prepared)
+    quantized = quantizer.convert(prepared)
     order = ["quant", "conv1", "conv2", "linear1", "linear2"]
     for key, left in (("sqnr_db", reference), ("fake", fake)):
-        found = section["sqnr_db"] if key == "sqnr_db" else section["fake_vs_quantized"]["sqnr_db"]
+        found = (
+            section["sqnr_db"]
+            if key == "sqnr_db"
+            else section["fake_vs_quantized"]["sqnr_db"]
+        )
         assert list(found) == order
         outputs = {}
 
         def keep(side, name, outputs=outputs):
             def hook(_m, _i, output):
                 outputs[side, name] = (
-                    (output.dequantize() if output.is_quantized else output).detach().double()
+                    (output.dequantize() if output.is_quantized else output)
+                    .detach()
+                    .double()
                 )
 
             return hook
 
         for side, model in (("left", left), ("right", quantized)):
             handles = [
-                getattr(model, name).register_forward_hook(keep(side, name)) for name in order
+                getattr(model, name).register_forward_hook(keep(side, name))
+                for name in order
             ]
             model(images)
             for handle in handles:
                 handle.remove()
         for name in order:
-            exact, error = outputs["left", name], outputs["left", name] - outputs["right", name]
-            expected = 20 * math.log10(float(exact.norm() / error.norm())) if error.any() else 200
+            exact = outputs["left", name]
+            error = outputs["left", name] - outputs["right", name]
+            expected = (
+                20 * math.log10(float(exact.norm() / error.norm()))
+                if error.any()
+                else 200
+            )
             assert found[name] == pytest.approx(expected, abs=1e-3)
     assert section["min_sqnr_db"] == min(section["sqnr_db"].values())
     assert section["fake_vs_quantized"]["min_sqnr_db"] == min(
@@ -115,11 +129,14 @@ def test_planted_noise_is_measured_in_decibels():
             super().__init__()
             linear = nn.Linear(4, 4, bias=False)
             linear.weight = nn.Parameter(torch.eye(4) * factor)
-            spec = QuantSpec(observer=MinMaxObserver, symmetric=False, granularity="per_tensor")
+            spec = QuantSpec(
+                observer=MinMaxObserver, symmetric=False, granularity="per_tensor"
+            )
             observer = make_observer(spec, signed=False)
             observer(torch.tensor([-1.0, 1.0]))
             self.layer = QuantModule(
-                linear, output_q=FakeQuantize(observer, observing=False, quantizing=False)
+                linear,
+                output_q=FakeQuantize(observer, observing=False, quantizing=False),
             )
 
         def forward(self, x):
@@ -136,13 +153,17 @@ def test_planted_noise_is_measured_in_decibels():
     assert section["fake_vs_quantized"]["sqnr_db"] == {
         "layer": pytest.approx(20 * math.log10(1.1 / 0.2), abs=1e-4)
     }
-    same, _ = TruthGate(**GATE).compare(models[0], models[0], models[0], (torch.eye(4),))
+    same, _ = TruthGate(**GATE).compare(
+        models[0], models[0], models[0], (torch.eye(4),)
+    )
     assert same["min_sqnr_db"] == 200  # JSON has no infinity
 
 
 def test_a_method_without_simulation_has_no_numbers(mlp, images):
     section, failures = TruthGate(**GATE).compare(None, None, mlp, (images,))
-    assert failures == [] and section["min_sqnr_db"] is None and section["sqnr_db"] == {}
+    assert (
+        failures == [] and section["min_sqnr_db"] is None and section["sqnr_db"] == {}
+    )
 
 
 def test_outputs_come_in_the_order_of_execution_of_float_functionals_too(make_ptq):
@@ -171,21 +192,22 @@ def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, mak
         fake.linear2.bias.add_(shift)  # behind it comes a ReLU, which hides some of it
     planted = divergence(fake, quantized, names, (images,))
     assert planted["linear2"] > clean["linear2"] + 1
-    for name in ("quant", "linear1", "linear3"):  # errors of earlier layers do not add up
+    # Errors of earlier layers do not add up
+    for name in ("quant", "linear1", "linear3"):
         assert planted[name] == pytest.approx(clean[name], abs=0.35)
     with torch.no_grad():
         fake.linear3.bias.add_(quantized.linear3.scale * 2)
-    assert divergence(fake, quantized, names, (images,))["linear3"] == pytest.approx(2, abs=0.3)
+    assert divergence(fake, quantized, names, (images,))["linear3"] == pytest.approx(
+        2, abs=0.3
+    )
 
 
 def test_a_planted_divergence_fails_by_name(mlp, images, make_ptq):
     quantizer = make_ptq("qnnpack")
     prepared = calibrated(quantizer, mlp, images)
-    reference, fake, quantized = (
-        quantizer.reference(prepared),
-        quantizer.fake(prepared),
-        quantizer.convert(prepared),
-    )
+    reference = quantizer.reference(prepared)
+    fake = quantizer.fake(prepared)
+    quantized = quantizer.convert(prepared)
     with torch.no_grad():
         fake.linear3.bias.add_(quantized.linear3.scale * 2)
     _, (failure,) = TruthGate(**GATE).compare(reference, fake, quantized, (images,))
@@ -200,7 +222,9 @@ def test_a_planted_divergence_fails_by_name(mlp, images, make_ptq):
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_sound_models_pass_on_every_engine(is_qat, engine, model, images, make_ptq, make_qat):
+def test_sound_models_pass_on_every_engine(
+    is_qat, engine, model, images, make_ptq, make_qat
+):
     quantizer = (make_qat if is_qat else make_ptq)(engine)
     section, failures = compare(quantizer, calibrated(quantizer, model, images), images)
     assert failures == [] and section["min_sqnr_db"] > 20
@@ -221,9 +245,14 @@ def test_inputs_at_one_and_a_half_times_the_calibrated_range_fail_by_name(
         and "1.50 times the range" in failures[0]
     )
     low, high = 1.5 * images.min().item(), 1.5 * images.max().item()
-    assert f"[{low:.3g}, {high:.3g}]" in failures[0] and "max_range_ratio=1.25" in failures[0]
+    assert (
+        f"[{low:.3g}, {high:.3g}]" in failures[0]
+        and "max_range_ratio=1.25" in failures[0]
+    )
     _, failures = compare(quantizer, prepared, 1.5 * images, max_range_ratio=1.6)
-    assert not any(failure.startswith("layer quant: evaluation inputs") for failure in failures)
+    assert not any(
+        failure.startswith("layer quant: evaluation inputs") for failure in failures
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["above", "below"])

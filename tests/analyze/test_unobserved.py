@@ -53,7 +53,9 @@ def test_without_calibration_every_layer_fails(convnet, make_ptq):
 def test_torch_converts_what_was_never_observed_with_scale_1(make_ptq):
     """What the gate is for: nothing in conversion itself objects."""
     quantizer = make_ptq()
-    quantized = quantizer.convert(calibrated(quantizer, Branches().eval(), torch.rand(8, 4)))
+    quantized = quantizer.convert(
+        calibrated(quantizer, Branches().eval(), torch.rand(8, 4))
+    )
     assert (quantized.b.scale, quantized.b.zero_point) == (1.0, 0)
 
 

@@ -46,9 +46,16 @@ def test_a_model_and_a_batch_are_enough(net):
     assert result.report["truth"]["min_sqnr_db"] > 25
     assert result.report["coverage"]["float_layers"] == {}
     assert set(result.plan) == {"quant", "conv", "linear"}
-    assert result.plan["conv"].kind == "Conv2d+ReLU" and result.plan["conv"].weight.bits == 8
-    assert "100.0 % of parameters" in repr(result) or "% of parameters quantized" in repr(result)
-    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert (
+        result.plan["conv"].kind == "Conv2d+ReLU"
+        and result.plan["conv"].weight.bits == 8
+    )
+    assert "100.0 % of parameters" in repr(
+        result
+    ) or "% of parameters quantized" in repr(result)
+    assert all(
+        torch.equal(before[name], value) for name, value in net.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +64,9 @@ def test_a_model_and_a_batch_are_enough(net):
         [X, X],
         [(X,)],
         [(X, torch.zeros(16))],
-        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, torch.zeros(16)), 16),
+        torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(X, torch.zeros(16)), 16
+        ),
         (batch for batch in [X]),
     ],
     ids=["tensors", "arguments", "inputs and target", "DataLoader", "generator"],
@@ -79,7 +88,9 @@ def test_a_forward_that_changes_its_input_leaves_the_batches_alone():
     assert torch.equal(x, before)
 
 
-def test_a_model_in_train_mode_is_quantized_as_in_eval_mode_and_stays_in_train_mode(net):
+def test_a_model_in_train_mode_is_quantized_as_in_eval_mode_and_stays_in_train_mode(
+    net,
+):
     expected = qtrain.quantize(net, [X]).model(X)
     assert torch.equal(qtrain.quantize(net.train(), [X]).model(X), expected)
     assert net.training and net.bn.training

@@ -44,7 +44,10 @@ def test_models_and_inputs_come_back(folder, kind):
 def test_runs_compare_as_records(folder):
     records = qtrain.compare(str(folder))
     assert sorted(record["method"] for record in records) == ["none", "ptq"]
-    assert all(record["model"] == "mlp" and record["quality"] == "accuracy" for record in records)
+    assert all(
+        record["model"] == "mlp" and record["quality"] == "accuracy"
+        for record in records
+    )
 
 
 def test_a_mistake_is_named(tmp_path):

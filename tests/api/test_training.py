@@ -21,10 +21,17 @@ SMALL = ["model=convnet", "model.width=4", "model.hidden=8"]
 
 
 @pytest.mark.parametrize("weight_bits", [8, 4])
-def test_a_plain_loop_ends_with_the_commands_integers(weight_bits, tmp_path, monkeypatch):
+def test_a_plain_loop_ends_with_the_commands_integers(
+    weight_bits, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     qtrain.run(*SMALL, *QUICK, "quant=none", "trainer=smoke", run_dir="float")
-    method = ["quant=qat", "quant.epochs=1", "quant.convert_every=0", "quant.scheduler=constant"]
+    method = [
+        "quant=qat",
+        "quant.epochs=1",
+        "quant.convert_every=0",
+        "quant.scheduler=constant",
+    ]
     start = ["checkpoint=float/float.pt", f"quant.weight.bits={weight_bits}", "seed=3"]
     qtrain.run(*SMALL, *QUICK, *method, *start, run_dir="qat")
 

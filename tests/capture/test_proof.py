@@ -48,5 +48,7 @@ def test_another_function_is_refused_whatever_stands_beside():
     x = torch.randn(2, 3)
     assert prove(Spoiled(0.0), Spoiled(0.0), (x,), exact=True, training=False) == 0
     for exact in (True, False):
-        with pytest.raises(ValueError, match="in eval mode, it computes something else"):
+        with pytest.raises(
+            ValueError, match="in eval mode, it computes something else"
+        ):
             prove(Spoiled(0.0), Spoiled(0.1), (x,), exact=exact, training=False)

@@ -17,7 +17,8 @@ def command(monkeypatch, tmp_path, capsys):
     images = torch.randint(0, 256, (40, 28, 28), dtype=torch.uint8)
     train, test = (images[:30], torch.arange(30) % 10), (images[30:], torch.arange(10))
     monkeypatch.setattr(
-        "qtrain.data.mnist.mnist_sample", lambda **options: image_loaders(train, test, **options)
+        "qtrain.data.mnist.mnist_sample",
+        lambda **options: image_loaders(train, test, **options),
     )
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level

@@ -67,10 +67,17 @@ def test_measures_again_and_updates_the_reports(runs, capsys):
             (2, 3),
         ]
         first = new["bench"][0]
-        assert first["float"]["low"] <= first["float"]["median"] <= first["float"]["high"]
-        assert new["latency_ms"]["float"] == {"1": first["float"], "3": new["bench"][1]["float"]}
         assert (
-            (new["latency_ms"]["quantized"] is None) == is_simulated == ("quantized" not in first)
+            first["float"]["low"] <= first["float"]["median"] <= first["float"]["high"]
+        )
+        assert new["latency_ms"]["float"] == {
+            "1": first["float"],
+            "3": new["bench"][1]["float"],
+        }
+        assert (
+            (new["latency_ms"]["quantized"] is None)
+            == is_simulated
+            == ("quantized" not in first)
         )
         changed = {"bench", "latency_ms", "other_load", "threads"}
         assert all(new[key] == old[key] for key in old if key not in changed)
@@ -98,12 +105,17 @@ def test_the_interval_holds_the_median_as_often_as_it_says():
     for n in (20, 50):
         samples = torch.empty(trials, n).exponential_(generator=generator).double()
         found = [median_interval(sample) for sample in samples]
-        held = sum(f["low"] <= torch.log(torch.tensor(2.0)) <= f["high"] for f in found) / trials
+        held = (
+            sum(f["low"] <= torch.log(torch.tensor(2.0)) <= f["high"] for f in found)
+            / trials
+        )
         assert 0.93 < held < 0.99
 
 
 def test_one_value_is_its_own_interval():
-    assert set(median_interval(torch.tensor([3.0], dtype=torch.float64)).values()) == {3.0}
+    assert set(median_interval(torch.tensor([3.0], dtype=torch.float64)).values()) == {
+        3.0
+    }
 
 
 @pytest.mark.parametrize("busy, cores", [(200, 1.0), (100, 0.0), (90, 0.0)])

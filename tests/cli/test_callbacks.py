@@ -16,12 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def sweep(tmp_path):
-    spec = importlib.util.spec_from_file_location("make_runs", ROOT / "scripts" / "make_runs.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_runs", ROOT / "scripts" / "make_runs.py"
+    )
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     scores = {"float": np.ones(50, np.uint8), "quantized": np.ones(50, np.uint8)}
     for number, method in enumerate(("ptq", "qat")):
-        script.write_run(tmp_path / "sweep" / f"{number}_{method}", scores=scores, method=method)
+        script.write_run(
+            tmp_path / "sweep" / f"{number}_{method}", scores=scores, method=method
+        )
     script.fail = lambda: script.write_failure(
         tmp_path / "sweep" / "2_bad", "ValueError: lr=-1: must be above 0"
     )
@@ -30,7 +34,10 @@ def sweep(tmp_path):
 
 def end(folder, tensorboard=False):
     config = OmegaConf.create(
-        {"hydra": {"sweep": {"dir": str(folder)}}, "logger": {"tensorboard": tensorboard}}
+        {
+            "hydra": {"sweep": {"dir": str(folder)}},
+            "logger": {"tensorboard": tensorboard},
+        }
     )
     Comparison().on_multirun_end(config, config_name="config")
 
@@ -40,7 +47,11 @@ def test_prints_and_writes_the_comparison(sweep, capsys):
     end(folder)
     out = capsys.readouterr().out
     assert "convnet on mnist: 2 runs" in out
-    for name, start in {"csv": b"model,", "png": b"\x89PNG", "html": b"<!doctype html>"}.items():
+    for name, start in {
+        "csv": b"model,",
+        "png": b"\x89PNG",
+        "html": b"<!doctype html>",
+    }.items():
         path = folder / f"comparison.{name}"
         assert path.read_bytes().startswith(start)
         assert str(path) in out

@@ -24,10 +24,14 @@ def write(tmp_path):
         exact, quantized = np.ones((2, 200), np.uint8)
         quantized[:lost] = 0
         return script.write_run(
-            tmp_path / "runs" / name, scores={"float": exact, "quantized": quantized}, **facts
+            tmp_path / "runs" / name,
+            scores={"float": exact, "quantized": quantized},
+            **facts,
         )
 
-    write.fail = lambda name, error: script.write_failure(tmp_path / "runs" / name, error)
+    write.fail = lambda name, error: script.write_failure(
+        tmp_path / "runs" / name, error
+    )
     (tmp_path / "runs").mkdir()
     return write
 
@@ -55,9 +59,14 @@ def test_folders_filters_and_options_in_any_order(write, command):
     write("a", lost=4, overrides=("x=1",))
     write("b", method="qat", engine="qnnpack", overrides=("x=2",))
     write("c", method="qat", lost=1, overrides=("x=3",))
-    code, out, err = command("runs method=qat --sort x engine=x86,qnnpack --csv out.csv")
+    code, out, err = command(
+        "runs method=qat --sort x engine=x86,qnnpack --csv out.csv"
+    )
     assert (code, err) == (0, "")
-    assert re.findall(r"^(\w+) +(\w+)", out, re.M)[2:4] == [("qat", "qnnpack"), ("qat", "x86")]
+    assert re.findall(r"^(\w+) +(\w+)", out, re.M)[2:4] == [
+        ("qat", "qnnpack"),
+        ("qat", "x86"),
+    ]
     assert "ptq" not in out
     assert len(Path("out.csv").read_text().splitlines()) == 3
     assert command("method=qat runs")[0] == command("--sort size runs/a runs/b")[0] == 0
@@ -106,7 +115,11 @@ def test_only_broken_reports(command, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "report.json").write_text("{")
     code, out, err = command("runs")
-    assert (code, out) == (1, "") and "no readable run" in err and "runs/report.json" in err
+    assert (
+        (code, out) == (1, "")
+        and "no readable run" in err
+        and "runs/report.json" in err
+    )
 
 
 def test_failed_runs_are_listed_and_do_not_fail_the_command(write, command):
@@ -130,11 +143,17 @@ def test_different_data_sets_are_not_compared(write, command):
     write("a", data="mnist")
     write("b", data="mnist_sample")
     _, out, _ = command("runs")
-    assert out.index("convnet on mnist: 1 run\n") < out.index("convnet on mnist_sample: 1 run\n")
+    assert out.index("convnet on mnist: 1 run\n") < out.index(
+        "convnet on mnist_sample: 1 run\n"
+    )
 
 
 def test_data_sets_of_one_name_and_other_content_are_not_compared(write, command):
-    for name, content in (("a", "0123456789"), ("b", "0123456789"), ("c", "abcdefghij")):
+    for name, content in (
+        ("a", "0123456789"),
+        ("b", "0123456789"),
+        ("c", "abcdefghij"),
+    ):
         write(name, data_fingerprint=content)
     _, out, _ = command("runs")
     assert (
@@ -167,7 +186,12 @@ def test_data_sets_of_one_name_and_other_content_are_not_compared(write, command
         ),
         (
             "runs xyzzy=1",
-            ["filter xyzzy: there is no such key\n", "size_kb", "optimizer.lr", "trainer.epochs"],
+            [
+                "filter xyzzy: there is no such key\n",
+                "size_kb",
+                "optimizer.lr",
+                "trainer.epochs",
+            ],
         ),
         ("runs method=lsq", ["method=lsq", "ptq"]),
         ("runs --baseline method=lsq", ["--baseline method=lsq", "ptq"]),
@@ -179,12 +203,16 @@ def test_mistakes_say_what_is_known(write, command, line, words):
     write("a")
     code, out, err = command(line)
     assert (code, out) == (1, "")
-    assert err.startswith("qtrain-compare: error: ") and all(word in err for word in words)
+    assert err.startswith("qtrain-compare: error: ") and all(
+        word in err for word in words
+    )
 
 
 def run_python(code, *args):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, env=environment
+    )
 
 
 def test_compares_without_torch(write, tmp_path):
@@ -195,7 +223,12 @@ def test_compares_without_torch(write, tmp_path):
         "sys.exit('torch' in sys.modules)"
     )
     done = run_python(
-        code, str(tmp_path / "runs"), "--baseline", "method=ptq", "--html", str(tmp_path / "x.html")
+        code,
+        str(tmp_path / "runs"),
+        "--baseline",
+        "method=ptq",
+        "--html",
+        str(tmp_path / "x.html"),
     )
     assert done.returncode == 0, done.stderr.decode()[-300:]
     assert b"-1.50 \xc2\xb1" in done.stdout

@@ -79,18 +79,25 @@ def generate(run, capsys):
         (["--greedy"], {"greedy": True}),
         (["--cache", "int8"], {"cache": "int8"}),
         (["--top-p", "0.4"], {"top_p": 0.4}),
-        (["--greedy", "--repetition-penalty", "5"], {"greedy": True, "repetition_penalty": 5.0}),
+        (
+            ["--greedy", "--repetition-penalty", "5"],
+            {"greedy": True, "repetition_penalty": 5.0},
+        ),
     ],
     ids=str,
 )
-def test_it_prints_what_the_converted_model_generates(run, generate, arguments, options):
+def test_it_prints_what_the_converted_model_generates(
+    run, generate, arguments, options
+):
     tokenizer = ByteTokenizer()
     tokens = qtrain.load(run).generate(tokenizer.encode("To be")[None], 9, **options)[0]
     assert tokens.shape == (5 + 9,)
     printed = generate("--prompt", "To be", "--max-new-tokens", "9", *arguments)
     assert printed == tokenizer.decode(tokens) + "\n" and printed.startswith("To be")
     if options != {"greedy": True}:
-        assert printed != generate("--prompt", "To be", "--max-new-tokens", "9", "--greedy")
+        assert printed != generate(
+            "--prompt", "To be", "--max-new-tokens", "9", "--greedy"
+        )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,11 @@ def test_ctrl_c_ends_it_quietly_with_what_was_written(run, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main([str(run), "--prompt", "ab"])
     told = capsys.readouterr()
-    assert (stop.value.code, told.out, told.err) == (130, "abt", "\nqtrain-generate: interrupted\n")
+    assert (stop.value.code, told.out, told.err) == (
+        130,
+        "abt",
+        "\nqtrain-generate: interrupted\n",
+    )
 
 
 def test_a_mistake_is_told_before_anything_is_written(run, capsys):
@@ -178,7 +189,9 @@ def test_a_model_that_writes_no_text(generate, tmp_path):
         "logger=none",
     ]
     pipeline.execute(
-        compose(*digits, "float_cache=null", "measure.repeats=1", "measure.warmup=0"), tmp_path, []
+        compose(*digits, "float_cache=null", "measure.repeats=1", "measure.warmup=0"),
+        tmp_path,
+        [],
     )
     with pytest.raises(SystemExit, match="this run's MLP generates no text"):
         generate(run=tmp_path)
@@ -189,7 +202,9 @@ def test_it_ends_before_the_first_of_the_texts_to_stop_at(generate, capsys):
     new = whole.removeprefix("I have a dream").rstrip("\n")
     stop = new[5:7]
     expected = new[: new.index(stop)]
-    told = generate("--greedy", "--max-new-tokens", "12", "--stop", "no such text", stop)
+    told = generate(
+        "--greedy", "--max-new-tokens", "12", "--stop", "no such text", stop
+    )
     assert told == f"I have a dream{expected}\n"
     with pytest.raises(SystemExit, match="stop: a text is empty"):
         generate("--stop", "")
@@ -198,4 +213,6 @@ def test_it_ends_before_the_first_of_the_texts_to_stop_at(generate, capsys):
 def test_the_pace_is_told_beside_the_text(run, capsys):
     main([str(run), "--max-new-tokens", "5"])
     told = capsys.readouterr().err
-    assert re.fullmatch(r"5 tokens, the first after \d+\.\d\d s, then \d+\.\d a second\n", told)
+    assert re.fullmatch(
+        r"5 tokens, the first after \d+\.\d\d s, then \d+\.\d a second\n", told
+    )

@@ -27,7 +27,9 @@ def mistakes(command, monkeypatch):
         flags = [argument for argument in arguments if argument.startswith("-")]
         settings = QUICK if "model=gpt2_nano" in arguments else TINY
         code, text = command(
-            *flags, *settings, *(argument for argument in arguments if argument not in flags)
+            *flags,
+            *settings,
+            *(argument for argument in arguments if argument not in flags),
         )
         assert code == 1
         assert "Traceback" not in text
@@ -42,7 +44,10 @@ def mistakes(command, monkeypatch):
     [
         ("model=nope", ["model/nope", "convnet", "mlp", "mobilenet_v2", "resnet18"]),
         ("quant=nope", ["quant/nope", "dynamic", "none", "ptq", "qat"]),
-        ("trainer.epoch=3", ["trainer.epoch: there is no such key", "epochs", "max_steps"]),
+        (
+            "trainer.epoch=3",
+            ["trainer.epoch: there is no such key", "epochs", "max_steps"],
+        ),
         (
             "quant.weigth.bits=4",
             ["quant.weigth", "there is no such key", "activation", "engine", "weight"],
@@ -50,10 +55,15 @@ def mistakes(command, monkeypatch):
         ("sede=3", ["sede: there is no such key", "device", "seed", "threads"]),
         ("optimizer.lr=-1", ["optimizer.lr=-1: must be a number above 0"]),
         ("data.batch_size=0", ["data.batch_size=0: must be a whole number from 1 to"]),
-        ("quant.weight.bits=9", ["quant.weight.bits=9: must be a whole number from 2 to 8"]),
+        (
+            "quant.weight.bits=9",
+            ["quant.weight.bits=9: must be a whole number from 2 to 8"],
+        ),
         (
             "quant.engine=tpu",
-            ["quant.engine=tpu: allowed are auto, int8, reference, fbgemm, qnnpack, x86, onednn"],
+            [
+                "quant.engine=tpu: allowed are auto, int8, reference, fbgemm, qnnpack, x86, onednn"
+            ],
         ),
         (
             "quant.weight.observer=nope",
@@ -80,21 +90,34 @@ def test_a_mistake_is_named_with_what_is_allowed(mistakes, argument, words):
     [
         (
             "data.context=65",
-            ["context=65: must be at most n_positions=64; shorten the input (data.context)"],
+            [
+                "context=65: must be at most n_positions=64; shorten the input (data.context)"
+            ],
         ),
         (
             "model.vocab_size=200",
-            ["model.vocab_size=200: must be at least 256, the tokens of data.tokenizer"],
+            [
+                "model.vocab_size=200: must be at least 256, the tokens of data.tokenizer"
+            ],
         ),
-        ("task.top_k=0", ["task.top_k=0: must be a whole number from 1 to 256, or null"]),
+        (
+            "task.top_k=0",
+            ["task.top_k=0: must be a whole number from 1 to 256, or null"],
+        ),
         ("task.prompt=''", ["task.prompt=: must be a text that is not empty"]),
         ("data.path=EMPTY", ["data.path=", "the file is empty"]),
-        ("data.path=SHORT", ["data.path=", "has 10 tokens", "must have more than context=64"]),
+        (
+            "data.path=SHORT",
+            ["data.path=", "has 10 tokens", "must have more than context=64"],
+        ),
         (
             "data.path=nowhere.txt",
             ["data.path=nowhere.txt: there is no such file", "data=shakespeare"],
         ),
-        ("model.pretrained=./nowhere", ["model.pretrained=./nowhere: there is no such folder"]),
+        (
+            "model.pretrained=./nowhere",
+            ["model.pretrained=./nowhere: there is no such folder"],
+        ),
         (
             "quant.layers={h.0.attn.c_atn: float}",
             ["matches no layer; the model has h.0.attn.c_attn", "more"],
@@ -118,7 +141,9 @@ def test_a_mistake_with_a_language_model(mistakes, tmp_path, argument, words):
         "quant.weight.granularity=per_group",
         "quant.weight.group_size=32",
     ]
-    text = mistakes("task=language_modeling", data, "model=gpt2_nano", *method, argument)
+    text = mistakes(
+        "task=language_modeling", data, "model=gpt2_nano", *method, argument
+    )
     assert all(word in text for word in words) and "raise " not in text, text
 
 
@@ -130,7 +155,11 @@ def test_all_mistakes_of_a_config_at_once(mistakes):
         "trainer.epochs=-1",
         "model.hidden=0",
     ]
-    wrong += ["device=gpu", "quant.weight.observer=nope", "quant.activation.observer=none"]
+    wrong += [
+        "device=gpu",
+        "quant.weight.observer=nope",
+        "quant.activation.observer=none",
+    ]
     text = mistakes(*wrong)
     assert all(f"{override}: " in text for override in wrong)
     assert len(text.splitlines()) == len(wrong)
@@ -139,11 +168,15 @@ def test_all_mistakes_of_a_config_at_once(mistakes):
 def test_no_gpu(mistakes, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert "device=cuda: not usable here; allowed are auto, cpu" in mistakes("device=cuda")
+    assert "device=cuda: not usable here; allowed are auto, cpu" in mistakes(
+        "device=cuda"
+    )
 
 
 def test_an_engine_that_this_machine_lacks(mistakes, monkeypatch):
-    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["none", "onednn"])
+    monkeypatch.setattr(
+        type(torch.backends.quantized), "supported_engines", ["none", "onednn"]
+    )
     text = mistakes("quant.engine=qnnpack")
     assert (
         "quant.engine=qnnpack: not supported by torch on this machine; here there are onednn"
@@ -152,13 +185,17 @@ def test_an_engine_that_this_machine_lacks(mistakes, monkeypatch):
 
 
 def test_an_observer_that_is_refused_per_channel(mistakes):
-    text = mistakes("quant.weight.observer=histogram", "quant.weight.granularity=per_channel")
+    text = mistakes(
+        "quant.weight.observer=histogram", "quant.weight.granularity=per_channel"
+    )
     assert "quant.weight.observer=histogram: finds one range a tensor" in text
     assert "use observer=minmax or moving_average, or granularity=per_tensor" in text
 
 
 def test_an_observer_that_weights_cannot_have(mistakes):
-    text = mistakes("quant.weight.observer=histogram", "quant.weight.granularity=per_tensor")
+    text = mistakes(
+        "quant.weight.observer=histogram", "quant.weight.granularity=per_tensor"
+    )
     assert "quant.weight.observer=histogram" in text
 
 
@@ -206,7 +243,11 @@ def test_a_wrong_checkpoint(mistakes, tmp_path, kind):
         path.write_bytes(path.read_bytes()[: 0 if kind == "empty" else 1000])
     before = path.read_bytes()
     text = mistakes(f"checkpoint={path}")
-    reason = "does not fit the model" if kind == "other_model" else "not a readable state dict"
+    reason = (
+        "does not fit the model"
+        if kind == "other_model"
+        else "not a readable state dict"
+    )
     assert f"checkpoint={path}: {reason}" in text
     assert path.read_bytes() == before
 
@@ -231,7 +272,10 @@ def test_a_float_cache_that_cannot_be_made(mistakes, tmp_path):
     "err, text",
     [
         (ValueError("seed=-1: must be"), "seed=-1: must be"),
-        (PermissionError(13, "Permission denied", "/data/out"), "/data/out: Permission denied"),
+        (
+            PermissionError(13, "Permission denied", "/data/out"),
+            "/data/out: Permission denied",
+        ),
     ],
     ids=repr,
 )

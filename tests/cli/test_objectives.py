@@ -19,32 +19,43 @@ def job(monkeypatch, tmp_path):
             if error is not None:
                 raise error
             config = {"measure": {"batch_sizes": [1, 64]}}
-            report = Report(name="a", seed=0, config=config, overrides=[], model="b", data="c")
-            report.metrics, report.quality = metrics, "accuracy"
-            report.size_bytes, report.latency_ms = (
-                {"quantized_file_at_bits": 2000},
-                {"quantized": {"1": {"median": 0.5}}},
+            report = Report(
+                name="a", seed=0, config=config, overrides=[], model="b", data="c"
             )
+            report.metrics, report.quality = metrics, "accuracy"
+            report.size_bytes = {"quantized_file_at_bits": 2000}
+            report.latency_ms = {"quantized": {"1": {"median": 0.5}}}
             return report
 
         monkeypatch.setattr(pipeline, "execute", execute)
         place = [f"hydra.runtime.output_dir={tmp_path}", "hydra.job.num=0"]
         with hydra.initialize_config_dir(config_dir(), version_base="1.3"):
-            settings = hydra.compose("config", [*overrides, *place], return_hydra_config=True)
+            settings = hydra.compose(
+                "config", [*overrides, *place], return_hydra_config=True
+            )
             HydraConfig.instance().set_config(settings)
             return cli.one_job(settings)
 
     return call
 
 
-METRICS = {"float": {"accuracy": 0.9}, "fake": None, "quantized": {"accuracy": 0.75, "loss": 1}}
+METRICS = {
+    "float": {"accuracy": 0.9},
+    "fake": None,
+    "quantized": {"accuracy": 0.75, "loss": 1},
+}
 MULTIRUN, RUN = "hydra.mode=MULTIRUN", "hydra.mode=RUN"
 
 
 def test_objectives(job):
     assert job(RUN, metrics=METRICS) == 0.75  # the task's own, of the converted model
-    assert job(RUN, "objective=[quantized.loss,float.accuracy]", metrics=METRICS) == (1.0, 0.9)
-    assert job(RUN, "objective=[quantized.accuracy,size_bytes,latency_ms]", metrics=METRICS) == (
+    assert job(RUN, "objective=[quantized.loss,float.accuracy]", metrics=METRICS) == (
+        1.0,
+        0.9,
+    )
+    assert job(
+        RUN, "objective=[quantized.accuracy,size_bytes,latency_ms]", metrics=METRICS
+    ) == (
         0.75,
         2000,
         0.5,

@@ -48,14 +48,19 @@ def faulty(command, tmp_path, monkeypatch):
     (tmp_path / "my" / "faulty.py").write_text(FAULTY)
     monkeypatch.syspath_prepend(tmp_path / "my")
     monkeypatch.delitem(sys.modules, "faulty", raising=False)
-    return partial(command, "--config-dir", "my/conf", "model=faulty", *QUICK, "data.val_size=10")
+    return partial(
+        command, "--config-dir", "my/conf", "model=faulty", *QUICK, "data.val_size=10"
+    )
 
 
 @pytest.mark.parametrize(
     "argument, words",
     [
         ("model.fault=unobserved", "layer auxiliary: its observer saw no data"),
-        ("model.fault=not a number", "layer linear.weight: 1 of 15680 weights are NaN or infinite"),
+        (
+            "model.fault=not a number",
+            "layer linear.weight: 1 of 15680 weights are NaN or infinite",
+        ),
         ("data=louder", "layer quant: evaluation inputs span"),
         ("model.fault=plus", "use one qtrain.FloatFunctional per call site"),
     ],

@@ -28,7 +28,9 @@ def start(*arguments, cwd, path=()):
 
 def test_mistakes_end_the_process_soon_and_with_code_1(tmp_path):
     began = time.monotonic()
-    ended = start("-m", "qtrain.cli.run", "quant.weight.bits=9", "optimizer.lr=-1", cwd=tmp_path)
+    ended = start(
+        "-m", "qtrain.cli.run", "quant.weight.bits=9", "optimizer.lr=-1", cwd=tmp_path
+    )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-2:] == [
         "qtrain: error: optimizer.lr=-1: must be a number above 0 and at most 1e+06",
@@ -65,15 +67,29 @@ def test_a_model_of_the_users_own(tmp_path, monkeypatch):
         "_target_: mynet.MyNet\nwidth: 6\n"
     )
     arguments = ["--config-dir", "my/conf", "model=mynet", "model.width=5", *QUICK]
-    ended = start("-m", "qtrain.cli.run", *arguments, cwd=tmp_path, path=[tmp_path / "my"])
+    ended = start(
+        "-m", "qtrain.cli.run", *arguments, cwd=tmp_path, path=[tmp_path / "my"]
+    )
     assert ended.returncode == 0, ended.stderr
     (report,) = reports(tmp_path)
-    assert (report["status"], report["model"], report["name"]) == ("ok", "mynet", "mynet_ptq")
-    assert report["coverage"]["float_layers"] == {} and report["coverage"]["macs_quantized"] == 1
+    assert (report["status"], report["model"], report["name"]) == (
+        "ok",
+        "mynet",
+        "mynet_ptq",
+    )
+    assert (
+        report["coverage"]["float_layers"] == {}
+        and report["coverage"]["macs_quantized"] == 1
+    )
 
     (folder,) = tmp_path.glob("outputs/runs/*_mynet_ptq")
     loaded = start(
-        "-c", LOAD, str(folder), str(tmp_path / "output.pt"), cwd=tmp_path, path=[tmp_path / "my"]
+        "-c",
+        LOAD,
+        str(folder),
+        str(tmp_path / "output.pt"),
+        cwd=tmp_path,
+        path=[tmp_path / "my"],
     )
     assert loaded.returncode == 0, loaded.stderr
     monkeypatch.syspath_prepend(tmp_path / "my")

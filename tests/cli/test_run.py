@@ -39,7 +39,10 @@ def test_one_run(command, tmp_path):
     assert code == 0
     (report,) = reports(tmp_path)
     assert (report["status"], report["name"], report["seed"]) == ("ok", "mlp_qat", 3)
-    assert "quant=qat" in report["overrides"] and "experiment=null" not in report["overrides"]
+    assert (
+        "quant=qat" in report["overrides"]
+        and "experiment=null" not in report["overrides"]
+    )
     assert report["coverage"]["float_layers"] == {"linear2": "set by quant.layers"}
     (folder,) = (tmp_path / "outputs" / "runs").iterdir()
     assert folder.name.endswith("_mlp_qat")
@@ -63,15 +66,27 @@ def test_the_default_experiment_is_a_sweep_that_compares(command, tmp_path):
         "ptq",
         "qat",
     ]
-    assert [report["float_from"] for report in found] == ["training", "cache", "cache", "cache"]
+    assert [report["float_from"] for report in found] == [
+        "training",
+        "cache",
+        "cache",
+        "cache",
+    ]
     assert len({json.dumps(report["metrics"]["float"]) for report in found}) == 1
     table = text[text.index("mlp on mnist_sample: 4 runs") :]
-    assert all(f"\n{method} " in table for method in ("float", "float_finetuned", "ptq", "qat"))
+    assert all(
+        f"\n{method} " in table for method in ("float", "float_finetuned", "ptq", "qat")
+    )
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
-    assert {"comparison.csv", "comparison.png"} <= {path.name for path in folder.iterdir()}
+    assert {"comparison.csv", "comparison.png"} <= {
+        path.name for path in folder.iterdir()
+    }
 
     # Narrowed to one method.
-    assert command(*sweep, "quant=qat", f"hydra.sweep.dir={tmp_path}/outputs/again")[0] == 0
+    assert (
+        command(*sweep, "quant=qat", f"hydra.sweep.dir={tmp_path}/outputs/again")[0]
+        == 0
+    )
     (again,) = reports(tmp_path)[:1]
     assert again["float_from"] == "cache" and again["metrics"] == found[3]["metrics"]
 
@@ -81,11 +96,13 @@ def test_one_bad_job_does_not_end_a_sweep(command, tmp_path):
     assert code == 1
     bad, good = reports(tmp_path)
     assert (
-        bad["status"] == "failed" and "quant.weight.bits=9: must be a whole number" in bad["error"]
+        bad["status"] == "failed"
+        and "quant.weight.bits=9: must be a whole number" in bad["error"]
     )
     assert good["status"] == "ok"
     assert (
-        "quant.weight.bits=9: must be a whole number" in text and "1 run without a result" in text
+        "quant.weight.bits=9: must be a whole number" in text
+        and "1 run without a result" in text
     )
 
 
@@ -95,7 +112,13 @@ def test_a_job_that_does_not_resolve_leaves_a_report_too(command, tmp_path):
 
 
 def test_a_sweep_launched_again_does_what_is_left(command, tmp_path, monkeypatch):
-    sweep = ["-m", *TINY, "quant=ptq", "seed=0,1,2,3", f"hydra.sweep.dir={tmp_path}/outputs/sweep"]
+    sweep = [
+        "-m",
+        *TINY,
+        "quant=ptq",
+        "seed=0,1,2,3",
+        f"hydra.sweep.dir={tmp_path}/outputs/sweep",
+    ]
     run, seen = pipeline.run, []
 
     def killed(config, *others):
@@ -110,7 +133,9 @@ def test_a_sweep_launched_again_does_what_is_left(command, tmp_path, monkeypatch
     assert command(*sweep)[0] == 137 and seen == [0, 1, 2]
     seen.clear()
     monkeypatch.setattr(
-        pipeline, "run", lambda config, *others: (seen.append(config.seed), run(config, *others))
+        pipeline,
+        "run",
+        lambda config, *others: (seen.append(config.seed), run(config, *others)),
     )
     done = tmp_path / "outputs" / "sweep" / "0_mlp_ptq" / "report.json"
     before = done.read_bytes()

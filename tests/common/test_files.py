@@ -102,7 +102,10 @@ def test_full_disk(tmp_path, what):
     }[what]
     save()
     before = path.read_bytes()
-    with full_disk(50_000), pytest.raises(OSError, match="could not be written") as caught:
+    with (
+        full_disk(50_000),
+        pytest.raises(OSError, match="could not be written") as caught,
+    ):
         save()
     assert str(caught.value).startswith(f"{path}: ")
     assert path.read_bytes() == before
@@ -122,9 +125,14 @@ def test_one_process_alone_works_in_a_folder(tmp_path):
         f"with qtrain.common.files.alone(pathlib.Path({str(tmp_path)!r})):\n"
     )
     script += "    print('there', flush=True)\n    time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
+    other = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT
+    )
     assert other.stdout.readline() == b"there\n"
-    with pytest.raises(ValueError, match="another process is at work there"), alone(tmp_path):
+    with (
+        pytest.raises(ValueError, match="another process is at work there"),
+        alone(tmp_path),
+    ):
         pass
     other.kill()
     other.communicate()

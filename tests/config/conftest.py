@@ -13,7 +13,9 @@ def digits(monkeypatch):
     labels = torch.arange(40) % 10
 
     def stand_in(root=None, **options):
-        return image_loaders((images[:30], labels[:30]), (images[30:], labels[30:]), **options)
+        return image_loaders(
+            (images[:30], labels[:30]), (images[30:], labels[30:]), **options
+        )
 
     monkeypatch.setattr("qtrain.data.mnist.mnist_sample", stand_in)
     monkeypatch.setattr("qtrain.data.mnist.mnist", stand_in)

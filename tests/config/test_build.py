@@ -35,7 +35,8 @@ COMPANIONS = {
     ("data", "dataset"): ["data.train={_target_: torchvision.datasets.FakeData}"],
     ("task", "language_modeling"): ["data=shakespeare"],
 }
-LISTS = {"exporter": "export", "transform": "quant.transforms"}  # keys that take names of files
+# Keys that take names of files
+LISTS = {"exporter": "export", "transform": "quant.transforms"}
 
 
 def select(group, name):
@@ -58,12 +59,21 @@ def sections(node, path=""):
 
 def assert_binds(settings):
     found = list(sections(settings))
-    assert {"data", "model", "task", "quant", "optimizer", "scheduler", "trainer", "truth"} <= {
-        p for p, _ in found
-    }
+    assert {
+        "data",
+        "model",
+        "task",
+        "quant",
+        "optimizer",
+        "scheduler",
+        "trainer",
+        "truth",
+    } <= {p for p, _ in found}
     for path, section in found:
         target = get_object(section._target_)
-        arguments = {key: section[key] for key in section if not str(key).startswith("_")}
+        arguments = {
+            key: section[key] for key in section if not str(key).startswith("_")
+        }
         signature = inspect.signature(target)
         bind = signature.bind_partial if section.get("_partial_") else signature.bind
         try:
@@ -73,7 +83,9 @@ def assert_binds(settings):
                 f"{path}: {section._target_} does not take {arguments}: {err}"
             ) from err
         if path == "data" and section._target_.startswith("qtrain.data.mnist."):
-            inspect.signature(image_loaders).bind(None, None, **bound.arguments["options"])
+            inspect.signature(image_loaders).bind(
+                None, None, **bound.arguments["options"]
+            )
 
 
 @pytest.mark.parametrize("group, name", CHOICES, ids=str)
@@ -84,7 +96,10 @@ def test_every_file_composes_and_its_targets_bind(group, name):
 @pytest.mark.parametrize("scheduler", ["constant", "cosine"])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_qat_takes_any_optimizer_and_scheduler(optimizer, scheduler):
-    choice = [f"optimizer@quant.optimizer={optimizer}", f"scheduler@quant.scheduler={scheduler}"]
+    choice = [
+        f"optimizer@quant.optimizer={optimizer}",
+        f"scheduler@quant.scheduler={scheduler}",
+    ]
     assert_binds(compose("quant=qat", *choice))
 
 
@@ -97,7 +112,8 @@ def jobs(experiment):
     grid = settings.sweeper.params or {}
     assert (str(settings.mode) == "RunMode.MULTIRUN") == bool(grid)
     values = [
-        [f"{key}={value}" for value in str(values).split(",")] for key, values in grid.items()
+        [f"{key}={value}" for value in str(values).split(",")]
+        for key, values in grid.items()
     ]
     return [[f"experiment={experiment}", *job] for job in product(*values)]
 
@@ -109,11 +125,19 @@ def test_every_job_of_every_experiment_composes_and_binds(experiment):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_job_of_every_experiment_on_digits_runs(experiment, monkeypatch, tmp_path):
+def test_every_job_of_every_experiment_on_digits_runs(
+    experiment, monkeypatch, tmp_path
+):
     # Without logger nobody sees them.
     monkeypatch.setattr("qtrain.logger.plots.weights", lambda *_: None)
     monkeypatch.setattr("qtrain.logger.plots.confusion", lambda *_: None)
-    quick = ["trainer=smoke", "threads=1", "logger=none", "measure.repeats=1", "measure.warmup=0"]
+    quick = [
+        "trainer=smoke",
+        "threads=1",
+        "logger=none",
+        "measure.repeats=1",
+        "measure.warmup=0",
+    ]
     for number, job in enumerate(jobs(experiment)):
         settings = compose(*hydra_arguments([*job, *quick]))
         if "mnist" not in settings.data._target_:
@@ -143,7 +167,9 @@ def test_every_experiment_says_what_it_is_for(experiment):
         lines[1 : next(i for i, line in enumerate(lines) if not line.startswith("#"))]
     )
     assert re.search(r"#   qtrain\b", opening), "its command is missing"
-    assert re.search(r"\b(minutes?|seconds?|hours?)\b", opening), "its duration is missing"
+    assert re.search(r"\b(minutes?|seconds?|hours?)\b", opening), (
+        "its duration is missing"
+    )
 
 
 def test_config_dir_is_absolute():
@@ -169,17 +195,24 @@ def test_the_model_depends_on_nothing_but_the_seed():
     other = build(compose("seed=4", "model=mlp", "data.val_size=10"))
 
     torch.manual_seed(3)
-    expected = [torch.nn.Linear(*shape) for shape in ((784, 100), (100, 100), (100, 10))]
+    expected = [
+        torch.nn.Linear(*shape) for shape in ((784, 100), (100, 100), (100, 10))
+    ]
     state = torch.get_rng_state()
     for made in (first, same):
         layers = [made.model.linear1, made.model.linear2, made.model.linear3]
-        assert all(torch.equal(a.weight, b.weight) for a, b in zip(layers, expected, strict=True))
+        assert all(
+            torch.equal(a.weight, b.weight)
+            for a, b in zip(layers, expected, strict=True)
+        )
         assert torch.equal(made.generator_state, state)
     assert not torch.equal(first.model.linear1.weight, other.model.linear1.weight)
 
 
 def test_nothing_below_gets_a_config_object(composed):
-    settings = OmegaConf.merge(composed["qat"], {"quant": {"layers": {"linear1": {"bits": 4}}}})
+    settings = OmegaConf.merge(
+        composed["qat"], {"quant": {"layers": {"linear1": {"bits": 4}}}}
+    )
     quantizer = build(settings).quantizer
     assert quantizer.layers["linear1"].bits == 4
     assert not any(OmegaConf.is_config(value) for value in vars(quantizer).values())
@@ -209,7 +242,9 @@ def named_data(tmp_path, monkeypatch):
         folder = tmp_path / "DIR" / label
         folder.mkdir(parents=True)
         for index in range(10):
-            Image.new("RGB", (8, 8), (index, 20 * index, 0)).save(folder / f"{index}.png")
+            Image.new("RGB", (8, 8), (index, 20 * index, 0)).save(
+                folder / f"{index}.png"
+            )
     rows = (f"{index},{index % 7},{1.5 * index}\n" for index in range(30))
     (tmp_path / "table.csv").write_text("area,rooms,price\n" + "".join(rows))
     (tmp_path / "mypackage.py").write_text(DATASET)
@@ -221,7 +256,9 @@ def named_data(tmp_path, monkeypatch):
 @pytest.mark.parametrize("overrides", COMMANDS, ids=" ".join)
 def test_the_readmes_single_runs_fit_their_models(named_data, overrides):
     overrides = [o for o in overrides if o != "data=mnist"]  # which would be downloaded
-    is_digits = not any("gpt2" in word or word.startswith("data=") for word in overrides)
+    is_digits = not any(
+        "gpt2" in word or word.startswith("data=") for word in overrides
+    )
     parts = build(compose(*overrides, *(["data.val_size=10"] if is_digits else [])))
     parts.quantizer.prepare(parts.model)
 

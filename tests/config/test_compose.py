@@ -33,7 +33,9 @@ def test_command_lines_that_hydra_does_not_take(ours, hydras):
 
 @pytest.mark.parametrize("quote", ["", '"', "'"], ids=["plain", "double", "single"])
 def test_patterns_of_layers_may_be_quoted(quote):
-    found = compose(f"quant.layers={{linear1: float, {quote}conv*{quote}: {{bits: 4}}}}")
+    found = compose(
+        f"quant.layers={{linear1: float, {quote}conv*{quote}: {{bits: 4}}}}"
+    )
     assert found.quant.layers == {"linear1": "float", "conv*": {"bits": 4}}
 
 
@@ -71,7 +73,9 @@ def test_an_interpolation_that_leads_nowhere():
 
 
 @pytest.mark.parametrize(
-    "files", [["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.json"], []], ids=str
+    "files",
+    [["tokenizer.json"], ["vocab.json", "merges.txt"], ["vocab.json"], []],
+    ids=str,
 )
 def test_the_tokenizer_of_a_pretrained_folder_is_taken_from_it(tmp_path, files):
     for name in ("config.json", *files):
@@ -81,7 +85,10 @@ def test_the_tokenizer_of_a_pretrained_folder_is_taken_from_it(tmp_path, files):
     for config in (compose(*words), compose(*words, "experiment=gpt2_weights")):
         assert config.data.tokenizer == config.task.tokenizer == own
     assert compose(*words, "data.tokenizer=gpt2").task.tokenizer == "gpt2"
-    assert compose("model=gpt2", "model.pretrained=gpt2-medium").data.tokenizer == "gpt2-medium"
+    assert (
+        compose("model=gpt2", "model.pretrained=gpt2-medium").data.tokenizer
+        == "gpt2-medium"
+    )
     assert compose("model=gpt2").data.tokenizer == "bytes"
 
 

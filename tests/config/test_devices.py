@@ -17,7 +17,11 @@ def test_auto_device(machine):
 
 def test_device_by_name(machine):
     machine(cuda=True)
-    assert [find_device(name) for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda:1"]
+    assert [find_device(name) for name in ("cpu", "cuda", "cuda:1")] == [
+        "cpu",
+        "cuda",
+        "cuda:1",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from qtrain.config.build import ConfigError, build, compose, try_out
 def test_unknown_observer(role, name):
     with pytest.raises(ConfigError, match=rf"^quant\.{role}\.observer=") as caught:
         build(compose(f"quant.{role}.observer={name}"))
-    assert "allowed are histogram, minmax, moving_average, percentile, torch_ao_histogram" in str(
-        caught.value
+    assert (
+        "allowed are histogram, minmax, moving_average, percentile, torch_ao_histogram"
+        in str(caught.value)
     )
 
 
@@ -22,7 +23,9 @@ def problems(composed):
     """problems("key=value", ...): the lines of what is wrong with such a config."""
 
     def build_with(*overrides, method="ptq"):
-        settings = OmegaConf.merge(composed[method], OmegaConf.from_dotlist(list(overrides)))
+        settings = OmegaConf.merge(
+            composed[method], OmegaConf.from_dotlist(list(overrides))
+        )
         with pytest.raises(ConfigError) as caught:
             try_out(build(settings), settings)
         return str(caught.value).splitlines()
@@ -116,7 +119,10 @@ def test_an_observer_that_knows_no_channels(name):
     "overrides, message",
     [
         (["quant.epochs=0"], "quant.epochs=0: must be a whole number from 1 to"),
-        (["quant.convert_every=-1"], "quant.convert_every=-1: must be a whole number from 0 to 2"),
+        (
+            ["quant.convert_every=-1"],
+            "quant.convert_every=-1: must be a whole number from 0 to 2",
+        ),
         (
             ["quant.start_epoch=2"],
             "quant.start_epoch=2: must be a whole number from 0 to 1, or null",
@@ -130,7 +136,10 @@ def test_an_observer_that_knows_no_channels(name):
             "quant.freeze_batch_norm_epoch=9: must be a whole number from 0 to 1",
         ),
         (["quant.optimizer.lr=-1"], "quant.optimizer.lr=-1: must be a number above 0"),
-        (["quant.scheduler.warmup=2"], "quant.scheduler.warmup=2: must be a number from 0 to 1"),
+        (
+            ["quant.scheduler.warmup=2"],
+            "quant.scheduler.warmup=2: must be a number from 0 to 1",
+        ),
         (
             ["data.val_size=0"],
             "quant.convert_every=1: the best epoch is chosen on validation data, and there is none",
@@ -144,7 +153,9 @@ def test_mistakes_in_qat(problems, overrides, message):
 
 def test_an_engine_that_this_machine_lacks(monkeypatch, problems):
     monkeypatch.setattr(
-        type(torch.backends.quantized), "supported_engines", ["none", "qnnpack", "onednn"]
+        type(torch.backends.quantized),
+        "supported_engines",
+        ["none", "qnnpack", "onednn"],
     )
     (line,) = problems("quant.engine=fbgemm")
     assert (

@@ -33,7 +33,9 @@ def write(tmp_path):
         elif path.suffix == ".npy":
             np.save(path, content["x"])
         elif path.suffix == ".pt":
-            torch.save({key: torch.as_tensor(value) for key, value in content.items()}, path)
+            torch.save(
+                {key: torch.as_tensor(value) for key, value in content.items()}, path
+            )
         else:
             rows = zip(*content.values(), strict=True)
             with path.open("w", newline="") as file:
@@ -47,22 +49,33 @@ def write(tmp_path):
 def test_shares_are_stratified_disjoint_and_complete(write, kind):
     images = colours(100)
     path = write(f"all.{kind}", images=images, labels=LABELS)
-    data = arrays(path=path, mean=0.0, std=1.0, val_fraction=0.2, test_fraction=0.3, **OPTIONS)
+    data = arrays(
+        path=path, mean=0.0, std=1.0, val_fraction=0.2, test_fraction=0.3, **OPTIONS
+    )
     parts = [contents(loader) for loader in (data.calib, data.val, data.test)]
     counts = [torch.bincount(labels, minlength=3).tolist() for _, labels in parts]
     assert counts == [[30, 15, 5], [12, 6, 2], [18, 9, 3]]
     found = {
         (image.tobytes(), int(label))
         for inputs, labels in parts
-        for image, label in zip((inputs * 255).round().byte().numpy(), labels, strict=True)
+        for image, label in zip(
+            (inputs * 255).round().byte().numpy(), labels, strict=True
+        )
     }
     assert found == {(x.tobytes(), int(y)) for x, y in zip(images, LABELS, strict=True)}
 
 
 def test_splits_within_a_file_and_files_of_their_own(write):
     x, y = colours(90), np.arange(90) % 3
-    parts = {"x_train": x[:50], "y_train": y[:50], "x_test": x[50:70], "y_test": y[50:70]}
-    inside = arrays(path=write("in.npz", **parts), val_fraction=0, mean=0.0, std=1.0, **OPTIONS)
+    parts = {
+        "x_train": x[:50],
+        "y_train": y[:50],
+        "x_test": x[50:70],
+        "y_test": y[50:70],
+    }
+    inside = arrays(
+        path=write("in.npz", **parts), val_fraction=0, mean=0.0, std=1.0, **OPTIONS
+    )
     beside = arrays(
         path=write("a.npz", x=x[:50], y=y[:50]),
         test_path=write("b.npz", x=x[50:70], y=y[50:70]),
@@ -99,18 +112,26 @@ def test_a_table_with_classes_by_name_is_standardised(write):
     np.testing.assert_allclose(inputs[:, :2].mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(inputs[:, :2].std(0, correction=0), 1, atol=1e-4)
     assert (inputs[:, 2] == 0).all()  # what never changes
-    places = [int(np.abs(a - (x * s + m)).argmin()) for x, s, m in _restored(data, inputs)]
+    places = [
+        int(np.abs(a - (x * s + m)).argmin()) for x, s, m in _restored(data, inputs)
+    ]
     assert labels.tolist() == [1 - place % 2 for place in places]
 
 
 def _restored(data, inputs):
-    return [(float(x), data.about["std"][0], data.about["mean"][0]) for x in inputs[:, 0]]
+    return [
+        (float(x), data.about["std"][0], data.about["mean"][0]) for x in inputs[:, 0]
+    ]
 
 
 def test_a_table_of_numbers_to_predict(write):
     target = RNG.normal(size=30)
-    data = arrays(path=write("t.csv", x=RNG.normal(size=30), y=target), target="y", **OPTIONS)
-    found = torch.cat([contents(loader)[1] for loader in (data.calib, data.val, data.test)])
+    data = arrays(
+        path=write("t.csv", x=RNG.normal(size=30), y=target), target="y", **OPTIONS
+    )
+    found = torch.cat(
+        [contents(loader)[1] for loader in (data.calib, data.val, data.test)]
+    )
     np.testing.assert_allclose(np.sort(found), np.sort(target), rtol=1e-6)
 
 
@@ -140,7 +161,10 @@ def test_stratified_takes_each_class_its_share_and_numbers_their_spread():
     _, smaller = stratified(numbers, 0.1)
     quantiles = torch.tensor([0.1, 0.5, 0.9])
     torch.testing.assert_close(
-        numbers[smaller].quantile(quantiles), numbers.quantile(quantiles), atol=0.05, rtol=0
+        numbers[smaller].quantile(quantiles),
+        numbers.quantile(quantiles),
+        atol=0.05,
+        rtol=0,
     )
 
 
@@ -150,17 +174,57 @@ NAN = np.array([[1.0, 2.0], [np.nan, 3.0]])
 @pytest.mark.parametrize(
     "name, content, options, words",
     [
-        ("x.npz", {"a": NAN, "b": [0, 1]}, {}, "has a, b; name the arrays by data.inputs=NAME"),
-        ("x.npz", {"x": NAN, "y": [0, 1]}, {}, "1 of the inputs are NaN or infinite, the first in"),
+        (
+            "x.npz",
+            {"a": NAN, "b": [0, 1]},
+            {},
+            "has a, b; name the arrays by data.inputs=NAME",
+        ),
+        (
+            "x.npz",
+            {"x": NAN, "y": [0, 1]},
+            {},
+            "1 of the inputs are NaN or infinite, the first in",
+        ),
         ("x.npz", {"x": NAN[:1], "y": [0, 1]}, {}, "both need as many samples"),
         ("x.npz", {"x": [{}, {}], "y": [0, 1]}, {}, "without objects of Python's"),
-        ("x.npz", {"x": np.ones((3, 2)), "y": [0, 1, 0]}, {}, "its 3 samples make 3 to train on"),
+        (
+            "x.npz",
+            {"x": np.ones((3, 2)), "y": [0, 1, 0]},
+            {},
+            "its 3 samples make 3 to train on",
+        ),
         ("x.npy", {"x": NAN}, {}, "name that of the targets by data.target"),
-        ("x.csv", {"a": [1], "b": [2]}, {"target": "c"}, "must be one of the columns of"),
-        ("x.csv", {"a": [1, "?"], "b": [2, 3]}, {"target": "b"}, "row 3, column a: '?' is no num"),
-        ("x.txt", {"a": [1]}, {}, "its kind is unknown; name a file of .npz, .npy, .pt, .csv"),
-        ("x.pt", {"x": np.ones((9, 2)), "y": [0] * 9}, {"channels": 3}, "are no images; leave it"),
-        ("x.pt", {"x": np.ones((9, 2)), "y": [0] * 9}, {"mean": [1.0]}, "must be one number, or 2"),
+        (
+            "x.csv",
+            {"a": [1], "b": [2]},
+            {"target": "c"},
+            "must be one of the columns of",
+        ),
+        (
+            "x.csv",
+            {"a": [1, "?"], "b": [2, 3]},
+            {"target": "b"},
+            "row 3, column a: '?' is no num",
+        ),
+        (
+            "x.txt",
+            {"a": [1]},
+            {},
+            "its kind is unknown; name a file of .npz, .npy, .pt, .csv",
+        ),
+        (
+            "x.pt",
+            {"x": np.ones((9, 2)), "y": [0] * 9},
+            {"channels": 3},
+            "are no images; leave it",
+        ),
+        (
+            "x.pt",
+            {"x": np.ones((9, 2)), "y": [0] * 9},
+            {"mean": [1.0]},
+            "must be one number, or 2",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) > 9 else "",
 )
@@ -173,9 +237,13 @@ def test_what_is_wrong_with_a_file_is_named(write, name, content, options, words
 def test_files_whose_samples_or_classes_differ(write):
     table = write("a.csv", x=[1, 2, 3, 4], y=["a", "b", "a", "b"])
     other = write("b.csv", x=[1], y=["c"])
-    with pytest.raises(ValueError, match=r"b.csv: the classes c are none of the training data"):
+    with pytest.raises(
+        ValueError, match=r"b.csv: the classes c are none of the training data"
+    ):
         arrays(path=table, target="y", test_path=other, **OPTIONS)
-    small, large = (write(f"{size}.npz", x=colours(9, size), y=np.zeros(9, int)) for size in (4, 6))
+    small, large = (
+        write(f"{size}.npz", x=colours(9, size), y=np.zeros(9, int)) for size in (4, 6)
+    )
     with pytest.raises(ValueError, match="samples of the test split are"):
         arrays(path=small, test_path=large, **OPTIONS)
     with pytest.raises(ValueError, match="^test_fraction=0.5: there are such data"):
@@ -203,7 +271,10 @@ def test_augmentation_changes_training_images_alone_and_anew(write):
     flipped = {np.ascontiguousarray(image[..., ::-1]).tobytes() for image in images}
 
     def seen(loader):
-        return [image.numpy().tobytes() for image in (contents(loader)[0] * 255).round().byte()]
+        return [
+            image.numpy().tobytes()
+            for image in (contents(loader)[0] * 255).round().byte()
+        ]
 
     epochs = [seen(data.train) for _ in range(2)]
     assert set(epochs[0]) <= known | flipped and set(epochs[0]) & flipped

@@ -44,10 +44,14 @@ def samples(loader):
 def test_shares_and_their_order(num_workers):
     data = dataset(train=Squares(), num_workers=num_workers, **OPTIONS)
     parts = [samples(loader) for loader in (data.calib, data.val, data.test)]
-    assert sorted(sum(parts, [])) == list(range(40)) and [len(part) for part in parts] == [32, 4, 4]
+    assert sorted(sum(parts, [])) == list(range(40)) and [
+        len(part) for part in parts
+    ] == [32, 4, 4]
     assert sum(index % 2 for index in parts[2]) == 2  # stratified
     epochs = [samples(data.train) for _ in range(2)]
-    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == sorted(parts[0])
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == sorted(
+        parts[0]
+    )
 
 
 def test_datasets_of_their_own():
@@ -59,7 +63,9 @@ def test_datasets_of_their_own():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_bad_sample_is_named_without_a_traceback(num_workers):
-    data = dataset(train=Squares(bad=[17], targets=False), num_workers=num_workers, **OPTIONS)
+    data = dataset(
+        train=Squares(bad=[17], targets=False), num_workers=num_workers, **OPTIONS
+    )
     with pytest.raises(ValueError) as caught:
         [samples(loader) for loader in (data.train, data.val, data.test)]
     text = str(caught.value)
@@ -68,9 +74,14 @@ def test_a_bad_sample_is_named_without_a_traceback(num_workers):
 
 
 def test_a_bad_sample_is_skipped(caplog):
-    data = dataset(train=Squares(bad=[17]), test=Squares(5), on_bad_sample="skip", **OPTIONS)
+    data = dataset(
+        train=Squares(bad=[17]), test=Squares(5), on_bad_sample="skip", **OPTIONS
+    )
     for _ in range(2):
-        assert sorted(samples(data.calib) + samples(data.val)) == [*range(17), *range(18, 40)]
+        assert sorted(samples(data.calib) + samples(data.val)) == [
+            *range(17),
+            *range(18, 40),
+        ]
     assert len([r for r in caplog.records if "sample 17" in r.message]) == 1
 
 

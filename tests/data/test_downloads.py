@@ -30,7 +30,9 @@ def contents(loader):
 
 
 @pytest.mark.parametrize("name, classes", [("CIFAR10", 10), ("CIFAR100", 100)])
-def test_cifar_is_read_with_its_channels_and_classes(tmp_path, monkeypatch, name, classes):
+def test_cifar_is_read_with_its_channels_and_classes(
+    tmp_path, monkeypatch, name, classes
+):
     kind = getattr(datasets, name)
     folder = tmp_path / kind.base_folder
     folder.mkdir()
@@ -41,7 +43,10 @@ def test_cifar_is_read_with_its_channels_and_classes(tmp_path, monkeypatch, name
         (folder / file).write_bytes(pickle.dumps(content))
         return [file, hashlib.md5((folder / file).read_bytes()).hexdigest()]
 
-    for split, files in (("train_list", kind.train_list), ("test_list", kind.test_list)):
+    for split, files in (
+        ("train_list", kind.train_list),
+        ("test_list", kind.test_list),
+    ):
         written = []
         for file, _ in files:
             rows = RNG.integers(0, 256, (6, 3072), dtype=np.uint8)
@@ -52,7 +57,9 @@ def test_cifar_is_read_with_its_channels_and_classes(tmp_path, monkeypatch, name
     names = [f"class {index}" for index in range(classes)]
     file, digest = write(kind.meta["filename"], {kind.meta["key"]: names})
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": digest})
-    data = getattr(downloads, name.lower())(root=str(tmp_path), channels=3, **OPTIONS, **PLAIN)
+    data = getattr(downloads, name.lower())(
+        root=str(tmp_path), channels=3, **OPTIONS, **PLAIN
+    )
     assert data.about["classes"] == names
     for loader, split in ((data.calib, "train_list"), (data.test, "test_list")):
         images, labels = contents(loader)
@@ -67,7 +74,9 @@ def test_fashion_mnist_is_read(tmp_path):
     arrays = {}
     for split, num in (("train", 20), ("t10k", 9)):
         for kind, shape in (("images-idx3", (num, 28, 28)), ("labels-idx1", (num,))):
-            array = RNG.integers(0, 256 if len(shape) == 3 else 10, shape, dtype=np.uint8)
+            array = RNG.integers(
+                0, 256 if len(shape) == 3 else 10, shape, dtype=np.uint8
+            )
             arrays[split, kind] = array
             head = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
             (raw / f"{split}-{kind}-ubyte").write_bytes(head + array.tobytes())
@@ -84,4 +93,6 @@ def test_without_a_network_the_way_out_is_named(tmp_path, name):
         getattr(downloads, name)(root=str(tmp_path), channels=1, **OPTIONS, **PLAIN)
     text = str(caught.value)
     assert text.startswith(f"root={tmp_path}: ") and "no network in tests" in text
-    assert all(way in text for way in ("go online", "data.root", "QTRAIN_DATA", "mnist_sample"))
+    assert all(
+        way in text for way in ("go online", "data.root", "QTRAIN_DATA", "mnist_sample")
+    )

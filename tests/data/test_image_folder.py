@@ -18,7 +18,9 @@ FLIP = v2.RandomHorizontalFlip(p=1.0)
 
 
 def draw(seed, height=8, width=6):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(
+        0, 256, (height, width, 3), dtype=np.uint8
+    )
     return Image.fromarray(pixels)
 
 
@@ -26,7 +28,9 @@ def fill(folder, num=10, kind="png", **size):
     for place, name in enumerate(CLASSES):
         (folder / name).mkdir(parents=True)
         for index in range(num):
-            draw(1000 * place + index, **size).save(folder / name / f"{index:03}.{kind}")
+            draw(1000 * place + index, **size).save(
+                folder / name / f"{index:03}.{kind}"
+            )
     return folder
 
 
@@ -40,7 +44,13 @@ def load(tmp_path):
     """load(root, **options): the loaders, decoded into tmp_path/cache."""
 
     def load(root, **options):
-        defaults = {"batch_size": 4, "eval_batch_size": 8, "device": "cpu", "mean": 0.0, "std": 1.0}
+        defaults = {
+            "batch_size": 4,
+            "eval_batch_size": 8,
+            "device": "cpu",
+            "mean": 0.0,
+            "std": 1.0,
+        }
         cache = {"cache_dir": str(tmp_path / "cache")}
         return image_folder(root=str(root), **{**defaults, **cache, **options})
 
@@ -55,7 +65,9 @@ def contents(loader):
 def pixels_of(loader):
     images, labels = contents(loader)
     rows = (images * 255).round().byte()
-    return sorted((x.numpy().tobytes(), int(y)) for x, y in zip(rows, labels, strict=True))
+    return sorted(
+        (x.numpy().tobytes(), int(y)) for x, y in zip(rows, labels, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
@@ -86,7 +98,9 @@ def test_folders_of_splits_are_taken_as_they_are(tmp_path, load):
     data = load(tmp_path / "images")
     sizes = [len(contents(loader)[1]) for loader in (data.calib, data.val, data.test)]
     assert sizes == [18, 6, 9]
-    with pytest.raises(ValueError, match=r"^val_fraction=0.2: there are such data, .*images/val"):
+    with pytest.raises(
+        ValueError, match=r"^val_fraction=0.2: there are such data, .*images/val"
+    ):
         load(tmp_path / "images", val_fraction=0.2)
 
 
@@ -94,7 +108,9 @@ def test_images_are_decoded_once_and_anew_where_a_file_changes(root, load, monke
     first = load(root).fingerprint
     decoded = []
     monkeypatch.setattr(
-        image_cache, "decoded", lambda *at: decoded.append(at[0]) or np.zeros(at[1], np.uint8)
+        image_cache,
+        "decoded",
+        lambda *at: decoded.append(at[0]) or np.zeros(at[1], np.uint8),
     )
     assert load(root, batch_size=5, mean=0.5).fingerprint == first and not decoded
     file = root / "bee" / "003.png"
@@ -121,7 +137,9 @@ def test_decoding_that_was_interrupted_begins_anew(root, load, tmp_path, monkeyp
 
 def test_a_size_scales_and_cuts_to_the_middle(root, load):
     draw(0, 20, 40).save(root / "ant" / "wide.png")
-    with pytest.raises(ValueError, match="the images differ in height and width.*set data.size"):
+    with pytest.raises(
+        ValueError, match="the images differ in height and width.*set data.size"
+    ):
         load(root)
     images, _ = contents(load(root, size=[4, 4]).calib)
     assert images.shape[1:] == (3, 4, 4)
@@ -129,7 +147,8 @@ def test_a_size_scales_and_cuts_to_the_middle(root, load):
     edge.paste((255, 255, 255), (10, 0, 30, 20))
     edge.save(root / "ant" / "000.png")
     middle = image_cache.decoded(str(root / "ant" / "000.png"), (3, 10, 10), True)
-    assert (middle[:, :, 1:-1] == 255).all() and (middle > 200).all()  # the filter reaches beyond
+    # The filter reaches beyond
+    assert (middle[:, :, 1:-1] == 255).all() and (middle > 200).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -162,7 +181,9 @@ def test_augmentation_is_of_training_images_alone(root, load):
     )
     assert pixels_of(flipped.train) == mirrored
     assert pixels_of(flipped.calib) == pixels_of(plain.calib)
-    with pytest.raises(ValueError, match=r"augment: makes of an image torch.uint8 \(3, 8, 6\) a"):
+    with pytest.raises(
+        ValueError, match=r"augment: makes of an image torch.uint8 \(3, 8, 6\) a"
+    ):
         load(root, augment=[v2.ToDtype(torch.float32, scale=True)])
 
 
@@ -172,7 +193,9 @@ def spoil(root):
 
 def test_an_image_that_cannot_be_decoded_is_named_or_skipped(root, load):
     spoil(root)
-    with pytest.raises(ValueError, match=r"1 of 30 images.*cow/004.png.*on_bad_sample=skip"):
+    with pytest.raises(
+        ValueError, match=r"1 of 30 images.*cow/004.png.*on_bad_sample=skip"
+    ):
         load(root)
     data = load(root, on_bad_sample="skip")
     loaders = (data.calib, data.val, data.test)
@@ -232,7 +255,9 @@ def test_what_is_wrong_with_a_folder_is_named(root, load, spoil, words):
 def test_more_than_the_free_disk_is_refused(root, load, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda _: usage(4319))
-    with pytest.raises(ValueError, match=r"^cache_dir=.*: the decoded images take 0.000 GB, and"):
+    with pytest.raises(
+        ValueError, match=r"^cache_dir=.*: the decoded images take 0.000 GB, and"
+    ):
         load(root)  # 30 * 3 * 8 * 6 = 4320 bytes
     monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda _: usage(4320))
     load(root)
@@ -243,9 +268,15 @@ def test_more_than_the_free_disk_is_refused(root, load, monkeypatch):
     [
         ({"size": 3}, "size=3: must be pixels a side"),
         ({"channels": 2}, "channels=2: allowed are 1 and 3"),
-        ({"on_bad_sample": "ignore"}, "on_bad_sample=ignore: allowed are error and skip"),
+        (
+            {"on_bad_sample": "ignore"},
+            "on_bad_sample=ignore: allowed are error and skip",
+        ),
         ({"mean": [0.5, 0.5]}, "mean=[0.5, 0.5]: must be one number, or 3"),
-        ({"val_fraction": 0.6, "test_fraction": 0.5}, "val_fraction=0.6: with test_fraction=0.5"),
+        (
+            {"val_fraction": 0.6, "test_fraction": 0.5},
+            "val_fraction=0.6: with test_fraction=0.5",
+        ),
         ({"augment": {"flip": 1}}, "augment={'flip': 1}: must be a list of transforms"),
     ],
     ids=str,

@@ -58,7 +58,9 @@ def torch_loader(num=50, *, batch_size=7, shuffle=True):
 @pytest.mark.parametrize("chunk", [8, 20, 8192], ids="chunks_of_{}".format)
 @pytest.mark.parametrize("batch_size", [1, 7, 10, 64], ids="batches_of_{}".format)
 @pytest.mark.parametrize("shuffle", [True, False], ids=["shuffled", "in_order"])
-def test_same_batches_and_same_generator_as_torch(monkeypatch, batch_size, chunk, shuffle):
+def test_same_batches_and_same_generator_as_torch(
+    monkeypatch, batch_size, chunk, shuffle
+):
     monkeypatch.setattr(loaders, "CHUNK", chunk)
     runs = []
     for make in (torch_loader, loader):
@@ -68,7 +70,9 @@ def test_same_batches_and_same_generator_as_torch(monkeypatch, batch_size, chunk
         runs.append((batches, torch.get_rng_state()))
     (expected, state_after), (got, our_state_after) = runs
     assert len(got) == len(expected) == 2 * -(-50 // batch_size)
-    for (images, labels), (their_images, their_labels) in zip(got, expected, strict=True):
+    for (images, labels), (their_images, their_labels) in zip(
+        got, expected, strict=True
+    ):
         assert torch.equal(images, their_images)
         assert torch.equal(labels, their_labels)
         assert images.dtype == torch.float32 and labels.dtype == torch.int64
@@ -79,14 +83,18 @@ def test_same_batches_and_same_generator_as_torch(monkeypatch, batch_size, chunk
 
 def test_every_epoch_has_another_order_and_every_sample_once():
     epochs = loader(50)
-    first, second = ([int(label) for _, labels in epochs for label in labels] for _ in range(2))
+    first, second = (
+        [int(label) for _, labels in epochs for label in labels] for _ in range(2)
+    )
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second != list(range(50))
 
 
 @settings(max_examples=50, deadline=None)
 @given(num=st.integers(1, 40), batch_size=st.integers(1, 45), shuffle=st.booleans())
-def test_length_is_the_number_of_batches_and_only_the_last_is_smaller(num, batch_size, shuffle):
+def test_length_is_the_number_of_batches_and_only_the_last_is_smaller(
+    num, batch_size, shuffle
+):
     batches = loader(num, batch_size=batch_size, shuffle=shuffle)
     sizes = [len(labels) for _, labels in batches]
     assert len(batches) == len(sizes)
@@ -151,7 +159,9 @@ def test_labels_of_any_integer_type():
         (images, labels.to(torch.uint8)), (images, labels.to(torch.uint8)), **OPTIONS
     )
     assert {
-        labels.dtype for batches in (data.train, data.val, data.test) for _, labels in batches
+        labels.dtype
+        for batches in (data.train, data.val, data.test)
+        for _, labels in batches
     } == {torch.int64}
 
 
@@ -178,9 +188,18 @@ def test_fingerprint_is_of_the_content():
     "wrong, message",
     [
         ({"batch_size": 0}, "batch_size=0: must be a whole number from 1 to 1000000"),
-        ({"batch_size": 2.0}, "batch_size=2.0: must be a whole number from 1 to 1000000"),
-        ({"batch_size": True}, "batch_size=True: must be a whole number from 1 to 1000000"),
-        ({"eval_batch_size": -1}, "eval_batch_size=-1: must be a whole number from 1 to 1000000"),
+        (
+            {"batch_size": 2.0},
+            "batch_size=2.0: must be a whole number from 1 to 1000000",
+        ),
+        (
+            {"batch_size": True},
+            "batch_size=True: must be a whole number from 1 to 1000000",
+        ),
+        (
+            {"eval_batch_size": -1},
+            "eval_batch_size=-1: must be a whole number from 1 to 1000000",
+        ),
         ({"val_size": 30}, "val_size=30: must be a whole number from 0 to 29"),
         ({"val_size": -1}, "val_size=-1: must be a whole number from 0 to 29"),
         ({"channels": 2}, "channels=2: allowed are 1 and 3"),
@@ -196,7 +215,15 @@ def test_wrong_options(wrong, message):
 
 
 def test_all_wrong_options_at_once():
-    wrong = {"batch_size": 0, "eval_batch_size": "8", "val_size": 99, "channels": 4, "std": -1}
+    wrong = {
+        "batch_size": 0,
+        "eval_batch_size": "8",
+        "val_size": 99,
+        "channels": 4,
+        "std": -1,
+    }
     with pytest.raises(ValueError) as caught:
         image_loaders(digits(30), digits(11), **OPTIONS | wrong)
-    assert [line.split("=")[0] for line in str(caught.value).splitlines()] == list(wrong)
+    assert [line.split("=")[0] for line in str(caught.value).splitlines()] == list(
+        wrong
+    )

@@ -31,7 +31,10 @@ FILES = [
 
 def idx(array):
     """The array's bytes in the format of MNIST's files."""
-    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+    return (
+        struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        + array.tobytes()
+    )
 
 
 @pytest.fixture
@@ -70,7 +73,9 @@ def no_network(monkeypatch):
 
 def contents(batches):
     images, labels = zip(*batches, strict=True)
-    return (torch.cat(images).squeeze(1) * 255).round().byte().numpy(), torch.cat(labels).numpy()
+    return (torch.cat(images).squeeze(1) * 255).round().byte().numpy(), torch.cat(
+        labels
+    ).numpy()
 
 
 def test_reads_the_official_files(root, arrays):
@@ -108,7 +113,9 @@ def test_missing_data_without_a_network(root, missing):
         mnist(root=str(root), **OPTIONS)
     message = str(caught.value)
     assert message.startswith(f"root={root}: ")
-    assert all(way in message for way in ("data.root", "QTRAIN_DATA", "data=mnist_sample"))
+    assert all(
+        way in message for way in ("data.root", "QTRAIN_DATA", "data=mnist_sample")
+    )
 
 
 DAMAGE = {
@@ -168,7 +175,9 @@ def test_sample_splits_do_not_overlap(sample):
         for batches in (sample.calib, sample.val, sample.test)
     ]
     assert (
-        not digests[0] & digests[1] and not digests[0] & digests[2] and not digests[1] & digests[2]
+        not digests[0] & digests[1]
+        and not digests[0] & digests[2]
+        and not digests[1] & digests[2]
     )
 
 
@@ -184,14 +193,16 @@ def test_sample_is_stratified(sample):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    "QTRAIN_DATA" not in os.environ, reason="needs the official data: QTRAIN_DATA=FOLDER"
+    "QTRAIN_DATA" not in os.environ,
+    reason="needs the official data: QTRAIN_DATA=FOLDER",
 )
 def test_sample_is_the_first_10000_official_training_digits(sample):
     official = mnist(root=os.environ["QTRAIN_DATA"], **OPTIONS)
     images, labels = contents(official.calib)
     assert (len(labels), len(contents(official.test)[1])) == (60_000, 10_000)
     pairs = [
-        (image.tobytes(), int(label)) for image, label in zip(images[:10_000], labels, strict=False)
+        (image.tobytes(), int(label))
+        for image, label in zip(images[:10_000], labels, strict=False)
     ]
     ours = [
         (image.tobytes(), int(label))

@@ -59,7 +59,11 @@ def test_evaluation_scores_every_token_but_the_first_once(data: st.DataObject) -
     stride = data.draw(st.integers(1, context))
     num_tokens = data.draw(st.integers(context + 1, 90))
     loader = EvalWindows(
-        torch.arange(num_tokens), context=context, stride=stride, batch_size=3, num_bytes=0
+        torch.arange(num_tokens),
+        context=context,
+        stride=stride,
+        batch_size=3,
+        num_bytes=0,
     )
     inputs, targets = whole(loader)
     assert (len(batches(loader)), inputs.shape[1]) == (-(-len(inputs) // 3), context)
@@ -74,25 +78,35 @@ def test_evaluation_scores_every_token_but_the_first_once(data: st.DataObject) -
 
 @settings(derandomize=True, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 80), st.booleans())
-def test_training_windows_lie_side_by_side(context: int, extra: int, shuffle: bool) -> None:
+def test_training_windows_lie_side_by_side(
+    context: int, extra: int, shuffle: bool
+) -> None:
     num_tokens = context + 1 + extra
-    loader = TrainWindows(torch.arange(num_tokens), context=context, batch_size=3, shuffle=shuffle)
+    loader = TrainWindows(
+        torch.arange(num_tokens), context=context, batch_size=3, shuffle=shuffle
+    )
     torch.manual_seed(context)
     inputs, targets = whole(loader)
     assert inputs.shape == ((num_tokens - 1) // context, context)
-    assert (targets == inputs + 1).all() and inputs.min() >= 0 and targets.max() < num_tokens
+    assert (
+        (targets == inputs + 1).all()
+        and inputs.min() >= 0
+        and targets.max() < num_tokens
+    )
     starts = inputs[:, 0].sort().values
     assert starts[0] < context
     steps = starts.diff()
     assert (steps[:-1] == context).all()
-    assert (steps <= context).all()  # the last window may have been moved back into the text
+    # The last window may have been moved back into the text
+    assert (steps <= context).all()
 
 
 def test_training_order_and_place_are_new_every_epoch_and_seeded() -> None:
     loader = TrainWindows(torch.arange(1000), context=8, batch_size=4, shuffle=True)
     torch.manual_seed(0)
     starts = [whole(loader)[0][:, 0] for _ in range(6)]
-    assert len({int(epoch[0]) % 8 for epoch in starts}) > 2  # the place of the first window
+    # The place of the first window
+    assert len({int(epoch[0]) % 8 for epoch in starts}) > 2
     assert len({tuple((epoch // 8).tolist()) for epoch in starts}) == 6  # the order
     torch.manual_seed(0)
     assert whole(loader)[0][:, 0].equal(starts[0])
@@ -104,7 +118,9 @@ def test_calibration_windows_are_mixed_and_never_change() -> None:
     first = whole(loader)[0]
     assert torch.get_rng_state().equal(state)
     assert whole(loader)[0].equal(first)
-    assert first[:, 0].tolist() != sorted(first[:, 0].tolist()) == list(range(0, 992, 8))
+    assert (
+        first[:, 0].tolist() != sorted(first[:, 0].tolist()) == list(range(0, 992, 8))
+    )
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -114,7 +130,9 @@ def test_split_is_contiguous_and_complete(tmp_path: Path) -> None:
     content = "".join(chr(33 + i) for i in range(90)) + "é" * 10
     loaders = text(path=write(tmp_path, content), **OPTIONS)
     parts = [content[:70], content[70:90], content[90:]]
-    for loader, part in zip((loaders.calib, loaders.val, loaders.test), parts, strict=True):
+    for loader, part in zip(
+        (loaders.calib, loaders.val, loaders.test), parts, strict=True
+    ):
         assert loader.tokens.tolist() == list(part.encode())
     assert loaders.train.tokens.equal(loaders.calib.tokens)
     assert (loaders.val.num_bytes, loaders.test.num_bytes) == (19, 19)
@@ -124,11 +142,18 @@ def test_split_is_contiguous_and_complete(tmp_path: Path) -> None:
     ("option", "value"),
     [("context", 6), ("stride", 2), ("batch_size", 2), ("eval_batch_size", 2)],
 )
-def test_every_size_changes_the_batches(tmp_path: Path, option: str, value: int) -> None:
+def test_every_size_changes_the_batches(
+    tmp_path: Path, option: str, value: int
+) -> None:
     path = write(tmp_path, "To be, or not to be, that is the question. " * 5)
-    before, after = text(path=path, **OPTIONS), text(path=path, **{**OPTIONS, option: value})
+    before = text(path=path, **OPTIONS)
+    after = text(path=path, **{**OPTIONS, option: value})
     shapes = [
-        [inputs.shape for loader in (found.calib, found.val) for inputs, _ in batches(loader)]
+        [
+            inputs.shape
+            for loader in (found.calib, found.val)
+            for inputs, _ in batches(loader)
+        ]
         for found in (before, after)
     ]
     assert shapes[0] != shapes[1]
@@ -143,7 +168,10 @@ def test_fingerprint_tells_texts_and_splits_apart(tmp_path: Path) -> None:
         text(path=write(tmp_path, "abcdefghik" * 20, "b.txt"), **OPTIONS).fingerprint,
     }
     assert len(found) == 3
-    assert text(path=write(tmp_path, "abcdefghij" * 20, "c.txt"), **OPTIONS).fingerprint in found
+    assert (
+        text(path=write(tmp_path, "abcdefghij" * 20, "c.txt"), **OPTIONS).fingerprint
+        in found
+    )
 
 
 def test_compressed_text_is_the_text(tmp_path: Path) -> None:
@@ -166,14 +194,18 @@ def test_compressed_text_is_the_text(tmp_path: Path) -> None:
     ],
     ids=["empty", "shorter than the context", "test part too short", "not UTF-8"],
 )
-def test_unusable_texts_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_unusable_texts_are_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         text(path=write(tmp_path, content), **OPTIONS)
 
 
 def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(ValueError, match="path=.*there is no such file.*data=shakespeare"):
+        with pytest.raises(
+            ValueError, match="path=.*there is no such file.*data=shakespeare"
+        ):
             text(path=str(path), **OPTIONS)
     with pytest.raises(
         ValueError, match="path=.*must be UTF-8 text, or such text compressed by xz"
@@ -190,14 +222,19 @@ def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
         ({"stride": 9}, "stride=9: must be a whole number from 1 to context=8"),
         ({"stride": 0}, "stride=0: must be"),
         ({"val_fraction": 0}, "val_fraction=0: must be a number above 0 and below 1"),
-        ({"test_fraction": 1.0}, "test_fraction=1.0: must be a number above 0 and below 1"),
+        (
+            {"test_fraction": 1.0},
+            "test_fraction=1.0: must be a number above 0 and below 1",
+        ),
         (
             {"val_fraction": 0.6, "test_fraction": 0.4},
             "val_fraction=0.6: with test_fraction=0.4 nothing is left",
         ),
     ],
 )
-def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         text(path=write(tmp_path, "a" * 500), **{**OPTIONS, **options})
 
@@ -217,8 +254,13 @@ def test_shipped_text_is_the_one_on_its_data_card() -> None:
     card = (SAMPLES / "SHAKESPEARE.md").read_text()
     packed = (SAMPLES / "shakespeare.txt.xz").read_bytes()
     content = lzma.decompress(packed)
-    assert f"File | {len(packed):,} bytes, MD5 `{hashlib.md5(packed).hexdigest()}`" in card
-    assert f"Text | {len(content):,} bytes, MD5 `{hashlib.md5(content).hexdigest()}`" in card
+    assert (
+        f"File | {len(packed):,} bytes, MD5 `{hashlib.md5(packed).hexdigest()}`" in card
+    )
+    assert (
+        f"Text | {len(content):,} bytes, MD5 `{hashlib.md5(content).hexdigest()}`"
+        in card
+    )
     assert len(packed) < 500_000
     assert content.isascii() and content.endswith(b"\n")
     for trace in (b"gutenberg", b"copyright", b"etext", b"\r", b"\n\n\n", b" \n"):
@@ -226,11 +268,23 @@ def test_shipped_text_is_the_one_on_its_data_card() -> None:
 
 
 def test_shipped_text_loads() -> None:
-    options = {**OPTIONS, "context": 64, "stride": 32, "val_fraction": 0.05, "test_fraction": 0.05}
+    options = {
+        **OPTIONS,
+        "context": 64,
+        "stride": 32,
+        "val_fraction": 0.05,
+        "test_fraction": 0.05,
+    }
     loaders = shakespeare(**options)
-    sizes = [len(loader.tokens) for loader in (loaders.train, loaders.val, loaders.test)]
+    sizes = [
+        len(loader.tokens) for loader in (loaders.train, loaders.val, loaders.test)
+    ]
     assert sum(sizes) == 1_139_406
-    assert sizes[1] == pytest.approx(sizes[2], abs=1) == pytest.approx(0.05 * sum(sizes), abs=1)
+    assert (
+        sizes[1]
+        == pytest.approx(sizes[2], abs=1)
+        == pytest.approx(0.05 * sum(sizes), abs=1)
+    )
 
 
 def load_script() -> ModuleType:
@@ -246,7 +300,8 @@ def load_script() -> ModuleType:
 def test_script_cleans_plays_and_refuses_licences(tmp_path: Path) -> None:
     script = load_script()
     assert (
-        script.clean(b"\n\nMACBETH  \n\n\n\nACT I.\n  Verse\n\n") == "MACBETH\n\nACT I.\n  Verse\n"
+        script.clean(b"\n\nMACBETH  \n\n\n\nACT I.\n  Verse\n\n")
+        == "MACBETH\n\nACT I.\n  Verse\n"
     )
     for line in (
         b"*** START OF THIS PROJECT",
@@ -294,5 +349,7 @@ def test_a_byte_of_text_takes_at_most_ten_bytes_of_memory(tmp_path, line):
         paths.append(tmp_path / str(size))
         paths[-1].write_text(line * (size // len(line.encode())))
     command = [sys.executable, "-c", MEMORY, *map(str, paths)]
-    taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    taken = int(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
     assert taken < 10 * paths[1].stat().st_size

@@ -30,8 +30,14 @@ def byte_letters() -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A small byte-level BPE in GPT-2's files."""
-    tokens = [*byte_letters(), *(merge.replace(" ", "") for merge in MERGES), "<|endoftext|>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    tokens = [
+        *byte_letters(),
+        *(merge.replace(" ", "") for merge in MERGES),
+        "<|endoftext|>",
+    ]
+    (tmp_path / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)})
+    )
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
     return tmp_path
 
@@ -54,7 +60,9 @@ def check_bpe(tokenizer: Tokenizer) -> None:
     tokens = tokenizer.encode(TEXT)
     assert tokens.dtype == torch.int64
     assert tokenizer.decode(tokens) == TEXT
-    assert sum(tokenizer.num_bytes(token) for token in tokens.tolist()) == len(TEXT.encode())
+    assert sum(tokenizer.num_bytes(token) for token in tokens.tolist()) == len(
+        TEXT.encode()
+    )
 
 
 def test_bpe_merges_in_order_and_is_reversible(folder: Path) -> None:
@@ -99,7 +107,8 @@ def test_published_vocabulary() -> None:
 def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(
-        ValueError, match=r"tokenizer=.*must hold tokenizer.json, or vocab.json and merges.txt"
+        ValueError,
+        match=r"tokenizer=.*must hold tokenizer.json, or vocab.json and merges.txt",
     ):
         load_tokenizer(str(tmp_path))
 
@@ -114,7 +123,8 @@ def test_damaged_files_are_refused(folder: Path) -> None:
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(
-        ValueError, match=r'tokenizer=gpt2: needs the extra hf \(pip install "qtrain\[hf\]"\)'
+        ValueError,
+        match=r'tokenizer=gpt2: needs the extra hf \(pip install "qtrain\[hf\]"\)',
     ):
         load_tokenizer("gpt2")
 
@@ -124,7 +134,10 @@ def test_tokens_beyond_the_bytes_which_a_larger_model_has_are_shown_as_unknown()
 
 
 @settings(derandomize=True, deadline=None)
-@given(st.text(st.sampled_from("ab '’s\n\t 1é日.\u00a0\u2003"), max_size=80), st.integers(1, 20))
+@given(
+    st.text(st.sampled_from("ab '’s\n\t 1é日.\u00a0\u2003"), max_size=80),
+    st.integers(1, 20),
+)
 def test_pieces_have_the_tokens_of_the_whole(text: str, size: int) -> None:
     tokenizers = [ByteTokenizer()]
     if importlib.util.find_spec("tokenizers"):

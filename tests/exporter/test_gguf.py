@@ -20,7 +20,9 @@ MOST = {"f32": 0.01, "f16": 0.01, "q8_0": 0.1, "q4_0": 0.1, "q5_0": 0.1, "q4_1":
 
 
 def gpt2(vocab_size=256, width=64):
-    sizes = dict(vocab_size=vocab_size, n_positions=64, n_layer=2, n_head=2, n_embd=width)
+    sizes = dict(
+        vocab_size=vocab_size, n_positions=64, n_layer=2, n_head=2, n_embd=width
+    )
     model = GPT2(**sizes).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -49,8 +51,15 @@ class Llama:
         self.server = xllamacpp.Server(params)
 
     def ask(self, prompt, count, **settings):
-        request = {"prompt": prompt, "max_tokens": count, "temperature": 0.0, "verbose": True}
-        answer = self.server.handle_completions({**request, "cache_prompt": False, **settings})
+        request = {
+            "prompt": prompt,
+            "max_tokens": count,
+            "temperature": 0.0,
+            "verbose": True,
+        }
+        answer = self.server.handle_completions(
+            {**request, "cache_prompt": False, **settings}
+        )
         return answer if isinstance(answer, dict) else json.loads(answer)
 
     def log_probabilities(self, prompt, vocab_size):
@@ -99,7 +108,9 @@ def test_a_file_comes_back_to_the_same_bits(kind, tmp_path):
             assert (value - exact).abs().max() < spread * exact.abs().max()
 
 
-@pytest.mark.parametrize("bits, group, kind", [(4, 32, "Q4_0"), (3, 64, "Q4_0"), (8, None, "Q8_0")])
+@pytest.mark.parametrize(
+    "bits, group, kind", [(4, 32, "Q4_0"), (3, 64, "Q4_0"), (8, None, "Q8_0")]
+)
 def test_integers_are_written_as_they_are(bits, group, kind, tmp_path):
     granularity = "per_group" if group else "per_channel"
     weight = QuantSpec(bits=bits, granularity=granularity, group_size=group)
@@ -115,7 +126,11 @@ def test_integers_are_written_as_they_are(bits, group, kind, tmp_path):
         if isinstance(layer, IntegerWeight) and name.endswith(".weight"):
             # Scales are float16 there: bfloat16 numbers of this size are among them.
             found, exact = back.state_dict()[name], layer.dequantize()
-            limit = 0 if bits < 8 and not name.startswith("wpe") else 2**-11 * exact.abs().max()
+            limit = (
+                0
+                if bits < 8 and not name.startswith("wpe")
+                else 2**-11 * exact.abs().max()
+            )
             assert (found - exact).abs().max() <= limit
 
 
@@ -144,7 +159,9 @@ def test_a_byte_level_bpe_comes_back(tmp_path):
         assert torch.equal(ours.encode(sentence), back.encode(sentence))
         assert back.decode(back.encode(sentence)) == sentence
     llama = Llama(path)
-    assert llama.ask(text[:60], 1)["__verbose"]["tokens_evaluated"] == len(ours.encode(text[:60]))
+    assert llama.ask(text[:60], 1)["__verbose"]["tokens_evaluated"] == len(
+        ours.encode(text[:60])
+    )
     exact = model(ours.encode(text[:40])[None])[0, -1].log_softmax(-1)
     found = llama.log_probabilities(text[:40], 320)
     known = found.isfinite()
@@ -156,7 +173,9 @@ def test_what_cannot_be_read_says_why(tmp_path):
     whole = path.read_bytes()
     for length in (0, 20, 700, len(whole) // 2, len(whole) - 100):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="pretrained=.*model.gguf: is no whole GGUF file"):
+        with pytest.raises(
+            ValueError, match="pretrained=.*model.gguf: is no whole GGUF file"
+        ):
             GPT2(pretrained=str(path))
     with pytest.raises(ValueError, match="pretrained=none.gguf: there is no such file"):
         GPT2(pretrained="none.gguf")
@@ -167,24 +186,34 @@ def test_what_cannot_be_read_says_why(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="its architecture is llama; only gpt2 can be read"):
+    with pytest.raises(
+        ValueError, match="its architecture is llama; only gpt2 can be read"
+    ):
         GPT2(pretrained=str(foreign))
     with pytest.raises(ValueError, match="tokenizer=.*holds a tokenizer of kind llama"):
         load_tokenizer(str(foreign))
 
 
 def test_what_cannot_be_written_says_why(tmp_path):
-    with pytest.raises(ValueError, match="type=q8_0 has blocks of 32, and the rows of layer wte"):
+    with pytest.raises(
+        ValueError, match="type=q8_0 has blocks of 32, and the rows of layer wte"
+    ):
         written(gpt2(width=48), tmp_path / "model.gguf", type="q8_0")
     with pytest.raises(ValueError, match="tokenizer: it has 256 tokens, the model 200"):
         written(gpt2(vocab_size=200), tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="type=q9: allowed are f32, f16"):
         Gguf(type="q9")
-    with pytest.raises(ValueError, match="only GPT-2 is written as GGUF, and this is a Linear"):
+    with pytest.raises(
+        ValueError, match="only GPT-2 is written as GGUF, and this is a Linear"
+    ):
         written(torch.nn.Linear(2, 2), tmp_path / "model.gguf")
 
 
 def test_the_byte_alphabet_is_that_of_gpt2():
     characters = byte_characters()
-    assert characters[ord("\n")] == "Ċ" and characters[ord(" ")] == "Ġ" and characters[255] == "ÿ"
+    assert (
+        characters[ord("\n")] == "Ċ"
+        and characters[ord(" ")] == "Ġ"
+        and characters[255] == "ÿ"
+    )
     assert len(set(characters)) == 256

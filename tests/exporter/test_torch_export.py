@@ -28,10 +28,17 @@ def test_a_file_runs_in_a_process_without_this_package(model, images, tmp_path):
     assert section["steps"] == 0 and section["file"] == "model.pt2"
     assert section["size_bytes"] == (tmp_path / "model.pt2").stat().st_size
     with torch.no_grad():
-        torch.save(found.simulation.as_converted()(images[:5]), tmp_path / "expected.pt")
+        torch.save(
+            found.simulation.as_converted()(images[:5]), tmp_path / "expected.pt"
+        )
     torch.save(images[:5], tmp_path / "images.pt")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path)], env=environment, check=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+    }
+    subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path)], env=environment, check=True
+    )
 
 
 def test_weights_are_in_the_file_as_integers(mlp, images, tmp_path):
@@ -50,7 +57,8 @@ def test_a_file_that_puts_out_something_else_is_refused(mlp, images, tmp_path):
 
     found = qtrain.quantize(mlp, [images])
     with pytest.raises(
-        TruthError, match=r"model\.pt2 \(torch_export\) puts out differs from its simulation by"
+        TruthError,
+        match=r"model\.pt2 \(torch_export\) puts out differs from its simulation by",
     ):
         qtrain.export(found.simulation, images, tmp_path, Careless())
 
@@ -58,16 +66,16 @@ def test_a_file_that_puts_out_something_else_is_refused(mlp, images, tmp_path):
 class Several(nn.Module):
     def __init__(self, how):
         super().__init__()
-        self.quant, self.linear, self.dequant = (
-            qtrain.QuantStub(),
-            nn.Linear(28, 2),
-            qtrain.DeQuantStub(),
-        )
+        self.quant = qtrain.QuantStub()
+        self.linear = nn.Linear(28, 2)
+        self.dequant = qtrain.DeQuantStub()
         self.how = how
 
     def forward(self, x):
         x = self.dequant(self.linear(self.quant(x)))
-        return (x, x[:, 0]) if self.how == "tuple" else {"first": x, "second": [x[:, 0]]}
+        return (
+            (x, x[:, 0]) if self.how == "tuple" else {"first": x, "second": [x[:, 0]]}
+        )
 
 
 @pytest.mark.parametrize("how", ["tuple", "dict"])
@@ -100,9 +108,13 @@ def test_layers_in_a_format_of_their_own_are_written_for_batches_of_any_size(
 @pytest.mark.parametrize("threshold", [None, 6.0])
 def test_a_kernel_that_no_file_can_hold_is_told(threshold, mlp, images, tmp_path):
     found = qtrain.quantize(
-        mlp, [images], layers={"linear2": {"method": "llm_int8", "threshold": threshold}}
+        mlp,
+        [images],
+        layers={"linear2": {"method": "llm_int8", "threshold": threshold}},
     )
-    with pytest.raises(ValueError, match=r"export: torch\.export cannot write this model: "):
+    with pytest.raises(
+        ValueError, match=r"export: torch\.export cannot write this model: "
+    ):
         qtrain.export(found.simulation, images, tmp_path)
 
 
@@ -120,18 +132,18 @@ def test_a_forward_that_torch_cannot_follow_is_told(images, tmp_path):
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
-            self.quant, self.linear, self.dequant = (
-                qtrain.QuantStub(),
-                nn.Linear(28, 2),
-                qtrain.DeQuantStub(),
-            )
+            self.quant = qtrain.QuantStub()
+            self.linear = nn.Linear(28, 2)
+            self.dequant = qtrain.DeQuantStub()
 
         def forward(self, x):
             x = self.linear(self.quant(x))
             return self.dequant(x if float(x.dequantize().sum()) > 0 else x)
 
     found = qtrain.quantize(Branches(), [images])
-    with pytest.raises(ValueError, match=r"export: torch\.export cannot write this model: "):
+    with pytest.raises(
+        ValueError, match=r"export: torch\.export cannot write this model: "
+    ):
         qtrain.export(found.simulation, images, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

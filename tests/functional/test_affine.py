@@ -22,7 +22,12 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 # 255 / 4.6 = 55.4348, -(55.4348 * -1.2) - 128 = -61.48 -> -61
 BY_HAND = {
     "absmax": (absmax, [-45, -37, 0, 19, 37, 127], 127 / 3.4, 0),
-    "absmax_100": (lambda x: absmax(x, quant_max=100), [-35, -29, 0, 15, 29, 100], 100 / 3.4, 0),
+    "absmax_100": (
+        lambda x: absmax(x, quant_max=100),
+        [-35, -29, 0, 15, 29, 100],
+        100 / 3.4,
+        0,
+    ),
     "zeropoint": (zeropoint, [-128, -116, -61, -33, -6, 127], 255 / 4.6, -61),
     "zeropoint_200": (
         lambda x: zeropoint(x, num_steps=200),
@@ -38,7 +43,12 @@ BY_HAND = {
         3.4 / 1.5,
         0,
     ),
-    "asymmetric_8": (lambda x: asymmetric(x, 8), [0, 12, 67, 95, 122, 255], 4.6 / 255, 67),
+    "asymmetric_8": (
+        lambda x: asymmetric(x, 8),
+        [0, 12, 67, 95, 122, 255],
+        4.6 / 255,
+        67,
+    ),
     "asymmetric_8_signed": (
         lambda x: asymmetric(x, 8, signed=True),
         [-128, -116, -61, -33, -6, 127],
@@ -55,12 +65,17 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("method, integers, scale, zero_point", BY_HAND.values(), ids=BY_HAND)
+@pytest.mark.parametrize(
+    "method, integers, scale, zero_point", BY_HAND.values(), ids=BY_HAND
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_integers_by_hand(method, integers, scale, zero_point, dtype):
     q = method(torch.tensor([-1.2, -0.99, 0.0, 0.5, 0.99, 3.4], dtype=dtype))
     assert q.int_repr.tolist() == integers
-    assert q.scale.item() == pytest.approx(scale, rel=1e-6) and q.zero_point.item() == zero_point
+    assert (
+        q.scale.item() == pytest.approx(scale, rel=1e-6)
+        and q.zero_point.item() == zero_point
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -68,7 +83,8 @@ def test_printout_of_a_relu_output(dtype):
     """Integers, scale, zero point, error, by hand: only asymmetric uses every integer."""
     relu = torch.tensor([0.0, 0.5, 1.0, 3.0, 5.0], dtype=dtype)
     used, wasted = zeropoint(relu), absmax(relu)
-    assert used.int_repr.tolist() == [-128, -102, -77, 25, 127]  # 25.5 - 128 = -102.5: half to even
+    # 25.5 - 128 = -102.5: half to even
+    assert used.int_repr.tolist() == [-128, -102, -77, 25, 127]
     assert (used.scale.item(), used.zero_point.item()) == (51.0, -128)
     torch.testing.assert_close(
         used.dequantized[:3], torch.tensor([0, 26 / 51, 1], dtype=used.scale.dtype)
@@ -77,7 +93,8 @@ def test_printout_of_a_relu_output(dtype):
     torch.testing.assert_close(
         wasted.dequantized - relu,
         torch.tensor(
-            [0, 13 * 5 / 127 - 0.5, 125 / 127 - 1, 380 / 127 - 3, 0], dtype=wasted.scale.dtype
+            [0, 13 * 5 / 127 - 0.5, 125 / 127 - 1, 380 / 127 - 3, 0],
+            dtype=wasted.scale.dtype,
         ),
         atol=1e-6,
         rtol=0,
@@ -133,7 +150,11 @@ def test_ends_of_the_range_take_the_ends_of_the_integers(bits, signed, dtype):
     integers = asymmetric(x, bits, signed=signed).int_repr.tolist()
     # The middle lies on a tie: it may round either way.
     assert integers[2] - integers[0] >= high - low - 1
-    assert symmetric(x, bits).int_repr.tolist() == [1 - 2 ** (bits - 1), 0, 2 ** (bits - 1) - 1]
+    assert symmetric(x, bits).int_repr.tolist() == [
+        1 - 2 ** (bits - 1),
+        0,
+        2 ** (bits - 1) - 1,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +185,9 @@ def test_other_ranges_are_refused():
     with pytest.raises(ValueError, match="quant_max=0: must be at least 1"):
         absmax(torch.ones(2), quant_max=0)
     for num_steps in (0, 256):
-        with pytest.raises(ValueError, match=f"num_steps={num_steps}: int8 has room for 1..255"):
+        with pytest.raises(
+            ValueError, match=f"num_steps={num_steps}: int8 has room for 1..255"
+        ):
             zeropoint(torch.ones(2), num_steps=num_steps)
 
 
@@ -179,7 +202,12 @@ def test_a_wider_absmax_computes_in_double():
 
 def test_parameters_of_a_model_lose_their_gradient():
     weight = torch.nn.Parameter(torch.ones(2, 2))
-    for q in (absmax(weight), zeropoint(weight), symmetric(weight, 4), asymmetric(weight, 4)):
+    for q in (
+        absmax(weight),
+        zeropoint(weight),
+        symmetric(weight, 4),
+        asymmetric(weight, 4),
+    ):
         assert isinstance(q, Quantized) and not any(field.requires_grad for field in q)
 
 
@@ -201,16 +229,23 @@ def test_agrees_with_torch_quantize(dtype, is_symmetric, axis):
     x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
     quant_min, quant_max = int_range(8, signed=dtype == torch.qint8)
     low, high = value_range(x, axis=axis)
-    scale, zero_point = choose_qparams(low, high, quant_min, quant_max, symmetric=is_symmetric)
+    scale, zero_point = choose_qparams(
+        low, high, quant_min, quant_max, symmetric=is_symmetric
+    )
     if axis is None:
         theirs = torch.quantize_per_tensor(x, scale, zero_point, dtype)
     else:
-        theirs = torch.quantize_per_channel(x, scale.flatten(), zero_point.flatten(), axis, dtype)
+        theirs = torch.quantize_per_channel(
+            x, scale.flatten(), zero_point.flatten(), axis, dtype
+        )
     ours = quantize(x, scale, zero_point, quant_min, quant_max)
     assert ours.dtype == theirs.int_repr().dtype
     assert_same_integers(ours, theirs.int_repr(), x.double() / scale.double())
     torch.testing.assert_close(
-        dequantize(theirs.int_repr(), scale, zero_point), theirs.dequantize(), rtol=1e-6, atol=1e-6
+        dequantize(theirs.int_repr(), scale, zero_point),
+        theirs.dequantize(),
+        rtol=1e-6,
+        atol=1e-6,
     )
 
 

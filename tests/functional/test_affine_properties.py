@@ -11,7 +11,9 @@ from qtrain.functional.spec import int_range
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 METHODS = {
     "symmetric": symmetric,
-    "full_range": lambda x, bits, **where: symmetric(x, bits, restricted=False, **where),
+    "full_range": lambda x, bits, **where: symmetric(
+        x, bits, restricted=False, **where
+    ),
     "unsigned": asymmetric,
     "signed": lambda x, bits, **where: asymmetric(x, bits, signed=True, **where),
 }
@@ -25,7 +27,8 @@ RANGES = {
 
 def numbers(dtype):
     """All finite numbers of a dtype: zeros, denormals, the largest."""
-    info, width = torch.finfo(dtype), {torch.float16: 16, torch.float64: 64}.get(dtype, 32)
+    info = torch.finfo(dtype)
+    width = {torch.float16: 16, torch.float64: 64}.get(dtype, 32)
     return st.floats(info.min, info.max, width=width)
 
 
@@ -43,7 +46,9 @@ def assert_within_half_a_step(x, dequantized, step):
     assert dequantized.shape == x.shape and dequantized.isfinite().all()
     error = (x.double() - dequantized.double()).abs()
     magnitude = x.double().abs().max() if x.numel() else 0
-    assert (error <= step.double() / 2 + 2 * torch.finfo(dequantized.dtype).eps * magnitude).all()
+    assert (
+        error <= step.double() / 2 + 2 * torch.finfo(dequantized.dtype).eps * magnitude
+    ).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16, 32])
@@ -119,12 +124,14 @@ def test_channels_and_groups_are_quantized_each_alone(method, bits):
         [[1.0], [10.0], [100.0], [0.0]]
     )
     quantized = METHODS[method]
-    rows, columns, groups = (
-        quantized(x, bits, axis=0),
-        quantized(x, bits, axis=1),
-        quantized(x, bits, group_size=3),
+    rows = quantized(x, bits, axis=0)
+    columns = quantized(x, bits, axis=1)
+    groups = quantized(x, bits, group_size=3)
+    assert (rows.scale.shape, columns.scale.shape, groups.scale.shape) == (
+        (4, 1),
+        (1, 6),
+        (4, 2),
     )
-    assert (rows.scale.shape, columns.scale.shape, groups.scale.shape) == ((4, 1), (1, 6), (4, 2))
     for q in (rows, columns, groups):
         assert (
             q.int_repr.shape == q.dequantized.shape == x.shape
@@ -139,10 +146,13 @@ def test_channels_and_groups_are_quantized_each_alone(method, bits):
     assert torch.equal(groups.dequantized[2, 3:], quantized(x[2, 3:], bits).dequantized)
 
 
-@pytest.mark.parametrize("where", [{}, {"axis": 0}, {"axis": 1}, {"group_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    "where", [{}, {"axis": 0}, {"axis": 1}, {"group_size": 3}], ids=str
+)
 @pytest.mark.parametrize("method", [symmetric, asymmetric])
 def test_strides_do_not_matter(method, where):
-    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))[::2].t()  # (8, 6)
+    # (8, 6)
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))[::2].t()
     assert not x.is_contiguous()
     for strided, dense in zip(
         method(x, 4, **where), method(x.contiguous(), 4, **where), strict=True

@@ -9,7 +9,9 @@ from qtrain.functional.qparams import choose_qparams, value_range
     "percentile, low, high",
     [(100, 0, 999), (99.9, 1, 998), (99.99, 0, 999), (99, 10, 989), (50.1, 499, 500)],
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.float32, torch.float64], ids=str
+)
 def test_clips_as_many_at_each_end(percentile, low, high, dtype):
     x = (
         torch.randperm(1000, generator=torch.Generator().manual_seed(0))
@@ -23,7 +25,9 @@ def test_clips_as_many_at_each_end(percentile, low, high, dtype):
 def test_agrees_with_torch_quantile():
     x = torch.randn(2001, generator=torch.Generator().manual_seed(0))
     low, high = percentile_range(x, 99.5)
-    torch.testing.assert_close(torch.stack([low, high]), x.quantile(torch.tensor([0.005, 0.995])))
+    torch.testing.assert_close(
+        torch.stack([low, high]), x.quantile(torch.tensor([0.005, 0.995]))
+    )
 
 
 def test_an_outlier_no_longer_sets_the_scale():

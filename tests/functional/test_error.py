@@ -33,8 +33,12 @@ def test_agrees_with_torch():
 def test_scale_changes_neither_sqnr_nor_cosine(factor):
     reference, approximation = R.double() * factor, A.double() * factor
     rel = 1e-3 if abs(factor) < 1e-300 else 1e-12  # denormals have few digits
-    assert sqnr_db(reference, approximation).item() == pytest.approx(sqnr_db(R, A).item(), rel=rel)
-    assert cosine(reference, approximation).item() == pytest.approx(cosine(R, A).item(), rel=rel)
+    assert sqnr_db(reference, approximation).item() == pytest.approx(
+        sqnr_db(R, A).item(), rel=rel
+    )
+    assert cosine(reference, approximation).item() == pytest.approx(
+        cosine(R, A).item(), rel=rel
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,14 @@ def test_scale_changes_neither_sqnr_nor_cosine(factor):
         ([3.0, 4.0], [0.0, 0.0], (12.5, 0.0, 0.0)),
         ([1.0, 2.0], [-1.0, -2.0], (10.0, -20 * math.log10(2), -1.0)),
     ],
-    ids=["identical", "both_zero", "empty", "zero_reference", "zero_approximation", "opposite"],
+    ids=[
+        "identical",
+        "both_zero",
+        "empty",
+        "zero_reference",
+        "zero_approximation",
+        "opposite",
+    ],
 )
 def test_special_cases(reference, approximation, expected):
     reference, approximation = torch.tensor(reference), torch.tensor(approximation)
@@ -57,9 +68,12 @@ def test_special_cases(reference, approximation, expected):
 
 def test_the_largest_floats_do_not_overflow():
     largest = torch.finfo(torch.float32).max
-    reference, approximation = torch.tensor([largest, -largest]), torch.tensor([-largest, largest])
+    reference = torch.tensor([largest, -largest])
+    approximation = torch.tensor([-largest, largest])
     assert mse(reference, approximation).isfinite()
-    assert sqnr_db(reference, approximation).item() == pytest.approx(-20 * math.log10(2))
+    assert sqnr_db(reference, approximation).item() == pytest.approx(
+        -20 * math.log10(2)
+    )
 
 
 def test_rounding_does_not_carry_a_cosine_beyond_one():
@@ -77,6 +91,7 @@ def test_each_bit_gains_six_decibels():
 @pytest.mark.parametrize("function", [mse, sqnr_db, cosine])
 def test_shapes_that_would_broadcast_are_refused(function):
     with pytest.raises(
-        ValueError, match=r"reference of shape \[2, 1\] and approximation of shape \[2\]"
+        ValueError,
+        match=r"reference of shape \[2, 1\] and approximation of shape \[2\]",
     ):
         function(torch.ones(2, 1), torch.ones(2))

@@ -15,16 +15,24 @@ ONE = torch.ones(())
 )
 def test_message_names_the_tensor_and_counts_each_kind(dtype):
     x = torch.tensor(
-        [[1.0, float("nan"), float("inf")], [float("nan"), float("nan"), float("-inf")]],
+        [
+            [1.0, float("nan"), float("inf")],
+            [float("nan"), float("nan"), float("-inf")],
+        ],
         dtype=dtype,
     )
-    with pytest.raises(ValueError, match=r"weight of shape \[2, 3\] holds 3 NaN and 2 inf"):
+    with pytest.raises(
+        ValueError, match=r"weight of shape \[2, 3\] holds 3 NaN and 2 inf"
+    ):
         check_finite(x, "weight")
-    check_finite(torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype))
+    check_finite(
+        torch.tensor([torch.finfo(dtype).max, torch.finfo(dtype).min], dtype=dtype)
+    )
 
 
 @pytest.mark.parametrize(
-    "bad, count", [(float("nan"), "1 NaN and 0 inf"), (float("-inf"), "0 NaN and 1 inf")]
+    "bad, count",
+    [(float("nan"), "1 NaN and 0 inf"), (float("-inf"), "0 NaN and 1 inf")],
 )
 @pytest.mark.parametrize(
     "function",

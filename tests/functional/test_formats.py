@@ -6,7 +6,8 @@ from qtrain.functional.spec import int_range
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
+    "name, dtype",
+    [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)],
 )
 def test_floats_agree_with_torch(name, dtype):
     fmt, info = FORMATS[name], torch.finfo(dtype)
@@ -23,7 +24,11 @@ def test_integers_agree_with_their_range(bits):
 
 
 def test_layouts():
-    layouts = {name: (fmt.exponent, fmt.mantissa) for name, fmt in FORMATS.items() if fmt.exponent}
+    layouts = {
+        name: (fmt.exponent, fmt.mantissa)
+        for name, fmt in FORMATS.items()
+        if fmt.exponent
+    }
     assert layouts == {"fp32": (8, 23), "fp16": (5, 10), "bf16": (8, 7)}
     assert all(name == fmt.name for name, fmt in FORMATS.items())
 

@@ -13,7 +13,11 @@ def problem(rows=6, columns=48, samples=96):
     """A weight, the Hessian of inputs that know of each other, and a grid in groups of 16."""
     weight = torch.randn(rows, columns)
     inputs = torch.randn(samples, columns) @ torch.randn(columns, columns)
-    return weight, inputs.T.double() @ inputs.double(), symmetric(weight, 3, group_size=16)
+    return (
+        weight,
+        inputs.T.double() @ inputs.double(),
+        symmetric(weight, 3, group_size=16),
+    )
 
 
 def babai(weight, hessian, scale):
@@ -55,7 +59,9 @@ def test_it_is_babais_nearest_plane_from_the_last_column_on():
 def test_inputs_that_know_nothing_of_each_other_give_plain_rounding(act_order):
     weight, _, grid = problem()
     diagonal = torch.rand(48).double().add(0.1).diag()
-    found = gptq(weight, diagonal, grid.scale, grid.zero_point, -3, 3, act_order=act_order)
+    found = gptq(
+        weight, diagonal, grid.scale, grid.zero_point, -3, 3, act_order=act_order
+    )
     assert torch.equal(found, grid.int_repr.long())
 
 
@@ -112,7 +118,9 @@ def test_the_loss_is_that_of_the_outputs():
 def test_the_factor_is_that_of_the_inverse():
     _, hessian, _ = problem()
     factor = inverse_factor(hessian)
-    torch.testing.assert_close(factor.T @ factor @ hessian, torch.eye(48, dtype=torch.float64))
+    torch.testing.assert_close(
+        factor.T @ factor @ hessian, torch.eye(48, dtype=torch.float64)
+    )
     assert torch.equal(factor, factor.triu())
 
 

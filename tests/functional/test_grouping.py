@@ -32,22 +32,32 @@ def test_a_size_that_does_not_divide_is_named_with_the_legal_ones(group_size):
 
 
 def test_a_single_number_has_no_groups():
-    with pytest.raises(ValueError, match="group_size=2 needs a tensor with at least one dimension"):
+    with pytest.raises(
+        ValueError, match="group_size=2 needs a tensor with at least one dimension"
+    ):
         to_groups(torch.tensor(1.0), 2)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (4, 1), (1, 6), (4, 2), (1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (1, 1), (4, 1), (1, 6), (4, 2), (1, 3)], ids=str
+)
 def test_a_parameter_covers_its_block(shape):
     parameter = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     expanded = expand_parameter(parameter, torch.zeros(4, 6)).expand(4, 6)
-    rows, columns = (parameter.reshape(1, 1) if parameter.numel() == 1 else parameter).shape
+    rows, columns = (
+        parameter.reshape(1, 1) if parameter.numel() == 1 else parameter
+    ).shape
     for row in range(4):
         for column in range(6):
-            block = parameter.reshape(rows, columns)[row * rows // 4, column * columns // 6]
+            block = parameter.reshape(rows, columns)[
+                row * rows // 4, column * columns // 6
+            ]
             assert expanded[row, column] == block
 
 
-@pytest.mark.parametrize("shape", [(4,), (6,), (4, 0), (2, 1), (4, 4), (1, 4, 6), (4, 12)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4,), (6,), (4, 0), (2, 1), (4, 4), (1, 4, 6), (4, 12)], ids=str
+)
 def test_a_parameter_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"does not fit x of shape \[4, 6\]"):
         expand_parameter(torch.ones(shape), torch.zeros(4, 6))

@@ -15,7 +15,9 @@ def test_round_trip(data, bits, signed):
     low, high = int_range(bits, signed)
     shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3)))
     values = data.draw(
-        st.lists(st.integers(low, high), min_size=math.prod(shape), max_size=math.prod(shape))
+        st.lists(
+            st.integers(low, high), min_size=math.prod(shape), max_size=math.prod(shape)
+        )
     )
     x = torch.tensor(values, dtype=torch.int8 if signed else torch.uint8).reshape(shape)
     packed = pack(x, bits, signed=signed)
@@ -39,7 +41,10 @@ def test_bytes_are_one_little_endian_number(bits, signed):
 
 @pytest.mark.parametrize("bits, num_bytes", [(2, 2500), (3, 3750), (4, 5000)])
 def test_no_bits_are_wasted(bits, num_bytes):
-    assert pack(torch.zeros(100, 100, dtype=torch.int8), bits, signed=True).numel() == num_bytes
+    assert (
+        pack(torch.zeros(100, 100, dtype=torch.int8), bits, signed=True).numel()
+        == num_bytes
+    )
 
 
 def test_rows_are_read_in_order_whatever_the_strides():
@@ -47,14 +52,20 @@ def test_rows_are_read_in_order_whatever_the_strides():
     assert torch.equal(pack(x, 4, signed=False), pack(x.contiguous(), 4, signed=False))
 
 
-@pytest.mark.parametrize("value, signed", [(8, True), (-9, True), (16, False), (-1, False)])
+@pytest.mark.parametrize(
+    "value, signed", [(8, True), (-9, True), (16, False), (-1, False)]
+)
 def test_a_value_that_does_not_fit_is_refused(value, signed):
-    with pytest.raises(ValueError, match=f"values .*{value}.* do not fit bits=4, signed={signed}"):
+    with pytest.raises(
+        ValueError, match=f"values .*{value}.* do not fit bits=4, signed={signed}"
+    ):
         pack(torch.tensor([0, value]), 4, signed=signed)
 
 
 def test_a_wrong_width_or_shape_is_refused():
     with pytest.raises(ValueError, match="bits=8: packed are 2, 3 and 4"):
         pack(torch.tensor([0]), 8, signed=True)
-    with pytest.raises(ValueError, match=r"2 bytes, but 4-bit values of shape \[5\] take 3"):
+    with pytest.raises(
+        ValueError, match=r"2 bytes, but 4-bit values of shape \[5\] take 3"
+    ):
         unpack(torch.zeros(2, dtype=torch.uint8), 4, (5,), signed=True)

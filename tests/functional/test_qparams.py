@@ -106,7 +106,10 @@ def test_parameters_by_hand(bits, signed, restricted, symmetric, scale, zero_poi
     integers = int_range(bits, signed, restricted=restricted)
     low, high = torch.tensor([-1.2, 3.4], dtype=torch.float64)
     chosen = choose_qparams(low, high, *integers, symmetric=symmetric)
-    assert chosen[0].item() == pytest.approx(scale, rel=1e-12) and chosen[1].item() == zero_point
+    assert (
+        chosen[0].item() == pytest.approx(scale, rel=1e-12)
+        and chosen[1].item() == zero_point
+    )
     chosen = choose_qparams(low.float(), high.float(), *integers, symmetric=symmetric)
     assert chosen[0].dtype == (torch.float64 if bits > 8 else torch.float32)
     assert chosen[0].item() == pytest.approx(scale, rel=1e-6)
@@ -124,9 +127,12 @@ def test_a_range_without_zero_has_its_zero_point_outside_the_integers():
 def test_extreme_ranges_have_usable_scales(dtype, symmetric):
     info = torch.finfo(dtype)
     low = torch.tensor(
-        [info.min, 0.0, info.smallest_normal * info.eps, -info.smallest_normal], dtype=dtype
+        [info.min, 0.0, info.smallest_normal * info.eps, -info.smallest_normal],
+        dtype=dtype,
     )
-    high = torch.tensor([info.max, 0.0, info.smallest_normal * info.eps, 0.0], dtype=dtype)
+    high = torch.tensor(
+        [info.max, 0.0, info.smallest_normal * info.eps, 0.0], dtype=dtype
+    )
     scale, zero_point = choose_qparams(low, high, -128, 127, symmetric=symmetric)
     assert scale.isfinite().all() and (scale >= info.tiny).all()
     assert scale[0] == info.max / 127.5 and scale[1] == 1.0
@@ -144,13 +150,18 @@ def test_arithmetic_is_double_where_single_would_lose_bits():
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 @given(
     st.integers(2, 8),
-    st.lists(st.tuples(st.floats(-99, 99, width=32), st.floats(0, 99, width=32)), min_size=1),
+    st.lists(
+        st.tuples(st.floats(-99, 99, width=32), st.floats(0, 99, width=32)), min_size=1
+    ),
 )
 def test_scale_and_zero_point_are_those_of_torchs_observers(
     granularity, symmetric, signed, bits, ranges
 ):
     spec = QuantSpec(
-        bits=bits, symmetric=symmetric, granularity=granularity, observer=torch_ao.minmax
+        bits=bits,
+        symmetric=symmetric,
+        granularity=granularity,
+        observer=torch_ao.minmax,
     )
     observer = make_observer(spec, signed=signed)
     x = torch.tensor([[low, low + width] for low, width in ranges])
@@ -173,7 +184,9 @@ def test_scale_and_zero_point_are_those_of_torchs_observers(
     if granularity == "per_tensor":
         low, high = observer.min_val.item(), observer.max_val.item()
         limits = {"quant_min": observer.quant_min, "quant_max": observer.quant_max}
-        numbers = range_numbers(low, high, symmetric=symmetric, eps=observer.eps.item(), **limits)
+        numbers = range_numbers(
+            low, high, symmetric=symmetric, eps=observer.eps.item(), **limits
+        )
         assert numbers == (expected[0].item(), expected[1].item())
 
 

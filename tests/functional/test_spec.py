@@ -20,7 +20,9 @@ def test_int_range_holds_every_pattern_of_bits(bits):
     assert int_range(bits, True, restricted=True) == (-high, high)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.int32], ids=str
+)
 def test_int_range_is_that_of_torchs_dtype(dtype):
     info = torch.iinfo(dtype)
     assert int_range(info.bits, dtype.is_signed) == (info.min, info.max)
@@ -30,8 +32,14 @@ def test_int_range_is_that_of_torchs_dtype(dtype):
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
 def test_reduce_range_halves_the_integers_of_8_bits_and_no_others(bits, signed):
     low, high = QuantSpec(bits=bits).quant_range(signed)
-    reduced_low, reduced_high = QuantSpec(bits=bits, reduce_range=True).quant_range(signed)
-    assert (high - low + 1) == 2**bits == (reduced_high - reduced_low + 1) * (2 if bits == 8 else 1)
+    reduced_low, reduced_high = QuantSpec(bits=bits, reduce_range=True).quant_range(
+        signed
+    )
+    assert (
+        (high - low + 1)
+        == 2**bits
+        == (reduced_high - reduced_low + 1) * (2 if bits == 8 else 1)
+    )
     assert low <= reduced_low and reduced_high <= high
     assert QuantSpec(bits=bits, reduce_range=False).quant_range(signed) == (low, high)
 
@@ -39,8 +47,14 @@ def test_reduce_range_halves_the_integers_of_8_bits_and_no_others(bits, signed):
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_narrow_range_is_symmetric_about_0(bits):
     low, high = QuantSpec(bits=bits, narrow_range=True).quant_range(signed=True)
-    assert low == -high and QuantSpec(bits=bits).quant_range(signed=True) == (low - 1, high)
-    assert QuantSpec(bits=bits, narrow_range=True).quant_range(signed=False) == (0, 2**bits - 1)
+    assert low == -high and QuantSpec(bits=bits).quant_range(signed=True) == (
+        low - 1,
+        high,
+    )
+    assert QuantSpec(bits=bits, narrow_range=True).quant_range(signed=False) == (
+        0,
+        2**bits - 1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +76,9 @@ def test_narrow_range_is_symmetric_about_0(bits):
         ("observer", "minmax", "callable"),
     ],
 )
-def test_each_field_is_refused_with_its_value_and_what_is_allowed(field, value, allowed):
+def test_each_field_is_refused_with_its_value_and_what_is_allowed(
+    field, value, allowed
+):
     with pytest.raises(ValueError) as err:
         QuantSpec(**{field: value})
     (line,) = str(err.value).splitlines()
@@ -72,12 +88,16 @@ def test_each_field_is_refused_with_its_value_and_what_is_allowed(field, value, 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "32"], ids=repr)
 def test_group_size_must_be_a_positive_whole_number(size):
     assert QuantSpec(granularity="per_group", group_size=1).group_size == 1
-    with pytest.raises(ValueError, match=f"group_size={size}: must be a whole number from 1 to"):
+    with pytest.raises(
+        ValueError, match=f"group_size={size}: must be a whole number from 1 to"
+    ):
         QuantSpec(granularity="per_group", group_size=size)
 
 
 def test_groups_need_a_size():
-    with pytest.raises(ValueError, match="group_size=None: goes with granularity=per_group"):
+    with pytest.raises(
+        ValueError, match="group_size=None: goes with granularity=per_group"
+    ):
         QuantSpec(granularity="per_group")
 
 
@@ -100,7 +120,11 @@ def test_every_legal_value_is_taken():
                     symmetric=flag,
                     reduce_range=flag,
                 )
-                assert (spec.bits, spec.granularity, spec.symmetric) == (bits, granularity, flag)
+                assert (spec.bits, spec.granularity, spec.symmetric) == (
+                    bits,
+                    granularity,
+                    flag,
+                )
 
 
 def test_replacing_a_field_checks_it_again():

@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_runs.py"
 
 
 def right_or_wrong(gained, lost, wrong, n):
-    """Scores of a float model with `wrong` mistakes, and of a quantized one that mends `gained` and makes `lost`."""
+    """Scores of a float model, `wrong` at first, and a quantized: `gained`, `lost`."""
     exact = np.ones(n, np.uint8)
     exact[:wrong] = 0
     quantized = exact.copy()
@@ -21,7 +21,7 @@ def right_or_wrong(gained, lost, wrong, n):
 
 @pytest.fixture
 def runs(tmp_path):
-    """Writes runs: runs.write(name, gained=2, lost=5, ...), runs.none(name), runs.fail(name); below runs.folder."""
+    """Writes runs below runs.folder: runs.write(name, gained=2, ...), none(), fail()."""
     spec = importlib.util.spec_from_file_location("make_runs", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -21,7 +21,8 @@ def test_difference_to_float_needs_no_examples(runs):
 
 
 def test_difference_to_the_baseline_of_the_same_seed(runs):
-    # Seed 0: ptq loses 20 examples, qat loses 5 of them: 15 gained. Seed 1: qat loses the 4 that ptq loses, and 2 more.
+    # Seed 0: ptq loses 20 examples, qat loses 5 of them: 15 gained.
+    # Seed 1: qat loses the 4 that ptq loses, and 2 more.
     for seed, ptq, qat in ((0, 20, 5), (1, 4, 6)):
         runs.write(f"ptq{seed}", lost=ptq, seed=seed)
         runs.write(f"qat{seed}", lost=qat, seed=seed, method="qat")
@@ -69,7 +70,9 @@ def test_one_baseline_serves_all_seeds_and_filters_do_not_hide_it(runs):
     base = runs.write("0_quant=ptq", lost=10)  # as a sweep's folder may be called
     runs.write("b", method="qat", lost=4, seed=5)
     for baseline in ([str(base)], ["method=ptq"]):
-        (section,) = compare([runs.folder], filters=["method=qat"], baseline=baseline).sections
+        (section,) = compare(
+            [runs.folder], filters=["method=qat"], baseline=baseline
+        ).sections
         assert cells(section, "baseline_difference") == {"b": (pytest.approx(0.6),)}
 
 
@@ -77,7 +80,9 @@ def test_ambiguous_and_missing_baselines(runs):
     runs.write("a")
     runs.write("b", engine="qnnpack")
     runs.write("c", method="qat")
-    with pytest.raises(ValueError, match=r"--baseline: 2 runs with seed 0 .*a, .*b.*add filters"):
+    with pytest.raises(
+        ValueError, match=r"--baseline: 2 runs with seed 0 .*a, .*b.*add filters"
+    ):
         compare([runs.folder], baseline=["method=ptq"])
     with pytest.raises(
         ValueError, match="2 runs with seed 0"
@@ -97,7 +102,9 @@ def test_without_examples_a_warning_and_no_significance(runs, damage):
     b = runs.write("b", method="qat", lost=30)
     if damage == "other length":
         runs.write("other", n=500)
-        (b / "examples.npz").write_bytes((runs.folder / "other" / "examples.npz").read_bytes())
+        (b / "examples.npz").write_bytes(
+            (runs.folder / "other" / "examples.npz").read_bytes()
+        )
         compared = [runs.folder / "a", b]
     else:
         (b / "examples.npz").write_bytes(b"junk") if damage == "broken" else (
@@ -115,7 +122,10 @@ def test_without_examples_a_warning_and_no_significance(runs, damage):
         and str(b) in section.warnings[0]
         and "not tested" in section.warnings[0]
     )
-    assert "-3.00 ?" in comparison.text() and "?: significance not tested" in comparison.text()
+    assert (
+        "-3.00 ?" in comparison.text()
+        and "?: significance not tested" in comparison.text()
+    )
 
 
 def test_perplexity_goes_down_and_is_tested_by_the_bootstrap(runs):
@@ -124,32 +134,52 @@ def test_perplexity_goes_down_and_is_tested_by_the_bootstrap(runs):
     runs.write("better", scores=language_model(0, -0.05))
     comparison = compare([runs.folder], baseline=[str(runs.folder / "same")])
     (section,) = comparison.sections
-    assert [row.runs[0].folder.name for row in section.rows] == ["better", "same", "worse"]
+    assert [row.runs[0].folder.name for row in section.rows] == [
+        "better",
+        "same",
+        "worse",
+    ]
     scores = language_model(0, 0.05)
     exact, quantized = (
         np.exp(scores[kind].astype(float).mean()) for kind in ("float", "quantized")
     )
-    difference, error, p = cells(section, "difference", "difference_se", "difference_p")["worse"]
+    difference, error, p = cells(
+        section, "difference", "difference_se", "difference_p"
+    )["worse"]
     assert difference == pytest.approx(quantized - exact)
     gain = scores["quantized"].astype(float) - scores["float"]
     assert error == pytest.approx(quantized * gain.std(ddof=1) / 300**0.5)
     assert p < 0.01 < cells(section, "difference_p")["same"][0]
     assert cells(section, "baseline_difference_p")["better"][0] < 0.01
-    assert "paired bootstrap" in comparison.text() and "McNemar" not in comparison.text()
+    assert (
+        "paired bootstrap" in comparison.text() and "McNemar" not in comparison.text()
+    )
 
 
 def test_p_is_corrected_for_the_rows_of_its_table(runs):
     for seed in (0, 1):
         for method, lost in (("ptq", 40), ("qat", 30), ("dynamic", 0)):
             runs.write(
-                f"{method}{seed}", method=method, lost=lost + seed, gained=10, wrong=10, seed=seed
+                f"{method}{seed}",
+                method=method,
+                lost=lost + seed,
+                gained=10,
+                wrong=10,
+                seed=seed,
             )
         runs.none(f"float{seed}", seed=seed)
     for group_by in ((), ("method",)):
-        (section,) = compare([runs.folder], baseline=["method=qat"], group_by=group_by).sections
+        (section,) = compare(
+            [runs.folder], baseline=["method=qat"], group_by=group_by
+        ).sections
         for key in ("difference", "baseline_difference"):
-            pairs = [(row.cells[f"{key}_p"], row.cells[f"{key}_p_holm"]) for row in section.rows]
+            pairs = [
+                (row.cells[f"{key}_p"], row.cells[f"{key}_p_holm"])
+                for row in section.rows
+            ]
             tested = [pair for pair in pairs if pair[0] is not None]
-            assert [corrected for _, corrected in tested] == holm([p for p, _ in tested])
+            assert [corrected for _, corrected in tested] == holm(
+                [p for p, _ in tested]
+            )
             assert any(p < corrected < 1 for p, corrected in tested)
             assert all(pair == (None, None) for pair in pairs if pair not in tested)

@@ -9,9 +9,13 @@ from qtrain.leaderboard import export
 
 
 def test_csv_has_all_rows_in_full_precision(runs):
-    runs.write("a", gained=1, lost=8, size_kb=(800.0, 123.456), observer='with, "quotes"')
+    runs.write(
+        "a", gained=1, lost=8, size_kb=(800.0, 123.456), observer='with, "quotes"'
+    )
     runs.none("b", model="mlp")
-    rows = list(csv.DictReader(io.StringIO(export.as_csv(compare([runs.folder]).sections))))
+    rows = list(
+        csv.DictReader(io.StringIO(export.as_csv(compare([runs.folder]).sections)))
+    )
     a, b = rows
     assert (a["folder"], a["method"], a["observer"]) == (
         str(runs.folder / "a"),

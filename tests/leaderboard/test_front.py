@@ -11,7 +11,9 @@ def test_front(runs):
     runs.write("small", lost=9, size_kb=(800.0, 200.0))
     runs.write("fast", lost=9, size_kb=(800.0, 300.0), latency_ms=(0.4, 0.1))
     runs.write("dominated", lost=9, size_kb=(800.0, 300.0))
-    runs.write("simulated", simulated=True, size_kb=(800.0, None), latency_ms=(0.4, None))
+    runs.write(
+        "simulated", simulated=True, size_kb=(800.0, None), latency_ms=(0.4, None)
+    )
     (section,) = compare([runs.folder]).sections
     assert front(section) == {"good", "small", "fast"}
 
@@ -25,14 +27,22 @@ def test_a_disturbed_latency_takes_no_part_in_the_front(runs):
     runs.write("small", lost=9, size_kb=(800.0, 200.0), latency_ms=(0.4, 0.4))
     runs.write("fast", lost=9, size_kb=(800.0, 300.0), latency_ms=(0.4, 0.1))
     assert front(compare([runs.folder]).sections[0]) == {"good", "small", "fast"}
-    runs.write("busy", lost=9, size_kb=(800.0, 400.0), latency_ms=(0.4, 0.01), other_load=1.0)
+    runs.write(
+        "busy", lost=9, size_kb=(800.0, 400.0), latency_ms=(0.4, 0.01), other_load=1.0
+    )
     assert front(compare([runs.folder]).sections[0]) == {"good", "small"}
 
 
 def test_a_disturbed_run_without_a_latency_disturbs_no_front(runs):
     runs.write("fast", lost=9, size_kb=(800.0, 300.0), latency_ms=(0.4, 0.1))
     runs.write("good", lost=1, size_kb=(800.0, 300.0))
-    runs.write("sim", simulated=True, size_kb=(800.0, None), latency_ms=(0.4, None), other_load=1.0)
+    runs.write(
+        "sim",
+        simulated=True,
+        size_kb=(800.0, None),
+        latency_ms=(0.4, None),
+        other_load=1.0,
+    )
     assert front(compare([runs.folder]).sections[0]) == {"fast", "good"}
 
 
@@ -40,7 +50,7 @@ def test_a_disturbed_run_without_a_latency_disturbs_no_front(runs):
     "latency, on_front", [(0.209, True), (0.211, False)], ids=["within 5 %", "beyond"]
 )
 def test_latencies_that_are_as_good_as_equal_decide_nothing(runs, latency, on_front):
-    """`near` gains nothing over `best`, which is 0.2 ms; it is off the front where it is clearly slower."""
+    """`near` gains nothing over `best`: it is off the front where clearly slower."""
     runs.write("best", latency_ms=(0.4, 0.2))
     runs.write("near", latency_ms=(0.4, latency))
     assert ("near" in front(compare([runs.folder]).sections[0])) == on_front

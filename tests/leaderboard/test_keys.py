@@ -88,7 +88,8 @@ def test_runs_without_a_result_stay_unless_something_speaks_against_them(runs):
     def left(**filters):
         return [run.folder.name for run in failures if keys.may_match(run, filters)]
 
-    assert left(method=["qat"], engine=["x86"]) == ["a", "killed"]  # the engine is not known yet
+    # The engine is not known yet
+    assert left(method=["qat"], engine=["x86"]) == ["a", "killed"]
     assert left(method=["ptq"]) == ["killed"]
 
 
@@ -102,4 +103,8 @@ def test_a_setting_of_null_is_known(runs):
 def test_order_of_mixed_values():
     found = sorted(["b", None, 3, 0.5, "a", True], key=keys.order)
     assert found == [0.5, True, 3, "a", "b", None]
-    assert sorted([1, None, 3], key=lambda x: keys.order(x, descending=True)) == [3, 1, None]
+    assert sorted([1, None, 3], key=lambda x: keys.order(x, descending=True)) == [
+        3,
+        1,
+        None,
+    ]

@@ -13,7 +13,7 @@ EVIL = "</script><script>alert(1)</script>{{js}}<img src=x onerror=alert(1)>&'\"
 
 
 class Reader(HTMLParser):
-    """Collects the elements, their attributes and the text of scripts as a browser would see them."""
+    """Collects elements, attributes and the text of scripts as a browser sees them."""
 
     def __init__(self):
         super().__init__()
@@ -86,35 +86,61 @@ def test_links_lead_from_the_page_to_the_runs(runs, tmp_path):
     runs.fail("failed:1")
     path, _, data = read(runs, tmp_path)
     links = {
-        row["name"]: data["runs"][row["runs"][0]]["link"] for row in data["sections"][0]["rows"]
+        row["name"]: data["runs"][row["runs"][0]]["link"]
+        for row in data["sections"][0]["rows"]
     }
     links["failed:1"] = data["failures"][0]["link"]
     for name, link in links.items():
         assert (
-            not urlsplit(link).scheme and not urlsplit(link).query and not urlsplit(link).fragment
+            not urlsplit(link).scheme
+            and not urlsplit(link).query
+            and not urlsplit(link).fragment
         )
-        assert Path(path.parent, unquote(link)).resolve() == (runs.folder / name).resolve()
+        assert (
+            Path(path.parent, unquote(link)).resolve() == (runs.folder / name).resolve()
+        )
 
 
 def test_groups_have_means_deviations_and_their_runs(runs, tmp_path):
     for seed, lost in enumerate((10, 20, 30)):
         runs.write(
-            f"a{seed}", lost=lost, seed=seed, lr=0.1, curves=3, size_kb=(800.0, 200.0 + seed)
+            f"a{seed}",
+            lost=lost,
+            seed=seed,
+            lr=0.1,
+            curves=3,
+            size_kb=(800.0, 200.0 + seed),
         )
     runs.write("b", method="qat", lr=0.2, engine=None)
     _, _, data = read(runs, tmp_path, group_by=["method", "engine", "optimizer.lr"])
     groups, singles = data["sections"]
     assert groups["title"] == "convnet on mnist by method, engine, optimizer.lr"
-    assert (groups["unit"], singles["unit"], len(singles["rows"])) == ("group", "run", 4)
+    assert (groups["unit"], singles["unit"], len(singles["rows"])) == (
+        "group",
+        "run",
+        4,
+    )
     b, a = groups["rows"]
     assert (a["name"], b["name"]) == ("ptq x86 lr=0.1", "qat lr=0.2")
-    assert (a["at"]["quantized"], a["at"]["size_kb"]) == (pytest.approx(97), pytest.approx(201))
-    assert (a["sd"]["quantized"], a["sd"]["size_kb"]) == (pytest.approx(1), pytest.approx(1))
+    assert (a["at"]["quantized"], a["at"]["size_kb"]) == (
+        pytest.approx(97),
+        pytest.approx(201),
+    )
+    assert (a["sd"]["quantized"], a["sd"]["size_kb"]) == (
+        pytest.approx(1),
+        pytest.approx(1),
+    )
     assert b["sd"] == {} and all(row["sd"] == {} for row in singles["rows"])
     assert [data["runs"][place]["name"] for place in a["runs"]] == ["a0", "a1", "a2"]
-    assert groups["config"]["optimizer.lr"] == {"values": ["0.2", "0.1"], "rows": [0, 1]}
+    assert groups["config"]["optimizer.lr"] == {
+        "values": ["0.2", "0.1"],
+        "rows": [0, 1],
+    }
     assert groups["config"]["seed"] == {"values": ["0", "0, 1, 2"], "rows": [0, 1]}
-    assert "standard deviation" in groups["legend"][0] and "standard error" in singles["legend"][0]
+    assert (
+        "standard deviation" in groups["legend"][0]
+        and "standard error" in singles["legend"][0]
+    )
     assert len(data["runs"]) == 4  # the curves of each run are held once
 
 
@@ -127,13 +153,16 @@ def test_the_page_has_the_table_and_the_settings_that_differ(runs, tmp_path):
     column = [column["key"] for column in section["columns"]].index("difference")
     assert section["rows"][1]["cells"][column].startswith("-0.30 ± ")
     assert section["rows"][1]["numbers"][column] < -0.29
-    assert section["config"] == {"optimizer.lr": {"values": ["0.2", "0.1"], "rows": [0, 1]}}
+    assert section["config"] == {
+        "optimizer.lr": {"values": ["0.2", "0.1"], "rows": [0, 1]}
+    }
 
 
 def test_curves_are_thinned_and_keep_the_last_point(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [
-        json.dumps({"step": i, "float/train_loss": 1 / i, "float/lr": 0.1}) for i in range(1, 1001)
+        json.dumps({"step": i, "float/train_loss": 1 / i, "float/lr": 0.1})
+        for i in range(1, 1001)
     ]
     lines += [
         '{"step": 1000, "float/val_accuracy": 0.5}',
@@ -147,7 +176,12 @@ def test_curves_are_thinned_and_keep_the_last_point(tmp_path):
     path.write_text("\n".join(lines))
     names = {"other": 0}
     found = page._curves(path, 100, names)
-    assert names == {"other": 0, "float/train_loss": 1, "float/lr": 2, "float/val_accuracy": 3}
+    assert names == {
+        "other": 0,
+        "float/train_loss": 1,
+        "float/lr": 2,
+        "float/val_accuracy": 3,
+    }
     steps, values = found[1]
     assert len(steps) == 100 and steps[-1] == 1000 and steps == sorted(steps)
     assert values == [float(f"{1 / step:.4g}") for step in steps]

@@ -9,7 +9,9 @@ small = st.integers(0, 4).map(float)  # so that ties and duplicates are common
 @given(st.lists(st.none() | st.tuples(small, small, small), max_size=12))
 def test_front_is_what_the_definition_says(points):
     def dominates(a, b):
-        return a is not None and all(x <= y for x, y in zip(a, b, strict=True)) and a != b
+        return (
+            a is not None and all(x <= y for x, y in zip(a, b, strict=True)) and a != b
+        )
 
     expected = [
         point is not None and not any(dominates(other, point) for other in points)
@@ -20,7 +22,9 @@ def test_front_is_what_the_definition_says(points):
 
 def beats(a, b, tolerances):
     gaps = [(y - x, slack) for x, y, slack in zip(a, b, tolerances, strict=True)]
-    return any(gap > slack for gap, slack in gaps) and all(gap >= -slack for gap, slack in gaps)
+    return any(gap > slack for gap, slack in gaps) and all(
+        gap >= -slack for gap, slack in gaps
+    )
 
 
 @given(
@@ -46,7 +50,7 @@ def test_tolerances(points, tolerances):
 
 
 def test_no_circle_of_points_leaves_the_front_empty():
-    """Each beats the one before, by more than the tolerance in one coordinate, and loses less in the others."""
+    """Each beats the one before by more than the tolerance, and loses less elsewhere."""
     circle = [(0.0, 1.25, 0.5), (0.5, 0.0, 1.25), (1.25, 0.5, 0.0)]
     assert all(beats(circle[i], circle[i - 1], (1.0,) * 3) for i in range(3))
     assert front(circle, (1.0,) * 3) == [True] * 3

@@ -9,7 +9,13 @@ def test_points_and_front(runs, tmp_path):
     runs.none("float", size_kb=(800.0, 800.0))
     runs.write("best", lost=2, size_kb=(800.0, 200.0))
     runs.write("worse", lost=4, size_kb=(800.0, 300.0))
-    runs.write("simulated", lost=4, size_kb=(800.0, None), latency_ms=(0.4, None), simulated=True)
+    runs.write(
+        "simulated",
+        lost=4,
+        size_kb=(800.0, None),
+        latency_ms=(0.4, None),
+        simulated=True,
+    )
     comparison = compare([runs.folder])
     (axes,) = scatter(comparison.sections).axes
     found = {
@@ -29,13 +35,15 @@ def test_points_and_front(runs, tmp_path):
     "size, on_front", [(200.1, False), (201.0, True)], ids=["padding", "beyond"]
 )
 def test_the_front_has_the_tolerance_of_the_table(runs, size, on_front):
-    """Between the smallest and the best, `near` is smaller than the best by its padding, or by more."""
+    """`near` is smaller than the best by its padding, or by more."""
     runs.write("smallest", lost=9, size_kb=(800.0, 150.0))
     runs.write("near", lost=5, size_kb=(800.0, 200.0))
     runs.write("best", lost=1, size_kb=(800.0, size))
     (axes,) = scatter(compare([runs.folder]).sections).axes
     (front,) = axes.lines
-    assert (200.0 in front.get_xdata()) == on_front and {150.0, size} <= set(front.get_xdata())
+    assert (200.0 in front.get_xdata()) == on_front and {150.0, size} <= set(
+        front.get_xdata()
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3, 14])

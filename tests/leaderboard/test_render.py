@@ -11,9 +11,15 @@ def test_markdown_is_the_same_table(runs):
     comparison = compare([runs.folder])
     lines = render.document(comparison.sections, comparison.found.failures).splitlines()
     rows = [line for line in lines if line.startswith("|")]
-    assert len(rows) == 4 and len({len(re.findall(r"(?<!\\)\|", line)) for line in rows}) == 1
+    assert (
+        len(rows) == 4
+        and len({len(re.findall(r"(?<!\\)\|", line)) for line in rows}) == 1
+    )
     assert "\\<b>\\|x" in rows[3]
-    assert any("ValueError: \\*no\\* \\| \\<i>" in line and "quant=qat" in line for line in lines)
+    assert any(
+        "ValueError: \\*no\\* \\| \\<i>" in line and "quant=qat" in line
+        for line in lines
+    )
 
 
 def latex_rows(text):
@@ -29,7 +35,9 @@ def test_latex_is_the_same_table(runs):
     runs.write("a", lost=9, gained=1)
     runs.write("b", lost=1, method="qat", engine="[a_b&c%{}\\#$^~|")
     text = render.latex(compare([runs.folder]).sections)
-    header, exact, qat, ptq = ([cell.strip() for cell in row] for row in latex_rows(text))
+    header, exact, qat, ptq = (
+        [cell.strip() for cell in row] for row in latex_rows(text)
+    )
     assert header[:5] == ["method", "engine", "bits", "observer", r"float \%"]
     assert len(header) == len(exact) == len(qat) == len(ptq)
     row = dict(zip(header, ptq, strict=True))

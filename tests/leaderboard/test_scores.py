@@ -13,7 +13,12 @@ DTYPES = ["uint8", "int64", "bool", "float16", "float32", "float64"]
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reads_what_runs_write_and_what_0_1_0_wrote(tmp_path, dtype):
     values = np.arange(200).astype(dtype)
-    saved = {"whole": values, "part": values[20:50], "sparse": values[3::7], "none": values[:0]}
+    saved = {
+        "whole": values,
+        "part": values[20:50],
+        "sparse": values[3::7],
+        "none": values[:0],
+    }
     np.savez(tmp_path / "examples.npz", **saved)
     torch.save(
         {name: torch.from_numpy(values.copy()) for name, values in saved.items()},
@@ -64,7 +69,9 @@ def shorten_content(path):
 
 def claim_too_much(path):
     with zipfile.ZipFile(path, "w") as archive:
-        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,), }"
+        header = (
+            b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,), }"
+        )
         archive.writestr(
             "float.npy", b"\x93NUMPY\x01\x00" + b"\x76\x00" + header.ljust(117) + b"\n"
         )

@@ -26,9 +26,11 @@ def tails(request, monkeypatch):
 
 
 def exact_mcnemar(gained, lost):
-    """By enumeration of all outcomes, in whole numbers: those at least as far from equal as the observed one."""
+    """By enumeration, in whole numbers: outcomes at least as far from equal as this one."""
     n, distance = gained + lost, abs(gained - lost)
-    return Fraction(sum(math.comb(n, k) for k in range(n + 1) if abs(n - 2 * k) >= distance), 2**n)
+    return Fraction(
+        sum(math.comb(n, k) for k in range(n + 1) if abs(n - 2 * k) >= distance), 2**n
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,8 +65,14 @@ def test_own_tails_are_scipys(monkeypatch):
     def results(found):
         monkeypatch.setattr(statistics, "scipy_special", lambda: found)
         ps = [mcnemar(gained, lost) for gained in counts for lost in counts]
-        ps += [student_t(t, n) for t in (0.0, 0.3, 1.5, 4.0, -4.0) for n in (*range(1, 12), 999)]
-        return ps + [over_seeds(of_seeds, [0.3] * len(of_seeds)) for of_seeds in differences]
+        ps += [
+            student_t(t, n)
+            for t in (0.0, 0.3, 1.5, 4.0, -4.0)
+            for n in (*range(1, 12), 999)
+        ]
+        return ps + [
+            over_seeds(of_seeds, [0.3] * len(of_seeds)) for of_seeds in differences
+        ]
 
     own, scipys = results(None), results(special)
     assert len(set(own)) > 60  # from 1 down to what underflows
@@ -75,8 +83,12 @@ def test_mcnemar_agrees_with_scipys_test(tails):
     stats = pytest.importorskip("scipy.stats")
     for gained in (0, 1, 7, 60, 800, 30_000):
         for lost in (0, 2, 8, 61, 900, 30_500):
-            expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1
-            assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-7, abs=1e-290)
+            expected = (
+                stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1
+            )
+            assert mcnemar(gained, lost) == pytest.approx(
+                expected, rel=1e-7, abs=1e-290
+            )
 
 
 def test_holm_by_hand():
@@ -98,12 +110,17 @@ def test_holm_raises_5_percent_false_alarms_a_table():
 
 
 def test_mcnemar_raises_5_percent_false_alarms():
-    # Two equally good models: of the examples that they disagree on, each is as likely to win as the other.
+    # Two equally good models: where they disagree, each is as likely to win.
     num_disagreements, num_trials = 200, 4000
     gained = np.random.default_rng(0).binomial(num_disagreements, 0.5, num_trials)
-    alarms = np.mean([mcnemar(int(k), num_disagreements - int(k)) < ALPHA for k in gained])
+    alarms = np.mean(
+        [mcnemar(int(k), num_disagreements - int(k)) < ALPHA for k in gained]
+    )
     # Counts are whole, so 5 % cannot be met exactly; the share that they allow is known.
-    size = sum(math.comb(200, k) for k in range(201) if exact_mcnemar(k, 200 - k) < ALPHA) / 2**200
+    size = (
+        sum(math.comb(200, k) for k in range(201) if exact_mcnemar(k, 200 - k) < ALPHA)
+        / 2**200
+    )
     assert 0.03 < size <= ALPHA
     assert alarms == pytest.approx(size, abs=3 * math.sqrt(size / num_trials))
 
@@ -129,7 +146,8 @@ def test_bootstrap_agrees_with_the_t_test_on_normal_data():
     values = np.random.default_rng(1).normal(0.1, 1, size=(50, 150))
     t = values.mean(1) / values.std(1, ddof=1) * math.sqrt(150)
     expected = [student_t(x, 149) for x in t]
-    assert min(expected) < 0.01 and max(expected) > 0.5  # the comparison covers the range
+    # The comparison covers the range
+    assert min(expected) < 0.01 and max(expected) > 0.5
     # 2,000 resamples: a standard error of at most 0.011 in p.
     np.testing.assert_allclose(paired_bootstrap(values), expected, atol=0.045)
 
@@ -141,7 +159,9 @@ def test_bootstrap_of_equal_models_and_of_constant_differences():
 
 def test_bootstrap_does_not_depend_on_the_scale():
     values = np.random.default_rng(2).normal(0.2, 1, size=(5, 100))
-    np.testing.assert_array_equal(paired_bootstrap(values), paired_bootstrap(-1024 * values))
+    np.testing.assert_array_equal(
+        paired_bootstrap(values), paired_bootstrap(-1024 * values)
+    )
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 30, 101])
@@ -154,22 +174,28 @@ def test_student_t_is_the_integral_of_its_density(degrees, tails):
             - 0.5 * math.log(degrees * math.pi)
         )
         density = np.exp(log_constant) * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
-        assert student_t(t, degrees) == pytest.approx(1 - 2 * np.trapezoid(density, x), abs=1e-7)
+        assert student_t(t, degrees) == pytest.approx(
+            1 - 2 * np.trapezoid(density, x), abs=1e-7
+        )
         assert student_t(-t, degrees) == student_t(t, degrees)
 
 
 def test_two_seeds_that_gain_the_same_example_prove_nothing():
     # One of 2,000 examples each: 0.05 points, with a standard error of 0.05 points.
-    assert over_seeds([0.05, 0.05], [0.05, 0.05]) == pytest.approx(math.erfc(1 / math.sqrt(2)))
+    assert over_seeds([0.05, 0.05], [0.05, 0.05]) == pytest.approx(
+        math.erfc(1 / math.sqrt(2))
+    )
 
 
 def test_over_seeds_by_hand(tails):
-    # Mean 2, sd 1. Seeds alone: t = 2 sqrt(3), with two degrees of freedom p = 1 - t / sqrt(t^2 + 2).
+    # Mean 2, sd 1. Seeds alone: t = 2 sqrt(3),
+    # with two degrees of freedom p = 1 - t / sqrt(t^2 + 2).
     t = 2 * math.sqrt(3)
     assert over_seeds([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]) == pytest.approx(
         1 - t / math.sqrt(t * t + 2)
     )
-    # Variances 1 of examples and 1/3 of seeds: t = 2 / sqrt(4/3), degrees (4/3)^2 / ((1/3)^2 / 2) = 32.
+    # Variances 1 of examples and 1/3 of seeds: t = 2 / sqrt(4/3),
+    # degrees (4/3)^2 / ((1/3)^2 / 2) = 32.
     assert over_seeds([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) == pytest.approx(
         student_t(math.sqrt(3), 32)
     )
@@ -178,17 +204,24 @@ def test_over_seeds_by_hand(tails):
 
 
 @pytest.mark.parametrize(
-    "examples, seeds", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)], ids=["examples", "seeds", "both"]
+    "examples, seeds",
+    [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)],
+    ids=["examples", "seeds", "both"],
 )
 def test_over_seeds_raises_at_most_5_percent_false_alarms(examples, seeds):
-    """Whether the examples, which all seeds share, or the seeds are what the difference happens by."""
+    """Whether the difference happens by the examples, which seeds share, or the seeds."""
     rng, num_trials, num_seeds = np.random.default_rng(0), 3000, 4
     shared = rng.normal(0, examples, (num_trials, 1)) if examples else 0
     differences = (
-        shared + rng.normal(0, seeds, (num_trials, num_seeds)) + np.zeros((num_trials, num_seeds))
+        shared
+        + rng.normal(0, seeds, (num_trials, num_seeds))
+        + np.zeros((num_trials, num_seeds))
     )
     alarms = np.mean(
-        [over_seeds(row, [examples] * num_seeds) < ALPHA for row in differences.tolist()]
+        [
+            over_seeds(row, [examples] * num_seeds) < ALPHA
+            for row in differences.tolist()
+        ]
     )
     error = math.sqrt(ALPHA * 0.95 / num_trials)
     assert alarms <= ALPHA + 3 * error

@@ -21,7 +21,14 @@ def read(text):
 
 def test_the_table_of_the_default_job(runs):
     runs.none("float", size_kb=(833.5, 833.5), latency_ms=(0.4, 0.4), seconds=20.0)
-    runs.write("ptq", gained=1, lost=9, size_kb=(833.5, 218.7), latency_ms=(0.4, 0.5), seconds=5.0)
+    runs.write(
+        "ptq",
+        gained=1,
+        lost=9,
+        size_kb=(833.5, 218.7),
+        latency_ms=(0.4, 0.5),
+        seconds=5.0,
+    )
     runs.write(
         "qat",
         gained=2,
@@ -84,7 +91,11 @@ def test_the_table_of_the_default_job(runs):
     }
     assert (qat["observer"], qat["to float ± se"]) == ("minmax", "-0.10 ± 0.22 ~")
     assert "~: no significant difference (p >= 0.05, exact McNemar test" in text
-    assert "standard error" in text and "Pareto front of accuracy" in text and "(sim)" not in text
+    assert (
+        "standard error" in text
+        and "Pareto front of accuracy" in text
+        and "(sim)" not in text
+    )
 
 
 def test_only_columns_that_tell_something(runs):
@@ -118,14 +129,21 @@ def test_only_columns_that_tell_something(runs):
 
 def test_settings_that_vary_get_a_column(runs):
     runs.write(
-        "a", lr=0.1, overrides=("optimizer.lr=0.1", "quant.start_epoch=null", "quant.engine=x86")
+        "a",
+        lr=0.1,
+        overrides=("optimizer.lr=0.1", "quant.start_epoch=null", "quant.engine=x86"),
     )
     runs.write(
-        "b", lr=0.2, overrides=("optimizer.lr=0.2", "quant.start_epoch=0", "quant.engine=x86")
+        "b",
+        lr=0.2,
+        overrides=("optimizer.lr=0.2", "quant.start_epoch=0", "quant.engine=x86"),
     )
     runs.write("c", lr=0.2, overrides=("optimizer.lr=0.2", "calib_batches=4"))
     rows = read(compare([runs.folder], sort_by="optimizer.lr").text())
-    shown = [(row["optimizer.lr"], row["quant.start_epoch"], row["calib_batches"]) for row in rows]
+    shown = [
+        (row["optimizer.lr"], row["quant.start_epoch"], row["calib_batches"])
+        for row in rows
+    ]
     assert shown == [("0.1", "null", "-"), ("0.2", "0", "-"), ("0.2", "-", "4")]
     assert "quant" not in rows[0] and "quant.engine" not in rows[0]
 
@@ -133,7 +151,8 @@ def test_settings_that_vary_get_a_column(runs):
 def test_p_beside_what_all_rows_of_the_table_make_of_it(runs):
     runs.write("a", lost=20)
     (row,) = read(compare([runs.folder]).text())
-    assert row["p"] == "<0.001" and "Holm p" not in row  # of a single row they are the same
+    # Of a single row they are the same
+    assert row["p"] == "<0.001" and "Holm p" not in row
     runs.write("b", gained=1, lost=9, method="qat")
     runs.write("c", gained=3, lost=3, method="dynamic")
     text = compare([runs.folder], baseline=["method=qat"]).text()
@@ -143,14 +162,19 @@ def test_p_beside_what_all_rows_of_the_table_make_of_it(runs):
         "qat": ("0.021", "0.043"),
         "dynamic": ("1.000", "1.000"),
     }
-    assert [row["p to baseline"] for row in read(text) if row["method"] == "qat"] == ["-"]
+    assert [row["p to baseline"] for row in read(text) if row["method"] == "qat"] == [
+        "-"
+    ]
     assert "Holm p: corrected for all rows of its table" in text
 
 
 def test_rows_that_look_alike_are_named(runs):
     runs.write("once")
     runs.write("again", gained=1)
-    assert [row["run"] for row in read(compare([runs.folder]).text())] == ["again", "once"]
+    assert [row["run"] for row in read(compare([runs.folder]).text())] == [
+        "again",
+        "once",
+    ]
     runs.write("own", name="my_experiment")
     assert {row["name"] for row in read(compare([runs.folder]).text())} == {
         "convnet_ptq",
@@ -186,8 +210,8 @@ def test_failures_follow_the_tables(runs, count, word):
         runs.fail(f"bad{i}", "ValueError: first line\nsecond line")
     text = compare([runs.folder]).text()
     assert (
-        f"{count} {word} without a result:\n  {runs.folder}/bad0: ValueError: first line [quant=qat seed=0]\n"
-        in text
+        f"{count} {word} without a result:\n"
+        f"  {runs.folder}/bad0: ValueError: first line [quant=qat seed=0]\n" in text
     )
     assert "second line" not in text
 
@@ -206,7 +230,10 @@ def test_a_latency_beside_other_programs_is_marked(runs):
     assert "!" in compare([runs.folder], group_by=["method"]).text()
 
 
-RATIOS = {"size ratio": ("file KB", "float KB"), "latency ratio": ("ms, batch 1", "float ms")}
+RATIOS = {
+    "size ratio": ("file KB", "float KB"),
+    "latency ratio": ("ms, batch 1", "float ms"),
+}
 
 
 @pytest.mark.parametrize("group_by", [(), ("method",)], ids=["runs", "groups"])
@@ -216,7 +243,9 @@ def test_every_ratio_follows_from_its_own_row(runs, group_by):
     runs.write("ptq", latency_ms=(0.234, 0.271), size_kb=(900.0, 300.0))
     runs.write("ptq1", latency_ms=(0.4, 0.1), size_kb=(700.0, 100.0), seed=1)
     exact, *rows = read(compare([runs.folder], group_by=group_by).text())
-    assert [exact[ratio] for ratio in RATIOS] == ["-", "-"] and len(rows) == (1 if group_by else 2)
+    assert [exact[ratio] for ratio in RATIOS] == ["-", "-"] and len(rows) == (
+        1 if group_by else 2
+    )
     for row in rows:
         for ratio, (part, whole) in RATIOS.items():
             assert float(row[ratio][:-1]) == pytest.approx(
@@ -239,7 +268,8 @@ def test_the_legend_says_what_each_front_is_of(runs):
         "sizes within 0.1% and latencies within 5% count as equal"
     )
     disturbed = (
-        "*: on the Pareto front of accuracy and size alone in a table where a latency is marked !"
+        "*: on the Pareto front of accuracy and size alone "
+        "in a table where a latency is marked !"
     )
     runs.write("quiet")
     text = compare([runs.folder]).text()

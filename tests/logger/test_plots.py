@@ -11,7 +11,10 @@ SPEC = QuantSpec(bits=2, symmetric=True, granularity="per_tensor")
 @pytest.mark.parametrize("spread, limit", [(0.25, 0.25), (1.0, 1.0), (7.0, 2.0)])
 def test_the_distribution_counts_every_weight_in_150_bins(spread, limit):
     exact = torch.linspace(-spread, spread, 3001)[None]
-    pairs = {"a": (exact, IntegerWeight(exact, SPEC)), "b": (exact, IntegerWeight(exact, SPEC))}
+    pairs = {
+        "a": (exact, IntegerWeight(exact, SPEC)),
+        "b": (exact, IntegerWeight(exact, SPEC)),
+    }
     (axes,) = plots.distribution(pairs, "int2").axes
     original, restored = axes.containers
     assert len(original) == len(restored) == 150
@@ -20,17 +23,21 @@ def test_the_distribution_counts_every_weight_in_150_bins(spread, limit):
     inside = int((exact.abs() <= limit).sum())
     assert sum(bar.get_height() for bar in original) == 2 * inside
     assert sum(bar.get_height() > 0 for bar in restored) <= 4  # two bits
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["original", "int2"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "original",
+        "int2",
+    ]
 
 
 def test_noise_has_a_bar_for_each_finite_value():
-    weights, activations = {"fc1": 40.0, "fc2": float("inf")}, {"quant": 30.0, "fc2": 20.0}
+    weights = {"fc1": 40.0, "fc2": float("inf")}
+    activations = {"quant": 30.0, "fc2": 20.0}
     (axes,) = plots.noise({"weights": weights, "activations": activations}).axes
     found = [sorted(bar.get_width() for bar in bars) for bars in axes.containers]
     assert found == [[40.0], [20.0, 30.0]]
-    assert [text.get_text() for text in axes.texts] == ["weights: no error"] and 1 < axes.texts[
-        0
-    ].get_position()[1] < 2
+    assert [text.get_text() for text in axes.texts] == [
+        "weights: no error"
+    ] and 1 < axes.texts[0].get_position()[1] < 2
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["fc1", "fc2", "quant"]
     fc2 = next(bar for bar in axes.containers[1] if bar.get_width() == 20)
@@ -38,13 +45,21 @@ def test_noise_has_a_bar_for_each_finite_value():
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("outside", [1.0, 1.3, 1e4], ids=["in range", "clipped", "far outlier"])
+@pytest.mark.parametrize(
+    "outside", [1.0, 1.3, 1e4], ids=["in range", "clipped", "far outlier"]
+)
 def test_bins_hold_all_weights_and_equally_many_levels(bits, outside):
     integers = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
     dequantized = 0.03 * integers.float()
-    values = outside * torch.linspace(float(dequantized.min()), float(dequantized.max()), 999)
+    values = outside * torch.linspace(
+        float(dequantized.min()), float(dequantized.max()), 999
+    )
     edges = torch.tensor(plots.bin_edges(values, dequantized, len(integers)))
-    assert 40 < len(edges) - 1 <= 160 and edges[0] <= values.min() and values.max() <= edges[-1]
+    assert (
+        40 < len(edges) - 1 <= 160
+        and edges[0] <= values.min()
+        and values.max() <= edges[-1]
+    )
     counts = torch.histogram(dequantized, edges).hist
     assert counts.sum() == len(integers)
     assert (
@@ -64,11 +79,15 @@ def test_a_model_of_zeros_can_be_drawn():
     pairs = {"a": (exact, IntegerWeight(exact, SPEC))}
     assert plots.png(plots.distribution(pairs, "int2")).startswith(b"\x89PNG")
     assert plots.png(plots.weights(pairs)).startswith(b"\x89PNG")
-    assert plots.png(plots.noise({"weights": {"a": float("inf")}})).startswith(b"\x89PNG")
+    assert plots.png(plots.noise({"weights": {"a": float("inf")}})).startswith(
+        b"\x89PNG"
+    )
 
 
 @pytest.mark.parametrize("num_classes, texts", [(10, 100), (300, 0)])
-def test_the_counts_of_a_confusion_matrix_are_written_where_they_can_be_read(num_classes, texts):
+def test_the_counts_of_a_confusion_matrix_are_written_where_they_can_be_read(
+    num_classes, texts
+):
     (axes,) = plots.confusion(torch.eye(num_classes).int().tolist(), "float").axes
     assert len(axes.texts) == texts and axes.images[0].get_array().shape == (
         num_classes,

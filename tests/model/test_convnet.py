@@ -30,7 +30,9 @@ def stage(x, conv, bn):
 def test_forward(model):
     x = stage(stage(X, model.conv1, model.bn1), model.conv2, model.bn2)
     assert x.shape == (5, 6, 7, 7)
-    x = F.linear(x.reshape(5, -1), model.linear1.weight, model.linear1.bias).clamp(min=0)
+    x = F.linear(x.reshape(5, -1), model.linear1.weight, model.linear1.bias).clamp(
+        min=0
+    )
     expected = F.linear(x, model.linear2.weight, model.linear2.bias)
     torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
 
@@ -52,7 +54,8 @@ def test_fusing_changes_no_output(model):
     ]
     assert kinds == ["ConvReLU2d", "ConvReLU2d", "LinearReLU", "Linear"]
     assert {
-        type(m).__name__ for m in (model.bn1, model.bn2, model.relu1, model.relu2, model.relu3)
+        type(m).__name__
+        for m in (model.bn1, model.bn2, model.relu1, model.relu2, model.relu3)
     } == {"Identity"}
 
 
@@ -61,7 +64,10 @@ def test_fusing_for_training_keeps_the_statistics_moving(model):
     means = [model.bn1.running_mean.clone(), model.bn2.running_mean.clone()]
     torch.manual_seed(1)
     model.fuse_model(is_qat=True)
-    kinds = [type(model.get_submodule(name)).__name__ for name in ("conv1", "conv2", "linear1")]
+    kinds = [
+        type(model.get_submodule(name)).__name__
+        for name in ("conv1", "conv2", "linear1")
+    ]
     assert kinds == ["ConvBnReLU2d", "ConvBnReLU2d", "LinearReLU"]
     torch.testing.assert_close(model(X), reference[1])
     moved = [
@@ -74,5 +80,7 @@ def test_fusing_for_training_keeps_the_statistics_moving(model):
 @pytest.mark.parametrize("name", ["width", "hidden"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, "10"], ids=repr)
 def test_wrong_size(name, value):
-    with pytest.raises(ValueError, match=rf"^{name}=.*: must be a whole number from 1 to [0-9]+$"):
+    with pytest.raises(
+        ValueError, match=rf"^{name}=.*: must be a whole number from 1 to [0-9]+$"
+    ):
         ConvNet(**{"width": 2, "hidden": 2} | {name: value})

@@ -48,7 +48,9 @@ def test_published_initialisation() -> None:
                 expected, rel=5 / math.sqrt(2 * parameter.numel())
             ), name
         else:
-            assert parameter.unique().tolist() == [1.0 if name.endswith("weight") else 0.0], name
+            assert parameter.unique().tolist() == [
+                1.0 if name.endswith("weight") else 0.0
+            ], name
 
 
 def test_head_stays_tied_through_state_dict_and_training(model: GPT2) -> None:
@@ -94,7 +96,10 @@ def test_cache_writes_into_one_buffer(model: GPT2) -> None:
     cache.length = 0
     assert model(idx, cache).equal(first)
     assert cache.buffer.data_ptr() == address
-    assert cache.buffer[..., :12, :].isfinite().all() and cache.buffer[..., 12:, :].isnan().all()
+    assert (
+        cache.buffer[..., :12, :].isfinite().all()
+        and cache.buffer[..., 12:, :].isnan().all()
+    )
 
 
 def test_a_cache_stands_for_the_eval_mode() -> None:
@@ -105,7 +110,9 @@ def test_a_cache_stands_for_the_eval_mode() -> None:
     torch.testing.assert_close(model(idx, KVCache(model, batch_size=2)), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str
+)
 def testgelu(dtype: torch.dtype) -> None:
     x = torch.cat(
         [
@@ -144,23 +151,31 @@ def test_too_long_a_context_is_refused(model: GPT2) -> None:
     model(prompt(model, 1, 64), cache)
     with pytest.raises(ValueError, match=message):
         model(prompt(model, 1, 1), cache)
-    with pytest.raises(ValueError, match="max_length=8: 9 tokens do not fit this cache"):
+    with pytest.raises(
+        ValueError, match="max_length=8: 9 tokens do not fit this cache"
+    ):
         model(prompt(model, 1, 9), KVCache(model, max_length=8))
 
 
 # ---- quantization --------------------------------------------------------------------------------
 
 
-def test_static_conversion_packs_every_linear_layer_and_nothing_else(model: GPT2) -> None:
+def test_static_conversion_packs_every_linear_layer_and_nothing_else(
+    model: GPT2,
+) -> None:
     spec = QuantSpec(observer=torch_ao.minmax)
-    ptq = PTQ(engine="auto", weight=spec, activation=spec, layers={}, fake_quantize="qtrain")
+    ptq = PTQ(
+        engine="auto", weight=spec, activation=spec, layers={}, fake_quantize="qtrain"
+    )
     idx = prompt(model, 8, 64)
     prepared = ptq.prepare(model)
     ptq.calibrate(prepared, [(idx,)])
     converted = ptq.convert(prepared)
 
     linears = {
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
     }
     packed = {
         name
@@ -267,14 +282,22 @@ def test_generation_leaves_training_mode_as_it_was() -> None:
             {"idx": torch.zeros(1, 70, dtype=torch.long)},
             "prompt of 70 tokens leaves room for 0 in n_positions=64",
         ),
-        ({"greedy": True, "top_k": 5}, "greedy=true: leave out temperature, top_k and top_p"),
-        ({"greedy": True, "top_p": 0.5}, "greedy=true: leave out temperature, top_k and top_p"),
+        (
+            {"greedy": True, "top_k": 5},
+            "greedy=true: leave out temperature, top_k and top_p",
+        ),
+        (
+            {"greedy": True, "top_p": 0.5},
+            "greedy=true: leave out temperature, top_k and top_p",
+        ),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p=1.5: must be above 0 and at most 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: must be above 0"),
     ],
 )
-def test_wrong_requests_are_refused(model: GPT2, arguments: dict[str, Any], message: str) -> None:
+def test_wrong_requests_are_refused(
+    model: GPT2, arguments: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         model.generate(**{"idx": prompt(model), "max_new_tokens": 5, **arguments})
 
@@ -289,7 +312,9 @@ def test_an_int8_cache_is_as_near_as_8_bits_are_and_a_quarter_as_large(pieces):
             parameter.mul_(2)
     idx = torch.randint(50, (2, 12))
     exact = model(idx)
-    cache, float_cache = (KVCache(model, batch_size=2, kind=kind) for kind in ("int8", "float"))
+    cache, float_cache = (
+        KVCache(model, batch_size=2, kind=kind) for kind in ("int8", "float")
+    )
     found = torch.cat([model(part, cache) for part in idx.split(pieces, 1)], 1)
     assert 1e-4 < (found - exact).norm() / exact.norm() < 0.02
     assert cache.buffer.dtype == torch.int8 and cache.nbytes < 0.27 * float_cache.nbytes

@@ -20,7 +20,9 @@ from qtrain.model.gpt2 import GPT2, KVCache
 SHAPES = {
     "two layers": TINY,
     "one head": dict(vocab_size=97, n_positions=80, n_layer=3, n_head=1, n_embd=24),
-    "narrow heads": dict(vocab_size=300, n_positions=128, n_layer=1, n_head=8, n_embd=32),
+    "narrow heads": dict(
+        vocab_size=300, n_positions=128, n_layer=1, n_head=8, n_embd=32
+    ),
     "nano": NANO,
 }
 
@@ -30,7 +32,9 @@ def hf() -> ModuleType:
     return pytest.importorskip("transformers", reason="needs the extra hf")
 
 
-def save_checkpoint(hf: ModuleType, folder: Path, sizes: dict[str, int], **config: Any) -> Any:
+def save_checkpoint(
+    hf: ModuleType, folder: Path, sizes: dict[str, int], **config: Any
+) -> Any:
     """Saves a random GPT-2 and returns it; no bias is 0 and no scale 1, so that each must fit."""
     torch.manual_seed(0)
     settings = hf.GPT2Config(
@@ -45,7 +49,9 @@ def save_checkpoint(hf: ModuleType, folder: Path, sizes: dict[str, int], **confi
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
-def pair(request: pytest.FixtureRequest, hf: ModuleType, tmp_path: Path) -> tuple[GPT2, Any]:
+def pair(
+    request: pytest.FixtureRequest, hf: ModuleType, tmp_path: Path
+) -> tuple[GPT2, Any]:
     theirs = save_checkpoint(hf, tmp_path, request.param)
     return GPT2(pretrained=str(tmp_path)).eval(), theirs
 
@@ -68,16 +74,26 @@ def test_logits_are_those_of_transformers(pair: tuple[GPT2, Any]) -> None:
     for how, lengths in pieces.items():
         cache = KVCache(ours, batch_size=2)
         logits = torch.cat(
-            [ours(piece, cache) for piece in idx[:, : sum(lengths)].split(lengths, dim=1)], dim=1
+            [
+                ours(piece, cache)
+                for piece in idx[:, : sum(lengths)].split(lengths, dim=1)
+            ],
+            dim=1,
         )
-        torch.testing.assert_close(logits, expected[:, : sum(lengths)], atol=1e-4, rtol=0, msg=how)
+        torch.testing.assert_close(
+            logits, expected[:, : sum(lengths)], atol=1e-4, rtol=0, msg=how
+        )
 
 
 def test_fifty_greedy_tokens_are_those_of_transformers(pair: tuple[GPT2, Any]) -> None:
     ours, theirs = pair
     idx = prompt(ours)
     expected = theirs.generate(
-        idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=50, pad_token_id=0
+        idx,
+        attention_mask=torch.ones_like(idx),
+        do_sample=False,
+        max_new_tokens=50,
+        pad_token_id=0,
     )
     assert ours.generate(idx, 50, greedy=True).tolist() == expected.tolist()
 
@@ -103,17 +119,28 @@ def test_perplexity_of_10_000_tokens_is_that_of_an_independent_loop(
     nll, scored, start = [], 0, 0
     while scored < 9_999:
         start = min(start, 9_999 - context)
-        log_p = theirs(tokens[None, start : start + context]).logits[0].double().log_softmax(-1)
+        log_p = (
+            theirs(tokens[None, start : start + context])
+            .logits[0]
+            .double()
+            .log_softmax(-1)
+        )
         for target in range(max(scored, start) + 1, start + context + 1):
             nll.append(-log_p[target - start - 1, tokens[target]].item())
         scored = start + context
         start += stride
     assert num_targets == len(nll) == 9_999
-    assert math.exp(loss / num_targets) == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+    assert math.exp(loss / num_targets) == pytest.approx(
+        math.exp(sum(nll) / len(nll)), rel=1e-4
+    )
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer."], ids=["GPT2Model", "GPT2LMHeadModel"])
-def test_both_spellings_of_the_keys_load(hf: ModuleType, tmp_path: Path, prefix: str) -> None:
+@pytest.mark.parametrize(
+    "prefix", ["", "transformer."], ids=["GPT2Model", "GPT2LMHeadModel"]
+)
+def test_both_spellings_of_the_keys_load(
+    hf: ModuleType, tmp_path: Path, prefix: str
+) -> None:
     theirs = save_checkpoint(hf, tmp_path, TINY)
     if not prefix:  # the way "gpt2" lies on the hub
         theirs.transformer.save_pretrained(tmp_path)
@@ -131,21 +158,25 @@ def test_the_checkpoints_sizes_take_the_place_of_the_configs_as_documented(
     assert GPT2(**TINY, dropout=0.3, pretrained=str(tmp_path)).dropout.p == 0.3
     assert "n_layer" not in caplog.text
     assert GPT2(**NANO, pretrained=str(tmp_path)).n_layer == 2
-    assert "n_layer" not in caplog.text  # a warning on every job would tell nobody anything
+    # A warning on every job would tell nobody anything
+    assert "n_layer" not in caplog.text
 
 
 # ---- checkpoints that are refused ----------------------------------------------------------------
 
 
 def test_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pretrained=.*no config.json.*save_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"pretrained=.*no config.json.*save_pretrained"
+    ):
         GPT2(pretrained=str(tmp_path))
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
-        ValueError, match=r"pretrained=gpt2: needs the extra hf \(pip install \"qtrain\[hf\]\"\)"
+        ValueError,
+        match=r"pretrained=gpt2: needs the extra hf \(pip install \"qtrain\[hf\]\"\)",
     ):
         GPT2(pretrained="gpt2")
 
@@ -162,7 +193,10 @@ def test_every_key_and_shape_is_accounted_for(hf: ModuleType, tmp_path: Path) ->
     message = str(caught.value)
     assert "missing: transformer.h.0.attn.c_attn.weight" in message
     assert "unexpected: transformer.h.2.ln_1.weight" in message
-    assert "mismatch: transformer.ln_f.bias has shape (15,), config.json asks for (16,)" in message
+    assert (
+        "mismatch: transformer.ln_f.bias has shape (15,), config.json asks for (16,)"
+        in message
+    )
     assert message.count("\n") == 3
     config = OmegaConf.create({"vocab_size": 61, "pretrained": str(tmp_path)})
     (line,) = explain("model", config, caught.value)

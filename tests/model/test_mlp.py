@@ -52,12 +52,16 @@ def test_fusing_changes_no_output(hidden_relu, output_relu, is_qat):
     model.fuse_model(is_qat=is_qat)
     assert torch.equal(model(X), expected)
     hidden = "LinearReLU" if hidden_relu else "Linear"
-    kinds = [type(layer).__name__ for layer in (model.linear1, model.linear2, model.linear3)]
+    kinds = [
+        type(layer).__name__ for layer in (model.linear1, model.linear2, model.linear3)
+    ]
     assert kinds == [hidden, hidden, "Linear"]  # the output's ReLU is not fused
     assert isinstance(model.relu3, torch.nn.ReLU) == output_relu
 
 
 @pytest.mark.parametrize("hidden", [0, -1, 2.5, "10", True], ids=repr)
 def test_wrong_width(hidden):
-    with pytest.raises(ValueError, match=r"^hidden=.*: must be a whole number from 1 to [0-9]+$"):
+    with pytest.raises(
+        ValueError, match=r"^hidden=.*: must be a whole number from 1 to [0-9]+$"
+    ):
         mlp(True, False, hidden=hidden)

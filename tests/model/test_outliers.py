@@ -25,7 +25,9 @@ def test_the_function_stays_and_the_features_stand_out(gpt2):
             lambda _, args, name=name: seen.update({name: args[0]})
         )
         seen[f"{name} logits"] = model(idx)
-    torch.testing.assert_close(seen["after logits"], seen["before logits"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        seen["after logits"], seen["before logits"], rtol=1e-4, atol=1e-5
+    )
     ratio = seen["after"] / seen["before"]
     expected = torch.ones(16)
     expected[[0, 8]] = 50
@@ -52,6 +54,7 @@ def test_refused_settings(options, message, gpt2):
 
 def test_another_model(mlp):
     with pytest.raises(
-        ValueError, match="model_transform: plants outliers in a GPT2, but the model is a MLP"
+        ValueError,
+        match="model_transform: plants outliers in a GPT2, but the model is a MLP",
     ):
         plant_outliers(mlp, num_channels=1, factor=2.0)

@@ -11,7 +11,11 @@ from qtrain.model.sampling import Sampling, penalized
 def naive_penalty(row, tokens, penalty):
     """One logit after the other, as the article's equation has them."""
     return [
-        value if index not in tokens else value / penalty if value >= 0 else value * penalty
+        value
+        if index not in tokens
+        else value / penalty
+        if value >= 0
+        else value * penalty
         for index, value in enumerate(row)
     ]
 
@@ -57,14 +61,21 @@ def test_repetition_is_penalized_once_whatever_the_sign(logits, penalty):
 def test_top_p_draws_from_the_nucleus_alone_in_proportion(logits, p, top_k):
     row = logits[0].tolist()
     likeliest = sorted(range(12), key=lambda index: -row[index])[: top_k or 12]
-    allowed = {likeliest[index] for index in naive_nucleus([row[token] for token in likeliest], p)}
+    allowed = {
+        likeliest[index]
+        for index in naive_nucleus([row[token] for token in likeliest], p)
+    }
     weights = torch.tensor(
-        [math.exp(value) if index in allowed else 0.0 for index, value in enumerate(row)]
+        [
+            math.exp(value) if index in allowed else 0.0
+            for index, value in enumerate(row)
+        ]
     )
     expected = weights / weights.sum()
     found = drawn(logits, top_p=p, top_k=top_k)
     assert (found[expected == 0] == 0).all()
-    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)  # 5 deviations of 20,000 draws
+    # 5 deviations of 20,000 draws
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
 
 
 def test_each_row_has_its_own_nucleus_and_its_own_past():
@@ -72,7 +83,9 @@ def test_each_row_has_its_own_nucleus_and_its_own_past():
     past = [torch.tensor([[0], [1]])]
     generator = torch.Generator().manual_seed(0)
     assert Sampling(top_p=0.5).choose(logits, past, generator).tolist() == [[0], [2]]
-    chosen = Sampling(greedy=True, repetition_penalty=100.0).choose(logits + 0.1, past, generator)
+    chosen = Sampling(greedy=True, repetition_penalty=100.0).choose(
+        logits + 0.1, past, generator
+    )
     assert chosen[0, 0] != 0 and chosen[1, 0] == 2
 
 

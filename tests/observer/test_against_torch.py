@@ -43,7 +43,9 @@ def both(pair, batches, *, signed, granularity="per_tensor", **fields):
 @pytest.mark.parametrize("name", PAIRS)
 @given(fields=FORMATS, batches=BATCHES)
 def test_ranges_are_torchs(name, granularity, signed, fields, batches):
-    ours, torchs = both(PAIRS[name], batches, signed=signed, granularity=granularity, **fields)
+    ours, torchs = both(
+        PAIRS[name], batches, signed=signed, granularity=granularity, **fields
+    )
     assert ours == torchs
 
 
@@ -52,7 +54,9 @@ def test_ranges_are_torchs(name, granularity, signed, fields, batches):
 @given(value=st.floats(-(2.0**99), 2.0**99, width=32), count=st.integers(1, 3))
 def test_constants_have_torchs_range(name, granularity, value, count):
     batches = [torch.full((2, 3), value)] * count
-    ours, torchs = both(PAIRS[name], batches, signed=True, symmetric=True, granularity=granularity)
+    ours, torchs = both(
+        PAIRS[name], batches, signed=True, symmetric=True, granularity=granularity
+    )
     assert ours == torchs
 
 
@@ -67,9 +71,13 @@ HISTOGRAMS = (partial(HistogramObserver, bins=64), partial(torch_ao.histogram, b
     offset=st.floats(-3, 3),
     rectified=st.booleans(),
 )
-def test_a_histograms_range_is_torchs_as_it_grows(fields, seed, growths, offset, rectified):
+def test_a_histograms_range_is_torchs_as_it_grows(
+    fields, seed, growths, offset, rectified
+):
     generator = torch.Generator().manual_seed(seed)
-    batches = [torch.randn(200, generator=generator) * growth + offset for growth in growths]
+    batches = [
+        torch.randn(200, generator=generator) * growth + offset for growth in growths
+    ]
     batches = [batch.relu() if rectified else batch for batch in batches]
     ours, torchs = both(HISTOGRAMS, batches, signed=False, **fields)
     assert ours == torchs
@@ -77,8 +85,15 @@ def test_a_histograms_range_is_torchs_as_it_grows(fields, seed, growths, offset,
 
 @settings(max_examples=10)
 @pytest.mark.filterwarnings("ignore:.*inf detected:UserWarning")
-@given(value=st.floats(-100, 100, width=32), infinity=st.sampled_from([torch.inf, -torch.inf]))
+@given(
+    value=st.floats(-100, 100, width=32),
+    infinity=st.sampled_from([torch.inf, -torch.inf]),
+)
 def test_a_histogram_of_constants_and_infinities_is_torchs(value, infinity):
-    batches = [torch.full((5,), value), torch.tensor([value, infinity, 1.0]), torch.zeros(0)]
+    batches = [
+        torch.full((5,), value),
+        torch.tensor([value, infinity, 1.0]),
+        torch.zeros(0),
+    ]
     ours, torchs = both(HISTOGRAMS, batches, signed=False, symmetric=False)
     assert ours == torchs

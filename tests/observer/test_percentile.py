@@ -15,12 +15,16 @@ QARGS = {
     "quant_max": 255,
 }
 NUMBERS = st.floats(-1000, 1000, width=32)
-PERCENTILES = st.sampled_from([51.0, 75.0, 90.0, 99.0, 99.9, 100.0]) | st.floats(50.5, 100)
+PERCENTILES = st.sampled_from([51.0, 75.0, 90.0, 99.0, 99.9, 100.0]) | st.floats(
+    50.5, 100
+)
 BINS = st.sampled_from([4, 8, 64, 1024])
 
 
 def observe(*batches, percentile=99.0, bins=1024, **qargs):
-    observer = PercentileObserver(percentile=percentile, bins=bins, **{**QARGS, **qargs})
+    observer = PercentileObserver(
+        percentile=percentile, bins=bins, **{**QARGS, **qargs}
+    )
     for batch in batches:
         observer(torch.as_tensor(batch))
     return observer
@@ -53,7 +57,9 @@ def test_it_is_torchs_quantile_within_one_bin(values, percentile, bins):
 
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9])
 @pytest.mark.parametrize(
-    "draw", [torch.randn, torch.rand, lambda n: torch.rand(n).pow(8).neg()], ids=["n", "u", "skew"]
+    "draw",
+    [torch.randn, torch.rand, lambda n: torch.rand(n).pow(8).neg()],
+    ids=["n", "u", "skew"],
 )
 def test_it_is_torchs_quantile_of_many_numbers(draw, percentile):
     x = draw(20_000)
@@ -103,14 +109,17 @@ def test_100_percent_is_torchs_minimum_and_maximum(values, bins):
     reference = tq.MinMaxObserver(**QARGS)
     reference(x)
     assert (
-        observe(x, percentile=100, bins=bins).calculate_qparams() == reference.calculate_qparams()
+        observe(x, percentile=100, bins=bins).calculate_qparams()
+        == reference.calculate_qparams()
     )
 
 
 def test_outliers_are_clipped_at_the_side_they_are_on():
     x = torch.linspace(-1, 1, 10_001)
     plain = observe(x, percentile=99.9, bins=8192).range()
-    low, high = observe(x, torch.tensor([9.0, 10.0]), percentile=99.9, bins=8192).range()
+    low, high = observe(
+        x, torch.tensor([9.0, 10.0]), percentile=99.9, bins=8192
+    ).range()
     assert high == pytest.approx(float(plain[1]), abs=0.01) and low == pytest.approx(
         float(plain[0]), abs=0.01
     )
@@ -131,7 +140,9 @@ def test_a_higher_percentile_clips_less():
 def test_more_bins_are_more_exact():
     x = torch.randn(10_000)
     exact = x.quantile(0.99)
-    errors = [abs(float(observe(x, bins=bins).range()[1] - exact)) for bins in (16, 256, 8192)]
+    errors = [
+        abs(float(observe(x, bins=bins).range()[1] - exact)) for bins in (16, 256, 8192)
+    ]
     assert errors == sorted(errors, reverse=True) and errors[2] < 0.002
 
 
@@ -139,11 +150,17 @@ def test_more_bins_are_more_exact():
 def test_scale_and_zero_point_are_those_of_the_clipped_range(symmetric):
     qscheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
     observer = observe(
-        torch.linspace(-1, 3, 1000), torch.tensor([50.0]), percentile=99, bins=8192, qscheme=qscheme
+        torch.linspace(-1, 3, 1000),
+        torch.tensor([50.0]),
+        percentile=99,
+        bins=8192,
+        qscheme=qscheme,
     )
     low, high = (float(end) for end in observer.range())
     scale, zero_point = observer.calculate_qparams()
-    assert float(scale) == pytest.approx(2 * high / 255 if symmetric else (high - low) / 255)
+    assert float(scale) == pytest.approx(
+        2 * high / 255 if symmetric else (high - low) / 255
+    )
     assert int(zero_point) == (127 if symmetric else round(-low / float(scale)))
     assert -1 <= low < -0.9 and 2.9 < high < 3.1
 
@@ -160,7 +177,9 @@ def test_only_zeros():
     assert scale > 0 and scale.isfinite() and zero_point == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str
+)
 def test_other_dtypes_and_shapes_are_taken(dtype):
     x = torch.linspace(-1, 1, 24, dtype=dtype).reshape(2, 3, 4)
     observer = observe(x)
@@ -210,14 +229,23 @@ def test_a_state_dict_carries_the_histogram():
 @pytest.mark.parametrize(
     "setting, reason",
     [
-        ({"percentile": 50}, "percentile=50: must be a number above 50 and at most 100"),
+        (
+            {"percentile": 50},
+            "percentile=50: must be a number above 50 and at most 100",
+        ),
         ({"percentile": 100.1}, "percentile=100.1: must be a number above 50"),
         ({"percentile": float("nan")}, "percentile=nan: must be a number above 50"),
         ({"bins": 0}, "bins=0: must be a whole number from 4"),
         ({"bins": 6}, "bins=6: must be a multiple of 4"),
         ({"bins": -4}, "bins=-4: must be a whole number from 4"),
-        ({"qscheme": torch.per_channel_affine}, "observer=percentile: .*granularity=per_tensor"),
-        ({"qscheme": torch.per_channel_symmetric}, "observer=percentile: .*granularity=per_tensor"),
+        (
+            {"qscheme": torch.per_channel_affine},
+            "observer=percentile: .*granularity=per_tensor",
+        ),
+        (
+            {"qscheme": torch.per_channel_symmetric},
+            "observer=percentile: .*granularity=per_tensor",
+        ),
     ],
     ids=lambda value: "",
 )

@@ -38,7 +38,9 @@ def test_generation(dtype):
 
 
 def test_an_unknown_format():
-    with pytest.raises(ValueError, match="dtype=float8: allowed are float16 and bfloat16"):
+    with pytest.raises(
+        ValueError, match="dtype=float8: allowed are float16 and bfloat16"
+    ):
         make("float8")
 
 
@@ -47,7 +49,8 @@ def test_an_unknown_format():
 )
 def test_single_layers_in_float(layers):
     model = GPT2(vocab_size=40, n_positions=8, n_layer=2, n_head=2, n_embd=16)
-    quantized, idx = converted(make("float16", layers), model), torch.tensor([[1, 2, 3]])
+    quantized = converted(make("float16", layers), model)
+    idx = torch.tensor([[1, 2, 3]])
     dtypes = {
         n: m.weight.dtype
         for n, m in quantized.named_modules()
@@ -58,15 +61,19 @@ def test_single_layers_in_float(layers):
     expected = kept.get(pattern, [n for n in dtypes if n.endswith("c_proj")])
     assert [n for n, dtype in dtypes.items() if dtype == torch.float32] == expected
     assert torch.equal(
-        quantized.get_submodule(expected[0]).weight, model.get_submodule(expected[0]).weight
+        quantized.get_submodule(expected[0]).weight,
+        model.get_submodule(expected[0]).weight,
     )
     half = converted(make("float16"), model)
     assert 0 < (quantized(idx) - half(idx)).abs().max() < 0.01
-    assert quantized.generate(idx, 4, greedy=True).shape == (1, 7)  # the cache has one format too
+    # The cache has one format too
+    assert quantized.generate(idx, 4, greedy=True).shape == (1, 7)
 
 
 def test_each_layer_says_why_it_is_float(convnet, images):
-    found = dry_run(convnet, make("float16", {"conv1": "float"}), (images[:2],))["float_layers"]
+    found = dry_run(convnet, make("float16", {"conv1": "float"}), (images[:2],))[
+        "float_layers"
+    ]
     assert found.pop("conv1") == "set by quant.layers" and set(found.values()) == {
         "kept in float16"
     }

@@ -32,7 +32,11 @@ def calibrated(quantizer, model, *batches):
 
 
 def quantized_layers(model):
-    return {n: m for n, m in model.named_modules() if integers.quantized_weight(m) is not None}
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if integers.quantized_weight(m) is not None
+    }
 
 
 # ---- against a plain script ----------------------------------------------------------------------
@@ -43,7 +47,11 @@ def by_hand(model, qconfig, batches, engine):
     model = copy.deepcopy(model).eval()
     with torch_ao.use_engine(engine):
         if hasattr(model, "conv1"):
-            runs = [["conv1", "bn1", "relu1"], ["conv2", "bn2", "relu2"], ["linear1", "relu3"]]
+            runs = [
+                ["conv1", "bn1", "relu1"],
+                ["conv2", "bn2", "relu2"],
+                ["linear1", "relu3"],
+            ]
         else:
             runs = [["linear1", "relu1"], ["linear2", "relu2"]]
         tq.fuse_modules(model, runs, inplace=True)
@@ -74,10 +82,14 @@ def assert_identical(ours, theirs, images, engine):
 
 
 @OLD_TORCH_STYLE
-def test_defaults_give_what_torchs_default_qconfig_gives(engine, model, images, make_ptq):
+def test_defaults_give_what_torchs_default_qconfig_gives(
+    engine, model, images, make_ptq
+):
     if engine == "onednn" and not torch.cpu._is_vnni_supported():
         pytest.skip("qtrain leaves out the bit that would saturate here")
-    quantizer = make_ptq(engine, activation={"observer": partial(torch_ao.histogram, bins=2048)})
+    quantizer = make_ptq(
+        engine, activation={"observer": partial(torch_ao.histogram, bins=2048)}
+    )
     batches = images.split(8)
     ours = quantizer.convert(calibrated(quantizer, model, *batches))
     theirs = by_hand(model, tq.get_default_qconfig(engine), batches, engine)
@@ -91,7 +103,11 @@ TORCHS_OBSERVERS = {
         tq.MovingAverageMinMaxObserver,
         {"averaging_constant": 0.3},
     ),
-    "histogram": (partial(torch_ao.histogram, bins=128), tq.HistogramObserver, {"bins": 128}),
+    "histogram": (
+        partial(torch_ao.histogram, bins=128),
+        tq.HistogramObserver,
+        {"bins": 128},
+    ),
 }
 
 
@@ -103,9 +119,13 @@ def test_settings_give_what_torchs_own_observers_give(
 ):
     ours, theirs, arguments = TORCHS_OBSERVERS[observer]
     spec = {"bits": 7, "symmetric": True, "reduce_range": False, "observer": ours}
-    quantizer = make_ptq(engine, weight={"bits": 6, "granularity": granularity}, activation=spec)
+    quantizer = make_ptq(
+        engine, weight={"bits": 6, "granularity": granularity}, activation=spec
+    )
     weight_observer = (
-        tq.PerChannelMinMaxObserver if granularity == "per_channel" else tq.MinMaxObserver
+        tq.PerChannelMinMaxObserver
+        if granularity == "per_channel"
+        else tq.MinMaxObserver
     )
     qconfig = tq.QConfig(
         activation=theirs.with_args(
@@ -124,14 +144,21 @@ def test_settings_give_what_torchs_own_observers_give(
     )
     batches = images.split(8)
     converted = quantizer.convert(calibrated(quantizer, convnet, *batches))
-    assert_identical(converted, by_hand(convnet, qconfig, batches, engine), images, engine)
+    assert_identical(
+        converted, by_hand(convnet, qconfig, batches, engine), images, engine
+    )
 
 
 def test_percentile_equals_minmax_at_100_percent(convnet, images, make_ptq):
     outputs = []
-    for observer in (torch_ao.minmax, partial(PercentileObserver, percentile=100, bins=64)):
+    for observer in (
+        torch_ao.minmax,
+        partial(PercentileObserver, percentile=100, bins=64),
+    ):
         quantizer = make_ptq(activation={"observer": observer})
-        outputs.append(quantizer.convert(calibrated(quantizer, convnet, *images.split(8)))(images))
+        outputs.append(
+            quantizer.convert(calibrated(quantizer, convnet, *images.split(8)))(images)
+        )
     assert torch.equal(*outputs)
 
 
@@ -139,7 +166,10 @@ def test_an_outlier_costs_minmax_more_than_percentile(mlp, images, make_ptq):
     spoilt = images.clone()
     spoilt[0, 0, 0, 0] = 100
     ratios = []
-    for observer in (torch_ao.minmax, partial(PercentileObserver, percentile=99.9, bins=8192)):
+    for observer in (
+        torch_ao.minmax,
+        partial(PercentileObserver, percentile=99.9, bins=8192),
+    ):
         quantizer = make_ptq(activation={"observer": observer})
         quantized = quantizer.convert(calibrated(quantizer, mlp, spoilt))
         ratios.append(decibels(mlp(images), quantized(images)))
@@ -156,7 +186,10 @@ def test_calibration_sees_every_batch_and_nothing_else(convnet, images, make_ptq
     quantizer.calibrate(prepared.train(), ((batch,) for batch in images.split(5)))
     prepared(images * 50)
     points = output_points(prepared.model)
-    assert points["quant"].observed_range() == (images.min().item(), images.max().item())
+    assert points["quant"].observed_range() == (
+        images.min().item(),
+        images.max().item(),
+    )
     logits = convnet(images)
     torch.testing.assert_close(
         torch.tensor(points["linear2"].observed_range()),
@@ -185,7 +218,9 @@ def test_reduce_range_halves_the_integers_of_activations(mlp, images, make_ptq):
     scales = []
     for reduce_range in (False, True):
         quantizer = make_ptq(activation={"reduce_range": reduce_range})
-        scales.append(quantizer.convert(calibrated(quantizer, mlp, images)).quant.scale.item())
+        scales.append(
+            quantizer.convert(calibrated(quantizer, mlp, images)).quant.scale.item()
+        )
     assert scales[1] / scales[0] == pytest.approx(255 / 127)
 
 
@@ -215,7 +250,9 @@ def test_each_layers_simulation_rounds_as_its_kernel_does(
 ):
     """Both come to the same for equal integers but where halfway: often, with few weights."""
     reduce_range = bits > full_range_bits(engine)
-    quantizer = make_ptq(engine, weight={"bits": bits}, activation={"reduce_range": reduce_range})
+    quantizer = make_ptq(
+        engine, weight={"bits": bits}, activation={"reduce_range": reduce_range}
+    )
     prepared = calibrated(quantizer, model, images)
     fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
     seen = {}
@@ -233,7 +270,9 @@ def test_each_layers_simulation_rounds_as_its_kernel_does(
                     x, float(source.scale), int(source.zero_point), torch.quint8
                 )
             )
-        top = (quantizer.activation.quant_range(signed=False)[1] - layer.zero_point) * layer.scale
+        top = (
+            quantizer.activation.quant_range(signed=False)[1] - layer.zero_point
+        ) * layer.scale
         steps = (
             output.dequantize().clamp(max=top) - expected
         ) / layer.scale  # kernels clip at 255, reduced or not
@@ -247,7 +286,9 @@ def test_each_layers_simulation_rounds_as_its_kernel_does(
     [(True, False), (False, False), (True, True), (False, True)],
     ids=["symmetric", "asymmetric", "symmetric_fused", "asymmetric_fused"],
 )
-def test_simulated_weights_are_the_converted_ones(symmetric, fused, granularity, between, make_ptq):
+def test_simulated_weights_are_the_converted_ones(
+    symmetric, fused, granularity, between, make_ptq
+):
     model = between(
         nn.Conv2d(3, 4, 3),
         nn.ReLU(),
@@ -262,7 +303,9 @@ def test_simulated_weights_are_the_converted_ones(symmetric, fused, granularity,
         fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
         for name, layer in quantized_layers(quantized).items():
             site = fake.get_submodule(name)
-            assert torch.equal(site.weight_q(site.folded()[0]), layer.weight().dequantize())
+            assert torch.equal(
+                site.weight_q(site.folded()[0]), layer.weight().dequantize()
+            )
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
@@ -276,7 +319,10 @@ def test_weights_of_n_bits_have_2_to_the_n_integers(
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     for module in quantized_layers(quantized).values():
         integers = module.weight().int_repr()
-        assert -(2 ** (bits - 1)) <= integers.min() and integers.max() <= 2 ** (bits - 1) - 1
+        assert (
+            -(2 ** (bits - 1)) <= integers.min()
+            and integers.max() <= 2 ** (bits - 1) - 1
+        )
     # 1568 weights fill all of 256 integers but a few
     assert len(quantized.linear1.weight().int_repr().unique()) > 0.9 * 2**bits
 
@@ -314,7 +360,10 @@ def test_activations_of_n_bits_have_2_to_the_n_values_and_are_a_simulation(
         (None, r"layers\.conv\*=None: must be float"),
         ({"bits": 9}, r"layers\.conv\*\.bits=9: must be a whole number from 2 to 8"),
         ({"bit": 4}, r"layers\.conv\*\.bit=4: .* bits, granularity"),
-        ({"symmetric": False}, r"layers\.conv\*\.weight\.symmetric=false: engine onednn"),
+        (
+            {"symmetric": False},
+            r"layers\.conv\*\.weight\.symmetric=false: engine onednn",
+        ),
         ({"reduce_range": True}, r"layers\.conv\*\.weight\.reduce_range=true"),
     ],
     ids=str,
@@ -335,17 +384,23 @@ def test_single_layers_by_another_method(kind, mlp, images, make_ptq, make_qat):
     prepared = quantizer.prepare(mlp)
     with torch.no_grad():
         for parameter in prepared.parameters():
-            parameter.mul_(1.1)  # as training would: what counts is the weight at conversion
+            # As training would: what counts is the weight at conversion
+            parameter.mul_(1.1)
     quantizer.calibrate(prepared, [(images,)])
     before = prepared(images)
     quantized, fake = quantizer.convert(prepared), quantizer.fake(prepared)
     for model in (quantized, fake):
         kinds = {
-            type(m): m for m in model.modules() if isinstance(m, LLMInt8Linear | CompactLinear)
+            type(m): m
+            for m in model.modules()
+            if isinstance(m, LLMInt8Linear | CompactLinear)
         }
         assert len(kinds) == 2 and kinds[CompactLinear].weight.bits == 4
         torch.testing.assert_close(
-            kinds[LLMInt8Linear].weight.dequantize(), 1.1 * mlp.linear1.weight, atol=0.01, rtol=0.01
+            kinds[LLMInt8Linear].weight.dequantize(),
+            1.1 * mlp.linear1.weight,
+            atol=0.01,
+            rtol=0.01,
         )
     assert isinstance(quantized.linear3, nnq.Linear)
     assert (
@@ -382,18 +437,27 @@ def test_a_later_pattern_takes_back_another_method(mlp, make_ptq, images):
     assert quantized.linear3.weight().int_repr().unique().numel() <= 16
 
 
-def test_observers_of_one_range_serve_weights_where_they_can_forget(convnet, images, make_ptq):
+def test_observers_of_one_range_serve_weights_where_they_can_forget(
+    convnet, images, make_ptq
+):
     percentile = partial(PercentileObserver, percentile=99.99, bins=8192)
     quantizer = make_ptq(weight={"granularity": "per_tensor", "observer": percentile})
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     assert decibels(convnet(images), quantized(images)) > 20
-    with pytest.raises(ValueError, match="weight.observer=histogram: cannot forget .*use minmax"):
+    with pytest.raises(
+        ValueError, match="weight.observer=histogram: cannot forget .*use minmax"
+    ):
         make_ptq(
-            weight={"granularity": "per_tensor", "observer": partial(torch_ao.histogram, bins=64)}
+            weight={
+                "granularity": "per_tensor",
+                "observer": partial(torch_ao.histogram, bins=64),
+            }
         )
 
 
-def test_a_state_dict_fills_an_uncalibrated_conversion_exactly(engine, model, images, make_ptq):
+def test_a_state_dict_fills_an_uncalibrated_conversion_exactly(
+    engine, model, images, make_ptq
+):
     quantizer = make_ptq(engine)
     quantized = quantizer.convert(calibrated(quantizer, model, images))
     file = io.BytesIO()
@@ -405,18 +469,26 @@ def test_a_state_dict_fills_an_uncalibrated_conversion_exactly(engine, model, im
     assert torch.equal(fresh(images), quantized(images))
 
 
-def test_a_calibrated_model_converts_the_same_after_saving_and_loading(model, images, make_ptq):
+def test_a_calibrated_model_converts_the_same_after_saving_and_loading(
+    model, images, make_ptq
+):
     quantizer = make_ptq()
     prepared = calibrated(quantizer, model, images)
     loaded = quantizer.prepare(model)
     loaded.load_state_dict(prepared.state_dict())
-    assert torch.equal(quantizer.convert(loaded)(images), quantizer.convert(prepared)(images))
+    assert torch.equal(
+        quantizer.convert(loaded)(images), quantizer.convert(prepared)(images)
+    )
 
 
 def test_settled_specs_are_those_of_the_engine(engine, make_ptq):
     quantizer = make_ptq(engine)
     rules = torch_ao.ENGINES[engine]
-    assert (quantizer.engine, quantizer.simulated, quantizer.trains) == (engine, False, False)
+    assert (quantizer.engine, quantizer.simulated, quantizer.trains) == (
+        engine,
+        False,
+        False,
+    )
     assert (quantizer.weight, quantizer.activation) == rules.settle(
         quantizer.weight, quantizer.activation
     )
@@ -431,5 +503,7 @@ def test_the_kernel_of_fake_quantization_can_be_chosen(convnet, make_ptq, make_q
             model = make(fake_quantize=kernel).prepare(convnet).model
             points = [*weight_points(model).values(), *output_points(model).values()]
             assert len(points) == 9 and {point.kernel for point in points} == {kernel}
-        with pytest.raises(ValueError, match="fake_quantize=cuda: allowed are qtrain and torch"):
+        with pytest.raises(
+            ValueError, match="fake_quantize=cuda: allowed are qtrain and torch"
+        ):
             make(fake_quantize="cuda")

@@ -24,7 +24,10 @@ def modes(points):
     [
         ({"epochs": 0}, "epochs=0: must be a whole number from 1"),
         ({"convert_every": -1}, "convert_every=-1: must be a whole number from 0 to 4"),
-        ({"epochs": 2, "convert_every": 3}, "convert_every=3: must be a whole number from 0 to 2"),
+        (
+            {"epochs": 2, "convert_every": 3},
+            "convert_every=3: must be a whole number from 0 to 2",
+        ),
         ({"from_scratch": 1}, "from_scratch=1: allowed are true and false"),
         (
             {"epochs": 2, "start_epoch": 2},
@@ -62,11 +65,15 @@ def test_all_mistakes_are_told_at_once(make_qat):
             weight={"symmetric": False, "reduce_range": True},
         )
     keys = [line.split("=")[0] for line in str(err.value).splitlines()]
-    assert keys[:2] == ["start_epoch", "convert_every"] and "weight.reduce_range" in keys
+    assert (
+        keys[:2] == ["start_epoch", "convert_every"] and "weight.reduce_range" in keys
+    )
 
 
 def test_settings_are_there_for_the_trainer(make_qat):
-    quantizer = make_qat(epochs=3, optimizer=1, scheduler=2, from_scratch=True, convert_every=2)
+    quantizer = make_qat(
+        epochs=3, optimizer=1, scheduler=2, from_scratch=True, convert_every=2
+    )
     assert quantizer.trains and quantizer.from_scratch
     assert (
         quantizer.epochs,
@@ -79,7 +86,9 @@ def test_settings_are_there_for_the_trainer(make_qat):
 # ---- the schedule --------------------------------------------------------------------------------
 
 
-def test_fake_quantization_and_freezing_start_at_their_epochs(convnet, images, make_qat):
+def test_fake_quantization_and_freezing_start_at_their_epochs(
+    convnet, images, make_qat
+):
     quantizer = make_qat(
         epochs=5, start_epoch=1, freeze_observers_epoch=2, freeze_batch_norm_epoch=3
     )
@@ -126,17 +135,24 @@ def test_before_the_start_it_trains_the_float_model(mlp, images, make_qat):
 
 
 @pytest.mark.parametrize(
-    "bits, symmetric, narrow", [(8, "auto", True), (4, "auto", False), (8, False, False)]
+    "bits, symmetric, narrow",
+    [(8, "auto", True), (4, "auto", False), (8, False, False)],
 )
-def test_the_range_is_narrow_where_that_costs_little(bits, symmetric, narrow, make_qat, make_ptq):
+def test_the_range_is_narrow_where_that_costs_little(
+    bits, symmetric, narrow, make_qat, make_ptq
+):
     for setting, expected in (("auto", narrow), (True, True), (False, False)):
         weight = {"bits": bits, "symmetric": symmetric, "narrow_range": setting}
-        quantizer = make_qat("fbgemm", weight=weight, layers={"linear2": {"bits": 12 - bits}})
+        quantizer = make_qat(
+            "fbgemm", weight=weight, layers={"linear2": {"bits": 12 - bits}}
+        )
         assert quantizer.weight.narrow_range is expected
         if symmetric is not False:  # "auto" is settled for each layer by its own bits
             other = not narrow if setting == "auto" else expected
             assert quantizer.layers["linear2"].narrow_range is other
-        assert make_ptq("fbgemm", weight=weight).weight.narrow_range is (setting is True)
+        assert make_ptq("fbgemm", weight=weight).weight.narrow_range is (
+            setting is True
+        )
 
 
 def test_simulation_leaves_the_prepared_model_in_its_modes(convnet, images, make_qat):
@@ -147,16 +163,18 @@ def test_simulation_leaves_the_prepared_model_in_its_modes(convnet, images, make
     assert prepared.training and not fake.training and not reference.training
     assert modes(output_points(prepared.model)) == {(False, False)}
     assert modes(weight_points(prepared.model)) == {(True, False)}
-    assert modes(output_points(fake)) == {(False, True)} and modes(weight_points(fake)) == {
-        (True, True)
-    }
+    assert modes(output_points(fake)) == {(False, True)} and modes(
+        weight_points(fake)
+    ) == {(True, True)}
     torch.testing.assert_close(reference(images), convnet(images), atol=1e-4, rtol=1e-4)
 
 
 def test_batch_norm_in_a_float_island_is_frozen_too(convnet, images, make_qat):
     quantizer = make_qat(layers={"conv1": "float"}, freeze_batch_norm_epoch=1)
     prepared = calibrated(quantizer, convnet, images)
-    bn = next(m for m in prepared.model.conv1.modules() if isinstance(m, nn.BatchNorm2d))
+    bn = next(
+        m for m in prepared.model.conv1.modules() if isinstance(m, nn.BatchNorm2d)
+    )
     for epoch in range(3):
         prepared.train()
         quantizer.on_epoch(prepared, epoch)

@@ -36,19 +36,26 @@ def test_converted_weights_are_the_trained_ones_with_batch_norm_folded_in(
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
     quantized = quantizer.convert(prepared)
     for name in QUANTIZED:
-        layer, integers = prepared.model.get_submodule(name), quantized.get_submodule(name).weight()
+        layer = prepared.model.get_submodule(name)
+        integers = quantized.get_submodule(name).weight()
         weight = layer.weight.detach()
         if name.startswith("conv"):
             factor = layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()
             weight = (weight * factor.reshape(-1, 1, 1, 1)).detach()
         peak = weight.abs().flatten(1).amax(1)
         torch.testing.assert_close(integers.q_per_channel_scales().float(), peak / 127)
-        scale = integers.q_per_channel_scales().float().reshape(-1, *[1] * (weight.dim() - 1))
+        scale = (
+            integers.q_per_channel_scales()
+            .float()
+            .reshape(-1, *[1] * (weight.dim() - 1))
+        )
         assert ((integers.dequantize() - weight).abs() <= 0.501 * scale).all()
 
 
 @pytest.mark.parametrize("bits", [2, 8])
-def test_folded_weights_are_rounded_alike_in_simulation_and_conversion(bits, between, make_qat):
+def test_folded_weights_are_rounded_alike_in_simulation_and_conversion(
+    bits, between, make_qat
+):
     for _ in range(20):
         bn = nn.BatchNorm2d(4)
         model = between(nn.Conv2d(3, 4, 3), bn, fuse=[(0, 1)])
@@ -58,7 +65,8 @@ def test_folded_weights_are_rounded_alike_in_simulation_and_conversion(bits, bet
         layer = quantizer.fake(prepared).body[0]
         simulated = layer.weight_q(layer.folded()[0])
         converted = quantizer.convert(prepared).body[0].weight().dequantize()
-        assert torch.equal(simulated, converted)  # the largest weights on ties among them
+        # The largest weights on ties among them
+        assert torch.equal(simulated, converted)
 
 
 def test_few_bits_of_activation_are_a_simulation(convnet, images, make_qat):
@@ -73,7 +81,9 @@ def test_weights_train_at_their_layers_bits(convnet, images, make_qat, train):
         "fbgemm", weight={"bits": 4}, layers={"conv1": "float", "linear2": {"bits": 8}}
     )
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
-    points = {name: point.quant_max for name, point in weight_points(prepared.model).items()}
+    points = {
+        name: point.quant_max for name, point in weight_points(prepared.model).items()
+    }
     assert points == {"conv2": 7, "linear1": 7, "linear2": 127}
     quantized = quantizer.convert(prepared)
     assert type(quantized.conv1.layer[0]) is nn.Conv2d
@@ -96,7 +106,9 @@ def test_a_whole_epoch_ends_with_the_integers_of_torchs_own_modules(model):
         torch.manual_seed(0)
         quantizer, task = parts.quantizer, parts.task
         prepared = calibrated(
-            quantizer, parts.model, *[task.inputs(batch)[0] for batch in islice(parts.data.test, 1)]
+            quantizer,
+            parts.model,
+            *[task.inputs(batch)[0] for batch in islice(parts.data.test, 1)],
         )
         quantizer.on_epoch(prepared.train(), 0)
         optimizer = torch.optim.Adam(prepared.parameters(), 1e-3)
@@ -106,7 +118,9 @@ def test_a_whole_epoch_ends_with_the_integers_of_torchs_own_modules(model):
             optimizer.zero_grad()
         converted = quantizer.convert(prepared)
         layers = {
-            n: m for n, m in converted.named_modules() if integers.quantized_weight(m) is not None
+            n: m
+            for n, m in converted.named_modules()
+            if integers.quantized_weight(m) is not None
         }
         return {
             n: (integers.quantized_weight(m).int_repr(), m.scale, m.zero_point)
@@ -116,5 +130,7 @@ def test_a_whole_epoch_ends_with_the_integers_of_torchs_own_modules(model):
     found, expected = epoch("qtrain"), epoch("torch")
     assert len(found) >= 3 and found.keys() == expected.keys()
     for name, (numbers, *qparams) in found.items():
-        assert torch.equal(numbers, expected[name][0]) and qparams == list(expected[name][1:])
+        assert torch.equal(numbers, expected[name][0]) and qparams == list(
+            expected[name][1:]
+        )
         assert numbers.unique().numel() > 100

@@ -32,14 +32,13 @@ def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, mak
     replaced = copy.deepcopy(mlp)
     with torch.no_grad():
         for name in ("linear1", "linear2", "linear3"):
-            layer, point = replaced.get_submodule(name), prepared.model.get_submodule(name).weight_q
+            layer = replaced.get_submodule(name)
+            point = prepared.model.get_submodule(name).weight_q
             layer.weight.copy_(point(layer.weight))
     replaced(images).square().sum().backward()
     for name in ("linear1", "linear2", "linear3"):
-        point, weight = (
-            prepared.model.get_submodule(name).weight_q,
-            mlp.get_submodule(name).weight.detach(),
-        )
+        point = prepared.model.get_submodule(name).weight_q
+        weight = mlp.get_submodule(name).weight.detach()
         scale = point.calculate_qparams()[0].reshape(-1, 1)
         inside = (weight / scale).round().clamp(-4, 3) == (weight / scale).round()
         tie = (
@@ -52,7 +51,9 @@ def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, mak
 
 
 @pytest.mark.parametrize("narrow", [True, False])
-def test_in_a_narrow_range_the_largest_weights_have_a_gradient(narrow, mlp, images, make_qat):
+def test_in_a_narrow_range_the_largest_weights_have_a_gradient(
+    narrow, mlp, images, make_qat
+):
     """In -128..127 the largest weight lies on 127.5, here exactly: at 128 it is clipped."""
     with torch.no_grad():
         mlp.linear1.weight[:, 0] = 127.5
@@ -97,7 +98,9 @@ def test_an_averaging_observer_does_not_lag_behind_weights(mlp, images, make_qat
     )
 
 
-def test_a_batch_norm_factor_of_zero_trains_without_nan(convnet, images, make_qat, train):
+def test_a_batch_norm_factor_of_zero_trains_without_nan(
+    convnet, images, make_qat, train
+):
     with torch.no_grad():
         convnet.bn1.weight[0] = 0
         convnet.bn2.weight.zero_()
@@ -121,11 +124,17 @@ def test_a_batch_norm_factor_of_zero_behind_a_linear_layer_trains_without_nan(
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_convolutions_of_any_dimension_train(dims, between, make_qat, train, full_range_bits):
+def test_convolutions_of_any_dimension_train(
+    dims, between, make_qat, train, full_range_bits
+):
     conv, bn = (getattr(nn, f"{name}{dims}d") for name in ("Conv", "BatchNorm"))
     model = between(conv(2, 3, 3), bn(3), nn.ReLU(), fuse=[(0, 1, 2)])
     x = torch.randn(8, 2, *[5] * dims)
-    quantizer = make_qat(weight={"bits": full_range_bits()}, activation={"reduce_range": False})
+    quantizer = make_qat(
+        weight={"bits": full_range_bits()}, activation={"reduce_range": False}
+    )
     prepared = train(quantizer, calibrated(quantizer, model, x), x)
     assert list(weight_points(prepared.model)) == ["body.0"]
-    assert decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 20
+    assert (
+        decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 20
+    )

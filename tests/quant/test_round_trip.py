@@ -53,8 +53,12 @@ def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
             value(quantized, name), formula(exact.data), rtol=1e-5, atol=1e-6, msg=name
         )
         assert not torch.equal(value(quantized, name), exact)
-    assert all(torch.equal(before[name], value) for name, value in convnet.state_dict().items())
-    assert 0 < (quantized(images) - convnet(images)).norm() < 0.2 * convnet(images).norm()
+    assert all(
+        torch.equal(before[name], value) for name, value in convnet.state_dict().items()
+    )
+    assert (
+        0 < (quantized(images) - convnet(images)).norm() < 0.2 * convnet(images).norm()
+    )
 
 
 @pytest.mark.parametrize("make, formula", METHODS.values(), ids=METHODS)
@@ -69,7 +73,9 @@ def test_linear_layers_alone_or_without_some(make, formula, convnet):
 
     assert changed(scope="linear") == {"linear1.weight", "linear2.weight"}
     assert changed(scope="linear", layers={"linear1": "float"}) == {"linear2.weight"}
-    assert not any(name.startswith("conv") for name in changed(layers={"conv*": "float"}))
+    assert not any(
+        name.startswith("conv") for name in changed(layers={"conv*": "float"})
+    )
 
 
 def test_other_ranges(convnet):
@@ -87,14 +93,18 @@ def test_a_quarter_of_the_size_and_a_tied_weight_once(make, formula):
     quantized = converted(make(), model)
     parameters = list(model.parameters())  # the tied weight once
     # A scale, a zero point.
-    assert weight_bytes(quantized) == sum(p.numel() for p in parameters) + 8 * len(parameters)
+    assert weight_bytes(quantized) == sum(p.numel() for p in parameters) + 8 * len(
+        parameters
+    )
     torch.testing.assert_close(quantized(idx), model(idx), rtol=0, atol=0.1)
     assert coverage(quantized, (idx,), {}) == {
         "params_quantized": 1.0,
         "macs_quantized": 1.0,
         "float_layers": {},
     }
-    fresh = converted(make(), GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32))
+    fresh = converted(
+        make(), GPT2(vocab_size=64, n_positions=16, n_layer=2, n_head=2, n_embd=32)
+    )
     fresh.load_state_dict(quantized.state_dict())
     assert torch.equal(fresh(idx), quantized(idx))
 
@@ -105,20 +115,29 @@ def test_a_tied_weight_that_one_layer_keeps_in_float_stays_float(make, formula):
     for options in ({"scope": "linear"}, {"layers": {"wte": "float"}}):
         quantized = converted(make(**options), model)
         assert (
-            quantized.lm_head.weight is quantized.wte.weight and type(quantized.wte) is nn.Embedding
+            quantized.lm_head.weight is quantized.wte.weight
+            and type(quantized.wte) is nn.Embedding
         )
         assert torch.equal(quantized.wte.weight, model.wte.weight)
-        float_layers = coverage(quantized, (torch.arange(6)[None],), options.get("layers", {}))[
-            "float_layers"
-        ]
+        float_layers = coverage(
+            quantized, (torch.arange(6)[None],), options.get("layers", {})
+        )["float_layers"]
         assert "wte" in float_layers and "h.0.mlp.c_fc" not in float_layers
 
 
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("absmax", {"quant_max": 128}, "quant_max=128: must be a whole number from 1 to 127"),
-        ("zeropoint", {"num_steps": 0}, "num_steps=0: must be a whole number from 1 to 255"),
+        (
+            "absmax",
+            {"quant_max": 128},
+            "quant_max=128: must be a whole number from 1 to 127",
+        ),
+        (
+            "zeropoint",
+            {"num_steps": 0},
+            "num_steps=0: must be a whole number from 1 to 255",
+        ),
         ("absmax", {"scope": "conv"}, "scope=conv: allowed are all and linear"),
         ("zeropoint", {"layers": {"x": {"bits": 4}}}, r"layers\.x=.*: must be float"),
     ],
@@ -135,6 +154,6 @@ def test_the_plan_names_each_layer_whose_parameters_are_stored(name, convnet):
     assert set(plan) == {"conv1", "bn1", "conv2", "bn2", "linear1", "linear2"}
     assert {layer.describe()["weight"]["bits"] for layer in plan.values()} == {8}
     assert {layer.backend for layer in plan.values()} == {name}
-    assert set(make(scope="linear", layers={"linear2": "float"}).prepare(convnet).plan) == {
-        "linear1"
-    }
+    assert set(
+        make(scope="linear", layers={"linear2": "float"}).prepare(convnet).plan
+    ) == {"linear1"}

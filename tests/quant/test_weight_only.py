@@ -43,7 +43,9 @@ def make(*, embedding="float", head="shared", layers=None, **weight):
 
 
 def make_llm(threshold=6.0, *, embedding="float", head="shared", layers=None):
-    return LLMInt8(threshold=threshold, embedding=embedding, head=head, layers=layers or {})
+    return LLMInt8(
+        threshold=threshold, embedding=embedding, head=head, layers=layers or {}
+    )
 
 
 def kinds(model):
@@ -55,19 +57,30 @@ def kinds(model):
 
 
 @pytest.mark.parametrize("bits, error", [(8, 0.01), (4, 0.15), (2, 0.8)])
-def test_every_linear_layer_becomes_integers_and_the_model_stays_itself(bits, error, gpt2, idx):
+def test_every_linear_layer_becomes_integers_and_the_model_stays_itself(
+    bits, error, gpt2, idx
+):
     before, exact = copy.deepcopy(gpt2.state_dict()), gpt2(idx)
     quantizer = make(bits=bits, granularity="per_group", group_size=8)
     quantized = quantizer.convert(quantizer.prepare(gpt2))
     changed = {
-        name for name, module in quantized.named_modules() if isinstance(module, CompactLinear)
+        name
+        for name, module in quantized.named_modules()
+        if isinstance(module, CompactLinear)
     }
-    assert changed == {n for n, m in gpt2.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+    assert changed == {
+        n for n, m in gpt2.named_modules() if isinstance(m, nn.Linear)
+    } - {"lm_head"}
     assert (quantized(idx) - exact).norm() < error * exact.norm()
     torch.testing.assert_close(
-        quantized(idx), quantizer.fake(quantizer.prepare(gpt2))(idx), rtol=1e-3, atol=1e-3
+        quantized(idx),
+        quantizer.fake(quantizer.prepare(gpt2))(idx),
+        rtol=1e-3,
+        atol=1e-3,
     )
-    assert all(torch.equal(before[name], value) for name, value in gpt2.state_dict().items())
+    assert all(
+        torch.equal(before[name], value) for name, value in gpt2.state_dict().items()
+    )
 
 
 EMBEDDED = (V + T) * C
@@ -78,7 +91,12 @@ EMBEDDED = (V + T) * C
     [
         ("float", "shared", 4 * EMBEDDED, (nn.Embedding, nn.Linear)),
         ("float", "float", 4 * EMBEDDED, (nn.Embedding, nn.Linear)),
-        ("float", "separate", 4 * EMBEDDED + V * C + 4 * V, (nn.Embedding, CompactLinear)),
+        (
+            "float",
+            "separate",
+            4 * EMBEDDED + V * C + 4 * V,
+            (nn.Embedding, CompactLinear),
+        ),
         ("fp16", "shared", 2 * EMBEDDED, (CompactEmbedding, CompactLinear)),
         ("fp16", "float", 2 * EMBEDDED + 4 * V * C, (CompactEmbedding, nn.Linear)),
         ("int8", "shared", EMBEDDED + 4 * (V + T), (CompactEmbedding, CompactLinear)),
@@ -88,7 +106,12 @@ EMBEDDED = (V + T) * C
             EMBEDDED + 4 * (V + T) + V * C + 4 * V,
             (CompactEmbedding, CompactLinear),
         ),
-        ("int4", "shared", EMBEDDED // 2 + 4 * (V + T), (CompactEmbedding, CompactLinear)),
+        (
+            "int4",
+            "shared",
+            EMBEDDED // 2 + 4 * (V + T),
+            (CompactEmbedding, CompactLinear),
+        ),
     ],
 )
 @pytest.mark.parametrize("method", [make, make_llm])
@@ -102,7 +125,9 @@ def test_every_byte_is_stored_once(method, embedding, head, stored, types, gpt2,
         if isinstance(m, nn.Linear) and n != "lm_head"
     )
     # And scales.
-    norms_and_biases = 4 * (sum(p.numel() for p in gpt2.parameters() if p.dim() == 1) + channels)
+    norms_and_biases = 4 * (
+        sum(p.numel() for p in gpt2.parameters() if p.dim() == 1) + channels
+    )
     assert weight_bytes(quantized) == LINEARS + norms_and_biases + stored
     assert quantized(idx).isfinite().all()
     shared = quantized.lm_head.weight is quantized.wte.weight
@@ -116,7 +141,10 @@ def test_a_state_dict_fills_another_model_and_keeps_what_is_shared(gpt2, idx):
     other = converted(quantizer, gpt2)
     assert not torch.equal(other(idx), quantized(idx))
     other.load_state_dict(quantized.state_dict())
-    assert torch.equal(other(idx), quantized(idx)) and other.lm_head.weight is other.wte.weight
+    assert (
+        torch.equal(other(idx), quantized(idx))
+        and other.lm_head.weight is other.wte.weight
+    )
 
 
 def test_settings_by_layer(gpt2, idx):
@@ -128,7 +156,8 @@ def test_settings_by_layer(gpt2, idx):
         ("h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.c_proj"), 8
     )
     lowest = {
-        name: int(weights[name].int_repr().min()) for name in ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
+        name: int(weights[name].int_repr().min())
+        for name in ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
     }
     assert lowest == {
         "h.1.mlp.c_fc": -2,
@@ -149,21 +178,30 @@ def test_another_method_for_single_layers(method, gpt2, idx):
     }
     quantized = converted(method(layers=layers), gpt2)
     h = quantized.h
-    assert [h[0].attn.c_attn.threshold, h[0].mlp.c_fc.threshold, h[0].mlp.c_proj.threshold] == [
+    assert [
+        h[0].attn.c_attn.threshold,
+        h[0].mlp.c_fc.threshold,
+        h[0].mlp.c_proj.threshold,
+    ] == [
         6.0,
         2.5,
         6.0,
     ]
-    assert [type(m) for m in (h[1].attn.c_attn, h[1].mlp.c_fc, h[1].mlp.c_proj)] == 3 * [
-        CompactLinear
-    ]
-    assert h[1].attn.c_proj.weight.bits == 4 and h[1].attn.c_proj.weight.scale.shape == (C, C // 8)
-    assert isinstance(h[1].mlp.c_fc.weight, HalfWeight) and h[1].mlp.c_proj.weight.bits == 8
+    assert [
+        type(m) for m in (h[1].attn.c_attn, h[1].mlp.c_fc, h[1].mlp.c_proj)
+    ] == 3 * [CompactLinear]
+    assert h[1].attn.c_proj.weight.bits == 4 and h[
+        1
+    ].attn.c_proj.weight.scale.shape == (C, C // 8)
+    assert (
+        isinstance(h[1].mlp.c_fc.weight, HalfWeight)
+        and h[1].mlp.c_proj.weight.bits == 8
+    )
     assert (quantized(idx) - gpt2(idx)).norm() < 0.1 * gpt2(idx).norm()
     found = dry_run(gpt2, method(layers=layers), (idx,))
-    assert {n for n, why in found["float_layers"].items() if why == "kept in float16"} == {
-        "h.1.mlp.c_fc"
-    }
+    assert {
+        n for n, why in found["float_layers"].items() if why == "kept in float16"
+    } == {"h.1.mlp.c_fc"}
 
 
 def test_a_head_with_a_setting_of_its_own_is_separate(gpt2):
@@ -176,7 +214,9 @@ def test_a_head_with_a_setting_of_its_own_is_separate(gpt2):
             and quantized.lm_head.weight is not quantized.wte.weight
         )
     assert (
-        type(converted(make(embedding="int8", layers={"lm_head": "float"}), gpt2).lm_head)
+        type(
+            converted(make(embedding="int8", layers={"lm_head": "float"}), gpt2).lm_head
+        )
         is nn.Linear
     )
 
@@ -197,7 +237,9 @@ def test_what_is_quantized_is_counted(gpt2, idx):
     assert found["macs_quantized"] == 1
     found = dry_run(gpt2, make(embedding="fp16"), (idx,))
     assert found["macs_quantized"] == pytest.approx(LINEARS / (LINEARS + V * C))
-    assert {n for n, why in found["float_layers"].items() if why == "kept in float16"} == {
+    assert {
+        n for n, why in found["float_layers"].items() if why == "kept in float16"
+    } == {
         "wte",
         "wpe",
         "lm_head",
@@ -226,12 +268,16 @@ def test_the_gate_compares_the_layers_that_hold_integers(gpt2, idx):
     assert not failures and set(section["sqnr_db"]) == {
         n for n, m in gpt2.named_modules() if type(m) is nn.Linear
     } - {"lm_head"}
-    assert 10 < section["min_sqnr_db"] < 30 < section["fake_vs_quantized"]["min_sqnr_db"]
+    assert (
+        10 < section["min_sqnr_db"] < 30 < section["fake_vs_quantized"]["min_sqnr_db"]
+    )
 
 
 def test_convolutions_stay_float(convnet, images):
     quantized = converted(make(), convnet)
-    assert type(quantized.conv1) is nn.Conv2d and isinstance(quantized.linear1, CompactLinear)
+    assert type(quantized.conv1) is nn.Conv2d and isinstance(
+        quantized.linear1, CompactLinear
+    )
     assert (quantized(images) - convnet(images)).norm() < 0.01 * convnet(images).norm()
 
 
@@ -249,9 +295,15 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
     "settings, message",
     [
         ({"bits": 5}, r"weight\.bits=5: packed are 2, 3, 4 and 8"),
-        ({"embedding": "int2"}, "embedding=int2: allowed are float, fp16, int8 and int4"),
+        (
+            {"embedding": "int2"},
+            "embedding=int2: allowed are float, fp16, int8 and int4",
+        ),
         ({"head": "tied"}, "head=tied: allowed are shared, separate and float"),
-        ({"observer": torch_ao.minmax}, r"weight\.observer=minmax: .* leave it at null"),
+        (
+            {"observer": torch_ao.minmax},
+            r"weight\.observer=minmax: .* leave it at null",
+        ),
         ({"reduce_range": True}, r"weight\.reduce_range=true: is for activations"),
         (
             {"narrow_range": True, "symmetric": False},
@@ -261,7 +313,10 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
             {"layers": {"h.*": "int8"}},
             r"layers\.h\.\*=int8: must be float, fp16, weight_only, llm_int8, or a mapping",
         ),
-        ({"layers": {"h.*": {"bit": 5}}}, r"layers\.h\.\*\.bit=5: weight_only has bits, "),
+        (
+            {"layers": {"h.*": {"bit": 5}}},
+            r"layers\.h\.\*\.bit=5: weight_only has bits, ",
+        ),
         (
             {"layers": {"h.*": {"method": "fp16", "bits": 4}}},
             r"layers\.h\.\*\.bits=4: fp16 has no others",
@@ -270,7 +325,10 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
             {"layers": {"h.*": {"method": "llm_int8", "threshold": 0}}},
             r"layers\.h\.\*\.threshold=0: must be a number above 0",
         ),
-        ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 3, 4 and 8"),
+        (
+            {"layers": {"h.*": {"bits": 5}}},
+            r"layers\.h\.\*\.bits=5: packed are 2, 3, 4 and 8",
+        ),
     ],
 )
 def test_refused_settings(settings, message):
@@ -304,7 +362,10 @@ def test_all_layers_mistakes_come_at_once(method):
     "settings, message",
     [
         ({"threshold": 0}, "threshold=0: must be a number above 0, or null"),
-        ({"layers": {"h.*": {"bits": 5}}}, r"layers\.h\.\*\.bits=5: packed are 2, 3, 4 and 8"),
+        (
+            {"layers": {"h.*": {"bits": 5}}},
+            r"layers\.h\.\*\.bits=5: packed are 2, 3, 4 and 8",
+        ),
         ({"embedding": "int2", "threshold": -1}, r"(?s)threshold=-1.*embedding=int2"),
     ],
 )
@@ -315,12 +376,14 @@ def test_refused_settings_of_llm_int8(settings, message):
 
 def test_a_group_size_that_does_not_divide_names_the_layer(gpt2):
     with pytest.raises(
-        ValueError, match=r"quant\.weight\.group_size=5 does not divide .*layer h\.0\.attn\.c_attn"
+        ValueError,
+        match=r"quant\.weight\.group_size=5 does not divide .*layer h\.0\.attn\.c_attn",
     ):
         converted(make(bits=4, granularity="per_group", group_size=5), gpt2)
     own = {"h.1.mlp.c_fc": {"bits": 4, "granularity": "per_group", "group_size": 5}}
     with pytest.raises(
-        ValueError, match=r"quant\.layers: group_size=5 does not divide .*layer h\.1\.mlp\.c_fc"
+        ValueError,
+        match=r"quant\.layers: group_size=5 does not divide .*layer h\.1\.mlp\.c_fc",
     ):
         converted(make(layers=own), gpt2)
 
@@ -332,7 +395,10 @@ GROUPS = {"bits": 4, "granularity": "per_group", "group_size": 128}
 @pytest.mark.parametrize(
     "make, limit",
     [
-        (lambda: LLMInt8(threshold=6.0, embedding="fp16", head="shared", layers={}), 165e6),
+        (
+            lambda: LLMInt8(threshold=6.0, embedding="fp16", head="shared", layers={}),
+            165e6,
+        ),
         (
             lambda: WeightOnly(
                 weight=QuantSpec(bits=8), embedding="int8", head="shared", layers={}

@@ -25,14 +25,20 @@ CONVNET, MLP = "model=convnet model.width=2 model.hidden=8", "model=mlp model.hi
 def stand_ins():
     """Few made-up digits, and no pictures, which would take most of the time."""
     images = torch.randint(
-        0, 256, (96, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        0,
+        256,
+        (96, 28, 28),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
     )
     labels = torch.arange(96) % 10
     for image, label in zip(images, labels, strict=True):
         image[2 * label : 2 * label + 8] //= 4
 
     def small(**options):
-        return image_loaders((images[:48], labels[:48]), (images[48:], labels[48:]), **options)
+        return image_loaders(
+            (images[:48], labels[:48]), (images[48:], labels[48:]), **options
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qtrain.data.mnist.mnist_sample", small)
@@ -52,9 +58,13 @@ def runs(tmp_path_factory):
             save = stages.save_weights
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    stages, "save_weights", lambda p, m: saved.update({p.name: m}) or save(p, m)
+                    stages,
+                    "save_weights",
+                    lambda p, m: saved.update({p.name: m}) or save(p, m),
                 )
-                pipeline.execute(build.compose(*QUICK, *SMALL, *arguments.split()), folder, [])
+                pipeline.execute(
+                    build.compose(*QUICK, *SMALL, *arguments.split()), folder, []
+                )
             made[arguments] = folder, saved["quantized.pt"]
         return made[arguments]
 
@@ -62,7 +72,11 @@ def runs(tmp_path_factory):
 
 
 def on(engine, arguments):
-    marks = [] if engine in ENGINES else [pytest.mark.skip(reason="this machine lacks the engine")]
+    marks = (
+        []
+        if engine in ENGINES
+        else [pytest.mark.skip(reason="this machine lacks the engine")]
+    )
     return pytest.param(f"{arguments} quant.engine={engine}", marks=marks)
 
 
@@ -71,7 +85,10 @@ RUNS = [
     f"{CONVNET} quant=ptq",
     f"{CONVNET} quant=qat",
     f"{CONVNET} quant=dynamic",
-    *(on(engine, f"{CONVNET} quant=ptq") for engine in ("fbgemm", "qnnpack", "x86", "onednn")),
+    *(
+        on(engine, f"{CONVNET} quant=ptq")
+        for engine in ("fbgemm", "qnnpack", "x86", "onednn")
+    ),
     *(on(engine, f"{CONVNET} quant=qat") for engine in ("qnnpack", "onednn")),
     *(on(engine, f"{MLP} quant=dynamic") for engine in ("fbgemm", "qnnpack")),
     f"{MLP} quant=ptq quant.layers.linear2=float quant.layers.linear1.bits=4",
@@ -108,7 +125,10 @@ def test_predictions_are_bit_identical(runs, images, arguments):
     assert not loaded.training
     assert torch.equal(loaded(images), saved(images))
     assert loaded(images).std() > 0
-    kinds = [[type(module).__name__ for module in model.modules()] for model in (loaded, saved)]
+    kinds = [
+        [type(module).__name__ for module in model.modules()]
+        for model in (loaded, saved)
+    ]
     assert kinds[0] == kinds[1]
 
 
@@ -135,7 +155,10 @@ def test_predictions_are_those_that_were_scored(runs, arguments):
     ],
 )
 def test_the_engine_is_the_runs_not_the_readers(runs, images, arguments, other):
-    if not {"x86", "qnnpack", "fbgemm"} <= set(ENGINES) or torch.backends.quantized.engine == other:
+    if (
+        not {"x86", "qnnpack", "fbgemm"} <= set(ENGINES)
+        or torch.backends.quantized.engine == other
+    ):
         pytest.skip("needs another engine than this machine's own")
     folder, saved = runs(f"{CONVNET} {arguments}")
     expected, before = saved(images), torch.backends.quantized.engine
@@ -160,7 +183,9 @@ def test_the_weights_alone_are_read(runs, monkeypatch):
     monkeypatch.setattr(
         torch,
         "load",
-        lambda *a, **options: modes.append(options.get("weights_only")) or load(*a, **options),
+        lambda *a, **options: (
+            modes.append(options.get("weights_only")) or load(*a, **options)
+        ),
     )
     qtrain.load(folder)
     assert modes == [True]
@@ -214,7 +239,9 @@ def test_weights_that_are_damaged(copy):
 
 
 def test_weights_of_another_run(copy, runs):
-    other, _ = runs(f"{MLP} quant=ptq quant.layers.linear2=float quant.layers.linear1.bits=4")
+    other, _ = runs(
+        f"{MLP} quant=ptq quant.layers.linear2=float quant.layers.linear1.bits=4"
+    )
     (copy / "quantized.pt").write_bytes((other / "quantized.pt").read_bytes())
     with pytest.raises(ValueError, match="quantized.pt: does not fit the model"):
         qtrain.load(copy)

@@ -50,20 +50,32 @@ def test_the_files_name_does_not_change_its_size(tmp_path):
     "content, reason",
     [
         pytest.param(b"", "not a readable state dict", id="empty"),
-        pytest.param(b"accuracy,loss\n0.9,0.1\n", "not a readable state dict", id="text"),
+        pytest.param(
+            b"accuracy,loss\n0.9,0.1\n", "not a readable state dict", id="text"
+        ),
         pytest.param(b"PK\x03\x04", "not a readable state dict", id="cut_zip"),
-        pytest.param([torch.zeros(2)], "holds a list; allowed is a state dict", id="list"),
-        pytest.param(torch.zeros(2), "holds a Tensor; allowed is a state dict", id="tensor"),
+        pytest.param(
+            [torch.zeros(2)], "holds a list; allowed is a state dict", id="list"
+        ),
+        pytest.param(
+            torch.zeros(2), "holds a Tensor; allowed is a state dict", id="tensor"
+        ),
         pytest.param(model(9).state_dict(), "does not fit the model", id="other_width"),
-        pytest.param(nn.Linear(2, 2).state_dict(), "does not fit the model", id="other_layers"),
-        pytest.param({"state_dict": model().state_dict()}, "does not fit the model", id="nested"),
+        pytest.param(
+            nn.Linear(2, 2).state_dict(), "does not fit the model", id="other_layers"
+        ),
+        pytest.param(
+            {"state_dict": model().state_dict()}, "does not fit the model", id="nested"
+        ),
         pytest.param({0: torch.zeros(2)}, "does not fit the model", id="numbered"),
         pytest.param(nn.Linear, "not a readable state dict", id="code"),
     ],
 )
 def test_what_is_no_checkpoint_of_this_model(tmp_path, content, reason):
     path = tmp_path / "x.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(
+        content, path
+    )
     with pytest.raises(ValueError, match=reason) as caught:
         load_weights(model(), path)
     assert str(caught.value).startswith(f"checkpoint={path}: ")
@@ -75,7 +87,9 @@ def test_a_missing_checkpoint(tmp_path):
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(share=st.floats(0, 0.9999))
 def test_a_truncated_checkpoint(tmp_path, share):
@@ -154,7 +168,9 @@ def overwrite_meta(text):
         pytest.param(cut_weights, id="weights_cut"),
         pytest.param(flip_a_bit, id="weights_with_another_bit"),
         pytest.param(swap_weights, id="weights_of_another_run"),
-        pytest.param(lambda folder: (folder / "weights.pt").unlink(), id="weights_missing"),
+        pytest.param(
+            lambda folder: (folder / "weights.pt").unlink(), id="weights_missing"
+        ),
         pytest.param(overwrite_meta(""), id="meta_empty"),
         pytest.param(overwrite_meta('{"sha256"'), id="meta_cut"),
         pytest.param(edit_meta(sha256=None), id="meta_without_digest"),
@@ -177,7 +193,8 @@ def test_a_damaged_entry_is_reported_and_can_be_replaced(entry, caplog, damage):
 
 
 def test_an_entry_of_another_network_leaves_the_model_untrained(entry):
-    changed = nn.Sequential(*model(seed=1), nn.Linear(2, 2))  # its class was changed since
+    # Its class was changed since
+    changed = nn.Sequential(*model(seed=1), nn.Linear(2, 2))
     before = copy.deepcopy(changed)
     assert entry.load(changed) is None
     assert same(changed, before)
@@ -201,7 +218,9 @@ def test_a_save_that_fails_leaves_no_valid_entry(tmp_path, monkeypatch):
     assert cache.load(model()) is None
 
 
-def test_a_save_that_is_broken_off_between_its_files_leaves_no_valid_entry(entry, monkeypatch):
+def test_a_save_that_is_broken_off_between_its_files_leaves_no_valid_entry(
+    entry, monkeypatch
+):
     def fail(*_):
         raise KeyboardInterrupt
 

@@ -28,12 +28,22 @@ def same(a, b):
 
 WRAPPED = {
     "bare": lambda m: m.state_dict(),
-    "lightning": lambda m: {"epoch": 3, "state_dict": prefixed("model.", m), "callbacks": {}},
+    "lightning": lambda m: {
+        "epoch": 3,
+        "state_dict": prefixed("model.", m),
+        "callbacks": {},
+    },
     "another attribute": lambda m: {"state_dict": prefixed("net.", m)},
     "DataParallel": lambda m: prefixed("module.", m),
     "torch.compile": lambda m: prefixed("_orig_mod.", m),
-    "both, in Lightning": lambda m: {"state_dict": prefixed("model.module._orig_mod.", m)},
-    "nanoGPT": lambda m: {"model": prefixed("_orig_mod.", m), "iter_num": 5, "model_args": {}},
+    "both, in Lightning": lambda m: {
+        "state_dict": prefixed("model.module._orig_mod.", m)
+    },
+    "nanoGPT": lambda m: {
+        "model": prefixed("_orig_mod.", m),
+        "iter_num": 5,
+        "model_args": {},
+    },
     "nested": lambda m: {"model": {"state_dict": m.state_dict()}},
 }
 
@@ -46,14 +56,18 @@ def test_weights_are_found_within_what_wraps_them(wrap, tmp_path):
 
 
 def test_a_part_of_the_model_that_was_compiled(tmp_path):
-    state = {k.replace("0.", "0._orig_mod."): v for k, v in model().state_dict().items()}
+    state = {
+        k.replace("0.", "0._orig_mod."): v for k, v in model().state_dict().items()
+    }
     load_checkpoint(found := model(seed=1), saved(tmp_path, state), strict=True)
     assert same(found, model())
 
 
 def test_half_precision_is_said(tmp_path):
     [note] = load_checkpoint(
-        found := model(seed=1), saved(tmp_path, model().half().state_dict()), strict=True
+        found := model(seed=1),
+        saved(tmp_path, model().half().state_dict()),
+        strict=True,
     )
     assert "torch.float16 weights" in note
     assert same(found, model().half().float())
@@ -75,8 +89,13 @@ def test_a_head_tied_to_the_embedding_is_saved_twice(tmp_path):
 
 
 def test_of_two_models_in_one_file_none_is_chosen(tmp_path):
-    two = {"state_dict": prefixed("student.", model()) | prefixed("teacher.", model(seed=1))}
-    with pytest.raises(ValueError, match=r"several times, as student\., teacher\.; save one"):
+    two = {
+        "state_dict": prefixed("student.", model())
+        | prefixed("teacher.", model(seed=1))
+    }
+    with pytest.raises(
+        ValueError, match=r"several times, as student\., teacher\.; save one"
+    ):
         load_checkpoint(model(), saved(tmp_path, two), strict=True)
 
 
@@ -86,8 +105,12 @@ def test_the_models_own_names_are_left_alone():
 
 
 def test_a_head_of_another_size(tmp_path):
-    path = saved(tmp_path, model(classes=5).state_dict() | {"loss.weight": torch.ones(5)})
-    with pytest.raises(ValueError, match=r"(?s)2\.weight.*checkpoint_strict=false leaves out"):
+    path = saved(
+        tmp_path, model(classes=5).state_dict() | {"loss.weight": torch.ones(5)}
+    )
+    with pytest.raises(
+        ValueError, match=r"(?s)2\.weight.*checkpoint_strict=false leaves out"
+    ):
         load_checkpoint(model(), path, strict=True)
     found, before = model(seed=1), model(seed=1)
     left_out, fresh = load_checkpoint(found, path, strict=False)
@@ -98,7 +121,9 @@ def test_a_head_of_another_size(tmp_path):
 
 def test_a_number_where_a_weight_belongs(tmp_path):
     with pytest.raises(ValueError, match="does not fit the model"):
-        load_checkpoint(model(), saved(tmp_path, model().state_dict() | {"2.bias": 3}), strict=True)
+        load_checkpoint(
+            model(), saved(tmp_path, model().state_dict() | {"2.bias": 3}), strict=True
+        )
 
 
 def test_nothing_fits(tmp_path):
@@ -108,7 +133,9 @@ def test_nothing_fits(tmp_path):
 
 
 def test_code_is_not_run_and_the_way_out_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"save the weights alone: torch\.save\(model\.state_dict"):
+    with pytest.raises(
+        ValueError, match=r"save the weights alone: torch\.save\(model\.state_dict"
+    ):
         load_checkpoint(model(), saved(tmp_path, {"model": nn.Linear}), strict=True)
 
 

@@ -17,18 +17,25 @@ IDENTITY = {
 
 
 def test_round_trip(tmp_path):
-    report = Report(**IDENTITY, metrics={"float": {"accuracy": 0.1}, "fake": None}, threads=2)
+    report = Report(
+        **IDENTITY, metrics={"float": {"accuracy": 0.1}, "fake": None}, threads=2
+    )
     report.save(tmp_path)
     content = load_report(tmp_path / "report.json")
     assert Report(**content) == report
     assert set(content) == {field.name for field in fields(Report)}
-    assert (content["schema"], content["status"], content["error"]) == (SCHEMA, "ok", None)
+    assert (content["schema"], content["status"], content["error"]) == (
+        SCHEMA,
+        "ok",
+        None,
+    )
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
-    Report(**IDENTITY, metrics={"float": {"loss": float("nan"), "list": [1.5, float("inf")]}}).save(
-        tmp_path
-    )
+    Report(
+        **IDENTITY,
+        metrics={"float": {"loss": float("nan"), "list": [1.5, float("inf")]}},
+    ).save(tmp_path)
     assert load_report(tmp_path / "report.json")["metrics"]["float"] == {
         "loss": None,
         "list": [1.5, None],

@@ -24,7 +24,9 @@ def runs(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qat", "gpt2", "sim_ptq", "sim_qat"])
-@pytest.mark.parametrize("kind, load", [("float", artifact.load_float), ("quantized", qtrain.load)])
+@pytest.mark.parametrize(
+    "kind, load", [("float", artifact.load_float), ("quantized", qtrain.load)]
+)
 def test_models_score_each_example_as_they_did(runs, name, kind, load):
     run = runs / name
     model = load(run)
@@ -42,7 +44,10 @@ def test_bench_compare_and_generate_take_them(runs, capsys):
     compare.main([str(runs)])
     generate.main([str(runs / "gpt2"), "--prompt", "To be", "--max-new-tokens", "3"])
     text = capsys.readouterr().out
-    assert "convnet on mnist_sample: 3 runs" in text and "gpt2_nano on shakespeare: 1 run" in text
+    assert (
+        "convnet on mnist_sample: 3 runs" in text
+        and "gpt2_nano on shakespeare: 1 run" in text
+    )
     assert "To be" in text
 
 

@@ -24,7 +24,10 @@ TARGETS = {
     "submitit_slurm": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
     "ray": "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher",
 }
-DEFAULTS = {"joblib": {"n_jobs": -1}, "ray": {"ray": {"init": {"address": None}, "remote": {}}}}
+DEFAULTS = {
+    "joblib": {"n_jobs": -1},
+    "ray": {"ray": {"init": {"address": None}, "remote": {}}},
+}
 
 
 @pytest.fixture
@@ -58,14 +61,20 @@ def launched(settings):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_starts_a_sweep_and_says_how(settings, preset):
     if preset == "optuna":
-        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra optuna")
+        pytest.importorskip(
+            "hydra_plugins.hydra_optuna_sweeper", reason="needs the extra optuna"
+        )
     config = settings(f"sweep={preset}")
     assert config.hydra.mode.name == "MULTIRUN" and config.hydra.sweeper.params
-    assert f"#   qtrain sweep={preset}" in (CONF / "sweep" / f"{preset}.yaml").read_text()
+    assert (
+        f"#   qtrain sweep={preset}" in (CONF / "sweep" / f"{preset}.yaml").read_text()
+    )
 
 
 def test_the_optuna_preset_does_not_warn(settings):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra optuna")
+    pytest.importorskip(
+        "hydra_plugins.hydra_optuna_sweeper", reason="needs the extra optuna"
+    )
     config = settings("sweep=optuna")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -74,7 +83,9 @@ def test_the_optuna_preset_does_not_warn(settings):
     assert not [warning for warning in caught if "multivariate" in str(warning.message)]
 
 
-@pytest.mark.parametrize("choice", [f"launcher={name}" for name in TARGETS] + ["sweeper=optuna"])
+@pytest.mark.parametrize(
+    "choice", [f"launcher={name}" for name in TARGETS] + ["sweeper=optuna"]
+)
 def test_a_plugin_that_is_missing_is_named(settings, monkeypatch, choice):
     with pytest.raises(MissingConfigException) as caught:
         settings(f"hydra/{choice}_nope")  # no plugin has it
@@ -131,7 +142,9 @@ def test_jobs_at_once(launched, launcher, changes, overrides, jobs):
     ],
     ids=str,
 )
-def test_jobs_that_would_fight_for_the_cores(launched, capsys, launcher, changes, overrides, words):
+def test_jobs_that_would_fight_for_the_cores(
+    launched, capsys, launcher, changes, overrides, words
+):
     Comparison().on_multirun_start(launched(launcher, overrides, **changes))
     first, *others = capsys.readouterr().out.splitlines()
     assert first == "1 job"
@@ -145,4 +158,7 @@ def test_jobs_that_would_fight_for_the_cores(launched, capsys, launcher, changes
 @pytest.mark.parametrize("launcher", TARGETS)
 def test_the_plugins_are_those_that_are_known_here(settings, launcher):
     pytest.importorskip(TARGETS[launcher].rpartition(".")[0])
-    assert settings(f"hydra/launcher={launcher}").hydra.launcher._target_ == TARGETS[launcher]
+    assert (
+        settings(f"hydra/launcher={launcher}").hydra.launcher._target_
+        == TARGETS[launcher]
+    )

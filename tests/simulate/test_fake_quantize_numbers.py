@@ -28,7 +28,9 @@ KINDS = pytest.mark.parametrize(
 @given(
     bits=st.integers(2, 8),
     rows=st.lists(
-        st.lists(st.floats(-100, 100, width=16), min_size=3, max_size=3), min_size=1, max_size=4
+        st.lists(st.floats(-100, 100, width=16), min_size=3, max_size=3),
+        min_size=1,
+        max_size=4,
     ),
     stretch=st.floats(0.5, 3),
 )
@@ -36,13 +38,17 @@ def test_output_and_gradient_are_those_of_the_formula_and_of_torch(
     granularity, symmetric, signed, bits, rows, stretch
 ):
     observed = torch.tensor(rows)
-    module = make(bits=bits, symmetric=symmetric, granularity=granularity, signed=signed)
+    module = make(
+        bits=bits, symmetric=symmetric, granularity=granularity, signed=signed
+    )
     module(observed)
     x = (observed * stretch).requires_grad_()  # partly outside of what was observed
     output = frozen(module)(x)
     output.sum().backward()
 
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    low, high = (
+        (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    )
     scale, zero = module.calculate_qparams()
     rows_of = observed if granularity == "per_channel" else observed.reshape(1, -1)
     smallest, largest = rows_of.amin(1).clamp(max=0), rows_of.amax(1).clamp(min=0)
@@ -65,9 +71,13 @@ def test_output_and_gradient_are_those_of_the_formula_and_of_torch(
 
     again = x.detach().clone().requires_grad_()
     if granularity == "per_channel":
-        reference = torch.fake_quantize_per_channel_affine(again, scale, zero, 0, low, high)
+        reference = torch.fake_quantize_per_channel_affine(
+            again, scale, zero, 0, low, high
+        )
     else:
-        reference = torch.fake_quantize_per_tensor_affine(again, float(scale), int(zero), low, high)
+        reference = torch.fake_quantize_per_tensor_affine(
+            again, float(scale), int(zero), low, high
+        )
     reference.sum().backward()
     assert torch.equal(output, reference) and torch.equal(x.grad, again.grad)
 
@@ -75,8 +85,13 @@ def test_output_and_gradient_are_those_of_the_formula_and_of_torch(
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("shape", [(5, 30), (4, 3, 2, 5), (3, 2, 7)], ids=str)
 @given(bits=st.integers(2, 8), seed=st.integers(0, 2**31), exponent=st.integers(-9, 9))
-def test_weights_in_a_narrow_range_are_torchs_and_never_clipped(shape, large, bits, seed, exponent):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10.0**exponent
+def test_weights_in_a_narrow_range_are_torchs_and_never_clipped(
+    shape, large, bits, seed, exponent
+):
+    x = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        * 10.0**exponent
+    )
     x[1] = 0
     module, reference = (
         make(bits=bits, kernel=kernel, **WEIGHTS) for kernel in ("qtrain", "torch")
@@ -97,7 +112,9 @@ def test_weights_in_a_narrow_range_are_torchs_and_never_clipped(shape, large, bi
     ):
         assert torch.equal(found, expected)
     for name in ("min_val", "max_val"):
-        assert torch.equal(getattr(module.observer, name), getattr(reference.observer, name))
+        assert torch.equal(
+            getattr(module.observer, name), getattr(reference.observer, name)
+        )
 
 
 @KINDS
@@ -120,7 +137,9 @@ def test_integers_are_those_of_torchs_quantized_tensors(granularity, symmetric, 
     st.booleans(),
     st.integers(2, 8),
 )
-def test_zero_stays_zero_and_error_is_within_half_a_step(values, symmetric, signed, bits):
+def test_zero_stays_zero_and_error_is_within_half_a_step(
+    values, symmetric, signed, bits
+):
     x = torch.tensor([*values, 0.0])
     module = make(symmetric=symmetric, signed=signed, bits=bits)
     output = module(x)
@@ -135,14 +154,20 @@ def test_zero_stays_zero_and_error_is_within_half_a_step(values, symmetric, sign
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("name", ["minmax", "moving_average"])
 def test_both_kernels_do_the_same_to_the_last_bit(name, granularity, memoryless):
-    how = {"observer": OBSERVERS[name], "granularity": granularity, "memoryless": memoryless}
+    how = {
+        "observer": OBSERVERS[name],
+        "granularity": granularity,
+        "memoryless": memoryless,
+    }
     ours, theirs = make(**how), make(kernel="torch", **how)
     for step in range(6):
         for module in (ours, theirs):
             module.observing = step < 4
         x = torch.randn(4, 3, 5) * (step + 1)
         inputs = [x.clone().requires_grad_() for _ in range(2)]
-        outputs = [module(each) for module, each in zip((ours, theirs), inputs, strict=True)]
+        outputs = [
+            module(each) for module, each in zip((ours, theirs), inputs, strict=True)
+        ]
         for output in outputs:
             output.square().sum().backward()
         assert torch.equal(*outputs) and torch.equal(*(each.grad for each in inputs))
@@ -155,17 +180,24 @@ def test_both_kernels_do_the_same_to_the_last_bit(name, granularity, memoryless)
 @pytest.mark.parametrize("name", ["minmax", "moving_average", "percentile"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 def test_a_relu_inside_is_a_relu_before(symmetric, name, dtype):
-    inside, before = (make(symmetric=symmetric, observer=OBSERVERS[name]) for _ in range(2))
+    inside, before = (
+        make(symmetric=symmetric, observer=OBSERVERS[name]) for _ in range(2)
+    )
     inside.rectifies = True
     for seed in range(4):
-        x = 2 * torch.randn(7, 9, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+        x = 2 * torch.randn(
+            7, 9, generator=torch.Generator().manual_seed(seed), dtype=dtype
+        )
         x[0, :3] = torch.tensor([0.0, -0.0, 1e-9])
         found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
         outputs = inside(found), before(expected.relu())
         assert torch.equal(*outputs)
         for output in outputs:
             output.sin().sum().backward()
-        assert torch.equal(found.grad, expected.grad) and 0 < found.grad.count_nonzero() < x.numel()
+        assert (
+            torch.equal(found.grad, expected.grad)
+            and 0 < found.grad.count_nonzero() < x.numel()
+        )
         assert inside.calculate_qparams() == before.calculate_qparams()
     for quantizing, observing in ((False, True), (False, False)):
         inside.quantizing, inside.observing = quantizing, observing

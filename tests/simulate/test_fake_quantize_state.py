@@ -64,5 +64,8 @@ def test_a_copy_goes_its_own_way():
     module(torch.tensor([-1.0, 1.0]))
     copied = copy.deepcopy(module)
     copied(torch.tensor([-9.0, 9.0]))
-    assert module.observed_range() == (-1.0, 1.0) and copied.observed_range() == (-9.0, 9.0)
+    assert module.observed_range() == (-1.0, 1.0) and copied.observed_range() == (
+        -9.0,
+        9.0,
+    )
     assert float(module.calculate_qparams()[0]) == pytest.approx(2 / 255)

@@ -25,25 +25,30 @@ def torchs(x, scale, zero_point, low, high, axis):
 @st.composite
 def cases(draw):
     """x (C, 16), scale, zero_point, limits, axis; parts of x lie on ties and edges, or beside."""
-    bits, signed, axis = (
-        draw(st.integers(2, 8)),
-        draw(st.booleans()),
-        draw(st.sampled_from([None, 0, 1])),
+    bits = draw(st.integers(2, 8))
+    signed = draw(st.booleans())
+    axis = draw(st.sampled_from([None, 0, 1]))
+    low, high = (
+        (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     )
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     low += signed and draw(st.booleans())
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     channels = draw(st.integers(1, 4))
     shape = {None: (1,), 0: (channels,), 1: (16,)}[axis]
     exponent = draw(st.floats(-6, 4))
     scale = torch.rand(shape, generator=random).add(0.01) * 10**exponent
-    zero_point = torch.randint(low, high + 1, shape, generator=random, dtype=torch.int32)
+    zero_point = torch.randint(
+        low, high + 1, shape, generator=random, dtype=torch.int32
+    )
     step = scale.reshape({None: (1, 1), 0: (-1, 1), 1: (1, -1)}[axis])
     zero = zero_point.reshape(step.shape)
     whole = torch.randint(low - 3, high + 4, (channels, 16), generator=random) - zero
     kind = torch.randint(0, 6, (channels, 16), generator=random)
     edge = (
-        torch.where(torch.rand(channels, 16, generator=random) < 0.5, low - 0.5, high + 0.5) - zero
+        torch.where(
+            torch.rand(channels, 16, generator=random) < 0.5, low - 0.5, high + 0.5
+        )
+        - zero
     )
     noise = torch.randn(channels, 16, generator=random) * (high - low)
     x = torch.where(kind < 2, noise, torch.where(kind < 4, whole + 0.5, edge)) * step
@@ -81,12 +86,19 @@ def check_against_torch(case):
         # Without a gradient, as of a batch's data.
         for rectify, (wanted, _) in ((False, expected), (True, rectified)):
             assert torch.equal(
-                fake_quantize_by_numbers(x, *numbers, ends=ends, rectify=rectify, **limits), wanted
+                fake_quantize_by_numbers(
+                    x, *numbers, ends=ends, rectify=rectify, **limits
+                ),
+                wanted,
             )
         with mock.patch.object(module, "MANY", 0):  # as for large tensors
             results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
-            found = run(fake_quantize_by_numbers, *numbers, ends=ends, rectify=True, **limits)
-        assert torch.equal(found[0], rectified[0]) and torch.equal(found[1], rectified[1])
+            found = run(
+                fake_quantize_by_numbers, *numbers, ends=ends, rectify=True, **limits
+            )
+        assert torch.equal(found[0], rectified[0]) and torch.equal(
+            found[1], rectified[1]
+        )
     for output, grad in results:
         assert torch.equal(output, expected[0])
         assert torch.equal(grad, expected[1])
@@ -123,7 +135,9 @@ def just_on_the_edge(integer):
     exponent=st.integers(-20, 20),
     random=st.floats(2.0**-90, 2.0**90, width=32),
 )
-def test_bounds_are_the_float32_next_to_what_rounds_into_the_range(integer, exponent, random):
+def test_bounds_are_the_float32_next_to_what_rounds_into_the_range(
+    integer, exponent, random
+):
     edgy = just_on_the_edge(integer)
     for scale in [random] + ([] if edgy is None else [edgy * 2.0**exponent]):
         inverse, below, above = module._clipping_bounds(scale, -integer, integer)
@@ -140,10 +154,16 @@ def test_some_bounds_lie_just_on_the_edge():
 @pytest.mark.skipif(not module.HAS_FBGEMM, reason="by a kernel of fbgemm")
 @pytest.mark.parametrize(
     "high, reach, rectify, kept",
-    [(127, 9.0, False, [torch.quint8]), (255, 9.0, False, [torch.float32]), (255, 0.1, False, [])]
+    [
+        (127, 9.0, False, [torch.quint8]),
+        (255, 9.0, False, [torch.float32]),
+        (255, 0.1, False, []),
+    ]
     + [(127, 9.0, True, [torch.float32])],
 )
-def test_large_tensors_keep_integers_where_these_show_what_was_clipped(high, reach, rectify, kept):
+def test_large_tensors_keep_integers_where_these_show_what_was_clipped(
+    high, reach, rectify, kept
+):
     x, saved = torch.empty(module.MANY).uniform_(-reach, reach), []
     arguments = {
         "quant_min": 0,
@@ -174,15 +194,25 @@ def test_large_tensors_may_lie_in_memory_in_any_order(order, rectify):
     for ends in (None, (x.min().item(), x.max().item())):
         leaf = x.detach().requires_grad_()
         outputs.append(
-            fake_quantize_by_numbers(leaf, 0.02, 0 if rectify else 64, ends=ends, **arguments)
+            fake_quantize_by_numbers(
+                leaf, 0.02, 0 if rectify else 64, ends=ends, **arguments
+            )
         )
         grads += torch.autograd.grad((outputs[-1] * x).sum(), leaf)
-    assert torch.equal(*outputs) and torch.equal(*grads) and grads[0].count_nonzero() < x.numel()
+    assert (
+        torch.equal(*outputs)
+        and torch.equal(*grads)
+        and grads[0].count_nonzero() < x.numel()
+    )
 
 
 def test_infinity_is_clipped_and_nan_stays():
-    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, -3e38], requires_grad=True)
-    output = fake_quantize(x, torch.tensor([0.5]), torch.tensor([3]), quant_min=0, quant_max=15)
+    x = torch.tensor(
+        [torch.inf, -torch.inf, torch.nan, 3e38, -3e38], requires_grad=True
+    )
+    output = fake_quantize(
+        x, torch.tensor([0.5]), torch.tensor([3]), quant_min=0, quant_max=15
+    )
     output.sum().backward()
     assert (
         output.tolist()[:2] == [6.0, -1.5]
@@ -209,11 +239,14 @@ def test_half_precision_is_an_island_of_float32(dtype):
             x, torch.tensor([0.013]), torch.tensor([0]), quant_min=-128, quant_max=127
         )
     assert output.dtype == torch.float32
-    expected = torchs(x.detach().float(), torch.tensor([0.013]), torch.tensor([0]), -128, 127, None)
+    expected = torchs(
+        x.detach().float(), torch.tensor([0.013]), torch.tensor([0]), -128, 127, None
+    )
     assert torch.equal(output, expected)
     output.sum().backward()
     assert (
-        x.grad.dtype == dtype and x.grad.sum() == (x.detach().float().abs() < 0.013 * 127.5).sum()
+        x.grad.dtype == dtype
+        and x.grad.sum() == (x.detach().float().abs() < 0.013 * 127.5).sum()
     )
 
 
@@ -233,7 +266,10 @@ def test_a_negative_scale_is_a_change_of_sign():
     """-5 * 0.5 becomes -(5 * 0.5): the same steps, with the limits of the other side."""
     x = torch.linspace(-9, 9, 50)
     for zero in (None, torch.tensor([3])):
-        mirrored = -fake_quantize(-x, torch.tensor([0.5]), zero, quant_min=-8, quant_max=7)
+        mirrored = -fake_quantize(
+            -x, torch.tensor([0.5]), zero, quant_min=-8, quant_max=7
+        )
         assert torch.equal(
-            fake_quantize(x, torch.tensor([-0.5]), zero, quant_min=-8, quant_max=7), mirrored
+            fake_quantize(x, torch.tensor([-0.5]), zero, quant_min=-8, quant_max=7),
+            mirrored,
         )

@@ -26,14 +26,20 @@ def test_own_batch_norm_is_torchs(shape, offset):
     reference = copy.deepcopy(norm.double())
     reference.zero_grad()
     (reference(expected) * weights).sum().backward()
-    torch.testing.assert_close(output.double(), reference(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        output.double(), reference(expected), rtol=1e-5, atol=1e-5
+    )
     for grad, exact in zip(
         grads, [expected.grad, reference.weight.grad, reference.bias.grad], strict=True
     ):
         assert (grad - exact).norm() < 1e-5 * exact.norm()
     axes = [0, *range(2, len(shape))]
-    torch.testing.assert_close(mean.double(), x.double().mean(axes), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(var.double(), x.double().var(axes, correction=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        mean.double(), x.double().mean(axes), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        var.double(), x.double().var(axes, correction=0), rtol=1e-5, atol=0
+    )
 
 
 def test_own_batch_norm_stays_exact_far_from_0(make_conv_bn, monkeypatch):
@@ -54,12 +60,16 @@ def test_own_batch_norm_stays_exact_far_from_0(make_conv_bn, monkeypatch):
         True,
     )
     torch.testing.assert_close(model(x).double(), expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(layer.bn.running_mean, torch.full((6,), 1e4), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        layer.bn.running_mean, torch.full((6,), 1e4), rtol=1e-4, atol=0
+    )
 
 
 def test_own_batch_norm_is_for_many_numbers_on_cpus(make_conv_bn, monkeypatch):
     calls, apply = [], module._BatchNorm.apply
-    monkeypatch.setattr(module._BatchNorm, "apply", lambda *args: calls.append(1) or apply(*args))
+    monkeypatch.setattr(
+        module._BatchNorm, "apply", lambda *args: calls.append(1) or apply(*args)
+    )
     model, x = make_conv_bn("folded"), torch.randn(2, 4, 6, 6)
     for many, expected in ((2 * 6 * 36 + 1, 0), (2 * 6 * 36, 1)):
         monkeypatch.setattr(module, "MANY", many)

@@ -13,7 +13,9 @@ FEATURES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 def test_stable_path_is_convolution_then_batch_norm(training, conv_bn, make_qat):
     prepared = make_qat().prepare(conv_bn)
     prepared.set_mode(observing=False, quantizing=False)
-    expected, got = (m.train(training)(FEATURES) for m in (copy.deepcopy(conv_bn), prepared))
+    expected, got = (
+        m.train(training)(FEATURES) for m in (copy.deepcopy(conv_bn), prepared)
+    )
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -23,12 +25,16 @@ def test_a_factor_of_zero_has_finite_gradients(way, conv_bn, make_qat):
     prepared = make_qat(conv_bn=way).prepare(conv_bn).train()
     output = prepared(FEATURES)
     output.square().sum().backward()
-    assert output.isfinite().all() and all(p.grad.isfinite().all() for p in prepared.parameters())
+    assert output.isfinite().all() and all(
+        p.grad.isfinite().all() for p in prepared.parameters()
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "alone"])
 def test_frozen_batch_norm_uses_and_keeps_its_statistics(fused, between, make_qat):
-    model = between(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), fuse=[(0, 1)] if fused else [])
+    model = between(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), fuse=[(0, 1)] if fused else []
+    )
     prepared = make_qat().prepare(model).train()
     bn = prepared.model.body[0].bn if fused else prepared.model.body[1].layer
 

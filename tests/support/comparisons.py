@@ -4,7 +4,10 @@ import numpy as np
 
 
 def cells(section, *keys):
-    return {row.runs[0].folder.name: tuple(row.cells[key] for key in keys) for row in section.rows}
+    return {
+        row.runs[0].folder.name: tuple(row.cells[key] for key in keys)
+        for row in section.rows
+    }
 
 
 def language_model(seed, shift, n=300):

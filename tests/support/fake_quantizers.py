@@ -19,7 +19,9 @@ OBSERVERS = {
 }
 TORCHS = {
     MinMaxObserver: torch_ao.minmax,
-    OBSERVERS["moving_average"]: partial(torch_ao.moving_average, averaging_constant=0.1),
+    OBSERVERS["moving_average"]: partial(
+        torch_ao.moving_average, averaging_constant=0.1
+    ),
 }
 PER_TENSOR_ONLY = ("histogram", "percentile")
 WEIGHTS = {  # properties of the fake-quantizers of QAT's weights
@@ -55,7 +57,11 @@ def make(
     )
     observer = make_observer(spec, signed=signed)
     return FakeQuantize(
-        observer, kernel=kernel, memoryless=memoryless, observing=observing, quantizing=quantizing
+        observer,
+        kernel=kernel,
+        memoryless=memoryless,
+        observing=observing,
+        quantizing=quantizing,
     )
 
 

@@ -21,7 +21,12 @@ SMALL += [
     "measure.warmup=0",
     "measure.batch_sizes=[1]",
 ]
-SMALL += ["model.width=2", "model.hidden=4", "truth.on_failure=warn", "optimizer.lr=0.01"]
+SMALL += [
+    "model.width=2",
+    "model.hidden=4",
+    "truth.on_failure=warn",
+    "optimizer.lr=0.01",
+]
 RUNS = {  # 6 steps an epoch
     "float": ["quant=ptq", "quant.activation.observer=minmax"],
     "qat": ["quant=qat", "quant.optimizer.lr=0.01"],
@@ -66,11 +71,23 @@ def execute(folder, kind, *overrides, resume=False):
 def result(folder):
     """All that must not depend on interruptions: the weights' bits, scores, logged lines."""
     report = json.loads((folder / "report.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in line.items() if not k.startswith("latency")} for line in lines]
+    lines = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    timeless = [
+        {k: v for k, v in line.items() if not k.startswith("latency")} for line in lines
+    ]
     kept = {
         k: report[k]
-        for k in ("status", "metrics", "truth", "qparams", "difference", "float_from", "size_bytes")
+        for k in (
+            "status",
+            "metrics",
+            "truth",
+            "qparams",
+            "difference",
+            "float_from",
+            "size_bytes",
+        )
     }
     return (
         (folder / "float.pt").read_bytes(),

@@ -1,7 +1,8 @@
 """Reads and works the comparison's page in a browser."""
 
 PAINTED = (
-    "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))"
+    "const done = arguments[0]; "
+    "requestAnimationFrame(() => requestAnimationFrame(() => done()))"
 )
 
 
@@ -19,11 +20,15 @@ def column(browser, header):
 
 
 def header(browser, name):
-    return next(button for button in find(browser, "#table th button") if button.text == name)
+    return next(
+        button for button in find(browser, "#table th button") if button.text == name
+    )
 
 
 def choose(browser, selector, text):
-    next(option for option in find(browser, f"{selector} option") if option.text == text).click()
+    next(
+        option for option in find(browser, f"{selector} option") if option.text == text
+    ).click()
 
 
 def hover(browser, x, y):
@@ -33,4 +38,6 @@ def hover(browser, x, y):
     plot = find(browser, "#scatter")[0]
     width, height = plot.size["width"], plot.size["height"]
     actions = ActionChains(browser, duration=0)
-    actions.move_to_element_with_offset(plot, round(x - width / 2), round(y - height / 2)).perform()
+    actions.move_to_element_with_offset(
+        plot, round(x - width / 2), round(y - height / 2)
+    ).perform()

@@ -10,7 +10,9 @@ from qtrain.config import build
 from qtrain.runs import pipeline
 
 METHODS = ["none", "float_finetuned", "ptq", "qat", "dynamic"]
-QAT, DYNAMIC, PER_TENSOR = "quant=qat", "quant=dynamic", "quant.weight.granularity=per_tensor"
+QAT = "quant=qat"
+DYNAMIC = "quant=dynamic"
+PER_TENSOR = "quant.weight.granularity=per_tensor"
 SGD, COSINE, LONG = "optimizer=sgd", "scheduler=cosine", "trainer.max_steps=null"
 
 SMALL = [
@@ -33,7 +35,9 @@ def digits(num, seed=0):
     """Images with a bright band where their label says."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 10, (num,), generator=generator)
-    images = torch.randint(0, 120, (num, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        0, 120, (num, 28, 28), dtype=torch.uint8, generator=generator
+    )
     for image, label in zip(images, labels, strict=True):
         image[2 * label : 2 * label + 8] += 100
     return images, labels
@@ -43,10 +47,14 @@ def digits(num, seed=0):
 def compose(*overrides):
     """Settings of a small run; of PTQ, with the quickest observer, unless others are named."""
     plain = not any(
-        override.startswith("quant=") or "activation.observer" in override for override in overrides
+        override.startswith("quant=") or "activation.observer" in override
+        for override in overrides
     )
     return build.compose(
-        *SMALL, *QUICK, *(["quant.activation.observer=minmax"] if plain else []), *overrides
+        *SMALL,
+        *QUICK,
+        *(["quant.activation.observer=minmax"] if plain else []),
+        *overrides,
     )
 
 
@@ -59,7 +67,10 @@ def execute(folder, *overrides):
         folder=folder,
         float=(folder / "float.pt").read_bytes(),
         quantized=(folder / "quantized.pt").read_bytes(),
-        lines=[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        lines=[
+            json.loads(line)
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ],
     )
 
 

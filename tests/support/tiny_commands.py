@@ -7,4 +7,7 @@ TINY = [*QUICK, "model=mlp", "model.hidden=4", "data.val_size=10", "data.batch_s
 
 
 def reports(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("outputs/**/report.json"))]
+    return [
+        json.loads(path.read_text())
+        for path in sorted(folder.glob("outputs/**/report.json"))
+    ]

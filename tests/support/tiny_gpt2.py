@@ -11,5 +11,7 @@ TINY = dict(vocab_size=61, n_positions=64, n_layer=2, n_head=2, n_embd=16)
 
 def prompt(model: GPT2, batch_size: int = 2, num_tokens: int = 12) -> Tensor:
     return torch.randint(
-        model.vocab_size, (batch_size, num_tokens), generator=torch.Generator().manual_seed(1)
+        model.vocab_size,
+        (batch_size, num_tokens),
+        generator=torch.Generator().manual_seed(1),
     )

@@ -9,7 +9,11 @@ GATE = {"on_failure": "error", "samples": 32, "max_steps": 1.0, "max_range_ratio
 
 
 def compare(quantizer, prepared, *inputs, **settings):
-    models = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+    models = (
+        quantizer.reference(prepared),
+        quantizer.fake(prepared),
+        quantizer.convert(prepared),
+    )
     return TruthGate(**{**GATE, **settings}).compare(*models, inputs)
 
 
@@ -24,4 +28,6 @@ class Residual(nn.Module):
     def forward(self, x):
         simple = (x > 0).all()
         x = self.quant(x)
-        return self.dequant(self.linear(x) if simple else self.sum.add(x, self.linear(x)))
+        return self.dequant(
+            self.linear(x) if simple else self.sum.add(x, self.linear(x))
+        )

@@ -7,7 +7,9 @@ import torch
 from qtrain.task.classification import Classification
 
 TASK = Classification()
-LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [5.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+LOGITS = torch.tensor(
+    [[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [5.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+)
 LABELS = torch.tensor([0, 1, 2, 1])
 BATCH = (torch.zeros(4, 1, 28, 28), LABELS)
 LOADER = [BATCH]  # for tasks that need more of it than the sums
@@ -28,7 +30,9 @@ def test_inputs_are_the_images():
 
 
 def test_loss_is_the_mean_cross_entropy():
-    assert TASK.loss(LOGITS, BATCH).item() == pytest.approx(sum(cross_entropies()) / 4, rel=1e-6)
+    assert TASK.loss(LOGITS, BATCH).item() == pytest.approx(
+        sum(cross_entropies()) / 4, rel=1e-6
+    )
 
 
 def test_loss_has_a_gradient():
@@ -60,10 +64,8 @@ def test_summary_by_hand():
 
 def test_sums_over_batches_are_those_of_the_whole():
     generator = torch.Generator().manual_seed(0)
-    logits, labels = (
-        torch.randn(23, 5, generator=generator),
-        torch.randint(0, 5, (23,), generator=generator),
-    )
+    logits = torch.randn(23, 5, generator=generator)
+    labels = torch.randint(0, 5, (23,), generator=generator)
     whole = TASK.summary(TASK.metrics(logits, (torch.zeros(23), labels)), LOADER)
     parts = [
         TASK.metrics(logits[rows], (torch.zeros(1), labels[rows]))
@@ -76,7 +78,10 @@ def test_sums_over_batches_are_those_of_the_whole():
     assert whole["count"] == 23
     assert (
         whole["accuracy"]
-        == sum(int(row.argmax()) == int(y) for row, y in zip(logits, labels, strict=True)) / 23
+        == sum(
+            int(row.argmax()) == int(y) for row, y in zip(logits, labels, strict=True)
+        )
+        / 23
     )
 
 
@@ -92,7 +97,8 @@ def test_what_comparisons_go_by():
 def test_top5_and_balanced_accuracy_are_numpys():
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(200, 9)).astype(np.float32)
-    labels = generator.choice(8, 200, p=[0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])  # none of 8
+    # None of 8
+    labels = generator.choice(8, 200, p=[0.4, 0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05])
     batch = torch.zeros(200), torch.from_numpy(labels)
     found = TASK.summary(TASK.metrics(torch.from_numpy(logits), batch), LOADER)
     ranks = (logits > logits[np.arange(200), labels][:, None]).sum(1)
@@ -109,7 +115,9 @@ def test_label_smoothing_and_class_weights_are_of_the_training_alone():
     log = LOGITS.double().log_softmax(1).numpy()
     label = LABELS.numpy()
     weight = np.array(weights)
-    smooth = 0.9 * -log[range(4), label] * weight[label] + 0.1 / 3 * -(log * weight).sum(1)
+    smooth = 0.9 * -log[range(4), label] * weight[label] + 0.1 / 3 * -(
+        log * weight
+    ).sum(1)
     expected = smooth.sum() / weight[label].sum()
     assert task.loss(LOGITS, BATCH).item() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(task.losses(LOGITS, BATCH), TASK.losses(LOGITS, BATCH))
@@ -126,7 +134,10 @@ def test_a_loss_of_ones_own():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"label_smoothing": 1}, "label_smoothing=1: must be a number of at least 0 and below 1"),
+        (
+            {"label_smoothing": 1},
+            "label_smoothing=1: must be a number of at least 0 and below 1",
+        ),
         ({"class_weights": "balanced"}, "class_weights=balanced: must be a list"),
         ({"class_weights": [1.0, -1.0]}, "class_weights=-1.0: must be a number from 0"),
         ({"loss": "focal"}, "loss=focal: must be a function of (output, target)"),
@@ -145,4 +156,6 @@ def test_wrong_options(options, words):
 
 def test_as_many_class_weights_as_classes():
     (line,) = Classification(class_weights=[1.0, 2.0]).check_batch(LOGITS, BATCH)
-    assert line.startswith("task.class_weights: has 2 numbers, and the model's output 3 classes")
+    assert line.startswith(
+        "task.class_weights: has 2 numbers, and the model's output 3 classes"
+    )

@@ -12,7 +12,9 @@ def data(num=120, classes=6, steps=7):
     rng = np.random.default_rng(1)
     targets = rng.random((num, classes)) < 0.3
     targets[:, -1] = False
-    logits = np.round((targets + rng.normal(0, 0.8, targets.shape) - 0.5) * steps) / steps
+    logits = (
+        np.round((targets + rng.normal(0, 0.8, targets.shape) - 0.5) * steps) / steps
+    )
     return logits.astype(np.float32), targets.astype(np.int64)
 
 
@@ -20,7 +22,9 @@ def summary(logits, targets):
     sums = {}
     for rows in np.array_split(np.arange(len(logits)), 3):
         output = torch.from_numpy(logits[rows])
-        for name, value in TASK.metrics(output, (output, torch.from_numpy(targets[rows]))).items():
+        for name, value in TASK.metrics(
+            output, (output, torch.from_numpy(targets[rows]))
+        ).items():
             sums[name] = sums[name] + value if name in sums else value
     return TASK.summary(sums, [])
 
@@ -55,10 +59,13 @@ def test_metrics_are_numpys():
 def test_metrics_are_scikit_learns():
     metrics = pytest.importorskip("sklearn.metrics")
     logits, targets = data()
-    logits, targets = logits[:, :5], targets[:, :5]  # of a label that is nowhere it only warns
+    # Of a label that is nowhere it only warns
+    logits, targets = logits[:, :5], targets[:, :5]
     found, predicted = summary(logits, targets), logits >= 0
     for name, average in (("f1", "samples"), ("f1_macro", "macro")):
-        theirs = metrics.f1_score(targets, predicted, average=average, zero_division=1.0)
+        theirs = metrics.f1_score(
+            targets, predicted, average=average, zero_division=1.0
+        )
         assert found[name] == pytest.approx(theirs, rel=1e-6)
     theirs = metrics.average_precision_score(targets, logits, average="macro")
     assert found["mean_average_precision"] == pytest.approx(theirs, rel=1e-9)
@@ -79,7 +86,10 @@ def test_examples_are_f1_and_1_where_nothing_is_there_or_predicted():
 
 def test_what_does_not_fit():
     output = torch.zeros(4, 3)
-    assert "needs a logit for each" in TASK.check_batch(output, (output, torch.zeros(4)))[0]
+    assert (
+        "needs a logit for each"
+        in TASK.check_batch(output, (output, torch.zeros(4)))[0]
+    )
     assert "0 or 1" in TASK.check_batch(output, (output, torch.full((4, 3), 2)))[0]
     with pytest.raises(ValueError, match="^threshold=1.0: must be"):
         Multilabel(threshold=1.0)

@@ -37,7 +37,8 @@ def test_metrics_are_numpys(shape):
 
 
 def test_examples_are_the_mean_absolute_errors():
-    output, targets = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0, 4], [1, -1]])
+    output = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    targets = torch.tensor([[0, 4], [1, -1]])
     assert TASK.examples(output, (output, targets)).tolist() == [1.5, 1.0]
     assert TASK.losses(output, (output, targets)).tolist() == [2.5, 1.0]
 

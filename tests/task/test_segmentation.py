@@ -64,14 +64,24 @@ def test_losses_are_the_images_means_over_the_pixels_that_count():
 def test_another_target_that_does_not_count():
     logits, targets = data()
     other = targets.masked_fill(targets == 255, -1)
-    assert summary(Segmentation(ignore=-1), logits, other) == summary(TASK, logits, targets)
+    assert summary(Segmentation(ignore=-1), logits, other) == summary(
+        TASK, logits, targets
+    )
 
 
 @pytest.mark.parametrize(
     "output, targets, words",
     [
-        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 8, 8).long(), "needs (B, C, H, W) and (B, H, W)"),
-        (torch.zeros(2, 3, 4, 4), torch.full((2, 4, 4), 3), "up to 3; segmentation needs int64 in"),
+        (
+            torch.zeros(2, 3, 4, 4),
+            torch.zeros(2, 8, 8).long(),
+            "needs (B, C, H, W) and (B, H, W)",
+        ),
+        (
+            torch.zeros(2, 3, 4, 4),
+            torch.full((2, 4, 4), 3),
+            "up to 3; segmentation needs int64 in",
+        ),
         (torch.zeros(2, 3), torch.zeros(2).long(), "needs (B, C, H, W)"),
     ],
 )

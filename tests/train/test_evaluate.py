@@ -15,14 +15,24 @@ LABELS = torch.randint(0, 4, (23,), generator=GENERATOR)
 
 def make_loader(batch_size):
     return ImageLoader(
-        IMAGES, LABELS, batch_size=batch_size, shuffle=False, mean=0.5, std=0.25, channels=1
+        IMAGES,
+        LABELS,
+        batch_size=batch_size,
+        shuffle=False,
+        mean=0.5,
+        std=0.25,
+        channels=1,
     )
 
 
 def make_model():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(25, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4)
+        nn.Flatten(),
+        nn.Linear(25, 8),
+        nn.BatchNorm1d(8),
+        nn.Dropout(0.5),
+        nn.Linear(8, 4),
     )
 
 
@@ -48,7 +58,9 @@ def test_leaves_the_model_as_it_was_but_in_eval_mode():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     evaluate(model, make_loader(5), TASK)
     assert not any(module.training for module in model.modules())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -71,7 +83,8 @@ def test_an_output_that_is_not_finite_is_an_error_by_layer_and_batch(value, batc
     model = make_model()
     model.insert(3, Spoiler(value, batch))
     with pytest.raises(
-        TruthError, match=rf"^layer 3: its output is not finite in evaluation, batch {batch}$"
+        TruthError,
+        match=rf"^layer 3: its output is not finite in evaluation, batch {batch}$",
     ):
         evaluate(model, make_loader(5), TASK)
 
@@ -81,5 +94,7 @@ def test_an_output_that_is_not_finite_outside_of_any_layer():
         def forward(self, x):
             return x.flatten(1)[:, :4] / 0
 
-    with pytest.raises(TruthError, match="^model: its output on evaluation batch 0 is not finite$"):
+    with pytest.raises(
+        TruthError, match="^model: its output on evaluation batch 0 is not finite$"
+    ):
         evaluate(Network(), make_loader(5), TASK)

@@ -33,7 +33,8 @@ def two(tmp_path_factory):
     outs = [folder / "0.pt", folder / "1.pt"]
     started = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, str(number), "2", folder / "rendezvous", out], env=ENVIRONMENT
+            [sys.executable, SCRIPT, str(number), "2", folder / "rendezvous", out],
+            env=ENVIRONMENT,
         )
         for number, out in enumerate(outs)
     ]
@@ -43,7 +44,9 @@ def two(tmp_path_factory):
 
 def test_losses_are_those_of_one_process(alone, two):
     for name in ("float", "accumulated"):
-        assert len(alone[name]) > 5 and alone[name] == pytest.approx(two[0][name], abs=1e-5)
+        assert len(alone[name]) > 5 and alone[name] == pytest.approx(
+            two[0][name], abs=1e-5
+        )
         assert two[0][name] == two[1][name]
     for key, expected in alone["weights"].items():
         torch.testing.assert_close(two[0]["weights"][key], expected, rtol=0, atol=1e-5)
@@ -62,7 +65,9 @@ def test_observers_see_the_whole_batch(alone, two):
     """Were a rank to observe its own part alone, its scales would be smaller by some percent."""
     assert alone["mlp"]["losses"] == pytest.approx(two[0]["mlp"]["losses"], abs=1e-3)
     for name, expected in alone["mlp"]["qparams"].items():
-        assert two[0]["mlp"]["qparams"][name]["scale"] == pytest.approx(expected["scale"], rel=1e-3)
+        assert two[0]["mlp"]["qparams"][name]["scale"] == pytest.approx(
+            expected["scale"], rel=1e-3
+        )
 
 
 def test_one_process_shares_with_nobody():
@@ -84,7 +89,11 @@ SMALL = [
 
 def run(*command):
     done = subprocess.run(
-        [sys.executable, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+        [sys.executable, *command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -94,18 +103,31 @@ def run(*command):
 @pytest.mark.parametrize("quant", ["ptq", "qat"])
 def test_on_the_command_line(tmp_path, how, quant):
     folder = tmp_path / "run"
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2"] if how == "torchrun" else []
+    launch = (
+        ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+        if how == "torchrun"
+        else []
+    )
     settings = [*SMALL, f"quant={quant}", f"hydra.run.dir={folder}"]
     code, text = run(*launch, "-m", "qtrain.cli.run", *settings, "trainer.devices=2")
     assert code == 0, text
-    code, text = run("-m", "qtrain.cli.run", *settings, f"hydra.run.dir={tmp_path / 'alone'}")
+    code, text = run(
+        "-m", "qtrain.cli.run", *settings, f"hydra.run.dir={tmp_path / 'alone'}"
+    )
     assert code == 0, text
 
     def losses(path):
-        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        return [line["float/train_loss"] for line in lines if "float/train_loss" in line]
+        lines = [
+            json.loads(line)
+            for line in (path / "metrics.jsonl").read_text().splitlines()
+        ]
+        return [
+            line["float/train_loss"] for line in lines if "float/train_loss" in line
+        ]
 
-    assert losses(folder) == pytest.approx(losses(tmp_path / "alone"), abs=1e-5) and losses(folder)
+    assert losses(folder) == pytest.approx(
+        losses(tmp_path / "alone"), abs=1e-5
+    ) and losses(folder)
     assert not (folder / "resume").exists()
 
 
@@ -138,7 +160,10 @@ def test_interrupted_and_resumed(tmp_path, number, code):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     command = [sys.executable, "-m", "qtrain.cli.run", *settings]
     subprocess.run(
-        [*command, f"hydra.run.dir={whole}"], env=ENVIRONMENT, check=True, capture_output=True
+        [*command, f"hydra.run.dir={whole}"],
+        env=ENVIRONMENT,
+        check=True,
+        capture_output=True,
     )
     started = subprocess.Popen(
         [*command, f"hydra.run.dir={folder}"],
@@ -175,8 +200,8 @@ def test_accuracy_on_the_sample(tmp_path):
         ]
         code, text = run("-m", "qtrain.cli.run", *settings, f"hydra.run.dir={folder}")
         assert code == 0, text
-        quality[devices] = json.loads((folder / "report.json").read_text())["metrics"]["quantized"][
-            "accuracy"
-        ]
+        quality[devices] = json.loads((folder / "report.json").read_text())["metrics"][
+            "quantized"
+        ]["accuracy"]
     print(quality)
     assert abs(quality[1] - quality[2]) <= 0.003

@@ -30,16 +30,23 @@ def test_constant_costs_nothing():
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 100])
-@pytest.mark.parametrize("warmup, final", [(0, 0), (0.05, 0), (0.3, 0.1), (1, 0.5), (0.5, 1)])
+@pytest.mark.parametrize(
+    "warmup, final", [(0, 0), (0.05, 0), (0.3, 0.1), (1, 0.5), (0.5, 1)]
+)
 def test_cosine_by_its_formula(num_steps, warmup, final):
     num_warmup = round(warmup * num_steps)
     rising = [0.4 * k / num_warmup for k in range(1, num_warmup + 1)]
     falling = [
-        0.4 * (final + (1 - final) * math.cos(math.pi / 2 * k / (num_steps - num_warmup)) ** 2)
+        0.4
+        * (
+            final
+            + (1 - final) * math.cos(math.pi / 2 * k / (num_steps - num_warmup)) ** 2
+        )
         for k in range(num_steps - num_warmup)
     ]
     got = rates(
-        lambda optimizer: cosine(optimizer, num_steps, warmup=warmup, final=final), num_steps
+        lambda optimizer: cosine(optimizer, num_steps, warmup=warmup, final=final),
+        num_steps,
     )
     assert got == pytest.approx(rising + falling, abs=1e-12)
 
@@ -51,7 +58,8 @@ def test_cosine_is_what_torch_makes_of_its_parts():
         return SequentialLR(optimizer, [rise, fall], milestones=[5])
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SequentialLR uses its parts in ways that they warn of
+        # SequentialLR uses its parts in ways that they warn of
+        warnings.simplefilter("ignore")
         expected = rates(by_torch, 20)
     assert rates(lambda o: cosine(o, 20, warmup=0.25, final=0.1), 20) == pytest.approx(
         expected, abs=1e-12
@@ -67,7 +75,9 @@ def test_cosine_serves_every_parameter_group():
     for _ in range(2):
         optimizer.step()
         schedule.step()
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 1.0])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [0.5, 1.0]
+    )
 
 
 def test_no_steps_at_all():
@@ -79,5 +89,7 @@ def test_no_steps_at_all():
 )
 def test_shares_out_of_range(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f"^{name}={value}: must be a number from 0 to 1$"):
+    with pytest.raises(
+        ValueError, match=f"^{name}={value}: must be a number from 0 to 1$"
+    ):
         cosine(sgd(), 10, **{"warmup": 0.1, "final": 0.1} | wrong)

@@ -42,7 +42,13 @@ def make_loader(num=22, batch_size=4, shuffle=True):
     images = torch.randint(0, 256, (num, 6, 6), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 3, (num,), generator=generator)
     return ImageLoader(
-        images, labels, batch_size=batch_size, shuffle=shuffle, mean=0.5, std=0.5, channels=1
+        images,
+        labels,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        mean=0.5,
+        std=0.5,
+        channels=1,
     )
 
 
@@ -64,7 +70,14 @@ def linear_model():
 
 
 def fit(
-    model, loader=None, *, optimizer=sgd, scheduler=constant, task=None, callbacks=None, **options
+    model,
+    loader=None,
+    *,
+    optimizer=sgd,
+    scheduler=constant,
+    task=None,
+    callbacks=None,
+    **options,
 ):
     """Trains from seed 0; returns what was logged."""
     torch.manual_seed(0)
@@ -90,7 +103,9 @@ def assert_same(model, other):
 
 def test_equals_a_loop_written_by_hand():
     model, expected = make_model(), make_model()
-    logger = fit(model, optimizer=adam, scheduler=partial(cosine, warmup=0.2, final=0.1))
+    logger = fit(
+        model, optimizer=adam, scheduler=partial(cosine, warmup=0.2, final=0.1)
+    )
 
     torch.manual_seed(0)
     losses, rates = [], []
@@ -111,7 +126,9 @@ def test_equals_a_loop_written_by_hand():
     assert logger.values("float/train_loss") == pytest.approx(
         {s: sum(losses[s - 3 : s]) / 3 for s in (3, 6, 9, 12)}
     )
-    assert logger.values("float/lr") == {step: rates[step - 1] for step in (3, 6, 9, 12)}
+    assert logger.values("float/lr") == {
+        step: rates[step - 1] for step in (3, 6, 9, 12)
+    }
     assert logger.values("float/epoch_loss") == pytest.approx(
         {6: sum(losses[:6]) / 6, 12: sum(losses[6:]) / 6}
     )
@@ -121,11 +138,14 @@ def test_the_log_interval_changes_no_weight():
     often, seldom = make_model(), make_model()
     lines = fit(often, log_every=1).lines, fit(seldom, log_every=1000).lines
     assert_same(often, seldom)
-    assert [len(x) for x in lines] == [12 + 2, 1 + 2]  # the last step is logged in any case
+    # The last step is logged in any case
+    assert [len(x) for x in lines] == [12 + 2, 1 + 2]
 
 
 @pytest.mark.parametrize(
-    "accumulate, num", [(3, 24), (4, 24), (99, 24)], ids=["whole_groups", "rest", "one_group"]
+    "accumulate, num",
+    [(3, 24), (4, 24), (99, 24)],
+    ids=["whole_groups", "rest", "one_group"],
 )
 def test_accumulation_equals_larger_batches(accumulate, num):
     model, expected = linear_model(), linear_model()
@@ -146,7 +166,9 @@ def test_clipping():
     gradient = copy.deepcopy(before)
     images, labels = next(iter(make_loader(shuffle=False)))
     nn.functional.cross_entropy(gradient(images), labels).backward()
-    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in gradient.parameters()))
+    norm = math.sqrt(
+        sum(float(p.grad.double().square().sum()) for p in gradient.parameters())
+    )
     assert norm > 0.5
     for clip_norm, factor in ((0.5, 0.5 / norm), (2 * norm, 1.0), (None, 1.0)):
         after = copy.deepcopy(before)
@@ -154,7 +176,9 @@ def test_clipping():
         for p, old, g in zip(
             after.parameters(), before.parameters(), gradient.parameters(), strict=True
         ):
-            torch.testing.assert_close(p, old - 0.1 * factor * g.grad, rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(
+                p, old - 0.1 * factor * g.grad, rtol=1e-4, atol=1e-7
+            )
 
 
 def test_clipping_takes_the_accumulated_gradient():
@@ -245,7 +269,10 @@ def test_callbacks():
 
 def test_says_how_each_epoch_went(caplog):
     with caplog.at_level(logging.INFO, "qtrain"):
-        fit(make_model(), callbacks={"on_epoch_end": lambda epoch: {"val_accuracy": 0.125}})
+        fit(
+            make_model(),
+            callbacks={"on_epoch_end": lambda epoch: {"val_accuracy": 0.125}},
+        )
     assert [line.split(", loss")[0] for line in caplog.messages] == [
         "float: epoch 1/2",
         "float: epoch 2/2",
@@ -267,7 +294,9 @@ class Spoiled(Classification):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("batch, epoch, step", [(0, 1, 3), (2, 1, 3), (4, 1, 6), (7, 2, 9)])
+@pytest.mark.parametrize(
+    "batch, epoch, step", [(0, 1, 3), (2, 1, 3), (4, 1, 6), (7, 2, 9)]
+)
 def test_a_loss_that_is_not_finite(value, batch, epoch, step):
     with pytest.raises(ValueError) as caught:
         fit(linear_model(), task=Spoiled(batch, value))
@@ -278,7 +307,9 @@ def test_a_loss_that_is_not_finite(value, batch, epoch, step):
 
 
 def test_a_loss_that_is_not_finite_is_seen_without_a_log_line():
-    with pytest.raises(ValueError, match="in epoch 1, within the 6 batches before step 6"):
+    with pytest.raises(
+        ValueError, match="in epoch 1, within the 6 batches before step 6"
+    ):
         fit(linear_model(), task=Spoiled(1, math.nan), log_every=1000)
 
 
@@ -287,11 +318,20 @@ def test_a_loss_that_is_not_finite_is_seen_without_a_log_line():
     [
         ({"epochs": -1}, "epochs=-1: must be a whole number from 0 to 1000000"),
         ({"epochs": 1.5}, "epochs=1.5: must be a whole number from 0 to 1000000"),
-        ({"max_steps": 0}, "max_steps=0: must be a whole number from 1 to 1000000000, or null"),
+        (
+            {"max_steps": 0},
+            "max_steps=0: must be a whole number from 1 to 1000000000, or null",
+        ),
         ({"accumulate": 0}, "accumulate=0: must be a whole number from 1 to 1000000"),
         ({"log_every": 0}, "log_every=0: must be a whole number from 1 to 1000000"),
-        ({"log_every": None}, "log_every=None: must be a whole number from 1 to 1000000"),
-        ({"save_every": 0}, "save_every=0: must be a whole number from 1 to 1000000, or null"),
+        (
+            {"log_every": None},
+            "log_every=None: must be a whole number from 1 to 1000000",
+        ),
+        (
+            {"save_every": 0},
+            "save_every=0: must be a whole number from 1 to 1000000, or null",
+        ),
         ({"clip_norm": 0}, "clip_norm=0: must be a number above 0, or null"),
         ({"clip_norm": math.nan}, "clip_norm=nan: must be a number above 0, or null"),
     ],

@@ -25,7 +25,9 @@ class Lines(Logger):
         self.losses = []
 
     def log(self, metrics, step):
-        self.losses += [value for name, value in metrics.items() if name.endswith("loss")]
+        self.losses += [
+            value for name, value in metrics.items() if name.endswith("loss")
+        ]
 
 
 def fit(model, accumulate=1, on_epoch=lambda epoch: None):
@@ -34,7 +36,9 @@ def fit(model, accumulate=1, on_epoch=lambda epoch: None):
     images = torch.randint(0, 256, (43, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.arange(43) % 10
     images[torch.arange(43), labels] = 255
-    loader = ImageLoader(images, labels, batch_size=7, shuffle=True, mean=0.13, std=0.3, channels=1)
+    loader = ImageLoader(
+        images, labels, batch_size=7, shuffle=True, mean=0.13, std=0.3, channels=1
+    )
     torch.manual_seed(0)
     lines = Lines()
     trainer = Trainer(
@@ -91,7 +95,9 @@ def everything():
     mlp = MLP(hidden=16, hidden_relu=True, output_relu=False)
     found = {"float": fit(mlp), "weights": mlp.state_dict()}
     torch.manual_seed(3)
-    found["accumulated"] = fit(MLP(hidden=16, hidden_relu=True, output_relu=False), accumulate=3)
+    found["accumulated"] = fit(
+        MLP(hidden=16, hidden_relu=True, output_relu=False), accumulate=3
+    )
     for name, model, *conv_bn in (
         ("mlp", MLP(hidden=16, hidden_relu=True, output_relu=False)),
         ("norms folded", ConvNet(width=4, hidden=8), "folded"),
@@ -115,7 +121,10 @@ def everything():
 
 
 if __name__ == "__main__":
-    number, ranks, rendezvous, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    number = int(sys.argv[1])
+    ranks = int(sys.argv[2])
+    rendezvous = sys.argv[3]
+    out = sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=number, world_size=ranks

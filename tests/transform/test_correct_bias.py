@@ -36,7 +36,9 @@ def test_the_mean_error_of_a_layer_is_gone(kind, between):
         step, point.quantizing = float(point.calculate_qparams()[0]), False
         with simulation.mode(observing=False, quantizing=True):
             point.quantizing = False  # its rounding has a mean of its own
-            errors[len(transforms)] = float((simulation(x) - model(x)).mean(axes).abs().max())
+            errors[len(transforms)] = float(
+                (simulation(x) - model(x)).mean(axes).abs().max()
+            )
     assert errors[0] > 0.2 * step and errors[1] < 1e-5
 
 
@@ -45,11 +47,9 @@ class Twice(nn.Module):
 
     def __init__(self, in_place=False):
         super().__init__()
-        self.quant, self.layer, self.dequant = (
-            qtrain.QuantStub(),
-            nn.Linear(20, 5),
-            qtrain.DeQuantStub(),
-        )
+        self.quant = qtrain.QuantStub()
+        self.layer = nn.Linear(20, 5)
+        self.dequant = qtrain.DeQuantStub()
         self.in_place = in_place
 
     def forward(self, x):
@@ -61,7 +61,8 @@ class Twice(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("in_place", [False, True])
 def test_all_calls_of_a_layer_count_on_inputs_as_they_came(in_place):
-    model, x = Twice(in_place), torch.rand(256, 20) + torch.linspace(-1, 1, 256)[:, None]
+    model = Twice(in_place)
+    x = torch.rand(256, 20) + torch.linspace(-1, 1, 256)[:, None]
     _, simulation = simulated(model, [(x.clone(),)], transforms=[CorrectBias()])
     point = simulation.model.layer.output_q
     with simulation.mode(observing=False, quantizing=True):
@@ -90,14 +91,23 @@ def test_deep_layers_are_corrected_on_the_corrected_network(convnet, images):
     exact = convnet(images)
     _, plain = simulated(convnet, [(images,)])
     quantizer, corrected = simulated(convnet, [(images,)], transforms=[CorrectBias()])
-    before, after = (float(sqnr_db(exact, s.as_converted()(images))) for s in (plain, corrected))
+    before, after = (
+        float(sqnr_db(exact, s.as_converted()(images))) for s in (plain, corrected)
+    )
     (noted,) = corrected.improvements
     assert after > before + 3
     assert noted["name"] == "correct_bias"
-    assert noted["sqnr_db"] == {"before": pytest.approx(before), "after": pytest.approx(after)}
+    assert noted["sqnr_db"] == {
+        "before": pytest.approx(before),
+        "after": pytest.approx(after),
+    }
     # What is converted is what was corrected, and the reference is the float model still.
-    assert torch.equal(quantizer.convert(corrected)(images), corrected.as_converted()(images))
-    torch.testing.assert_close(quantizer.reference(corrected)(images), exact, atol=1e-5, rtol=1e-4)
+    assert torch.equal(
+        quantizer.convert(corrected)(images), corrected.as_converted()(images)
+    )
+    torch.testing.assert_close(
+        quantizer.reference(corrected)(images), exact, atol=1e-5, rtol=1e-4
+    )
 
 
 @torch.no_grad()

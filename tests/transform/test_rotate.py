@@ -12,10 +12,14 @@ from qtrain.transform.rotate import Rotate, rotate
 
 
 def gpt2(width=48):
-    model = GPT2(vocab_size=50, n_positions=16, n_layer=2, n_head=2, n_embd=width).eval()
+    model = GPT2(
+        vocab_size=50, n_positions=16, n_layer=2, n_head=2, n_embd=width
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if "ln_" in name else 0.05))
+            parameter.add_(
+                torch.randn_like(parameter) * (0.3 if "ln_" in name else 0.05)
+            )
     return model
 
 
@@ -39,10 +43,15 @@ def test_outliers_are_spread_over_all_channels():
         if rotates:
             rotate(model)
         seen = []
-        model.ln_f.register_forward_pre_hook(lambda _, x, seen=seen: seen.append(x[0].detach()))
+        model.ln_f.register_forward_pre_hook(
+            lambda _, x, seen=seen: seen.append(x[0].detach())
+        )
         model(torch.randint(50, (4, 16), generator=torch.Generator().manual_seed(0)))
         streams.append(seen[0].flatten(0, 1))
-    peaks = [float(x.abs().amax(1).mean() / x.square().mean(1).sqrt().mean()) for x in streams]
+    peaks = [
+        float(x.abs().amax(1).mean() / x.square().mean(1).sqrt().mean())
+        for x in streams
+    ]
     assert peaks[0] > 5 and peaks[1] < 3, peaks
 
 
@@ -57,5 +66,9 @@ def test_what_cannot_be_rotated_is_told():
     with pytest.raises(ValueError, match="size=14: there is no Hadamard matrix here"):
         rotate(gpt2(14))
     spec = QuantSpec(bits=4)
-    with pytest.raises(ValueError, match="transforms: rotate knows GPT-2 alone, and this is a"):
-        WeightOnly(weight=spec, transforms=[Rotate()]).prepare(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(
+        ValueError, match="transforms: rotate knows GPT-2 alone, and this is a"
+    ):
+        WeightOnly(weight=spec, transforms=[Rotate()]).prepare(
+            nn.Sequential(nn.Linear(4, 4))
+        )

@@ -43,8 +43,12 @@ def calibrated(model, transform, bits=3, symmetric=True, batches=None, **how):
 
 @pytest.mark.parametrize("transform", [GPTQ, AWQ])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("how", [{}, {"granularity": "per_channel", "group_size": None}])
-def test_no_layer_is_worse_than_rounded_and_most_are_far_better(transform, symmetric, how):
+@pytest.mark.parametrize(
+    "how", [{}, {"granularity": "per_channel", "group_size": None}]
+)
+def test_no_layer_is_worse_than_rounded_and_most_are_far_better(
+    transform, symmetric, how
+):
     made = transform()
     calibrated(gpt2(), made, symmetric=symmetric, **how)
     shares = {name: found["share"] for name, found in made.losses.items()}
@@ -75,8 +79,12 @@ def test_the_output_is_nearer_to_the_float_model():
     errors = {"plain": (plain.fake(plain.prepare(model))(batches[0][0]) - exact).norm()}
     for transform in (GPTQ(), AWQ()):
         quantizer, simulation = calibrated(model, transform, batches=batches)
-        errors[transform.name] = (quantizer.fake(simulation)(batches[0][0]) - exact).norm()
-    assert errors["gptq"] < 0.8 * errors["plain"] and errors["awq"] < errors["plain"], errors
+        errors[transform.name] = (
+            quantizer.fake(simulation)(batches[0][0]) - exact
+        ).norm()
+    assert errors["gptq"] < 0.8 * errors["plain"] and errors["awq"] < errors["plain"], (
+        errors
+    )
 
 
 def test_the_size_of_blocks_changes_nothing():
@@ -91,7 +99,9 @@ def test_scales_of_columns_are_taken_back_by_the_norm():
     model = gpt2()
     with torch.no_grad():
         model.h[0].ln_1.weight[3] = 30  # an outlier, whose column must be rounded well
-    _, simulation = calibrated(model, transform, bits=8, granularity="per_channel", group_size=None)
+    _, simulation = calibrated(
+        model, transform, bits=8, granularity="per_channel", group_size=None
+    )
     norm = simulation.model.h[0].ln_1
     assert not torch.equal(norm.weight, model.h[0].ln_1.weight)
     x = text(1)[0][0]
@@ -125,7 +135,9 @@ def test_each_layer_gets_its_inputs_from_the_network_as_it_is_by_then():
         found = list(inputs)
         expected = []
         layer = model.get_submodule(name)
-        hook = layer.register_forward_pre_hook(lambda _, args, to=expected: to.append(args[0]))
+        hook = layer.register_forward_pre_hook(
+            lambda _, args, to=expected: to.append(args[0])
+        )
         with torch.no_grad():
             for batch in batches:
                 model(*batch)
@@ -166,7 +178,9 @@ def test_convolutions_and_calls_that_come_twice(transform):
     assert set(shares) == {"first", "deep", "wide", "head"}
     assert all(share <= 1 for share in shares.values()) and min(shares.values()) < 0.9
     fake, real = quantizer.fake(simulation), quantizer.convert(simulation)
-    torch.testing.assert_close(fake(*batches[0]), real(*batches[0]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        fake(*batches[0]), real(*batches[0]), rtol=1e-3, atol=1e-3
+    )
 
 
 @torch.no_grad()
@@ -221,5 +235,9 @@ def test_no_row_is_worse_than_rounded_whatever_its_groups_gain(transform):
     inputs = torch.randn(400, 256) @ torch.randn(256, 256) + 5 * torch.randn(400, 1)
     hessian = (inputs.T @ inputs)[None].double()
     nearest, found = target.rounded(), transform.choose(target, hessian)
-    losses = [row_losses(target.weight - x.dequantized(), hessian) for x in (nearest, found)]
-    assert (losses[1] <= losses[0] * (1 + 1e-6)).all() and (losses[1] < losses[0]).sum() > 20
+    losses = [
+        row_losses(target.weight - x.dequantized(), hessian) for x in (nearest, found)
+    ]
+    assert (losses[1] <= losses[0] * (1 + 1e-6)).all() and (
+        losses[1] < losses[0]
+    ).sum() > 20

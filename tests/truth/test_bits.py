@@ -16,14 +16,22 @@ def found(job, *settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [[], ["quant.engine=reference"], ["quant=qat", "quant.epochs=1"]], ids=str
+    "settings",
+    [[], ["quant.engine=reference"], ["quant=qat", "quant.epochs=1"]],
+    ids=str,
 )
 def test_bytes_follow_the_bits(job, settings):
     eight, eight_bytes = found(job, *settings)
     four, four_bytes = found(job, *settings, "quant.weight.bits=4")
     assert (eight, four) == (8, 4)
-    assert eight_bytes["quantized_at_bits"] == eight_bytes["quantized"] == four_bytes["quantized"]
-    assert eight_bytes["quantized_at_bits"] - four_bytes["quantized_at_bits"] == ALL // 2
+    assert (
+        eight_bytes["quantized_at_bits"]
+        == eight_bytes["quantized"]
+        == four_bytes["quantized"]
+    )
+    assert (
+        eight_bytes["quantized_at_bits"] - four_bytes["quantized_at_bits"] == ALL // 2
+    )
 
 
 def test_layers_with_bits_of_their_own_make_the_mean(job):
@@ -38,7 +46,9 @@ def test_packed_weights_are_stored_in_their_bits(job):
 
 
 def test_a_simulation_has_the_bytes_of_its_bits(job):
-    bits, size = found(job, "quant.weight.bits=4", "quant.activation.bits=4", "quant.engine=x86")
+    bits, size = found(
+        job, "quant.weight.bits=4", "quant.activation.bits=4", "quant.engine=x86"
+    )
     assert bits == 4 and size["quantized"] is None
     assert size["float"] - size["quantized_at_bits"] == ALL * 28 // 8
 
@@ -57,7 +67,8 @@ def test_tables_and_fronts_go_by_the_bits(job, tmp_path):
     rows = {row["bits"]: row for row in qtrain.compare(tmp_path)}
     assert set(rows) == {"8/8", "4/8", "2.13/8"}
     stored, at_bits = (
-        [rows[bits][key] for bits in ("8/8", "4/8")] for key in ("size_kb", "kb_at_bits")
+        [rows[bits][key] for bits in ("8/8", "4/8")]
+        for key in ("size_kb", "kb_at_bits")
     )
     assert stored[0] == pytest.approx(stored[1], rel=0.01) and at_bits[0] == stored[0]
     assert at_bits[0] - at_bits[1] == pytest.approx(ALL / 2 / 1000, rel=0.05)

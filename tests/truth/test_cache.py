@@ -62,7 +62,11 @@ def digits(*, root=None, **options):
 """,
     "sibling.py": "HIDDEN = 12\nMOMENTUM = 0.0\n",
 }
-OPTIONS = ["quant=none", "data._target_=own.digits.digits", "task._target_=own.training.Task"]
+OPTIONS = [
+    "quant=none",
+    "data._target_=own.digits.digits",
+    "task._target_=own.training.Task",
+]
 OPTIONS += ["optimizer._target_=own.training.descent", "truth.on_failure=warn"]
 
 
@@ -71,11 +75,14 @@ def edit(tmp_path, monkeypatch):
     """edit(file, old, new, load=True): changes a user's source, as the next job loads it."""
     folder = tmp_path / "sources"
     monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # whose times tell seconds apart, no less
+    # Whose times tell seconds apart, no less
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def forget():
         importlib.invalidate_caches()
-        for name in [name for name in sys.modules if name.split(".")[0] in ("own", "sibling")]:
+        for name in [
+            name for name in sys.modules if name.split(".")[0] in ("own", "sibling")
+        ]:
             del sys.modules[name]
 
     def change(file, old, new, load=True):
@@ -98,7 +105,11 @@ def train(job, tmp_path):
 
     def run(*overrides, check=True, **model):
         cached = job(
-            "own.net.Net", *OPTIONS, f"float_cache={tmp_path / 'cache'}", *overrides, **model
+            "own.net.Net",
+            *OPTIONS,
+            f"float_cache={tmp_path / 'cache'}",
+            *overrides,
+            **model,
         )
         assert cached.code == 0, cached.text
         if check:
@@ -121,7 +132,14 @@ def train(job, tmp_path):
         ("own/digits.py", "images * 1\n", "images // 2\n"),
         ("sibling.py", "MOMENTUM = 0.0", "MOMENTUM = 0.5"),
     ],
-    ids=["model", "relative import", "task", "optimizer", "data", "import within a function"],
+    ids=[
+        "model",
+        "relative import",
+        "task",
+        "optimizer",
+        "data",
+        "import within a function",
+    ],
 )
 def test_an_edit_is_seen(edit, train, file, old, new):
     source, before = train(check=False)
@@ -160,7 +178,10 @@ def test_a_run_is_not_resumed_with_other_code(edit, job, command, monkeypatch):
     monkeypatch.setenv("QTRAIN_TRUST", "augmented,own")
     edit("own/parts.py", "mul_(1.0)", "mul_(2.0)")
     code, text = command(f"resume={killed.run_dir}")
-    assert code == 1 and "was written by a run with another config, other data, other code" in text
+    assert (
+        code == 1
+        and "was written by a run with another config, other data, other code" in text
+    )
     edit("own/parts.py", "mul_(2.0)", "mul_(1.0)")
     code, text = command(f"resume={killed.run_dir}")
     assert code == 0 and "float: resumed after step" in text
@@ -174,7 +195,8 @@ def test_data_count_by_their_content(edit, train, tmp_path):
 
     losses = {train(root("a", 1))[1], train(root("b", 2))[1]}
     assert train(root("a", 1), check=False)[0] == "cache"
-    source, other = train(root("a", 3))  # the same folder, where something else lies now
+    # The same folder, where something else lies now
+    source, other = train(root("a", 3))
     assert source == "training" and len(losses | {other}) == 3
 
 

@@ -13,7 +13,12 @@ import qtrain
 
 SMALL = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "data.context=32"]
 TEXT = ["task=language_modeling", "data=shakespeare", *SMALL]
-FEW = ["quant.weight.bits=3", "quant.weight.group_size=32", "quant.samples=64", "calib_batches=2"]
+FEW = [
+    "quant.weight.bits=3",
+    "quant.weight.group_size=32",
+    "quant.samples=64",
+    "calib_batches=2",
+]
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "quarot"])
@@ -34,7 +39,11 @@ def test_calibration_brings_the_loss_nearer_to_the_float_models(job, method, sym
     assert run.loss("fake") == pytest.approx(run.loss("quantized"), rel=5e-3)
     errors, agreement = run.report["standard_errors"], run.report["agreement"]
     perplexity = run.report["metrics"]["quantized"]["perplexity"]
-    assert errors["quantized"]["perplexity"] == perplexity * errors["quantized"]["loss"] > 0
+    assert (
+        errors["quantized"]["perplexity"]
+        == perplexity * errors["quantized"]["loss"]
+        > 0
+    )
     assert 0 < agreement["kl"] < 1 and 0.5 < agreement["top1"] < 1
     loaded, inputs = qtrain.load(run.run_dir), qtrain.sample_inputs(run.run_dir)
     assert loaded(*inputs).isfinite().all()
@@ -43,9 +52,18 @@ def test_calibration_brings_the_loss_nearer_to_the_float_models(job, method, sym
 
 
 def test_too_short_a_text_is_refused_before_compute(job):
-    run = job("gpt2_nano", *TEXT, "quant=gptq", "quant.weight.group_size=32", "calib_batches=2")
+    run = job(
+        "gpt2_nano",
+        *TEXT,
+        "quant=gptq",
+        "quant.weight.group_size=32",
+        "calib_batches=2",
+    )
     assert run.code == 1
-    assert "quant.samples=128: 2 batches of calibration data hold 64; use fewer" in run.text
+    assert (
+        "quant.samples=128: 2 batches of calibration data hold 64; use fewer"
+        in run.text
+    )
 
 
 def test_a_group_size_that_does_not_divide_is_refused_before_compute(job):
@@ -57,17 +75,25 @@ def test_a_group_size_that_does_not_divide_is_refused_before_compute(job):
 def test_settings_of_transforms_are_checked(job):
     settings = "quant.transforms=[{_target_: qtrain.transform.gptq.GPTQ, damping: 0, block: 0}]"
     run = job("gpt2_nano", *TEXT, *FEW, "quant=gptq", settings)
-    assert run.code == 1 and "damping=0: must be" in run.text and "block=0: must be" in run.text
+    assert (
+        run.code == 1
+        and "damping=0: must be" in run.text
+        and "block=0: must be" in run.text
+    )
 
 
-def test_a_killed_calibration_goes_on_behind_its_last_layer_to_the_same_bits(job, tmp_path):
+def test_a_killed_calibration_goes_on_behind_its_last_layer_to_the_same_bits(
+    job, tmp_path
+):
     whole = job("gpt2_nano", *TEXT, *FEW, "quant=gptq")
     assert whole.code == 0, whole.text
     folder = tmp_path / "killed"
     overrides = json.loads((whole.run_dir / "overrides.json").read_text())
     others = [x for x in overrides if not x.startswith("hydra.run.dir")]
     command = [sys.executable, "-m", "qtrain.cli.run"]
-    process = subprocess.Popen([*command, *others, f"hydra.run.dir={folder}"], cwd=tmp_path)
+    process = subprocess.Popen(
+        [*command, *others, f"hydra.run.dir={folder}"], cwd=tmp_path
+    )
     deadline = time.monotonic() + 200
     finished: list[object] = []
     while len(finished) < 3 and process.poll() is None and time.monotonic() < deadline:

@@ -78,7 +78,10 @@ def test_no_site_is_lost(plain, name):
 def test_batch_norm_and_relu_before_a_layer_are_one_kernel(plain):
     model = trained(plain.PreActivation())
     result = qtrain.quantize(model, [images(32)], **ENGINE)
-    assert result.plan["pre"].kind == "BatchNorm2d+ReLU" and result.plan["pre"].reason is None
+    assert (
+        result.plan["pre"].kind == "BatchNorm2d+ReLU"
+        and result.plan["pre"].reason is None
+    )
     assert list(result.report["coverage"]["float_layers"]) == []
     x = images(8)
     assert close(result.model(x), model(x))
@@ -91,7 +94,10 @@ def test_batch_norm_behind_a_transposed_convolution_is_a_kernel_of_its_own(job):
     assert run.report["plan"]["late"]["kind"] == "BatchNorm2d+ReLU"
     assert run.report["coverage"]["macs_quantized"] == 1
     refused = job("plain.Transposed", "quant.engine=x86")
-    assert refused.code == 1 and "layer up (ConvTranspose2d) has no per-channel" in refused.text
+    assert (
+        refused.code == 1
+        and "layer up (ConvTranspose2d) has no per-channel" in refused.text
+    )
 
 
 @BOTH
@@ -143,14 +149,19 @@ def test_weights_come_back_to_the_users_class(plain, name):
 def test_without_a_step_all_weights_come_back_as_they_were(plain):
     model = trained(plain.Tokens())
     state = qtrain.quantize(model, [images()], **ENGINE).float_state_dict()
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(state[name], value) for name, value in model.state_dict().items()
+    )
 
 
 def test_what_resists_is_an_island_named_with_its_line_and_share(plain):
     result = qtrain.quantize(trained(plain.Island()), [images()], **ENGINE)
     leaves = result.report["capture"]["leaves"]
     assert list(leaves) == ["gate"]
-    assert "plain.py" in leaves["gate"]["reason"] and "if x.max() > 0" in leaves["gate"]["reason"]
+    assert (
+        "plain.py" in leaves["gate"]["reason"]
+        and "if x.max() > 0" in leaves["gate"]["reason"]
+    )
     macs = {"stem": 8 * 9 * 196, "gate": 8 * 8 * 196, "after": 64 * 9 * 196, "fc": 1280}
     share = macs["gate"] / sum(macs.values())
     assert leaves["gate"]["macs"] == pytest.approx(share)
@@ -161,7 +172,10 @@ def test_what_resists_is_an_island_named_with_its_line_and_share(plain):
 def test_a_leaf_by_hand(job):
     run = job("plain.Squeeze", "quant.capture.leaves=[deep]", "quant.engine=x86")
     assert run.code == 0, run.text
-    assert "not looked into: deep" in run.text and "set by quant.capture.leaves" in run.text
+    assert (
+        "not looked into: deep" in run.text
+        and "set by quant.capture.leaves" in run.text
+    )
     assert 0 < run.report["coverage"]["macs_quantized"] < 1
 
 
@@ -173,13 +187,17 @@ def test_what_resists_as_a_whole_is_bracketed(plain):
     assert result.report["coverage"]["macs_quantized"] == 1
     x = images(8)
     assert close(result.model(x), model(x))
-    with pytest.raises(ValueError, match=r"cannot be traced.*plain.py:\d+: if x.max\(\) > 0"):
+    with pytest.raises(
+        ValueError, match=r"cannot be traced.*plain.py:\d+: if x.max\(\) > 0"
+    ):
         qtrain.quantize(model, [images()], capture="trace", **ENGINE)
 
 
 def test_modes_that_differ_are_refused_for_qat_alone(plain):
     model = plain.OtherInEval()
-    with pytest.raises(ValueError, match=r"in eval mode it does.*plain.py:\d+: .*x \* 2"):
+    with pytest.raises(
+        ValueError, match=r"in eval mode it does.*plain.py:\d+: .*x \* 2"
+    ):
         qtrain.prepare(model, [images()], **ENGINE)
     assert qtrain.quantize(trained(model), [images()], **ENGINE).report["truth"]
 
@@ -205,7 +223,9 @@ def test_several_inputs_and_outputs(plain, kind):
         for o in (output, exact)
     )
     assert not first.is_quantized and close(first, other)
-    with pytest.raises(ValueError, match="a mapping of image, and forward takes x, extra, scale"):
+    with pytest.raises(
+        ValueError, match="a mapping of image, and forward takes x, extra, scale"
+    ):
         qtrain.quantize(model, [{"image": images()}], **ENGINE)
 
 
@@ -220,7 +240,9 @@ def test_stubs_are_taken_as_they_are_and_traced_to_the_same_integers():
     from torchvision.models.quantization import mobilenet_v2
 
     model, x = trained(mobilenet_v2()), torch.randn(2, 3, 64, 64)
-    simulations = [qtrain.quantize(model, [x], capture=how, **ENGINE) for how in ("auto", "trace")]
+    simulations = [
+        qtrain.quantize(model, [x], capture=how, **ENGINE) for how in ("auto", "trace")
+    ]
     as_is, traced = (result.report["capture"]["mode"] for result in simulations)
     assert (as_is, traced) == ("as_is", "trace")
     first, second = (weights(result.model) for result in simulations)
@@ -251,9 +273,15 @@ def test_torchvisions_plain_resnet18(job):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ("quant.capture.mode=fx", "quant.capture.mode=fx: allowed are auto, as_is, trace"),
+        (
+            "quant.capture.mode=fx",
+            "quant.capture.mode=fx: allowed are auto, as_is, trace",
+        ),
         ("quant.capture.leaves=deep", "quant.capture.leaves=deep: must be a list"),
-        ("quant.capture.leaves=[dep]", "dep matches no module; the model has stem, norm"),
+        (
+            "quant.capture.leaves=[dep]",
+            "dep matches no module; the model has stem, norm",
+        ),
     ],
 )
 def test_mistakes_are_named(job, settings, words):

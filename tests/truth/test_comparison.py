@@ -13,7 +13,13 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from qtrain.cli import compare as cli
 
-SWEEP = ["model=mlp", "trainer=smoke", "threads=1", "measure.repeats=2", "measure.batch_sizes=[1]"]
+SWEEP = [
+    "model=mlp",
+    "trainer=smoke",
+    "threads=1",
+    "measure.repeats=2",
+    "measure.batch_sizes=[1]",
+]
 
 
 @pytest.fixture
@@ -43,17 +49,30 @@ def sweep(tmp_path_factory):
     """Two rates and two seeds, PTQ and QAT; returns the folder of the sweep."""
     folder = tmp_path_factory.mktemp("sweep")
     varied = ["quant=ptq,qat", "seed=0,1", "optimizer.lr=0.001,0.003"]
-    where = [f"hydra.sweep.dir={folder}/sweep", f"float_cache={folder}/cache", "logger=none"]
+    where = [
+        f"hydra.sweep.dir={folder}/sweep",
+        f"float_cache={folder}/cache",
+        "logger=none",
+    ]
     command = [sys.executable, "-m", "qtrain.cli.run", "-m", *SWEEP, *varied, *where]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run(command, check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command, check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL
+    )
     return folder / "sweep"
 
 
 def test_filters_hold_for_the_baseline(compare, sweep, tmp_path):
     """Each QAT run is held against PTQ of its seed, at the rate that the filter leaves."""
     table = tmp_path / "rows.csv"
-    options = ["method=qat", "optimizer.lr=0.003", "--baseline", "method=ptq", "--csv", table]
+    options = [
+        "method=qat",
+        "optimizer.lr=0.003",
+        "--baseline",
+        "method=ptq",
+        "--csv",
+        table,
+    ]
     assert compare(sweep, *options)[0] == 0
     reports = [json.loads(path.read_text()) for path in sweep.glob("*/report.json")]
     found = {
@@ -64,11 +83,16 @@ def test_filters_hold_for_the_baseline(compare, sweep, tmp_path):
     }
     assert len(rows(table)) == 2
     for row in rows(table):
-        expected = found["qat", int(row["seed"]), 0.003] - found["ptq", int(row["seed"]), 0.003]
+        expected = (
+            found["qat", int(row["seed"]), 0.003]
+            - found["ptq", int(row["seed"]), 0.003]
+        )
         assert float(row["baseline_difference"]) == pytest.approx(100 * expected)
 
 
-def test_groups_over_seeds_can_be_sorted_corrected_and_typeset(compare, sweep, tmp_path):
+def test_groups_over_seeds_can_be_sorted_corrected_and_typeset(
+    compare, sweep, tmp_path
+):
     files = [
         "--csv",
         tmp_path / "rows.csv",
@@ -81,7 +105,13 @@ def test_groups_over_seeds_can_be_sorted_corrected_and_typeset(compare, sweep, t
     assert compare(sweep, *groups, *files)[0] == 0
     assert [row["seeds"] for row in rows(tmp_path / "rows.csv")] == ["2"] * 4
     _, text = compare(
-        sweep, "--group-by", "optimizer.lr", "--sort", "seed", "--csv", tmp_path / "rows.csv"
+        sweep,
+        "--group-by",
+        "optimizer.lr",
+        "--sort",
+        "seed",
+        "--csv",
+        tmp_path / "rows.csv",
     )
     assert "2 groups" in text and "Holm p" in text
     for row in rows(tmp_path / "rows.csv"):
@@ -93,7 +123,8 @@ def test_groups_over_seeds_can_be_sorted_corrected_and_typeset(compare, sweep, t
 
 
 @pytest.mark.parametrize(
-    "key, near", [("methd", "method"), ("lr", "optimizer.lr"), ("quant.epoch", "quant.epochs")]
+    "key, near",
+    [("methd", "method"), ("lr", "optimizer.lr"), ("quant.epoch", "quant.epochs")],
 )
 def test_a_misspelt_key_is_answered_with_the_nearest(compare, sweep, key, near):
     for arguments in (
@@ -103,14 +134,20 @@ def test_a_misspelt_key_is_answered_with_the_nearest(compare, sweep, key, near):
         ["--baseline", f"{key}=1"],
     ):
         code, text = compare(sweep, *arguments)
-        first = next(line for line in text.splitlines() if "there is no such key" in line)
+        first = next(
+            line for line in text.splitlines() if "there is no such key" in line
+        )
         assert code == 1 and near in first.split("nearest: ")[1].split(", ")
 
 
-def test_data_of_one_name_are_told_apart_by_what_differs(compare, job, monkeypatch, tmp_path):
+def test_data_of_one_name_are_told_apart_by_what_differs(
+    compare, job, monkeypatch, tmp_path
+):
     """By the setting that makes other images, though others differ too, as the batches' size."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_data.py").write_text("from qtrain.data.mnist import mnist_sample as digits\n")
+    (tmp_path / "own_data.py").write_text(
+        "from qtrain.data.mnist import mnist_sample as digits\n"
+    )
     (tmp_path / "conf" / "data").mkdir(parents=True)
     settings = "defaults: [mnist_sample, _self_]\n_target_: own_data.digits\n"
     (tmp_path / "conf" / "data" / "own.yaml").write_text(settings)
@@ -125,13 +162,17 @@ def test_data_of_one_name_are_told_apart_by_what_differs(compare, job, monkeypat
     assert "mlp on own (data.mean=0.2): 1 run\n" in text
 
 
-def test_the_statistics_are_the_same_without_scipy(compare, sweep, tmp_path, monkeypatch):
+def test_the_statistics_are_the_same_without_scipy(
+    compare, sweep, tmp_path, monkeypatch
+):
     special = pytest.importorskip("scipy.special")
     found = []
     for module in (special, None):
         monkeypatch.setitem(sys.modules, "scipy.special", module)
         compare(sweep, "--csv", tmp_path / "rows.csv")
-        found.append([float(row["difference_p"]) for row in rows(tmp_path / "rows.csv")])
+        found.append(
+            [float(row["difference_p"]) for row in rows(tmp_path / "rows.csv")]
+        )
     assert found[0] == pytest.approx(found[1], rel=1e-9)
 
 
@@ -142,7 +183,9 @@ def hparams(folder):
             for value in event.summary.value:
                 content = value.metadata.plugin_data.content
                 if value.tag == "_hparams_/session_start_info":
-                    given = HParamsPluginData.FromString(content).session_start_info.hparams
+                    given = HParamsPluginData.FromString(
+                        content
+                    ).session_start_info.hparams
                     found[path.parent.name] = {
                         k: getattr(v, v.WhichOneof("kind")) for k, v in given.items()
                     }
@@ -152,11 +195,18 @@ def hparams(folder):
 def test_what_a_sweep_varies_is_in_tensorboards_hparams(command, tmp_path):
     varied = ["trainer.clip_norm=null,1.0", "optimizer=adam,sgd"]
     code, text = command(
-        "-m", *SWEEP, "quant=ptq", *varied, "float_cache=null", f"hydra.sweep.dir={tmp_path}/sweep"
+        "-m",
+        *SWEEP,
+        "quant=ptq",
+        *varied,
+        "float_cache=null",
+        f"hydra.sweep.dir={tmp_path}/sweep",
     )
     assert code == 0, text
     found = hparams(tmp_path / "sweep")
-    assert len(found) == 4 == len({json.dumps(params, sort_keys=True) for params in found})
+    assert (
+        len(found) == 4 == len({json.dumps(params, sort_keys=True) for params in found})
+    )
     differing = {key for key in found[0] if len({params[key] for params in found}) > 1}
     assert differing == {"trainer.clip_norm", "optimizer", "rate"}
     assert all((params["epochs"], params["batch size"]) == (1, 64) for params in found)
@@ -190,4 +240,6 @@ def test_tensorboard_has_the_accuracy_over_all_epochs(job):
         **{"accuracy/float": [5], "accuracy/fake": [5], "accuracy/quantized": [5]},
     }
     for kind in ("float", "fake", "quantized"):
-        assert events.Scalars(f"accuracy/{kind}")[0].value == pytest.approx(run.accuracy(kind))
+        assert events.Scalars(f"accuracy/{kind}")[0].value == pytest.approx(
+            run.accuracy(kind)
+        )

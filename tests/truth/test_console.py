@@ -16,7 +16,9 @@ def test_of_300_classes_the_worst_ten_are_shown(job):
         assert len(wrong) == 300 and len(shown) == 10
         assert [count for _, count in shown] == sorted(wrong, reverse=True)[:10]
         assert all(wrong[index] == count for index, count in shown)
-    assert len(run.text.splitlines()) < 24 and max(map(len, run.text.splitlines())) < 200
+    assert (
+        len(run.text.splitlines()) < 24 and max(map(len, run.text.splitlines())) < 200
+    )
 
 
 def test_of_ten_classes_all_are_shown(job):
@@ -31,11 +33,15 @@ def first_line(run):
 
 
 def test_the_first_line_says_what_will_run_and_later_how_long(job):
-    words = "mlp on mnist_sample: float for 1 epoch, at most 10 steps, then qat for 1 epoch"
+    words = (
+        "mlp on mnist_sample: float for 1 epoch, at most 10 steps, then qat for 1 epoch"
+    )
     first = job("mlp", "quant=qat", "quant.epochs=1")
     assert first_line(first) == words  # nothing is known of its time
     seconds = sum(first.report["time_s"].values())
-    again = first_line(job("mlp", "quant=qat", "quant.epochs=1", "seed=1", "optimizer.lr=0.01"))
+    again = first_line(
+        job("mlp", "quant=qat", "quant.epochs=1", "seed=1", "optimizer.lr=0.01")
+    )
     assert again == f"{words}; about {seconds:.0f} s, as the last such run"
     for other in (
         ["quant=qat", "quant.epochs=2"],
@@ -101,7 +107,9 @@ def test_a_config_that_does_not_resolve_is_refused_by_its_own_message(job, broke
 @pytest.mark.parametrize(
     "name, work", [("compare", "compare"), ("bench", "bench"), ("generate", "generate")]
 )
-def test_ctrl_c_ends_the_other_commands_in_one_line_too(monkeypatch, capsys, name, work):
+def test_ctrl_c_ends_the_other_commands_in_one_line_too(
+    monkeypatch, capsys, name, work
+):
     module = importlib.import_module(f"qtrain.cli.{name}")
 
     def interrupt(*_, **__):
@@ -110,4 +118,7 @@ def test_ctrl_c_ends_the_other_commands_in_one_line_too(monkeypatch, capsys, nam
     monkeypatch.setattr(module, work, interrupt)
     with pytest.raises(SystemExit) as stop:
         module.main(["outputs"])
-    assert stop.value.code == 130 and capsys.readouterr().err == f"\nqtrain-{name}: interrupted\n"
+    assert (
+        stop.value.code == 130
+        and capsys.readouterr().err == f"\nqtrain-{name}: interrupted\n"
+    )

@@ -32,7 +32,9 @@ def weights(job):
     return f"checkpoint={run.run_dir / 'float.pt'}"
 
 
-@pytest.mark.parametrize("observer", ["minmax", "moving_average", "histogram", "percentile"])
+@pytest.mark.parametrize(
+    "observer", ["minmax", "moving_average", "histogram", "percentile"]
+)
 def test_calibration_and_conversion_are_the_cpus(job, weights, observer):
     runs = {}
     for device in ("cpu", "cuda"):
@@ -47,7 +49,9 @@ def test_calibration_and_conversion_are_the_cpus(job, weights, observer):
         assert runs["cuda"].report["qparams"][name]["scale"] == pytest.approx(
             exact["scale"], rel=0.02
         )
-    assert runs["cuda"].loss("quantized") == pytest.approx(runs["cpu"].loss("quantized"), rel=0.01)
+    assert runs["cuda"].loss("quantized") == pytest.approx(
+        runs["cpu"].loss("quantized"), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("method", ["qat", "qat_low_bit"])
@@ -66,7 +70,9 @@ def test_training_brings_the_loss_down_and_int8_keeps_it(job, weights, method, c
     assert run.report["device"] == "cuda" and run.report["peak_memory_bytes"] > 0
 
 
-def test_a_training_that_was_ended_goes_on_to_the_same_weights(job, command, weights, monkeypatch):
+def test_a_training_that_was_ended_goes_on_to_the_same_weights(
+    job, command, weights, monkeypatch
+):
     from qtrain.train.running_mean import RunningMean
 
     settings = [
@@ -87,7 +93,14 @@ def test_a_training_that_was_ended_goes_on_to_the_same_weights(job, command, wei
 
     with monkeypatch.context() as patch:
         patch.setattr(RunningMean, "add", broken)
-        ended = job("convnet", *CONVNET, weights, "device=cuda", "trainer.save_every=2", *settings)
+        ended = job(
+            "convnet",
+            *CONVNET,
+            weights,
+            "device=cuda",
+            "trainer.save_every=2",
+            *settings,
+        )
     assert ended.code == 130, ended.text
     code, text = command(f"resume={ended.run_dir}")
     assert code == 0, text

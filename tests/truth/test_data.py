@@ -24,7 +24,9 @@ def own_data(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["convnet", "mlp"])
-def test_a_folder_of_pngs_is_trained_on_quantized_and_loaded(job, own_data, tmp_path, model):
+def test_a_folder_of_pngs_is_trained_on_quantized_and_loaded(
+    job, own_data, tmp_path, model
+):
     own_data.write_folder(tmp_path / "images")
     run = job(model, *FOLDER, "quant=qat", "quant.epochs=2", "trainer.max_steps=20")
     assert run.code == 0, run.text
@@ -77,7 +79,9 @@ def test_a_dataset_by_its_target(job, own_data):
     assert failed.code == 1
     assert "sample 5 cannot be made (OSError: image file is truncated)" in failed.text
     assert "Traceback" not in failed.text
-    skipped = job("convnet", "data=dataset", bad, "quant=ptq", "data.on_bad_sample=skip")
+    skipped = job(
+        "convnet", "data=dataset", bad, "quant=ptq", "data.on_bad_sample=skip"
+    )
     assert skipped.code == 0 and "sample 5" in skipped.text
 
 
@@ -89,14 +93,19 @@ def test_arrays_and_tables(job, tmp_path, kind):
         np.savez(tmp_path / "t.npz", x=x, y=y)
     else:
         rows = "".join(
-            f"{','.join(map(str, r))},{'no yes'.split()[c]}\n" for r, c in zip(x, y, strict=True)
+            f"{','.join(map(str, r))},{'no yes'.split()[c]}\n"
+            for r, c in zip(x, y, strict=True)
         )
         (tmp_path / "t.csv").write_text("a,b,c,d,e,kind\n" + rows)
     target = ["data.target=kind"] if kind == "csv" else []
     words = ["data=arrays", f"data.path=t.{kind}", *target, "quant=ptq"]
-    run = job("mlp", *words, "trainer.max_steps=40", "trainer.epochs=20", "optimizer.lr=0.01")
+    run = job(
+        "mlp", *words, "trainer.max_steps=40", "trainer.epochs=20", "optimizer.lr=0.01"
+    )
     assert run.code == 0, run.text
-    assert run.report["config"]["model"].items() >= {"inputs": 5, "num_classes": 2}.items()
+    assert (
+        run.report["config"]["model"].items() >= {"inputs": 5, "num_classes": 2}.items()
+    )
     assert run.accuracy("quantized") >= 0.85
 
 
@@ -119,8 +128,14 @@ def test_mistakes_with_data_name_the_file_and_what_to_do(job, own_data, tmp_path
 @pytest.mark.parametrize(
     "labels, words",
     [
-        ([1, 2, 3], "model.num_classes=auto: labels reach from 1 to 3; count them from 0"),
-        ([-1, 0, 1], "model.num_classes=auto: labels reach from -1 to 1; count them from 0"),
+        (
+            [1, 2, 3],
+            "model.num_classes=auto: labels reach from 1 to 3; count them from 0",
+        ),
+        (
+            [-1, 0, 1],
+            "model.num_classes=auto: labels reach from -1 to 1; count them from 0",
+        ),
     ],
 )
 def test_labels_out_of_range(job, tmp_path, labels, words):
@@ -143,6 +158,10 @@ def test_the_bundled_digits_models_are_as_they_were(job):
     model = {"channels": 1, "size": [28, 28], "num_classes": 10}
     assert run.report["config"]["model"].items() >= model.items()
     weights = qtrain.load_float(run.run_dir).state_dict()
-    shapes = {"conv1.weight": (16, 1, 3, 3), "linear1.weight": (128, 1568), "linear2.bias": (10,)}
+    shapes = {
+        "conv1.weight": (16, 1, 3, 3),
+        "linear1.weight": (128, 1568),
+        "linear2.bias": (10,),
+    }
     assert {name: tuple(weights[name].shape) for name in shapes} == shapes
     assert run.report["about_data"] == {"num_classes": 10}

@@ -49,11 +49,15 @@ def test_a_float_head_says_what_made_it_so(job):
 
 def test_what_layers_says_of_an_embedding_or_a_head_comes_first(job):
     both = ["quant.embedding=int8", "quant.head=shared"]
-    run = job("gpt2_nano", *TEXT, *both, "quant.layers={wpe: float, lm_head: {bits: 4}}")
+    run = job(
+        "gpt2_nano", *TEXT, *both, "quant.layers={wpe: float, lm_head: {bits: 4}}"
+    )
     assert run.code == 0, run.text
     plan = run.report["plan"]
     assert plan["wte"]["weight"]["bits"] == 8 and "wpe" not in plan
-    assert plan["lm_head"]["weight"]["bits"] == 4 and plan["lm_head"]["weight_of"] is None
+    assert (
+        plan["lm_head"]["weight"]["bits"] == 4 and plan["lm_head"]["weight_of"] is None
+    )
 
 
 def test_a_policy_that_there_is_not_is_refused(job):

@@ -21,20 +21,32 @@ def test_a_wrapped_checkpoint_scores_as_the_bare_one(job, trained, tmp_path):
     names = {f"model.module.{key}": value for key, value in weights.items()}
     torch.save({"epoch": 3, "state_dict": names}, tmp_path / "last.ckpt")
     run = job("mlp", "quant=ptq", f"checkpoint={tmp_path}/last.ckpt")
-    assert run.code == 0 and "note: checkpoint=" in run.text and "without model." in run.text
+    assert (
+        run.code == 0
+        and "note: checkpoint=" in run.text
+        and "without model." in run.text
+    )
     assert run.report["float_from"] == "checkpoint"
     assert run.accuracy("float") == trained.accuracy("float")
 
 
-def test_finetune_trains_on_from_the_checkpoint_and_the_cache_sees_it(job, trained, tmp_path):
+def test_finetune_trains_on_from_the_checkpoint_and_the_cache_sees_it(
+    job, trained, tmp_path
+):
     cache = f"float_cache={tmp_path}/cache"
     finetune = [cache, "checkpoint_mode=finetune", "trainer.epochs=1"]
     first = job("mlp", "quant=none", cache)
     runs = [
-        job("mlp", f"quant={quant}", *finetune, f"checkpoint={trained.run_dir}/float.pt")
+        job(
+            "mlp", f"quant={quant}", *finetune, f"checkpoint={trained.run_dir}/float.pt"
+        )
         for quant in ("none", "ptq")
     ]
-    assert [run.report["float_from"] for run in (first, *runs)] == ["training", "training", "cache"]
+    assert [run.report["float_from"] for run in (first, *runs)] == [
+        "training",
+        "training",
+        "cache",
+    ]
     assert runs[0].loss("float") < trained.loss("float")  # after twice the steps
     assert runs[1].loss("float") == runs[0].loss("float")
 
@@ -42,7 +54,8 @@ def test_finetune_trains_on_from_the_checkpoint_and_the_cache_sees_it(job, train
 def test_finetune_needs_a_checkpoint(job):
     run = job("mlp", "checkpoint_mode=finetune")
     assert (
-        run.code == 1 and "checkpoint_mode=finetune: there is nothing to train on from" in run.text
+        run.code == 1
+        and "checkpoint_mode=finetune: there is nothing to train on from" in run.text
     )
 
 
@@ -108,9 +121,14 @@ def test_words_wait_for_no_import_that_they_do_not_need(argument, imported, tmp_
     """torch takes 2 seconds of CPU, what its optimizers import 2.6 more, matplotlib 0.6."""
     words = [argument] if "{" in argument else argument.split()
     told = subprocess.run(
-        [sys.executable, "-c", SLOW, *words], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", SLOW, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
-    assert told.stdout.splitlines()[-1] == f"imported: {imported}", told.stdout + told.stderr
+    assert told.stdout.splitlines()[-1] == f"imported: {imported}", (
+        told.stdout + told.stderr
+    )
 
 
 SMALL = ["model=mlp", "trainer=smoke", "threads=1", "logger=none", "measure.repeats=2"]
@@ -126,7 +144,8 @@ def sweep(command, tmp_path):
             *SMALL, "measure.batch_sizes=[1]", *arguments, f"hydra.sweep.dir={folder}"
         )
         paths = sorted(
-            folder.glob("*/report.json"), key=lambda path: int(path.parent.name.split("_")[0])
+            folder.glob("*/report.json"),
+            key=lambda path: int(path.parent.name.split("_")[0]),
         )
         return code, text, [json.loads(path.read_text()) for path in paths]
 
@@ -137,14 +156,26 @@ def test_a_key_that_one_swept_method_has_is_left_out_for_the_others(sweep):
     code, text, (ptq, qat) = sweep("quant=ptq,qat", "quant.epochs=1", "-m")
     assert code == 0, text
     assert text.count("quant.epochs=1: left out for ptq") == 1
-    assert "epochs" not in ptq["config"]["quant"] and qat["config"]["quant"]["epochs"] == 1
-    assert "quant.epochs=1" not in ptq["overrides"] and "quant.epochs=1" in qat["overrides"]
+    assert (
+        "epochs" not in ptq["config"]["quant"] and qat["config"]["quant"]["epochs"] == 1
+    )
+    assert (
+        "quant.epochs=1" not in ptq["overrides"]
+        and "quant.epochs=1" in qat["overrides"]
+    )
 
 
 def test_so_is_it_where_an_experiment_sweeps_the_methods(sweep):
-    code, text, reports = sweep("experiment=mnist_ptq_vs_qat", "model=mlp", "quant.epochs=1")
+    code, text, reports = sweep(
+        "experiment=mnist_ptq_vs_qat", "model=mlp", "quant.epochs=1"
+    )
     assert code == 0, text
-    assert [report["config"]["quant"].get("epochs") for report in reports] == [None, 1, None, 1]
+    assert [report["config"]["quant"].get("epochs") for report in reports] == [
+        None,
+        1,
+        None,
+        1,
+    ]
 
 
 def test_a_key_that_no_swept_method_has_stays_a_mistake(sweep, job):
@@ -165,7 +196,9 @@ def test_settings_of_a_section_that_one_swept_method_has_are_left_out_with_it(sw
 def test_jobs_that_differ_in_what_is_left_out_alone_run_once(sweep):
     code, text, reports = sweep("-m", "quant=ptq,qat", "quant.epochs=1,2")
     assert code == 0, text
-    found = [(r["quant"]["method"], r["config"]["quant"].get("epochs")) for r in reports]
+    found = [
+        (r["quant"]["method"], r["config"]["quant"].get("epochs")) for r in reports
+    ]
     assert found == [("ptq", None), ("qat", 1), ("qat", 2)]
     assert "job 1: the same as that with quant.epochs=1; skipped" in text
     assert "3 runs" in text and "without a result" not in text
@@ -174,7 +207,9 @@ def test_jobs_that_differ_in_what_is_left_out_alone_run_once(sweep):
 def test_a_misspelt_key_is_answered_with_the_nearest(job):
     found = job("mlp", "trainer.epohcs=3")
     assert found.code == 1
-    assert "trainer.epohcs: there is no such key; nearest: epochs; allowed" in found.text
+    assert (
+        "trainer.epohcs: there is no such key; nearest: epochs; allowed" in found.text
+    )
     assert "+trainer.epohcs" not in found.text
     assert "all the same: +trainer.foo=VALUE" in job("mlp", "trainer.foo=3").text
 
@@ -183,22 +218,36 @@ def test_each_job_of_a_sweep_says_how_far_it_is(sweep):
     code, text, reports = sweep("-m", "quant=none", "seed=0,1", "model.hidden=4,8")
     assert code == 0 and len(reports) == 4
     lines = [line for line in text.splitlines() if line.startswith("job ")]
-    assert [line.partition(",")[0] for line in lines] == [f"job {n} of 4" for n in (1, 2, 3, 4)]
-    assert all(re.fullmatch(r"job \d of 4, about \d+ s left", line) for line in lines[1:])
+    assert [line.partition(",")[0] for line in lines] == [
+        f"job {n} of 4" for n in (1, 2, 3, 4)
+    ]
+    assert all(
+        re.fullmatch(r"job \d of 4, about \d+ s left", line) for line in lines[1:]
+    )
 
 
 def test_an_optimizer_and_a_schedule_of_qat_by_name(job):
     run = job(
-        "mlp", "quant=qat", "quant.epochs=1", "quant.optimizer=sgd", "quant.scheduler=constant"
+        "mlp",
+        "quant=qat",
+        "quant.epochs=1",
+        "quant.optimizer=sgd",
+        "quant.scheduler=constant",
     )
     assert run.code == 0, run.text
     found = run.report["config"]["quant"]
-    assert found["optimizer"]["_target_"] == "torch.optim.SGD" and "Adam" not in str(found)
+    assert found["optimizer"]["_target_"] == "torch.optim.SGD" and "Adam" not in str(
+        found
+    )
     for value in ("sdg", "null", "3"):
-        wrong = job("mlp", "quant=qat", f"quant.optimizer={value}", f"quant.scheduler={value}")
+        wrong = job(
+            "mlp", "quant=qat", f"quant.optimizer={value}", f"quant.scheduler={value}"
+        )
         shown = value.replace("null", "None")
         assert wrong.code == 1
-        assert f"quant.optimizer={shown}: allowed are adam, adamw and sgd\n" in wrong.text
+        assert (
+            f"quant.optimizer={shown}: allowed are adam, adamw and sgd\n" in wrong.text
+        )
         assert f"quant.scheduler={shown}: allowed are constant and cosine" in wrong.text
 
 
@@ -206,12 +255,22 @@ def test_an_optimizer_and_a_schedule_of_qat_by_name(job):
 @pytest.mark.parametrize(
     "name, setting, found",
     [
-        ("optimizer=sgd", "optimizer.lr=0.05", {"_target_": "torch.optim.SGD", "lr": 0.05}),
+        (
+            "optimizer=sgd",
+            "optimizer.lr=0.05",
+            {"_target_": "torch.optim.SGD", "lr": 0.05},
+        ),
         ("scheduler=cosine", "scheduler.warmup=0.2", {"warmup": 0.2}),
-        ("activation.observer=percentile", "activation.observer.percentile=97", {"percentile": 97}),
+        (
+            "activation.observer=percentile",
+            "activation.observer.percentile=97",
+            {"percentile": 97},
+        ),
     ],
 )
-def test_a_name_and_a_setting_of_what_it_names_go_together(job, name, setting, found, turn):
+def test_a_name_and_a_setting_of_what_it_names_go_together(
+    job, name, setting, found, turn
+):
     words = [f"quant.{name}", f"quant.{setting}"][::turn]
     run = job("mlp", "quant=qat", "quant.epochs=1", *words)
     assert run.code == 0, run.text
@@ -223,7 +282,11 @@ def test_a_name_and_a_setting_of_what_it_names_go_together(job, name, setting, f
 
 def test_the_limit_of_the_float_training_is_not_that_of_qat(job):
     steps = []
-    for limit in ([], ["trainer.max_finetuning_steps=null"], ["trainer.max_finetuning_steps=30"]):
+    for limit in (
+        [],
+        ["trainer.max_finetuning_steps=null"],
+        ["trainer.max_finetuning_steps=30"],
+    ):
         run = job(
             "mlp",
             "quant=qat",
@@ -233,7 +296,8 @@ def test_the_limit_of_the_float_training_is_not_that_of_qat(job):
             *limit,
         )
         lines = [
-            json.loads(text) for text in (run.run_dir / "metrics.jsonl").read_text().splitlines()
+            json.loads(text)
+            for text in (run.run_dir / "metrics.jsonl").read_text().splitlines()
         ]
         steps.append(
             {

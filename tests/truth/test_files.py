@@ -67,7 +67,8 @@ def test_a_report_notes_the_digests_of_its_files(runs):
     found = json.loads((runs / "a" / "report.json").read_text())["sha256"]
     names = {"float.pt", "quantized.pt", "examples.npz"}
     assert found == {
-        name: hashlib.sha256((runs / "a" / name).read_bytes()).hexdigest() for name in names
+        name: hashlib.sha256((runs / "a" / name).read_bytes()).hexdigest()
+        for name in names
     }
 
 
@@ -78,7 +79,9 @@ def test_another_runs_file_is_refused(runs, name):
         bench.main([str(runs / "a")])
     assert f"{runs / 'a' / name}: damaged, or of another run" in stop.value.code
     if name == "quantized.pt":
-        with pytest.raises(ValueError, match="quantized.pt: damaged, or of another run"):
+        with pytest.raises(
+            ValueError, match="quantized.pt: damaged, or of another run"
+        ):
             qtrain.load(runs / "a")
 
 
@@ -119,8 +122,14 @@ def test_a_report_with_digests_but_not_of_this_file_is_refused(runs):
 # ---- reports -------------------------------------------------------------------------------------
 
 HOSTILE = {
-    "deep": b'{"schema": 1, "status": "ok", "config": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "fairly deep": b'{"schema": 1, "status": "ok", "config": ' + b"[" * 60 + b"]" * 60 + b"}",
+    "deep": b'{"schema": 1, "status": "ok", "config": '
+    + b"[" * 100_000
+    + b"]" * 100_000
+    + b"}",
+    "fairly deep": b'{"schema": 1, "status": "ok", "config": '
+    + b"[" * 60
+    + b"]" * 60
+    + b"}",
     "long number": b'{"schema": 1, "status": "ok", "seed": ' + b"9" * 5000 + b"}",
     "NaN": b'{"schema": 1, "status": "ok", "seed": NaN}',
     "no text": b'{"schema": 1, "status": "\xff\xfe"}',
@@ -136,7 +145,9 @@ def test_hostile_reports_are_named_and_others_kept(runs, compared, kind):
     code, text = compared(runs)
     assert code == 0 and "2 runs" in text
     assert [
-        line for line in text.splitlines() if f"{runs / 'hostile' / 'report.json'}: not" in line
+        line
+        for line in text.splitlines()
+        if f"{runs / 'hostile' / 'report.json'}: not" in line
     ]
     with pytest.raises(ValueError, match="hostile/report.json: not ") as caught:
         qtrain.load(runs / "hostile")
@@ -169,11 +180,17 @@ def test_a_huge_report_is_not_read(runs, compared):
 def test_a_wrong_type_anywhere_costs_no_other_run(runs, compared, values):
     shutil.copytree(runs / "a", runs / "wrong")
     change(runs / "wrong", **values)
-    files = [f"--{kind}={runs / kind}.png" for kind in ("csv", "json", "markdown", "html", "plot")]
+    files = [
+        f"--{kind}={runs / kind}.png"
+        for kind in ("csv", "json", "markdown", "html", "plot")
+    ]
     code, text = compared(runs, *files)
     assert code == 0 and "2 runs" in text
     (line,) = (line for line in text.splitlines() if "skipped" in line)
-    assert f"{runs / 'wrong' / 'report.json'}: not a whole report ({next(iter(values))}" in line
+    assert (
+        f"{runs / 'wrong' / 'report.json'}: not a whole report ({next(iter(values))}"
+        in line
+    )
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -197,7 +214,9 @@ def test_control_characters_reach_no_terminal_and_no_file(runs, compared):
         (runs / folder / ".hydra" / "overrides.yaml").write_text("- a=\x1b[2J\n")
     kinds = ("csv", "json", "markdown", "html")
     code, text = compared(
-        runs, *(f"--{kind}={runs / kind}.txt" for kind in kinds), f"--plot={runs / 'plot.png'}"
+        runs,
+        *(f"--{kind}={runs / kind}.txt" for kind in kinds),
+        f"--plot={runs / 'plot.png'}",
     )
     assert code == 0
     contents = [(runs / f"{kind}.txt").read_text(encoding="utf-8") for kind in kinds]
@@ -208,7 +227,8 @@ def test_control_characters_reach_no_terminal_and_no_file(runs, compared):
             and "\\ud800" not in content
         )
         assert not any(
-            line.startswith(("vil", "second line", "more")) for line in content.splitlines()
+            line.startswith(("vil", "second line", "more"))
+            for line in content.splitlines()
         )
     assert "m\ufffd[31m on" in text and "e\ufffd[2Jvil\ufffd\ufffd" in text
 
@@ -220,7 +240,9 @@ def test_no_spreadsheet_finds_a_formula(runs, compared):
         change(runs / f"f{number}", name=text, overrides=[f"@x={number}"])
     change(runs / "b", name="-1.5")
     assert compared(runs, f"--csv={runs / 'table.csv'}")[0] == 0
-    rows = list(csv.reader((runs / "table.csv").read_text(encoding="utf-8").splitlines()))
+    rows = list(
+        csv.reader((runs / "table.csv").read_text(encoding="utf-8").splitlines())
+    )
     names = [row[rows[0].index("name")] for row in rows[1:]]
     assert {f"'{text}" for text in formulas} < set(names) and "-1.5" in names
     cells = [cell for row in rows for cell in row]
@@ -282,8 +304,11 @@ def test_configs_that_lack_what_runs_have(runs, command, before, after, words):
 
 
 def test_torch_never_advises_to_load_without_a_check(runs):
-    torch.save({"weight": Path("x")}, runs / "a" / "quantized.pt")  # a class that is no plain value
-    with pytest.raises(ValueError, match="quantized.pt: not a readable state dict") as caught:
+    # A class that is no plain value
+    torch.save({"weight": Path("x")}, runs / "a" / "quantized.pt")
+    with pytest.raises(
+        ValueError, match="quantized.pt: not a readable state dict"
+    ) as caught:
         qtrain.load(runs / "a")
     assert "weights_only" not in str(caught.value) and caught.value.__suppress_context__
 

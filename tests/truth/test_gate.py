@@ -20,7 +20,8 @@ def test_norms_behind_a_convolution_are_right_at_large_batches(job, norm, quant)
 
 
 @pytest.mark.parametrize(
-    "how, word", [("cat", "torch.cat"), ("stack", "torch.stack"), ("slice", "slice assignment")]
+    "how, word",
+    [("cat", "torch.cat"), ("stack", "torch.stack"), ("slice", "slice assignment")],
 )
 def test_raw_joins_of_different_scales_are_refused_with_their_line(job, how, word):
     run = job("nets.Joined", how=how)
@@ -45,13 +46,20 @@ def test_a_refused_join_does_differ_when_the_gate_only_warns(job):
 @pytest.mark.parametrize("quant", ["ptq", "qat"])
 @pytest.mark.parametrize(
     "kind, groups",
-    [("skip", [["bn", "relu"]]), ("skip", [["conv", "bn", "relu"]]), ("plain", [["conv", "relu"]])],
+    [
+        ("skip", [["bn", "relu"]]),
+        ("skip", [["conv", "bn", "relu"]]),
+        ("plain", [["conv", "relu"]]),
+    ],
 )
-def test_a_fusion_that_changes_the_model_is_refused_before_training(job, kind, groups, quant):
+def test_a_fusion_that_changes_the_model_is_refused_before_training(
+    job, kind, groups, quant
+):
     run = job("fused_nets.Fused", f"quant={quant}", kind=kind, groups=groups)
     assert run.code == 1 and "Traceback" not in run.text
     assert (
-        "fuse_model changes what the model computes" in run.text and "float: epoch" not in run.text
+        "fuse_model changes what the model computes" in run.text
+        and "float: epoch" not in run.text
     )
 
 
@@ -69,7 +77,9 @@ def test_max_loss_gap_is_what_is_demanded(job):
 def test_the_loss_gap_is_in_the_report(job):
     run = job("convnet")
     found = run.report["truth"]["loss_gap"]
-    assert found["mean"] == pytest.approx(run.loss("quantized") - run.loss("fake"), abs=1e-6)
+    assert found["mean"] == pytest.approx(
+        run.loss("quantized") - run.loss("fake"), abs=1e-6
+    )
     assert found["simulation"] == pytest.approx(run.loss("fake"), abs=1e-6)
     assert abs(found["mean"]) <= found["limit"] <= MAX_LOSS_GAP * run.loss("fake")
 
@@ -90,7 +100,11 @@ def test_a_simulation_of_seven_bits_clips_where_the_kernel_does(job, engine):
 
 def test_an_argument_that_a_kernel_ignores_is_refused_by_name(job):
     run = job("nets.Pooled", "quant.engine=qnnpack")
-    assert run.code == 1 and "count_include_pad=False" in run.text and "layer pool" in run.text
+    assert (
+        run.code == 1
+        and "count_include_pad=False" in run.text
+        and "layer pool" in run.text
+    )
     run = job("nets.Pooled", "quant.engine=fbgemm")
     assert run.code == 0, run.text
     assert gap(run) <= MAX_LOSS_GAP

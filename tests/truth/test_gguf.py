@@ -19,7 +19,9 @@ def test_a_run_writes_a_file_that_another_reads(job, tmp_path, method):
     assert run.code == 0, run.text
     path = run.run_dir / "model.gguf"
     section = run.report["exports"]["gguf"]
-    assert section["file"] == "model.gguf" and section["size_bytes"] == path.stat().st_size
+    assert (
+        section["file"] == "model.gguf" and section["size_bytes"] == path.stat().st_size
+    )
     assert section["steps"] < 0.05
     as_it_is = [f"model.pretrained={path}", "trainer.epochs=0", "quant=none"]
     again = job("gpt2", *TEXT, "data.context=32", *as_it_is)
@@ -38,12 +40,18 @@ def test_a_finished_run_is_exported_by_a_command(job, capsys, tmp_path):
     command_line.main([str(run.run_dir), "--to", "gguf"])
     assert "model.gguf: 0." in capsys.readouterr().out
     path = tmp_path / "float.gguf"
-    command_line.main([str(run.run_dir), "--float", "--type", "f32", "--output", str(path)])
+    command_line.main(
+        [str(run.run_dir), "--float", "--type", "f32", "--output", str(path)]
+    )
     exact = qtrain.load_float(run.run_dir).state_dict()
-    job_of_file = job("gpt2", *TEXT, "data.context=32", f"model.pretrained={path}", "quant=none")
+    job_of_file = job(
+        "gpt2", *TEXT, "data.context=32", f"model.pretrained={path}", "quant=none"
+    )
     assert job_of_file.code == 0, job_of_file.text
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
-    assert (tensors["blk.1.ffn_up.weight"] == exact["h.1.mlp.c_fc.weight"].numpy()).all()
+    assert (
+        tensors["blk.1.ffn_up.weight"] == exact["h.1.mlp.c_fc.weight"].numpy()
+    ).all()
 
 
 def test_what_cannot_be_exported_is_refused_before_compute(job):
@@ -53,7 +61,9 @@ def test_what_cannot_be_exported_is_refused_before_compute(job):
         "model.n_embd=48": "the rows of layer wte have 48 numbers",
     }
     for setting, reason in wrong.items():
-        method = [] if setting == "quant=ptq" else ["quant=weight_only", "quant.layers={}"]
+        method = (
+            [] if setting == "quant=ptq" else ["quant=weight_only", "quant.layers={}"]
+        )
         run = job("gpt2_nano", *TEXT, *SMALL, *method, setting, "export=[gguf]")
         assert run.code == 1 and reason in run.text, run.text
         assert "epoch" not in run.text.split("error:")[-1]
@@ -62,12 +72,21 @@ def test_what_cannot_be_exported_is_refused_before_compute(job):
 def test_a_file_that_is_cut_off_or_missing_is_refused_before_compute(job, tmp_path):
     path = tmp_path / "cut.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00")
-    cases = {path: "is no whole GGUF file", tmp_path / "none.gguf": "there is no such file"}
+    cases = {
+        path: "is no whole GGUF file",
+        tmp_path / "none.gguf": "there is no such file",
+    }
     for name, reason in cases.items():
         run = job("gpt2", *TEXT, f"model.pretrained={name}", "quant=none")
-        assert run.code == 1 and f"model.pretrained={name}" in run.text and reason in run.text
+        assert (
+            run.code == 1
+            and f"model.pretrained={name}" in run.text
+            and reason in run.text
+        )
 
 
 def test_the_command_refuses_what_is_no_run(tmp_path):
-    with pytest.raises(SystemExit, match=r"holds no report\.json; name the folder of a finished"):
+    with pytest.raises(
+        SystemExit, match=r"holds no report\.json; name the folder of a finished"
+    ):
         command_line.main([str(tmp_path)])

@@ -37,7 +37,8 @@ def test_one_layer_on_both_sides_of_a_stub_is_named(job):
     run = job("shared_nets.Everywhere")
     assert (
         run.code == 1
-        and "layer act (SiLU) runs both between QuantStub and DeQuantStub and outside" in run.text
+        and "layer act (SiLU) runs both between QuantStub and DeQuantStub and outside"
+        in run.text
     )
     assert (
         "register a layer of its own for each place" in run.text
@@ -49,4 +50,6 @@ def test_one_layer_on_both_sides_of_a_stub_is_named(job):
 @pytest.mark.parametrize("engine", ["auto", "reference"])
 def test_a_layer_under_two_names_is_refused_by_name(job, engine, kind):
     run = job("shared_nets.TwoNames", f"quant.engine={engine}", kind=kind)
-    assert run.code == 1 and "layer two.0 is layer one.0 under a second name" in run.text, run.text
+    assert (
+        run.code == 1 and "layer two.0 is layer one.0 under a second name" in run.text
+    ), run.text

@@ -14,7 +14,12 @@ WORDS = [
     "trainer=smoke",
     "logger=none",
 ]
-WORDS += ["threads=1", "float_cache=null", "measure.repeats=2", "measure.batch_sizes=[1]"]
+WORDS += [
+    "threads=1",
+    "float_cache=null",
+    "measure.repeats=2",
+    "measure.batch_sizes=[1]",
+]
 HOST = """
 import ctypes, signal, sys
 
@@ -44,7 +49,9 @@ def host(script, folder, *words):
     paths = os.pathsep.join([str(USERS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": paths}
     command = [sys.executable, "-c", script, *WORDS, *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def test_a_run_leaves_its_hosts_signals_and_memory_alone(tmp_path):
@@ -76,7 +83,9 @@ except KeyboardInterrupt as err:
 
 def test_ctrl_c_in_a_host_is_the_hosts_and_the_report_says_so(tmp_path):
     told = host(STOPPED, tmp_path)
-    assert told.stdout.splitlines()[-1] == "stopped at once: KeyboardInterrupt", told.stderr
+    assert told.stdout.splitlines()[-1] == "stopped at once: KeyboardInterrupt", (
+        told.stderr
+    )
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert (report["status"], report["error"]) == ("interrupted", "interrupted")
 

@@ -26,7 +26,9 @@ def refused_late(run, *words):
 
 
 @BOTH
-@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish", "leaky", "elu", "functional"])
+@pytest.mark.parametrize(
+    "activation", ["relu", "relu6", "hardswish", "leaky", "elu", "functional"]
+)
 def test_in_place_activations_are_sound(job, activation, quant):
     assert agrees(job("nets.InPlace", f"quant={quant}", activation=activation))
 
@@ -58,7 +60,12 @@ def test_a_kept_activation_is_sound(job, quant):
 @pytest.mark.parametrize("kind", ["plain", "relu6", "not_affine"])
 def test_fusions_that_torch_lacks_are_left_apart(job, kind, quant):
     assert agrees(
-        job("fused_nets.Fused", f"quant={quant}", kind=kind, groups=[["conv", "bn", "relu"]])
+        job(
+            "fused_nets.Fused",
+            f"quant={quant}",
+            kind=kind,
+            groups=[["conv", "bn", "relu"]],
+        )
     )
 
 
@@ -109,7 +116,10 @@ def test_unfused_batch_norms_are_noted(job):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
 def test_weights_computed_by_hooks_are_refused_by_name(job, norm, quant):
     assert refused(
-        job("nets.WeightNormed", f"quant={quant}", norm=norm), "layer fc", norm, "parametrizations"
+        job("nets.WeightNormed", f"quant={quant}", norm=norm),
+        "layer fc",
+        norm,
+        "parametrizations",
     )
 
 
@@ -117,13 +127,17 @@ def test_weights_computed_by_hooks_are_refused_by_name(job, norm, quant):
 def test_the_advised_parametrization_works_and_qat_refuses_it(job, norm):
     assert agrees(job("nets.WeightNormed", "quant=ptq", norm=norm))
     assert refused(
-        job("nets.WeightNormed", "quant=qat", norm=norm), "fc", "remove_parametrizations"
+        job("nets.WeightNormed", "quant=qat", norm=norm),
+        "fc",
+        "remove_parametrizations",
     )
 
 
 def test_an_instance_norm_with_running_statistics_is_refused_and_its_remedy_works(job):
     assert refused(
-        job("nets.Normed", norm="instance", running=True), "layer norm", "running statistics"
+        job("nets.Normed", norm="instance", running=True),
+        "layer norm",
+        "running statistics",
     )
     run = job("nets.Normed", "+quant.layers.norm=float", norm="instance", running=True)
     assert agrees(run)
@@ -138,21 +152,29 @@ def test_a_model_without_stubs_taken_as_it_is_hears_of_them_in_one_line(job, qua
 
 
 def test_a_parameter_that_meets_int8_hears_of_its_stub_and_the_remedy_works(job):
-    assert refused(job("nets.Parameters"), "nn.Parameter", "QuantStub of its own", "nets.py:")
+    assert refused(
+        job("nets.Parameters"), "nn.Parameter", "QuantStub of its own", "nets.py:"
+    )
     assert agrees(job("nets.Parameters", stub=True))
 
 
 def test_a_layer_without_weights_is_refused_by_name_and_the_remedy_works(job):
-    assert refused(job("nets.Lazy"), "layer fc has no weights", "run the model on a sample")
+    assert refused(
+        job("nets.Lazy"), "layer fc has no weights", "run the model on a sample"
+    )
     assert agrees(job("nets.Lazy", shown=True))
 
 
 def test_all_calls_without_kernel_are_named_at_once(job):
-    assert refused(job("nets.Several"), "aten::silu", "aten::add", "aten::softplus", "nets.py:")
+    assert refused(
+        job("nets.Several"), "aten::silu", "aten::add", "aten::softplus", "nets.py:"
+    )
 
 
 def test_an_embeddings_own_qconfig_is_refused_by_name(job):
-    assert refused(job("nets.Tokens", qconfig=True), "layer emb (Embedding)", "qconfig of its own")
+    assert refused(
+        job("nets.Tokens", qconfig=True), "layer emb (Embedding)", "qconfig of its own"
+    )
 
 
 @pytest.mark.parametrize("bag", [True, False], ids=["bag", "embedding"])
@@ -174,7 +196,9 @@ def test_layers_go_by_the_users_names(job):
         groups=[["conv", "relu"]],
         kind="straight",
     )
-    assert refused_late(run, "layer conv: its output is not finite in calibration, batch 1")
+    assert refused_late(
+        run, "layer conv: its output is not finite in calibration, batch 1"
+    )
     run = job("nets.Volume", "+quant.layers.nope=float")
     assert refused(run, "quant.layers.nope: matches no layer", "layers.0", "layers.2")
 
@@ -186,9 +210,16 @@ def test_layers_that_an_engine_cannot_run_or_save_are_refused_and_their_remedy_w
     job, kind, reason
 ):
     run = job("nets.Volume", "quant.engine=qnnpack", kind=kind)
-    assert refused(run, f"layer layers.0 ({kind}) {reason}", "{layers.0: float}", "qnnpack")
+    assert refused(
+        run, f"layer layers.0 ({kind}) {reason}", "{layers.0: float}", "qnnpack"
+    )
     assert agrees(
-        job("nets.Volume", "quant.engine=qnnpack", "quant.layers={layers.0: float}", kind=kind)
+        job(
+            "nets.Volume",
+            "quant.engine=qnnpack",
+            "quant.layers={layers.0: float}",
+            kind=kind,
+        )
     )
     assert agrees(job("nets.Volume", "quant.engine=fbgemm", kind=kind))
 
@@ -196,7 +227,9 @@ def test_layers_that_an_engine_cannot_run_or_save_are_refused_and_their_remedy_w
 def test_a_wildcard_does_not_match_stubs(job):
     run = job("nets.InPlace", 'quant.layers={"*": float}')
     assert agrees(run)
-    assert refused(job("nets.InPlace", "+quant.layers.quant=float"), "quant.layers.quant", "stub")
+    assert refused(
+        job("nets.InPlace", "+quant.layers.quant=float"), "quant.layers.quant", "stub"
+    )
 
 
 def test_auxiliary_outputs_train_on_their_weighted_losses(job):
@@ -235,7 +268,9 @@ def test_a_part_of_a_fused_layer_is_refused_by_name(job):
 def test_a_failed_load_leaves_torchs_engine_as_it_was(job):
     run, other = job("mlp", "quant.engine=qnnpack"), job("mlp", "model.hidden=8")
     before = torch.backends.quantized.engine
-    (run.run_dir / "quantized.pt").write_bytes((other.run_dir / "quantized.pt").read_bytes())
+    (run.run_dir / "quantized.pt").write_bytes(
+        (other.run_dir / "quantized.pt").read_bytes()
+    )
     with pytest.raises(ValueError, match="quantized.pt"):
         qtrain.load(run.run_dir)
     assert torch.backends.quantized.engine == before

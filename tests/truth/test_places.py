@@ -29,19 +29,26 @@ def run_dir(job, kept, tmp_path):
 def test_what_is_no_file_is_not_waited_for(run_dir, kept, name, kind):
     path = run_dir / name
     path.unlink()
-    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](
-        path
-    )
+    {
+        "pipe": os.mkfifo,
+        "device": lambda p: p.symlink_to("/dev/zero"),
+        "folder": Path.mkdir,
+    }[kind](path)
     words = ["-c", f"import qtrain; qtrain.load({str(run_dir)!r})"]
     if name == "examples.npz":
         words = ["-m", "qtrain.cli.compare", run_dir, kept, "--baseline", kept]
-    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=60
+    )
     assert f"{path}: is no regular file" in ended.stderr
-    assert (ended.returncode == 0) == (name == "examples.npz")  # the rest of the table stands
+    # The rest of the table stands
+    assert (ended.returncode == 0) == (name == "examples.npz")
 
 
 @pytest.mark.parametrize("name", ["qtrain.log", "metrics.jsonl", "resume", ".lock"])
-def test_no_link_leads_a_resumed_run_out_of_its_folder(run_dir, command, tmp_path, name):
+def test_no_link_leads_a_resumed_run_out_of_its_folder(
+    run_dir, command, tmp_path, name
+):
     outside = tmp_path / "outside"
     outside.write_text("mine")
     (run_dir / "report.json").unlink()

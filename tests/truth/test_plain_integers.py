@@ -86,14 +86,18 @@ def without_vnni(*arguments, folder):
     paths = os.pathsep.join(filter(None, sys.path))
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": paths}
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_model_for_all_256_integers_is_exact_without_vnni(job, tmp_path):
     run = job("mlp", INT8, "quant.activation.reduce_range=false")
     assert run.code == 0, run.text
-    without_vnni("-c", LOADS, str(run.run_dir), str(tmp_path / "output.pt"), folder=tmp_path)
+    without_vnni(
+        "-c", LOADS, str(run.run_dir), str(tmp_path / "output.pt"), folder=tmp_path
+    )
     here = qtrain.load(run.run_dir)(*qtrain.sample_inputs(run.run_dir))
     there = torch.load(tmp_path / "output.pt")
     step = here.unique().diff().min()
@@ -102,16 +106,29 @@ def test_a_model_for_all_256_integers_is_exact_without_vnni(job, tmp_path):
 
 
 def test_defaults_of_every_engine_hold_without_vnni(tmp_path):
-    engines = [*(e for e in torch.backends.quantized.supported_engines if e != "none"), "int8"]
+    engines = [
+        *(e for e in torch.backends.quantized.supported_engines if e != "none"),
+        "int8",
+    ]
     without_vnni(
-        *("-m", "qtrain.cli.run", "-m", "model=mlp", f"quant.engine={','.join(engines)}"),
+        *(
+            "-m",
+            "qtrain.cli.run",
+            "-m",
+            "model=mlp",
+            f"quant.engine={','.join(engines)}",
+        ),
         *("trainer=smoke", "threads=1", "logger=none", "measure.repeats=2"),
         *(f"float_cache={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
         folder=tmp_path,
     )
-    reports = [json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/report.json")]
+    reports = [
+        json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/report.json")
+    ]
     assert {report["quant"]["engine"] for report in reports} == set(engines)
     for report in reports:
-        fake, real = (report["metrics"][kind]["accuracy"] for kind in ("fake", "quantized"))
+        fake, real = (
+            report["metrics"][kind]["accuracy"] for kind in ("fake", "quantized")
+        )
         assert abs(fake - real) <= 0.001, report["quant"]["engine"]
         assert abs(report["metrics"]["float"]["accuracy"] - real) <= 0.005

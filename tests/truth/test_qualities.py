@@ -73,10 +73,14 @@ def test_a_free_quality_is_compared_the_right_way_up(jobs, compared, tmp_path, t
 
     shown = f"{quality_of(runs['int8'], name):.4g}"
     assert re.search(
-        rf"quantized: {name} {shown[:4]}\d*{' ' + unit if unit else ''}, loss", runs["int8"].text
+        rf"quantized: {name} {shown[:4]}\d*{' ' + unit if unit else ''}, loss",
+        runs["int8"].text,
     )
 
-    paths = {kind: tmp_path / f"{kind}.png" for kind in ("csv", "json", "html", "plot", "markdown")}
+    paths = {
+        kind: tmp_path / f"{kind}.png"
+        for kind in ("csv", "json", "html", "plot", "markdown")
+    }
     files = [text for kind, path in paths.items() for text in (f"--{kind}", str(path))]
     code, out, err = compared(tmp_path, *files)
     assert (code, err) == (0, "")
@@ -86,22 +90,32 @@ def test_a_free_quality_is_compared_the_right_way_up(jobs, compared, tmp_path, t
         and f"{name}: {'higher' if higher else 'lower'} is better" in out
     )
     header = next(line for line in out.splitlines() if "to float" in line)
-    assert f"float {unit} ".strip() in header and f"differences in {unit or name}" in out
+    assert (
+        f"float {unit} ".strip() in header and f"differences in {unit or name}" in out
+    )
     assert "paired bootstrap" in out or "~" not in out.replace("p and ~", "")
     assert (
-        " ?" not in out and "McNemar" not in out and "%" not in re.sub(r"within [\d.]+%", "", out)
+        " ?" not in out
+        and "McNemar" not in out
+        and "%" not in re.sub(r"within [\d.]+%", "", out)
     )
 
     for options in (["--sort", name], ["--sort", "quantized"]):
         assert rows_of(compared(tmp_path, *options)[1])[-1] == "int2"
     # Lower than float is a loss of decibels, and a gain of an error.
-    assert rows_of(compared(tmp_path, "--sort", "difference")[1])[:2] == ["int8", "int2"]
+    assert rows_of(compared(tmp_path, "--sort", "difference")[1])[:2] == [
+        "int8",
+        "int2",
+    ]
     _, filtered, _ = compared(tmp_path, f"{name}={quality_of(runs['int2'], name)}")
     assert ": 1 run\n" in filtered and " 2/8 " in filtered
     (group,) = re.findall(
         r"^ptq .*", compared(tmp_path, "method=ptq", "--group-by", "method")[1], re.M
     )
-    assert f"{(quality_of(runs['int8'], name) + quality_of(runs['int2'], name)) / 2:.3f}" in group
+    assert (
+        f"{(quality_of(runs['int8'], name) + quality_of(runs['int2'], name)) / 2:.3f}"
+        in group
+    )
 
     records = list(csv.DictReader(paths["csv"].read_text().splitlines()))
     assert [(row["name"], row["quality"], row["unit"]) for row in records] == [
@@ -112,19 +126,26 @@ def test_a_free_quality_is_compared_the_right_way_up(jobs, compared, tmp_path, t
     )
     (_, record, _) = json.loads(paths["json"].read_text())["rows"]
     assert record["higher_is_better"] is higher and record["difference_p"] <= 1
-    data = re.search(r'<script id="data"[^>]*>(.*?)</script>', paths["html"].read_text(), re.S)
+    data = re.search(
+        r'<script id="data"[^>]*>(.*?)</script>', paths["html"].read_text(), re.S
+    )
     (section,) = json.loads(data[1])["sections"]
     assert section["quality"] == {"name": name, "unit": unit, "higher": higher}
     assert section["rows"][0]["front"] and f"by {name}" in paths["markdown"].read_text()
     assert paths["plot"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_against_a_baseline_the_means_of_the_examples_are_tested(jobs, compared, tmp_path):
+def test_against_a_baseline_the_means_of_the_examples_are_tested(
+    jobs, compared, tmp_path
+):
     runs = jobs("Psnr")
     _, out, err = compared(
         tmp_path, "--baseline", runs["int8"].run_dir, "--json", tmp_path / "x.json"
     )
-    rows = {row["name"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
+    rows = {
+        row["name"]: row
+        for row in json.loads((tmp_path / "x.json").read_text())["rows"]
+    }
     lost = quality_of(runs["int2"], "psnr") - quality_of(runs["int8"], "psnr")
     assert rows["int2"]["baseline_difference"] == pytest.approx(lost)
     assert (
@@ -134,14 +155,20 @@ def test_against_a_baseline_the_means_of_the_examples_are_tested(jobs, compared,
     assert err == "" and "to baseline" in out
 
 
-def test_a_quality_that_is_not_the_mean_of_its_examples_is_not_tested(jobs, compared, tmp_path):
+def test_a_quality_that_is_not_the_mean_of_its_examples_is_not_tested(
+    jobs, compared, tmp_path
+):
     runs = jobs("PooledPsnr")
     _, out, _ = compared(tmp_path, "--json", tmp_path / "x.json")
-    assert rows_of(out) == ["float", "int8", "int2"] and "?: significance not tested" in out
+    assert (
+        rows_of(out) == ["float", "int8", "int2"]
+        and "?: significance not tested" in out
+    )
     for row in json.loads((tmp_path / "x.json").read_text())["rows"][1:]:
         assert row["difference_p"] is row["difference_se"] is None
         exact, real = (
-            quality_of(runs[row["name"]], "psnr", kind) for kind in ("float", "quantized")
+            quality_of(runs[row["name"]], "psnr", kind)
+            for kind in ("float", "quantized")
         )
         assert row["difference"] == pytest.approx(real - exact)
 
@@ -172,6 +199,13 @@ WRONG = [
 
 @pytest.mark.parametrize("key, value, allowed", WRONG, ids=[key for key, *_ in WRONG])
 def test_what_no_table_can_show_is_refused_before_compute(job, key, value, allowed):
-    run = job(NET["model"], "task._target_=reconstruction.Wrong", f"+task.{key}={value}", hidden=32)
-    assert run.code == 1 and f"task.{key}=" in run.text and allowed in run.text, run.text
+    run = job(
+        NET["model"],
+        "task._target_=reconstruction.Wrong",
+        f"+task.{key}={value}",
+        hidden=32,
+    )
+    assert run.code == 1 and f"task.{key}=" in run.text and allowed in run.text, (
+        run.text
+    )
     assert "Traceback" not in run.text and "float: epoch" not in run.text

@@ -12,7 +12,9 @@ import torch
 MAX_LOSS_GAP = 0.02  # truth.max_loss_gap
 MAX_STEPS = 4.0  # truth.max_steps
 # What torch says of a raw cat, when it is run all the same.
-pytestmark = pytest.mark.filterwarnings("ignore:All inputs of this cat operator:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:All inputs of this cat operator:UserWarning"
+)
 ENGINES = [
     e
     for e in ("fbgemm", "qnnpack", "x86", "onednn")
@@ -41,7 +43,8 @@ def check(job, seed):
         return "refused by name"
     if "FloatFunctional" in run.text:
         assert all(
-            float(steps) > MAX_STEPS for steps in re.findall(r"is ([\d.]+) steps off", run.text)
+            float(steps) > MAX_STEPS
+            for steps in re.findall(r"is ([\d.]+) steps off", run.text)
         ), run.text
         return "refused for a raw join"
     gap = anyway.report["truth"]["loss_gap"]

@@ -17,7 +17,11 @@ def losses(run):
 # Each stage of a training takes 3 * 512 samples.
 @pytest.mark.parametrize(
     "method, stage, dies_at",
-    [("qat", "float", 1000), ("qat", "qat", 2500), ("float_finetuned", "finetuning", 2500)],
+    [
+        ("qat", "float", 1000),
+        ("qat", "qat", 2500),
+        ("float_finetuned", "finetuning", 2500),
+    ],
 )
 def test_a_dataloader_with_augmentation(
     job, command, monkeypatch, own_generator, method, stage, dies_at

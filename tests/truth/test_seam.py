@@ -18,10 +18,15 @@ def integers(run):
 
 def test_a_transform_changes_the_integers_that_are_converted(job, monkeypatch):
     plain = job("mlp", "model.hidden=8")
-    halved = job("mlp", "model.hidden=8", "quant.transforms=[{_target_: outside.parts.Halved}]")
+    halved = job(
+        "mlp", "model.hidden=8", "quant.transforms=[{_target_: outside.parts.Halved}]"
+    )
     assert plain.code == halved.code == 0, halved.text
     (noted,) = halved.report["transforms"]
-    assert noted["name"] == "halved" and noted["sqnr_db"]["after"] < noted["sqnr_db"]["before"]
+    assert (
+        noted["name"] == "halved"
+        and noted["sqnr_db"]["after"] < noted["sqnr_db"]["before"]
+    )
     assert plain.report["transforms"] == []
     before, after = integers(plain), integers(halved)
     for name, exact in before.items():
@@ -54,11 +59,18 @@ def test_a_backend_lowers_and_settles_what_is_auto(job):
     assert run.report["truth"]["fake_vs_quantized"]["max_steps"] == 0  # it is exact
     assert run.loss("fake") == run.loss("quantized")
     inputs = qtrain.sample_inputs(run.run_dir, trust=["outside"])
-    assert qtrain.load(run.run_dir, trust=["outside"])(*inputs).shape == (len(inputs[0]), 10)
+    assert qtrain.load(run.run_dir, trust=["outside"])(*inputs).shape == (
+        len(inputs[0]),
+        10,
+    )
 
 
 def test_an_exporter_writes_its_file_and_is_judged(job):
-    run = job("mlp", "model.hidden=8", "export=[{_target_: outside.parts.AsJson}, torch_export]")
+    run = job(
+        "mlp",
+        "model.hidden=8",
+        "export=[{_target_: outside.parts.AsJson}, torch_export]",
+    )
     assert run.code == 0, run.text
     found = run.report["exports"]
     assert set(json.loads((run.run_dir / found["as_json"]["file"]).read_text())) == {
@@ -67,14 +79,22 @@ def test_an_exporter_writes_its_file_and_is_judged(job):
         "linear3",
     }
     assert found["as_json"]["steps"] > 1 and found["torch_export"]["steps"] == 0
-    assert (run.run_dir / "model.pt2").stat().st_size == found["torch_export"]["size_bytes"]
+    assert (run.run_dir / "model.pt2").stat().st_size == found["torch_export"][
+        "size_bytes"
+    ]
 
 
 def test_what_none_of_them_is_hears_what_is_allowed(job):
     run = job("mlp", "quant.transforms=[biases]", "export=[tflite]")
-    assert run.code == 1 and "quant.transforms=biases: " in run.text and "correct_bias" in run.text
     assert (
-        "export=tflite: " in run.text and "torch_export" in run.text and "Traceback" not in run.text
+        run.code == 1
+        and "quant.transforms=biases: " in run.text
+        and "correct_bias" in run.text
+    )
+    assert (
+        "export=tflite: " in run.text
+        and "torch_export" in run.text
+        and "Traceback" not in run.text
     )
     run = job("mlp", "quant=weight_only", "export=[torch_export]")
     assert run.code == 1 and "use quant=ptq or qat" in run.text
@@ -92,7 +112,8 @@ def test_the_reference_runs_activations_of_four_bits(job):
     )
     assert run.code == 0, run.text
     assert (
-        run.report["quant"]["simulated"] is False and run.report["size_bytes"]["quantized_file"] > 0
+        run.report["quant"]["simulated"] is False
+        and run.report["size_bytes"]["quantized_file"] > 0
     )
     assert run.loss("fake") == run.loss("quantized")
     x = qtrain.sample_inputs(run.run_dir)
@@ -100,6 +121,13 @@ def test_the_reference_runs_activations_of_four_bits(job):
 
 
 def test_what_no_exporter_can_write_is_told_before_any_training(job):
-    run = job("mlp", "model.hidden=8", "quant.layers={linear1: llm_int8}", "export=[torch_export]")
-    assert run.code == 1 and "export: torch.export cannot write this model: " in run.text
+    run = job(
+        "mlp",
+        "model.hidden=8",
+        "quant.layers={linear1: llm_int8}",
+        "export=[torch_export]",
+    )
+    assert (
+        run.code == 1 and "export: torch.export cannot write this model: " in run.text
+    )
     assert run.report["time_s"] == {} and not (run.run_dir / "metrics.jsonl").exists()

@@ -8,7 +8,12 @@ import pytest
 import qtrain
 
 # The published GPT-2 with fewer blocks; its embeddings are most of it.
-SIZES = ["model.n_layer=2", "trainer.epochs=0", "data.context=32", "data.test_fraction=0.001"]
+SIZES = [
+    "model.n_layer=2",
+    "trainer.epochs=0",
+    "data.context=32",
+    "data.test_fraction=0.001",
+]
 TEXT = ["task=language_modeling", "data=shakespeare", "model.vocab_size=20000", *SIZES]
 INT4 = ["quant=weight_only_int4", "quant.weight.group_size=128", "quant.embedding=int4"]
 
@@ -40,8 +45,15 @@ def test_int4_takes_half_a_byte_a_weight_and_loading_no_more_than_the_file(job):
 
 @pytest.mark.parametrize("method", ["gptq", "quarot", "weight_only", "llm_int8"])
 def test_what_is_made_without_values_is_what_was_scored(job, method):
-    settings = ["data=shakespeare", "task=language_modeling", "data.context=32", "threads=1"]
-    samples = ["quant.samples=64", "calib_batches=2"] if method in ("gptq", "quarot") else []
+    settings = [
+        "data=shakespeare",
+        "task=language_modeling",
+        "data.context=32",
+        "threads=1",
+    ]
+    samples = (
+        ["quant.samples=64", "calib_batches=2"] if method in ("gptq", "quarot") else []
+    )
     run = job("gpt2_nano", *settings, "model.n_layer=1", f"quant={method}", *samples)
     assert run.code == 0, run.text
     model = qtrain.load(run.run_dir)
@@ -49,5 +61,8 @@ def test_what_is_made_without_values_is_what_was_scored(job, method):
     inputs = qtrain.sample_inputs(run.run_dir)
     exact = qtrain.load_float(run.run_dir)(*inputs)
     assert (model(*inputs) - exact).norm() < 0.5 * exact.norm()
-    tied = method == "weight_only"  # whose embedding is float, and its head the embedding
-    assert (model.lm_head.weight is model.wte.weight) == (tied or method in ("gptq", "llm_int8"))
+    # Whose embedding is float, and its head the embedding
+    tied = method == "weight_only"
+    assert (model.lm_head.weight is model.wte.weight) == (
+        tied or method in ("gptq", "llm_int8")
+    )

@@ -38,7 +38,14 @@ def segmentation():
 CASES = [
     (regression, "regression", "mae", {"num_classes": 1}, 0.7, ["rmse", "r2"]),
     (several_numbers, "regression", "mae", {"num_classes": 2}, 0.7, ["rmse", "r2"]),
-    (multilabel, "multilabel", "f1", {"num_classes": 4}, 0.8, ["mean_average_precision"]),
+    (
+        multilabel,
+        "multilabel",
+        "f1",
+        {"num_classes": 4},
+        0.8,
+        ["mean_average_precision"],
+    ),
     (segmentation, "segmentation", "image_miou", {"num_classes": 3}, 0.6, ["miou"]),
 ]
 
@@ -59,7 +66,9 @@ def train(job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make, task, quality, sizes, bound, more", CASES, ids=[case[0].__name__ for case in CASES]
+    "make, task, quality, sizes, bound, more",
+    CASES,
+    ids=[case[0].__name__ for case in CASES],
 )
 def test_a_task_is_learned_quantized_and_tested_in_pairs(
     train, tmp_path, monkeypatch, capsys, make, task, quality, sizes, bound, more
@@ -67,7 +76,9 @@ def test_a_task_is_learned_quantized_and_tested_in_pairs(
     runs = {}
     for method in ("ptq", "qat"):
         extra = ["quant.epochs=1"] if method == "qat" else []
-        runs[method] = train(*make(), f"task={task}", f"quant={method}", f"name={method}", *extra)
+        runs[method] = train(
+            *make(), f"task={task}", f"quant={method}", f"name={method}", *extra
+        )
         report = runs[method].report
         assert report["config"]["model"].items() >= sizes.items()
         found = report["metrics"]["quantized"]
@@ -77,7 +88,9 @@ def test_a_task_is_learned_quantized_and_tested_in_pairs(
         examples = np.load(runs[method].run_dir / "examples.npz")["quantized"]
         assert examples.mean() == pytest.approx(found[quality], rel=1e-4)
         assert all(f"{name} {found[name]:.4f}" in runs[method].text for name in more)
-    monkeypatch.setattr(sys, "argv", ["qtrain-compare", str(tmp_path), "--json", "c.json"])
+    monkeypatch.setattr(
+        sys, "argv", ["qtrain-compare", str(tmp_path), "--json", "c.json"]
+    )
     assert not compare.main()
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert all(0 <= row["difference_p"] <= 1 for row in rows if row["method"] != "none")
@@ -116,7 +129,9 @@ def test_class_weights_help_the_rare_class(train):
     weighted = train(*case, "quant=none", "task.class_weights=auto").report
     weights = weighted["config"]["task"]["class_weights"]
     assert weights == pytest.approx([0.55, 5.5], rel=1e-3)
-    recalls = [r["metrics"]["float"]["per_class"]["recall"][1] for r in (plain, weighted)]
+    recalls = [
+        r["metrics"]["float"]["per_class"]["recall"][1] for r in (plain, weighted)
+    ]
     assert recalls[1] > recalls[0] + 0.2
     assert [sum(row) for row in plain["metrics"]["float"]["confusion"]] == [200, 20]
 
@@ -141,10 +156,16 @@ def test_top5_and_balanced_accuracy_are_reported_and_can_be_objectives(job):
     "overrides, words",
     [
         (["task.label_smoothing=2"], "task.label_smoothing=2: must be a number"),
-        (["task.class_weights=[1,2]"], "task.class_weights: has 2 numbers, and the model's output"),
+        (
+            ["task.class_weights=[1,2]"],
+            "task.class_weights: has 2 numbers, and the model's output",
+        ),
         (["task=regression", "model.num_classes=10"], "give the model 1 outputs"),
         (["task=multilabel"], "model.num_classes=auto: targets have shape"),
-        (["task=segmentation", "model.num_classes=10"], "segmentation needs (B, C, H, W)"),
+        (
+            ["task=segmentation", "model.num_classes=10"],
+            "segmentation needs (B, C, H, W)",
+        ),
     ],
 )
 def test_what_does_not_fit_together(job, overrides, words):

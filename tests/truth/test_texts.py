@@ -45,17 +45,32 @@ def texts(tmp_path):
     ],
     ids=["model", "model and data", "data", "task"],
 )
-def test_model_data_and_task_that_belong_together(command, texts, tmp_path, words, found, note):
+def test_model_data_and_task_that_belong_together(
+    command, texts, tmp_path, words, found, note
+):
     few = (
-        ["data.test_fraction=0.001", "data.val_fraction=0.001"] if "data=text" not in words else []
+        ["data.test_fraction=0.001", "data.val_fraction=0.001"]
+        if "data=text" not in words
+        else []
     )
-    quick = ["quant=none", "threads=1", "logger=none", "float_cache=null", "measure.repeats=1"]
-    code, text = command(*words, *TINY, *QUICK, *few, *quick, f"hydra.run.dir={tmp_path}/run")
+    quick = [
+        "quant=none",
+        "threads=1",
+        "logger=none",
+        "float_cache=null",
+        "measure.repeats=1",
+    ]
+    code, text = command(
+        *words, *TINY, *QUICK, *few, *quick, f"hydra.run.dir={tmp_path}/run"
+    )
     assert code == 0, text
     assert text.count("note: ") == 1
     assert text.startswith(f"note: {note}: go with what was named")
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert (report["model"], report["data"], report["quality"]) == (*found, "perplexity")
+    assert (report["model"], report["data"], report["quality"]) == (
+        *found,
+        "perplexity",
+    )
 
 
 def test_what_the_user_names_wins(job, texts):
@@ -78,14 +93,19 @@ def test_texts_of_their_own_to_validate_and_test_on(job, texts):
     scored = run.report["metrics"]["float"]
     assert scored["count"] == size - 1
     assert scored["bits_per_byte"] == pytest.approx(scored["loss"] / 0.6931471805599453)
-    other = job("gpt2_nano", *SMALL, *TINY, *QUICK, "quant=none", "data.test_path=val.txt")
+    other = job(
+        "gpt2_nano", *SMALL, *TINY, *QUICK, "quant=none", "data.test_path=val.txt"
+    )
     assert other.report["metrics"]["float"]["count"] == len(TEXTS["val.txt"]) - 1
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["data.test_path=nowhere.txt"], "data.test_path=nowhere.txt: there is no such file"),
+        (
+            ["data.test_path=nowhere.txt"],
+            "data.test_path=nowhere.txt: there is no such file",
+        ),
         (
             ["data.valid_path=short.txt"],
             "data.valid_path=short.txt: has 5 tokens, and must have more than context=",

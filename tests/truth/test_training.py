@@ -36,4 +36,6 @@ def test_a_forward_that_changes_its_input_leaves_persistent_batches_alone(job, q
     ]
     assert [run.code for run in runs] == [0, 0], runs[1].text
     assert runs[1].loss("float") == pytest.approx(runs[0].loss("float"), rel=1e-6)
-    assert runs[1].loss("quantized") == pytest.approx(runs[0].loss("quantized"), rel=1e-6)
+    assert runs[1].loss("quantized") == pytest.approx(
+        runs[0].loss("quantized"), rel=1e-6
+    )

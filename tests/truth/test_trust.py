@@ -68,7 +68,10 @@ GADGETS = {  # each leaves its trace when hydra.utils.instantiate makes it
     "torch.nn.parallel.distributed.os.mkdir": ["TRACE"],
     "torch.optim.optimizer.torch.utils.collect_env.run": SHELL,
     "torchvision.models.quantization.resnet.torch.utils.collect_env.run": SHELL,
-    "torchvision.transforms.functional.np.load": {"file": "FOLDER/evil.npy", "allow_pickle": True},
+    "torchvision.transforms.functional.np.load": {
+        "file": "FOLDER/evil.npy",
+        "allow_pickle": True,
+    },
     "qtrain.common.files.os.mkdir": ["TRACE"],
     "qtrain.common.files.shutil.copy": ["FOLDER/evil.npy", "TRACE"],
 }
@@ -167,17 +170,31 @@ def test_a_gadget_in_a_state_does_not_run(run_dir, command, trace):
 
 
 @pytest.mark.parametrize(
-    "value", ["${oc.env:QTRAIN_SECRET}", "a ${oc.decode:1} b", "${seed}", "${hydra:runtime.cwd}"]
+    "value",
+    [
+        "${oc.env:QTRAIN_SECRET}",
+        "a ${oc.decode:1} b",
+        "${seed}",
+        "${hydra:runtime.cwd}",
+    ],
 )
 def test_interpolations_are_refused_by_name(run_dir, command, monkeypatch, value):
     monkeypatch.setenv("QTRAIN_SECRET", "hunter2")
     put(run_dir, "name", "x")
     report = (run_dir / "report.json").read_text()
-    (run_dir / "report.json").write_text(report.replace('"name": "x"', f'"name": "{value}"'))
+    (run_dir / "report.json").write_text(
+        report.replace('"name": "x"', f'"name": "{value}"')
+    )
     text = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(text.replace("name: x\n", f'name: "{value}"\n'))
+    (run_dir / "config.yaml").write_text(
+        text.replace("name: x\n", f'name: "{value}"\n')
+    )
     for said in refusals(run_dir, command):
-        assert f"config.name={value}" in said and "interpolation" in said and "hunter2" not in said
+        assert (
+            f"config.name={value}" in said
+            and "interpolation" in said
+            and "hunter2" not in said
+        )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +211,9 @@ def test_interpolations_are_refused_by_name(run_dir, command, monkeypatch, value
 def test_modules_and_models_of_the_libraries_are_harmless(run_dir, model):
     put(run_dir, "model", model)
     # It was made.
-    with pytest.raises(ValueError, match="does not fit the model|cannot be made here") as caught:
+    with pytest.raises(
+        ValueError, match="does not fit the model|cannot be made here"
+    ) as caught:
         qtrain.load(run_dir)
     assert "trust" not in str(caught.value)
 
@@ -222,7 +241,9 @@ def test_a_users_own_package_must_be_trusted(users_run, monkeypatch, tmp_path, c
     inputs = torch.randn(3, 1, 28, 28)
     expected = qtrain.load(users_run, trust=["harmless"])(inputs)
     assert (tmp_path / "imported").exists() and expected.std() > 0
-    bench.main([str(users_run), "--repeats", "1", "--batch-sizes", "1", "--trust", "harmless"])
+    bench.main(
+        [str(users_run), "--repeats", "1", "--batch-sizes", "1", "--trust", "harmless"]
+    )
     assert users_run.name in capsys.readouterr().out
     with pytest.raises(SystemExit, match="generates no text"):  # it was loaded
         generate.main([str(users_run), "--trust", "harmless"])
@@ -243,7 +264,11 @@ def test_resume_trusts_what_the_environment_names(users_run, command, monkeypatc
 
 
 def test_trust_in_a_package_is_no_trust_in_what_it_imports(users_run):
-    for name in ("harmless.os.mkdir", "harmless.Path", "harmless.nn.functional.torch.load"):
+    for name in (
+        "harmless.os.mkdir",
+        "harmless.Path",
+        "harmless.nn.functional.torch.load",
+    ):
         put(users_run, "model", {"_target_": name})
         with pytest.raises(ValueError, match=f"config.model._target_={name}"):
             qtrain.load(users_run, trust=["harmless"])
@@ -253,7 +278,8 @@ def test_trust_in_a_package_is_no_trust_in_what_it_imports(users_run):
 
 def test_trust_must_be_a_list(run_dir):
     with pytest.raises(
-        ValueError, match=r"trust=harmless: must be a list of packages, such as \['harmless'\]"
+        ValueError,
+        match=r"trust=harmless: must be a list of packages, such as \['harmless'\]",
     ):
         qtrain.load(run_dir, trust="harmless")
 

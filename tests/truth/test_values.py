@@ -27,21 +27,36 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
         (["trainer.epochs=true"], "trainer.epochs=True: must be a whole number"),
         (["optimizer.lr=true"], "optimizer.lr=True: must be a number above 0"),
         (["model.hidden_relu=3"], "model.hidden_relu=3: allowed are true and false"),
-        (["logger.pictures=no_thanks"], "logger.pictures=no_thanks: allowed are true and false"),
+        (
+            ["logger.pictures=no_thanks"],
+            "logger.pictures=no_thanks: allowed are true and false",
+        ),
         (["optimizer.fused=2"], "optimizer.fused=2: allowed are true and false"),
-        (["quant=qat", "quant.from_scratch=1"], "quant.from_scratch=1: allowed are true and false"),
-        (["quant=qat", "quant.optimizer.lr=???"], "quant.optimizer.lr=???: must be given a value"),
+        (
+            ["quant=qat", "quant.from_scratch=1"],
+            "quant.from_scratch=1: allowed are true and false",
+        ),
+        (
+            ["quant=qat", "quant.optimizer.lr=???"],
+            "quant.optimizer.lr=???: must be given a value",
+        ),
         (
             ["quant=qat", "quant.convert_every=3"],
             "quant.convert_every=3: must be a whole number from 0 to 2",
         ),
         (["data.std=inf"], "data.std=inf: must be a finite number from"),
-        (["seed=4294967296"], "seed=4294967296: must be a whole number from 0 to 4294967295"),
+        (
+            ["seed=4294967296"],
+            "seed=4294967296: must be a whole number from 0 to 4294967295",
+        ),
         (
             ["choices.quant=qat"],
             "choices.quant=qat: names the file that was chosen, and cannot be set",
         ),
-        (["quant=none", "calib_batches=4"], "calib_batches=4: quant=none does not calibrate"),
+        (
+            ["quant=none", "calib_batches=4"],
+            "calib_batches=4: quant=none does not calibrate",
+        ),
         (
             ["quant=dynamic", "calib_split=test"],
             "calib_split=test: quant=dynamic does not calibrate",
@@ -75,7 +90,10 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
         (["data.size=4"], "data.size=4: must be a whole number from 8 to 512, or null"),
         (["seed=[1]"], "seed=[1]: must be a whole number"),
         (["model_transform=[1]"], "model_transform=[1]: must be a mapping"),
-        (["+model_transform={a: 1}"], "model_transform={'a': 1}: must be a mapping with _target_"),
+        (
+            ["+model_transform={a: 1}"],
+            "model_transform={'a': 1}: must be a mapping with _target_",
+        ),
         (
             ["trainer.devices=1000000"],
             "trainer.devices=1000000: must be a whole number from 1 to 64",
@@ -95,7 +113,10 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
         (["~logger.pictures"], "logger.pictures: is missing, and has no default"),
         (["~optimizer._target_"], "optimizer._target_: is missing"),
         (["~quant.weight._target_"], "quant.weight._target_: is missing"),
-        (["~quant.activation.observer._target_"], "quant.activation.observer._target_: is missing"),
+        (
+            ["~quant.activation.observer._target_"],
+            "quant.activation.observer._target_: is missing",
+        ),
         ([f"checkpoint={'x' * 300}"], f"checkpoint={'x' * 300}: there is no such file"),
         (["quant.weight=8"], "quant.weight=8: must be a mapping"),
     ],
@@ -114,10 +135,14 @@ def test_no_message_shows_the_settings_of_a_parent(job):
     """The optimizer's message once came with the quantizer's settings, under its own name."""
     outcome = job("mlp", "quant=qat", "+quant.optimizer.amsgard=true")
     line = outcome.text.partition("qtrain: error: ")[2]
-    assert "quant.optimizer.amsgard=True" in line and "quant.optimizer.engine" not in line
+    assert (
+        "quant.optimizer.amsgard=True" in line and "quant.optimizer.engine" not in line
+    )
 
 
-def test_calibration_settings_of_a_sweep_serve_the_jobs_that_calibrate(command, tmp_path):
+def test_calibration_settings_of_a_sweep_serve_the_jobs_that_calibrate(
+    command, tmp_path
+):
     quick = [
         "trainer=smoke",
         "threads=1",
@@ -127,10 +152,17 @@ def test_calibration_settings_of_a_sweep_serve_the_jobs_that_calibrate(command, 
         "model=mlp",
     ]
     code, text = command(
-        "-m", *quick, "quant=none,ptq", "calib_batches=1", f"hydra.sweep.dir={tmp_path}/sweep"
+        "-m",
+        *quick,
+        "quant=none,ptq",
+        "calib_batches=1",
+        f"hydra.sweep.dir={tmp_path}/sweep",
     )
     assert code == 0 and "calib_batches=1: quant=none does not calibrate" in text
-    assert "quant=ptq does not" not in text and len(list(tmp_path.glob("sweep/*/report.json"))) == 2
+    assert (
+        "quant=ptq does not" not in text
+        and len(list(tmp_path.glob("sweep/*/report.json"))) == 2
+    )
 
 
 def test_the_largest_seed_runs(job):
@@ -143,13 +175,17 @@ def test_the_largest_seed_runs(job):
 def test_a_test_set_of_one_sample_has_no_standard_error(job):
     outcome = job("mlp", *SMALL, "+data.train=40", "+data.test=1")
     assert outcome.code == 0, outcome.text
-    assert outcome.report["difference"]["standard_error"] is None and outcome.accuracy("float") in (
+    assert outcome.report["difference"]["standard_error"] is None and outcome.accuracy(
+        "float"
+    ) in (
         0,
         1,
     )
 
 
-def test_a_last_batch_of_one_sample_is_left_out_where_batch_norm_cannot_train_on_it(job):
+def test_a_last_batch_of_one_sample_is_left_out_where_batch_norm_cannot_train_on_it(
+    job,
+):
     outcome = job(
         "flat_norm.FlatNorm",
         *SMALL,
@@ -168,7 +204,12 @@ def test_a_last_batch_of_one_sample_is_left_out_where_batch_norm_cannot_train_on
 
 def test_all_batches_are_trained_on_without_batch_norm(job):
     outcome = job(
-        "mlp", *SMALL, "+data.train=41", "+data.test=10", "quant=none", "trainer.log_every=1"
+        "mlp",
+        *SMALL,
+        "+data.train=41",
+        "+data.test=10",
+        "quant=none",
+        "trainer.log_every=1",
     )
     steps = [
         json.loads(line)["step"]
@@ -180,8 +221,14 @@ def test_all_batches_are_trained_on_without_batch_norm(job):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        (["+data.train=0", "+data.test=5"], "data: the data hold 0 training and 5 test images"),
-        (["+data.train=5", "+data.test=0"], "data: the data hold 5 training and 0 test images"),
+        (
+            ["+data.train=0", "+data.test=5"],
+            "data: the data hold 0 training and 5 test images",
+        ),
+        (
+            ["+data.train=5", "+data.test=0"],
+            "data: the data hold 5 training and 0 test images",
+        ),
         (
             ["+data.train=40", "+data.test=5", "+data.constant=true"],
             "data: the training images are all alike",
@@ -218,12 +265,15 @@ def test_a_float_cache_that_can_only_be_read_is_used(job, tmp_path, monkeypatch)
     lock.mkdir()
     access = os.access
     monkeypatch.setattr(
-        os, "access", lambda path, mode, **how: mode != os.W_OK and access(path, mode, **how)
+        os,
+        "access",
+        lambda path, mode, **how: mode != os.W_OK and access(path, mode, **how),
     )
     second = job("mlp", cache)
-    assert (first.report["float_from"], second.report["float_from"]) == ("training", "cache"), (
-        second.text
-    )
+    assert (first.report["float_from"], second.report["float_from"]) == (
+        "training",
+        "cache",
+    ), second.text
     assert first.loss("float") == second.loss("float")
 
 
@@ -231,7 +281,8 @@ def test_a_float_cache_that_cannot_be_made_is_named(job, tmp_path):
     (tmp_path / "file").touch()
     outcome = job("mlp", f"float_cache={tmp_path}/file/cache")
     assert (
-        outcome.code == 1 and f"qtrain: error: float_cache={tmp_path}/file/cache: " in outcome.text
+        outcome.code == 1
+        and f"qtrain: error: float_cache={tmp_path}/file/cache: " in outcome.text
     )
 
 

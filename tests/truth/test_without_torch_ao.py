@@ -12,7 +12,13 @@ import torch
 import qtrain
 
 USERS = Path(__file__).parent / "users"
-QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", "measure.repeats=2"]
+QUICK = [
+    "trainer=smoke",
+    "threads=1",
+    "logger=none",
+    "float_cache=null",
+    "measure.repeats=2",
+]
 SMALL = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "data.context=32"]
 LOAD = """
 import sys, torch, without_torch_ao
@@ -76,7 +82,10 @@ def test_the_default_job_runs_is_saved_and_loaded(quant, python, tmp_path):
     report = run_without(python, tmp_path / "run", f"quant={quant}")
     assert report["status"] == "ok" and report["truth"]["ok"]
     assert report["quant"]["engine"] == "int8"  # of auto
-    assert report["coverage"]["macs_quantized"] == 1 and not report["coverage"]["float_layers"]
+    assert (
+        report["coverage"]["macs_quantized"] == 1
+        and not report["coverage"]["float_layers"]
+    )
     assert report["truth"]["fake_vs_quantized"]["max_steps"] < 0.5
     metrics = report["metrics"]
     assert abs(metrics["fake"]["accuracy"] - metrics["quantized"]["accuracy"]) <= 0.001
@@ -85,7 +94,9 @@ def test_the_default_job_runs_is_saved_and_loaded(quant, python, tmp_path):
     # And here, where torch.ao is.
     here = qtrain.load(run)(*qtrain.sample_inputs(run))
     assert torch.equal(torch.load(tmp_path / "output.pt"), here)
-    assert "int8" in python("-m", "without_torch_ao", "qtrain.cli.compare", str(tmp_path / "run"))
+    assert "int8" in python(
+        "-m", "without_torch_ao", "qtrain.cli.compare", str(tmp_path / "run")
+    )
 
 
 def test_a_language_model_runs(python, tmp_path):
@@ -107,4 +118,7 @@ except ValueError as err:
     print(err)
 """
     text = python("-c", program)
-    assert "engine=x86: its kernels are torch.ao's, which this torch lacks; use int8" in text
+    assert (
+        "engine=x86: its kernels are torch.ao's, which this torch lacks; use int8"
+        in text
+    )

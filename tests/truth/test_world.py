@@ -12,17 +12,22 @@ from qtrain.common.network import answers
 
 @pytest.mark.parametrize("logger", ["none", "tensorboard"])
 def test_the_folder_of_a_run_is_deleted(job, tmp_path, logger):
-    outcome = job("vandal.Vandal", f"logger={logger}", what="delete", path=str(tmp_path / "run0"))
+    outcome = job(
+        "vandal.Vandal", f"logger={logger}", what="delete", path=str(tmp_path / "run0")
+    )
     assert (
         outcome.code == 1
-        and f"qtrain: error: {tmp_path}/run0: this folder was deleted while" in outcome.text
+        and f"qtrain: error: {tmp_path}/run0: this folder was deleted while"
+        in outcome.text
     )
     assert "Traceback" not in outcome.text
 
 
 def test_the_float_cache_is_deleted(job, tmp_path):
     cache = tmp_path / "cache"
-    outcome = job("vandal.Vandal", f"float_cache={cache}", what="delete", path=str(cache))
+    outcome = job(
+        "vandal.Vandal", f"float_cache={cache}", what="delete", path=str(cache)
+    )
     assert outcome.code == 1 and f"qtrain: error: float_cache={cache}: " in outcome.text
     assert "Traceback" not in outcome.text
 
@@ -31,13 +36,16 @@ def test_a_file_of_the_data_is_deleted(job, tmp_path):
     outcome = job("vandal.Vandal", what="read", path=str(tmp_path / "data" / "7.png"))
     assert (
         outcome.code == 1
-        and f"qtrain: error: {tmp_path}/data/7.png: there is no such file" in outcome.text
+        and f"qtrain: error: {tmp_path}/data/7.png: there is no such file"
+        in outcome.text
     )
     assert "hydra.run.dir" not in outcome.text and "Traceback" not in outcome.text
 
 
 @pytest.mark.parametrize("logger", ["none", "tensorboard"])
-def test_a_full_disk_costs_nothing_that_was_saved(job, command, tmp_path, monkeypatch, logger):
+def test_a_full_disk_costs_nothing_that_was_saved(
+    job, command, tmp_path, monkeypatch, logger
+):
     """No file can grow beyond 64 bytes, as on a full disk, until there is room again."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -62,7 +70,9 @@ def test_a_full_disk_costs_nothing_that_was_saved(job, command, tmp_path, monkey
     monkeypatch.setenv("QTRAIN_TRUST", "vandal")
     code, text = command(f"resume={full.run_dir}")
     assert code == 0, text
-    assert full.loss("float") == job("vandal.Vandal", what="fill", path=str(tmp_path)).loss("float")
+    assert full.loss("float") == job(
+        "vandal.Vandal", what="fill", path=str(tmp_path)
+    ).loss("float")
 
 
 @pytest.fixture

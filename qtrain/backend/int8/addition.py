@@ -1,7 +1,8 @@
 """Sums of integers of different scales.
 
-oneDNN's own kernel for it, `qadd`, takes integers from 128 on for negative ones (torch 2.14.1), and
-does not see two orders of memory. Its convolutions add right, and 1 is a weight like others.
+oneDNN's own kernel for it, `qadd`, takes integers from 128 on for negative ones (torch
+2.14.1), and does not see two orders of memory. Its convolutions add right, and 1 is a
+weight like others.
 """
 
 from functools import cache
@@ -16,7 +17,8 @@ from qtrain.backend.int8.scale import Scale
 from qtrain.backend.int8.tensor import QuantizedTensor
 from qtrain.backend.machine import multiplies, operator
 
-FEW = 1 << 18  # for so few numbers, a convolution takes longer to begin than three passes
+# For so few numbers, a convolution takes longer to begin than three passes
+FEW = 1 << 18
 
 
 def add(x: QuantizedTensor, y: QuantizedTensor, to: Scale, relu: bool) -> Tensor:

@@ -60,9 +60,24 @@ THROUGH = (
     nn.ZeroPad2d,
     nn.ZeroPad3d,
 )
-CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, nn.Sequential)
-OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.Linear, _ConvNd, *CONTAINERS, *THROUGH, *BY_TABLE)
-WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)  # parts call no parts of theirs
+CONTAINERS = (
+    nn.ModuleDict,
+    nn.ModuleList,
+    nn.ParameterDict,
+    nn.ParameterList,
+    nn.Sequential,
+)
+OTHERS = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Linear,
+    _ConvNd,
+    *CONTAINERS,
+    *THROUGH,
+    *BY_TABLE,
+)
+# Parts call no parts of theirs
+WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
 @dataclass(frozen=True)

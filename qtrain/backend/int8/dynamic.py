@@ -93,7 +93,9 @@ class DynamicLinear(nn.Module):
         if self._ready is None or self._ready[0] != key:
             matrix = self.integers.contiguous()
             scales = self.weight_scale.expand(len(matrix)).contiguous()
-            sums = matrix.sum(1, dtype=torch.int64).double().mul(scales.double()).float()
+            sums = (
+                matrix.sum(1, dtype=torch.int64).double().mul(scales.double()).float()
+            )
             bias = torch.zeros_like(scales) if self.bias is None else self.bias
             zeros = torch.zeros(len(matrix), dtype=torch.int32)
             packed = torch.ops.onednn.qlinear_prepack(matrix, None)

@@ -113,7 +113,9 @@ class IntFunctional(Functional, nn.Module):
         if not _both(x, y):
             return getattr(super(), op)(_floats(x, op), _floats(y, op))
         to = self.output.output
-        return self.output(QuantizedTensor(add(x, y, to, relu), to.scale, to.zero_point))
+        return self.output(
+            QuantizedTensor(add(x, y, to, relu), to.scale, to.zero_point)
+        )
 
     def mul(self, x: Any, y: Any) -> Any:
         if not _both(x, y):
@@ -159,7 +161,9 @@ class IntFunctional(Functional, nn.Module):
         to = self.output.output
         if (x.scale, x.zero_point) == (to.scale, to.zero_point) and to.is_full:
             return x.integers
-        every = QuantizedTensor(torch.arange(256, device=x.device), x.scale, x.zero_point)
+        every = QuantizedTensor(
+            torch.arange(256, device=x.device), x.scale, x.zero_point
+        )
         return look_up(self.output.quantized(every.dequantize()).integers, x.integers)
 
 

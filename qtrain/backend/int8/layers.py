@@ -16,7 +16,8 @@ from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import integers
 from qtrain.simulate.sites import QuantWeighted
 
-OF_TORCH_AO = ("weight", "_packed_params._packed_params")  # in state dicts of its int8 layers
+# In state dicts of its int8 layers
+OF_TORCH_AO = ("weight", "_packed_params._packed_params")
 
 
 class Scaled(nn.Module):
@@ -148,7 +149,8 @@ class IntLayer(Scaled):
         plain = x.integers if isinstance(x, QuantizedTensor) else x
         if plain.device != self.integers.device:
             raise ValueError(
-                f"its input is on {plain.device}, and its weight on {self.integers.device}; "
+                f"its input is on {plain.device}, and its weight on "
+                f"{self.integers.device}; "
                 "move both to one device, as by model.to(x.device)"
             )
         to = self.output
@@ -181,7 +183,9 @@ class IntLayer(Scaled):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_product": None}  # a copy makes its own
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         if any(prefix + name in state_dict for name in OF_TORCH_AO):
             raise ValueError(
                 f"layer {prefix[:-1]} was saved by another engine, in torch.ao's form; "

@@ -11,7 +11,8 @@ from qtrain.backend.int8.scale import Scale
 from qtrain.backend.machine import mixes_signs
 
 FEW_ROWS = 8  # for so many, oneDNN takes longer to begin than to multiply
-SMALL = 1 << 19  # a weight that stays in the cache; of a larger one, only for a single row
+# A weight that stays in the cache; of a larger one, only for a single row
+SMALL = 1 << 19
 
 
 def kernel(
@@ -25,8 +26,8 @@ def kernel(
 ) -> Callable[[Tensor], Tensor]:
     """Returns the CPU's product with a weight, for integers of one scale.
 
-    A zero point would cost oneDNN half of its time again, and it is the same for all rows: what it
-    comes to is taken off the bias.
+    A zero point would cost oneDNN half of its time again, and it is the same for all
+    rows: what it comes to is taken off the bias.
 
     Args:
         weight: int8 (N, K).
@@ -41,7 +42,8 @@ def kernel(
     if bias is not None:
         offset += bias.double()
     many = _by_onednn(weight, weight_scale, offset.float(), relu, output, scale)
-    if not mixes_signs() or weight.shape[1] == 1:  # torch 2.14.1 gets such products wrong
+    # torch 2.14.1 gets such products wrong
+    if not mixes_signs() or weight.shape[1] == 1:
         return many
     few = _by_int_mm(weight, factor, offset, relu, output)
     most = most_rows(weight) * weight.shape[1]
@@ -54,14 +56,28 @@ def most_rows(weight: Tensor) -> int:
 
 
 def _by_onednn(
-    weight: Tensor, weight_scale: Tensor, bias: Tensor, relu: bool, to: Scale, scale: float
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    relu: bool,
+    to: Scale,
+    scale: float,
 ) -> Callable[[Tensor], Tensor]:
     onednn = torch.ops.onednn
     packed = onednn.qlinear_prepack(weight.contiguous(), None)
     multiply = onednn.qlinear_pointwise.default
     zeros = torch.zeros(len(weight), dtype=torch.int32)
     output = (to.scale, to.zero_point, torch.uint8)
-    tail: Any = (packed, weight_scale, zeros, bias, *output, "relu" if relu else "none", [], "")
+    tail: Any = (
+        packed,
+        weight_scale,
+        zeros,
+        bias,
+        *output,
+        "relu" if relu else "none",
+        [],
+        "",
+    )
 
     def run(x: Tensor) -> Tensor:
         found: Tensor = multiply(x, scale, 0, *tail)
@@ -90,8 +106,8 @@ def _by_int_mm(
 def int_mm(x: Tensor, weight: Tensor, zero_point: int) -> Tensor:
     """Returns `(x - zero_point) @ weight.T` by `torch._int_mm`, int32, exactly.
 
-    Its kernel on GPUs wants more than 16 rows, sizes that 8 divides, and contiguous matrices; it
-    takes int8 alone, so that x goes in lowered by 128.
+    Its kernel on GPUs wants more than 16 rows, sizes that 8 divides, and contiguous
+    matrices; it takes int8 alone, so that x goes in lowered by 128.
 
     Args:
         x: uint8 (M, K).

@@ -28,7 +28,9 @@ def lower(simulation: Simulation) -> nn.Module:
     Weights' integers are the simulation's, all of them.
     """
     model = copy_model(simulation.model).cpu().eval()
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)]
+    found = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)
+    ]
     for name, site in found:
         plan = simulation.plan.get(name)
         reason = None if plan is None else plan.reason
@@ -57,4 +59,6 @@ def _lowered(site: Any, reason: str | None) -> nn.Module:
 
 def why_float(layer: nn.Module) -> str:
     """Returns why a layer runs in float."""
-    return f"there is no {getattr(layer, 'kind', '') or type(layer).__name__} on integers"
+    return (
+        f"there is no {getattr(layer, 'kind', '') or type(layer).__name__} on integers"
+    )

@@ -1,7 +1,8 @@
 """Operations of torch on integers that know their scale, by name; see `tensor.py`.
 
-Each gets the function and its arguments, and returns NotImplemented where floats must do it. A
-tensor of integers has `integers`, and gives others the same meaning by `holding`.
+Each gets the function and its arguments, and returns NotImplemented where floats must
+do it. A tensor of integers has `integers`, and gives others the same meaning by
+`holding`.
 """
 
 from collections.abc import Callable
@@ -115,7 +116,9 @@ def _query(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _move(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     found = func(x.integers, *map(_integers, args), **kwargs)
-    return x.holding(found) if isinstance(found, Tensor) else tuple(map(x.holding, found))
+    return (
+        x.holding(found) if isinstance(found, Tensor) else tuple(map(x.holding, found))
+    )
 
 
 def _to(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +173,9 @@ def _hardtanh(
     return _clamp(func, x, min_val, max_val, inplace)
 
 
-def _clamp(func: Any, x: Any, min: Any = None, max: Any = None, inplace: bool = False) -> Any:
+def _clamp(
+    func: Any, x: Any, min: Any = None, max: Any = None, inplace: bool = False
+) -> Any:
     if isinstance(min, Tensor) or isinstance(max, Tensor):
         return NotImplemented
     low = 0 if min is None else x.to_integer(min)

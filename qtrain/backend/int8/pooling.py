@@ -1,9 +1,9 @@
 """The largest of integers: max pooling, for which torch has no plain kernel of uint8.
 
-Largest of each row, then of each column: slices go through `torch.maximum`, whose kernel is
-vectorized for any number of channels. The kernel of torch's quantized tensors, while it is there,
-begins sooner, but takes 8 times as long where 32 does not divide the channels (16 of 28x28, batch
-64: 0.89 ms and 0.10).
+Largest of each row, then of each column: slices go through `torch.maximum`, whose
+kernel is vectorized for any number of channels. The kernel of torch's quantized
+tensors, while it is there, begins sooner, but takes 8 times as long where 32 does not
+divide the channels (16 of 28x28, batch 64: 0.89 ms and 0.10).
 """
 
 from functools import lru_cache
@@ -70,7 +70,13 @@ def _largest(x: Tensor, dim: int, *window: Any) -> Tensor:
 
 @lru_cache(1024)
 def _steps(
-    size: int, dim: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+    size: int,
+    dim: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    ceil_mode: bool,
 ) -> tuple[list[int], list[Any]]:
     """Returns the padding of windows along one dimension, and what each of their places takes."""
     span = dilation * (kernel - 1) + 1
@@ -82,7 +88,8 @@ def _steps(
     missing = max(last + span - size - padding, 0)
     behind = [slice(None)] * (-dim - 1)
     parts = [
-        (..., slice(start, start + last + 1, stride), *behind) for start in range(0, span, dilation)
+        (..., slice(start, start + last + 1, stride), *behind)
+        for start in range(0, span, dilation)
     ]
     return [0, 0] * (-dim - 1) + [padding, missing], parts
 

@@ -55,7 +55,9 @@ class Product:
         """Returns the output for integers x, uint8."""
         kernel = self._kernels.get((scale, zero_point))
         if kernel is None:
-            kernel = self._kernels[scale, zero_point] = self.for_scale(scale, zero_point)
+            kernel = self._kernels[scale, zero_point] = self.for_scale(
+                scale, zero_point
+            )
         return kernel(x)
 
     def for_scale(self, scale: float, zero_point: int) -> Callable[[Tensor], Tensor]:
@@ -65,7 +67,15 @@ class Product:
             return exactly
         if self.weight.is_cuda:
             return partial(self._on_gpu, scale=scale, zero_point=zero_point)
-        settings = (self.weight, self.scale, self.bias, self.relu, self.output, scale, zero_point)
+        settings = (
+            self.weight,
+            self.scale,
+            self.bias,
+            self.relu,
+            self.output,
+            scale,
+            zero_point,
+        )
         if self.is_linear:
             kernel = linear.kernel(*settings)
         else:

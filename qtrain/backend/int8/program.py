@@ -1,8 +1,8 @@
 """A lowered model as one list of calls on plain tensors: no module, no wrapper, no attribute.
 
-A small network loses its time between kernels. `torch.fx` follows the model's forward once; the
-first call then runs it call by call, and notes which results are integers, and of which scale. From
-then on they are plain tensors, and scales are numbers.
+A small network loses its time between kernels. `torch.fx` follows the model's forward
+once; the first call then runs it call by call, and notes which results are integers,
+and of which scale. From then on they are plain tensors, and scales are numbers.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,9 @@ class Program:
     """
 
     def __init__(self, model: nn.Module, example: tuple[Tensor, ...]) -> None:
-        self.settings = [(vars(m), _settings(m)) for m in model.modules() if _is_users(m)]
+        self.settings = [
+            (vars(m), _settings(m)) for m in model.modules() if _is_users(m)
+        ]
         graph = Tracer().trace(model)
         if self._is_set_otherwise():
             raise ValueError("it sets attributes of its own")
@@ -44,7 +46,9 @@ class Program:
         self.device = example[0].device
         self.model = model
         self.held: list[tuple[dict[str, Any], str, nn.Module]] = []
-        self.products: list[tuple[dict[str, Any], Any, dict[str, Any], Tensor, int]] = []
+        self.products: list[
+            tuple[dict[str, Any], Any, dict[str, Any], Tensor, int]
+        ] = []
         self.scales: list[tuple[dict[str, Any], Any]] = []
         everywhere = nn.modules.module
         self.watched: list[dict[Any, Any]] = [
@@ -153,7 +157,9 @@ class Program:
             found.product  # noqa: B018  made by now
             own, integers = found.__dict__, found.integers
             version = integers._version
-            self.products.append((own, own["_product"], own["_buffers"], integers, version))
+            self.products.append(
+                (own, own["_product"], own["_buffers"], integers, version)
+            )
         return found
 
     def _fast(self, node: fx.Node, values: dict[fx.Node, Any]) -> Callable[..., Any]:
@@ -168,11 +174,17 @@ class Program:
             found = _module_on_floats(self.model.get_submodule(str(node.target)))
         return found or self._wrapped(node, values)
 
-    def _on_integers(self, node: fx.Node, x: QuantizedTensor) -> Callable[..., Any] | None:
+    def _on_integers(
+        self, node: fx.Node, x: QuantizedTensor
+    ) -> Callable[..., Any] | None:
         """Returns a node's call on the integers of x, where it needs nothing but them."""
         if node.op == "call_module":
             return _module_on_integers(self.model.get_submodule(str(node.target)), x)
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        name = (
+            node.target
+            if node.op == "call_method"
+            else getattr(node.target, "__name__", "")
+        )
         if name not in MOVES or node.kwargs:
             return None
         rest = node.args[1:]
@@ -190,7 +202,9 @@ class Program:
             for n in inputs
         ]
 
-        is_flat = not node.kwargs and not any(isinstance(x, CONTAINERS) for x in node.args)
+        is_flat = not node.kwargs and not any(
+            isinstance(x, CONTAINERS) for x in node.args
+        )
         places = [inputs.index(x) if isinstance(x, fx.Node) else -1 for x in node.args]
 
         def step(*plain: Any) -> Any:
@@ -203,7 +217,9 @@ class Program:
                 found = call(*[known[i] if i >= 0 else x for i, x in given])
             else:
                 by_node: dict[fx.Node, Any] = dict(zip(inputs, known, strict=True))
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), by_node.__getitem__)
+                args, kwargs = fx.node.map_arg(
+                    (node.args, node.kwargs), by_node.__getitem__
+                )
                 found = call(*args, **kwargs)
             return found.integers if isinstance(found, QuantizedTensor) else found
 
@@ -215,7 +231,9 @@ def _is_users(module: nn.Module) -> bool:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if not key.startswith("_")}
+    return {
+        key: value for key, value in vars(module).items() if not key.startswith("_")
+    }
 
 
 class Tracer(fx.Tracer):
@@ -225,7 +243,9 @@ class Tracer(fx.Tracer):
         is_ours = type(m).__module__.startswith("qtrain.backend.")
         return is_ours or super().is_leaf_module(m, module_qualified_name)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+    def getattr(
+        self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]
+    ) -> Any:
         if isinstance(attr_val, IntFunctional):
             return _Methods(self, attr_val)
         return super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -247,7 +267,9 @@ class _Methods:
         return call
 
 
-def _module_on_integers(module: nn.Module, x: QuantizedTensor) -> Callable[..., Any] | None:
+def _module_on_integers(
+    module: nn.Module, x: QuantizedTensor
+) -> Callable[..., Any] | None:
     scale, zero_point = x.scale, x.zero_point
     if isinstance(module, IntLayer):
         return module.product.for_scale(scale, zero_point)

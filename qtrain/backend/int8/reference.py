@@ -54,7 +54,9 @@ def scaled_sums(
     return output if bias is None else output.add_(bias.double().view(channels))
 
 
-def requantized(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+def requantized(
+    x: Tensor, scale: float, zero_point: int, low: int, high: int
+) -> Tensor:
     """Returns clamp(round(x / scale) + zero_point, low, high), uint8; halves go to the even."""
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()

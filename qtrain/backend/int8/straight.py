@@ -15,8 +15,9 @@ from qtrain.backend.int8.program import Program
 class Straight:
     """The forward of a lowered model: the model's own, or the same as one list of calls.
 
-    The model's own runs with hooks, whoever watches must see its layers; in train mode; in a
-    tracer; and where its forward cannot be followed, or the first call shows a difference.
+    The model's own runs with hooks, whoever watches must see its layers; in train mode;
+    in a tracer; and where its forward cannot be followed, or the first call shows a
+    difference.
 
     Args:
         model: of int8 layers; its class has the forward.
@@ -46,7 +47,12 @@ class Straight:
         program = self._program
         if program is not None and not kwargs and program.suits(args):
             return program(*args)
-        if self.reason is not None or kwargs or self.model.training or not _are_plain(args):
+        if (
+            self.reason is not None
+            or kwargs
+            or self.model.training
+            or not _are_plain(args)
+        ):
             return self._called(*args, **kwargs)
         return self._first(args)
 
@@ -58,7 +64,8 @@ class Straight:
         try:
             program = Program(self.model, args)
             found = program(*args)
-        except Exception as err:  # whatever a user's forward makes of a tracer's tensors
+        # Whatever a user's forward makes of a tracer's tensors
+        except Exception as err:
             self.reason = f"its forward cannot be followed: {err}"
             return expected
         if not isinstance(expected, Tensor) or not torch.equal(expected, found):

@@ -1,7 +1,8 @@
 """What travels between the layers of a lowered model: integers that know their scale.
 
-A user's forward handles it as a tensor. What moves numbers, or keeps their order, works on the
-integers; what averages them rounds to the same scale; all else gets floats, and says so (`note`).
+A user's forward handles it as a tensor. What moves numbers, or keeps their order, works
+on the integers; what averages them rounds to the same scale; all else gets floats, and
+says so (`note`).
 """
 
 from collections.abc import Callable, Iterator
@@ -38,8 +39,9 @@ def note(what: str) -> None:
 class QuantizedTensor:
     """Integers of 8 bits, and what they mean: `(integers - zero_point) * scale`.
 
-    No subclass of Tensor, which would cost 10 us an operation, and which torch.export cannot see
-    through. It answers to torch's functions and to the methods of a tensor alike.
+    No subclass of Tensor, which would cost 10 us an operation, and which torch.export
+    cannot see through. It answers to torch's functions and to the methods of a tensor
+    alike.
 
     Args:
         integers: uint8, of any shape, layout and device.
@@ -132,11 +134,14 @@ def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _in_float(func: Any, args: Any, kwargs: Any) -> Any:
     name = func.__name__
-    is_in_place = name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+    is_in_place = (
+        name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+    )
     if is_in_place and isinstance(args[0], QuantizedTensor):
         raise ValueError(
-            f"{name} writes floats into a tensor of integers; write its result to a new one, "
-            "as x = x + y in place of x.add_(y), or put a DeQuantStub before it"
+            f"{name} writes floats into a tensor of integers; write its result to a "
+            "new one, as x = x + y in place of x.add_(y), "
+            "or put a DeQuantStub before it"
         )
     note(name.strip("_"))
     args, kwargs = tree_map(_floats, (args, kwargs))

@@ -21,7 +21,9 @@ class CompactLinear(nn.Module):
     Shapes: x (..., K) -> (..., N).
     """
 
-    def __init__(self, weight: IntegerWeight | HalfWeight, bias: nn.Parameter | None) -> None:
+    def __init__(
+        self, weight: IntegerWeight | HalfWeight, bias: nn.Parameter | None
+    ) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
 

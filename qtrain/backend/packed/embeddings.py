@@ -23,13 +23,21 @@ def check_policies(embedding: str, head: str) -> list[str]:
 
 def tied_heads(model: nn.Module) -> dict[str, str]:
     """Returns {Linear layer: the embedding whose weight it has}."""
-    tables = {id(m.weight): name for name, m in model.named_modules() if type(m) is nn.Embedding}
+    tables = {
+        id(m.weight): name
+        for name, m in model.named_modules()
+        if type(m) is nn.Embedding
+    }
     linears = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
     return {name: tables[id(m.weight)] for name, m in linears if id(m.weight) in tables}
 
 
 def formats(
-    model: nn.Module, embedding: str, head: str, own: Container[str], floats: Container[str]
+    model: nn.Module,
+    embedding: str,
+    head: str,
+    own: Container[str],
+    floats: Container[str],
 ) -> dict[str, PackedFormat | None]:
     """Returns {embedding, or head tied to one: what it becomes, None for
     float}; embeddings first.
@@ -47,7 +55,9 @@ def formats(
     """
     found: dict[str, PackedFormat | None] = {}
     if embedding != "float":
-        tables = [name for name, layer in model.named_modules() if type(layer) is nn.Embedding]
+        tables = [
+            name for name, layer in model.named_modules() if type(layer) is nn.Embedding
+        ]
         found = {
             name: _of_table(embedding, model.get_submodule(name))
             for name in tables
@@ -56,7 +66,9 @@ def formats(
     for name, table in tied_heads(model).items() if head != "separate" else ():
         if name not in own:
             packed = found.get(table) if head == "shared" else None
-            found[name] = packed and PackedFormat(packed.method, packed.weight, weight_of=table)
+            found[name] = packed and PackedFormat(
+                packed.method, packed.weight, weight_of=table
+            )
     return found
 
 

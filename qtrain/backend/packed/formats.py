@@ -42,7 +42,9 @@ class PackedFormat:
 
     def plan(self, kind: str) -> LayerPlan:
         """Returns the plan of a layer of that kind."""
-        return LayerPlan(kind, weight=self.weight, weight_of=self.weight_of, backend=self.method)
+        return LayerPlan(
+            kind, weight=self.weight, weight_of=self.weight_of, backend=self.method
+        )
 
     def put(self, model: nn.Module, name: str) -> None:
         """Puts the packed layer in the place of the float layer `name`, in

@@ -52,7 +52,8 @@ class Int4Product:
         self.rows, self.group = rows, group
         both = torch.stack([scale, offset], -1).repeat_interleave(width // group, 1)
         both = pad(both, (0, 0, 0, 0, 0, -rows % ROWS))
-        self.scales = both.transpose(0, 1).to(torch.bfloat16).contiguous()  # (K / group, N, 2)
+        # (K / group, N, 2)
+        self.scales = both.transpose(0, 1).to(torch.bfloat16).contiguous()
         codes = pad(codes, (0, 0, 0, -rows % ROWS))
         pack = getattr(torch.ops.aten, PACK)
         self.packed = torch.cat([pack(part.int(), 1) for part in codes.split(CHUNK)])

@@ -21,10 +21,11 @@ from torch import Tensor
 from qtrain.backend.torch_ao.binding import use_engine
 from qtrain.common.torch_parts import has_torch_ao
 
-# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign it falls
-# back to plain loops.
+# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign
+# it falls back to plain loops.
 HAS_ONEDNN = (
-    torch.cpu._is_vnni_supported() and "onednn" in torch.backends.quantized.supported_engines
+    torch.cpu._is_vnni_supported()
+    and "onednn" in torch.backends.quantized.supported_engines
 )
 HAS_FBGEMM = has_torch_ao() and "fbgemm" in torch.backends.quantized.supported_engines
 FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in float32
@@ -52,7 +53,11 @@ class Int8Product:
         rows = len(self.integers)
         zeros = torch.zeros(rows, dtype=torch.int32)
         scales = self.scale.flatten().float().expand(rows).contiguous()
-        return torch.ops.onednn.qlinear_prepack(self.integers.contiguous(), None), scales, zeros
+        return (
+            torch.ops.onednn.qlinear_prepack(self.integers.contiguous(), None),
+            scales,
+            zeros,
+        )
 
     @cached_property
     def fbgemm(self) -> Any:
@@ -71,7 +76,9 @@ class Int8Product:
         """
         step = largest / 127
         product = self._times(x / step)
-        return product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
+        return (
+            product.mul_(step) if bias is None else torch.addcmul(bias, product, step)
+        )
 
     def precise(self, x: Tensor) -> Tensor:
         """Returns the product with x in two digits, off by less than
@@ -88,13 +95,16 @@ class Int8Product:
             step = row_magnitudes(x).div_(64)
             steps = x / step
             high = steps.round()
-            parts = _unsigned(torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.fbgemm)
+            parts = _unsigned(
+                torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.fbgemm
+            )
             return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(step)
         if not self.has_onednn and not _has_gpu_kernel(x, self.integers):
             return (x @ self.integers.float().T).mul_(self.scale)
         step = row_magnitudes(x).div_(127)
         high = (x / step).round_()
-        low = torch.addcmul(x, high, step, value=-1).div_(step / 254)  # within -127..127
+        # Within -127..127
+        low = torch.addcmul(x, high, step, value=-1).div_(step / 254)
         parts = self._times(torch.cat([high, low]))
         return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 254).mul_(step)
 
@@ -106,15 +116,29 @@ class Int8Product:
             matrix, scales, zeros = self.onednn
             digits = x.round_().add_(128).to(torch.uint8)
             return torch.ops.onednn.qlinear_pointwise.default(
-                digits, 1.0, 128, matrix, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+                digits,
+                1.0,
+                128,
+                matrix,
+                scales,
+                zeros,
+                None,
+                1.0,
+                0,
+                torch.float32,
+                "none",
+                [],
+                "",
             )
         if self.has_fbgemm and len(x) <= FEW_ROWS:
-            # The kernel cuts off below 0: what it multiplies is the positive part of x and its
-            # negative part.
+            # The kernel cuts off below 0: what it multiplies is the positive part of x
+            # and its negative part.
             parts = _unsigned(torch.cat([x, -x]), 0, self.fbgemm)
             return parts[: len(x)] - parts[len(x) :]
         if _has_gpu_kernel(x, self.integers):
-            return torch._int_mm(x.round_().to(torch.int8), self.integers.T).mul(self.scale)
+            return torch._int_mm(x.round_().to(torch.int8), self.integers.T).mul(
+                self.scale
+            )
         return (x.round_() @ self.integers.float().T).mul_(self.scale)
 
 
@@ -128,7 +152,10 @@ def row_magnitudes(x: Tensor) -> Tensor:
 def _has_gpu_kernel(a: Tensor, b: Tensor) -> bool:
     # There is none for a few rows.
     return (
-        a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+        a.device.type == "cuda"
+        and a.shape[0] > 16
+        and a.shape[1] % 8 == 0
+        and b.shape[0] % 8 == 0
     )
 
 
@@ -137,7 +164,9 @@ def _pack(integers: Tensor, scale: Tensor) -> Any:
     zeros = torch.zeros(num_rows, dtype=torch.long)
     scales = scale.flatten().double().expand(num_rows).contiguous()
     with use_engine("fbgemm"):
-        weight = torch._make_per_channel_quantized_tensor(integers.contiguous(), scales, zeros, 0)
+        weight = torch._make_per_channel_quantized_tensor(
+            integers.contiguous(), scales, zeros, 0
+        )
         return torch.ops.quantized.linear_prepack(weight, None)
 
 

@@ -14,9 +14,9 @@ from qtrain.backend.packed.weight import IntegerWeight
 class LLMInt8Linear(nn.Module):
     """y = x @ weight.T + bias, both in int8 with one scale a row, save for x's columns of outliers.
 
-    A column is an outlier where any of its values is at least `threshold` in magnitude. These
-    columns are multiplied in x's own precision with the dequantized weight; only the others set the
-    scale of x's rows.
+    A column is an outlier where any of its values is at least `threshold` in magnitude.
+    These columns are multiplied in x's own precision with the dequantized weight; only
+    the others set the scale of x's rows.
 
     Args:
         weight: 8 bits, symmetric, per channel, (N, K).
@@ -37,7 +37,9 @@ class LLMInt8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
         product = self.weight.product()
-        assert isinstance(product, Int8Product), "the weight has 8 bits, and one scale a row"
+        assert isinstance(product, Int8Product), (
+            "the weight has 8 bits, and one scale a row"
+        )
         bias: Tensor | None = self.bias
         largest = row_magnitudes(rows)
         if self.threshold is not None and not largest.max() < self.threshold:
@@ -45,7 +47,9 @@ class LLMInt8Linear(nn.Module):
             # (outliers, N)
             columns = self.weight.data.T.index_select(0, outliers) * self.weight.scale.T
             inputs = rows.index_select(1, outliers)
-            bias = inputs @ columns if bias is None else torch.addmm(bias, inputs, columns)
+            bias = (
+                inputs @ columns if bias is None else torch.addmm(bias, inputs, columns)
+            )
             rows = rows.index_fill(1, outliers, 0)
             largest = row_magnitudes(rows)
         y = product.whole(rows, largest, bias)

@@ -22,9 +22,11 @@ from qtrain.functional.spec import QuantSpec
 
 Product = Int8Product | Int4Product
 
-# Up to so many rows, float16 kernels of CPUs are faster than a copy of the weight in float32.
+# Up to so many rows, float16 kernels of CPUs are faster than a copy of the weight in
+# float32.
 FEW_ROWS = 4
-# From so many, CPUs that multiply in bfloat16 take a copy of 4 bits faster than their operator.
+# From so many, CPUs that multiply in bfloat16 take a copy of 4 bits faster than their
+# operator.
 MANY_ROWS = 128
 HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
@@ -70,13 +72,17 @@ class IntegerWeight(nn.Module):
         made._keep(integers, spec, scale, zero_point)
         return made
 
-    def _keep(self, integers: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:
+    def _keep(
+        self, integers: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor
+    ) -> None:
         self.bits, self.shape = spec.bits, integers.shape
         self.signed = bool(spec.symmetric)
         self.register_buffer("data", self._pack(integers))
         scale = scale.to(torch.bfloat16) if has_short_scales(spec) else scale
         self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", None if self.signed else zero_point.to(torch.int32))
+        self.register_buffer(
+            "zero_point", None if self.signed else zero_point.to(torch.int32)
+        )
 
     def _pack(self, integers: Tensor) -> Tensor:
         """Returns (N, K) integers as (N, ceil(K * bits / 8)) bytes: no
@@ -86,12 +92,17 @@ class IntegerWeight(nn.Module):
             return integers
         word = math.lcm(self.bits, 8) // self.bits  # values that fill whole bytes
         padded = F.pad(integers, (0, -integers.shape[1] % word))
-        return packing.pack(padded, self.bits, signed=self.signed).view(len(integers), -1)
+        return packing.pack(padded, self.bits, signed=self.signed).view(
+            len(integers), -1
+        )
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         saved = state.get(f"{prefix}scale")
         if isinstance(saved, Tensor) and saved.dim() == 2 == self.scale.dim():
-            # Older files have float32 scales for groups, and one group a row in int4 embeddings.
+            # Older files have float32 scales for groups, and one group a row in int4
+            # embeddings.
             self.scale = self.scale.new_empty(saved.shape, dtype=saved.dtype)
         super()._load_from_state_dict(state, prefix, *args)
 
@@ -117,12 +128,12 @@ class IntegerWeight(nn.Module):
         scale, zero_point = self.scale.float(), self.zero_point
         steps = self.int_repr(rows).float()
         if scale.dim():
-            scale, zero_point = scale[rows], zero_point if zero_point is None else zero_point[rows]
-            steps = steps.unflatten(-1, (scale.shape[-1], -1))  # (N, groups, group_size)
-            scale, zero_point = (
-                scale[..., None],
-                zero_point if zero_point is None else zero_point[..., None],
-            )
+            scale = scale[rows]
+            zero_point = zero_point if zero_point is None else zero_point[rows]
+            # (N, groups, group_size)
+            steps = steps.unflatten(-1, (scale.shape[-1], -1))
+            scale = scale[..., None]
+            zero_point = zero_point if zero_point is None else zero_point[..., None]
         steps = (steps if zero_point is None else steps.sub_(zero_point)).mul_(scale)
         return steps.flatten(-2) if scale.dim() else steps
 
@@ -164,7 +175,12 @@ class IntegerWeight(nn.Module):
             or made[1] is not scale
             or made[2] != (data._version, scale._version)
         ):
-            self._product = made = data, scale, (data._version, scale._version), self._make()
+            self._product = made = (
+                data,
+                scale,
+                (data._version, scale._version),
+                self._make(),
+            )
         return made[3]
 
     def _make(self) -> Product | None:
@@ -172,11 +188,17 @@ class IntegerWeight(nn.Module):
         groups = scale.shape[-1] if scale.dim() else 1
         width = self.shape[1] // groups
         on_cpu = self.data.device.type == "cpu"
-        if self.bits < 8 and on_cpu and int4_product.is_there() and group_of(width) is not None:
+        if (
+            self.bits < 8
+            and on_cpu
+            and int4_product.is_there()
+            and group_of(width) is not None
+        ):
             scale = scale.float().expand(len(self.data), groups)
             if zero_point is None:
                 return Int4Product(self.int_repr() + 8, scale, torch.zeros_like(scale))
-            middle = 2 ** (self.bits - 1)  # in the middle of the codes too: offsets stay small
+            # In the middle of the codes too: offsets stay small
+            middle = 2 ** (self.bits - 1)
             codes = self.int_repr() + (8 - middle)
             return Int4Product(codes, scale, (middle - zero_point) * scale)
         if zero_point is not None or groups > 1:
@@ -203,7 +225,9 @@ class RestoredWeight(IntegerWeight):
         zero_point: integer ().
     """
 
-    def __init__(self, int_repr: Tensor, steps_per_unit: Tensor, zero_point: Tensor) -> None:
+    def __init__(
+        self, int_repr: Tensor, steps_per_unit: Tensor, zero_point: Tensor
+    ) -> None:
         nn.Module.__init__(self)
         self.bits, self.signed, self.shape = 8, True, int_repr.shape
         self.register_buffer("data", int_repr)
@@ -214,7 +238,8 @@ class RestoredWeight(IntegerWeight):
         return self.dequantize()
 
     def right_inverse(self, parameter: Tensor) -> Tensor:
-        return parameter.new_empty(0)  # what the parametrized layer keeps of its float weight
+        # What the parametrized layer keeps of its float weight
+        return parameter.new_empty(0)
 
 
 class HalfWeight(nn.Module):
@@ -231,7 +256,11 @@ class HalfWeight(nn.Module):
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns x @ weight.T + bias, (..., K) -> (..., N), in x's dtype."""
         # A program of torch.export is for batches of any size.
-        if x.device.type != "cpu" or not is_compiling() and x.numel() <= FEW_ROWS * x.shape[-1]:
+        if (
+            x.device.type != "cpu"
+            or not is_compiling()
+            and x.numel() <= FEW_ROWS * x.shape[-1]
+        ):
             y = F.linear(x.half(), self.data).to(x.dtype)
         else:
             y = F.linear(x, self.data.to(x.dtype))

@@ -31,7 +31,9 @@ class Reference(Backend):
     def lower(self, simulation: Simulation) -> nn.Module:
         model = copy_model(simulation.model).cpu().eval()
         for name, site in [
-            (n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)
+            (n, m)
+            for n, m in model.named_modules()
+            if isinstance(m, Site | QuantOutput)
         ]:
             reason = simulation.plan[name].reason if name in simulation.plan else None
             model.set_submodule(name, _lowered(site, reason))
@@ -58,7 +60,11 @@ class Rounded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         steps = (x * self.scale.reciprocal()).round().add(self.zero_point)
-        return steps.clamp(self.quant_min, self.quant_max).sub(self.zero_point).mul(self.scale)
+        return (
+            steps.clamp(self.quant_min, self.quant_max)
+            .sub(self.zero_point)
+            .mul(self.scale)
+        )
 
 
 class RoundedFunctional(Functional, nn.Module):
@@ -105,7 +111,9 @@ class RestoredLayer(nn.Module):
         self.relu = site.relu
         self.output = None if site.output_q is None else Rounded(site.output_q)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
         saved = state_dict.get(f"{prefix}bias")
         if saved is not None and self.bias is None:  # a transform gave it one
             self.bias = torch.empty_like(saved)
@@ -117,7 +125,10 @@ class RestoredLayer(nn.Module):
             qparams = float(self.weight_scale), int(self.weight_zero_point)
             return torch._make_per_tensor_quantized_tensor(self.integers, *qparams)
         return torch._make_per_channel_quantized_tensor(
-            self.integers, self.weight_scale.double(), self.weight_zero_point.long(), self.axis
+            self.integers,
+            self.weight_scale.double(),
+            self.weight_zero_point.long(),
+            self.axis,
         )
 
     def restored(self) -> Tensor:
@@ -125,9 +136,9 @@ class RestoredLayer(nn.Module):
         shape = [1] * self.integers.ndim
         if self.axis is not None:
             shape[self.axis] = -1
-        return (self.integers - self.weight_zero_point.reshape(shape)) * self.weight_scale.reshape(
-            shape
-        )
+        return (
+            self.integers - self.weight_zero_point.reshape(shape)
+        ) * self.weight_scale.reshape(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         output = product(self.layer, x, self.restored(), self.bias)
@@ -147,4 +158,8 @@ def _lowered(site: Any, reason: str | None) -> nn.Module:
     if isinstance(site, QuantInput):
         return output or nn.Identity()
     layer = site.layer if isinstance(site, QuantModule) else site
-    return layer if output is None else FloatIsland(layer, output, reason or "computed in float")
+    return (
+        layer
+        if output is None
+        else FloatIsland(layer, output, reason or "computed in float")
+    )

@@ -1,11 +1,11 @@
 """torch's eager mode: engines, observers, fusion, int8 modules. The only importer of torch.ao.
 
-Where torch.ao is gone there are no engines and no observers of its own here; stubs and fusion are
-ours then.
+Where torch.ao is gone there are no engines and no observers of its own here; stubs and
+fusion are ours then.
 
-torch marks its eager mode as deprecated, yet ships it in every release that pyproject.toml admits.
-Its deprecation warnings are silenced here, exactly, and nowhere else: a user of qtrain can do
-nothing about them.
+torch marks its eager mode as deprecated, yet ships it in every release that
+pyproject.toml admits. Its deprecation warnings are silenced here, exactly, and nowhere
+else: a user of qtrain can do nothing about them.
 """
 
 import copy
@@ -27,7 +27,11 @@ from qtrain.common.torch_parts import has_torch_ao
 if TYPE_CHECKING or has_torch_ao():
     from torch.ao.quantization.observer import UniformQuantizationObserverBase
 
-    from qtrain.backend.torch_ao.dynamic import CONVERTIBLE, DEPRECATED, quantize_dynamic
+    from qtrain.backend.torch_ao.dynamic import (
+        CONVERTIBLE,
+        DEPRECATED,
+        quantize_dynamic,
+    )
     from qtrain.backend.torch_ao.engines import ENGINES, Engine, find_engine
     from qtrain.backend.torch_ao.lower import lower
     from qtrain.backend.torch_ao.observers import histogram, minmax, moving_average
@@ -67,8 +71,8 @@ __all__ = [
 apply_patches()
 BACKENDS = ENGINES  # what `backend.find` finds
 
-# torch warns once a process, wherever the first quantized tensor is made or loaded. Make one here,
-# so that no user's line is blamed for it.
+# torch warns once a process, wherever the first quantized tensor is made or loaded.
+# Make one here, so that no user's line is blamed for it.
 if has_torch_ao():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -42,7 +42,11 @@ class _Bound:
         for kind in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = getattr(plain, kind).items()
             own = (self.enter, self.leave)
-            setattr(plain, kind, OrderedDict((key, hook) for key, hook in hooks if hook not in own))
+            setattr(
+                plain,
+                kind,
+                OrderedDict((key, hook) for key, hook in hooks if hook not in own),
+            )
         del plain.load_state_dict, plain.__prepare_scriptable__
         return plain
 
@@ -54,8 +58,8 @@ class _Bound:
 def bind_engine(model: nn.Module, name: str) -> nn.Module:
     """Returns `model`, changed in place to run, and load state dicts, under the engine `name`.
 
-    Some kernels (add, pooling) look at the global engine when they run, and weights are packed for
-    it when they load.
+    Some kernels (add, pooling) look at the global engine when they run, and weights are
+    packed for it when they load.
     """
     bound = _Bound(model, name)
     model.register_forward_pre_hook(bound.enter)

@@ -1,7 +1,7 @@
 """Modules resolved to the plain call that they come to.
 
-For one token at a time, nn.Module's own machinery (hooks, attribute lookup, modules that only pass
-on what they get) takes as long as an int8 product.
+For one token at a time, nn.Module's own machinery (hooks, attribute lookup, modules
+that only pass on what they get) takes as long as an int8 product.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ IDENTITIES = (QuantStub, DeQuantStub, nn.Identity, nn.Dropout)
 def resolve(*modules: nn.Module) -> Callable[..., Any]:
     """Returns a function that gives what modules, one behind the other, give in eval mode, sooner.
 
-    It is made of what they are now: once layers are exchanged or packed anew, make another. A
-    module with hooks stays as it is, so that they run.
+    It is made of what they are now: once layers are exchanged or packed anew, make
+    another. A module with hooks stays as it is, so that they run.
     """
     calls = [call for call in map(_call, modules) if call is not same]
     if len(calls) > 1:
@@ -46,13 +46,17 @@ def _call(module: Any) -> Callable[..., Any]:
     if _is_dynamic(module) and module._packed_params.dtype == torch.qint8:
         return _dynamic_linear(module._packed_params._packed_params)
     if type(module) is nn.LayerNorm:
-        return partial(_layer_norm, module.normalized_shape, module.weight, module.bias, module.eps)
+        return partial(
+            _layer_norm, module.normalized_shape, module.weight, module.bias, module.eps
+        )
     return module.forward
 
 
 def _is_dynamic(module: nn.Module) -> bool:
     kind = type(module)  # by name: torch.ao need not be there
-    return kind.__name__ == "Linear" and kind.__module__.startswith("torch.ao.nn.quantized.dynamic")
+    return kind.__name__ == "Linear" and kind.__module__.startswith(
+        "torch.ao.nn.quantized.dynamic"
+    )
 
 
 def _in_turn(calls: list[Callable[..., Any]], x: Any) -> Any:

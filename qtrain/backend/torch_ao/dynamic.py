@@ -17,7 +17,9 @@ DEPRECATED = r"torch\.ao\.quantization is deprecated"
 CONVERTIBLE = frozenset(tq.get_default_static_quant_module_mappings())
 
 
-def quantize_dynamic(model: nn.Module, specs: dict[str, QuantSpec], engine: str) -> nn.Module:
+def quantize_dynamic(
+    model: nn.Module, specs: dict[str, QuantSpec], engine: str
+) -> nn.Module:
     """Returns a copy on the CPU whose named layers hold int8 weights and quantize their inputs."""
     qconfigs: dict[str, Any] = {
         name: tq.QConfig(

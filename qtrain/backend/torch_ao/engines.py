@@ -21,8 +21,8 @@ class Engine(Backend):
     """One engine of torch's int8 kernels.
 
     Args:
-        conv_transpose: whether the kernels of transposed convolutions are right; others compute
-            garbage in silence.
+        conv_transpose: whether the kernels of transposed convolutions are right; others
+            compute garbage in silence.
     """
 
     least_activation_bits: int = 8
@@ -34,7 +34,9 @@ class Engine(Backend):
         here = [e for e in torch.backends.quantized.supported_engines if e in ENGINES]
         if self.name in here:
             return None
-        return f"not supported by torch on this machine; here there are {', '.join(here)}"
+        return (
+            f"not supported by torch on this machine; here there are {', '.join(here)}"
+        )
 
     def why_float(self, module: nn.Module) -> str | None:
         return without_kernel(module)
@@ -55,9 +57,14 @@ ENGINES = {
         Engine("fbgemm", reduce_range=True),
         Engine("qnnpack", granularity="per_tensor"),
         Engine("x86", reduce_range=True, conv_transpose=False),
-        # oneDNN's own default is the full range, which saturates where the CPU lacks VNNI (7.5 dB
-        # instead of 46), or where oneDNN is told to do without.
-        Engine("onednn", reduce_range=saturates, asymmetric_weights=False, conv_transpose=False),
+        # oneDNN's own default is the full range, which saturates where the CPU lacks
+        # VNNI (7.5 dB instead of 46), or where oneDNN is told to do without.
+        Engine(
+            "onednn",
+            reduce_range=saturates,
+            asymmetric_weights=False,
+            conv_transpose=False,
+        ),
     )
 }
 

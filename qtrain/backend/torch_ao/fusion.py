@@ -23,10 +23,12 @@ ADVICE = "In fuse_model(self, is_qat) call qtrain.fuse(self, [[...]], is_qat=is_
 def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
     """Fuses the named runs of modules (conv, bn, relu ...) of `model` in place.
 
-    What torch has no fusion for is left apart: ReLU6 of Conv-BN-ReLU6, ReLU of Linear-BN-ReLU.
+    What torch has no fusion for is left apart: ReLU6 of Conv-BN-ReLU6, ReLU of
+    Linear-BN-ReLU.
 
     Raises:
-        ValueError: a name is that of no module, or a batch-norm keeps no running statistics.
+        ValueError: a name is that of no module, or a batch-norm keeps no running
+            statistics.
     """
     names = {name for name, _ in model.named_modules()}
     for group in groups:
@@ -34,7 +36,8 @@ def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
         if missing:
             known = ", ".join(name for name, _ in model.named_children())
             raise ValueError(
-                f"{', '.join(missing)} is no module of {type(model).__name__}, which has {known}"
+                f"{', '.join(missing)} is no module of {type(model).__name__}, "
+                f"which has {known}"
             )
         for name in group:
             _make_foldable(name, model.get_submodule(name))
@@ -44,7 +47,9 @@ def fuse(model: nn.Module, groups: list[list[str]], *, is_qat: bool) -> None:
             continue
         run = _fusible(model, group, is_qat)
         if len(run) > 1:
-            (tq.fuse_modules_qat if is_qat else tq.fuse_modules)(model, run, inplace=True)
+            (tq.fuse_modules_qat if is_qat else tq.fuse_modules)(
+                model, run, inplace=True
+            )
 
 
 def _make_foldable(name: str, layer: nn.Module) -> None:
@@ -57,8 +62,12 @@ def _make_foldable(name: str, layer: nn.Module) -> None:
         )
     if not layer.affine:  # torch's fused layers ask for both
         layer.affine = True
-        layer.weight = nn.Parameter(torch.ones_like(layer.running_mean), requires_grad=False)
-        layer.bias = nn.Parameter(torch.zeros_like(layer.running_mean), requires_grad=False)
+        layer.weight = nn.Parameter(
+            torch.ones_like(layer.running_mean), requires_grad=False
+        )
+        layer.bias = nn.Parameter(
+            torch.zeros_like(layer.running_mean), requires_grad=False
+        )
 
 
 def _fusible(model: nn.Module, group: list[str], is_qat: bool) -> list[str]:
@@ -84,7 +93,9 @@ def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
     fuse_model: Any = getattr(model, "fuse_model", None)
     if fuse_model is not None:
         takes = inspect.signature(fuse_model).parameters.values()
-        knows = any(p.name == "is_qat" or p.kind is inspect.Parameter.VAR_KEYWORD for p in takes)
+        knows = any(
+            p.name == "is_qat" or p.kind is inspect.Parameter.VAR_KEYWORD for p in takes
+        )
         try:
             fuse_model(is_qat=is_qat) if knows else fuse_model()
         except Exception as err:
@@ -95,7 +106,8 @@ def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
                     "a model that is to be trained"
                 )
             raise ValueError(
-                f"model: fuse_model of {type(model).__name__} failed: {reason}. {ADVICE}"
+                f"model: fuse_model of {type(model).__name__} failed: "
+                f"{reason}. {ADVICE}"
             ) from err
 
 
@@ -105,7 +117,9 @@ def unfused_pairs(model: nn.Module) -> list[str]:
     for prefix, parent in model.named_modules():
         if isinstance(parent, QuantWeighted):  # which has its batch-norm within
             continue
-        children = [(name, _float_layer(child)) for name, child in parent.named_children()]
+        children = [
+            (name, _float_layer(child)) for name, child in parent.named_children()
+        ]
         for (name, layer), (after, norm) in pairwise(children):
             if (
                 isinstance(layer, _ConvNd)

@@ -24,24 +24,30 @@ class KernelProbe(TorchDispatchMode):
     Args:
         model: the converted model.
         layer: returns the name of the layer that runs, "" for the model itself.
-        most_steps: what a join of tensors may be off, in quantization steps (root mean square);
-            requantizing alone costs 0.29.
+        most_steps: what a join of tensors may be off, in quantization steps (root mean
+            square); requantizing alone costs 0.29.
 
     Attributes:
         missing: the calls without a kernel, a line each, in the order of execution.
         wrong: those that torch computes wrongly in silence.
     """
 
-    def __init__(self, model: nn.Module, layer: Callable[[], str], most_steps: float) -> None:
+    def __init__(
+        self, model: nn.Module, layer: Callable[[], str], most_steps: float
+    ) -> None:
         super().__init__()
         self.model, self.layer, self.most_steps = model, layer, most_steps
         self.missing: list[str] = []
         self.wrong: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         quantized = [
-            x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and x.is_quantized
+            x
+            for x in tree_iter((args, kwargs))
+            if isinstance(x, Tensor) and x.is_quantized
         ]
         exact = _exact_join(func, args, kwargs) if len(quantized) > 1 else None
         before = (
@@ -62,9 +68,9 @@ class KernelProbe(TorchDispatchMode):
             name = JOINED[func.name().partition(".")[0]]
             self._note(
                 self.wrong,
-                f"{name} of int8 tensors with different scales gives them all one of these scales, "
-                f"in silence, and is {steps:.1f} steps off; "
-                f"join them by the cat of a qtrain.FloatFunctional of its own{_source()}",
+                f"{name} of int8 tensors with different scales gives them all one of "
+                f"these scales, in silence, and is {steps:.1f} steps off; join them by "
+                f"the cat of a qtrain.FloatFunctional of its own{_source()}",
             )
         return output
 
@@ -83,23 +89,31 @@ def _exact_join(func: Any, args: Any, kwargs: Any) -> Tensor | None:
         return None
     with _disable_current_modes():
         copies = tree_map(
-            lambda x: _dequantize(x.clone()) if isinstance(x, Tensor) else x, (args, kwargs)
+            lambda x: _dequantize(x.clone()) if isinstance(x, Tensor) else x,
+            (args, kwargs),
         )
         output: Tensor = func(*copies[0], **copies[1])
         return output
 
 
-def _steps_apart(exact: Tensor, output: Tensor, before: tuple[float, int] | None) -> float:
+def _steps_apart(
+    exact: Tensor, output: Tensor, before: tuple[float, int] | None
+) -> float:
     """Returns the root mean square difference in steps of `output`.
 
     Args:
-        before: scale and zero point that a tensor written into had. One written into as a whole has
-            the new ones now; of a slice, the tensor that it belongs to keeps the old ones.
+        before: scale and zero point that a tensor written into had. One written into as
+            a whole has the new ones now; of a slice, the tensor that it belongs to
+            keeps the old ones.
     """
     with _disable_current_modes():
-        is_slice = output.untyped_storage().nbytes() > output.numel() * output.element_size()
+        is_slice = (
+            output.untyped_storage().nbytes() > output.numel() * output.element_size()
+        )
         scale, zero_point = (
-            before if before is not None and is_slice else (output.q_scale(), output.q_zero_point())
+            before
+            if before is not None and is_slice
+            else (output.q_scale(), output.q_zero_point())
         )
         values = (output.int_repr().float() - zero_point) * scale
         return float(((values - exact) / scale).square().mean().sqrt())
@@ -111,7 +125,10 @@ def _quantize(x: Any) -> Any:
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     scale = max((high - low) / 255, 1e-7)
     return torch.quantize_per_tensor(
-        x.float().contiguous(), scale, min(max(round(-low / scale), 0), 255), torch.quint8
+        x.float().contiguous(),
+        scale,
+        min(max(round(-low / scale), 0), 255),
+        torch.quint8,
     )
 
 
@@ -128,11 +145,16 @@ def _instead(func: Any, args: Any, kwargs: Any, has_quantized: bool) -> Any:
             if not has_quantized:
                 return None
             output = tree_map(
-                _quantize, func(*tree_map(_dequantize, args), **tree_map(_dequantize, kwargs))
+                _quantize,
+                func(*tree_map(_dequantize, args), **tree_map(_dequantize, kwargs)),
             )
         except (RuntimeError, NotImplementedError):  # the caller raises what came first
             return None
-        if func._schema.is_mutable and isinstance(args[0], Tensor) and args[0].is_quantized:
+        if (
+            func._schema.is_mutable
+            and isinstance(args[0], Tensor)
+            and args[0].is_quantized
+        ):
             return args[0].copy_(output)
         return output
 
@@ -143,7 +165,11 @@ def _reason(func: Any, args: Any, text: str, layer: str) -> str:
     tensors = [x for x in tree_iter(args) if isinstance(x, Tensor)]
     floats = [x for x in tensors if not x.is_quantized and x.is_floating_point()]
     missing = "Could not run" in text or "not implemented" in text
-    what = f"torch has no int8 kernel for {op}" if missing else text.strip().splitlines()[0][:200]
+    what = (
+        f"torch has no int8 kernel for {op}"
+        if missing
+        else text.strip().splitlines()[0][:200]
+    )
     remedy = (
         f"To keep it float: quant.layers={{{layer}: float}}"
         if layer
@@ -151,7 +177,10 @@ def _reason(func: Any, args: Any, text: str, layer: str) -> str:
     )
     if floats and len(floats) < len(tensors):
         what = f"{short} of an int8 tensor and a float one, such as an nn.Parameter"
-        remedy = "Give the float one a QuantStub of its own, and use a qtrain.FloatFunctional"
+        remedy = (
+            "Give the float one a QuantStub of its own, "
+            "and use a qtrain.FloatFunctional"
+        )
     elif op.startswith("quantized::") and floats:
         what = f"{op} gets a float input"
         remedy = (
@@ -160,7 +189,9 @@ def _reason(func: Any, args: Any, text: str, layer: str) -> str:
             else "Call a QuantStub on it before"
         )
     elif short in JOINS:
-        what += "; use one qtrain.FloatFunctional per call site in place of the operator"
+        what += (
+            "; use one qtrain.FloatFunctional per call site in place of the operator"
+        )
         remedy = remedy if layer else ""
     return f"{what}{_source()}{f'. {remedy}' if remedy else ''}"
 

@@ -39,13 +39,16 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
     """
     model = copy_model(simulation.model).cpu().eval()
     plan = simulation.plan
-    sites = [(n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)]
+    sites = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, Site | QuantOutput)
+    ]
     with use_engine(engine):
         for name, site in sites:
             try:
                 reason = plan[name].reason if name in plan else None
                 model.set_submodule(name, _lowered(site, reason))
-            except Exception as err:  # torch names neither the layer nor, often, the reason
+            # Torch names neither the layer nor, often, the reason
+            except Exception as err:
                 cause = (str(err) or type(err).__name__).splitlines()[0]
                 raise ValueError(
                     f"model: layer {name} ({site.kind}) cannot be converted to int8: "
@@ -69,7 +72,9 @@ def _lowered(site: nn.Module, reason: str | None) -> nn.Module:
     kernel = KERNELS.get(_kind(site.layer))
     if reason is None and kernel is not None:
         return kernel(site.layer, *_output(site))
-    return FloatIsland(site.layer, _quantize(site), reason or f"torch has no int8 {site.kind}")
+    return FloatIsland(
+        site.layer, _quantize(site), reason or f"torch has no int8 {site.kind}"
+    )
 
 
 def _kind(layer: nn.Module) -> Any:
@@ -105,7 +110,9 @@ def _weighted(site: QuantWeighted) -> nn.Module:
         # Its scale is that of the last forward, and the weight may have moved.
         site.weight_q(weight)
     new: Any = _empty(site)
-    new.set_weight_bias(quantized(site.weight_q, weight), None if bias is None else bias.float())
+    new.set_weight_bias(
+        quantized(site.weight_q, weight), None if bias is None else bias.float()
+    )
     new.scale, new.zero_point = _output(site)
     return new
 
@@ -137,7 +144,11 @@ def _empty(site: QuantWeighted) -> Any:
         cls = nniq.LinearReLU if site.relu else nnq.Linear
         return cls(layer.in_features, layer.out_features)
     name = type(layer).__name__
-    cls = getattr(nniq, name.replace("Conv", "ConvReLU")) if site.relu else getattr(nnq, name)
+    cls = (
+        getattr(nniq, name.replace("Conv", "ConvReLU"))
+        if site.relu
+        else getattr(nnq, name)
+    )
     settings = {"output_padding": layer.output_padding} if layer.transposed else {}
     new: Any = HOLDING[cls](
         layer.in_channels,
@@ -200,7 +211,9 @@ def _instance_norm(layer: Any, *output: Any) -> nn.Module:
 
 def _layer_norm(layer: Any, scale: float, zero_point: int) -> nn.Module:
     settings = (layer.normalized_shape, layer.weight, layer.bias)
-    return nnq.LayerNorm(*settings, scale, zero_point, layer.eps, layer.elementwise_affine)
+    return nnq.LayerNorm(
+        *settings, scale, zero_point, layer.eps, layer.elementwise_affine
+    )
 
 
 def _elu(layer: Any, scale: float, zero_point: int) -> nn.Module:

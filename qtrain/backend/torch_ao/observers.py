@@ -16,13 +16,17 @@ def minmax(*, qscheme: torch.qscheme, **qargs: Any) -> nn.Module:
     return cls(qscheme=qscheme, **qargs)
 
 
-def moving_average(*, averaging_constant: float, qscheme: torch.qscheme, **qargs: Any) -> nn.Module:
+def moving_average(
+    *, averaging_constant: float, qscheme: torch.qscheme, **qargs: Any
+) -> nn.Module:
     """Returns torch's observer of exponentially averaged ends: old + c * (new - old)."""
     refuse(number("averaging_constant", averaging_constant, above=0, most=1))
     cls: Any = tq.MovingAverageMinMaxObserver
     if qscheme in PER_CHANNEL:
         cls = tq.MovingAveragePerChannelMinMaxObserver
-    found: nn.Module = cls(averaging_constant=averaging_constant, qscheme=qscheme, **qargs)
+    found: nn.Module = cls(
+        averaging_constant=averaging_constant, qscheme=qscheme, **qargs
+    )
     return found
 
 

@@ -23,9 +23,10 @@ def refuse_old_norms(model: nn.Module) -> None:
             norm = OLD_NORMS.get(type(hook))
             if norm is not None:
                 raise ValueError(
-                    f"model: layer {name} ({type(module).__name__}) computes its weight in a hook, "
-                    f"of torch.nn.utils.{norm}; use torch.nn.utils.parametrizations.{norm} for "
-                    f"quant=ptq, or take it off by torch.nn.utils.remove_{norm}"
+                    f"model: layer {name} ({type(module).__name__}) computes its "
+                    f"weight in a hook, of torch.nn.utils.{norm}; use "
+                    f"torch.nn.utils.parametrizations.{norm} for quant=ptq, "
+                    f"or take it off by torch.nn.utils.remove_{norm}"
                 )
 
 
@@ -48,7 +49,8 @@ def bake_parametrizations(model: nn.Module, is_qat: bool) -> None:
     """Replaces weights that are computed from others (weight_norm ...) by their values, in place.
 
     Raises:
-        ValueError: in QAT, which would train these values in place of what they are computed from.
+        ValueError: in QAT, which would train these values in place of what they are
+            computed from.
     """
     for name, module in list(model.named_modules()):
         if not parametrize.is_parametrized(module):
@@ -56,12 +58,15 @@ def bake_parametrizations(model: nn.Module, is_qat: bool) -> None:
         for parameter in list(module.parametrizations):
             if is_qat:
                 raise ValueError(
-                    f"model: {parameter} of layer {name} is parametrized, and QAT would train it "
-                    "as a plain weight; use quant=ptq, or take the parametrization off by "
-                    f"torch.nn.utils.parametrize.remove_parametrizations(layer, {parameter!r}, "
-                    "leave_parametrized=True)"
+                    f"model: {parameter} of layer {name} is parametrized, and QAT "
+                    "would train it as a plain weight; use quant=ptq, or take the "
+                    "parametrization off by "
+                    "torch.nn.utils.parametrize.remove_parametrizations(layer, "
+                    f"{parameter!r}, leave_parametrized=True)"
                 )
-            parametrize.remove_parametrizations(module, parameter, leave_parametrized=True)
+            parametrize.remove_parametrizations(
+                module, parameter, leave_parametrized=True
+            )
 
 
 def separate_shared(model: nn.Module) -> None:
@@ -71,7 +76,9 @@ def separate_shared(model: nn.Module) -> None:
     """
     seen: set[int] = set()
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in seen and not any(True for _ in (*module.parameters(), *module.buffers())):
+        if id(module) in seen and not any(
+            True for _ in (*module.parameters(), *module.buffers())
+        ):
             model.set_submodule(name, copy_model(module))
         seen.add(id(module))
 
@@ -125,7 +132,11 @@ def without_kernel(module: nn.Module) -> str | None:
         if isinstance(module.padding, str):
             return f"torch has no int8 {kind} with padding={module.padding!r}"
         mode = module.padding_mode
-        if mode in ("circular", "replicate") or mode == "reflect" and isinstance(module, nn.Conv3d):
+        if (
+            mode in ("circular", "replicate")
+            or mode == "reflect"
+            and isinstance(module, nn.Conv3d)
+        ):
             return f"torch has no int8 {kind} with padding_mode={mode!r}"
     if isinstance(module, nn.PReLU):
         # torch's own multiplies positive inputs too, on every engine.
@@ -143,20 +154,23 @@ def refuse_silent_errors(
 
     Args:
         model: the float model, fused.
-        plan, groups: what its layers are to become; those that stay float are right anyway.
+        plan, groups: what its layers are to become; those that stay float are right
+            anyway.
         engine: its name.
         conv_transpose: whether its kernels of transposed convolutions are right.
     """
     floats = [name for name, group in groups.items() if group.is_float]
     for name, module in model.named_modules():
-        is_float = any(name == outer or name.startswith(f"{outer}.") for outer in floats)
+        is_float = any(
+            name == outer or name.startswith(f"{outer}.") for outer in floats
+        )
         if is_float or isinstance(module, nn.Identity) or is_marked_float(model, name):
             continue
         reason = _reason(module, plan.get(name), engine, conv_transpose)
         if reason is not None:
             raise ValueError(
-                f"model: layer {name} ({type(module).__name__}) {reason}, or keep it float: "
-                f"quant.layers={{{name}: float}}"
+                f"model: layer {name} ({type(module).__name__}) {reason}, "
+                f"or keep it float: quant.layers={{{name}: float}}"
             )
 
 
@@ -166,11 +180,14 @@ def _reason(
     """Returns what is wrong with an int8 version of a layer, and a remedy; None if all is well."""
     if isinstance(module, nn.MultiheadAttention):
         return (
-            "is attention, whose quantizable version computes wrong results (pytorch#67651); "
-            "write it with nn.Linear layers"
+            "is attention, whose quantizable version computes wrong results "
+            "(pytorch#67651); write it with nn.Linear layers"
         )
     if isinstance(module, RECURRENT):
-        return "cannot run in the int8 model: torch has no kernel for it; use another layer"
+        return (
+            "cannot run in the int8 model: torch has no kernel for it; "
+            "use another layer"
+        )
     if isinstance(module, _InstanceNorm) and module.track_running_stats:
         return (
             "keeps running statistics, which torch's int8 kernel ignores; "
@@ -180,8 +197,8 @@ def _reason(
         ignored = _ignored_by_qnnpack(module)
         if ignored:
             return (
-                f"has {' and '.join(ignored)}, which the kernel of engine qnnpack ignores; "
-                "use another engine"
+                f"has {' and '.join(ignored)}, "
+                "which the kernel of engine qnnpack ignores; use another engine"
             )
     if not isinstance(module, CONV_TRANSPOSE):
         return None

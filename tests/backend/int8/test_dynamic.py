@@ -54,9 +54,13 @@ def test_it_is_copied_and_pickled(layer):
 def test_empty_and_endless_inputs_go_through_floats(layer):
     assert layer(torch.zeros(0, 24)).shape == (0, 10)
     assert layer(torch.full((2, 24), torch.nan)).isnan().all()
-    assert torch.allclose(layer(torch.zeros(2, 24)), layer.bias.expand(2, -1), atol=1e-6)
+    assert torch.allclose(
+        layer(torch.zeros(2, 24)), layer.bias.expand(2, -1), atol=1e-6
+    )
 
 
 def test_an_engine_without_it_is_refused():
-    with pytest.raises(ValueError, match="engine=reference: has no dynamic .* allowed are auto"):
+    with pytest.raises(
+        ValueError, match="engine=reference: has no dynamic .* allowed are auto"
+    ):
         Dynamic(engine="reference")

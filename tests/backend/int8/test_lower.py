@@ -42,12 +42,16 @@ def test_layers_are_their_simulations(bits, model, images, make_ptq):
     for name, point in weight_points(simulation.model).items():
         layer = found.get_submodule(name)
         weight, _ = simulation.model.get_submodule(name).folded()
-        assert torch.equal(layer.weight().int_repr(), integers(point, weight).to(torch.int8))
+        assert torch.equal(
+            layer.weight().int_repr(), integers(point, weight).to(torch.int8)
+        )
     highest = 2 ** bits[1] - 1
     for layer in found.modules():
         if isinstance(layer, IntLayer):
             put = []
-            handle = layer.register_forward_hook(lambda *call, put=put: put.append(call[-1]))
+            handle = layer.register_forward_hook(
+                lambda *call, put=put: put.append(call[-1])
+            )
             found(images)
             handle.remove()
             assert put[0].integers.max() <= highest
@@ -56,14 +60,21 @@ def test_layers_are_their_simulations(bits, model, images, make_ptq):
 
 @pytest.mark.parametrize("engine", ["onednn", "x86"])
 def test_layers_put_out_torchs_integers_but_for_ties(engine, model, images, make_ptq):
-    same = {"weight": {"granularity": "per_channel"}, "activation": {"reduce_range": True}}
+    same = {
+        "weight": {"granularity": "per_channel"},
+        "activation": {"reduce_range": True},
+    }
     ours = made(make_ptq("int8", **same), model, images)[2]
     theirs = made(make_ptq(engine, **same), model, images)[2]
     inputs = {}
-    names = [name for name, layer in ours.named_modules() if isinstance(layer, IntLayer)]
+    names = [
+        name for name, layer in ours.named_modules() if isinstance(layer, IntLayer)
+    ]
     for name in names:
         layer = theirs.get_submodule(name)
-        layer.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+        layer.register_forward_pre_hook(
+            lambda _, x, name=name: inputs.update({name: x[0]})
+        )
     theirs(images)
     for name in names:
         x = inputs[name]
@@ -74,9 +85,13 @@ def test_layers_put_out_torchs_integers_but_for_ties(engine, model, images, make
         assert (found - with_torch).abs().max() <= 1
         layer = ours.get_submodule(name)
         weight = (layer.integers, layer.product.scale, layer.bias)
-        exact = scaled_sums(layer.layer, plain.integers, plain.scale, plain.zero_point, *weight)
+        exact = scaled_sums(
+            layer.layer, plain.integers, plain.scale, plain.zero_point, *weight
+        )
         steps = exact / layer.output.scale
-        assert not wrong.any() or (steps - steps.floor() - 0.5).abs()[wrong].max() < 4e-3
+        assert (
+            not wrong.any() or (steps - steps.floor() - 0.5).abs()[wrong].max() < 4e-3
+        )
 
 
 def test_it_is_copied_pickled_saved_and_loaded(model, images, make_ptq):
@@ -93,7 +108,9 @@ def test_it_is_copied_pickled_saved_and_loaded(model, images, make_ptq):
     assert torch.equal(other(images), expected)
 
 
-def test_a_program_of_torch_export_does_the_same_in_another_process(convnet, images, tmp_path):
+def test_a_program_of_torch_export_does_the_same_in_another_process(
+    convnet, images, tmp_path
+):
     found = qtrain.quantize(convnet, [images], engine="int8").model
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(found, (images,), dynamic_shapes=({0: batch},))
@@ -143,7 +160,9 @@ def test_the_list_of_calls_is_that_of_the_model_as_it_is(convnet, images, make_p
     found.load_state_dict(state)
     assert not torch.equal(check(), first)
     second = check()
-    found.quant.load_state_dict({**found.quant.state_dict(), "scale": found.quant.scale / 2})
+    found.quant.load_state_dict(
+        {**found.quant.state_dict(), "scale": found.quant.scale / 2}
+    )
     assert not torch.equal(check(), second)
     found.conv2 = copy.deepcopy(found.conv2)
     found.conv2.integers.zero_()
@@ -179,17 +198,25 @@ def test_a_forward_that_cannot_be_followed_runs_layer_by_layer(make_ptq):
 def test_mixed_devices_are_refused_by_name(mlp, images, make_ptq):
     _, _, found = made(make_ptq("int8"), mlp, images)
     found.linear2.to("meta")
-    with pytest.raises(ValueError, match="input is on cpu, and its weight on meta; move both"):
+    with pytest.raises(
+        ValueError, match="input is on cpu, and its weight on meta; move both"
+    ):
         found(images)
 
 
 def test_asymmetric_weights_are_refused(make_ptq):
-    with pytest.raises(ValueError, match="engine int8 takes weights without a zero point only"):
+    with pytest.raises(
+        ValueError, match="engine int8 takes weights without a zero point only"
+    ):
         make_ptq("int8", weight={"symmetric": False})
 
 
-@pytest.mark.parametrize("kind", [nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU, nn.Sigmoid])
-def test_activations_are_tables_that_are_their_simulations(kind, between, images, make_ptq):
+@pytest.mark.parametrize(
+    "kind", [nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU, nn.Sigmoid]
+)
+def test_activations_are_tables_that_are_their_simulations(
+    kind, between, images, make_ptq
+):
     net = between(nn.Conv2d(1, 4, 3), kind(), nn.Conv2d(4, 2, 3))
     _, fake, found = made(make_ptq("int8"), net, images)
     assert type(found.body[1]).__name__ == "Table"
@@ -198,9 +225,13 @@ def test_activations_are_tables_that_are_their_simulations(kind, between, images
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Softmax(1), nn.LayerNorm(26), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)], ids=str
+    "layer",
+    [nn.Softmax(1), nn.LayerNorm(26), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)],
+    ids=str,
 )
-def test_a_layer_without_kernel_runs_in_float_and_is_told(layer, between, images, make_ptq):
+def test_a_layer_without_kernel_runs_in_float_and_is_told(
+    layer, between, images, make_ptq
+):
     net = between(nn.Conv2d(1, 4, 3), layer, nn.Conv2d(4, 2, 3))
     _, fake, found = made(make_ptq("int8"), net, images)
     told = coverage(found, (images,), {})["float_layers"]

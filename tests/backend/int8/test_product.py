@@ -13,7 +13,8 @@ from qtrain.backend.int8.product import Product
 from qtrain.backend.int8.scale import Scale
 from qtrain.simulate.sites import product as float_product
 
-NEAR = 4e-3  # of a step: how far float32 may be off a tie and still fall on its other side
+# Of a step: how far float32 may be off a tie and still fall on its other side
+NEAR = 4e-3
 
 
 def random_layer(rng):
@@ -26,7 +27,11 @@ def random_layer(rng):
     kernel = rng.randint(1, 3)
     groups = rng.choice([1, 1, 2, 4])
     inputs, outputs = groups * rng.randint(1, 5), groups * rng.randint(1, 5)
-    settings = {"bias": rng.random() < 0.7, "groups": groups, "stride": rng.randint(1, 2)}
+    settings = {
+        "bias": rng.random() < 0.7,
+        "groups": groups,
+        "stride": rng.randint(1, 2),
+    }
     settings["dilation"] = rng.randint(1, 2)
     if rng.random() < 0.2:
         kind = getattr(nn, f"ConvTranspose{dims}d")
@@ -35,7 +40,8 @@ def random_layer(rng):
         padding = rng.choice([0, 1, 2])
         mode = "zeros"
         if rng.random() < 0.2:
-            padding, mode = 1, rng.choice(["replicate", "circular"] + ["reflect"] * (dims < 3))
+            padding = 1
+            mode = rng.choice(["replicate", "circular"] + ["reflect"] * (dims < 3))
         elif rng.random() < 0.1 and kernel % 2:
             padding, settings["stride"] = "same", 1
         settings |= {"padding": padding, "padding_mode": mode}
@@ -74,15 +80,20 @@ def check_case(seed):
     is_per_channel = rng.random() < 0.7 and not getattr(layer, "transposed", False)
     weight_scale = torch.rand(outputs if is_per_channel else 1) * 0.01 + 1e-4
     bias = None if layer.bias is None else layer.bias.detach() * 10
-    scale, zero_point = torch.tensor(rng.uniform(0.001, 0.1)).item(), rng.randint(0, 255)
+    scale = torch.tensor(rng.uniform(0.001, 0.1)).item()
+    zero_point = rng.randint(0, 255)
     relu = rng.random() < 0.5
 
     steps = (x.double() - zero_point) * scale
     if is_per_channel:
-        exact_weight = weight.double() * weight_scale.double().view(-1, *[1] * (weight.dim() - 1))
+        exact_weight = weight.double() * weight_scale.double().view(
+            -1, *[1] * (weight.dim() - 1)
+        )
     else:
         exact_weight = weight.double() * weight_scale.double()
-    values = float_product(layer, steps, exact_weight, None if bias is None else bias.double())
+    values = float_product(
+        layer, steps, exact_weight, None if bias is None else bias.double()
+    )
     values = F.relu(values) if relu else values
     output = random_output(rng, values)
     expected = values / output.scale + output.zero_point
@@ -100,7 +111,8 @@ def check_case(seed):
 def test_random_layers_come_out_exactly():
     reasons = [check_case(seed)[0] for seed in range(300)]
     if machine.multiplies():
-        assert 200 < reasons.count(None) < 300  # kernels; and transposed ones, by the reference
+        # kernels; and transposed ones, by the reference
+        assert 200 < reasons.count(None) < 300
 
 
 @pytest.mark.slow
@@ -116,7 +128,9 @@ def test_where_sums_saturate_the_exact_path_runs(monkeypatch):
     made = Product(layer, weight, torch.tensor([1e-4]), None, False, output)
     ran = []
     monkeypatch.setattr(product, "saturates", lambda: True)
-    monkeypatch.setattr(product, "scaled_sums", lambda *_: ran.append("exact") or torch.zeros(1, 8))
+    monkeypatch.setattr(
+        product, "scaled_sums", lambda *_: ran.append("exact") or torch.zeros(1, 8)
+    )
     for largest, expected in ((127, []), (128, ["exact"])):
         made(torch.full((1, 64), largest, dtype=torch.uint8), 0.01, 0)
         assert ran == expected
@@ -142,7 +156,9 @@ def test_an_operator_that_is_gone_is_noticed(monkeypatch):
     machine.multiplies.cache_clear()
 
 
-@pytest.mark.parametrize("rows, inner, outputs", [(1, 16, 8), (5, 3, 2), (17, 15, 7), (40, 64, 9)])
+@pytest.mark.parametrize(
+    "rows, inner, outputs", [(1, 16, 8), (5, 3, 2), (17, 15, 7), (40, 64, 9)]
+)
 def test_the_matrix_product_of_gpus_is_exact_for_any_size(rows, inner, outputs):
     x = torch.randint(0, 256, (rows, inner), dtype=torch.uint8)
     weight = torch.randint(-128, 128, (outputs, inner), dtype=torch.int8)
@@ -152,7 +168,10 @@ def test_the_matrix_product_of_gpus_is_exact_for_any_size(rows, inner, outputs):
 
 @pytest.mark.cuda
 def test_gpus_put_out_the_integers_of_cpus():
-    for layer, shape in ((nn.Linear(20, 12), (3, 20)), (nn.Conv2d(3, 4, 3), (2, 3, 6, 6))):
+    for layer, shape in (
+        (nn.Linear(20, 12), (3, 20)),
+        (nn.Conv2d(3, 4, 3), (2, 3, 6, 6)),
+    ):
         weight = torch.randint(-128, 128, layer.weight.shape, dtype=torch.int8)
         scales, bias = torch.rand(len(weight)) * 0.01, layer.bias.detach()
         x = torch.randint(0, 256, shape, dtype=torch.uint8)

@@ -36,7 +36,9 @@ OPERATIONS = {
 }
 ROUNDED = {
     "average pool": lambda x: F.avg_pool2d(x, 2, padding=1),
-    "average pool without padding": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+    "average pool without padding": lambda x: F.avg_pool2d(
+        x, 3, 1, 1, count_include_pad=False
+    ),
     "adaptive average pool": lambda x: F.adaptive_avg_pool2d(x, 1),
     "mean": lambda x: x.mean([2, 3]),
     "bilinear": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
@@ -97,7 +99,9 @@ def test_tensors_of_different_scales_are_joined_in_float(x):
     assert torch.equal(found, torch.cat([x.dequantize(), other.dequantize()], 1))
 
 
-@pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x.__setitem__(0, 1.0)])
+@pytest.mark.parametrize(
+    "write", [lambda x: x.add_(1), lambda x: x.__setitem__(0, 1.0)]
+)
 def test_writing_floats_into_integers_is_refused(write, x):
     with pytest.raises(ValueError, match="write its result to a new one, as x = x"):
         write(x)
@@ -107,7 +111,9 @@ def test_it_answers_as_a_tensor_does(x):
     assert x.shape == (2, 4, 6, 8) and x.size(1) == 4 and len(x) == 2 and x.dim() == 4
     assert x.numel() == 384 and x.device.type == "cpu" and not x.is_floating_point()
     assert is_tensor(x) and x.is_quantized and not isinstance(x, torch.Tensor)
-    assert x.to(torch.float64).dtype == torch.float64 and x.float().dtype == torch.float32
+    assert (
+        x.to(torch.float64).dtype == torch.float64 and x.float().dtype == torch.float32
+    )
     assert "QuantizedTensor" in repr(x)
     with pytest.raises(AttributeError):
         x.no_such_method()

@@ -26,7 +26,9 @@ def peers():
     exact = nn.Linear(256, 384).eval()
     # Theirs rounds weights to float16 before anything else.
     exact.weight.data = exact.weight.data.half().float()
-    theirs = bitsandbytes.nn.Linear8bitLt(256, 384, has_fp16_weights=False, threshold=6.0)
+    theirs = bitsandbytes.nn.Linear8bitLt(
+        256, 384, has_fp16_weights=False, threshold=6.0
+    )
     theirs.load_state_dict(exact.state_dict())
     theirs = theirs.to("cpu").eval()
     spec = QuantSpec(bits=8, symmetric=True, granularity="per_channel")

@@ -16,7 +16,10 @@ def make(request, monkeypatch):
     """make(integers, scale): an Int8Product that uses that kernel."""
     if request.param != "this machine's":
         monkeypatch.setattr(int8_product, "HAS_ONEDNN", False)
-    if request.param == "fbgemm" and "fbgemm" not in torch.backends.quantized.supported_engines:
+    if (
+        request.param == "fbgemm"
+        and "fbgemm" not in torch.backends.quantized.supported_engines
+    ):
         pytest.skip("this build of torch has no fbgemm")
 
     if request.param == "float32":
@@ -39,7 +42,8 @@ def test_whole_products_are_exact(rows, make):
     ]  # powers of 2: x itself is exact
     a[:, 0] = 127  # so that the step is the row's
     expected = (a.long() @ b.long().T).double() * steps * scale
-    largest = 300 * 127**2 * steps * scale  # of a sum; float32 rounds by less than 2^-22 of it
+    # Of a sum; float32 rounds by less than 2^-22 of it
+    largest = 300 * 127**2 * steps * scale
     assert (
         (make(b, scale).whole(a * steps, row_magnitudes(a * steps)) - expected).abs()
         < 2**-22 * largest
@@ -73,9 +77,14 @@ def test_a_weight_that_changes_is_packed_anew_and_copies_stand_alone():
     weight, other = (IntegerWeight(torch.randn(6, 10), spec) for _ in range(2))
     x = torch.randn(3, 10)
     before, copied = weight.matmul(x), copy.deepcopy(weight)
-    assert weight.product() is weight.product() and copied.product() is not weight.product()
+    assert (
+        weight.product() is weight.product()
+        and copied.product() is not weight.product()
+    )
     weight.load_state_dict(other.state_dict())
-    assert torch.equal(weight.matmul(x), other.matmul(x)) and torch.equal(copied.matmul(x), before)
+    assert torch.equal(weight.matmul(x), other.matmul(x)) and torch.equal(
+        copied.matmul(x), before
+    )
     assert set(weight.state_dict()) == {"data", "scale"}
 
 

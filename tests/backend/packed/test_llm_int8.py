@@ -47,7 +47,10 @@ def test_the_papers_formula(threshold, bias):
     weight, layer = make(threshold, bias)
     x = outlying()
     torch.testing.assert_close(
-        layer(x).double(), formula(x, weight, layer.bias, threshold), rtol=1e-5, atol=1e-4
+        layer(x).double(),
+        formula(x, weight, layer.bias, threshold),
+        rtol=1e-5,
+        atol=1e-4,
     )
     assert torch.equal(layer(x.view(5, 1, 24)).view(5, 16), layer(x))
 

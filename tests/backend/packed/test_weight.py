@@ -9,7 +9,9 @@ from qtrain.functional.spec import QuantSpec
 
 
 def spec(bits=8, *, symmetric=True, granularity="per_channel", group_size=None):
-    return QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, group_size=group_size)
+    return QuantSpec(
+        bits=bits, symmetric=symmetric, granularity=granularity, group_size=group_size
+    )
 
 
 def by_hand(row, bits, symmetric, short):
@@ -28,19 +30,26 @@ def by_hand(row, bits, symmetric, short):
         scale = rounded((high - low) / (2**bits - 1))
         zero = round(-low / scale)
         low_integer, high_integer = 0, 2**bits - 1
-    integers = [min(max(round(value / scale + zero), low_integer), high_integer) for value in row]
+    integers = [
+        min(max(round(value / scale + zero), low_integer), high_integer)
+        for value in row
+    ]
     return [(i - zero) * scale for i in integers]
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize(
-    "granularity, group", [("per_tensor", None), ("per_channel", None), ("per_group", 6)]
+    "granularity, group",
+    [("per_tensor", None), ("per_channel", None), ("per_group", 6)],
 )
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_dequantized_as_by_hand_and_stored_in_so_many_bits(bits, granularity, group, symmetric):
+def test_dequantized_as_by_hand_and_stored_in_so_many_bits(
+    bits, granularity, group, symmetric
+):
     exact = torch.randn(5, 18)
     compact = IntegerWeight(
-        exact, spec(bits, symmetric=symmetric, granularity=granularity, group_size=group)
+        exact,
+        spec(bits, symmetric=symmetric, granularity=granularity, group_size=group),
     )
     groups = {
         "per_tensor": exact.reshape(1, -1),
@@ -48,33 +57,47 @@ def test_dequantized_as_by_hand_and_stored_in_so_many_bits(bits, granularity, gr
         "per_group": exact.reshape(-1, 6),
     }[granularity]
     short = granularity == "per_group" and bits <= 4
-    expected = [by_hand(row, bits, symmetric, short) for row in groups.double().tolist()]
+    expected = [
+        by_hand(row, bits, symmetric, short) for row in groups.double().tolist()
+    ]
     torch.testing.assert_close(
-        compact.dequantize(), torch.tensor(expected).reshape(5, 18), rtol=1e-5, atol=1e-6
+        compact.dequantize(),
+        torch.tensor(expected).reshape(5, 18),
+        rtol=1e-5,
+        atol=1e-6,
     )
     assert compact.data.nbytes == 5 * (9 if bits == 3 else math.ceil(18 * bits / 8))
     assert {tuple(t.shape) for t in compact.state_dict().values()} <= {
         compact.data.shape,
         compact.scale.shape,
     }
-    assert compact.int_repr().shape == compact.shape == exact.shape and compact.numel() == 90
+    assert (
+        compact.int_repr().shape == compact.shape == exact.shape
+        and compact.numel() == 90
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize(
-    "granularity, group", [("per_tensor", None), ("per_channel", None), ("per_group", 9)]
+    "granularity, group",
+    [("per_tensor", None), ("per_channel", None), ("per_group", 9)],
 )
 def test_some_rows_are_those_of_the_whole(bits, granularity, group):
     compact = IntegerWeight(
-        torch.randn(7, 9), spec(bits, symmetric=False, granularity=granularity, group_size=group)
+        torch.randn(7, 9),
+        spec(bits, symmetric=False, granularity=granularity, group_size=group),
     )
     rows = torch.tensor([[3, 0], [6, 3]])
     assert torch.equal(compact.dequantize(rows), compact.dequantize()[rows])
 
 
 def test_a_group_size_that_does_not_divide():
-    with pytest.raises(ValueError, match="group_size=4 does not divide the last dimension, 18"):
-        IntegerWeight(torch.randn(5, 18), spec(4, granularity="per_group", group_size=4))
+    with pytest.raises(
+        ValueError, match="group_size=4 does not divide the last dimension, 18"
+    ):
+        IntegerWeight(
+            torch.randn(5, 18), spec(4, granularity="per_group", group_size=4)
+        )
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
@@ -83,9 +106,12 @@ def test_symmetric_products_are_exact_to_two_digits_of_the_input(bits, granulari
     compact = IntegerWeight(torch.randn(12, 40), spec(bits, granularity=granularity))
     x = torch.randn(2, 3, 40) * torch.tensor([1e-3, 1, 1e3])[:, None]
     exact = x.double() @ compact.dequantize().double().T
-    worst = (x.abs().amax(-1, keepdim=True) * 2**-13.9).double() * compact.dequantize().abs().sum(1)
+    worst = (
+        x.abs().amax(-1, keepdim=True) * 2**-13.9
+    ).double() * compact.dequantize().abs().sum(1)
     assert (
-        (compact.matmul(x) - exact).abs() <= worst + 1e-5 * exact.abs().amax(-1, keepdim=True)
+        (compact.matmul(x) - exact).abs()
+        <= worst + 1e-5 * exact.abs().amax(-1, keepdim=True)
     ).all()
     assert (compact.matmul(x) - exact).norm() < 3e-4 * exact.norm()
 
@@ -94,7 +120,8 @@ def test_symmetric_products_are_exact_to_two_digits_of_the_input(bits, granulari
 def test_other_products_are_those_of_the_dequantized_weight(symmetric, group):
     granularity = "per_group" if group else "per_channel"
     compact = IntegerWeight(
-        torch.randn(12, 40), spec(4, symmetric=symmetric, granularity=granularity, group_size=group)
+        torch.randn(12, 40),
+        spec(4, symmetric=symmetric, granularity=granularity, group_size=group),
     )
     x = torch.randn(2, 3, 40)
     torch.testing.assert_close(compact.matmul(x), x @ compact.dequantize().T)
@@ -113,7 +140,8 @@ KINDS = [
 def test_few_bits_are_multiplied_in_bfloat16(bits, symmetric, group, rows):
     granularity = "per_group" if group else "per_channel"
     format = spec(bits, symmetric=symmetric, granularity=granularity, group_size=group)
-    compact = IntegerWeight(torch.randn(21, 256) + 0.3, format)  # 21 is no multiple of 16
+    # 21 is no multiple of 16
+    compact = IntegerWeight(torch.randn(21, 256) + 0.3, format)
     assert isinstance(compact.product(), Int4Product)
     x, bias = torch.randn(2, rows, 256), torch.randn(21)
     weight = compact.dequantize().double()
@@ -131,7 +159,9 @@ def test_few_bits_are_multiplied_in_bfloat16(bits, symmetric, group, rows):
 def test_where_the_operator_is_gone_the_exact_product_is_taken(monkeypatch):
     format = spec(4, granularity="per_group", group_size=32)
     compact = IntegerWeight(torch.randn(5, 64), format)
-    monkeypatch.setattr("qtrain.backend.packed.int4_product.MULTIPLY", "no_such_operator")
+    monkeypatch.setattr(
+        "qtrain.backend.packed.int4_product.MULTIPLY", "no_such_operator"
+    )
     x = torch.randn(3, 64)
     assert compact.product() is None
     torch.testing.assert_close(compact.matmul(x), x @ compact.dequantize().T)
@@ -153,6 +183,10 @@ def test_older_files_keep_their_scales_in_float32_or_one_a_row():
 def test_half_precision(rows):
     exact, x = torch.randn(6, 10), torch.randn(rows, 10)
     half = HalfWeight(exact)
-    assert half.data.nbytes == 120 and torch.equal(half.dequantize(), exact.half().float())
-    torch.testing.assert_close(half.matmul(x), x @ exact.half().float().T, rtol=3e-3, atol=3e-3)
+    assert half.data.nbytes == 120 and torch.equal(
+        half.dequantize(), exact.half().float()
+    )
+    torch.testing.assert_close(
+        half.matmul(x), x @ exact.half().float().T, rtol=3e-3, atol=3e-3
+    )
     assert half.matmul(x).dtype == torch.float32

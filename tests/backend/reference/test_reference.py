@@ -82,6 +82,7 @@ def test_engines_are_found_in_the_folders(engine):
     own = find("reference")
     assert find(own) is own
     with pytest.raises(
-        ValueError, match="engine=gemm: allowed are auto, .*reference.*, or a backend with _target_"
+        ValueError,
+        match="engine=gemm: allowed are auto, .*reference.*, or a backend with _target_",
     ):
         find("gemm")

@@ -21,7 +21,8 @@ def gpt2():
     model = GPT2(**SIZES, dropout=0.5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)  # biases and LayerNorms too
+            # Biases and LayerNorms too
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
 
 
@@ -34,7 +35,8 @@ def same(block, *inputs):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "layers", [{}, {"*c_fc": "llm_int8"}, {"*c_proj": {"method": "weight_only", "bits": 4}}]
+    "layers",
+    [{}, {"*c_fc": "llm_int8"}, {"*c_proj": {"method": "weight_only", "bits": 4}}],
 )
 def test_blocks_compute_what_their_modules_do(gpt2, layers, make_dynamic, make_ptq):
     x, mask = torch.randn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool).tril()
@@ -52,7 +54,9 @@ def test_blocks_compute_what_their_modules_do(gpt2, layers, make_dynamic, make_p
 
 
 @torch.no_grad()
-def test_a_model_with_a_cache_skips_the_modules_of_its_blocks(gpt2, make_dynamic, monkeypatch):
+def test_a_model_with_a_cache_skips_the_modules_of_its_blocks(
+    gpt2, make_dynamic, monkeypatch
+):
     quantized, idx = converted(make_dynamic(), gpt2), torch.randint(31, (1, 6))
     cache, modules = KVCache(quantized), KVCache(quantized)
     modules.blocks = list(quantized.h)
@@ -86,7 +90,9 @@ def test_layers_of_other_kinds_are_their_own_forward():
     assert torch_ao.resolve(layer) == layer.forward
 
 
-def test_packed_weights_are_asked_for_torch_function_without_an_exception(mlp, make_dynamic):
+def test_packed_weights_are_asked_for_torch_function_without_an_exception(
+    mlp, make_dynamic
+):
     packed = converted(make_dynamic(), mlp).linear1._packed_params._packed_params
     assert packed.__torch_function__ is torch._C._disabled_torch_function_impl
     assert not torch.overrides.has_torch_function((packed,))

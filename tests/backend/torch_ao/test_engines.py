@@ -68,8 +68,12 @@ def test_defaults_are_those_of_torchs_qconfig(name):
 def test_what_is_set_is_not_overruled(engine):
     fields = {"granularity": "per_tensor", "symmetric": True}
     for reduce_range in (True, False):
-        activation = QuantSpec(observer=torch_ao.minmax, reduce_range=reduce_range, **fields)
-        weight = QuantSpec(observer=torch_ao.minmax, granularity="per_channel", symmetric=True)
+        activation = QuantSpec(
+            observer=torch_ao.minmax, reduce_range=reduce_range, **fields
+        )
+        weight = QuantSpec(
+            observer=torch_ao.minmax, granularity="per_channel", symmetric=True
+        )
         settled = torch_ao.ENGINES[engine].settle(weight, activation)
         assert [(s.symmetric, s.granularity) for s in settled] == [
             (True, "per_channel"),
@@ -78,7 +82,9 @@ def test_what_is_set_is_not_overruled(engine):
         assert settled[1].reduce_range is reduce_range
 
 
-@pytest.mark.parametrize("reduce_range", [True, False, "auto"], ids=["reduced", "full", "auto"])
+@pytest.mark.parametrize(
+    "reduce_range", [True, False, "auto"], ids=["reduced", "full", "auto"]
+)
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("weight", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize(
@@ -102,7 +108,8 @@ def test_every_combination_converts_and_stays_close_or_is_refused(
     }
     if engine == "onednn" and not weight:
         with pytest.raises(
-            ValueError, match="weight.symmetric=false: engine onednn takes weights without a zero"
+            ValueError,
+            match="weight.symmetric=false: engine onednn takes weights without a zero",
         ):
             make_ptq(engine, **specs)
         return
@@ -128,7 +135,10 @@ def test_torch_itself_refuses_asymmetric_weights_on_onednn():
     if "onednn" not in torch.backends.quantized.supported_engines:
         pytest.skip("not in this build of torch")
     weight = torch.quantize_per_tensor(torch.randn(4, 4), 0.1, 3, torch.qint8)
-    with torch_ao.use_engine("onednn"), pytest.raises(RuntimeError, match="zero point must be 0"):
+    with (
+        torch_ao.use_engine("onednn"),
+        pytest.raises(RuntimeError, match="zero point must be 0"),
+    ):
         torch.ops.quantized.linear_prepack(weight, None)
 
 
@@ -145,7 +155,11 @@ def test_torch_itself_refuses_asymmetric_weights_on_onednn():
             {"granularity": "per_channel"},
             "activation.granularity=per_channel: .*allowed are per_tensor",
         ),
-        ("activation", {"narrow_range": True}, "activation.narrow_range=true: is for weights"),
+        (
+            "activation",
+            {"narrow_range": True},
+            "activation.narrow_range=true: is for weights",
+        ),
         (
             "weight",
             {"granularity": "per_group", "group_size": 4},
@@ -158,7 +172,10 @@ def test_torch_itself_refuses_asymmetric_weights_on_onednn():
         ),
         (
             "weight",
-            {"granularity": "per_channel", "observer": partial(torch_ao.histogram, bins=64)},
+            {
+                "granularity": "per_channel",
+                "observer": partial(torch_ao.histogram, bins=64),
+            },
             "weight.observer=torch_ao_histogram: .*granularity=per_tensor",
         ),
         (
@@ -172,7 +189,9 @@ def test_torch_itself_refuses_asymmetric_weights_on_onednn():
     ],
     ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
 )
-def test_what_no_engine_can_do_is_refused_with_the_legal_choices(engine, role, fields, reason):
+def test_what_no_engine_can_do_is_refused_with_the_legal_choices(
+    engine, role, fields, reason
+):
     specs = {
         "weight": SPEC,
         "activation": SPEC,
@@ -198,7 +217,8 @@ def test_all_refusals_come_at_once():
 def test_an_observers_own_mistake_is_told_with_its_key():
     weight = QuantSpec(observer=partial(torch_ao.moving_average, averaging_constant=0))
     with pytest.raises(
-        ValueError, match=r"^weight\.observer\.averaging_constant=0: must be a number above 0"
+        ValueError,
+        match=r"^weight\.observer\.averaging_constant=0: must be a number above 0",
     ):
         torch_ao.ENGINES["fbgemm"].settle(weight, SPEC)
 
@@ -222,8 +242,12 @@ def test_unknown_and_missing_engines_are_refused_with_those_there_are(monkeypatc
         ValueError, match="engine=gemm: allowed are auto, fbgemm, qnnpack, x86, onednn"
     ):
         torch_ao.find_engine("gemm")
-    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack", "none"])
-    with pytest.raises(ValueError, match="engine=fbgemm: not supported .*here there are qnnpack$"):
+    monkeypatch.setattr(
+        type(torch.backends.quantized), "supported_engines", ["qnnpack", "none"]
+    )
+    with pytest.raises(
+        ValueError, match="engine=fbgemm: not supported .*here there are qnnpack$"
+    ):
         torch_ao.find_engine("fbgemm")
 
 
@@ -251,7 +275,11 @@ def test_bind_engine_holds_in_forward_only(engine, fail):
 
 @pytest.mark.parametrize("fail", [False, True], ids=["returns", "raises"])
 def test_bound_models_nest(engine, fail):
-    other = next(e for e in torch.backends.quantized.supported_engines if e not in ("none", engine))
+    other = next(
+        e
+        for e in torch.backends.quantized.supported_engines
+        if e not in ("none", engine)
+    )
     before = torch.backends.quantized.engine
     inner = torch_ao.bind_engine(Probe(), engine)
     outer = torch_ao.bind_engine(Probe(inner), other)

@@ -58,7 +58,9 @@ def test_a_copied_simulation_goes_on_on_its_own(simulation, images):
     assert copied.plan == simulation.plan
     copied.observe([(2 * images,)])
     copied.set_mode(observing=False, quantizing=True)
-    assert not torch.equal(copied(images), expected) and torch.equal(simulation(images), expected)
+    assert not torch.equal(copied(images), expected) and torch.equal(
+        simulation(images), expected
+    )
 
 
 @torch.no_grad()
@@ -66,10 +68,14 @@ def test_a_copied_simulation_goes_on_on_its_own(simulation, images):
 def test_a_copied_int8_model_runs_and_loads_under_its_own_engine(way, lowered, images):
     copied, expected = WAYS[way](lowered), lowered(images)
     other = next(
-        e for e in torch.backends.quantized.supported_engines if e not in ("none", "fbgemm")
+        e
+        for e in torch.backends.quantized.supported_engines
+        if e not in ("none", "fbgemm")
     )
     seen = []
-    copied.register_forward_hook(lambda *_: seen.append(torch.backends.quantized.engine))
+    copied.register_forward_hook(
+        lambda *_: seen.append(torch.backends.quantized.engine)
+    )
     with torch_ao.use_engine(other):
         copied.load_state_dict(lowered.state_dict())
         assert torch.equal(copied(images), expected)
@@ -77,9 +83,15 @@ def test_a_copied_int8_model_runs_and_loads_under_its_own_engine(way, lowered, i
 
 
 def test_a_load_that_fails_leaves_torchs_engine_alone(lowered):
-    state = {name: value for name, value in lowered.state_dict().items() if "linear1" not in name}
+    state = {
+        name: value
+        for name, value in lowered.state_dict().items()
+        if "linear1" not in name
+    }
     other = next(
-        e for e in torch.backends.quantized.supported_engines if e not in ("none", "fbgemm")
+        e
+        for e in torch.backends.quantized.supported_engines
+        if e not in ("none", "fbgemm")
     )
     with torch_ao.use_engine(other):
         with pytest.raises(KeyError, match="linear1"):
@@ -94,10 +106,17 @@ CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dims", CONVS)
-def test_copied_convolutions_are_packed_for_their_own_engine(dims, way, between, make_ptq):
+def test_copied_convolutions_are_packed_for_their_own_engine(
+    dims, way, between, make_ptq
+):
     """Another engine's kernels of transposed convolutions compute garbage."""
     convolution = CONVS[dims](4, 4, 3, stride=2, padding=1, dilation=1, groups=2)
-    layers = convolution, nn.ReLU(), CONVS[dims](4, 4, 1), TRANSPOSED[dims](4, 2, 3, stride=2)
+    layers = (
+        convolution,
+        nn.ReLU(),
+        CONVS[dims](4, 4, 1),
+        TRANSPOSED[dims](4, 2, 3, stride=2),
+    )
     model, x = between(*layers, fuse=[(0, 1)]), torch.randn(2, 4, *[7] * dims)
     quantizer = make_ptq("fbgemm", weight={"granularity": "per_tensor"})
     prepared = quantizer.prepare(model)
@@ -125,7 +144,9 @@ assert not any(name.startswith("qtrain") for name in sys.modules)
 def test_an_exported_simulation_runs_in_a_fresh_process_without_this_package(
     simulation, images, tmp_path
 ):
-    torch.export.save(torch.export.export(simulation, (images,)), tmp_path / "model.pt2")
+    torch.export.save(
+        torch.export.export(simulation, (images,)), tmp_path / "model.pt2"
+    )
     torch.save(images, tmp_path / "images.pt")
     torch.save(simulation(images), tmp_path / "expected.pt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -147,7 +168,8 @@ def test_a_traced_int8_model_computes_the_same(lowered, images):
 def test_a_scripted_int8_model_computes_the_same(lowered, images, copied, tmp_path):
     model = copy.deepcopy(lowered) if copied else lowered
     expected = model(images)
-    with torch_ao.use_engine("fbgemm"):  # whose kernels the script calls by its caller's engine
+    # Whose kernels the script calls by its caller's engine
+    with torch_ao.use_engine("fbgemm"):
         torch.jit.script(model).save(tmp_path / "model.pt")
         assert torch.equal(torch.jit.load(tmp_path / "model.pt")(images), expected)
     with torch_ao.use_engine("qnnpack"):  # the model itself holds its engine still

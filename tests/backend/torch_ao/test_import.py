@@ -31,13 +31,18 @@ def test_torchs_deprecation_is_silenced_for_qtrain_alone(mlp, make_ptq):
         "import qtrain.backend.torch_ao; "
     )
     check = [sys.executable, "-c", script + "assert before == list(warnings.filters)"]
-    subprocess.run(check, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    subprocess.run(
+        check, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True
+    )
 
 
 def test_the_old_name_of_the_package_still_works_and_says_so():
     sys.modules.pop("qtrain.eager", None)
     with pytest.warns(
-        FutureWarning, match="import QuantStub, DeQuantStub, FloatFunctional and fuse from qtrain"
+        FutureWarning,
+        match="import QuantStub, DeQuantStub, FloatFunctional and fuse from qtrain",
     ):
         import qtrain.eager
-    assert qtrain.eager.QuantStub is qtrain.QuantStub and qtrain.eager.fuse is qtrain.fuse
+    assert (
+        qtrain.eager.QuantStub is qtrain.QuantStub and qtrain.eager.fuse is qtrain.fuse
+    )

@@ -38,26 +38,37 @@ def test_quantized_weights_and_modules_are_told_from_float_ones(
         assert not any(integers.is_quantized(module) for module in prepared.modules())
     quantizer = make_ptq(layers={"linear2": "float"})
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
-    found = {name: integers.quantized_weight(module) for name, module in quantized.named_modules()}
+    found = {
+        name: integers.quantized_weight(module)
+        for name, module in quantized.named_modules()
+    }
     assert {name for name, weight in found.items() if weight is not None} == {
         "conv1",
         "conv2",
         "linear1",
     }
-    assert all(weight.dtype == torch.qint8 for weight in found.values() if weight is not None)
+    assert all(
+        weight.dtype == torch.qint8 for weight in found.values() if weight is not None
+    )
     quantized_modules = {
-        name for name, module in quantized.named_modules() if integers.is_quantized(module)
+        name
+        for name, module in quantized.named_modules()
+        if integers.is_quantized(module)
     }
     assert {"quant", "conv1", "linear1", "linear2.quant"} < quantized_modules
     assert not {"", "pool", "linear2", "linear2.layer"} & quantized_modules
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_a_float_island_keeps_its_layer_exact(is_qat, engine, convnet, images, make_ptq, make_qat):
+def test_a_float_island_keeps_its_layer_exact(
+    is_qat, engine, convnet, images, make_ptq, make_qat
+):
     quantizer = (make_qat if is_qat else make_ptq)(engine, layers={"linear1": "float"})
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     island = quantized.linear1.layer[0]
-    assert type(island) is nn.Linear and torch.equal(island.weight, convnet.linear1.weight)
+    assert type(island) is nn.Linear and torch.equal(
+        island.weight, convnet.linear1.weight
+    )
     assert integers.quantized_weight(quantized.conv2) is not None
     assert integers.quantized_weight(quantized.linear2) is not None
     assert decibels(convnet(images), quantized(images)) > 22
@@ -66,7 +77,9 @@ def test_a_float_island_keeps_its_layer_exact(is_qat, engine, convnet, images, m
 def test_all_layers_float_is_float_but_for_the_stubs(mlp, images, make_ptq):
     quantizer = make_ptq(layers={"linear*": "float"})
     quantized = quantizer.convert(calibrated(quantizer, mlp, images))
-    assert all(integers.quantized_weight(module) is None for module in quantized.modules())
+    assert all(
+        integers.quantized_weight(module) is None for module in quantized.modules()
+    )
     assert decibels(mlp(images), quantized(images)) > 30
 
 
@@ -90,11 +103,16 @@ def test_bits_by_layer(is_qat, convnet, images, make_ptq, make_qat):
 
 def test_granularity_by_layer(convnet, images, make_ptq):
     quantizer = make_ptq(
-        "fbgemm", layers={"conv*": {"granularity": "per_tensor"}, "linear2": {"symmetric": False}}
+        "fbgemm",
+        layers={
+            "conv*": {"granularity": "per_tensor"},
+            "linear2": {"symmetric": False},
+        },
     )
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     schemes = {
-        name: getattr(quantized, name).weight().qscheme() for name in ("conv1", "conv2", "linear1")
+        name: getattr(quantized, name).weight().qscheme()
+        for name in ("conv1", "conv2", "linear1")
     }
     assert schemes["conv1"] == schemes["conv2"] == torch.per_tensor_affine
     assert schemes["linear1"] == torch.per_channel_affine
@@ -102,7 +120,9 @@ def test_granularity_by_layer(convnet, images, make_ptq):
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_convert_leaves_the_prepared_model_alone(is_qat, convnet, images, make_ptq, make_qat):
+def test_convert_leaves_the_prepared_model_alone(
+    is_qat, convnet, images, make_ptq, make_qat
+):
     quantizer = (make_qat if is_qat else make_ptq)()
     prepared = calibrated(quantizer, convnet, images)
     before = copy.deepcopy(prepared.state_dict())
@@ -110,6 +130,7 @@ def test_convert_leaves_the_prepared_model_alone(is_qat, convnet, images, make_p
     quantizer.fake(prepared)(images)
     quantizer.reference(prepared)(images)
     for name, value in prepared.state_dict().items():
-        if not name.endswith((".scale", ".zero_point")):  # worked out when first asked for
+        # Worked out when first asked for
+        if not name.endswith((".scale", ".zero_point")):
             assert torch.equal(before[name], value), name
     assert torch.equal(quantizer.convert(prepared)(images), first)

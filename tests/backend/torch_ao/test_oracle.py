@@ -24,7 +24,9 @@ from qtrain.simulate.simulation import integers, sites
 from qtrain.simulate.sites import QuantWeighted
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:torch.ao.quantization is deprecated:DeprecationWarning"
+    ),
     pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),
     pytest.mark.filterwarnings("ignore:must run observer before:UserWarning"),
 ]
@@ -35,7 +37,10 @@ OBSERVERS = {
         partial(MovingAverageObserver, averaging_constant=0.3),
         partial(torch_ao.moving_average, averaging_constant=0.3),
     ),
-    "histogram": (partial(HistogramObserver, bins=128), partial(torch_ao.histogram, bins=128)),
+    "histogram": (
+        partial(HistogramObserver, bins=128),
+        partial(torch_ao.histogram, bins=128),
+    ),
 }
 
 
@@ -72,7 +77,9 @@ class Residual(Net):
     shape, runs = (4, 3, 8, 8), [["a", "bn_a", "relu"], ["b", "bn_b"]]
 
     def build(self):
-        self.a, self.bn_a, self.relu = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()
+        self.a = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn_a = nn.BatchNorm2d(6)
+        self.relu = nn.ReLU()
         self.b, self.bn_b = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
         self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 5)
 
@@ -91,11 +98,9 @@ class MobileNet(Net):
     def build(self):
         self.wide, self.bn = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
         self.swish, self.depthwise = nn.Hardswish(), nn.Conv2d(8, 8, 3, groups=8)
-        self.pool, self.squeeze, self.gate = (
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(8, 8, 1),
-            nn.Hardsigmoid(),
-        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.squeeze = nn.Conv2d(8, 8, 1)
+        self.gate = nn.Hardsigmoid()
 
     def body(self, x):
         x = self.depthwise(self.swish(self.bn(self.wide(x))))
@@ -125,7 +130,9 @@ class Transformer(Net):
     shape = (2, 6, 8)
 
     def build(self):
-        self.qkv, self.out, self.norm = nn.Linear(8, 24), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.qkv = nn.Linear(8, 24)
+        self.out = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
         self.requant = torch_ao.QuantStub()
 
     def body(self, x):
@@ -138,7 +145,8 @@ class Transposed(Net):
     shape = (4, 3, 5, 5)
 
     def build(self):
-        self.a, self.b = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3, stride=2, output_padding=1)
+        self.a = nn.Conv2d(3, 4, 3)
+        self.b = nn.ConvTranspose2d(4, 2, 3, stride=2, output_padding=1)
 
     def body(self, x):
         return self.b(self.a(x))
@@ -151,7 +159,10 @@ def make_net(cls):
     """Returns a model of lively numbers, and three batches of ever larger ones."""
     model = cls().eval()
     with torch.no_grad():
-        for tensor in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
+        for tensor in (
+            *model.parameters(),
+            *(b for b in model.buffers() if b.is_floating_point()),
+        ):
             tensor.add_(torch.rand_like(tensor) * 0.3)
     return model, [torch.randn(cls.shape) * (1 + i) for i in range(3)]
 
@@ -161,7 +172,9 @@ def make_qconfig(quantizer, activation):
     weight = replace(quantizer.weight, observer=torch_ao.minmax)
     return tq.QConfig(
         activation=partial(
-            make_observer, replace(quantizer.activation, observer=activation), signed=False
+            make_observer,
+            replace(quantizer.activation, observer=activation),
+            signed=False,
         ),
         weight=partial(make_observer, weight, signed=True),
     )
@@ -176,7 +189,8 @@ def torchs(model, batches, qconfig, engine):
         tq.prepare(model, inplace=True)
         for module in model.modules():
             if isinstance(module, nni._FusedModule):
-                module._forward_hooks.clear()  # torch shows its last layer every batch as well
+                # torch shows its last layer every batch as well
+                module._forward_hooks.clear()
         with torch.no_grad():
             for batch in batches:
                 model(batch)
@@ -199,7 +213,8 @@ def numbers(value):
 
 def assert_same(ours, theirs):
     found, expected = (
-        {k: numbers(v) for k, v in model.state_dict().items()} for model in (ours, theirs)
+        {k: numbers(v) for k, v in model.state_dict().items()}
+        for model in (ours, theirs)
     )
     assert found.keys() == expected.keys() and len(found) >= 6
     for name, value in expected.items():
@@ -244,17 +259,25 @@ def test_the_integers_of_lowered_layers_are_the_simulations(
     )
     activation = QuantSpec(observer=MinMaxObserver)
     quantizer = PTQ(
-        engine="fbgemm", weight=weight, activation=activation, fake_quantize="qtrain", layers={}
+        engine="fbgemm",
+        weight=weight,
+        activation=activation,
+        fake_quantize="qtrain",
+        layers={},
     )
     model, batches = make_net(net)
     prepared = quantizer.prepare(model)
     quantizer.calibrate(prepared, [(batches[0],)])
     lowered = quantizer.convert(prepared)
-    weighted = {n: s for n, s in sites(prepared.model).items() if isinstance(s, QuantWeighted)}
+    weighted = {
+        n: s for n, s in sites(prepared.model).items() if isinstance(s, QuantWeighted)
+    }
     assert weighted
     for name, site in weighted.items():
         expected = integers(site.weight_q, site.folded()[0])
-        assert torch.equal(lowered.get_submodule(name).weight().int_repr().int(), expected)
+        assert torch.equal(
+            lowered.get_submodule(name).weight().int_repr().int(), expected
+        )
 
 
 def torch_qat(model, quantizer, engine):
@@ -275,7 +298,9 @@ def torch_qat(model, quantizer, engine):
     model = copy.deepcopy(model).train()
     model.fuse_model(is_qat=True)
     is_per_channel = quantizer.weight.granularity == "per_channel"
-    weight_observer = tq.PerChannelMinMaxObserver if is_per_channel else tq.MinMaxObserver
+    weight_observer = (
+        tq.PerChannelMinMaxObserver if is_per_channel else tq.MinMaxObserver
+    )
     model.qconfig = tq.QConfig(
         activation=fake_quantize(quantizer.activation, False, tq.MinMaxObserver),
         weight=fake_quantize(quantizer.weight, True, weight_observer),
@@ -309,10 +334,8 @@ def test_a_step_of_qat_is_torchs(net, frozen, engine, make_qat):
     if frozen:
         ours.freeze_batch_norm()
         theirs.apply(nniqat.freeze_bn_stats)
-    (loss, grads), (expected_loss, expected) = (
-        one_step(ours, batches[0]),
-        one_step(theirs, batches[0]),
-    )
+    (loss, grads) = one_step(ours, batches[0])
+    (expected_loss, expected) = one_step(theirs, batches[0])
     torch.testing.assert_close(loss, expected_loss)
     assert grads.keys() == expected.keys() and len(grads) >= 4
     largest = max(grad.norm() for grad in expected.values())

@@ -31,7 +31,11 @@ def calibrated(quantizer, model, *inputs):
 
 
 def compare(quantizer, prepared, *inputs):
-    models = quantizer.reference(prepared), quantizer.fake(prepared), quantizer.convert(prepared)
+    models = (
+        quantizer.reference(prepared),
+        quantizer.fake(prepared),
+        quantizer.convert(prepared),
+    )
     return GATE.compare(*models, inputs)
 
 
@@ -70,7 +74,9 @@ for engine in torch.backends.quantized.supported_engines:
 """
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 CPUs saturate")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="x86 CPUs saturate"
+)
 def test_saturation_without_vnni_is_seen_by_the_gate_and_avoided_by_reduce_range():
     has_vnni = torch.cpu._is_vnni_supported()  # oneDNN alone can be told to do without
     environment = {
@@ -90,12 +96,21 @@ def test_saturation_without_vnni_is_seen_by_the_gate_and_avoided_by_reduce_range
         line.split(maxsplit=3) for line in done.stdout.splitlines()
     ):
         seen.add(engine)
-        if reduce_range != "False" or engine == "qnnpack" or has_vnni and float(decibels) > 35:
+        if (
+            reduce_range != "False"
+            or engine == "qnnpack"
+            or has_vnni
+            and float(decibels) > 35
+        ):
             assert float(decibels) > 35 and failure == []
         else:
-            assert failure[0].startswith("layer 1: converted, it differs from its simulation")
+            assert failure[0].startswith(
+                "layer 1: converted, it differs from its simulation"
+            )
             assert "quant.activation.reduce_range=true" in failure[0]
-    assert seen == set(torch_ao.ENGINES) & set(torch.backends.quantized.supported_engines)
+    assert seen == set(torch_ao.ENGINES) & set(
+        torch.backends.quantized.supported_engines
+    )
 
 
 # ---- numbers that lie ----------------------------------------------------------------------------
@@ -110,7 +125,9 @@ def test_inputs_beyond_the_range_are_clipped_alike_by_simulation_and_int8(
     prepared = calibrated(quantizer, mlp, images)
     section, failures = compare(quantizer, prepared, 1.5 * images)
     assert section["fake_vs_quantized"]["steps"]["quant"] < 1e-3
-    assert any(failure.startswith("layer quant: evaluation inputs") for failure in failures)
+    assert any(
+        failure.startswith("layer quant: evaluation inputs") for failure in failures
+    )
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
@@ -127,8 +144,12 @@ def test_no_scale_comes_of_what_is_not_finite(value, mlp, images, make_qat):
 def test_all_zeros_in_calibration_are_seen(mlp, images, make_ptq):
     """torch gives them the scale 1.19e-7, and everything that comes later is clipped to nothing."""
     quantizer = make_ptq()
-    _, failures = compare(quantizer, calibrated(quantizer, mlp, torch.zeros_like(images)), images)
-    assert any(failure.startswith("layer quant: evaluation inputs") for failure in failures)
+    _, failures = compare(
+        quantizer, calibrated(quantizer, mlp, torch.zeros_like(images)), images
+    )
+    assert any(
+        failure.startswith("layer quant: evaluation inputs") for failure in failures
+    )
 
 
 def test_masking_with_minus_infinity_before_dequantization_is_seen(images, make_ptq):
@@ -137,22 +158,21 @@ def test_masking_with_minus_infinity_before_dequantization_is_seen(images, make_
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
-            self.quant, self.linear, self.dequant = (
-                torch_ao.QuantStub(),
-                nn.Linear(6, 6),
-                torch_ao.DeQuantStub(),
-            )
+            self.quant = torch_ao.QuantStub()
+            self.linear = nn.Linear(6, 6)
+            self.dequant = torch_ao.DeQuantStub()
 
         def forward(self, x):
             mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
-            return self.dequant(self.linear(self.quant(x)).masked_fill(mask, -torch.inf)).softmax(
-                -1
-            )
+            return self.dequant(
+                self.linear(self.quant(x)).masked_fill(mask, -torch.inf)
+            ).softmax(-1)
 
     quantizer = make_ptq()
     prepared = quantizer.prepare(Masked().eval())
     with pytest.raises(
-        TruthError, match="layer dequant: its output is not finite in calibration, batch 0"
+        TruthError,
+        match="layer dequant: its output is not finite in calibration, batch 0",
     ):
         with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(torch.randn(2, 6, 6),)])
@@ -200,27 +220,34 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_a_tied_head_is_quantized_beside_a_float_embedding(is_qat, make_ptq, make_qat, train):
+def test_a_tied_head_is_quantized_beside_a_float_embedding(
+    is_qat, make_ptq, make_qat, train
+):
     model, tokens = Tied().eval(), torch.arange(16).reshape(2, 8)
     quantizer = (make_qat if is_qat else make_ptq)(layers={"embed": "float"})
     prepared = calibrated(quantizer, model, tokens)
     if is_qat:
         train(quantizer, prepared, tokens)
-        assert prepared.model.head.weight is prepared.model.embed.weight  # still one parameter
-    reference, fake, quantized = (
-        quantizer.reference(prepared),
-        quantizer.fake(prepared),
-        quantizer.convert(prepared),
-    )
+        # Still one parameter
+        assert prepared.model.head.weight is prepared.model.embed.weight
+    reference = quantizer.reference(prepared)
+    fake = quantizer.fake(prepared)
+    quantized = quantizer.convert(prepared)
     inside = {}
-    for kind, each in (("reference", reference), ("fake", fake), ("quantized", quantized)):
+    for kind, each in (
+        ("reference", reference),
+        ("fake", fake),
+        ("quantized", quantized),
+    ):
         embed = [m for m in each.modules() if isinstance(m, nn.Embedding)]
         inside[kind] = embed[0].weight.detach()
     assert torch.equal(inside["fake"], inside["reference"]) and torch.equal(
         inside["quantized"], inside["reference"]
     )
     assert decibels(reference(tokens), quantized(tokens)) > 25
-    assert dry_run(model, quantizer, (tokens,))["float_layers"] == {"embed": "set by quant.layers"}
+    assert dry_run(model, quantizer, (tokens,))["float_layers"] == {
+        "embed": "set by quant.layers"
+    }
 
 
 # ---- sizes and files -----------------------------------------------------------------------------
@@ -234,20 +261,26 @@ def test_sizes_come_of_the_packed_weights(convnet, images, make_ptq):
     assert weights < weight_bytes(quantized) < weights + 1500 < weight_bytes(convnet)
 
 
-def test_a_converted_model_is_kept_as_a_state_dict_without_code_in_it(convnet, images, make_ptq):
+def test_a_converted_model_is_kept_as_a_state_dict_without_code_in_it(
+    convnet, images, make_ptq
+):
     quantizer = make_ptq()
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     file = io.BytesIO()
     torch.save(quantized.state_dict(), file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
-    assert torch.equal(loaded["conv1.weight"].int_repr(), quantized.conv1.weight().int_repr())
+    assert torch.equal(
+        loaded["conv1.weight"].int_repr(), quantized.conv1.weight().int_repr()
+    )
 
 
 # ---- training ------------------------------------------------------------------------------------
 
 
-def test_fake_quantization_stays_exact_under_bfloat16_autocast(convnet, images, make_qat):
+def test_fake_quantization_stays_exact_under_bfloat16_autocast(
+    convnet, images, make_qat
+):
     """torch's fused module fails there; scales and zero points of this one stay float32."""
     quantizer = make_qat()
     prepared = calibrated(quantizer, convnet, images).train()
@@ -256,6 +289,9 @@ def test_fake_quantization_stays_exact_under_bfloat16_autocast(convnet, images, 
         output = prepared(images)
     output.float().square().mean().backward()
     assert output.isfinite().all()
-    for point in (*output_points(prepared.model).values(), *weight_points(prepared.model).values()):
+    for point in (
+        *output_points(prepared.model).values(),
+        *weight_points(prepared.model).values(),
+    ):
         assert point.scale.dtype == torch.float32 and point.scale.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in prepared.parameters())

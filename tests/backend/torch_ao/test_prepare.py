@@ -24,7 +24,9 @@ def bits_of(prepared):
     """{layer: bits of its weights} of the layers that are to be quantized."""
     points = weight_points(prepared.model)
     bits = {name: (point.quant_max + 1).bit_length() for name, point in points.items()}
-    planned = {name: layer.weight.bits for name, layer in prepared.plan.items() if layer.weight}
+    planned = {
+        name: layer.weight.bits for name, layer in prepared.plan.items() if layer.weight
+    }
     assert bits == planned
     return bits
 
@@ -43,27 +45,33 @@ def test_fused_layers_show_their_observers_each_batch_once(convnet, images, make
 def test_prepare_leaves_the_model_alone(is_qat, model, images, make_ptq, make_qat):
     quantizer = make_qat() if is_qat else make_ptq()
     model.train()
-    before, names = (
-        copy.deepcopy(model.state_dict()),
-        [(n, type(m)) for n, m in model.named_modules()],
-    )
+    before = copy.deepcopy(model.state_dict())
+    names = [(n, type(m)) for n, m in model.named_modules()]
     calibrated(quantizer, model, images)
     assert model.training and not hasattr(model, "qconfig")
     assert names == [(n, type(m)) for n, m in model.named_modules()]
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(before[name], value) for name, value in model.state_dict().items()
+    )
 
 
 def test_a_model_without_fuse_model_is_prepared_as_it_is(make_ptq):
-    model = nn.Sequential(torch_ao.QuantStub(), nn.Linear(4, 4), nn.ReLU(), torch_ao.DeQuantStub())
+    model = nn.Sequential(
+        torch_ao.QuantStub(), nn.Linear(4, 4), nn.ReLU(), torch_ao.DeQuantStub()
+    )
     x = torch.randn(8, 4)
     quantizer = make_ptq()
     quantized = quantizer.convert(calibrated(quantizer, model, x))
-    assert integers.is_quantized(quantized[1]) and not integers.is_quantized(quantized[2])
+    assert integers.is_quantized(quantized[1]) and not integers.is_quantized(
+        quantized[2]
+    )
     assert decibels(model(x), quantized(x)) > 25
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_points_and_weights_are_found_by_layer_name(is_qat, convnet, make_ptq, make_qat):
+def test_points_and_weights_are_found_by_layer_name(
+    is_qat, convnet, make_ptq, make_qat
+):
     names = ["quant", "conv1", "conv2", "linear1", "linear2"]
     model = (make_qat if is_qat else make_ptq)().prepare(convnet).model
     assert list(sites(model)) == list(output_points(model)) == names
@@ -83,8 +91,12 @@ def test_the_folded_weight_has_batch_norm_in_it(is_qat, convnet, make_ptq, make_
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-@pytest.mark.parametrize("own_forward", [False, True], ids=["of_the_class", "of_the_module"])
-def test_each_tensor_is_observed_once_a_batch(own_forward, is_qat, mlp, images, make_ptq, make_qat):
+@pytest.mark.parametrize(
+    "own_forward", [False, True], ids=["of_the_class", "of_the_module"]
+)
+def test_each_tensor_is_observed_once_a_batch(
+    own_forward, is_qat, mlp, images, make_ptq, make_qat
+):
     if own_forward:
         mlp.quant.forward = mlp.quant.forward  # as of a program that wraps it
     prepared = (make_qat if is_qat else make_ptq)().prepare(mlp)
@@ -114,7 +126,9 @@ def test_each_tensor_is_observed_once_a_batch(own_forward, is_qat, mlp, images, 
 def test_the_later_pattern_holds(layers, expected, nested, make_ptq):
     prepared = make_ptq(layers=layers).prepare(nested)
     assert bits_of(prepared) == expected
-    floats = [site for site in sites(prepared.model).values() if isinstance(site, QuantModule)]
+    floats = [
+        site for site in sites(prepared.model).values() if isinstance(site, QuantModule)
+    ]
     assert bool(floats) is any(setting == "float" for setting in layers.values())
 
 
@@ -126,9 +140,13 @@ def test_bits_inside_a_float_layer_are_refused(nested, make_ptq):
 def test_a_pattern_that_matches_nothing_is_refused_with_the_layers_there_are(
     convnet, make_ptq, make_qat, make_dynamic
 ):
-    for quantizer in (make_ptq(layers={"cnv*": "float"}), make_qat(layers={"cnv*": {"bits": 4}})):
+    for quantizer in (
+        make_ptq(layers={"cnv*": "float"}),
+        make_qat(layers={"cnv*": {"bits": 4}}),
+    ):
         with pytest.raises(
-            ValueError, match=r"quant\.layers\.cnv\*: matches no layer; .* conv1, .* linear2"
+            ValueError,
+            match=r"quant\.layers\.cnv\*: matches no layer; .* conv1, .* linear2",
         ):
             quantizer.prepare(convnet)
     with pytest.raises(ValueError, match=r"quant\.layers\.cnv\*: matches no layer"):

@@ -24,7 +24,9 @@ def bits_of(prepared):
     """{layer: bits of its weights} of the layers that are to be quantized."""
     points = weight_points(prepared.model)
     bits = {name: (point.quant_max + 1).bit_length() for name, point in points.items()}
-    planned = {name: layer.weight.bits for name, layer in prepared.plan.items() if layer.weight}
+    planned = {
+        name: layer.weight.bits for name, layer in prepared.plan.items() if layer.weight
+    }
     assert bits == planned
     return bits
 
@@ -43,13 +45,16 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
 def test_multihead_attention_is_refused(is_qat, make_ptq, make_qat):
     with pytest.raises(
-        ValueError, match=r"layer attention \(MultiheadAttention\) is attention, .*nn.Linear"
+        ValueError,
+        match=r"layer attention \(MultiheadAttention\) is attention, .*nn.Linear",
     ):
         (make_qat if is_qat else make_ptq)().prepare(Attention())
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_multihead_attention_runs_float_as_its_refusal_recommends(is_qat, make_ptq, make_qat):
+def test_multihead_attention_runs_float_as_its_refusal_recommends(
+    is_qat, make_ptq, make_qat
+):
     model, x = Attention().eval(), torch.randn(2, 5, 8)
     quantizer = (make_qat if is_qat else make_ptq)(layers={"attention": "float"})
     quantized = quantizer.convert(calibrated(quantizer, model, x))
@@ -57,7 +62,9 @@ def test_multihead_attention_runs_float_as_its_refusal_recommends(is_qat, make_p
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_a_module_under_two_names_is_refused_with_both(is_qat, nested, make_ptq, make_qat):
+def test_a_module_under_two_names_is_refused_with_both(
+    is_qat, nested, make_ptq, make_qat
+):
     nested.b[1] = nested.a
     with pytest.raises(ValueError, match=r"layer b\.1 is layer a under a second name"):
         (make_qat if is_qat else make_ptq)().prepare(nested)
@@ -70,12 +77,16 @@ def test_two_layers_may_share_a_weight(nested, make_ptq, make_qat):
         prepared = calibrated(quantizer, nested, x)
         assert prepared.model.a.weight is prepared.model.b[1].weight
         quantized = quantizer.convert(prepared)
-        assert torch.equal(quantized.a.weight().int_repr(), quantized.b[1].weight().int_repr())
+        assert torch.equal(
+            quantized.a.weight().int_repr(), quantized.b[1].weight().int_repr()
+        )
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
 @pytest.mark.parametrize("dims", TRANSPOSED)
-def test_transposed_convolution_is_refused_per_channel(dims, is_qat, between, make_ptq, make_qat):
+def test_transposed_convolution_is_refused_per_channel(
+    dims, is_qat, between, make_ptq, make_qat
+):
     make, model = make_qat if is_qat else make_ptq, between(TRANSPOSED[dims](3, 4, 3))
     with pytest.raises(
         ValueError,
@@ -89,24 +100,31 @@ def test_transposed_convolution_trains(dims, between, make_qat, train):
     model, x = between(TRANSPOSED[dims](3, 4, 3)), torch.randn(8, 3, *[5] * dims)
     quantizer = make_qat("fbgemm", weight={"granularity": "per_tensor"})
     prepared = train(quantizer, calibrated(quantizer, model, x), x)
-    assert decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 25
+    assert (
+        decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 25
+    )
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_transposed_convolution_runs_in_a_float_island(is_qat, between, make_ptq, make_qat):
+def test_transposed_convolution_runs_in_a_float_island(
+    is_qat, between, make_ptq, make_qat
+):
     model = between(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 3, 3))
     quantizer = (make_qat if is_qat else make_ptq)("x86", layers={"body.1": "float"})
     quantized = quantizer.convert(calibrated(quantizer, model, FEATURES))
     assert decibels(model(FEATURES), quantized(FEATURES)) > 25
 
 
-def test_transposed_convolution_per_tensor_is_right_or_refused(engine, between, make_ptq):
+def test_transposed_convolution_per_tensor_is_right_or_refused(
+    engine, between, make_ptq
+):
     """torch's kernels for x86 and onednn compute garbage, at -2 dB."""
     model = between(nn.ConvTranspose2d(3, 4, 3))
     quantizer = make_ptq(engine, weight={"granularity": "per_tensor"})
     if engine in ("x86", "onednn"):
         with pytest.raises(
-            ValueError, match=rf"layer body\.0 .* engine {engine}; use fbgemm or qnnpack"
+            ValueError,
+            match=rf"layer body\.0 .* engine {engine}; use fbgemm or qnnpack",
         ):
             quantizer.prepare(model)
     else:
@@ -117,16 +135,22 @@ def test_transposed_convolution_per_tensor_is_right_or_refused(engine, between, 
 def test_transposed_convolution_follows_its_own_setting(between, make_ptq):
     model = between(nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     with pytest.raises(ValueError, match=r"layer body\.0 .* has no per-channel kernel"):
-        make_ptq("qnnpack", layers={"body.0": {"granularity": "per_channel"}}).prepare(model)
+        make_ptq("qnnpack", layers={"body.0": {"granularity": "per_channel"}}).prepare(
+            model
+        )
     quantizer = make_ptq("fbgemm", layers={"body.0": {"granularity": "per_tensor"}})
     assert bits_of(quantizer.prepare(model)) == {"body.0": 8, "body.1": 8}
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Embedding(9, 4), nn.EmbeddingBag(9, 4)], ids=["embedding", "embedding_bag"]
+    "layer",
+    [nn.Embedding(9, 4), nn.EmbeddingBag(9, 4)],
+    ids=["embedding", "embedding_bag"],
 )
 def test_embeddings_stay_float_and_train(layer, make_qat, train):
-    model = nn.Sequential(layer, torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub())
+    model = nn.Sequential(
+        layer, torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub()
+    )
     tokens, before = torch.arange(9).reshape(3, 3), layer.weight.detach().clone()
     quantizer = make_qat()
     prepared = train(quantizer, calibrated(quantizer, model, tokens), tokens)
@@ -137,7 +161,10 @@ def test_embeddings_stay_float_and_train(layer, make_qat, train):
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
 def test_an_embedding_set_to_float_runs(is_qat, make_ptq, make_qat):
     model = nn.Sequential(
-        nn.Embedding(9, 4), torch_ao.QuantStub(), nn.Linear(4, 4), torch_ao.DeQuantStub()
+        nn.Embedding(9, 4),
+        torch_ao.QuantStub(),
+        nn.Linear(4, 4),
+        torch_ao.DeQuantStub(),
     ).eval()
     tokens = torch.arange(9).reshape(1, 9)
     quantizer = (make_qat if is_qat else make_ptq)(layers={"0": "float"})
@@ -158,11 +185,15 @@ def test_conv1d_trains_with_quantized_weights(
     model = between(*(conv1d[i] for i in layers), fuse=fuse)
     # The full range, so that simulation and kernel clip alike what batch-norm puts out of range in
     # eval mode.
-    quantizer = make_qat(weight={"bits": full_range_bits()}, activation={"reduce_range": False})
+    quantizer = make_qat(
+        weight={"bits": full_range_bits()}, activation={"reduce_range": False}
+    )
     prepared = train(quantizer, calibrated(quantizer, model, x), x, epochs=2)
     assert list(weight_points(prepared.model)) == ["body.0"]
     quantized = quantizer.convert(prepared)
-    difference = (quantizer.fake(prepared)(x) - quantized(x)).abs() / quantized.body[0].scale
+    difference = (quantizer.fake(prepared)(x) - quantized(x)).abs() / quantized.body[
+        0
+    ].scale
     assert difference.max() < 1.01
 
 
@@ -174,13 +205,16 @@ def test_conv1d_fused_with_relu_trains_with_quantized_weights(between, make_qat,
     quantizer.on_epoch(prepared.train(), 0)
     prepared(x)
     site = prepared.model.body[0]
-    assert site.quantized_weight(site.weight).unique().numel() <= 4 * 4  # a scale a channel
+    # A scale a channel
+    assert site.quantized_weight(site.weight).unique().numel() <= 4 * 4
     train(quantizer, prepared, x)
     assert decibels(quantizer.fake(prepared)(x), quantizer.convert(prepared)(x)) > 30
 
 
 @pytest.mark.parametrize("activation", [nn.Sigmoid, nn.Tanh, nn.Hardsigmoid])
-def test_activations_of_fixed_range_can_be_trained(activation, between, make_qat, train):
+def test_activations_of_fixed_range_can_be_trained(
+    activation, between, make_qat, train
+):
     model, x = between(nn.Linear(4, 4), activation()), torch.randn(16, 4)
     quantizer = make_qat()
     prepared = train(quantizer, calibrated(quantizer, model, x), x, epochs=1)

@@ -23,7 +23,9 @@ def browser(tmp_path):
     for switch in [*switches, f"user-data-dir={tmp_path / 'profile'}"]:
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    driver = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(chromedriver)
+    )
     yield driver
     assert driver.get_log("browser") == []  # neither errors nor anything blocked
     driver.quit()

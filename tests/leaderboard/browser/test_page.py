@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_a_thousand_runs(browser, tmp_path):
     script = ROOT / "scripts" / "make_runs.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run([sys.executable, script, tmp_path / "runs"], check=True, env=environment)
+    subprocess.run(
+        [sys.executable, script, tmp_path / "runs"], check=True, env=environment
+    )
     comparison = compare([tmp_path / "runs"])
     write(comparison, html=tmp_path / "x.html")
     rows = comparison.sections[0].rows
@@ -43,7 +45,9 @@ def test_a_thousand_runs(browser, tmp_path):
     button = header(browser, "file KB")
     with within_a_second("sort"):
         button.click()
-    known = sorted(row.cells["size_kb"] for row in rows if row.cells["size_kb"] is not None)
+    known = sorted(
+        row.cells["size_kb"] for row in rows if row.cells["size_kb"] is not None
+    )
     shown = column(browser, "file KB")
     assert shown == [f"{size:.1f}" for size in known] + ["-"] * (len(rows) - len(known))
     button.click()
@@ -58,7 +62,8 @@ def test_a_thousand_runs(browser, tmp_path):
     expected = {
         row.runs[0].folder.name
         for row in rows
-        if (row.cells["method"], row.cells["bits"], row.cells["engine"]) == ("qat", "8/8", "x86")
+        if (row.cells["method"], row.cells["bits"], row.cells["engine"])
+        == ("qat", "8/8", "x86")
         and row.cells["optimizer.lr"] == 0.01
         and row.cells["quantized"] > 96.9
     }
@@ -68,12 +73,15 @@ def test_a_thousand_runs(browser, tmp_path):
     box.clear()
     box.send_keys("metod=qat")
     browser.execute_async_script(PAINTED)
-    assert find(browser, "#filter-error")[0].text.endswith("is called metod; nearest: method")
+    assert find(browser, "#filter-error")[0].text.endswith(
+        "is called metod; nearest: method"
+    )
     box.clear()
     box.send_keys("nonsense=1")
     browser.execute_async_script(PAINTED)
     assert (
-        find(browser, "#filter-error")[0].text == "no column or varying setting is called nonsense"
+        find(browser, "#filter-error")[0].text
+        == "no column or varying setting is called nonsense"
     )
     box.clear()
     box.send_keys(" ")
@@ -154,13 +162,15 @@ def test_what_differs_and_how_it_trained(browser, runs, tmp_path):
 
     (link,) = (a for a in find(browser, "#table td a") if a.text == "run1")
     assert link.get_attribute("href") == f"{(runs.folder / 'run1').as_uri()}/"
-    assert "ValueError: <b>no</b> [quant=qat seed=0]" in find(browser, "#failures")[0].text
+    assert (
+        "ValueError: <b>no</b> [quant=qat seed=0]" in find(browser, "#failures")[0].text
+    )
     browser.save_screenshot(tmp_path / "selected.png")
     print(tmp_path)
 
 
 def test_on_a_telephone(browser, runs, tmp_path):
-    """At 400 pixels nothing but the table scrolls sideways, its names stay, and the tabs are a select box."""
+    """At 400 pixels only the table scrolls sideways, names stay, tabs are a select box."""
     for model in ("convnet", "mlp"):
         for seed in (0, 1):
             name = f"{seed}_quant=ptq,quant.engine=x86,{model}"
@@ -184,15 +194,21 @@ def test_on_a_telephone(browser, runs, tmp_path):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
     browser.get((tmp_path / "x.html").as_uri())
     width = "return [innerWidth, document.documentElement.scrollWidth]"
-    for title in ("convnet on mnist by method, seed (2 groups)", "mlp on mnist (2 runs)"):
+    for title in (
+        "convnet on mnist by method, seed (2 groups)",
+        "mlp on mnist (2 runs)",
+    ):
         assert not find(browser, "#sections")[0].is_displayed()
         choose(browser, "#tabs", title)
         assert find(browser, "#count")[0].text.startswith(title.split(" (")[0])
         assert browser.execute_script(width) == [400, 400]
         browser.execute_script("document.querySelector('.scroll').scrollLeft = 500")
-        edge = "return document.querySelector(arguments[0]).getBoundingClientRect().left"
+        edge = (
+            "return document.querySelector(arguments[0]).getBoundingClientRect().left"
+        )
         edges = [
-            browser.execute_script(edge, place) for place in (".scroll", "#table td", "#table th")
+            browser.execute_script(edge, place)
+            for place in (".scroll", "#table td", "#table th")
         ]
         assert len(set(edges)) == 1
         browser.save_screenshot(tmp_path / f"{title}.png")
@@ -212,7 +228,10 @@ def test_models_have_tables_of_their_own(browser, runs, tmp_path):
     write(compare([runs.folder]), html=tmp_path / "x.html")
     browser.get((tmp_path / "x.html").as_uri())
     first, second = find(browser, "#sections button")
-    assert (first.text, second.text) == ("convnet on mnist (1 run)", "mlp on mnist (2 runs)")
+    assert (first.text, second.text) == (
+        "convnet on mnist (1 run)",
+        "mlp on mnist (2 runs)",
+    )
     assert column(browser, "folder") == ["a"]
     second.click()
     assert column(browser, "folder") == ["b", "c"]

@@ -22,7 +22,8 @@ def test_a_disturbed_latency_takes_no_part_in_a_front(browser, runs, tmp_path):
         and "no front: a latency is marked !, hollow here" in legend.text
     )
     opacity = (
-        "return Object.fromEntries(state.points.map((p, i) => [p.row.data.name, arguments[0][i]]))"
+        "return Object.fromEntries("
+        "state.points.map((p, i) => [p.row.data.name, arguments[0][i]]))"
     )
     circles = [
         circle.get_attribute("fill-opacity")
@@ -37,8 +38,12 @@ def test_a_disturbed_latency_takes_no_part_in_a_front(browser, runs, tmp_path):
     assert column(browser, "folder") == ["a"] and find(browser, "#front")
 
 
-@pytest.mark.parametrize("near, corners", [(0.1995, 1), (0.18, 2)], ids=["within 5 %", "beyond"])
-def test_the_front_has_the_tolerances_of_the_table(browser, runs, tmp_path, near, corners):
+@pytest.mark.parametrize(
+    "near, corners", [(0.1995, 1), (0.18, 2)], ids=["within 5 %", "beyond"]
+)
+def test_the_front_has_the_tolerances_of_the_table(
+    browser, runs, tmp_path, near, corners
+):
     """Between the fastest and the best, `near` is slightly better than the one in each."""
     runs.write("fastest", lost=9, latency_ms=(0.4, 0.15))
     runs.write("near", lost=5, latency_ms=(0.4, near))
@@ -52,9 +57,12 @@ def test_the_front_has_the_tolerances_of_the_table(browser, runs, tmp_path, near
 
 
 def test_starts_with_an_x_axis_that_varies(browser, runs, tmp_path):
-    """Sizes that differ by padding, and latencies within their tolerance, do not vary; seconds always do."""
+    """Sizes within padding and latencies within tolerance do not vary; seconds do."""
     for index, lr in enumerate((0.1, 0.01, 0.001)):
-        facts = {"size_kb": (800.0, 200 + index / 20), "latency_ms": (0.4, 0.2 + index / 1000)}
+        facts = {
+            "size_kb": (800.0, 200 + index / 20),
+            "latency_ms": (0.4, 0.2 + index / 1000),
+        }
         runs.write(
             f"run{index}",
             lr=lr,
@@ -84,9 +92,17 @@ def test_starts_with_an_x_axis_that_varies(browser, runs, tmp_path):
     assert find(browser, "#x")[0].get_attribute("value") == "size_kb"
 
 
-def test_groups_have_error_bars_and_their_runs_a_table_of_their_own(browser, runs, tmp_path):
+def test_groups_have_error_bars_and_their_runs_a_table_of_their_own(
+    browser, runs, tmp_path
+):
     for seed, lost in enumerate((10, 20, 30)):
-        runs.write(f"a{seed}", lost=lost, seed=seed, curves=3, latency_ms=(0.4, 0.2 + seed / 10))
+        runs.write(
+            f"a{seed}",
+            lost=lost,
+            seed=seed,
+            curves=3,
+            latency_ms=(0.4, 0.2 + seed / 10),
+        )
     runs.write("b", method="qat", curves=3, size_kb=(800.0, 300.0))
     write(compare([runs.folder], group_by=["method"]), html=tmp_path / "x.html")
     browser.get((tmp_path / "x.html").as_uri())
@@ -100,10 +116,14 @@ def test_groups_have_error_bars_and_their_runs_a_table_of_their_own(browser, run
         "97.00 ± 1.00",
     ]
     # From 96 to 98, and on latency's axis from 0.2 to 0.4 ms too; a single run has no deviation.
-    scale = "const p = state.points, y = v => p[0].y + (99 - v) / 2 * (p[1].y - p[0].y); return [y(96), y(98)]"
+    scale = (
+        "const p = state.points, y = v => p[0].y + (99 - v) / 2 * (p[1].y - p[0].y); "
+        "return [y(96), y(98)]"
+    )
     (bar,) = find(browser, "#scatter .bar")
     low, high = (
-        float(number) for number in re.findall(r" ([\d.]+)V([\d.]+)M", bar.get_attribute("d"))[0]
+        float(number)
+        for number in re.findall(r" ([\d.]+)V([\d.]+)M", bar.get_attribute("d"))[0]
     )
     assert [low, high] == pytest.approx(browser.execute_script(scale), abs=0.01)
     choose(browser, "#x", "latency, ms")

@@ -36,7 +36,10 @@ def bright_pixels(**options):
 @pytest.mark.parametrize(
     "setting, words",
     [
-        ("truth.max_steps=1e-6", "layer conv1: converted, it differs from its simulation"),
+        (
+            "truth.max_steps=1e-6",
+            "layer conv1: converted, it differs from its simulation",
+        ),
         ("truth.max_range_ratio=1.01", "layer quant: evaluation inputs span"),
     ],
 )
@@ -47,12 +50,20 @@ def test_truth_gate(tmp_path, monkeypatch, caplog, setting, words):
         "quant.engine=qnnpack",
     ]  # whose kernels round otherwise; fbgemm's are equal to the bit
     assert (
-        execute(tmp_path / "default", *others, "truth.on_failure=error").report.truth["ok"] is True
+        execute(tmp_path / "default", *others, "truth.on_failure=error").report.truth[
+            "ok"
+        ]
+        is True
     )
 
-    report, message = refused(tmp_path / "error", *others, setting, "truth.on_failure=error")
+    report, message = refused(
+        tmp_path / "error", *others, setting, "truth.on_failure=error"
+    )
     assert words in message and f"above {setting.replace('1e-6', '1e-06')}" in message
-    assert report["truth"]["ok"] is False and report["truth"]["failures"] == message.splitlines()
+    assert (
+        report["truth"]["ok"] is False
+        and report["truth"]["failures"] == message.splitlines()
+    )
     assert report["metrics"]["quantized"]["count"] == 48  # what was measured is kept
     assert not (tmp_path / "error" / "quantized.pt").exists()
 

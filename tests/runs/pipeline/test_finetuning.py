@@ -7,7 +7,12 @@ from qtrain.runs import trainings
 
 
 def test_the_best_int8_epoch_is_kept(base, tmp_path, monkeypatch):
-    constant = (QAT, LONG, "scheduler@quant.scheduler=constant", "quant.convert_every=0")
+    constant = (
+        QAT,
+        LONG,
+        "scheduler@quant.scheduler=constant",
+        "quant.convert_every=0",
+    )
     after = {
         epochs: execute(tmp_path / str(epochs), *constant, f"quant.epochs={epochs}")
         for epochs in (1, 2, 3)
@@ -35,11 +40,16 @@ def test_the_best_int8_epoch_is_kept(base, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(trainings, "val_scores", scripted(qualities))
         run = execute(
-            tmp_path / f"best_{qualities}", *constant, "quant.convert_every=1", "quant.epochs=3"
+            tmp_path / f"best_{qualities}",
+            *constant,
+            "quant.convert_every=1",
+            "quant.epochs=3",
         )
         assert run.quantized == after[best].quantized
         assert [
-            line["qat/int8_val_accuracy"] for line in run.lines if "qat/int8_val_accuracy" in line
+            line["qat/int8_val_accuracy"]
+            for line in run.lines
+            if "qat/int8_val_accuracy" in line
         ] == qualities
 
 
@@ -60,7 +70,8 @@ def test_qat_settings_are_its_own(tmp_path):
         "trainer.log_every=1",
     )
     steps = {
-        stage: [line for line in run.lines if f"{stage}/lr" in line] for stage in ("float", "qat")
+        stage: [line for line in run.lines if f"{stage}/lr" in line]
+        for stage in ("float", "qat")
     }
     assert [len(lines) for lines in steps.values()] == [3 * 4, 2 * 4]
     assert max(line["float/lr"] for line in steps["float"]) == pytest.approx(0.1)
@@ -70,7 +81,10 @@ def test_qat_settings_are_its_own(tmp_path):
 
 
 def test_fewer_bits_for_activations_are_simulated(base):
-    for arguments in (("quant.activation.bits=4",), (QAT, "quant.activation.bits=4", PER_TENSOR)):
+    for arguments in (
+        ("quant.activation.bits=4",),
+        (QAT, "quant.activation.bits=4", PER_TENSOR),
+    ):
         report = base(*arguments).report
         assert report.quant["simulated"] is True
         assert report.metrics["quantized"] == report.metrics["fake"]
@@ -83,6 +97,8 @@ def test_fewer_bits_for_activations_are_simulated(base):
 
 
 def test_qat_of_fewer_bits_is_simulated_per_channel(base):
-    report = base(QAT, "quant.activation.bits=4", "quant.weight.granularity=per_channel").report
+    report = base(
+        QAT, "quant.activation.bits=4", "quant.weight.granularity=per_channel"
+    ).report
     assert report.quant["simulated"] is True
     assert set(report.qparams) == {"quant", "linear1", "linear2", "linear3"}

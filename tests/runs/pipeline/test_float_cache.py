@@ -42,13 +42,19 @@ def test_cache_spares_the_training(tmp_path, base, caplog):
     uncached, trained = base(QAT), execute(tmp_path / "first", QAT, folder)
     with caplog.at_level(logging.INFO, "qtrain"):
         cached = execute(tmp_path / "second", QAT, folder)
-    assert (trained.report.float_from, cached.report.float_from) == ("training", "cache")
+    assert (trained.report.float_from, cached.report.float_from) == (
+        "training",
+        "cache",
+    )
     assert "out of the cache" in caplog.text
     assert uncached.float == trained.float == cached.float
     assert uncached.quantized == trained.quantized == cached.quantized
     assert uncached.report.metrics == trained.report.metrics == cached.report.metrics
     assert cached.report.time_s["float_training"] == 0
-    assert execute(tmp_path / "third", "quant=dynamic", folder).report.float_from == "cache"
+    assert (
+        execute(tmp_path / "third", "quant=dynamic", folder).report.float_from
+        == "cache"
+    )
 
 
 def test_a_damaged_cache_is_mended(tmp_path, base, caplog):
@@ -63,7 +69,9 @@ def test_a_damaged_cache_is_mended(tmp_path, base, caplog):
     assert execute(tmp_path / "third", folder).report.float_from == "cache"
 
 
-def test_a_network_whose_code_was_changed_is_trained_from_its_own_start(tmp_path, monkeypatch):
+def test_a_network_whose_code_was_changed_is_trained_from_its_own_start(
+    tmp_path, monkeypatch
+):
     init = MLP.__init__
 
     def with_another_layer(self, **options):
@@ -92,7 +100,9 @@ def key(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Key) as caught:
             patch.setattr(trainings, "FloatCache", stop)
             pipeline.execute(
-                compose("float_cache=somewhere", *overrides), tmp_path_factory.mktemp("key"), []
+                compose("float_cache=somewhere", *overrides),
+                tmp_path_factory.mktemp("key"),
+                [],
             )
         return str(caught.value)
 
@@ -148,11 +158,14 @@ def test_the_cache_does_not_tell_apart(key, usual_key, change):
 
 
 def test_the_cache_goes_by_the_datas_content_not_by_their_place(key, monkeypatch):
-    here, there = (key("data=mnist", f"data.root={place}") for place in ("here", "there"))
+    here, there = (
+        key("data=mnist", f"data.root={place}") for place in ("here", "there")
+    )
     assert here == there
     others = digits(48, seed=2)
     monkeypatch.setattr(
-        "qtrain.data.mnist.mnist", lambda root, **options: image_loaders(others, others, **options)
+        "qtrain.data.mnist.mnist",
+        lambda root, **options: image_loaders(others, others, **options),
     )
     assert key("data=mnist", "data.root=here") != here
 

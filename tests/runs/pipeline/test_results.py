@@ -65,11 +65,19 @@ def test_report(base, method):
     assert report["metrics"].keys() == {"float", "fake", "quantized"}
     assert (report["metrics"]["fake"] is None) == (is_float or method == "dynamic")
     for metrics in filter(None, report["metrics"].values()):
-        assert 0 <= metrics["accuracy"] <= 1 and metrics["loss"] > 0 and metrics["count"] == 48
+        assert (
+            0 <= metrics["accuracy"] <= 1
+            and metrics["loss"] > 0
+            and metrics["count"] == 48
+        )
         assert sum(metrics["wrong_per_class"]) == round(48 * (1 - metrics["accuracy"]))
         assert sum(map(sum, metrics["confusion"])) == 48
-    assert list(report["time_s"]) == list(work.CLOCKS) and report["time_s"]["records"] > 0
-    assert (report["time_s"]["finetuning"] > 0.01) == (method in ("qat", "float_finetuned"))
+    assert (
+        list(report["time_s"]) == list(work.CLOCKS) and report["time_s"]["records"] > 0
+    )
+    assert (report["time_s"]["finetuning"] > 0.01) == (
+        method in ("qat", "float_finetuned")
+    )
     assert (report["threads"], report["device"]) == (1, "cpu")
     assert report["peak_memory_bytes"] > 10**7
     assert report["versions"].keys() >= {"torch", "torchvision"}
@@ -77,11 +85,18 @@ def test_report(base, method):
 
 
 def test_the_plan_is_in_the_report_with_the_bits_of_each_layer(base):
-    plan = base("quant=ptq", "quant.layers={linear1: {bits: 4}, linear2: float}").report.plan
+    plan = base(
+        "quant=ptq", "quant.layers={linear1: {bits: 4}, linear2: float}"
+    ).report.plan
     assert list(plan) == ["quant", "linear1", "linear2", "linear3"]
-    bits = {name: layer["weight"] and layer["weight"]["bits"] for name, layer in plan.items()}
+    bits = {
+        name: layer["weight"] and layer["weight"]["bits"]
+        for name, layer in plan.items()
+    }
     assert bits == {"quant": None, "linear1": 4, "linear2": None, "linear3": 8}
-    assert {name for name, layer in plan.items() if layer["backend"] == "float"} == {"linear2"}
+    assert {name for name, layer in plan.items() if layer["backend"] == "float"} == {
+        "linear2"
+    }
     assert base("quant=none").report.plan == {}
 
 
@@ -95,8 +110,12 @@ def test_report_of_int8_layers(base):
     )
     assert report.truth["min_sqnr_db"] == min(report.truth["sqnr_db"].values())
     weights, biases = 784 * 8 + 8 * 8 + 8 * 10, 8 + 8 + 10
-    assert report.coverage["params_quantized"] == pytest.approx(weights / (weights + biases))
-    assert report.coverage["macs_quantized"] == 1 and report.coverage["float_layers"] == {}
+    assert report.coverage["params_quantized"] == pytest.approx(
+        weights / (weights + biases)
+    )
+    assert (
+        report.coverage["macs_quantized"] == 1 and report.coverage["float_layers"] == {}
+    )
 
 
 def test_sizes(base):
@@ -129,7 +148,9 @@ def test_scores_of_each_example(base):
     } == dict.fromkeys(("float", "fake", "quantized"), (48, np.dtype("uint8")))
     for kind, scores in examples.items():
         assert scores.mean() == pytest.approx(run.report.metrics[kind]["accuracy"])
-    pairs = list(zip(examples["float"].tolist(), examples["quantized"].tolist(), strict=True))
+    pairs = list(
+        zip(examples["float"].tolist(), examples["quantized"].tolist(), strict=True)
+    )
     gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
     assert gained + lost > 0
     mean = (gained - lost) / 48

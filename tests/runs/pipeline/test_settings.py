@@ -6,7 +6,17 @@ import re
 import pytest
 import torch
 from omegaconf import DictConfig
-from small_runs import COSINE, DYNAMIC, LONG, PER_TENSOR, QAT, SGD, compose, execute, int8_scores
+from small_runs import (
+    COSINE,
+    DYNAMIC,
+    LONG,
+    PER_TENSOR,
+    QAT,
+    SGD,
+    compose,
+    execute,
+    int8_scores,
+)
 
 CONVNET, X86 = "model=convnet model.width=2", "quant.engine=x86"
 WEIGHT_PERCENTILE = "observer@quant.weight.observer=percentile"
@@ -84,7 +94,11 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     (X86, PER_TENSOR, int8_weights),
     ("", "quant.weight.narrow_range=true", int8_weights),
     (PER_TENSOR, WEIGHT_PERCENTILE, fact("quant.weight.observer")),
-    (f"{PER_TENSOR} {WEIGHT_PERCENTILE}", "quant.weight.observer.percentile=90", int8_weights),
+    (
+        f"{PER_TENSOR} {WEIGHT_PERCENTILE}",
+        "quant.weight.observer.percentile=90",
+        int8_weights,
+    ),
     (
         f"{PER_TENSOR} {WEIGHT_PERCENTILE} quant.weight.observer.percentile=90",
         "quant.weight.observer.bins=16",
@@ -92,7 +106,11 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     ),
     ("", "quant.activation.bits=6", fact("quant.simulated")),
     ("", "quant.activation.symmetric=true", scales),
-    ("quant.activation.reduce_range=false", "quant.activation.reduce_range=true", scales),
+    (
+        "quant.activation.reduce_range=false",
+        "quant.activation.reduce_range=true",
+        scales,
+    ),
     ("", "quant.activation.observer=histogram", scales),
     (HISTOGRAM, "quant.activation.observer.bins=16", scales),
     (MOVING, "quant.activation.observer.averaging_constant=0.9", scales),
@@ -136,7 +154,11 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     (WEIGHT_ONLY, "quant.weight.symmetric=false", int8_weights),
     (WEIGHT_ONLY, PER_TENSOR, int8_weights),
     (WEIGHT_ONLY, "quant.weight.narrow_range=false", int8_weights),
-    (WEIGHT_ONLY, "quant.weight.granularity=per_group quant.weight.group_size=4", int8_weights),
+    (
+        WEIGHT_ONLY,
+        "quant.weight.granularity=per_group quant.weight.group_size=4",
+        int8_weights,
+    ),
     (WEIGHT_ONLY, "quant.layers={linear2: {bits: 2}}", int8_weights),
     (LLM_INT8, "quant.threshold=0.5", fact("metrics.quantized.loss")),
     (LLM_INT8, "quant.layers={linear2: float}", int8_weights),
@@ -159,7 +181,9 @@ def test_every_setting_changes_something(base, tmp_path, common, change, look):
         torch.backends.quantized.supported_engines
     ):
         pytest.skip("engines that this machine lacks")
-    assert look(base(*common.split())) != look(execute(tmp_path, *common.split(), *_words(change)))
+    assert look(base(*common.split())) != look(
+        execute(tmp_path, *common.split(), *_words(change))
+    )
 
 
 def _words(change):
@@ -203,7 +227,8 @@ ELSEWHERE = {  # settings with tests of their own, by the test or its file
     "measure.repeats": "test_measurements_are_made_as_asked",
     "quant.weight.group_size": "refused, in config/test_mistakes",
     "quant.weight.reduce_range": "refused, in config/test_mistakes",
-    "quant.weight.observer": "refused, in quant/test_weight_only",  # where it is no group
+    # Where it is no group
+    "quant.weight.observer": "refused, in quant/test_weight_only",
     "quant.embedding": "quant/test_weight_only",
     "quant.head": "quant/test_weight_only",
     "quant.optimizer.fused": "as optimizer.fused",
@@ -242,7 +267,8 @@ def test_no_setting_is_left_out(method, choices):
     }  # has no effect on weights, seen whole
     for common, change, _ in SETTINGS:
         of = re.search(
-            r"quant=(\w+)", common.replace("fp16", method if method == "bf16" else "fp16")
+            r"quant=(\w+)",
+            common.replace("fp16", method if method == "bf16" else "fp16"),
         )
         if (of[1] if of else "ptq") in methods or "quant." not in change:
             known |= {word.split("=")[0] for word in f"{common} {change}".split()}

@@ -28,7 +28,9 @@ def test_measurements_are_made_as_asked(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(stages.outputs, "summary", lambda *_: [])
     pipeline.execute(
-        compose("measure.repeats=7", "measure.warmup=5", "measure.batch_sizes=[1,2]"), tmp_path, []
+        compose("measure.repeats=7", "measure.warmup=5", "measure.batch_sizes=[1,2]"),
+        tmp_path,
+        [],
     )
     assert asked == [{"repeats": 7, "warmup": 5, "batch_sizes": [1, 2]}]
 
@@ -37,10 +39,16 @@ def test_measurements_are_made_as_asked(tmp_path, monkeypatch):
 def test_calibration_data(split, size):
     settings = compose(f"calib_split={split}", "calib_batches=null")
     parts = build.build(settings)
-    loader = {"train": parts.data.calib, "val": parts.data.val, "test": parts.data.test}[split]
+    loader = {
+        "train": parts.data.calib,
+        "val": parts.data.val,
+        "test": parts.data.test,
+    }[split]
     expected = torch.cat([images for images, _ in loader])
     for _ in range(2):  # in the same order every time
-        images = torch.cat([inputs for (inputs,) in stages.CalibrationInputs(settings, parts)])
+        images = torch.cat(
+            [inputs for (inputs,) in stages.CalibrationInputs(settings, parts)]
+        )
         assert len(images) == size and torch.equal(images, expected)
     settings = OmegaConf.merge(settings, {"calib_batches": 1})
     ((first,),) = stages.CalibrationInputs(settings, parts)

@@ -56,14 +56,18 @@ def test_steps_between_two_saves_alone_are_done_again(tmp_path, monkeypatch):
             add = RunningMean.add
             steps.clear()
             patch.setattr(
-                RunningMean, "add", lambda self, loss, add=add: (steps.append(1), add(self, loss))
+                RunningMean,
+                "add",
+                lambda self, loss, add=add: (steps.append(1), add(self, loss)),
             )
             execute(folder, "float", f"trainer.save_every={save_every}", resume=True)
         assert len(steps) == expected
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+    "number, code",
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
+    ids=["SIGINT", "SIGTERM"],
 )
 def test_a_signal_saves_at_the_next_step(tmp_path, monkeypatch, capsys, number, code):
     folder = tmp_path / "stopped"
@@ -72,7 +76,9 @@ def test_a_signal_saves_at_the_next_step(tmp_path, monkeypatch, capsys, number, 
         break_at(patch, 15, lambda: os.kill(os.getpid(), number))
         execute(folder, "qat", "trainer.save_every=null")
     assert signal.getsignal(number) is before
-    assert caught.value.signum == number and f"qtrain resume={folder}" in str(caught.value)
+    assert caught.value.signum == number and f"qtrain resume={folder}" in str(
+        caught.value
+    )
     report = json.loads((folder / "report.json").read_text())
     assert report["status"] == "interrupted" and f"resume={folder}" in report["error"]
     (failure,) = find([folder]).failures  # how qtrain-compare sees it
@@ -80,12 +86,15 @@ def test_a_signal_saves_at_the_next_step(tmp_path, monkeypatch, capsys, number, 
     state = torch.load(folder_state(folder, "qat"), weights_only=True)
     assert state["place"] == {"epoch": 0, "batches": 3, "step": 3}
 
-    monkeypatch.setattr(pipeline, "execute", lambda *_, **__: (_ for _ in ()).throw(caught.value))
+    monkeypatch.setattr(
+        pipeline, "execute", lambda *_, **__: (_ for _ in ()).throw(caught.value)
+    )
     monkeypatch.setattr(sys, "argv", ["qtrain", f"resume={folder}"])
     with pytest.raises(SystemExit) as stop, root_logger_restored():
         cli.main()
     assert (
-        stop.value.code == code and f"go on with: qtrain resume={folder}" in capsys.readouterr().err
+        stop.value.code == code
+        and f"go on with: qtrain resume={folder}" in capsys.readouterr().err
     )
 
 
@@ -110,7 +119,10 @@ def test_a_signal_outside_a_training_ends_at_once(tmp_path, monkeypatch):
     )
     with pytest.raises(Interrupted):
         execute(tmp_path / "run", "float")
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["status"] == "interrupted"
+    assert (
+        json.loads((tmp_path / "run" / "report.json").read_text())["status"]
+        == "interrupted"
+    )
 
 
 def test_resume_on_the_command_line(tmp_path, monkeypatch, capsys, whole):
@@ -152,6 +164,14 @@ def test_tensorboard_shows_every_step_once(tmp_path, monkeypatch):
     execute(tmp_path / "whole", "float", "logger=tensorboard", "trainer.log_every=1")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         break_at(patch, 10, die)
-        execute(tmp_path / "killed", "float", "logger=tensorboard", "trainer.log_every=1")
-    execute(tmp_path / "killed", "float", "logger=tensorboard", "trainer.log_every=1", resume=True)
+        execute(
+            tmp_path / "killed", "float", "logger=tensorboard", "trainer.log_every=1"
+        )
+    execute(
+        tmp_path / "killed",
+        "float",
+        "logger=tensorboard",
+        "trainer.log_every=1",
+        resume=True,
+    )
     assert events(tmp_path / "killed") == events(tmp_path / "whole") != []

@@ -32,7 +32,8 @@ def test_no_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", ["seed=1", "quant=qat", "trainer.epochs=3", "-m", "nonsense=1", "model.width=null"]
+    "extra",
+    ["seed=1", "quant=qat", "trainer.epochs=3", "-m", "nonsense=1", "model.width=null"],
 )
 def test_settings_that_contradict(killed, extra):
     with pytest.raises(ValueError, match=f"resume=.*: {extra} is not what the run has"):
@@ -40,7 +41,10 @@ def test_settings_that_contradict(killed, extra):
 
 
 def test_settings_that_agree(killed):
-    assert open_run(killed, ["seed=0", "quant=ptq", "trainer.epochs=2"])[0].trainer.epochs == 2
+    assert (
+        open_run(killed, ["seed=0", "quant=ptq", "trainer.epochs=2"])[0].trainer.epochs
+        == 2
+    )
 
 
 @pytest.mark.parametrize("place", [0, 40, -1], ids=["digest", "content", "end"])
@@ -50,7 +54,8 @@ def test_a_damaged_state(killed, place):
     content[place] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"float.pt is damaged; delete the folder .*resume to train again"
+        ValueError,
+        match=r"float.pt is damaged; delete the folder .*resume to train again",
     ):
         execute(killed, "float", "float_cache=null", resume=True)
 
@@ -58,7 +63,8 @@ def test_a_damaged_state(killed, place):
 def test_a_damaged_report(killed):
     (killed / "report.json").write_text("{")
     with pytest.raises(
-        ValueError, match=r"report.json: not readable as JSON .*; delete that file to go on"
+        ValueError,
+        match=r"report.json: not readable as JSON .*; delete that file to go on",
     ):
         open_run(killed, [])
 
@@ -66,13 +72,18 @@ def test_a_damaged_report(killed):
 def test_a_run_that_is_still_at_work(killed, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["qtrain", f"resume={killed}"])
     before = sorted(killed.iterdir())
-    with alone(killed), pytest.raises(SystemExit, match="killed: another process is at work there"):
+    with (
+        alone(killed),
+        pytest.raises(SystemExit, match="killed: another process is at work there"),
+    ):
         cli.main()
     assert [path for path in sorted(killed.iterdir()) if path.name != LOCK] == before
 
 
 def test_a_state_of_another_config(killed):
-    with pytest.raises(ValueError, match=r"float.pt was written by a run with another config"):
+    with pytest.raises(
+        ValueError, match=r"float.pt was written by a run with another config"
+    ):
         execute(killed, "float", "optimizer.lr=0.5", resume=True)
 
 

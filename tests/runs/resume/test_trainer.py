@@ -20,7 +20,13 @@ def fit(progress):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (23, 6, 6), dtype=torch.uint8, generator=generator)
     loader = ImageLoader(
-        images, torch.arange(23) % 3, batch_size=3, shuffle=True, mean=0.5, std=0.5, channels=1
+        images,
+        torch.arange(23) % 3,
+        batch_size=3,
+        shuffle=True,
+        mean=0.5,
+        std=0.5,
+        channels=1,
     )
     torch.manual_seed(5)
     layers = (
@@ -35,7 +41,13 @@ def fit(progress):
     logger = Logger()
     logger.log = lambda metrics, step: logged.append((step, metrics))
     trainer = Trainer(
-        epochs=3, max_steps=11, accumulate=2, clip_norm=1.0, log_every=3, save_every=1, devices=1
+        epochs=3,
+        max_steps=11,
+        accumulate=2,
+        clip_norm=1.0,
+        log_every=3,
+        save_every=1,
+        devices=1,
     )
     trainer.fit(
         model,
@@ -52,7 +64,9 @@ def fit(progress):
 
 
 @pytest.mark.parametrize("batch", range(2, 23, 3))
-def test_every_place_with_dropout_accumulation_and_schedule(tmp_path, monkeypatch, batch):
+def test_every_place_with_dropout_accumulation_and_schedule(
+    tmp_path, monkeypatch, batch
+):
     def progress(folder, resume=False):
         (tmp_path / folder).mkdir(exist_ok=True)
         return Progress(tmp_path / folder, "key", resume=resume, signals=Signals())

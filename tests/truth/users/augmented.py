@@ -30,5 +30,6 @@ def noisy_digits(*, own_generator=False, **options):
     generator = torch.Generator().manual_seed(1) if own_generator else None
     samples = Noisy(data.train.images[:512], data.train.labels[:512])
     return replace(
-        data, train=DataLoader(samples, batch_size=64, shuffle=True, generator=generator)
+        data,
+        train=DataLoader(samples, batch_size=64, shuffle=True, generator=generator),
     )

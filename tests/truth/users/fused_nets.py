@@ -13,10 +13,8 @@ class Fused(nn.Module):
         super().__init__()
         self.quant, self.dequant = QuantStub(), DeQuantStub()
         self.groups, self.kind = groups, kind
-        self.conv, self.bn = (
-            nn.Conv2d(1, 4, 3, stride=2),
-            nn.BatchNorm2d(4, affine=kind != "not_affine"),
-        )
+        self.conv = nn.Conv2d(1, 4, 3, stride=2)
+        self.bn = nn.BatchNorm2d(4, affine=kind != "not_affine")
         if kind == "no_statistics":
             self.bn = nn.BatchNorm2d(4, track_running_stats=False)
         self.relu = nn.ReLU6() if kind == "relu6" else nn.ReLU()
@@ -27,7 +25,11 @@ class Fused(nn.Module):
     def forward(self, x):
         y = self.conv(self.quant(x))
         y = y if self.kind == "straight" else self.bn(y)
-        y = self.add.add(self.conv2(self.relu(y)), y) if self.kind == "skip" else self.relu(y)
+        y = (
+            self.add.add(self.conv2(self.relu(y)), y)
+            if self.kind == "skip"
+            else self.relu(y)
+        )
         return self.dequant(self.head(y.flatten(1)))
 
     def fuse_model(self, is_qat):
@@ -48,15 +50,15 @@ class LinearBN(nn.Module):
     def __init__(self):
         super().__init__()
         self.quant, self.dequant = QuantStub(), DeQuantStub()
-        self.fc, self.bn, self.relu, self.head = (
-            nn.Linear(784, 16),
-            nn.BatchNorm1d(16),
-            nn.ReLU(),
-            nn.Linear(16, 10),
-        )
+        self.fc = nn.Linear(784, 16)
+        self.bn = nn.BatchNorm1d(16)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(16, 10)
 
     def forward(self, x):
-        return self.dequant(self.head(self.relu(self.bn(self.fc(self.quant(x).flatten(1))))))
+        return self.dequant(
+            self.head(self.relu(self.bn(self.fc(self.quant(x).flatten(1)))))
+        )
 
     def fuse_model(self, is_qat):
         fuse(self, [["fc", "bn", "relu"]], is_qat=is_qat)

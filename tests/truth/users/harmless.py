@@ -17,7 +17,9 @@ class Net(nn.Module):
     def __init__(self, *, width: int) -> None:
         super().__init__()
         self.quant, self.dequant = QuantStub(), DeQuantStub()
-        self.layers = nn.Sequential(nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+        self.layers = nn.Sequential(
+            nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10)
+        )
 
     def forward(self, x):
         return self.dequant(self.layers(self.quant(x.flatten(1))))

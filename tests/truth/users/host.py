@@ -9,5 +9,7 @@ SEEN = set()
 
 class Watcher(MLP):
     def forward(self, x):
-        SEEN.update(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+        SEEN.update(
+            signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+        )
         return super().forward(x)

@@ -7,4 +7,6 @@ from qtrain.backend.torch_ao import DeQuantStub, QuantStub
 
 class ManyClasses(nn.Sequential):
     def __init__(self, classes):
-        super().__init__(nn.Flatten(), QuantStub(), nn.Linear(784, classes), DeQuantStub())
+        super().__init__(
+            nn.Flatten(), QuantStub(), nn.Linear(784, classes), DeQuantStub()
+        )

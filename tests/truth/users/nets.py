@@ -27,7 +27,9 @@ class Normed(Base):
         self.head = nn.Linear(8 * 49, 10)
 
     def forward(self, x):
-        return self.dequant(self.head(F.relu(self.norm(self.conv(self.quant(x)))).flatten(1)))
+        return self.dequant(
+            self.head(F.relu(self.norm(self.conv(self.quant(x)))).flatten(1))
+        )
 
 
 class Joined(Base):
@@ -104,7 +106,8 @@ class Output(Base):
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
-        self.fc, self.head = nn.Linear(784, 16), nn.Linear(16, 5 if kind == "few" else 10)
+        self.fc = nn.Linear(784, 16)
+        self.head = nn.Linear(16, 5 if kind == "few" else 10)
         if kind == "map":
             self.conv = nn.Conv2d(1, 10, 28)
         if kind == "aux":
@@ -118,7 +121,11 @@ class Output(Base):
         out = self.dequant(self.head(y))
         if self.kind == "dict":
             return {"logits": out}
-        return (out, self.dequant(self.aux(y))) if self.training and self.kind == "aux" else out
+        return (
+            (out, self.dequant(self.aux(y)))
+            if self.training and self.kind == "aux"
+            else out
+        )
 
 
 class NoStub(nn.Module):
@@ -135,8 +142,11 @@ class Parameters(Base):
 
     def __init__(self, stub=False):
         super().__init__()
-        self.fc, self.head, self.mul = nn.Linear(784, 16), nn.Linear(16, 10), FloatFunctional()
-        self.gamma, self.stub = nn.Parameter(torch.full((16,), 0.1)), QuantStub() if stub else None
+        self.fc = nn.Linear(784, 16)
+        self.head = nn.Linear(16, 10)
+        self.mul = FloatFunctional()
+        self.gamma = nn.Parameter(torch.full((16,), 0.1))
+        self.stub = QuantStub() if stub else None
 
     def forward(self, x):
         y = self.fc(self.quant(x).flatten(1))
@@ -188,7 +198,9 @@ class WeightNormed(Base):
 class Tokens(Base):
     def __init__(self, qconfig=False, bag=False):
         super().__init__()
-        self.emb = nn.EmbeddingBag(256, 16, mode="sum") if bag else nn.Embedding(256, 16)
+        self.emb = (
+            nn.EmbeddingBag(256, 16, mode="sum") if bag else nn.Embedding(256, 16)
+        )
         self.head, self.bag = nn.Linear(16, 10), bag
         if qconfig:
             self.emb.qconfig = torch.ao.quantization.float_qparams_weight_only_qconfig
@@ -203,10 +215,8 @@ class Pooled(Base):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(1, 4, 3, padding=1)
-        self.pool, self.head = (
-            nn.AvgPool2d(7, 7, padding=3, count_include_pad=False),
-            nn.LazyLinear(10),
-        )
+        self.pool = nn.AvgPool2d(7, 7, padding=3, count_include_pad=False)
+        self.head = nn.LazyLinear(10)
         self(torch.zeros(1, 1, 28, 28))
 
     def forward(self, x):
@@ -258,10 +268,17 @@ class Residual(Base):
 
     def __init__(self, activation="relu"):
         super().__init__()
-        kinds = {"relu": nn.ReLU, "silu": nn.SiLU, "prelu": nn.PReLU, "sigmoid": nn.Sigmoid}
+        kinds = {
+            "relu": nn.ReLU,
+            "silu": nn.SiLU,
+            "prelu": nn.PReLU,
+            "sigmoid": nn.Sigmoid,
+        }
         self.conv1 = nn.Conv2d(1, 4, 3, stride=2, bias=False)
         self.conv2 = nn.Conv2d(4, 4, 3, padding=1, bias=False)
-        self.add, self.act, self.last = FloatFunctional(), kinds[activation](), nn.SiLU()
+        self.add = FloatFunctional()
+        self.act = kinds[activation]()
+        self.last = nn.SiLU()
         self.head = nn.Linear(4 * 169, 10, bias=False)
 
     def forward(self, x):
@@ -276,4 +293,6 @@ class ByKeyword(Base):
         self.fc, self.head, self.act = nn.Linear(784, 16), nn.Linear(16, 10), nn.SiLU()
 
     def forward(self, x):
-        return self.dequant(self.head(self.act(input=self.fc(self.quant(x).flatten(1)))))
+        return self.dequant(
+            self.head(self.act(input=self.fc(self.quant(x).flatten(1))))
+        )

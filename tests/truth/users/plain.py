@@ -234,7 +234,9 @@ class Several(Head):
             logits = logits + self.side(extra)
         if self.kind == "dict":
             return {"logits": logits, "features": features}
-        return Output(logits, features) if self.kind == "dataclass" else (logits, features)
+        return (
+            Output(logits, features) if self.kind == "dataclass" else (logits, features)
+        )
 
 
 class InPlace(Head):

@@ -21,7 +21,9 @@ class RandomNet(nn.Module):
             width = draw.choice([4, 6, 8])
             stride = draw.choice([1, 2])
             grouped = (
-                channels if channels > 1 and width % channels == 0 and draw.random() < 0.3 else 1
+                channels
+                if channels > 1 and width % channels == 0 and draw.random() < 0.3
+                else 1
             )
             self._add(
                 f"conv{index}",
@@ -86,8 +88,11 @@ class RandomNet(nn.Module):
         side = nn.Conv2d(channels, channels, 1)
         with torch.no_grad():
             side.weight *= draw.choice([0.3, 1, 5])
-        self.layers[f"side{index}"], self.layers[f"join{index}"] = side, FloatFunctional()
-        self.steps.append((draw.choice(["add", "cat", "mul", "raw_cat", "add_relu"]), index))
+        self.layers[f"side{index}"] = side
+        self.layers[f"join{index}"] = FloatFunctional()
+        self.steps.append(
+            (draw.choice(["add", "cat", "mul", "raw_cat", "add_relu"]), index)
+        )
 
     def forward(self, x):
         if self.channels_last:

@@ -52,7 +52,9 @@ class Mae:
 
     def summary(self, sums, loader):
         count = int(sums["count"])
-        return {name: float(sums[name]) / count for name in self.numbers} | {"count": count}
+        return {name: float(sums[name]) / count for name in self.numbers} | {
+            "count": count
+        }
 
 
 class Psnr(Mae):
@@ -77,9 +79,7 @@ class Wrong(Mae):
     """Each of its parameters may be one that no table can show."""
 
     def __init__(self, *, quality="mae", higher_is_better=False, unit="", scale=1.0):
-        self.quality, self.higher_is_better, self.unit, self.scale = (
-            quality,
-            higher_is_better,
-            unit,
-            scale,
-        )
+        self.quality = quality
+        self.higher_is_better = higher_is_better
+        self.unit = unit
+        self.scale = scale

@@ -12,14 +12,20 @@ class Shared(nn.Module):
     def __init__(self, kind="relu"):
         super().__init__()
         self.quant, self.dequant = QuantStub(), DeQuantStub()
-        shared = {"relu": nn.ReLU(), "pool": nn.MaxPool2d(2), "dropout": nn.Dropout(0.1)}[kind]
+        shared = {
+            "relu": nn.ReLU(),
+            "pool": nn.MaxPool2d(2),
+            "dropout": nn.Dropout(0.1),
+        }[kind]
         self.block1 = nn.Sequential(nn.Conv2d(1, 4, 3), shared)
         self.block2 = nn.Sequential(nn.Conv2d(4, 4, 3), shared)
         self.head = nn.LazyLinear(10)
         self(torch.zeros(1, 1, 28, 28))
 
     def forward(self, x):
-        return self.dequant(self.head(self.block2(self.block1(self.quant(x))).flatten(1)))
+        return self.dequant(
+            self.head(self.block2(self.block1(self.quant(x))).flatten(1))
+        )
 
 
 class TwoNames(nn.Module):
@@ -33,7 +39,9 @@ class TwoNames(nn.Module):
         self.one, self.two = nn.Sequential(shared), nn.Sequential(shared)
 
     def forward(self, x):
-        return self.dequant(self.head(self.two(self.one(self.fc(self.quant(x).flatten(1))))))
+        return self.dequant(
+            self.head(self.two(self.one(self.fc(self.quant(x).flatten(1)))))
+        )
 
 
 class Everywhere(nn.Module):
@@ -45,4 +53,6 @@ class Everywhere(nn.Module):
         self.fc, self.head, self.act = nn.Linear(784, 16), nn.Linear(16, 10), nn.SiLU()
 
     def forward(self, x):
-        return self.act(self.dequant(self.head(self.act(self.fc(self.quant(x).flatten(1))))))
+        return self.act(
+            self.dequant(self.head(self.act(self.fc(self.quant(x).flatten(1)))))
+        )

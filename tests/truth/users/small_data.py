@@ -8,7 +8,8 @@ def digits(*, train, test, constant=False, **options):
     """Returns loaders of the first digits; with `constant`, of grey areas."""
     loader = mnist_sample(**options).train
     assert isinstance(loader, ImageLoader)
-    images, labels = loader.images[: train + test].clone(), loader.labels[: train + test]
+    images = loader.images[: train + test].clone()
+    labels = loader.labels[: train + test]
     if constant:
         images.fill_(128)
     return image_loaders(

@@ -21,7 +21,9 @@ class UNet(nn.Module):
         self.bottom = stage(2 * width, 4 * width)
         self.pool = nn.MaxPool2d(2)
         self.up2 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2)
-        self.up1 = nn.ConvTranspose2d(2 * width, width, 3, 2, padding=1, output_padding=1)
+        self.up1 = nn.ConvTranspose2d(
+            2 * width, width, 3, 2, padding=1, output_padding=1
+        )
         self.right2, self.right1 = stage(4 * width, 2 * width), stage(2 * width, width)
         self.join2, self.join1, self.gate = (qtrain.FloatFunctional() for _ in range(3))
         self.attention = nn.Softmax(1)

@@ -60,7 +60,10 @@ class AsJson(Exporter):
     def write(self, simulation, example, path):
         path.write_text(
             json.dumps(
-                {n: float(p.scale.max()) for n, p in weight_points(simulation.model).items()}
+                {
+                    n: float(p.scale.max())
+                    for n, p in weight_points(simulation.model).items()
+                }
             )
         )
 
