@@ -44,7 +44,12 @@ _HOMES = {
     "qtrain.api.quantize": ("Quantized", "quantize"),
     "qtrain.api.runs": ("compare", "load", "load_float", "run", "sample_inputs"),
     "qtrain.api.training": ("convert", "prepare"),
-    "qtrain.backend.torch_ao": ("DeQuantStub", "FloatFunctional", "QuantStub", "fuse"),
+    "qtrain.backend.torch_ao": (
+        "DeQuantStub",
+        "FloatFunctional",
+        "QuantStub",
+        "fuse",
+    ),
 }
 
 

@@ -77,7 +77,8 @@ def show(
     total = own if total is None else total
     share = 100 * inside / total
     print(
-        f"{name:<26}{how:<10}{share:>9.1f}%{decibels:>9.1f}{seconds:>9.1f}", flush=True
+        f"{name:<26}{how:<10}{share:>9.1f}%{decibels:>9.1f}{seconds:>9.1f}",
+        flush=True,
     )
     return total
 

@@ -24,7 +24,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from qtrain.data.image_folder import image_folder
-from qtrain.data.loaders import DataLoaders, ImageLoader
+from qtrain.data.loaders import DataLoaders
+from qtrain.data.tensors import ImageLoader
 from qtrain.model.mlp import MLP
 
 CLASSES = 10
@@ -136,7 +137,9 @@ def epochs(root: Path, args: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def in_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def in_turns(
+    candidates: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, float]:
     """Returns each candidate's median of seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):

@@ -213,7 +213,9 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     bandwidths = []
     for _ in range(args.rounds):
-        bandwidths.append(block.nbytes / min(seconds(block.sum) for _ in range(CALLS)))
+        bandwidths.append(
+            block.nbytes / min(seconds(block.sum) for _ in range(CALLS))
+        )
         for name, runner in models.items():
             found[name].append(measure(runner, prompt, args.new))
     bandwidth = statistics.median(bandwidths)

@@ -207,7 +207,9 @@ def aimet(parts: Parts, batch: Any) -> nn.Module:
     from aimet_torch.quantsim import QuantizationSimModel
 
     inputs = parts.task.inputs(batch)
-    sim = QuantizationSimModel(plain(parts), dummy_input=inputs[0], default_param_bw=8)
+    sim = QuantizationSimModel(
+        plain(parts), dummy_input=inputs[0], default_param_bw=8
+    )
     sim.compute_encodings(lambda model, _: model(*inputs), None)
     return sim.model.train()
 

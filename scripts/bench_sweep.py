@@ -83,7 +83,9 @@ def main() -> None:
     starts.append((runs[-1] / "report.json").stat().st_mtime)
     reports = [json.loads((run / "report.json").read_text()) for run in runs]
     stages = [sum(report["time_s"].values()) for report in reports]
-    walls = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    walls = [
+        after - before for before, after in zip(starts, starts[1:], strict=False)
+    ]
     over = [wall - own for wall, own in zip(walls, stages, strict=True)]
     assert (
         all(report["float_from"] == "cache" for report in reports[1:])

@@ -25,7 +25,7 @@ from torchvision import transforms
 
 from qtrain.analyze.measure import keep_freed_memory
 from qtrain.config.build import Parts, build, compose
-from qtrain.data.loaders import ImageLoader
+from qtrain.data.tensors import ImageLoader
 from qtrain.logger.loggers import Logger
 from qtrain.train.trainer import OptimizerFactory
 
@@ -43,7 +43,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as every run does
     data = (
-        ["data=mnist", f"data.root={args.root}"] if args.root else ["data=mnist_sample"]
+        ["data=mnist", f"data.root={args.root}"]
+        if args.root
+        else ["data=mnist_sample"]
     )
     figures = {
         "threads": args.threads,
@@ -51,14 +53,18 @@ def main() -> None:
         **loops(data, args.rounds),
     }
     print(
-        json.dumps({**figures, "qat": measure(CASES["convnet, batch 64"], args.rounds)})
+        json.dumps(
+            {**figures, "qat": measure(CASES["convnet, batch 64"], args.rounds)}
+        )
     )
 
 
 def loops(data: list[str], rounds: int, steps: int = 700) -> dict[str, float]:
     """Returns iterations per second of three loops training `mlp` in batches of 10; and ratios."""
     parts = build(
-        compose("model=mlp", "data.batch_size=10", f"trainer.max_steps={steps}", *data)
+        compose(
+            "model=mlp", "data.batch_size=10", f"trainer.max_steps={steps}", *data
+        )
     )
     candidates = {
         "qtrain": lambda: qtrain_loop(parts),
@@ -67,13 +73,17 @@ def loops(data: list[str], rounds: int, steps: int = 700) -> dict[str, float]:
     }
     seconds = take_turns(candidates, rounds)
     rates = {name: steps / median for name, median in seconds.items()}
-    print(f"mlp, batch 10: iterations per second, median of {rounds} rounds of {steps}")
+    print(
+        f"mlp, batch 10: iterations per second, median of {rounds} rounds of {steps}"
+    )
     for name, rate in rates.items():
         print(
             f"  {name:<16} {rate:8.0f}   qtrain is {rates['qtrain'] / rate:5.2f} times as fast"
         )
     return {
-        **{f"{name.replace(' ', '_')}_it_per_s": rate for name, rate in rates.items()},
+        **{
+            f"{name.replace(' ', '_')}_it_per_s": rate for name, rate in rates.items()
+        },
         "speedup_over_DataLoader_loop": rates["qtrain"] / rates["DataLoader loop"],
         "speed_relative_to_bare_loop": rates["qtrain"] / rates["bare loop"],
     }
@@ -115,7 +125,10 @@ class Digits(Dataset[tuple[torch.Tensor, int]]):
     def __init__(self, loader: ImageLoader) -> None:
         self.images, self.labels = loader.images.numpy(), loader.labels
         self.transform = transforms.Compose(
-            [transforms.ToTensor(), transforms.Normalize((loader.mean,), (loader.std,))]
+            [
+                transforms.ToTensor(),
+                transforms.Normalize((loader.mean,), (loader.std,)),
+            ]
         )
 
     def __len__(self) -> int:
@@ -138,7 +151,13 @@ def bare_loop(parts: Parts, steps: int) -> None:
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for rows in torch.randperm(len(loader.labels)).split(loader.batch_size):
-            x = loader.images[rows].float().div_(255).sub_(loader.mean).div_(loader.std)
+            x = (
+                loader.images[rows]
+                .float()
+                .div_(255)
+                .sub_(loader.mean)
+                .div_(loader.std)
+            )
             yield x.unsqueeze(1), loader.labels[rows]
 
     train(parts.model, batches(), steps, parts.optimizer)

@@ -59,7 +59,8 @@ def result(folder: Path) -> dict[str, Any]:
     """Returns what must not depend on kills: weights' digests, scores, logs but for times."""
     report = json.loads((folder / "report.json").read_text())
     lines = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     kept = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -77,7 +78,8 @@ def result(folder: Path) -> dict[str, Any]:
         )
     }
     timeless = [
-        {k: v for k, v in line.items() if not k.startswith("latency")} for line in lines
+        {k: v for k, v in line.items() if not k.startswith("latency")}
+        for line in lines
     ]
     return kept | {
         "lines": timeless,
@@ -202,7 +204,9 @@ def main() -> None:
             "killed_at": at,
             "run_s": round(seconds, 1),
         }
-        print(f"{arguments.kills} kills, all resumed to the same bits; killed at: {at}")
+        print(
+            f"{arguments.kills} kills, all resumed to the same bits; killed at: {at}"
+        )
 
     if arguments.processes:
         cache = f"float_cache={folder / 'shared'}"

@@ -23,9 +23,7 @@ GOALS = {
     "folders without a door sign": 0,
 }
 
-REACHED = {  # where a goal is not reached yet: no worse than this
-    "characters of a code line, mean": 40.1,
-}
+REACHED: dict[str, float] = {}  # where a goal is not reached yet: no worse than this
 
 
 def modules() -> dict[str, Path]:
@@ -170,7 +168,9 @@ def main() -> None:
     failed = False
     for what, (value, where) in measured.items():
         limit = REACHED.get(what, GOALS[what])
-        mark = "ok" if value <= GOALS[what] else "above" if value <= limit else "WORSE"
+        mark = (
+            "ok" if value <= GOALS[what] else "above" if value <= limit else "WORSE"
+        )
         failed |= value > limit
         print(f"{mark:>5}  {what}: {value} (goal {GOALS[what]}) {where}".rstrip())
     sys.exit(failed)

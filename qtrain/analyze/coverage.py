@@ -33,7 +33,8 @@ def coverage(
     Args:
         quantized: a converted model; it is run once.
         inputs: arguments of forward.
-        layers: the quantizer's settings by layer, as a reason for a layer to be float.
+        layers: the quantizer's settings by layer, as a reason for a layer to be
+            float.
         floats: {module that capturing left float: why}.
     """
     int8_params = float_params = 0
@@ -62,21 +63,27 @@ def coverage(
             float_layers[name] = module.reason
         elif isinstance(getattr(module, "weight", None), HalfWeight):
             float_layers[name] = "kept in float16"
-        elif (
-            weight is None and sum(own.values()) and not isinstance(module, HalfWeight)
-        ):
-            if not integers.is_quantized(module) and not _is_in_island(name, quantized):
-                around = [n for n in floats if name == n or name.startswith(f"{n}.")]
-                why = [floats[max(around, key=len)]] if around else []
-                float_layers[name] = (
-                    why[0] if why else _why_float(name, module, quantized, layers)
-                )
+        elif weight is None and sum(own.values()) and _is_float(name, quantized):
+            around = [n for n in floats if name == n or name.startswith(f"{n}.")]
+            float_layers[name] = (
+                floats[max(around, key=len)]
+                if around
+                else _why_float(name, module, quantized, layers)
+            )
     in_float: dict[str, str] = {}
     return {
         "params_quantized": int8_params / max(int8_params + float_params, 1),
         "macs_quantized": _quantized_macs(quantized, inputs, in_float),
         "float_layers": float_layers | in_float,
     }
+
+
+def _is_float(name: str, quantized: nn.Module) -> bool:
+    """Tells whether a layer without a quantized weight runs in float by itself."""
+    module = quantized.get_submodule(name)
+    if isinstance(module, HalfWeight) or integers.is_quantized(module):
+        return False
+    return not _is_in_island(name, quantized)
 
 
 def _quantized_macs(

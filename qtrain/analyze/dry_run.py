@@ -20,7 +20,7 @@ from qtrain.backend.int8.tensor import is_tensor
 from qtrain.backend.torch_ao.kernels import KernelProbe
 from qtrain.common.copying import cloned
 from qtrain.quant.base import Quantizer
-from qtrain.simulate.simulation import output_points
+from qtrain.simulate.points import output_points
 from qtrain.simulate.sites import QuantFunctional
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from qtrain.backend import integers
 def require_finite_weights(model: nn.Module) -> None:
     """Raises TruthError where a parameter, statistic or scale is missing, NaN or infinite; by name.
 
-    Other buffers may be: an attention mask, the range of an observer that saw nothing.
+    Other buffers may be: an attention mask, the range of an observer that saw
+    nothing.
     """
     # Out of the state dict: a fake quantization works its scale out when it is asked
     # for.

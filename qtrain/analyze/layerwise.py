@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from qtrain.backend.int8.tensor import QuantizedTensor, is_tensor
 from qtrain.common.copying import cloned
-from qtrain.simulate.simulation import output_points
+from qtrain.simulate.points import output_points
 
-# Modules that are never called themselves, but by their methods: what these call in the
-# end.
+# Modules that are never called themselves, but by their methods: what these call in
+# the end.
 CALLED_INSTEAD = {
     "FloatFunctional": "activation_post_process",
     "QuantFunctional": "output_q",
@@ -66,13 +66,16 @@ def relative_error(exact: Tensor, other: Tensor) -> float:
 
 @torch.no_grad()
 def divergence(
-    fake: nn.Module, quantized: nn.Module, names: list[str], inputs: tuple[Tensor, ...]
+    fake: nn.Module,
+    quantized: nn.Module,
+    names: list[str],
+    inputs: tuple[Tensor, ...],
 ) -> dict[str, float]:
     """Returns {layer: RMS difference of `quantized` and `fake`, in steps of its output}.
 
-    Each converted layer gets its simulation's input, so that earlier layers' errors do
-    not add up, and its simulation gets that again as integers have it: what an average
-    between two layers was rounded to is none of the second one's errors.
+    Each converted layer gets its simulation's input, so that earlier layers' errors
+    do not add up, and its simulation gets that again as integers have it: what an
+    average between two layers was rounded to is none of the second one's errors.
     """
     # Copies, for what comes behind a layer may work in place.
     received: dict[str, Tensor] = {}
@@ -104,9 +107,8 @@ def divergence(
             scale = output.q_scale() if output.is_quantized else scales.get(name)
             if scale is not None:
                 error = (output.dequantize() - expected) / scale
-                steps[name] = (
-                    float(error.square().mean().sqrt()) if error.numel() else 0.0
-                )
+                mean = error.square().mean() if error.numel() else torch.zeros(())
+                steps[name] = float(mean.sqrt())
 
         return hook
 

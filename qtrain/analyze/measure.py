@@ -63,8 +63,8 @@ def latency(
     The models take turns, so that a busy machine slows all of them alike.
 
     Args:
-        inputs: arguments of forward, with at least one sample each; repeated to fill a
-            batch.
+        inputs: arguments of forward, with at least one sample each; repeated to fill
+            a batch.
     """
     result: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     for size in batch_sizes:
@@ -154,7 +154,9 @@ class OtherLoad:
 NEW_TOKENS, ROUNDS = 32, 5
 
 
-def generation_speed(models: dict[str, nn.Module], prompt: Tensor) -> dict[str, float]:
+def generation_speed(
+    models: dict[str, nn.Module], prompt: Tensor
+) -> dict[str, float]:
     """Returns {model: tokens per second} on the CPU: greedy, batch 1, with the KV cache.
 
     The models take turns; medians.

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qtrain.analyze.fusing import SAME_FUNCTION, first_difference, is_layer
 from qtrain.analyze.layerwise import (
-    CALLED_INSTEAD,
     divergence,
     layer_outputs,
     present,
@@ -18,12 +18,11 @@ from qtrain.analyze.layerwise import (
 from qtrain.backend import integers
 from qtrain.common.validate import MANY, choice, number, refuse, whole
 from qtrain.functional.error import sqnr_db
-from qtrain.simulate.simulation import output_points
+from qtrain.simulate.points import output_points
 from qtrain.simulate.sites import QuantInput
 
 log = logging.getLogger(__name__)
 
-SAME_FUNCTION = 1e-4  # relative: folding a batch-norm rounds, and costs about 1e-6
 NOT_OBSERVED = (
     "its observer saw no data, so it would be converted with scale 1.0; "
     "let calibration run it"
@@ -47,10 +46,10 @@ class TruthGate:
             that round as they should stay below 0.5; those of engines that reduce the
             range do not clip where their simulation does, and may be above.
         max_loss_gap: largest difference between the losses of the converted model and
-            of its simulation, as a share of the latter's; within it, at most 0.5 % and
-            three standard errors of the difference, example by example.
-        max_range_ratio: largest width of the model's input in evaluation, in widths of
-            the calibrated range.
+            of its simulation, as a share of the latter's; within it, at most 0.5 %
+            and three standard errors of the difference, example by example.
+        max_range_ratio: largest width of the model's input in evaluation, in widths
+            of the calibrated range.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -94,11 +93,11 @@ class TruthGate:
         error = relative_error(exact, fused)
         if error <= SAME_FUNCTION:
             return []
-        names = [n for n, m in model.named_modules() if _is_layer(n, m)]
+        names = [n for n, m in model.named_modules() if is_layer(n, m)]
         before, after = (
             layer_outputs(m, present(m, names), inputs) for m in (model, reference)
         )
-        first = _first_difference(before, after, reference)
+        first = first_difference(before, after, reference)
         at = "" if first is None else f", from layer {first} on"
         return [
             f"model: fuse_model changes what the model computes{at}: with fake "
@@ -148,8 +147,8 @@ class TruthGate:
     ) -> list[str]:
         """Returns a failure for each layer with weights whose observer saw nothing in calibration.
 
-        Of layers without, such as a FloatFunctional, some models keep spare ones: they
-        fail when they are used.
+        Of layers without, such as a FloatFunctional, some models keep spare ones:
+        they fail when they are used.
 
         Args:
             auxiliary: layers that run in train mode alone.
@@ -248,7 +247,9 @@ class TruthGate:
                 break  # what runs before any layer is the model's input
             low, high = points[name].observed_range()
             seen_low, seen_high = float(values.min()), float(values.max())
-            ratio = (max(high, seen_high) - min(low, seen_low)) / max(high - low, 1e-30)
+            ratio = (max(high, seen_high) - min(low, seen_low)) / max(
+                high - low, 1e-30
+            )
             if ratio > self.max_range_ratio:
                 failures.append(
                     f"layer {name}: evaluation inputs span [{seen_low:.3g}, "
@@ -275,34 +276,3 @@ def _unobserved(quantized: nn.Module, names: list[str]) -> list[str]:
 def _decibels(reference: Tensor, approximation: Tensor) -> float:
     value = float(sqnr_db(reference, approximation))
     return -MAX_DB if math.isnan(value) else max(min(value, MAX_DB), -MAX_DB)
-
-
-def _is_layer(name: str, module: nn.Module) -> bool:
-    if type(module).__name__ in CALLED_INSTEAD:
-        return True
-    is_inner = name.endswith(".activation_post_process")
-    return bool(name) and not is_inner and not any(True for _ in module.children())
-
-
-def _first_difference(
-    before: dict[str, Tensor], after: dict[str, Tensor], fused: nn.Module
-) -> str | None:
-    """Returns the first layer, as they run, after which the fused model computes something else.
-
-    A layer that others were fused into is compared with the last of these.
-    """
-    names = [name for name in before if name in after]
-    is_gone = [isinstance(fused.get_submodule(name), nn.Identity) for name in names]
-    for index, name in enumerate(names):
-        if is_gone[index]:
-            continue
-        last = index
-        while last + 1 < len(names) and is_gone[last + 1]:
-            last += 1
-        exact = before[names[last]]
-        if (
-            exact.shape != after[name].shape
-            or relative_error(exact, after[name]) > SAME_FUNCTION
-        ):
-            return name
-    return None

@@ -24,8 +24,8 @@ def export(
     """Writes a calibrated simulation for another runtime, runs the file, and compares the two.
 
     Args:
-        simulation: as `quantize(...).simulation`, or `prepare` and a training; left as
-            it is.
+        simulation: as `quantize(...).simulation`, or `prepare` and a training; left
+            as it is.
         example: forward's arguments.
         folder: where the file goes; made where there is none.
         exporter: "torch_export" writes model.pt2; or an exporter of one's own.

@@ -97,13 +97,11 @@ def quantize(
         TruthError: the result is not what its simulation says.
     """
     check_capture(capture)
-    refuse(choice("method", method, METHODS) + whole("weight_bits", weight_bits, 2, 8))
-    quantizer = _quantizer(
-        method, engine, weight_bits, layers, Capture(capture, leaves)
-    )
-    kept = [_arguments(model, batch) for batch in islice(batches, MOST_BATCHES)]
-    if not kept:
-        raise ValueError("batches: there is none; give at least one, such as [images]")
+    wrong = choice("method", method, METHODS)
+    refuse(wrong + whole("weight_bits", weight_bits, 2, 8))
+    how = Capture(capture, leaves)
+    quantizer = _quantizer(method, engine, weight_bits, layers, how)
+    kept = _kept(model, batches)
     gate = TruthGate()
     float_model = copy_model(model).cpu().eval()
     sample = few(kept[0], gate.samples)
@@ -116,19 +114,26 @@ def quantize(
         quantizer.reference(simulation), quantizer.fake(simulation), converted, sample
     )
     gate.enforce(failures)
+    own = getattr(quantizer, "layers", {})
+    models = {"float": float_model, "quantized": converted}
     report = {
-        "coverage": coverage(
-            converted, sample, getattr(quantizer, "layers", {}), simulation.floats
-        ),
+        "coverage": coverage(converted, sample, own, simulation.floats),
         "truth": truth,
-        "size_bytes": {
-            "float": weight_bytes(float_model),
-            "quantized": weight_bytes(converted),
-        },
+        "size_bytes": {kind: weight_bytes(model) for kind, model in models.items()},
         "capture": simulation.capture,
         "plan": {name: layer.describe() for name, layer in simulation.plan.items()},
     }
     return Quantized(converted, report, simulation, type(model).__name__)
+
+
+def _kept(model: nn.Module, batches: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Returns forward's arguments of the batches that are looked at."""
+    kept = [_arguments(model, batch) for batch in islice(batches, MOST_BATCHES)]
+    if not kept:
+        raise ValueError(
+            "batches: there is none; give at least one, such as [images]"
+        )
+    return kept
 
 
 Layers = dict[str, Any] | None
@@ -198,7 +203,8 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[Any, ...]:
             f"batches: a batch holds a {wrong[0]}; allowed are tensors, "
             "tuples and mappings of forward's arguments, and (inputs, target)"
         )
-    return cloned(tuple(map(_on_cpu, parts)))  # a forward may change its input in place
+    # A forward may change its input in place
+    return cloned(tuple(map(_on_cpu, parts)))
 
 
 def _on_cpu(part: Any) -> Any:

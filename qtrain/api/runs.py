@@ -28,7 +28,9 @@ def run(*overrides: str, run_dir: str | Path | None = None) -> Report:
             do.
     """
     if run_dir is None:
-        run_dir = Path("outputs/runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+        run_dir = Path("outputs/runs") / datetime.now().strftime(
+            "%Y-%m-%d_%H-%M-%S_%f"
+        )
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return pipeline.execute(compose(*overrides), folder, list(overrides))
@@ -47,7 +49,9 @@ def load_float(run_dir: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     return artifact.load_float(Path(run_dir), trust)
 
 
-def sample_inputs(run_dir: str | Path, trust: Sequence[str] = ()) -> tuple[Tensor, ...]:
+def sample_inputs(
+    run_dir: str | Path, trust: Sequence[str] = ()
+) -> tuple[Tensor, ...]:
     """Returns forward's arguments for the first test batch of a finished run, on the CPU."""
     return artifact.sample_inputs(Path(run_dir), trust)
 

@@ -40,7 +40,9 @@ def prepare(
         ValueError: names the argument, its value and what is allowed; or the layer at
             fault.
     """
-    refuse(whole("weight_bits", weight_bits, 2, 8) + choice("capture", capture, MODES))
+    refuse(
+        whole("weight_bits", weight_bits, 2, 8) + choice("capture", capture, MODES)
+    )
     weight = replace(WEIGHT, bits=weight_bits)
     quantizer = QAT(
         engine=engine,

@@ -17,9 +17,9 @@ from qtrain.simulate.simulation import Simulation
 class Backend:
     """The kernels of one engine; a subclass says at least how to `lower`.
 
-    A layer of the lowered model that holds integers has a method or attribute `weight`
-    that knows `shape`, `numel()`, `int_repr()` and `dequantize()`, as torch's quantized
-    tensors do: truth, size and coverage look there.
+    A layer of the lowered model that holds integers has a method or attribute
+    `weight` that knows `shape`, `numel()`, `int_repr()` and `dequantize()`, as
+    torch's quantized tensors do: truth, size and coverage look there.
 
     Args:
         name: of the engine, as `quant.engine` and reports give it.
@@ -28,8 +28,8 @@ class Backend:
             16-bit sum could saturate; or what tells, once it is needed.
         asymmetric_weights: whether the kernels take weights with a zero point.
         least_activation_bits: for fewer, the simulation is the result.
-        clips_at_type: whether kernels clip at the ends of uint8, though a scale be made
-            for 0..127.
+        clips_at_type: whether kernels clip at the ends of uint8, though a scale be
+            made for 0..127.
         is_dynamic: whether it can `lower_dynamic`.
     """
 
@@ -69,7 +69,9 @@ class Backend:
         """Returns the model that runs on integers, on the CPU, in eval mode; a new one."""
         raise NotImplementedError
 
-    def lower_dynamic(self, model: nn.Module, specs: dict[str, QuantSpec]) -> nn.Module:
+    def lower_dynamic(
+        self, model: nn.Module, specs: dict[str, QuantSpec]
+    ) -> nn.Module:
         """Returns a copy, on the CPU, whose named Linear layers quantize their inputs as they come.
 
         Args:
@@ -134,7 +136,8 @@ class Backend:
 def _settled(spec: QuantSpec, **rules: Any) -> QuantSpec:
     rules["narrow_range"] = False
     return replace(
-        spec, **{key: rule for key, rule in rules.items() if getattr(spec, key) == AUTO}
+        spec,
+        **{key: rule for key, rule in rules.items() if getattr(spec, key) == AUTO},
     )
 
 

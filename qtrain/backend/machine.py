@@ -21,7 +21,12 @@ def operator(namespace: str, name: str, overload: str = "default") -> Any:
 @cache
 def multiplies() -> bool:
     """Tells whether oneDNN's products of plain integers are there, and right for small numbers."""
-    names = ("qlinear_prepack", "qlinear_pointwise", "qconv_prepack", "qconv_pointwise")
+    names = (
+        "qlinear_prepack",
+        "qlinear_pointwise",
+        "qconv_prepack",
+        "qconv_pointwise",
+    )
     if any(operator("onednn", name) is None for name in names):
         return False
     return all(torch.equal(found, _expected(100)) for found in _products(100))

@@ -85,7 +85,10 @@ def name_calls(graph: fx.Graph, root: nn.Module, leaves: set[str]) -> bool:
 
 
 def _put_module(
-    node: fx.Node, root: nn.Module, kind: type[nn.Module], without: tuple[str, ...] = ()
+    node: fx.Node,
+    root: nn.Module,
+    kind: type[nn.Module],
+    without: tuple[str, ...] = (),
 ) -> None:
     target: Any = node.target
     given: dict[str, Any] = {}
@@ -96,9 +99,9 @@ def _put_module(
         )
         operand = given.pop("input")
     settings = {name: value for name, value in given.items() if name not in without}
-    if any(isinstance(value, fx.Node) for value in settings.values()) or not is_tensor(
-        operand
-    ):
+    if any(
+        isinstance(value, fx.Node) for value in settings.values()
+    ) or not is_tensor(operand):
         return
     settings.pop("inplace", None)
     name = free_name(root, node.meta["path"], kind.__name__.lower())
@@ -116,12 +119,16 @@ def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
     weight = parameter_of(root, given["weight"])
     bias = parameter_of(root, given.get("bias"))
     settings = {n: given[n] for n in names.split()[3:] if n in given}
-    if weight is None or any(isinstance(value, fx.Node) for value in settings.values()):
+    if weight is None or any(
+        isinstance(value, fx.Node) for value in settings.values()
+    ):
         return False
     owner = str(given["weight"].target).rpartition(".")[0]
     added = given.get("bias") if bias is None else None
     layer: Any = root.get_submodule(owner)
-    if not (type(layer) is kind and kind is nn.Linear and layer.bias is bias and owner):
+    if not (
+        type(layer) is kind and kind is nn.Linear and layer.bias is bias and owner
+    ):
         layer = _layer(kind, weight, bias, settings).train(root.training)
         owner = free_name(root, node.meta["path"], kind.__name__.lower())
         put(root, owner, layer)
@@ -135,7 +142,10 @@ def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
 
 
 def _layer(
-    kind: Any, weight: nn.Parameter, bias: nn.Parameter | None, settings: dict[str, Any]
+    kind: Any,
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    settings: dict[str, Any],
 ) -> nn.Module:
     """Returns a layer that owns these parameters."""
     layer: Any
@@ -149,7 +159,9 @@ def _layer(
         if "Transpose" in kind.__name__:
             channels = [weight.shape[0], weight.shape[1] * groups]
         size = tuple(weight.shape[2:])
-        layer = kind(*channels, size, bias=bias is not None, device="meta", **settings)
+        layer = kind(
+            *channels, size, bias=bias is not None, device="meta", **settings
+        )
     layer.weight, layer.bias = weight, bias
     made: nn.Module = layer
     return made

@@ -102,7 +102,8 @@ class Captured:
     def describe(self) -> dict[str, Any]:
         """Returns what reports show of it."""
         leaves = {
-            n: {"reason": why, "macs": share} for n, (why, share) in self.leaves.items()
+            n: {"reason": why, "macs": share}
+            for n, (why, share) in self.leaves.items()
         }
         return {
             "mode": self.mode,
@@ -170,7 +171,9 @@ def _found(
                 "or move that line into a module of its own, which then stays float"
             ) from err
         found = _bracketed(model, inputs, leaves, is_qat)
-        found.notes.insert(0, f"bracketed, for it cannot be traced: its forward: {err}")
+        found.notes.insert(
+            0, f"bracketed, for it cannot be traced: its forward: {err}"
+        )
         return found
 
 
@@ -231,7 +234,9 @@ def _bracketed(
     }
     found.sites = bracket(root.eval(), inputs, leaves)
     others = {n for n, layer in root.named_modules() if type(layer) in SITES}
-    found.floats = dict.fromkeys(others, "is neither Linear nor a convolution") | leaves
+    found.floats = (
+        dict.fromkeys(others, "is neither Linear nor a convolution") | leaves
+    )
     error = prove(model, root, inputs, exact=not origins, training=False)
     found.errors = {"captured": error}
     root.train(is_qat)

@@ -85,5 +85,7 @@ def _acts(node: fx.Node) -> bool:
         return True
     name = getattr(node.target, "__name__", "")
     return (
-        name == "guard" or name.startswith("_assert") or bool(node.meta.get("changes"))
+        name == "guard"
+        or name.startswith("_assert")
+        or bool(node.meta.get("changes"))
     )

@@ -43,8 +43,8 @@ def group_layers(graph: fx.Graph, root: nn.Module, leaves: set[str]) -> list[str
             parts.append(act)
             erase(graph, behind, node)
         elif not is_norm and type(act) is nn.ReLU6:
-            # It stays, and clips at 6: what it gets from a ReLU uses no integers below
-            # zero.
+            # It stays, and clips at 6: what it gets from a ReLU uses no integers
+            # below zero.
             parts.append(nn.ReLU().train(root.training))
         if len(parts) > 1:
             root.set_submodule(str(node.target), Fused(*parts))

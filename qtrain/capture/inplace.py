@@ -44,7 +44,9 @@ def out_of_place(graph: fx.Graph, root: nn.Module) -> list[str]:
 
 
 def _shares(node: fx.Node, other: fx.Node) -> bool:
-    return "storage" in node.meta and node.meta["storage"] == other.meta.get("storage")
+    return "storage" in node.meta and node.meta["storage"] == other.meta.get(
+        "storage"
+    )
 
 
 def _make_new(node: fx.Node, root: nn.Module) -> bool:

@@ -17,7 +17,8 @@ def shares(
 ) -> Iterator[tuple[str, str, float]]:
     """Yields (leaf, its reason, its share of the model's multiply-accumulates).
 
-    Those of Linear layers and convolutions count; those of attention's products do not.
+    Those of Linear layers and convolutions count; those of attention's products do
+    not.
     """
     counts: dict[str, int] = {}
 
@@ -38,5 +39,7 @@ def shares(
             handle.remove()
     total = max(sum(counts.values()), 1)
     for leaf, reason in leaves.items():
-        inner = [c for n, c in counts.items() if n == leaf or n.startswith(f"{leaf}.")]
+        inner = [
+            c for n, c in counts.items() if n == leaf or n.startswith(f"{leaf}.")
+        ]
         yield leaf, reason, sum(inner) / total

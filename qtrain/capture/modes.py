@@ -122,7 +122,9 @@ def without_identities(graph: fx.Graph, root: nn.Module) -> None:
             erase(graph, node, node.args[0])
 
 
-def split(graph: fx.Graph, root: nn.Module, dropouts: set[str]) -> dict[bool, fx.Graph]:
+def split(
+    graph: fx.Graph, root: nn.Module, dropouts: set[str]
+) -> dict[bool, fx.Graph]:
     """Returns {whether it is for train mode: graph} of a graph of both modes."""
     evaluated = copy.deepcopy(graph)
     mark = next(n for n in evaluated.nodes if n.target is eval_output)

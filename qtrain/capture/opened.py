@@ -53,14 +53,17 @@ class Attention(nn.Module):
         turns = query.dim() == 3 and not self.takes_batch_first
         query, key, value = self._projected(query, key, value)
         if is_single:
-            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+            query = query.unsqueeze(0)
+            key = key.unsqueeze(0)
+            value = value.unsqueeze(0)
         if turns:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         batch, length, width = query.shape
+        # (B, heads, T, head width)
         query, key, value = (
             x.reshape(batch, -1, self.heads, width // self.heads).transpose(1, 2)
             for x in (query, key, value)
-        )  # (B, heads, T, head width)
+        )
         mask = self._mask(attn_mask, key_padding_mask, batch)
         weights = None
         rate = self.dropout if self.training else 0.0
@@ -117,7 +120,9 @@ class Attention(nn.Module):
 def _added(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, float("-inf"))
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(
+        mask, float("-inf")
+    )
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:

@@ -35,7 +35,10 @@ def prove(
         ValueError: they differ.
     """
     mode, largest = "train" if training else "eval", 0.0
-    for kind, arguments in (("the example", inputs), ("random input", _random(inputs))):
+    for kind, arguments in (
+        ("the example", inputs),
+        ("random input", _random(inputs)),
+    ):
         first = _run(copy_model(model).train(training), arguments)
         second = _run(copy_model(captured).train(training), arguments)
         error = difference(first, second)

@@ -1,10 +1,10 @@
 """Where a traced model turns its tensors into integers, and back.
 
 A tensor is quantized if a site made it, or an operation that hands its integers on. A
-layer with a weight gets a QuantStub for what is not, one a tensor; any other operation
-a DeQuantStub for what is. Sums, products and concatenations are sites where all their
-tensors are quantized, or are parameters: they become float again where a residual
-stream is float.
+layer with a weight gets a QuantStub for what is not, one a tensor; any other
+operation a DeQuantStub for what is. Sums, products and concatenations are sites where
+all their tensors are quantized, or are parameters: they become float again where a
+residual stream is float.
 """
 
 import operator
@@ -15,7 +15,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub
-from qtrain.capture.graphs import call, free_name, is_tensor, module_of, only_user, put
+from qtrain.capture.graphs import (
+    call,
+    free_name,
+    is_tensor,
+    module_of,
+    only_user,
+    put,
+)
 from qtrain.capture.operations import ASKS, MOVES, MOVING, OPS, SITES
 from qtrain.simulate.build import FIXED, SCALED, is_stub
 from qtrain.simulate.fused import Fused
@@ -233,7 +240,8 @@ class Placing:
                     self.quantized.add(item)
                 items.append(item)
         items = [
-            self._converted(i, user, to_integers) if is_tensor(i) else i for i in items
+            self._converted(i, user, to_integers) if is_tensor(i) else i
+            for i in items
         ]
         with self.graph.inserting_before(user):
             return self.graph.call_function(tuple, (items,))

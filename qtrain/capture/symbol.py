@@ -12,7 +12,8 @@ import torch
 import torch.fx._symbolic_trace as symbolic_trace
 from torch import Tensor, fx
 
-# They make tensors of sizes, and do not ask their arguments whether these are symbols.
+# They make tensors of sizes, and do not ask their arguments whether these are
+# symbols.
 MAKERS = ("arange", "empty", "eye", "full", "ones", "rand", "randn", "zeros")
 # No symbol is needed for these
 PLAIN = (bool, str, torch.dtype, torch.layout, type(None))

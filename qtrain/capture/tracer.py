@@ -1,8 +1,8 @@
 """Tracing a model's forward by torch.fx, with the values of an example beside the symbols.
 
-The values decide what depends on sizes alone, such as `if x.shape[-1] > 7`: the branch
-taken is recorded, and a guard with it, which refuses other sizes. What depends on a
-tensor's values cannot be recorded.
+The values decide what depends on sizes alone, such as `if x.shape[-1] > 7`: the
+branch taken is recorded, and a guard with it, which refuses other sizes. What depends
+on a tensor's values cannot be recorded.
 """
 
 import copy
@@ -63,11 +63,15 @@ class Tracer(fx.Tracer):
         }
         self.inputs = defaults | inputs
         plain = {
-            n: v for n, v in self.inputs.items() if isinstance(v, (*PLAIN, int, float))
+            n: v
+            for n, v in self.inputs.items()
+            if isinstance(v, (*PLAIN, int, float))
         }
         with torch.no_grad(), makers_recorded(), nothing_wrapped():
             graph = self.trace(model, concrete_args=plain or None)
-        for node in graph.find_nodes(op="placeholder"):  # torch numbers the plain ones
+        for node in graph.find_nodes(
+            op="placeholder"
+        ):  # torch numbers the plain ones
             node.target = _parameter(str(node.target), self.inputs, node.target)
             node.args = (
                 (defaults[node.target],) if node.target in defaults else node.args
@@ -144,7 +148,9 @@ class Tracer(fx.Tracer):
         args = fx.map_arg(node.args, lambda n: n.meta["value"])
         kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["value"])
         tensors = {n: n.meta["value"] for n in node.all_input_nodes}
-        versions = {n: x._version for n, x in tensors.items() if isinstance(x, Tensor)}
+        versions = {
+            n: x._version for n, x in tensors.items() if isinstance(x, Tensor)
+        }
         before, self._runs = self._runs, True
         try:
             return self._run(node, args, kwargs)
@@ -161,7 +167,9 @@ class Tracer(fx.Tracer):
             return self.inputs.get(name, {} if target.startswith("**") else ())
         if node.op == "get_attr":
             value = attribute(self.root, target)
-            if target.startswith("_tensor_constant"):  # its number depends on the mode
+            if target.startswith(
+                "_tensor_constant"
+            ):  # its number depends on the mode
                 node.meta["content"] = repr(value)
             return value
         if node.op == "call_method":
@@ -187,7 +195,9 @@ def is_whole(module: nn.Module) -> bool:
     is_composite = any(True for _ in module.children())
     is_known = isinstance(module, nn.MultiheadAttention)
     return (
-        is_known or not is_composite or type(module).__module__.startswith("torch.ao.")
+        is_known
+        or not is_composite
+        or type(module).__module__.startswith("torch.ao.")
     )
 
 
@@ -246,4 +256,6 @@ def _reason(err: Exception) -> str:
     text = (str(err).strip() or type(err).__name__).splitlines()[0][:200]
     frames = traceback.extract_tb(err.__traceback__)
     users = [f for f in frames if is_users(f.filename)]
-    return f"{text} [{shown(users[-1].filename, users[-1].lineno)}]" if users else text
+    return (
+        f"{text} [{shown(users[-1].filename, users[-1].lineno)}]" if users else text
+    )

@@ -22,7 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "qtrain-bench", description=__doc__, epilog=EXAMPLE
     )
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="the folder of a finished run"
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="the folder of a finished run",
     )
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64])
     parser.add_argument(
@@ -73,12 +77,12 @@ def bench(
     """Measures the float and the converted model of each run, all of them in turn, on the CPU.
 
     `latency_ms`, `threads` and `other_load` of a report become those of the first
-    thread count; `bench` holds all rows, with 95 % intervals of the medians, and of the
-    ratio to the run's float model, pair by pair.
+    thread count; `bench` holds all rows, with 95 % intervals of the medians, and of
+    the ratio to the run's float model, pair by pair.
 
     Raises:
-        ValueError: a folder holds no finished run. Nothing has been measured or written
-            then.
+        ValueError: a folder holds no finished run. Nothing has been measured or
+            written then.
     """
     import torch
 
@@ -86,7 +90,9 @@ def bench(
     from qtrain.runs.report import FILE_NAME, load_report
 
     # A sweep's own files may lie beside its runs.
-    folders = [run for run in runs if (run / FILE_NAME).is_file() or not run.is_file()]
+    folders = [
+        run for run in runs if (run / FILE_NAME).is_file() or not run.is_file()
+    ]
     reports = {run: load_report(run / FILE_NAME) for run in folders}
     calls = {run: _calls(run, report, trust) for run, report in reports.items()}
     found: dict[Path, list[dict[str, Any]]] = {run: [] for run in reports}
@@ -98,7 +104,9 @@ def bench(
                 f"\n{count} thread{'s' if count > 1 else ''}, "
                 f"medians of {repeats} in ms with 95 % intervals"
             )
-            print(f"{'batch':>5}  {'float':>24}  {'quantized':>24}  {'ratio':>20}  run")
+            print(
+                f"{'batch':>5}  {'float':>24}  {'quantized':>24}  {'ratio':>20}  run"
+            )
             for size in batch_sizes:
                 for run, row in _measure(calls, size, warmup, repeats).items():
                     found[run].append({"threads": count, **row})

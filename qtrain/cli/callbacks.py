@@ -62,8 +62,8 @@ class Comparison(Callback):
         """Prints the comparison; writes comparison.csv, .png, .html, and the plot to TensorBoard.
 
         Raises:
-            SystemExit: 1, if a job failed or the comparison cannot be made. Hydra turns
-                other exceptions of callbacks into warnings.
+            SystemExit: 1, if a job failed or the comparison cannot be made. Hydra
+                turns other exceptions of callbacks into warnings.
         """
         # Imported here, for Hydra imports this module at the start of every run.
         from qtrain.cli.compare import compare, write
@@ -85,6 +85,8 @@ class Comparison(Callback):
             raise SystemExit(1) from err
         for line in comparison.warnings():
             print(f"warning: {line}")
-        print("\n".join(f"{kind}: {path}" for kind, path in files.items()), flush=True)
+        print(
+            "\n".join(f"{kind}: {path}" for kind, path in files.items()), flush=True
+        )
         if comparison.found.failures or comparison.found.unreadable:
             raise SystemExit(1)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from qtrain.cli.interrupt import told
 from qtrain.common.plain import plain, plain_lines
-from qtrain.leaderboard import export, keys, render, table
+from qtrain.leaderboard import export, keys, render
 from qtrain.leaderboard.data_sets import split
 from qtrain.leaderboard.groups import group
+from qtrain.leaderboard.legend import legend
 from qtrain.leaderboard.rows import Section, find_baselines, section_of_runs, sort
 from qtrain.leaderboard.runs import Found, find
 
@@ -48,11 +49,13 @@ class Comparison:
         """Returns the tables, their legend, and the runs without a result."""
         parts = [render.console(section) for section in self.sections]
         if self.sections:
-            parts.append("\n".join(table.legend(self.sections)))
+            parts.append("\n".join(legend(self.sections)))
         if self.found.failures:
             count = len(self.found.failures)
             lines = [f"{count} run{'s' if count > 1 else ''} without a result:"]
-            parts.append("\n  ".join(lines + render.failure_lines(self.found.failures)))
+            parts.append(
+                "\n  ".join(lines + render.failure_lines(self.found.failures))
+            )
         return "\n\n".join(parts) + "\n"
 
     def warnings(self) -> list[str]:
@@ -78,11 +81,12 @@ def compare(
 
     Args:
         filters: texts "key=value" or "key=value,value"; all must hold.
-        baseline: a run's folder, or filters that leave one run for each seed. `filters`
-            hold for it too, but for the keys that it names.
+        baseline: a run's folder, or filters that leave one run for each seed.
+            `filters` hold for it too, but for the keys that it names.
 
     Raises:
-        ValueError: nothing is left to compare, or a key is unknown; says what there is.
+        ValueError: nothing is left to compare, or a key is unknown; says what there
+            is.
     """
     if not folders:
         raise ValueError("name at least one folder of runs, such as outputs")
@@ -106,10 +110,14 @@ def compare(
     sections, kept = [], set(found.runs)
     for model, data, members in split(everyone):
         runs = [run for run in members if run in kept]
-        candidates = None if bases is None else [run for run in members if run in bases]
+        candidates = (
+            None if bases is None else [run for run in members if run in bases]
+        )
         if runs:
             sections.append(section_of_runs(model, data, runs, candidates))
-    shown = [group(section, group_by) for section in sections] if group_by else sections
+    shown = (
+        [group(section, group_by) for section in sections] if group_by else sections
+    )
     if sort_by is not None:
         check_sort(sort_by, shown, found)
     for section in sections:
@@ -122,7 +130,9 @@ def compare(
 
 def check_sort(key: str, sections: Sequence[Section], found: Found) -> None:
     """Raises ValueError, which names the nearest keys, unless the rows can be sorted by `key`."""
-    cells = {cell for section in sections for row in section.rows for cell in row.cells}
+    cells = {
+        cell for section in sections for row in section.rows for cell in row.cells
+    }
     if not any(keys.fact(key, section.quality) in cells for section in sections):
         keys.check(key, found.runs, "--sort")
 
@@ -216,7 +226,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a run, or filters that leave one a seed",
     )
     for kind in WRITERS:
-        parser.add_argument(f"--{kind}", type=Path, metavar="FILE", help=HELP.get(kind))
+        parser.add_argument(
+            f"--{kind}", type=Path, metavar="FILE", help=HELP.get(kind)
+        )
     return parser.parse_intermixed_args(argv)
 
 

@@ -27,6 +27,22 @@ EXAMPLE = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the prompt as the converted model continues it; mistakes end with code 1."""
+    args = _parser().parse_args(argv)
+    pace = Pace()
+    try:
+        for text in generate(**vars(args), pace=pace):
+            print(text, end="", flush=True)
+        print()
+        print(pace, file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.exit(told("qtrain-generate"))
+    except BrokenPipeError:  # as of `| head`; the interpreter must not flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as err:
+        sys.exit(plain_lines(f"qtrain-generate: error: {err}"))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "qtrain-generate", description=__doc__, epilog=EXAMPLE
     )
@@ -78,19 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="PACKAGE",
         help="of yours, which the run may name",
     )
-    args = parser.parse_args(argv)
-    pace = Pace()
-    try:
-        for text in generate(**vars(args), pace=pace):
-            print(text, end="", flush=True)
-        print()
-        print(pace, file=sys.stderr)
-    except KeyboardInterrupt:
-        sys.exit(told("qtrain-generate"))
-    except BrokenPipeError:  # as of `| head`; the interpreter must not flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as err:
-        sys.exit(plain_lines(f"qtrain-generate: error: {err}"))
+    return parser
 
 
 def generate(
@@ -138,7 +142,9 @@ def generate(
         new = model.stream(tokens[None], max_new_tokens, chosen, seed=seed, **own)
     else:  # a model of the user's own, which may know fewer settings
         usual = vars(Sampling())
-        own |= {name: value for name, value in sampling.items() if value != usual[name]}
+        own |= {
+            name: value for name, value in sampling.items() if value != usual[name]
+        }
         whole = model.generate(tokens[None], max_new_tokens, seed=seed, **own)
         new = whole[:, len(tokens) :].split(1, dim=1)
     if pace is not None:
@@ -185,7 +191,9 @@ class Pace:
         said = f"{len(times)} tokens, the first after {times[0] - start:.2f} s"
         if len(times) < 2:
             return said
-        return f"{said}, then {(len(times) - 1) / (times[-1] - times[0]):.1f} a second"
+        return (
+            f"{said}, then {(len(times) - 1) / (times[-1] - times[0]):.1f} a second"
+        )
 
 
 def until(stop: Sequence[str], texts: Iterator[str]) -> Iterator[str]:
@@ -206,7 +214,9 @@ def until(stop: Sequence[str], texts: Iterator[str]) -> Iterator[str]:
         if found:
             yield held[: min(found)]
             return
-        ends = [n for word in stop for n in range(len(word)) if held.endswith(word[:n])]
+        ends = [
+            n for word in stop for n in range(len(word)) if held.endswith(word[:n])
+        ]
         keep = len(held) - max(ends, default=0)
         yield held[:keep]
         held = held[keep:]

@@ -58,7 +58,7 @@ def one_job(config: "DictConfig") -> Any:
         from qtrain.config.mistakes import overridden_labels, unused_settings
         from qtrain.config.settings import objectives, refuse_config
         from qtrain.runs import pipeline, sweep
-        from qtrain.runs.resume import Signals
+        from qtrain.runs.signals import Signals
         from qtrain.train import ranks
 
     settings = HydraConfig.get()
@@ -70,9 +70,8 @@ def one_job(config: "DictConfig") -> Any:
         log.info(
             f"job {settings.job.num}: the same as that with {' '.join(firsts)}; skipped"
         )
-        shutil.rmtree(
-            run_dir / ".hydra", ignore_errors=True
-        )  # which is what a run without a result has
+        # Which is what a run without a result has
+        shutil.rmtree(run_dir / ".hydra", ignore_errors=True)
         return None
     try:
         refuse_config(overridden_labels(config))
@@ -82,20 +81,16 @@ def one_job(config: "DictConfig") -> Any:
         for line in unused:  # other jobs of the sweep may heed them
             log.warning(line)
         keep_freed_memory()
-        with (
-            Signals() as signals,
-            alone(run_dir) if settings.mode == RunMode.RUN else nullcontext(),
-        ):
-            if settings.mode == RunMode.RUN:
+        is_run = settings.mode == RunMode.RUN
+        with Signals() as signals, alone(run_dir) if is_run else nullcontext():
+            if is_run:
                 report = pipeline.execute(config, run_dir, overrides, signals=signals)
             else:
                 report = sweep.carry_out(config, run_dir, overrides, signals)
         if not ranks.is_first():  # it has no scores
             return None
-        values = [
-            _select(report, path)
-            for path in objectives(config) or [f"quantized.{report.quality}"]
-        ]
+        paths = objectives(config) or [f"quantized.{report.quality}"]
+        values = [_select(report, path) for path in paths]
     except sweep.Occupied:  # no report can say so
         raise
     except Exception as err:
@@ -131,7 +126,11 @@ def _select(report: Any, objective: str) -> float:
         found, path = report.size_bytes, ["quantized_file_at_bits"]
     elif objective == "latency_ms":
         found = report.latency_ms
-        path = ["quantized", str(report.config["measure"]["batch_sizes"][0]), "median"]
+        path = [
+            "quantized",
+            str(report.config["measure"]["batch_sizes"][0]),
+            "median",
+        ]
     for part in path:
         found = (found or {}).get(part)
     if found is None:
@@ -146,7 +145,8 @@ def continue_run(arguments: list[str]) -> None:
         from qtrain.common.files import alone
         from qtrain.logger.run_log import RunLog
         from qtrain.runs import pipeline
-        from qtrain.runs.resume import Signals, open_run
+        from qtrain.runs.resume import open_run
+        from qtrain.runs.signals import Signals
         from qtrain.train import ranks
 
     named = [argument for argument in arguments if argument.startswith("resume=")]

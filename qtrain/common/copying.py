@@ -14,8 +14,8 @@ def copy_model(model: Model) -> Model:
     """Returns a deep copy of `model` that shares nothing with it.
 
     A model may keep an activation of its last forward pass as an attribute: the copy
-    keeps its values, without the way back, which torch cannot copy. And a parametrized
-    layer has a class of its own: the copy gets another.
+    keeps its values, without the way back, which torch cannot copy. And a
+    parametrized layer has a class of its own: the copy gets another.
     """
     activations = {
         id(tensor): tensor.detach().clone()

@@ -33,8 +33,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with tempfile.TemporaryDirectory(
             dir=path.parent, prefix=f".{path.name}."
         ) as folder:
-            # torch.save writes the file's stem before each tensor: one letter keeps it
-            # small.
+            # torch.save writes the file's stem before each tensor: one letter keeps
+            # it small.
             new = Path(folder) / "w"
             write(new)
             with new.open("rb") as file:

@@ -17,7 +17,8 @@ def plain(content: Any) -> Any:
     # Most of a report are numbers: they are let through without a call each.
     if isinstance(content, dict):
         return {
-            plain(k): plain(v) if isinstance(v, DEEP) else v for k, v in content.items()
+            plain(k): plain(v) if isinstance(v, DEEP) else v
+            for k, v in content.items()
         }
     if isinstance(content, list):
         return [plain(v) if isinstance(v, DEEP) else v for v in content]

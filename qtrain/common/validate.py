@@ -1,7 +1,7 @@
 """Checks of single settings, as strict as their names: `true` is no number, and 1 is no `true`.
 
-A check returns a list, empty or with one line `name=value: must be ...`, so that checks
-add up and a constructor refuses all mistakes at once.
+A check returns a list, empty or with one line `name=value: must be ...`, so that
+checks add up and a constructor refuses all mistakes at once.
 """
 
 import math
@@ -51,7 +51,11 @@ def whole(
     """
     holds = type(value) is int and least <= value <= most
     return _line(
-        name, value, f"must be a whole number from {least} to {most}", holds, null=null
+        name,
+        value,
+        f"must be a whole number from {least} to {most}",
+        holds,
+        null=null,
     )
 
 
@@ -74,7 +78,9 @@ def number(
     """
     holds = type(value) in (int, float) and math.isfinite(value)
     holds = (
-        holds and (above is None or value > above) and (least is None or value >= least)
+        holds
+        and (above is None or value > above)
+        and (least is None or value >= least)
     )
     holds = (
         holds and (below is None or value < below) and (most is None or value <= most)
@@ -146,7 +152,9 @@ def mapping(name: str, value: Any) -> list[str]:
     >>> mapping("layers", 3)
     ['layers=3: must be a mapping, {} for none']
     """
-    return _line(name, value, "must be a mapping, {} for none", isinstance(value, dict))
+    return _line(
+        name, value, "must be a mapping, {} for none", isinstance(value, dict)
+    )
 
 
 def _enumerate(words: list[str]) -> str:

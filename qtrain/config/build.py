@@ -111,7 +111,9 @@ def resolve(config: DictConfig) -> DictConfig:
         config.data.tokenizer = own_tokenizer(
             OmegaConf.select(config, "model.pretrained")
         )
-    config = OmegaConf.create(up_to_date(OmegaConf.to_container(config, resolve=True)))
+    config = OmegaConf.create(
+        up_to_date(OmegaConf.to_container(config, resolve=True))
+    )
     for key, group in (NAMED | LISTS).items():
         section, _, last = key.rpartition(".")
         node = OmegaConf.select(config, section) if section else config
@@ -181,8 +183,8 @@ class Parts:
 def build(config: DictConfig) -> Parts:
     """Returns the parts of a run; the only place where `_target_` becomes an object.
 
-    What is `auto` in `config.task` and `config.model` becomes, in place, what the data
-    say.
+    What is `auto` in `config.task` and `config.model` becomes, in place, what the
+    data say.
 
     Raises:
         ConfigError: all mistakes at once, each with its key, its value and what is
@@ -226,8 +228,8 @@ def build(config: DictConfig) -> Parts:
 def try_out(parts: Parts, config: DictConfig) -> None:
     """Makes each optimizer and schedule once: what they refuse is known before any training.
 
-    Apart from `build`, for the first optimizer has torch import its compiler, 2 seconds
-    that no other mistake has to wait for.
+    Apart from `build`, for the first optimizer has torch import its compiler, 2
+    seconds that no other mistake has to wait for.
 
     Raises:
         ConfigError: one refuses its settings.

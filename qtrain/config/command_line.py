@@ -16,7 +16,9 @@ VALUED = (
     "-p",
 )
 # Keys that no file of conf has, for not every task takes them.
-OPTIONAL = tuple(f"task.{key}=" for key in ("label_smoothing", "class_weights", "loss"))
+OPTIONAL = tuple(
+    f"task.{key}=" for key in ("label_smoothing", "class_weights", "loss")
+)
 
 
 CALLS = "choice|range|interval|glob|shuffle|sort|tag|int|float|bool|str|json_str|extend_list"
@@ -52,14 +54,13 @@ def config_dir() -> str:
 def hydra_arguments(arguments: list[str]) -> list[str]:
     """Returns a command line of ours in the words that Hydra 1.3 takes.
 
-    It refuses null for a group that the defaults list holds as null, new keys without a
-    plus, the quotes around such a key that YAML needs, as in {"*.mlp": float}, and a
-    value with an equals sign without quotes.
+    It refuses null for a group that the defaults list holds as null, new keys without
+    a plus, the quotes around such a key that YAML needs, as in {"*.mlp": float}, and
+    a value with an equals sign without quotes.
     """
     kept = [a for a in arguments if a not in ("experiment=null", "sweep=null")]
-    kept = [
-        re.sub(r"^(\+*)transform(?=[=.])", r"\1model_transform", a) for a in kept
-    ]  # its name in 0.1.0
+    # Its name in 0.1.0
+    kept = [re.sub(r"^(\+*)transform(?=[=.])", r"\1model_transform", a) for a in kept]
     kept = [f"++{a}" if a.startswith(OPTIONAL) else a for a in kept]
     kept = [_layers(a) if a.startswith("quant.layers") else _quoted(a) for a in kept]
     return [_of_group(a, kept) for a in kept]
@@ -68,7 +69,8 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
 def _of_group(argument: str, all_of_them: list[str]) -> str:
     """Returns quant.optimizer=NAME as Hydra's choice of a file where settings of it are named too.
 
-    Else the name would take their place, or they that of the settings of another file.
+    Else the name would take their place, or they that of the settings of another
+    file.
     """
     key, _, name = argument.partition("=")
     if key not in NAMED or name == "null" or not re.fullmatch(r"[\w,]+", name):
@@ -86,7 +88,8 @@ def _layers(argument: str) -> str:
 def _quoted(argument: str) -> str:
     """Returns KEY=VALUE with quotes around values that hold = or ( ), as `epoch=3 (1).pt`."""
     key, _, value = argument.partition("=")
-    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor an option.
+    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor an
+    # option.
     is_ours = (
         key.startswith("-")
         or key == "resume"

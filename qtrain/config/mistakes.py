@@ -57,7 +57,9 @@ def overridden_labels(config: DictConfig) -> list[str]:
 
 def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
     """Returns what is wrong where the command line sets what another of its settings makes void."""
-    given = {text.lstrip("+").partition("=")[0]: text.lstrip("+") for text in overrides}
+    given = {
+        text.lstrip("+").partition("=")[0]: text.lstrip("+") for text in overrides
+    }
     lines = []
     for part in ("valid", "test"):
         share = f"data.{part.removesuffix('id')}_fraction"
@@ -170,7 +172,8 @@ def _too_few_classes(config: DictConfig, data: DataLoaders) -> list[str]:
     if labels.dim() != 1 or labels.is_floating_point():
         return []
     needed, given = int(labels.max()) + 1, config.model.num_classes
-    # Labels that are beyond what the data state themselves are told of by their batch.
+    # Labels that are beyond what the data state themselves are told of by their
+    # batch.
     if needed <= given or given == data.about.get("num_classes"):
         return []
     return [f"model.num_classes={given}: the labels need at least {needed}; set that"]
@@ -211,7 +214,9 @@ def _missing_validation(config: DictConfig, quantizer: Any) -> list[str]:
     return lines
 
 
-def refusals(made: dict[str, Any], section: DictConfig, prefix: str = "") -> list[str]:
+def refusals(
+    made: dict[str, Any], section: DictConfig, prefix: str = ""
+) -> list[str]:
     """Returns what is wrong with optimizer and scheduler, by calling their factories."""
     key = "optimizer"
     try:

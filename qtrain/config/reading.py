@@ -16,7 +16,16 @@ from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
 
 # Each has its _target_.
-MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")
+MADE = (
+    "task",
+    "data",
+    "model",
+    "quant",
+    "optimizer",
+    "scheduler",
+    "trainer",
+    "truth",
+)
 SECTIONS = (*MADE, "logger", "measure")
 VALUES = (
     "device",
@@ -29,7 +38,9 @@ VALUES = (
 )
 SHAPE: dict[str, Any] = {
     **{key: {} for key in SECTIONS},
-    **{key: object for key in VALUES},  # with mistakes in them the rest of qtrain deals
+    **{
+        key: object for key in VALUES
+    },  # with mistakes in them the rest of qtrain deals
     "choices": {"*": str},
     "name": str | int,
     "seed": str | int | float,

@@ -21,7 +21,16 @@ from qtrain.common.validate import (
 )
 
 # By their _target_.
-MADE = ("task", "data", "model", "quant", "optimizer", "scheduler", "trainer", "truth")
+MADE = (
+    "task",
+    "data",
+    "model",
+    "quant",
+    "optimizer",
+    "scheduler",
+    "trainer",
+    "truth",
+)
 SECTIONS = (*MADE, "logger", "measure")
 AUTO = "auto"  # as the data have it
 MOST_THREADS = 1024  # of more, OpenMP dies without a word
@@ -162,7 +171,9 @@ def check_settings(config: DictConfig) -> Iterator[str]:
 def _check_measure(measure: Any) -> Iterator[str]:
     known = ("batch_sizes", "warmup", "repeats")
     if missing := [key for key in known if key not in measure]:
-        yield from (f"measure.{key}: is missing, and has no default" for key in missing)
+        yield from (
+            f"measure.{key}: is missing, and has no default" for key in missing
+        )
         return
     for key in set(measure) - set(known):
         yield (

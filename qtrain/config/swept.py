@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-OPTIONAL = "optional_keys"  # how the command tells its jobs which keys may be left out
+OPTIONAL = (
+    "optional_keys"  # how the command tells its jobs which keys may be left out
+)
 
 
 def forgive(options: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
@@ -63,33 +65,29 @@ def _forgiven(
         for key, values in (base.hydra.sweeper.get("params") or {}).items()
     ]
     grid = {}
-    for override in (*OverridesParser.create().parse_overrides(preset), *own.values()):
+    presets = OverridesParser.create().parse_overrides(preset)
+    for override in (*presets, *own.values()):
         if _is_group(override):
             grid[override.get_key_element()] = override
     lacking: dict[str, list[str]] = {}
     for group, override in grid.items():
+        place = f"{override.package or override.key_or_group}."
         below = [
             text
             for text, other in own.items()
-            if other.get_key_element().startswith(
-                f"{override.package or override.key_or_group}."
-            )
+            if other.get_key_element().startswith(place)
             and _is_spelt(other.key_or_group, [config_dir(), *folders])
         ]
         if not below or not override.is_sweep_override():
             continue
-        chosen = list(override.sweep_string_iterator())
         configs = {
             name: hydra.compose("config", [*search, *fixed, f"{group}={name}"])
-            for name in chosen
+            for name in override.sweep_string_iterator()
         }
         for text in below:
-            lacks = [
-                name
-                for name, config in configs.items()
-                if not _has(config, own[text].key_or_group)
-            ]
-            if 0 < len(lacks) < len(chosen):
+            key = own[text].key_or_group
+            lacks = [name for name in configs if not _has(configs[name], key)]
+            if 0 < len(lacks) < len(configs):
                 lacking[text] = lacks
     if not lacking:
         return list(own), []
@@ -122,7 +120,9 @@ def heed_own_keys(
         optional = config.pop(OPTIONAL, ())
     if not optional:
         return overrides, []
-    plain = [text for text in overrides if not text.startswith(("++", f"+{OPTIONAL}="))]
+    plain = [
+        text for text in overrides if not text.startswith(("++", f"+{OPTIONAL}="))
+    ]
     own = hydra.compose("config", plain)
     firsts = []
     for key, first in optional:

@@ -10,8 +10,8 @@ TEXT = {
 def partners(overrides: list[str]) -> list[str]:
     """Returns the overrides that go with what a command line names, each with its group's first.
 
-    What it names itself wins, and so does an experiment, which has a model, data and a
-    task.
+    What it names itself wins, and so does an experiment, which has a model, data and
+    a task.
 
     >>> partners(["model=gpt2", "seed=1"]), partners(["data=text", "model=mlp"])
     (['data=shakespeare', 'task=language_modeling'], [])
@@ -21,9 +21,13 @@ def partners(overrides: list[str]) -> list[str]:
     if not values or named.get("experiment", "null") != "null" or "resume" in named:
         return []
     if any(
-        value not in TEXT[group] for group, chosen in values.items() for value in chosen
+        value not in TEXT[group]
+        for group, chosen in values.items()
+        for value in chosen
     ):
         return []
     return [
-        f"{group}={options[0]}" for group, options in TEXT.items() if group not in named
+        f"{group}={options[0]}"
+        for group, options in TEXT.items()
+        if group not in named
     ]

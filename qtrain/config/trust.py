@@ -59,7 +59,9 @@ def require(config: Any, trust: Sequence[str], where: str) -> None:
                 "an interpolation, which no run writes; remove it"
             )
         try:
-            problem = _problem(value, packages) if path.endswith("._target_") else None
+            problem = (
+                _problem(value, packages) if path.endswith("._target_") else None
+            )
         except ImportError as err:
             problem = str(err)
         if problem is not None:
@@ -81,7 +83,8 @@ def _own_targets() -> frozenset[str]:
     from qtrain.config.build import config_dir
 
     texts = (
-        path.read_text(encoding="utf-8") for path in Path(config_dir()).rglob("*.yaml")
+        path.read_text(encoding="utf-8")
+        for path in Path(config_dir()).rglob("*.yaml")
     )
     return frozenset(
         name
@@ -106,7 +109,8 @@ def _problem(target: Any, packages: list[str]) -> str | None:
         return f"is no class or function of {home}"
     module, name = found.__module__, found.__qualname__
     if not (
-        any(_is_in(module, package) for package in packages) or _is_known(found, module)
+        any(_is_in(module, package) for package in packages)
+        or _is_known(found, module)
     ):
         return f"is defined in {module}, and " + _refusal(
             module.partition(".")[0], packages
@@ -131,7 +135,8 @@ def _member(module: str, name: str) -> Any:
 
 
 def _function(found: Any) -> Any:
-    return getattr(found, "__func__", found)  # a class method is a new object each time
+    # A class method is a new object each time
+    return getattr(found, "__func__", found)
 
 
 def _find(target: str) -> Any:

@@ -13,10 +13,11 @@ from qtrain.data.checks import (
     wrong_moments,
     wrong_sizes,
 )
-from qtrain.data.loaders import DataLoaders, Part, digest, tensor_loaders
+from qtrain.data.loaders import DataLoaders
 from qtrain.data.moments import moments
 from qtrain.data.read_arrays import read
 from qtrain.data.splits import share_of, three_parts, wrong_shares
+from qtrain.data.tensors import Part, digest, tensor_loaders
 
 Pair = tuple[Tensor, Tensor]
 LEAST_STD = 1e-6
@@ -126,7 +127,9 @@ def _read(
     return found, names
 
 
-def _refuse_other_shapes(paths: dict[str, str | None], found: dict[str, Pair]) -> None:
+def _refuse_other_shapes(
+    paths: dict[str, str | None], found: dict[str, Pair]
+) -> None:
     kinds = {
         split: tuple((part.dtype, tuple(part.shape[1:])) for part in pair)
         for split, pair in found.items()
@@ -147,7 +150,8 @@ def _split(
 ) -> list[Pair]:
     """Returns training, validation and test samples; shares of the first where there are none."""
     own = {
-        split: f"{split} split" if split in found else None for split in ("val", "test")
+        split: f"{split} split" if split in found else None
+        for split in ("val", "test")
     }
     refuse(
         wrong_shares(

@@ -58,24 +58,21 @@ def dataset(
     )
     plain = train if calib is None else calib
     rows = _rows(train, plain, val, test, (val_fraction, test_fraction))
+    skip = on_bad_sample == "skip"
 
-    def loader(
-        samples: Any, name: str, size: int, shuffle: bool = False
-    ) -> "SampleLoader":
-        found = Samples(samples, name, skip=on_bad_sample == "skip", channels=channels)
-        return SampleLoader(
-            found, batch_size=size, shuffle=shuffle, num_workers=num_workers
-        )
+    def loader(samples: Any, name: str, size: int, **options: bool) -> "SampleLoader":
+        found = Samples(samples, name, skip=skip, channels=channels)
+        how = {"shuffle": False, **options}
+        return SampleLoader(found, batch_size=size, num_workers=num_workers, **how)
 
     held_out = val if val is not None else Subset(plain, rows[1]) if rows[1] else None
+    tested = Subset(plain, rows[2]) if test is None else test
     return DataLoaders(
         train=loader(Subset(train, rows[0]), "train", batch_size, shuffle=True),
-        val=loader(held_out, "val", eval_batch_size) if held_out is not None else None,
-        test=loader(
-            Subset(plain, rows[2]) if test is None else test,
-            "test",
-            eval_batch_size,
-        ),
+        val=loader(held_out, "val", eval_batch_size)
+        if held_out is not None
+        else None,
+        test=loader(tested, "test", eval_batch_size),
         calib=loader(Subset(plain, rows[0]), "calib", batch_size),
         fingerprint="",
         about={"classes": list(train.classes)} if _has_names(train) else {},
@@ -232,7 +229,9 @@ class SampleLoader:
         for batch in self.batches:
             if isinstance(batch, Failure):
                 advice = (
-                    "" if ";" in batch else "; mend it, or set data.on_bad_sample=skip"
+                    ""
+                    if ";" in batch
+                    else "; mend it, or set data.on_bad_sample=skip"
                 )
                 raise ValueError(f"data.{batch}{advice}")
             inputs, targets, bad = batch

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.data.loaders import DataLoaders, image_loaders
+from qtrain.data.loaders import DataLoaders
+from qtrain.data.tensors import image_loaders
 
 Pair = tuple[Tensor, Tensor]
 # What torchvision raises where files are absent, damaged, or out of reach.

@@ -53,7 +53,9 @@ def scan(root: Path) -> tuple[dict[str, Labelled], list[str]]:
             classes,
             split,
         )
-    return {split: _images(folder, classes) for split, folder in parts.items()}, classes
+    return {
+        split: _images(folder, classes) for split, folder in parts.items()
+    }, classes
 
 
 def _folders(folder: Path) -> list[Path]:

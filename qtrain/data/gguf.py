@@ -47,7 +47,8 @@ def describe(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend", None)
     if backend is None:
         tokens = byte_characters()
-        # llama.cpp asks for a merge: one of two bytes that no text has, into no token.
+        # llama.cpp asks for a merge: one of two bytes that no text has, into no
+        # token.
         merges, special, end = [f"{tokens[0]} {tokens[1]}"], set(), 0
     else:
         model = json.loads(backend.to_str())
@@ -93,7 +94,9 @@ def read_tokenizer(name: str) -> tuple[list[str], list[str], list[str]] | None:
             "byte-level BPE (gpt2) with merges, and tokenizer=bytes without a file"
         )
     kinds = gguf.value(reader, "tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    used = [token for token, is_a in zip(tokens, kinds, strict=True) if is_a != UNUSED]
+    used = [
+        token for token, is_a in zip(tokens, kinds, strict=True) if is_a != UNUSED
+    ]
     if used == byte_characters():
         return None
     special = [

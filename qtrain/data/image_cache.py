@@ -81,7 +81,9 @@ def decode(
                 _decode_into(folder, files, shape, fit)
     found = json.loads((folder / "done.json").read_text())
     bad = {int(place): reason for place, reason in found["bad"].items()}
-    return Decoded(torch.from_numpy(_mapped(folder, shape, "c")), bad, found["digest"])
+    return Decoded(
+        torch.from_numpy(_mapped(folder, shape, "c")), bad, found["digest"]
+    )
 
 
 def _key(files: Sequence[Path], root: Path, shape: tuple[int, ...], fit: bool) -> str:
@@ -125,7 +127,8 @@ def _decode_into(
     chunks = _Chunks([str(path) for path in files], folder, shape, fit)
     workers = min(os.cpu_count() or 1, MOST_WORKERS) if len(files) > FEW else 0
     bad: dict[int, str] = {}
-    # Its processes write into the file themselves: what comes back is what went wrong.
+    # Its processes write into the file themselves: what comes back is what went
+    # wrong.
     for found in DataLoader(chunks, batch_size=None, num_workers=workers):
         bad |= found
     digest = hashlib.sha256()

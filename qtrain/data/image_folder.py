@@ -14,9 +14,10 @@ from qtrain.common.validate import WIDE, choice, refuse, shown, text, whole
 from qtrain.data.checks import Step, wrong_moments, wrong_sizes
 from qtrain.data.folders import Labelled, named, scan
 from qtrain.data.image_cache import OTHER_SIZE, Decoded, decode
-from qtrain.data.loaders import DataLoaders, Part, digest, tensor_loaders
+from qtrain.data.loaders import DataLoaders
 from qtrain.data.moments import moments
 from qtrain.data.splits import share_of, three_parts, wrong_shares
+from qtrain.data.tensors import Part, digest, tensor_loaders
 
 Rows = tuple[Tensor, Tensor, Tensor]  # to train, validate and test on
 
@@ -97,7 +98,9 @@ def _wrong_images(
 def _samples(found: dict[str, Labelled]) -> tuple[list[Path], Tensor]:
     """Returns the files of all splits, and their labels (N,)."""
     samples = [sample for of_split in found.values() for sample in of_split]
-    return [path for path, _ in samples], torch.tensor([label for _, label in samples])
+    return [path for path, _ in samples], torch.tensor(
+        [label for _, label in samples]
+    )
 
 
 def _fingerprint(images: Decoded, labels: Tensor, rows: Rows) -> str:
@@ -107,7 +110,9 @@ def _fingerprint(images: Decoded, labels: Tensor, rows: Rows) -> str:
 
 def _wrong_size(size: Any) -> list[str]:
     sides = size if isinstance(size, list) else [size, size]
-    wrong = [line for side in sides for line in whole("size", side, 4, WIDE, null=True)]
+    wrong = [
+        line for side in sides for line in whole("size", side, 4, WIDE, null=True)
+    ]
     if len(sides) == 2 and not wrong:
         return []
     return [
@@ -121,7 +126,10 @@ def _size(files: list[Path], size: Any) -> tuple[int, int]:
     if size is not None:
         return (size, size) if isinstance(size, int) else tuple(size)
     for path in files:
-        with suppress(Exception), Image.open(path) as image:  # decoding will tell of it
+        with (
+            suppress(Exception),
+            Image.open(path) as image,
+        ):  # decoding will tell of it
             return image.height, image.width
     raise ValueError(
         f"size=null: none of {len(files)} images can be read, as {files[0]}"
@@ -144,7 +152,9 @@ def _decoded(
 
 
 def _refuse_other_sizes(files: list[Path], images: Decoded) -> None:
-    others = [place for place, why in images.bad.items() if why.startswith(OTHER_SIZE)]
+    others = [
+        place for place, why in images.bad.items() if why.startswith(OTHER_SIZE)
+    ]
     if others:
         height, width = images.images.shape[2:]
         raise ValueError(
@@ -200,7 +210,9 @@ def _split(
     return train, rows.get("val", val), rows.get("test", test)
 
 
-def _refuse_missing(root: str, labels: Tensor, rows: Rows, classes: list[str]) -> None:
+def _refuse_missing(
+    root: str, labels: Tensor, rows: Rows, classes: list[str]
+) -> None:
     """Makes sure that each class is trained on and tested on."""
     for split, of_split in (("train", rows[0]), ("test", rows[2])):
         counts = torch.bincount(labels[of_split], minlength=len(classes))

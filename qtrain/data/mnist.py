@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qtrain.data.loaders import DataLoaders, image_loaders
+from qtrain.data.loaders import DataLoaders
+from qtrain.data.tensors import image_loaders
 
 NUM_SAMPLE_TRAIN = 8000
 ABOUT = {"num_classes": 10}
@@ -38,7 +39,8 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
         options: those of `image_loaders`.
 
     Raises:
-        ValueError: the data can be neither found nor downloaded, or a file is damaged.
+        ValueError: the data can be neither found nor downloaded, or a file is
+            damaged.
     """
     # Imported here: it takes a second that the sample need not wait for.
     from torchvision.datasets import MNIST
@@ -48,7 +50,9 @@ def mnist(*, root: str, **options: Any) -> DataLoaders:
         train, test = (
             MNIST(root, train=train, download=True) for train in (True, False)
         )
-        if len(train.data) != len(train.targets) or len(test.data) != len(test.targets):
+        if len(train.data) != len(train.targets) or len(test.data) != len(
+            test.targets
+        ):
             raise ValueError("it holds another number of images than of labels")
     except (
         OSError,

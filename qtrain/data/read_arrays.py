@@ -90,7 +90,9 @@ def _pairs(
     }.items() | {("test", ("_test",))}:
         pair = []
         for given, known in ((inputs, INPUTS), (target, TARGETS)):
-            names = [f"{n}{e}" for n in ((given,) if given else known) for e in endings]
+            names = [
+                f"{n}{e}" for n in ((given,) if given else known) for e in endings
+            ]
             pair += [arrays[name] for name in names if name in arrays][:1]
         if len(pair) == 2:
             found[split] = _checked(path, *map(torch.as_tensor, pair))

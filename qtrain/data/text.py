@@ -2,7 +2,6 @@
 
 import hashlib
 import lzma
-from collections.abc import Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -12,117 +11,12 @@ from torch import Tensor
 
 from qtrain.common import validate
 from qtrain.common.validate import MANY, number, refuse, whole
-from qtrain.data.loaders import Batch, DataLoaders, shuffled_indices
+from qtrain.data.checks import wrong_sizes
+from qtrain.data.loaders import DataLoaders
 from qtrain.data.tokenizer import Tokenizer, load_tokenizer
+from qtrain.data.windows import EvalWindows, TrainWindows
 
 CHUNK = 2**20  # tokens looked at at once
-IGNORE = -100  # torch's cross_entropy leaves these targets out
-
-
-class TrainWindows:
-    """Batches of windows that cover the text once: one next to the other, in a random order.
-
-    Both the order and the place of the first window are drawn from torch's global
-    generator at every iteration, so that over the epochs a token is read at every
-    position of a window.
-
-    Args:
-        tokens: of any integers (N,), on the device where the batches are wanted; N >
-            context.
-        context: tokens a window.
-        batch_size: windows a batch; the last batch may be smaller.
-        shuffle: False starts at the first token, in one order that never changes (and
-            is random: neighbours are alike).
-
-    Yields:
-        inputs and targets, int64 (B, context): a target is the token after its input.
-    """
-
-    def __init__(
-        self, tokens: Tensor, *, context: int, batch_size: int, shuffle: bool
-    ) -> None:
-        self.tokens, self.context = tokens, context
-        self.batch_size, self.shuffle = batch_size, shuffle
-        self.num_windows = (len(tokens) - 1) // context
-
-    def __len__(self) -> int:
-        return -(-self.num_windows // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.shuffle:
-            order = shuffled_indices(self.num_windows)
-            first = int(torch.randint(self.context, ()))
-        else:
-            order = torch.randperm(
-                self.num_windows, generator=torch.Generator().manual_seed(0)
-            )
-            first = 0
-        # The last window may reach beyond the end: it is moved back.
-        starts = (order * self.context + first).clamp_(
-            max=len(self.tokens) - 1 - self.context
-        )
-        for part in starts.to(self.tokens.device).split(self.batch_size):
-            yield windows(self.tokens, part, self.context)
-
-
-class EvalWindows:
-    """Batches of overlapping windows that score every token of the text but the first exactly once.
-
-    A window starts `stride` tokens after the one before it, the last one where it ends
-    with the text. Targets that an earlier window has scored are -100, so that every
-    other target is scored with at least `context - stride` tokens before it (in the
-    first window: with all there are).
-
-    Args:
-        tokens: of any integers (N,), on the device where the batches are wanted; N >
-            context.
-        context: tokens a window.
-        stride: 1..context. Smaller is slower and scores with more context.
-        batch_size: windows a batch; the last batch may be smaller.
-        num_bytes: bytes of UTF-8 behind the N - 1 scored tokens, for bits per byte.
-
-    Yields:
-        inputs and targets, int64 (B, context): a target is the token after its input,
-        or -100.
-    """
-
-    def __init__(
-        self,
-        tokens: Tensor,
-        *,
-        context: int,
-        stride: int,
-        batch_size: int,
-        num_bytes: int,
-    ) -> None:
-        self.tokens, self.context, self.batch_size = tokens, context, batch_size
-        self.num_bytes = num_bytes
-        last = len(tokens) - 1 - context
-        self.starts = torch.tensor(
-            [*range(0, last, stride), last], device=tokens.device
-        )
-
-    def __len__(self) -> int:
-        return -(-len(self.starts) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        position = torch.arange(self.context, device=self.tokens.device)
-        # Tokens that a window is the first to score.
-        step = self.starts.diff(prepend=self.starts[:1] - self.context)
-        for part, new in zip(
-            self.starts.split(self.batch_size), step.split(self.batch_size), strict=True
-        ):
-            inputs, targets = windows(self.tokens, part, self.context)
-            yield (
-                inputs,
-                targets.masked_fill(position < self.context - new[:, None], IGNORE),
-            )
-
-
-def windows(tokens: Tensor, starts: Tensor, context: int) -> Batch:
-    """Returns inputs and targets (B, context) of `tokens` (N,) from each of `starts` (B,) on."""
-    rows = tokens.unfold(0, context + 1, 1)[starts].long()  # (B, context + 1)
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def shakespeare(**options: Any) -> DataLoaders:
@@ -161,49 +55,49 @@ def text(
         stride: tokens from one evaluation window to the next, 1..context.
         batch_size: training windows a batch.
         eval_batch_size: evaluation windows a batch.
-        val_fraction: share of the characters for validation, above 0; with
-            test_fraction below 1.
-        test_fraction: share of the characters for testing, above 0.
+        val_fraction: share of the characters for validation, above 0; both below 1.
+        test_fraction: the same for testing.
         device: where the tokens and so the batches lie.
-        valid_path, test_path: files as `path`, to validate and to test on; None: a
-            share of it.
+        valid_path, test_path: files to validate and to test on; None: a share.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
     """
+    shares = (val_fraction, test_fraction)
     refuse(
-        validate.text("path", path)
-        + validate.text("valid_path", valid_path, null=True)
-        + validate.text("test_path", test_path, null=True)
-        + whole("batch_size", batch_size, 1, MANY)
-        + whole("eval_batch_size", eval_batch_size, 1, MANY)
+        _wrong_paths(path, valid_path, test_path)
+        + wrong_sizes(batch_size, eval_batch_size)
         + _wrong_lengths(context, stride)
-        + _wrong_shares(val_fraction, test_fraction)
+        + _wrong_shares(*shares)
     )
     encoder = load_tokenizer(tokenizer)
-    shares = (val_fraction, test_fraction)
     parts, origins = _read(path, valid_path, test_path, shares)
     tokens = [encoded(encoder, part) for part in parts]
     _refuse_short(tokens, origins, context, shares)
     train, *others = (ids.to(device) for ids in tokens)
+    how = {"context": context, "stride": stride, "batch_size": eval_batch_size}
+    sizes = _scored_bytes(encoder, parts, tokens)
     val, test = (
-        EvalWindows(
-            ids,
-            context=context,
-            stride=stride,
-            batch_size=eval_batch_size,
-            num_bytes=size,
-        )
-        for ids, size in zip(others, _scored_bytes(encoder, parts, tokens), strict=True)
+        EvalWindows(ids, num_bytes=size, **how)
+        for ids, size in zip(others, sizes, strict=True)
     )
+    of_train = {"context": context, "batch_size": batch_size}
     return DataLoaders(
-        train=TrainWindows(train, context=context, batch_size=batch_size, shuffle=True),
+        train=TrainWindows(train, shuffle=True, **of_train),
         val=val,
         test=test,
-        calib=TrainWindows(
-            train, context=context, batch_size=batch_size, shuffle=False
-        ),
+        calib=TrainWindows(train, shuffle=False, **of_train),
         fingerprint=_digest(tokens),
+    )
+
+
+def _wrong_paths(
+    path: str, valid_path: str | None, test_path: str | None
+) -> list[str]:
+    return (
+        validate.text("path", path)
+        + validate.text("valid_path", valid_path, null=True)
+        + validate.text("test_path", test_path, null=True)
     )
 
 
@@ -228,7 +122,10 @@ def _wrong_shares(val_fraction: float, test_fraction: float) -> list[str]:
 
 
 def _refuse_short(
-    tokens: list[Tensor], origins: list[str], context: int, shares: tuple[float, float]
+    tokens: list[Tensor],
+    origins: list[str],
+    context: int,
+    shares: tuple[float, float],
 ) -> None:
     for origin, name, ids in zip(
         origins, ("training", "validation", "test"), tokens, strict=True

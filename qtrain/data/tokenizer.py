@@ -54,7 +54,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> Tensor:
         """Returns the bytes of `text`, int64 (N,)."""
-        return torch.from_numpy(np.frombuffer(text.encode(), np.uint8).astype(np.int64))
+        return torch.from_numpy(
+            np.frombuffer(text.encode(), np.uint8).astype(np.int64)
+        )
 
     def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """Returns the text of (N,) tokens; what is no UTF-8, or no byte, becomes U+FFFD."""
@@ -67,7 +69,8 @@ class ByteTokenizer:
 
     def pieces(self, text: str) -> Iterator[str]:
         return (
-            text[start : start + PIECE] for start in range(0, max(len(text), 1), PIECE)
+            text[start : start + PIECE]
+            for start in range(0, max(len(text), 1), PIECE)
         )
 
 
@@ -148,12 +151,13 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of that name.
 
     Args:
-        name: "bytes"; a folder with tokenizer.json, or with vocab.json and merges.txt;
-            a GGUF file (extra gguf); or a model on the Hugging Face hub, such as
-            "gpt2". All but bytes need the extra `hf`.
+        name: "bytes"; a folder with tokenizer.json, or with vocab.json and
+            merges.txt; a GGUF file (extra gguf); or a model on the Hugging Face hub,
+            such as "gpt2". All but bytes need the extra `hf`.
 
     Raises:
-        ValueError: folder or hub hold no such tokenizer, or the extra is not installed.
+        ValueError: folder or hub hold no such tokenizer, or the extra is not
+            installed.
     """
     refuse(text("tokenizer", name))
     if name == "bytes":

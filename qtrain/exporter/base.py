@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from qtrain.simulate.order import execution_order
-from qtrain.simulate.simulation import Simulation, output_points
+from qtrain.simulate.points import output_points
+from qtrain.simulate.simulation import Simulation
 
 Inputs = tuple[Tensor, ...]
 
@@ -17,9 +18,9 @@ class Exporter:
     Attributes:
         name: by which reports call it.
         file_name: of what it writes, in the folder of a run.
-        max_steps: largest difference between what the file and the simulation put out,
-            in steps of the last quantized layer, root mean square: a runtime that
-            computes on integers rounds otherwise.
+        max_steps: largest difference between what the file and the simulation put
+            out, in steps of the last quantized layer, root mean square: a runtime
+            that computes on integers rounds otherwise.
         writes_weights: whether weights are all that it needs, so that any method has
             some for it.
     """
@@ -33,7 +34,9 @@ class Exporter:
         """Returns the unit in which differences of the output are counted, as `max_steps`."""
         points = output_points(simulation.model)
         called = [
-            name for name in execution_order(simulation.model, inputs) if name in points
+            name
+            for name in execution_order(simulation.model, inputs)
+            if name in points
         ]
         return float(points[called[-1]].calculate_qparams()[0])
 

@@ -159,7 +159,9 @@ def _as_they_are(weight: Any) -> tuple[str, Any] | None:
         return None
     integers = weight.int_repr()
     scale = weight.scale.float().expand(rows, groups)
-    scale = scale.repeat_interleave(columns // BLOCK // groups, 1).half()  # one a block
+    scale = scale.repeat_interleave(
+        columns // BLOCK // groups, 1
+    ).half()  # one a block
     blocks = integers.view(rows, -1, BLOCK)
     if weight.bits == 8:
         kind, codes = "Q8_0", blocks.view(torch.uint8)

@@ -73,8 +73,8 @@ def write_and_judge(
         folder: where the file goes.
 
     Returns:
-        {"file", "size_bytes", "steps"} for the report, and the failures. The steps are
-        the root mean square difference in quantization steps of the last layer.
+        {"file", "size_bytes", "steps"} for the report, and the failures. The steps
+        are the root mean square difference in quantization steps of the last layer.
     """
     path = folder / exporter.file_name
     exporter.write(simulation, inputs, path)

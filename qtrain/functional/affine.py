@@ -22,8 +22,8 @@ class Quantized(NamedTuple):
     Attributes:
         int_repr: the integers, shaped as the input, in the smallest of uint8, int8,
             int16, int32, int64 that fits.
-        scale: float32, or float64 for more than 8 bits or float64 input; its convention
-            is the function's.
+        scale: float32, or float64 for more than 8 bits or float64 input; its
+            convention is the function's.
         zero_point: int64, shaped as scale: the integer that stands for 0.
         dequantized: shaped as the input, dtype of scale.
     """
@@ -194,9 +194,9 @@ def asymmetric(
     >>> asymmetric(torch.tensor([-1.2, 0.0, 0.5, 3.4]), 4).int_repr
     tensor([ 0,  4,  6, 15], dtype=torch.uint8)
 
-    After a ReLU all values are positive. A symmetric range spends half its integers on
-    numbers that never come, so its step is about twice, its squared error about four
-    times as large:
+    After a ReLU all values are positive. A symmetric range spends half its integers
+    on numbers that never come, so its step is about twice, its squared error about
+    four times as large:
 
     >>> relu = torch.linspace(0, 6, 1001)
     >>> wasted, used = symmetric(relu, 4), asymmetric(relu, 4)
@@ -220,8 +220,8 @@ def absmax(x: Tensor, *, quant_max: int = 127) -> Quantized:
     """Returns x quantized by its largest magnitude, per tensor, zero_point 0.
 
     `scale = quant_max / max|x|` (steps per unit: the reciprocal of torch's),
-    `x_q = round(scale * x)`, `x_dq = x_q / scale`. An all-zero tensor counts as max|x|
-    = 1.
+    `x_q = round(scale * x)`, `x_dq = x_q / scale`. An all-zero tensor counts as
+    max|x| = 1.
 
     Args:
         x: any shape, floating point, finite.
@@ -244,7 +244,9 @@ def absmax(x: Tensor, *, quant_max: int = 127) -> Quantized:
     scale = quant_max / magnitude.clamp(min=quant_max * torch.finfo(dtype).tiny)
     int_repr = _to_integers(scale * x.to(dtype), -quant_max, quant_max)
     zero_point = torch.zeros_like(scale, dtype=torch.int64)
-    return Quantized(int_repr, scale, zero_point, _saturate(int_repr.to(dtype) / scale))
+    return Quantized(
+        int_repr, scale, zero_point, _saturate(int_repr.to(dtype) / scale)
+    )
 
 
 @torch.no_grad()
@@ -253,8 +255,8 @@ def zeropoint(x: Tensor, *, num_steps: int = 255) -> Quantized:
 
     `scale = num_steps / (max - min)` (steps per unit: the reciprocal of torch's; a
     range of 0 counts as 1), `zero_point = round(-scale * min - 128)`,
-    `x_q = clip(round(scale * x + zero_point), -128, 127)`, `x_dq = (x_q - zero_point) /
-    scale`. The scale is at most 2^20 / max|x| in float32, as for `choose_qparams`.
+    `x_q = clip(round(scale * x + zero_point), -128, 127)`, `x_dq = (x_q - zero_point)
+    / scale`. The scale is at most 2^20 / max|x| in float32, as for `choose_qparams`.
 
     Args:
         x: any shape, floating point, finite.

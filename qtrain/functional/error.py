@@ -53,8 +53,8 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> Tensor:
         approximation: same shape.
 
     Returns:
-        float64 [], in dB; inf when both are identical, -inf when only the reference is
-        all zero.
+        float64 [], in dB; inf when both are identical, -inf when only the reference
+        is all zero.
 
     Raises:
         ValueError: the shapes differ, or one holds NaN or inf.
@@ -63,7 +63,8 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> Tensor:
     20.0
     """
     reference, approximation = _scaled_pair(reference, approximation)
-    signal, noise = reference.square().sum(), (reference - approximation).square().sum()
+    signal = reference.square().sum()
+    noise = (reference - approximation).square().sum()
     return torch.where(noise == 0, torch.inf, 10 * torch.log10(signal / noise))
 
 

@@ -72,8 +72,7 @@ def gptq(
     act_order: bool = True,
     block: int = BLOCK,
 ) -> Tensor:
-    """Returns the integers (N, K) of a float weight on a given grid, as
-    int64.
+    """Returns the integers (N, K), int64, of a float weight on a given grid.
 
     e = (w_i - dq(q(w_i))) / U_ii, then w_j -= e U_ij for j > i:
     equations 2 and 3.
@@ -90,8 +89,7 @@ def gptq(
     >>> gptq(one, torch.eye(2), torch.tensor(1.0), torch.tensor(0), -7, 7)
     tensor([[1, 1]])
 
-    Where two inputs are alike, the second weight makes up for the
-    first:
+    Where two inputs are alike, the second weight makes up for the first:
 
     >>> alike = torch.tensor([[1.0, 0.99], [0.99, 1.0]])
     >>> gptq(one - 0.2, alike, torch.tensor(1.0), torch.tensor(0), -7, 7)
@@ -115,7 +113,8 @@ def gptq(
             steps = torch.addcdiv(zero_point[i], left[i], scale[i])
             integers[i] = steps.round_().clamp_(quant_min, quant_max)
             value = (integers[i] - zero_point[i]) * scale[i]
-            error = torch.sub(left[i], value, out=errors[i - start]).div_(factor[i, i])
+            error = torch.sub(left[i], value, out=errors[i - start])
+            error.div_(factor[i, i])
             left[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
         left[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     return integers[order.argsort()].T.long().contiguous()
@@ -123,4 +122,6 @@ def gptq(
 
 def _columns(parameter: Tensor, weight: Tensor) -> Tensor:
     """Returns a scale or zero point for each weight, (K, N)."""
-    return expand_parameter(parameter.double(), weight).expand_as(weight).T.contiguous()
+    return (
+        expand_parameter(parameter.double(), weight).expand_as(weight).T.contiguous()
+    )

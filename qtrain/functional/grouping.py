@@ -51,12 +51,12 @@ def from_groups(groups: Tensor) -> Tensor:
 def expand_parameter(parameter: Tensor, x: Tensor) -> Tensor:
     """Returns a scale or zero point in a shape that broadcasts against x.
 
-    For x [A, B]: per tensor [] or [1], per channel [A, 1] or [1, B], per group [A, B /
-    group_size], whose elements are repeated group_size times.
+    For x [A, B]: per tensor [] or [1], per channel [A, 1] or [1, B], per group [A, B
+    / group_size], whose elements are repeated group_size times.
 
     Raises:
-        ValueError: the shape is none of these, for instance [A], which would broadcast
-            along B.
+        ValueError: the shape is none of these, for instance [A], which would
+            broadcast along B.
 
     >>> import torch
     >>> expand_parameter(torch.tensor([[0.1, 0.2]]), torch.zeros(3, 4))

@@ -45,7 +45,9 @@ def _paley(prime: int) -> Tensor:
     divided by 4.
     """
     squares = {i * i % prime for i in range(1, prime)}
-    character = torch.tensor([0] + [1 if i in squares else -1 for i in range(1, prime)])
+    character = torch.tensor(
+        [0] + [1 if i in squares else -1 for i in range(1, prime)]
+    )
     index = torch.arange(prime)
     skew = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
     skew[0, 1:], skew[1:, 0] = 1, -1

@@ -2,8 +2,8 @@
 
 The tensor is read in row-major order. The first value takes the lowest bits of the
 first byte, the next one the bits above it; negative values are in two's complement. A
-word is the shortest run of whole bytes that holds whole values: 4 values of 2 bits in 1
-byte, 8 of 3 in 3, 2 of 4 in 1. The last word is filled up with zeros.
+word is the shortest run of whole bytes that holds whole values: 4 values of 2 bits in
+1 byte, 8 of 3 in 3, 2 of 4 in 1. The last word is filled up with zeros.
 """
 
 import math
@@ -39,7 +39,8 @@ def pack(values: Tensor, bits: int, *, signed: bool) -> Tensor:
         signed: whether the values are -2^(bits-1)..2^(bits-1)-1 or 0..2^bits-1.
 
     Returns:
-        uint8, one dimension, `ceil(numel * bits / 8)` bytes rounded up to whole words.
+        uint8, one dimension, `ceil(numel * bits / 8)` bytes rounded up to whole
+        words.
 
     Raises:
         ValueError: bits is not allowed, or a value does not fit.

@@ -45,8 +45,8 @@ def value_range(
             group).
 
     Returns:
-        Two tensors of x's dtype. x [A, B] per tensor -> [], axis 0 -> [A, 1], axis 1 ->
-        [1, B], per group -> [A, B / group_size].
+        Two tensors of x's dtype. x [A, B] per tensor -> [], axis 0 -> [A, 1], axis 1
+        -> [1, B], per group -> [A, B / group_size].
 
     Raises:
         ValueError: x holds NaN or inf, there is no such axis, group_size does not
@@ -92,9 +92,9 @@ def choose_qparams(
 
     asymmetric: `scale = (high - low) / (quant_max - quant_min)`,
     `zero_point = quant_min + round(-low / scale)`
-    symmetric: `scale = max(|low|, |high|) / ((quant_max - quant_min) / 2)`, zero_point
-    0, or the middle of an unsigned range. With the restricted range -127..127 the
-    divisor is 127.
+    symmetric: `scale = max(|low|, |high|) / ((quant_max - quant_min) / 2)`,
+    zero_point 0, or the middle of an unsigned range. With the restricted range
+    -127..127 the divisor is 127.
 
     The zero point may lie outside quant_min..quant_max: it does for a range that
     excludes 0. A scale is never finer than 8 eps (2^-20 in float32) of the largest
@@ -113,8 +113,8 @@ def choose_qparams(
         zero_point (int64), shaped as low.
 
     Raises:
-        ValueError: low or high holds NaN or inf, as those of an observer that has seen
-            no data.
+        ValueError: low or high holds NaN or inf, as those of an observer that has
+            seen no data.
 
     >>> from qtrain.functional.spec import int_range
     >>> low, high = torch.tensor(-1.0), torch.tensor(2.0)
@@ -169,8 +169,8 @@ def range_qparams(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns torch's observers' (scale, zero_point) for a range, without reading a value back.
 
-    The range is widened to include 0. asymmetric: `scale = (high - low) / (quant_max -
-    quant_min)`, `zero_point = quant_min - round(low / scale)`; symmetric:
+    The range is widened to include 0. asymmetric: `scale = (high - low) / (quant_max
+    - quant_min)`, `zero_point = quant_min - round(low / scale)`; symmetric:
     `scale = max(-low, high) / ((quant_max - quant_min) / 2)`, zero_point the middle,
     rounded down for unsigned integers and 0 for signed ones. `choose_qparams` differs
     in its smallest scale, and in keeping a range that excludes 0.
@@ -191,7 +191,9 @@ def range_qparams(
         low, high = low.reshape(1), high.reshape(1)
     if symmetric:  # one of -low and high is not below 0
         scale = (
-            torch.maximum(-low, high).div_((quant_max - quant_min) / 2).clamp_(min=eps)
+            torch.maximum(-low, high)
+            .div_((quant_max - quant_min) / 2)
+            .clamp_(min=eps)
         )
         middle = (quant_min + quant_max) // 2
         return scale, None if quant_min < 0 else torch.full_like(

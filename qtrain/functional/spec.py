@@ -10,7 +10,9 @@ AUTO = "auto"
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
 
-def int_range(bits: int, signed: bool, *, restricted: bool = False) -> tuple[int, int]:
+def int_range(
+    bits: int, signed: bool, *, restricted: bool = False
+) -> tuple[int, int]:
     """Returns (quant_min, quant_max), the integers that `bits` bits can hold.
 
     restricted drops the most negative signed integer, so that the range is symmetric
@@ -52,8 +54,8 @@ class QuantSpec:
     """How one kind of tensor is quantized; `backend.torch_ao.Engine.settle` settles "auto".
 
     Args:
-        bits: width of the integers, 2..8. They are stored as 8-bit integers by torch's
-            kernels.
+        bits: width of the integers, 2..8. They are stored as 8-bit integers by
+            torch's kernels.
         symmetric: zero maps to the middle of the range (weights: to 0), or "auto".
         granularity: which elements share a scale. Of a weight [A, B]: "per_tensor" ->
             scale [], "per_channel" -> scale [A], "per_group" -> scale [A, B /
@@ -62,11 +64,11 @@ class QuantSpec:
             "per_group".
         observer: the name of a file in conf/observer, its mapping, or a factory of
             observers.
-        reduce_range: leave out the top bit, for kernels whose 16-bit accumulators would
-            saturate.
+        reduce_range: leave out the top bit, for kernels whose 16-bit accumulators
+            would saturate.
         narrow_range: leave out the lowest signed integer: symmetric weights then end
-            exactly at the integers' ends, and none is clipped; or "auto", the method's
-            rule.
+            exactly at the integers' ends, and none is clipped; or "auto", the
+            method's rule.
 
     Raises:
         ValueError: names the field, its value and what is allowed.

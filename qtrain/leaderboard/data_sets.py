@@ -7,7 +7,8 @@ from typing import Any
 from qtrain.leaderboard import keys
 from qtrain.leaderboard.runs import Run
 
-# What decides which test examples a text data set has, beside its name and its content.
+# What decides which test examples a text data set has, beside its name and its
+# content.
 DATA_KEYS = (
     "data.path",
     "data.tokenizer",
@@ -35,15 +36,16 @@ def split(runs: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
         namesakes[name][data].append(run)
     titles = {name: _titles(name, data_sets) for name, data_sets in namesakes.items()}
     return [
-        (model, titles[name][data], of) for (model, _, name, data), of in found.items()
+        (model, titles[name][data], of)
+        for (model, _, name, data), of in found.items()
     ]
 
 
 def _titles(name: str, data_sets: dict[Identity, list[Run]]) -> dict[Identity, str]:
     """Returns what to call data sets of one name: by settings that differ, else by their content.
 
-    Of DATA_KEYS all that differ are named, of other settings no more than tell the sets
-    apart.
+    Of DATA_KEYS all that differ are named, of other settings no more than tell the
+    sets apart.
     """
     if len(data_sets) == 1:
         return dict.fromkeys(data_sets, name)

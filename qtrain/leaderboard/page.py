@@ -15,6 +15,7 @@ from qtrain.common.files import read_text
 from qtrain.common.limits import LARGEST
 from qtrain.common.plain import plain
 from qtrain.leaderboard import keys, table
+from qtrain.leaderboard.legend import legend
 from qtrain.leaderboard.rows import LATENCY_TOLERANCE, SIZE_TOLERANCE, Row, Section
 from qtrain.leaderboard.runs import Found, Run
 
@@ -76,8 +77,8 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
         files("qtrain.leaderboard").joinpath(name).read_text("utf-8")
         for name in names_of_files
     )
-    # In JSON a < can only be in a string, where the escape means the same: no text can
-    # close the script element.
+    # In JSON a < can only be in a string, where the escape means the same: no text
+    # can close the script element.
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace(
         "<", "\\u003c"
     )
@@ -91,7 +92,8 @@ def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
 def _link(run: Path, start: Path) -> str:
     """Returns a relative link; quoting leaves no colon, so none can be read as a scheme."""
     return (
-        quote(os.fsencode(Path(os.path.relpath(run.resolve(), start)).as_posix())) + "/"
+        quote(os.fsencode(Path(os.path.relpath(run.resolve(), start)).as_posix()))
+        + "/"
     )
 
 
@@ -114,7 +116,8 @@ def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
             {
                 "cells": [column.text(row).strip() for column in columns],
                 "numbers": [
-                    column.number(row) if column.number else None for column in columns
+                    column.number(row) if column.number else None
+                    for column in columns
                 ],
                 # Whether or not the table has such a column.
                 "at": {key: row.cells[key] for key in AXES},
@@ -131,7 +134,7 @@ def _section(section: Section, places: dict[Run, int]) -> dict[str, Any]:
             for row in section.rows
         ],
         "config": _config(section),
-        "legend": table.legend([section]),
+        "legend": legend([section]),
     }
 
 
@@ -162,7 +165,8 @@ def _name(row: Row, section: Section) -> str:
 def _config(section: Section) -> dict[str, Any]:
     """Returns the settings that differ between rows: each value once, and its index for each row.
 
-    Those that someone set on a command line come first. A group has all of its values.
+    Those that someone set on a command line come first. A group has all of its
+    values.
     """
     runs = [run for row in section.rows for run in row.runs]
     known = {key for run in runs for key in run.settings}

@@ -30,8 +30,8 @@ class Difference:
 def to_float(runs: Sequence[Run]) -> tuple[list[Difference | None], list[str]]:
     """Returns each run's difference to its float model (None for that), and warnings.
 
-    For right-or-wrong examples the report has all that the test needs; other scores are
-    read.
+    For right-or-wrong examples the report has all that the test needs; other scores
+    are read.
     """
     found: list[Difference | None] = []
     for run in runs:
@@ -39,7 +39,9 @@ def to_float(runs: Sequence[Run]) -> tuple[list[Difference | None], list[str]]:
         if run.examples == RIGHT_OR_WRONG and value is not None:
             p = mcnemar(counts["gained"], counts["lost"])
         found.append(
-            None if value is None else Difference(value, run.facts["difference_se"], p)
+            None
+            if value is None
+            else Difference(value, run.facts["difference_se"], p)
         )
     tested = [
         i
@@ -60,7 +62,9 @@ def to_baselines(
     """Returns each run's difference to its baseline, None without one, and warnings."""
     found: list[Difference | None] = [None] * len(pairs)
     means = []
-    warnings = _unverified(run for pair in pairs if pair[1] is not None for run in pair)
+    warnings = _unverified(
+        run for pair in pairs if pair[1] is not None for run in pair
+    )
     for i, (run, base) in enumerate(pairs):
         if base is None or base is run:
             continue
@@ -135,7 +139,9 @@ def _gain(run: Run, kind: str, base: Run, base_kind: str) -> "np.ndarray":
             f"{run.folder}: its {len(ours)} examples cannot be paired with the "
             f"{len(theirs)} of {base.folder}; significance is not tested"
         )
-    difference: np.ndarray[Any, Any] = ours.astype("float64") - theirs.astype("float64")
+    difference: np.ndarray[Any, Any] = ours.astype("float64") - theirs.astype(
+        "float64"
+    )
     return difference
 
 

@@ -10,13 +10,13 @@ def front(
 ) -> list[bool]:
     """Returns which points are on the front.
 
-    A point is off it if another one is clearly smaller, by more than the tolerance, in
-    one coordinate, and the point is clearly smaller in none. The best in a coordinate
-    is always on it.
+    A point is off it if another one is clearly smaller, by more than the tolerance,
+    in one coordinate, and the point is clearly smaller in none. The best in a
+    coordinate is always on it.
 
     Args:
-        points: coordinates of which less is better; None, of unknown ones, is never on
-            the front.
+        points: coordinates of which less is better; None, of unknown ones, is never
+            on the front.
         tolerances: of each coordinate; None: all are exact.
 
     >>> front([(1.0, 5.0), (2.0, 2.0), (3.0, 3.0), None])
@@ -43,7 +43,9 @@ def front(
         ) and all(gap >= -slack for gap, slack in zip(gaps, tolerances, strict=True))
 
     best = {
-        min(exact, key=lambda point: point[i]) for i in range(len(tolerances)) if exact
+        min(exact, key=lambda point: point[i])
+        for i in range(len(tolerances))
+        if exact
     }
 
     # What beats a point and is not on the exact front is beaten by one there, which

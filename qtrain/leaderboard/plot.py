@@ -12,7 +12,15 @@ from qtrain.leaderboard.rows import SIZE_TOLERANCE, Row, Section
 # Okabe and Ito's colours, which the colour-blind can tell apart; the page uses the
 # same.
 FLOAT = "#222222"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#8c564b",
+)
 MARKERS = "^sDvPX*"
 MAX_PANELS = 12
 
@@ -29,7 +37,9 @@ def scatter(sections: Sequence[Section]) -> Figure:
     for panel, section in zip(panels, shown, strict=False):
         _panel(panel, section)
     if len(sections) > len(shown):
-        figure.suptitle(f"the first {len(shown)} of {len(sections)} tables", fontsize=9)
+        figure.suptitle(
+            f"the first {len(shown)} of {len(sections)} tables", fontsize=9
+        )
     return figure
 
 
@@ -44,33 +54,10 @@ def _kind(row: Row, section: Section) -> str:
 def _panel(axes: Any, section: Section) -> None:
     quality = section.quality
     rows = [row for row in section.rows if row.cells["size_kb"] is not None]
-    kinds = sorted({_kind(row, section) for row in rows} - {"float"})
-    for index, kind in enumerate(["float", *kinds], start=-1):
-        of_kind = [row for row in rows if _kind(row, section) == kind]
-        if not of_kind:
-            continue
-        x, y = (
-            [row.cells[key] for row in of_kind] for key in ("kb_at_bits", "quantized")
-        )
-        colour, marker = (
-            (FLOAT, "o")
-            if kind == "float"
-            else (COLOURS[index % 7], MARKERS[(index + index // 7) % 7])
-        )
-        alpha = 0.9 if len(rows) < 100 else 0.5
-        axes.scatter(
-            x,
-            y,
-            s=36,
-            linewidths=0,
-            zorder=3,
-            label=kind,
-            color=colour,
-            marker=marker,
-            alpha=alpha,
-        )
+    _scatter(axes, section, rows)
     points = [
-        (row.cells["kb_at_bits"], -quality.gain(row.cells["quantized"])) for row in rows
+        (row.cells["kb_at_bits"], -quality.gain(row.cells["quantized"]))
+        for row in rows
     ]
     # In logarithms a tolerance that is relative is one for all.
     costs = [(math.log(size), cost) for size, cost in points]
@@ -94,9 +81,8 @@ def _panel(axes: Any, section: Section) -> None:
         axes.invert_yaxis()  # better is up
     missing = len(section.rows) - len(rows)
     note = f"\n({missing} simulated, without a size, not shown)" if missing else ""
-    axes.set_title(
-        f"{section.title}{note}", fontsize=10, parse_math=False
-    )  # a $ in a name is no formula
+    # A $ in a name is no formula
+    axes.set_title(f"{section.title}{note}", fontsize=10, parse_math=False)
     axes.set_xlabel("file size with weights at their bits, KB")
     axes.set_ylabel(f"{quality.name}{', ' + quality.unit if quality.unit else ''}")
     axes.grid(color="0.9", zorder=0)
@@ -104,3 +90,26 @@ def _panel(axes: Any, section: Section) -> None:
     if rows:
         for text in axes.legend(loc="lower right", fontsize=8).get_texts():
             text.set_parse_math(False)
+
+
+def _scatter(axes: Any, section: Section, rows: list[Row]) -> None:
+    """Draws the rows, each kind of them in a colour and a shape of its own."""
+    kinds = sorted({_kind(row, section) for row in rows} - {"float"})
+    for index, kind in enumerate(["float", *kinds], start=-1):
+        of_kind = [row for row in rows if _kind(row, section) == kind]
+        if not of_kind:
+            continue
+        colour, marker = COLOURS[index % 7], MARKERS[(index + index // 7) % 7]
+        if kind == "float":
+            colour, marker = FLOAT, "o"
+        axes.scatter(
+            [row.cells["kb_at_bits"] for row in of_kind],
+            [row.cells["quantized"] for row in of_kind],
+            s=36,
+            linewidths=0,
+            zorder=3,
+            label=kind,
+            color=colour,
+            marker=marker,
+            alpha=0.9 if len(rows) < 100 else 0.5,
+        )

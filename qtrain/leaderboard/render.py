@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 from qtrain.common.plain import plain
+from qtrain.leaderboard.legend import legend
 from qtrain.leaderboard.rows import Section
 from qtrain.leaderboard.runs import Failure
-from qtrain.leaderboard.table import NONE, Column, columns, legend
+from qtrain.leaderboard.table import NONE, Column, columns
 
 LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",

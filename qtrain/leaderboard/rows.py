@@ -19,9 +19,9 @@ SHOWN_OVERRIDES = {
     *("quant.engine", "quant.weight.bits", "quant.activation.bits"),
     *("quant.activation.observer", "observer@quant.activation.observer"),
 }
-# Both relative. At rest, on 2 cores, eight medians of 200 forwards at batch 1 differed
-# by 0 to 4 % between two runs of qtrain-bench in a row. A file's size has the padding
-# of its tensors in it, some 100 bytes.
+# Both relative. At rest, on 2 cores, eight medians of 200 forwards at batch 1
+# differed by 0 to 4 % between two runs of qtrain-bench in a row. A file's size has
+# the padding of its tensors in it, some 100 bytes.
 LATENCY_TOLERANCE = 0.05
 SIZE_TOLERANCE = 0.001
 
@@ -63,8 +63,8 @@ def section_of_runs(
     """Returns a section with a row for each run.
 
     Args:
-        bases: the runs that `baseline_of` takes each run's baseline from; None: no such
-            column.
+        bases: the runs that `baseline_of` takes each run's baseline from; None: no
+            such column.
     """
     differences, warnings = pairs.to_float(runs)
     rows = []
@@ -131,9 +131,9 @@ def find_baselines(
     """Returns the runs that `--baseline` names: by a folder, or by filters.
 
     Args:
-        wanted: the filters of the comparison. They hold for baselines that are found by
-            filters, but for keys that these name, and keys that a run lacks, as the
-            float model has no bits.
+        wanted: the filters of the comparison. They hold for baselines that are found
+            by filters, but for keys that these name, and keys that a run lacks, as
+            the float model has no bits.
 
     Raises:
         ValueError: there is none.

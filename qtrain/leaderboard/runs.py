@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qtrain.common.limits import QUIET
 from qtrain.common.plain import plain, plain_lines
 from qtrain.config.old_names import up_to_date
-from qtrain.runs.quality import LOG, Quality, of_report
+from qtrain.leaderboard.facts import _identity, facts_of, slim
+from qtrain.runs.quality import Quality, of_report
 from qtrain.runs.report import FILE_NAME, load_report
 
 
@@ -76,7 +76,9 @@ def find(folders: Sequence[Path]) -> Found:
         except ValueError as err:
             found.unreadable.append(plain_lines(str(err)).replace("\n", " "))
             continue
-        error = (str(report.get("error")).strip().splitlines() or ["unknown error"])[0]
+        error = (str(report.get("error")).strip().splitlines() or ["unknown error"])[
+            0
+        ]
         report = plain(report)
         try:
             if report["status"] == "ok":
@@ -84,7 +86,9 @@ def find(folders: Sequence[Path]) -> Found:
             else:
                 facts, settings = _identity(report), _settings(report)
                 found.failures.append(
-                    Failure(folder, plain(error), report["overrides"], facts, settings)
+                    Failure(
+                        folder, plain(error), report["overrides"], facts, settings
+                    )
                 )
         except (KeyError, TypeError, ValueError, AttributeError) as err:
             reason = f"not a whole report ({type(err).__name__}: {err})"
@@ -117,9 +121,10 @@ def _natural(name: str) -> list[Any]:
 
 
 def _without_report(folder: Path) -> Failure:
+    # Most comparisons do without, and so without OmegaConf
     from qtrain.config.reading import (
         command_line,
-    )  # most comparisons do without, and so without OmegaConf
+    )
 
     error = "no report: killed, or stopped before it began"
     try:
@@ -157,125 +162,15 @@ def _flatten(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + key, value if plain else str(value)
 
 
-def _identity(report: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a run is, as opposed to what came out of it."""
-    quant, config = report["quant"], report["config"].get("quant") or {}
-    weight = quant.get("weight") or config.get("weight") or {}
-    activation = quant.get("activation") or config.get("activation") or {}
-    bits = [spec.get("bits") for spec in (weight, activation)]
-    if (
-        quant.get("weight_bits") is not None
-    ):  # the mean over layers, which may have bits of their own
-        bits[0] = f"{_number(quant['weight_bits']):.3g}"
-    observer = (quant.get("activation") or quant.get("weight") or {}).get("observer")
-    facts = {key: report[key] for key in ("name", "model", "data", "seed")}
-    facts |= {
-        "method": quant["method"],
-        "engine": quant.get("engine"),
-        "observer": observer,
-    }
-    for key, value in facts.items():
-        if not isinstance(value, str | int) and not (
-            value is None and key in ("engine", "observer")
-        ):
-            raise TypeError(f"{key} is {value!r}")
-    return facts | {
-        "bits": "/".join("-" if n is None else str(n) for n in bits)
-        if any(bits)
-        else None
-    }
-
-
 def _run(folder: Path, report: dict[str, Any]) -> Run:
-    metrics, difference = report["metrics"], report["difference"]
     quality, examples = of_report(report)
-    identity = _identity(report)
-    exact, quantized = (
-        quality.scale * _number(metrics[kind][quality.name])
-        for kind in ("float", "quantized")
-    )
-    fake = (
-        None
-        if metrics["fake"] is None
-        else quality.scale * _number(metrics["fake"][quality.name])
-    )
-    # The mean loss is the perplexity's logarithm: an error of the one is that much of
-    # the other, relatively.
-    scale = quantized if examples == LOG else quality.scale
-    is_float = identity["method"] == "none"
-    # Of a single example there is none
-    error = difference["standard_error"] if examples else None
-    sizes, latency = report["size_bytes"], report["latency_ms"]
-    size = sizes.get("float_file" if is_float else "quantized_file")
-    at_bits = (
-        size if is_float else sizes.get("quantized_file_at_bits", size)
-    )  # which 0.1.0 did not note
-    batch = next(iter(latency.get("float") or {}), None)
-    slow, fast = (
-        _median(latency.get(kind), batch)
-        for kind in ("float", "float" if is_float else "quantized")
-    )
-    facts = identity | {
-        "simulated": bool(report["quant"].get("simulated")),
-        "float": exact,
-        "fake": fake,
-        "quantized": quantized,
-        "difference": None if is_float else quantized - exact,
-        "difference_se": None if is_float or error is None else scale * _number(error),
-        "float_size_kb": None
-        if size is None
-        else _positive(sizes["float_file"]) / 1000,
-        "size_kb": None if size is None else _positive(size) / 1000,
-        "kb_at_bits": None if at_bits is None else _positive(at_bits) / 1000,
-        "size_ratio": None
-        if is_float or size is None
-        else size / _positive(sizes["float_file"]),
-        "float_latency_ms": None if fast is None else slow,
-        "latency_ms": fast,
-        "latency_ratio": None
-        if is_float or fast is None or slow is None
-        else fast / slow,
-        "contended": (report.get("other_load") or 0) > QUIET,
-        "tokens_per_s": (report.get("tokens_per_s") or {}).get(
-            "float" if is_float else "quantized"
-        ),
-        "seconds": sum(_number(t) for t in report["time_s"].values()),
-    }
-    keys = (
-        "coverage",
-        "data_fingerprint",
-        "peak_memory_bytes",
-        "threads",
-        "device",
-        "float_from",
-    )
-    slim = {key: report.get(key) for key in keys}
-    slim["truth"] = {"min_sqnr_db": report["truth"].get("min_sqnr_db")}
-    slim["metrics"] = {
-        kind: {k: v for k, v in (found or {}).items() if isinstance(v, int | float)}
-        for kind, found in metrics.items()
-    }
-    slim["difference"] = {
-        key: int(_number(difference[key])) for key in ("gained", "lost")
-    }
-    slim |= {"batch": batch, "sha256": report.get("sha256")}
     overrides = [text.lstrip("+~").partition("=")[0] for text in report["overrides"]]
-    return Run(folder, quality, examples, facts, _settings(report), overrides, slim)
-
-
-def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} instead of a finite number")
-    return float(value)
-
-
-def _positive(value: Any) -> float:
-    if _number(value) <= 0:
-        raise ValueError(f"{value!r} instead of a number above 0")
-    return float(value)
-
-
-def _median(times: dict[str, Any] | None, batch: str | None) -> float | None:
-    return (
-        None if not times or batch not in times else _positive(times[batch]["median"])
+    return Run(
+        folder,
+        quality,
+        examples,
+        facts_of(report),
+        _settings(report),
+        overrides,
+        slim(report),
     )

@@ -72,8 +72,8 @@ def paired_bootstrap(
     """Returns the two-sided p of "the mean is 0" for each row, by the studentized bootstrap.
 
     The p is the share of resamples whose |t| about the observed mean reaches the
-    observed |t| about 0 (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-    algorithm 16.2), the observed one counted in.
+    observed |t| about 0 (Efron and Tibshirani, An Introduction to the Bootstrap,
+    1993, algorithm 16.2), the observed one counted in.
 
     Args:
         differences: (R, N), one row a pair of runs; all rows are resampled alike.
@@ -106,13 +106,15 @@ def student_t(t: float, degrees: int) -> float:
     return 2 * float(special.stdtr(degrees, -abs(t)))
 
 
-def over_seeds(differences: Sequence[float], standard_errors: Sequence[float]) -> float:
+def over_seeds(
+    differences: Sequence[float], standard_errors: Sequence[float]
+) -> float:
     """Returns p of "the mean difference is 0", for new seeds and new examples.
 
-    It is a t-test with the errors of both added. The seeds share their examples, so the
-    error that the examples leave does not shrink with the number of seeds. Without it,
-    two seeds that happen to gain the same one example would count as certain. The
-    degrees of freedom are Welch's, rounded down.
+    It is a t-test with the errors of both added. The seeds share their examples, so
+    the error that the examples leave does not shrink with the number of seeds.
+    Without it, two seeds that happen to gain the same one example would count as
+    certain. The degrees of freedom are Welch's, rounded down.
 
     Args:
         differences: of each seed; at least two.

@@ -6,14 +6,10 @@ from typing import Any
 
 from qtrain.common.plain import plain
 from qtrain.leaderboard.rows import (
-    LATENCY_TOLERANCE,
-    SIZE_TOLERANCE,
     Row,
     Section,
-    is_disturbed,
 )
 from qtrain.leaderboard.statistics import ALPHA
-from qtrain.runs.quality import KNOWN, RIGHT_OR_WRONG
 
 NONE = "-"
 UNSURE, FRONT, CONTENDED = "~", "*", "!"
@@ -31,45 +27,55 @@ class Column:
 
 def columns(section: Section) -> list[Column]:
     """Returns the columns that say something about this section's rows."""
+    found = _labels(section) + _numbers(section)
+    said = [
+        c for c in found if any(c.text(row).strip() != NONE for row in section.rows)
+    ]
+    front = Column("front", "front", lambda row: FRONT if row.cells["front"] else "")
+    return [*said, front]
+
+
+def _labels(section: Section) -> list[Column]:
+    """Returns the columns that tell the rows apart."""
+    rows = section.rows
+    varied = [_label(key) for key in section.labels]
+    if section.grouped:
+        has_others = _differs(rows, lambda row: row.cells["seeds"], 0)
+        return [*varied, _label("runs"), *([_label("seeds")] if has_others else [])]
+    usual = [_label(key) for key in ("method", "engine", "bits", "observer")]
+    labels = [*usual, *varied]
+    if _differs(rows, lambda row: row.cells["seed"]):
+        labels.append(_label("seed"))
+    own_name = any(
+        row.cells["name"] != f"{row.cells['model']}_{row.cells['method']}"
+        for row in rows
+    )
+    if own_name and _differs(rows, lambda row: row.cells["name"]):
+        labels.insert(0, _label("name"))
+    if len({tuple(label.text(row) for label in labels) for row in rows}) < len(rows):
+        folder = Column("folder", "run", lambda row: plain(row.runs[0].folder.name))
+        labels.insert(0, folder)
+    return labels
+
+
+def _numbers(section: Section) -> list[Column]:
     rows, unit = section.rows, section.quality.unit
     qualities = [row.cells[kind] for row in rows for kind in ("float", "quantized")]
-    digits = section.quality.digits([value for value in qualities if value is not None])
+    digits = section.quality.digits(
+        [value for value in qualities if value is not None]
+    )
     batch = next(
         (row.runs[0].report["batch"] for row in rows if row.runs[0].report["batch"]),
         "1",
     )
     space = " " if unit else ""
-    labels = [_label(key) for key in section.labels]
-    if section.grouped:
-        labels += [_label("runs")] + (
-            [_label("seeds")]
-            if _differs(rows, lambda row: row.cells["seeds"], 0)
-            else []
-        )
-    else:
-        labels = [
-            _label(key) for key in ("method", "engine", "bits", "observer")
-        ] + labels
-        labels += (
-            [_label("seed")] if _differs(rows, lambda row: row.cells["seed"]) else []
-        )
-        own_name = any(
-            row.cells["name"] != f"{row.cells['model']}_{row.cells['method']}"
-            for row in rows
-        )
-        if own_name and _differs(rows, lambda row: row.cells["name"]):
-            labels.insert(0, _label("name"))
-        if len({tuple(label.text(row) for label in labels) for row in rows}) < len(
-            rows
-        ):
-            labels.insert(
-                0, Column("folder", "run", lambda row: plain(row.runs[0].folder.name))
-            )
-    labels = [label for label in labels if any(label.text(row) != NONE for row in rows)]
-
     quantized = "int8" if all(_is_int8(row) for row in rows) else "quantized"
     spread = "± sd" if section.grouped else "± se"
-    found = [
+    has_row = _float_row_has_size(rows)
+    float_size = [_number("float_size_kb", "float KB", 1, hide_float=True)]
+    wider = any(map(is_stored_wider, rows))
+    at_bits = [_number("kb_at_bits", "KB at bits", 1)]
+    return [
         _number("float", f"float{space}{unit}", digits),
         _number("fake", f"fake{space}{unit}", digits, hide_float=True),
         Column(
@@ -82,17 +88,9 @@ def columns(section: Section) -> list[Column]:
         *_significance("difference_p", "p", rows),
         _difference("baseline_difference", f"to baseline {spread}", digits),
         *_significance("baseline_difference_p", "p to baseline", rows),
-        *(
-            []
-            if _float_row_has_size(rows)
-            else [_number("float_size_kb", "float KB", 1, hide_float=True)]
-        ),
+        *([] if has_row else float_size),
         _number("size_kb", "file KB", 1),
-        *(
-            [_number("kb_at_bits", "KB at bits", 1)]
-            if any(map(_is_stored_wider, rows))
-            else []
-        ),
+        *(at_bits if wider else []),
         _number("size_ratio", "size ratio", 2, suffix="x"),
         _number("float_latency_ms", "float ms", 3, hide_float=True),
         _number("latency_ms", f"ms, batch {batch}", 3),
@@ -100,16 +98,6 @@ def columns(section: Section) -> list[Column]:
         _number("tokens_per_s", "tokens/s", 0),
         _number("seconds", "seconds", 1),
     ]
-    found = [
-        column
-        for column in found
-        if any(column.text(row).strip() != NONE for row in rows)
-    ]
-    return (
-        labels
-        + found
-        + [Column("front", "front", lambda row: FRONT if row.cells["front"] else "")]
-    )
 
 
 def _label(key: str) -> Column:
@@ -117,7 +105,9 @@ def _label(key: str) -> Column:
         found = row.cells.get(key)
         if found is None:
             return NONE
-        return "float" if key in ("method", "quant") and found == "none" else str(found)
+        return (
+            "float" if key in ("method", "quant") and found == "none" else str(found)
+        )
 
     return Column(key, key, text)
 
@@ -126,17 +116,20 @@ def _differs(
     rows: Sequence[Row], fact: Callable[[Row], Any], first: Any = None
 ) -> bool:
     return (
-        len({fact(row) for row in rows} | ({first} if first is not None else set())) > 1
+        len({fact(row) for row in rows} | ({first} if first is not None else set()))
+        > 1
     )
 
 
 def _float_row_has_size(rows: Sequence[Row]) -> bool:
     """Returns whether all size ratios are to the file of a float model that is a row of its own."""
     sizes = {row.cells["float_size_kb"] for row in rows} - {None}
-    return len(sizes) < 2 and any(row.runs[0].facts["method"] == "none" for row in rows)
+    return len(sizes) < 2 and any(
+        row.runs[0].facts["method"] == "none" for row in rows
+    )
 
 
-def _is_stored_wider(row: Row) -> bool:
+def is_stored_wider(row: Row) -> bool:
     """Returns whether weights have clearly fewer bits than what they are stored in."""
     stored, at_bits = row.cells["size_kb"], row.cells["kb_at_bits"]
     return at_bits is not None and (stored is None or at_bits < 0.95 * stored)
@@ -155,7 +148,9 @@ def _number(
         if found is None or (hide_float and row.cells.get("method") == "none"):
             return NONE
         spread = (
-            f" ± {sd:.{digits}f}" if sd is not None and key in ("float", "fake") else ""
+            f" ± {sd:.{digits}f}"
+            if sd is not None and key in ("float", "fake")
+            else ""
         )
         mark = (
             CONTENDED if key.endswith("latency_ms") and row.cells["contended"] else ""
@@ -209,109 +204,8 @@ def _significance(key: str, header: str, rows: Sequence[Row]) -> list[Column]:
 def _probability(key: str, header: str) -> Column:
     def text(row: Row) -> str:
         found = row.cells.get(key)
-        return NONE if found is None else f"{found:.3f}" if found >= 0.001 else "<0.001"
+        return (
+            NONE if found is None else f"{found:.3f}" if found >= 0.001 else "<0.001"
+        )
 
     return Column(key, header, text, lambda row: row.cells.get(key))
-
-
-def legend(sections: Sequence[Section]) -> list[str]:
-    """Returns what the marks in the tables of `sections` mean."""
-    grouped = any(section.grouped for section in sections)
-    steps, names = (
-        " or ".join(dict.fromkeys(found))
-        for found in zip(
-            *((s.quality.step, s.quality.name) for s in sections), strict=True
-        )
-    )
-    runs = [run for section in sections for row in section.rows for run in row.runs]
-    tests = {
-        "exact McNemar test" if run.examples == RIGHT_OR_WRONG else "paired bootstrap"
-        for run in runs
-    }
-    if grouped:
-        tests.add(
-            "over several seeds a t-test with the errors of seeds and of examples added"
-        )
-    shown = [(column, section) for section in sections for column in columns(section)]
-    texts = [column.text(row) for column, section in shown for row in section.rows]
-    lines = [
-        f"±: {'standard deviation over seeds' if grouped else 'standard error of the difference'}; "
-        f"differences in {steps}, quantized minus float"
-        + (" or baseline" if _has_baseline(sections) else "")
-    ]
-    for quality in dict.fromkeys(section.quality for section in sections):
-        if quality not in KNOWN.values():
-            lines.append(
-                f"{quality.name}: {'higher' if quality.higher_is_better else 'lower'} "
-                "is better"
-            )
-    if any(text.endswith(UNSURE) for text in texts):
-        names_of_tests = "; ".join(sorted(tests))
-        lines.append(
-            f"{UNSURE}: no significant difference (p >= {ALPHA}, {names_of_tests})"
-        )
-    if any(column.key.endswith("_holm") for column, _ in shown):
-        lines.append(
-            f"p and {UNSURE}: of a row by itself; Holm p: corrected for all rows of "
-            f"its table, so that chance alone puts one of them below {ALPHA} in 1 of "
-            f"{round(1 / ALPHA)} tables at most"
-        )
-    if any(text.endswith("?") for text in texts):
-        reason = "no scores of examples whose mean is the quality can be compared"
-        if grouped:
-            reason += ", or several runs of one seed, which tell nothing of others"
-        lines.append(f"?: significance not tested: {reason}")
-    if any("(sim)" in text for text in texts):
-        lines.append(
-            "(sim): simulated in float; "
-            "there is no integer model, so neither size nor latency"
-        )
-    if any("(float)" in text for text in texts):
-        lines.append("(float): not quantized, but the float model trained on")
-    if any(text.endswith(CONTENDED) for text in texts):
-        lines.append(
-            f"{CONTENDED}: measured while other programs used the CPU; "
-            "qtrain-bench RUN... measures again"
-        )
-    if any(
-        row.cells.get("latency_ratio") is not None
-        for section in sections
-        for row in section.rows
-    ):
-        lines.append(
-            "float ms: of the float model in the same run, "
-            "measured in turns with the row's own"
-        )
-    if any(_is_stored_wider(row) for section in sections for row in section.rows):
-        lines.append(
-            "KB at bits: the file with each weight in its bits, "
-            "which torch stores in a byte; fronts go by it"
-        )
-    return lines + _front_lines(sections, names)
-
-
-def _front_lines(sections: Sequence[Section], names: str) -> list[str]:
-    """Returns what fronts are of: a disturbed latency takes no part in one."""
-    found = {is_disturbed(section) for section in sections}
-    lines = []
-    if False in found:
-        tolerance = (
-            f"sizes within {SIZE_TOLERANCE:.1%} and latencies within "
-            f"{LATENCY_TOLERANCE:.0%} count as equal"
-        )
-        lines.append(
-            f"{FRONT}: on the Pareto front of {names}, size and latency of its table; "
-            f"{tolerance}"
-        )
-    if True in found:
-        where = f"in a table where a latency is marked {CONTENDED}"
-        lines.append(f"{FRONT}: on the Pareto front of {names} and size alone {where}")
-    return lines
-
-
-def _has_baseline(sections: Sequence[Section]) -> bool:
-    return any(
-        row.cells.get("baseline_difference") is not None
-        for section in sections
-        for row in section.rows
-    )

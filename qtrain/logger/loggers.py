@@ -119,9 +119,9 @@ class TensorBoard(Logger):
             k: v if isinstance(v, bool | int | float | str) else str(v)
             for k, v in params.items()
         }
-        # The first summary lists columns, and TensorBoard takes the list of any one run
-        # for all. Without it the columns are what all runs have, those that differ
-        # first.
+        # The first summary lists columns, and TensorBoard takes the list of any one
+        # run for all. Without it the columns are what all runs have, those that
+        # differ first.
         for summary in hparams(values, {})[1:]:
             self.writer._get_file_writer().add_summary(summary)
 

@@ -205,5 +205,7 @@ def confusion(counts: list[list[int]], title: str) -> Figure:
     if num_classes <= MAX_CLASSES:
         axes.set(xticks=range(num_classes), yticks=range(num_classes))
     total = sum(map(sum, counts))
-    axes.set_title(f"{title}: {sum(map(sum, mistakes))} of {total} wrong", fontsize=10)
+    axes.set_title(
+        f"{title}: {sum(map(sum, mistakes))} of {total} wrong", fontsize=10
+    )
     return figure

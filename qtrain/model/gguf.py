@@ -98,7 +98,9 @@ def _weights(reader: Any, name: str, n_layer: int) -> dict[str, Tensor]:
             if tensor is not None:
                 values = quants.dequantize(tensor.data, tensor.tensor_type)
                 found[f"{ours}.{part}"] = torch.tensor(values)
-            elif ours != "lm_head" and (part == "weight" or ours not in ("wte", "wpe")):
+            elif ours != "lm_head" and (
+                part == "weight" or ours not in ("wte", "wpe")
+            ):
                 missing.append(f"{theirs}.{part}")
     if missing or tensors:
         lines = [f"missing: {x}" for x in missing] + [

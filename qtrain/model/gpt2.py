@@ -1,7 +1,8 @@
 """GPT-2 whole, quantizable in eager mode: pre-norm blocks, tanh-GELU, tied head; a KV cache.
 
 Each Linear layer stands between its own QuantStub and DeQuantStub. All else stays in
-float: embeddings, LayerNorm, attention with its mask and softmax, GELU, residual sums.
+float: embeddings, LayerNorm, attention with its mask and softmax, GELU, residual
+sums.
 
 Shapes: B batch, T tokens of one call, S tokens seen by attention (T and the cache's),
 C = n_embd, H = n_head, D = C / H, V = vocab_size.
@@ -34,17 +35,19 @@ class GPT2(nn.Module):
         n_layer: number of blocks.
         n_head: heads of each block; divides n_embd.
         n_embd: width.
-        dropout: of embeddings, attention weights and what each half of a block adds; in
-            [0, 1).
-        pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes replace
-            those given. None: weights are drawn from torch's global generator.
+        dropout: of embeddings, attention weights and what each half of a block adds;
+            in [0, 1).
+        pretrained: a folder or hub name for `load_gpt2`. The checkpoint's sizes
+            replace those given. None: weights are drawn from torch's global
+            generator.
 
     Raises:
-        ValueError: a parameter is out of range, or `load_gpt2` refuses the checkpoint.
+        ValueError: a parameter is out of range, or `load_gpt2` refuses the
+            checkpoint.
     """
 
-    # Its state dict holds all tensors that it has, so that it can be made without any,
-    # and filled.
+    # Its state dict holds all tensors that it has, so that it can be made without
+    # any, and filled.
     is_all_state = True
 
     def __init__(
@@ -136,7 +139,8 @@ class GPT2(nn.Module):
             (B, T, V), or (B, 1, V) with last_only.
 
         Raises:
-            ValueError: the context, cached tokens included, is longer than n_positions.
+            ValueError: the context, cached tokens included, is longer than
+                n_positions.
         """
         num_tokens = idx.shape[1]
         start = 0 if cache is None else cache.length
@@ -151,11 +155,16 @@ class GPT2(nn.Module):
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             blocks: Iterable[Call] = self.h if cache is None else cache.blocks
-            slots = [None] * self.n_layer if cache is None else cache.slots(num_tokens)
+            slots = (
+                [None] * self.n_layer if cache is None else cache.slots(num_tokens)
+            )
             mask = None
             if start and num_tokens > 1:
                 mask = torch.ones(
-                    num_tokens, start + num_tokens, dtype=torch.bool, device=idx.device
+                    num_tokens,
+                    start + num_tokens,
+                    dtype=torch.bool,
+                    device=idx.device,
                 ).tril(start)
             position = torch.arange(start, start + num_tokens, device=idx.device)
             x = self.wte(idx) + self.wpe(position)  # (B, T, C)
@@ -165,7 +174,8 @@ class GPT2(nn.Module):
             if cache is not None:
                 cache.length += num_tokens
             x = self.ln_f(x[:, -1:] if last_only else x)
-            return self.dequant_head(self.lm_head(self.quant_head(x)))  # (B, T or 1, V)
+            # (B, T or 1, V)
+            return self.dequant_head(self.lm_head(self.quant_head(x)))
 
     def generate(
         self,
@@ -203,7 +213,12 @@ class GPT2(nn.Module):
             repetition_penalty=repetition_penalty,
         )
         new = self.stream(
-            idx, max_new_tokens, sampling, seed=seed, stop_token=stop_token, cache=cache
+            idx,
+            max_new_tokens,
+            sampling,
+            seed=seed,
+            stop_token=stop_token,
+            cache=cache,
         )
         return torch.cat([idx, *new], dim=1)
 

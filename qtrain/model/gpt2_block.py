@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from qtrain.backend.torch_ao import DeQuantStub, QuantStub, has_hooks, resolve, same
 
-# Takes a layer's new keys and values (2, B, H, T, D); returns all keys, and all values.
+# Takes a layer's new keys and values (2, B, H, T, D); returns all keys, and all
+# values.
 Slot = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 Call = Callable[..., Tensor]
@@ -169,8 +170,8 @@ def gelu(x: Tensor) -> Tensor:
         is_plain or is_compiling() or x.numel() < 1 << 15
     ):  # a program of torch.export is for batches of any size
         return F.gelu(x, approximate="tanh")
-    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of it
-    # takes half of torch's time.
+    # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of
+    # it takes half of torch's time.
     slope = 2 * math.sqrt(2 / math.pi)
     return (
         torch.addcmul(torch.full((), slope), x, x, value=0.044715 * slope)

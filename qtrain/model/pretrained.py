@@ -37,8 +37,8 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
 
     Raises:
         ValueError: transformers is not installed, the name is no checkpoint, its
-            architecture is not GPT-2's as published, or keys are missing, unexpected or
-            of another shape (all are listed).
+            architecture is not GPT-2's as published, or keys are missing, unexpected
+            or of another shape (all are listed).
     """
     if is_gguf(name):
         return load_gguf(name)
@@ -54,9 +54,8 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
     try:
         config = AutoConfig.from_pretrained(name)
         _refuse_other_architectures(name, config)
-        model, info = GPT2LMHeadModel.from_pretrained(
-            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = GPT2LMHeadModel.from_pretrained(name, config=config, **how)
     except Exception as err:  # OSError, ValueError and the file formats' own
         if not online:
             raise ValueError(
@@ -69,20 +68,17 @@ def load_gpt2(name: str) -> tuple[dict[str, int], dict[str, Tensor]]:
         raise ValueError(
             f"pretrained={name}: could not be loaded as GPT-2: {reason}"
         ) from err
-    _refuse_wrong_keys(
-        name, info, tied=model.lm_head.weight.equal(model.transformer.wte.weight)
-    )
+    tied = model.lm_head.weight.equal(model.transformer.wte.weight)
+    _refuse_wrong_keys(name, info, tied=tied)
     transposed = {
         f"{path}.weight"
         for path, module in model.named_modules()
         if isinstance(module, Conv1D)
     }
-    weights = {
-        key.removeprefix("transformer."): (value.t() if key in transposed else value)
-        .float()
-        .contiguous()
-        for key, value in model.state_dict().items()
-    }
+    weights = {}
+    for key, value in model.state_dict().items():
+        weight = value.t() if key in transposed else value
+        weights[key.removeprefix("transformer.")] = weight.float().contiguous()
     return {size: getattr(config, size) for size in SIZES}, weights
 
 

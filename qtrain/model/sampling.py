@@ -19,8 +19,8 @@ class Sampling:
         greedy: take the likeliest token, without what follows.
         temperature: the logits are divided by it, above 0.
         top_k: draw among the k likeliest tokens only, 1..V; None: among all.
-        top_p: draw among the likeliest tokens that together are as probable as p, above
-            0 and at most 1; None: among all (arXiv:1904.09751, section 3.1).
+        top_p: draw among the likeliest tokens that together are as probable as p,
+            above 0 and at most 1; None: among all (arXiv:1904.09751, section 3.1).
     """
 
     repetition_penalty: float = 1.0

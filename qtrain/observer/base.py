@@ -92,7 +92,9 @@ class Observer(nn.Module):
         for name in ("min_val", "max_val"):
             saved = state_dict.get(prefix + name)
             if saved is not None:
-                setattr(self, name, torch.empty_like(saved, device=self.min_val.device))
+                setattr(
+                    self, name, torch.empty_like(saved, device=self.min_val.device)
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -83,7 +83,10 @@ class HistogramObserver(Observer):
             low, high, self.bins + 1, device=device, dtype=torch.float64
         )
         below_each = (
-            (boundaries - old_low).mul_(points / (old_high - old_low)).sub_(0.5).ceil_()
+            (boundaries - old_low)
+            .mul_(points / (old_high - old_low))
+            .sub_(0.5)
+            .ceil_()
         )
         below_each = below_each.clamp_(0, points).long()
         full, part = below_each // UPSAMPLE, below_each % UPSAMPLE
@@ -108,7 +111,9 @@ class HistogramObserver(Observer):
             next_low, next_high = cut_low + SHARE, cut_high - SHARE
             # The ends that these shares would have; within the bins that are left.
             left = bisect_left(below, float32(next_low * total), first, last)
-            right = bisect_right(below, float32(next_high * total), first, last + 1) - 1
+            right = (
+                bisect_right(below, float32(next_high * total), first, last + 1) - 1
+            )
             right = max(right, first)
             if left - first > last - right:
                 new_first, new_last, cut_low = left, last, next_low
@@ -126,14 +131,16 @@ class HistogramObserver(Observer):
         """Returns the squared error of rounding all seen to LEVELS values between two bins' edges.
 
         A bin's values count as spread evenly over it. Between two of its points the
-        error, measured from the middle of the level that they round to, is the integral
-        of x^2.
+        error, measured from the middle of the level that they round to, is the
+        integral of x^2.
         """
         width = (self.max_val.item() - self.min_val.item()) / self.bins
         step = width * (last - first + 1) / LEVELS
         if step == 0.0:
             return 0.0
-        begins = (torch.arange(self.bins, device=self.histogram.device) - first) * width
+        begins = (
+            torch.arange(self.bins, device=self.histogram.device) - first
+        ) * width
         closes = begins + width
         first_level = torch.div(begins, step, rounding_mode="floor").clamp_(
             0, LEVELS - 1
@@ -146,7 +153,9 @@ class HistogramObserver(Observer):
         from_first = begins - (first_level + 0.5) * step
         to_last = closes - (last_level * step + step / 2)
         error = _integral(from_first, torch.ones_like(density) * half, density)
-        error = error + (last_level - first_level - 1) * _integral(-half, half, density)
+        error = error + (last_level - first_level - 1) * _integral(
+            -half, half, density
+        )
         error = error + _integral(-half, to_last, density)
         return error.sum().item()
 

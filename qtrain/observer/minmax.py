@@ -30,7 +30,9 @@ class MinMaxObserver(Observer):
 
     def follow(self, old: Tensor, new: Tensor, *, is_low: bool) -> None:
         """Moves an end of the range, in place, by that of another tensor."""
-        torch.minimum(old, new, out=old) if is_low else torch.maximum(old, new, out=old)
+        torch.minimum(old, new, out=old) if is_low else torch.maximum(
+            old, new, out=old
+        )
 
     def follow_number(self, old: float, new: float, *, is_low: bool) -> float:
         """Returns what `follow` makes of numbers."""
@@ -97,8 +99,8 @@ class MinMaxObserver(Observer):
         """Observes `x` alone, by channel of axis 0; returns scales (C,): the largest is `last`.
 
         Args:
-            last: the largest integer, as a tensor [], which takes a third of a number's
-                time.
+            last: the largest integer, as a tensor [], which takes a third of a
+                number's time.
         """
         low, high = ends(x)
         self._set_range(low, high)

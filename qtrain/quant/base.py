@@ -13,8 +13,8 @@ class Quantizer:
     """Leaves the model as it is; a method overrides what it changes.
 
     The pipeline calls `prepare`, `calibrate`, then trains where `trains`, then
-    `convert`. None of them changes the model it is given, except that calibration fills
-    the simulation's observers.
+    `convert`. None of them changes the model it is given, except that calibration
+    fills the simulation's observers.
 
     Attributes:
         calibrates: whether `calibrate` heeds its batches.
@@ -23,7 +23,8 @@ class Quantizer:
         from_scratch: whether that training starts from the untrained model.
         engine: torch's quantized engine of the converted model, or None.
         weight, activation: the settled specs, or None.
-        simulated: whether no kernel can do what is asked, so that `fake` is the result.
+        simulated: whether no kernel can do what is asked, so that `fake` is the
+            result.
         is_all_state: whether models that it converts can be made without values, on
             torch's device "meta", and filled from a state dict, where the float model
             can.

@@ -47,15 +47,16 @@ class Cast(Quantizer):
                 type(layer).__name__, weight=self.weight, backend=self.weight.dtype
             )
             for name, layer in model.named_modules()
-            if name not in floats and any(True for _ in layer.parameters(recurse=False))
+            if name not in floats
+            and any(True for _ in layer.parameters(recurse=False))
         }
         return Simulation(torch_ao.copy_model(model), plan).eval()
 
     def _floats(self, model: nn.Module) -> set[str]:
         """Returns the layers that stay in float32.
 
-        Those with a matrix, each by itself: what lies between them, as attention, stays
-        in one format.
+        Those with a matrix, each by itself: what lies between them, as attention,
+        stays in one format.
         """
         floats: set[str] = set()
         for outer in torch_ao.match_layers(model, dict.fromkeys(self.layers)):
@@ -88,7 +89,9 @@ def _cast_between(
     model: nn.Module, inside: torch.dtype, outside: torch.dtype
 ) -> nn.Module:
     """Returns `model`, in place with hooks that cast what it is given, and what it puts out."""
-    model.register_forward_pre_hook(lambda _, args: tuple(_to(x, inside) for x in args))
+    model.register_forward_pre_hook(
+        lambda _, args: tuple(_to(x, inside) for x in args)
+    )
     model.register_forward_hook(lambda _, args, output: _to(output, outside))
     return model
 

@@ -30,12 +30,12 @@ class Dynamic(Quantizer):
         weight: what weights are quantized to.
         embedding, head: as for PTQ.
         layers: {pattern of layer names: the fields of `weight` that differ there, as
-            {"bits": 4}; or what these layers are instead, see `layer_format`: "float",
-            "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
+            {"bits": 4}; or what these layers are instead, see `layer_format`:
+            "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
 
     Raises:
-        ValueError: the engine is unknown or refuses a spec; a layer setting is none of
-            these.
+        ValueError: the engine is unknown or refuses a spec; a layer setting is none
+            of these.
     """
 
     engine: str
@@ -63,7 +63,9 @@ class Dynamic(Quantizer):
                 f"allowed are auto, {able}"
             )
         self.weight = self._settle(weight)
-        self.layers = read_settings(layers if layers is not None else {}, self._setting)
+        self.layers = read_settings(
+            layers if layers is not None else {}, self._setting
+        )
 
     def _settle(self, weight: QuantSpec) -> QuantSpec:
         return self.backend.settle(weight, QuantSpec(observer=weight.observer))[0]
@@ -97,7 +99,9 @@ class Dynamic(Quantizer):
             if isinstance(form, QuantSpec)
         }
         others = {
-            name: form for name, form in found.items() if isinstance(form, PackedFormat)
+            name: form
+            for name, form in found.items()
+            if isinstance(form, PackedFormat)
         }
         plan |= {
             name: form.plan(type(model.get_submodule(name)).__name__)

@@ -18,16 +18,18 @@ LLM_INT8 = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 THRESHOLD = 6.0
 
 
-def layer_format(pattern: str, setting: Any, weight: QuantSpec) -> PackedFormat | None:
+def layer_format(
+    pattern: str, setting: Any, weight: QuantSpec
+) -> PackedFormat | None:
     """Returns what takes the place of a float layer; None where it stays float.
 
     Args:
         pattern: of layer names, for messages.
         setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of
-            `method`, the fields of `weight` that differ (of weight_only, which is meant
-            without a method), and `threshold` (of llm_int8).
-        weight: what weight_only quantizes to where the setting does not say otherwise;
-            not settled.
+            `method`, the fields of `weight` that differ (of weight_only, which is
+            meant without a method), and `threshold` (of llm_int8).
+        weight: what weight_only quantizes to where the setting does not say
+            otherwise; not settled.
 
     Raises:
         ValueError: names the pattern and what is allowed.
@@ -180,7 +182,9 @@ def settle(weight: QuantSpec) -> QuantSpec:
     if weight.reduce_range is True:
         problems.append("reduce_range=true: is for activations; leave it at auto")
     if weight.narrow_range is True and weight.symmetric is False:
-        problems.append("narrow_range=true: goes with symmetric=true; leave it at auto")
+        problems.append(
+            "narrow_range=true: goes with symmetric=true; leave it at auto"
+        )
     if weight.observer is not None:
         name = weight.describe()["observer"]
         problems.append(
@@ -192,7 +196,9 @@ def settle(weight: QuantSpec) -> QuantSpec:
     weight = replace(
         weight,
         symmetric=True if weight.symmetric == AUTO else weight.symmetric,
-        granularity="per_channel" if weight.granularity == AUTO else weight.granularity,
+        granularity="per_channel"
+        if weight.granularity == AUTO
+        else weight.granularity,
         reduce_range=False,
     )
     return replace(weight, narrow_range=is_narrow(weight))

@@ -30,10 +30,12 @@ from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import read_settings, settings_of, spec_or_format
 from qtrain.simulate.build import build, find_groups, make_plan, refuse_second_names
-from qtrain.simulate.fake_quantize import KERNELS, FakeQuantize
+from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.observed import KERNELS
 from qtrain.simulate.origins import Home, tensors
 from qtrain.simulate.plan import FixedSpec
-from qtrain.simulate.simulation import Batches, Simulation, sites
+from qtrain.simulate.points import sites
+from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.simulate.sites import QuantModule, QuantWeighted
 from qtrain.transform.base import Transform
 from qtrain.transform.improve import check_transforms, improve
@@ -48,23 +50,24 @@ class PTQ(Quantizer):
     """Calibrates observers at every quantized tensor, then converts.
 
     Args:
-        engine: "int8", "fbgemm", "qnnpack", "x86", "onednn", "reference" or "auto"; or
-            a backend.
+        engine: "int8", "fbgemm", "qnnpack", "x86", "onednn", "reference" or "auto";
+            or a backend.
         weight: what weights are quantized to.
         activation: what activations are quantized to; below the bits of the engine's
             kernels the simulation is the result.
         fake_quantize: "qtrain", or "torch" for torch's own kernels and observers, the
             slow ones.
-        transforms: what improves the simulation, in this order; see `qtrain.transform`.
+        transforms: what improves the simulation, in this order; see
+            `qtrain.transform`.
         embedding: how embeddings are stored once converted: "float", "fp16", "int8"
             with one scale a row, or "int4" in groups.
-        head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate" is
-            quantized like others, "shared" stays one with it, in the embedding's
+        head: a Linear layer whose weight is an embedding's, as in GPT-2: "separate"
+            is quantized like others, "shared" stays one with it, in the embedding's
             format, and "float" in float32.
         layers: {pattern of layer names: the fields of `weight` that differ there, as
-            {"bits": 4}; or what these layers are instead, see `layer_format`: "float",
-            "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}. Until
-            conversion the latter are float, as their inputs and outputs stay.
+            {"bits": 4}; or what these layers are instead, see `layer_format`:
+            "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
+            Until conversion the latter are float, as their inputs and outputs stay.
         capture: how a model without stubs becomes one that can be simulated.
 
     Raises:
@@ -138,16 +141,13 @@ class PTQ(Quantizer):
         packed, heads = self._packed(model)
         captured = self._captured(model, few(example), is_qat)
         names, model = list(model.state_dict()), captured.model
-        chosen = torch_ao.match_layers(
-            model,
-            {
-                p: s if isinstance(s, QuantSpec) else None
-                for p, s in self.layers.items()
-            },
-        )
-        floats = {
-            name: "set by quant.layers" for name, spec in chosen.items() if spec is None
+        own = {
+            pattern: setting if isinstance(setting, QuantSpec) else None
+            for pattern, setting in self.layers.items()
         }
+        chosen = torch_ao.match_layers(model, own)
+        told = [name for name, spec in chosen.items() if spec is None]
+        floats = dict.fromkeys(told, "set by quant.layers")
         floats |= dict.fromkeys(heads, "set by quant.head") | captured.floats
         backend = self.backend
         groups = find_groups(model, floats, backend.why_float, backend.has_scale)
@@ -156,12 +156,11 @@ class PTQ(Quantizer):
         plan = backend.fit(make_plan(groups, self.weight, self.activation, specs))
         self.backend.refuse(model, plan, groups)
         for name, form in packed.items():
-            own = form.plan(type(model.get_submodule(name)).__name__)
-            plan[name] = (
-                replace(own, output=plan[name].output, reason=plan[name].reason)
-                if name in plan
-                else own
-            )
+            layer = form.plan(type(model.get_submodule(name)).__name__)
+            if name in plan:
+                known = plan[name]
+                layer = replace(layer, output=known.output, reason=known.reason)
+            plan[name] = layer
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
         simulation.capture = captured.describe()
         simulation.home = Home(
@@ -201,8 +200,8 @@ class PTQ(Quantizer):
         is_packed = any(
             isinstance(setting, PackedFormat) for setting in self.layers.values()
         )
-        # By the names before fusing, where they are needed; messages are better behind
-        # it.
+        # By the names before fusing, where they are needed; messages are better
+        # behind it.
         if is_packed or (self.embedding, self.head) != ("float", "separate"):
             own = settings_of(model, self.layers, other_specs=True)
         found = {

@@ -17,7 +17,9 @@ from qtrain.quant.ptq import PTQ, Inputs
 from qtrain.simulate.batch_norm import TRAINING
 from qtrain.simulate.simulation import Simulation
 
-ACTIVATION = QuantSpec(observer=partial(MovingAverageObserver, averaging_constant=0.1))
+ACTIVATION = QuantSpec(
+    observer=partial(MovingAverageObserver, averaging_constant=0.1)
+)
 
 
 class QAT(PTQ):
@@ -27,15 +29,17 @@ class QAT(PTQ):
         epochs: epochs of quantization-aware training.
         optimizer, scheduler: factories, as at the top level; they serve this training
             alone.
-        from_scratch: start from the untrained model, not from the trained float model.
+        from_scratch: start from the untrained model, not from the trained float
+            model.
         start_epoch: first epoch with fake quantization; null: never, only observe.
-        freeze_observers_epoch: first epoch with the ranges of activations frozen; null:
-            never.
+        freeze_observers_epoch: first epoch with the ranges of activations frozen;
+            null: never.
         freeze_batch_norm_epoch: first epoch with batch-norm statistics frozen; null:
             never.
-        conv_bn: how convolutions with batch-norm train: "folded", with one convolution,
-            which normalises by the statistics of the quantized weights; "exact", with
-            two, by those of the float weights. See `qtrain.simulate.batch_norm`.
+        conv_bn: how convolutions with batch-norm train: "folded", with one
+            convolution, which normalises by the statistics of the quantized weights;
+            "exact", with two, by those of the float weights. See
+            `qtrain.simulate.batch_norm`.
         convert_every: convert and score the int8 model every so many epochs, at most
             `epochs`, and keep the best; 0: keep the last.
         ptq: engine, weight, activation, fake_quantize and layers, as for PTQ.
@@ -104,7 +108,8 @@ class QAT(PTQ):
     ) -> tuple[QuantSpec, QuantSpec]:
         if weight.narrow_range == AUTO:  # fewer bits cannot spare an integer
             weight = replace(
-                weight, narrow_range=weight.bits == 8 and weight.symmetric is not False
+                weight,
+                narrow_range=weight.bits == 8 and weight.symmetric is not False,
             )
         return super()._settle(weight, activation)
 

@@ -1,7 +1,7 @@
 """Every parameter in int8, restored where it is used: absmax and zero-point quantization.
 
-Any layer can be treated so, for it computes in float as before; what is gained is size,
-not speed. Per tensor.
+Any layer can be treated so, for it computes in float as before; what is gained is
+size, not speed. Per tensor.
 """
 
 from typing import Any
@@ -67,10 +67,14 @@ class RoundTrip(Quantizer):
 
     def _is_stored(self, layer: nn.Module, name: str) -> bool:
         """Returns whether the scope takes this parameter of a layer."""
-        return self.scope == "all" or name == "weight" and isinstance(layer, nn.Linear)
+        return (
+            self.scope == "all" or name == "weight" and isinstance(layer, nn.Linear)
+        )
 
     def convert(self, simulation: Simulation) -> nn.Module:
-        model = torch_ao.copy_model(simulation.model).cpu().eval().requires_grad_(False)
+        model = (
+            torch_ao.copy_model(simulation.model).cpu().eval().requires_grad_(False)
+        )
         chosen, kept = [], set()
         for layer_name, layer in model.named_modules():
             for name, parameter in layer.named_parameters(recurse=False):

@@ -30,12 +30,12 @@ class WeightOnly(Quantizer):
     Args:
         weight: bits 8, 4, 3 or 2; granularity per_channel (auto), per_tensor or
             per_group; symmetric (auto) or not.
-        embedding: how embeddings are stored: "float", "fp16", "int8" by rows, or "int4"
-            in groups.
-        head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared" stays
-            one with it, in the embedding's format; "separate" becomes a weight of its
-            own, in `weight`'s; "float" stays in float32. With a setting of its own in
-            `layers` it is separate.
+        embedding: how embeddings are stored: "float", "fp16", "int8" by rows, or
+            "int4" in groups.
+        head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared"
+            stays one with it, in the embedding's format; "separate" becomes a weight
+            of its own, in `weight`'s; "float" stays in float32. With a setting of its
+            own in `layers` it is separate.
         layers: {pattern of layer names: what these are instead, see `layer_format`:
             "float", "fp16", {"bits": 4} ...}.
         transforms: what chooses the integers by calibration data, see
@@ -92,7 +92,9 @@ class WeightOnly(Quantizer):
             if type(layer) is nn.Linear
         ]
         found |= {
-            name: own.get(name, self.linear) for name, _ in layers if name not in found
+            name: own.get(name, self.linear)
+            for name, _ in layers
+            if name not in found
         }
         packed = {name: form for name, form in found.items() if form is not None}
         plan = {

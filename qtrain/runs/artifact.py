@@ -17,7 +17,7 @@ from qtrain.config.trust import require
 from qtrain.runs.checkpoint import load_weights
 from qtrain.runs.old_states import up_to_date_state
 from qtrain.runs.report import FILE_NAME, load_report, verify
-from qtrain.simulate.simulation import sites
+from qtrain.simulate.points import sites
 
 
 def load_float(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
@@ -33,8 +33,8 @@ def sample_inputs(run_dir: Path, trust: Sequence[str] = ()) -> tuple[Tensor, ...
     """Returns forward's arguments for the first test batch of the run in `run_dir`, on the CPU.
 
     Raises:
-        ValueError: the folder holds no finished run, or names code that is not trusted,
-            or its data are not there.
+        ValueError: the folder holds no finished run, or names code that is not
+            trusted, or its data are not there.
     """
     report = _report(run_dir, trust)
     with _rebuilding(run_dir, "data"):
@@ -46,18 +46,18 @@ def sample_inputs(run_dir: Path, trust: Sequence[str] = ()) -> tuple[Tensor, ...
 def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
     """Returns the converted model of a run, with predictions bit-identical to the run's.
 
-    Its modules are made by the same prepare and convert, uncalibrated, and filled from
-    quantized.pt, which is loaded with `weights_only=True`. The model's own class, named
-    in the run's config, must be importable.
+    Its modules are made by the same prepare and convert, uncalibrated, and filled
+    from quantized.pt, which is loaded with `weights_only=True`. The model's own
+    class, named in the run's config, must be importable.
 
     Args:
-        trust: packages of yours whose code the run may name; torch's and torchvision's
-            modules and what qtrain's own config names are harmless, and all else is
-            refused.
+        trust: packages of yours whose code the run may name; torch's and
+            torchvision's modules and what qtrain's own config names are harmless, and
+            all else is refused.
 
     Raises:
-        ValueError: the folder holds no finished run, names code that is not trusted, or
-            its weights are damaged.
+        ValueError: the folder holds no finished run, names code that is not trusted,
+            or its weights are damaged.
     """
     report = _report(run_dir, trust)
     engine = report["quant"].get("engine")  # what "auto" was where the run was made
@@ -124,7 +124,6 @@ def _fill(
     name: str,
     rename: Any = None,
 ) -> None:
-    load_weights(
-        model, run_dir / name, rename
-    )  # first, for it knows better what is wrong with a file that is cut or no model
+    # First, for it knows better what is wrong with a file that is cut or no model
+    load_weights(model, run_dir / name, rename)
     verify(run_dir, report, name)

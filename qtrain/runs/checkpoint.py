@@ -122,7 +122,9 @@ def _adopt(model: nn.Module, state: dict[str, Any]) -> None:
 
 def digest(content: Any) -> str:
     """Returns a short hash of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 class FloatCache:

@@ -32,11 +32,15 @@ def of_all(config: DictConfig, parts: Parts) -> int:
 
 def lay_out(logger: Logger, quality: str) -> None:
     """Asks for the chart of them all: of the validation data, and in the end the test data."""
-    tags = [f"{name}/{kind}" for name in (f"val_{quality}", quality) for kind in KINDS]
+    tags = [
+        f"{name}/{kind}" for name in (f"val_{quality}", quality) for kind in KINDS
+    ]
     logger.chart(f"{quality} over epochs", tags)
 
 
-def show(logger: Logger, quality: str, epoch: int, **scores: dict[str, float]) -> None:
+def show(
+    logger: Logger, quality: str, epoch: int, **scores: dict[str, float]
+) -> None:
     """Logs the validation data's quality of each kind of model; of no validation data nothing."""
     name = f"val_{quality}"
     found = {

@@ -22,8 +22,8 @@ def load_checkpoint(model: nn.Module, path: Path, *, strict: bool) -> list[str]:
     """Loads the weights in a file of anyone's making into `model`, in place.
 
     Args:
-        strict: each weight must fit; else those that do not are left out, as those of a
-            head for other classes.
+        strict: each weight must fit; else those that do not are left out, as those of
+            a head for other classes.
 
     Returns:
         lines that say what was unwrapped, converted and left out.
@@ -134,7 +134,9 @@ def _prefix(names: Collection[str], own: Collection[str], where: str) -> str:
     for name in names:
         ends = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
         counts.update(name[:end] for end in ends if name[end:] in own)
-    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    best = [
+        prefix for prefix, count in counts.items() if count == max(counts.values())
+    ]
     if len(best) < 2 or "" in best:
         return "" if not best or "" in best else best[0]
     raise ValueError(

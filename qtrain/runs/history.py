@@ -28,7 +28,9 @@ def duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return (
+        f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    )
 
 
 def announce(config: DictConfig, hydra_config: Any) -> str:

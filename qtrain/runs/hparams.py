@@ -27,7 +27,9 @@ def hparams(report: Report) -> dict[str, Any]:
     runs first.
     """
     config, activation = report.config, report.quant["activation"] or {}
-    bits = [str(spec["bits"]) for spec in (report.quant["weight"], activation) if spec]
+    bits = [
+        str(spec["bits"]) for spec in (report.quant["weight"], activation) if spec
+    ]
     shown = {
         "bits": "/".join(bits) or "-",
         "engine": report.quant["engine"] or "-",

@@ -55,7 +55,22 @@ def _join(ranks: int, number: int, local: int, address: str, device: str) -> Non
     if device == "cuda":
         torch.cuda.set_device(local)
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=address, rank=number, world_size=ranks)
+    dist.init_process_group(
+        backend, init_method=address, rank=number, world_size=ranks
+    )
+
+
+@contextmanager
+def _of_torchrun(devices: int, device: str, run_dir: Path) -> Iterator[Path]:
+    """While entered, this process is one of those that torchrun has started."""
+    number, local = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK"))
+    _join(devices, number, local, "env://", device)
+    named = [str(run_dir)]
+    dist.broadcast_object_list(named)
+    try:
+        yield Path(named[0])
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -83,19 +98,8 @@ def group(
         return
     _check_devices(devices, config.device)
     if from_torchrun():
-        _join(
-            devices,
-            int(os.environ["RANK"]),
-            int(os.environ["LOCAL_RANK"]),
-            "env://",
-            config.device,
-        )
-        named = [str(run_dir)]
-        dist.broadcast_object_list(named)
-        try:
-            yield Path(named[0])
-        finally:
-            dist.destroy_process_group()
+        with _of_torchrun(devices, config.device, run_dir) as first:
+            yield first
         return
     with tempfile.TemporaryDirectory() as folder:
         address = f"file://{folder}/rendezvous"

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from qtrain.simulate.simulation import leave_float, sites
+from qtrain.simulate.points import leave_float, sites
 
 
 def up_to_date_state(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from qtrain.runs.quality import made_of, of_task
 from qtrain.runs.report import EXAMPLES, Report
 from qtrain.runs.summary import summary
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.simulation import output_points
+from qtrain.simulate.points import output_points
 from qtrain.simulate.sites import QuantWeighted
 from qtrain.task.base import Task
 from qtrain.train.evaluate import Scores
@@ -73,7 +73,9 @@ def _git_commit() -> str | None:
 
 def extra_loggers(config: DictConfig, run_dir: Path) -> list[Logger]:
     """Returns the loggers beside metrics.jsonl that the config asks for."""
-    loggers: list[Logger] = [TensorBoard(run_dir)] if config.logger.tensorboard else []
+    loggers: list[Logger] = (
+        [TensorBoard(run_dir)] if config.logger.tensorboard else []
+    )
     return [*loggers, Pictures(run_dir)] if config.logger.pictures else loggers
 
 
@@ -90,7 +92,9 @@ def quantizer_facts(quantizer: Quantizer) -> dict[str, Any]:
 def scoring(task: Task, scores: Sequence[Scores]) -> dict[str, Any]:
     """Returns what a comparison needs to know of a task's quality."""
     quality = of_task(task)
-    found = [(score.metrics[quality.name], score.examples.tolist()) for score in scores]
+    found = [
+        (score.metrics[quality.name], score.examples.tolist()) for score in scores
+    ]
     shown = {
         "higher_is_better": quality.higher_is_better,
         "unit": quality.unit,
@@ -134,7 +138,9 @@ def write(
     last_epoch: int,
 ) -> None:
     """Writes examples.npz, what the loggers show of the finished run, and the lines at its end."""
-    examples = {name: s.examples.numpy() for name, s in scores.items() if s is not None}
+    examples = {
+        name: s.examples.numpy() for name, s in scores.items() if s is not None
+    }
     write_atomically(run_dir / EXAMPLES, lambda new: _save(new, examples))
 
     logger.log(final_scores(report, task.quality), last_epoch)
@@ -202,12 +208,17 @@ def figures(
         }
         yield (
             "quantization_noise",
-            plots.noise(kinds | ({"activations": activations} if activations else {})),
+            plots.noise(
+                kinds | ({"activations": activations} if activations else {})
+            ),
         )
     for kind, score in scores.items():
         is_new = kind != "quantized" or report.quant["method"] != "none"
         if is_new and score is not None and "confusion" in score.metrics:
-            yield f"confusion/{kind}", plots.confusion(score.metrics["confusion"], kind)
+            yield (
+                f"confusion/{kind}",
+                plots.confusion(score.metrics["confusion"], kind),
+            )
 
 
 def _float_weight(layer: nn.Module) -> Tensor | None:
@@ -221,7 +232,9 @@ def _float_weight(layer: nn.Module) -> Tensor | None:
 def final_scores(report: Report, quality: str) -> dict[str, float]:
     """Returns the finished run's scores on the test data, by TensorBoard's names."""
     known = {
-        kind: metrics for kind, metrics in report.metrics.items() if metrics is not None
+        kind: metrics
+        for kind, metrics in report.metrics.items()
+        if metrics is not None
     }
     return {
         f"{name}/{kind}": known[kind][name]
@@ -255,7 +268,9 @@ def qparams_table(report: Report) -> str:
     noise = report.truth["sqnr_db"]
     for name, q in report.qparams.items():
         decibels = f"{noise[name]:.1f}" if name in noise else ""
-        lines.append(f"| {name} | {q['scale']:.8g} | {q['zero_point']} | {decibels} |")
+        lines.append(
+            f"| {name} | {q['scale']:.8g} | {q['zero_point']} | {decibels} |"
+        )
     return "\n".join(lines)
 
 

@@ -19,7 +19,8 @@ from qtrain.runs import epochs, launch, outputs, stages, trainings
 from qtrain.runs.checkpoint import digest
 from qtrain.runs.quality import of_task
 from qtrain.runs.report import Report
-from qtrain.runs.resume import Progress, Signals, said_how
+from qtrain.runs.resume import Progress, said_how
+from qtrain.runs.signals import Signals
 from qtrain.runs.sources import code, with_fingerprint
 from qtrain.runs.work import Run
 from qtrain.train import ranks
@@ -92,7 +93,8 @@ def run(
 ) -> None:
     """Carries out one run: writes its weights, pictures and `report` into `run_dir`.
 
-    Of several ranks all come here, and all but the first leave after the last training.
+    Of several ranks all come here, and all but the first leave after the last
+    training.
     """
     work = begin(config, run_dir, report, resume, signals)
     try:
@@ -116,7 +118,9 @@ def begin(
     # In which nothing is `auto` that the data say
     settings = OmegaConf.to_container(config)
     report.config, report.about_data = settings, dict(parts.data.about)  # type: ignore[assignment]
-    key = digest([settings, code(settings), parts.data.fingerprint, torch.__version__])
+    key = digest(
+        [settings, code(settings), parts.data.fingerprint, torch.__version__]
+    )
     progress = Progress(
         run_dir, key, resume=resume, signals=signals, writes=ranks.is_first()
     )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# How the examples' scores make up a quality, which decides how a difference is tested.
+# How the examples' scores make up a quality, which decides how a difference is
+# tested.
 RIGHT_OR_WRONG, MEAN, LOG = "right or wrong", "mean", "log"
 
 
@@ -67,7 +68,8 @@ def of_task(task: Any) -> Quality:
     if not isinstance(higher, bool):
         raise ValueError(f"task.higher_is_better={higher!r}: must be True or False")
     known = KNOWN.get(name, Quality(name, higher))
-    unit, scale = getattr(task, "unit", known.unit), getattr(task, "scale", known.scale)
+    unit = getattr(task, "unit", known.unit)
+    scale = getattr(task, "scale", known.scale)
     if not (isinstance(unit, str) and len(unit) <= 20 and unit.isprintable()):
         raise ValueError(
             f"task.unit={unit!r}: must be a short text such as 'dB', or ''"
@@ -111,7 +113,8 @@ def made_of(
     """Returns how the examples make up a quality, as far as their numbers show.
 
     Args:
-        pairs: the quality of each model in the report's unit, and its examples' scores.
+        pairs: the quality of each model in the report's unit, and its examples'
+            scores.
     """
     # The exponential of their mean but for windows that are shorter.
     if quality.name == "perplexity":

@@ -66,7 +66,9 @@ class Report:
     model: str
     data: str
     schema: int = SCHEMA
-    status: str = "ok"  # or "failed", or "interrupted": by a signal, and to be resumed
+    status: str = (
+        "ok"  # or "failed", or "interrupted": by a signal, and to be resumed
+    )
     error: str | None = None
     data_fingerprint: str | None = None  # a digest of the data's content
     # Names of classes, what mean and std were measured, files that were left out.
@@ -77,13 +79,16 @@ class Report:
     quant: dict[str, Any] = field(default_factory=dict)
     # What each layer becomes; see simulate/plan.py.
     plan: dict[str, Any] = field(default_factory=dict)
-    # How the model came to have stubs: mode, what was fused, what stayed float and why.
+    # How the model came to have stubs: mode, what was fused, what stayed float and
+    # why.
     capture: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
-    # {model: the standard error of its mean loss, and of a perplexity}, over examples.
+    # {model: the standard error of its mean loss, and of a perplexity}, over
+    # examples.
     standard_errors: dict[str, Any] = field(default_factory=dict)
-    # Of the float and the quantized model, on a few samples; see analyze/agreement.py.
+    # Of the float and the quantized model, on a few samples; see
+    # analyze/agreement.py.
     agreement: dict[str, Any] = field(default_factory=dict)
     # What each gained, in decibels of the simulation's output.
     transforms: list[Any] = field(default_factory=list)

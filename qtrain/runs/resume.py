@@ -10,8 +10,6 @@ import io
 import os
 import shlex
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,47 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from qtrain.common.files import OVERRIDES, remove_leftovers, write_atomically
 from qtrain.config.reading import command_line, read_config
 from qtrain.runs.report import FILE_NAME, load_report
+from qtrain.runs.signals import Interrupted, Signals
 from qtrain.train.state import FOLDER, Checkpoint, unreadable
 
 STAGES = ("float", "finetuning", "qat")  # in the order of a run
 LOGS = ("metrics.jsonl", "events.out.tfevents*")  # files that a run appends to
 DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to end; `signum` is its number."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
-class Signals:
-    """While entered, SIGINT and SIGTERM raise Interrupted: now, or at a training's next step."""
-
-    def __init__(self) -> None:
-        self.pending: int | None = None
-        self.training = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        # Python allows handlers there alone.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._receive)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, signum: int, frame: object) -> None:
-        if self.training and self.pending is None:
-            self.pending = signum
-        else:  # a second signal does not wait
-            raise Interrupted(signum)
 
 
 class StageCheckpoint(Checkpoint):
@@ -136,7 +99,9 @@ class Progress:
                 for path in list(self._logs()):
                     path.unlink()
             return
-        states = [state for stage in STAGES if (state := self.read(stage)) is not None]
+        states = [
+            state for stage in STAGES if (state := self.read(stage)) is not None
+        ]
         if writes:
             remove_leftovers(run_dir)
             if self.folder.is_dir():

@@ -27,7 +27,8 @@ from qtrain.runs.checkpoint import digest
 from qtrain.train.generators import undisturbed
 
 # The quantizer and measurements have no say in the float model; everything else does.
-# Of a checkpoint that is trained on, the weights count, which the model holds by then.
+# Of a checkpoint that is trained on, the weights count, which the model holds by
+# then.
 SETTINGS = (
     "model",
     "data",
@@ -46,8 +47,8 @@ OWN_DATA = tuple(
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = {"site-packages", "dist-packages"}
 
-# By path: the module's spec, the SHA-256, the imports. What runs is the file as it was
-# when the module was loaded.
+# By path: the module's spec, the SHA-256, the imports. What runs is the file as it
+# was when the module was loaded.
 _sources: dict[str, tuple[ModuleSpec | None, str, list[str]]] = {}
 
 
@@ -55,10 +56,12 @@ def float_key(config: DictConfig, parts: Parts) -> str:
     """Returns a digest of all that determines the float model which a run will train.
 
     Raises:
-        ValueError: the model comes from a script or a notebook, whose code has no file
-            that would tell of its changes.
+        ValueError: the model comes from a script or a notebook, whose code has no
+            file that would tell of its changes.
     """
-    content: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(SETTINGS)))
+    content: Any = OmegaConf.to_container(
+        OmegaConf.masked_copy(config, list(SETTINGS))
+    )
     for text in _texts(content):
         if text.startswith("__main__."):
             raise ValueError(
@@ -83,7 +86,8 @@ def float_key(config: DictConfig, parts: Parts) -> str:
 def with_fingerprint(config: DictConfig, data: DataLoaders) -> DataLoaders:
     """Returns the data with a fingerprint of their content, whatever their maker says.
 
-    The training split counts as `calib` has it: `train` may be another in every epoch.
+    The training split counts as `calib` has it: `train` may be another in every
+    epoch.
     """
     if _is_own(config):
         return data
@@ -99,7 +103,8 @@ def _is_own(config: DictConfig) -> bool:
 def one_epoch(loader: Loader) -> str:
     """Returns a digest of the epoch after seed 0; where no order is drawn, for any batch size.
 
-    What is no pair of tensors is passed over: the checks before a training tell of it.
+    What is no pair of tensors is passed over: the checks before a training tell of
+    it.
     """
     with undisturbed(loader):
         pairs = (batch for batch in loader if isinstance(batch, tuple | list))
@@ -126,9 +131,9 @@ def tensors(named: Iterable[tuple[Any, Any]]) -> str:
 def code(config: Any) -> dict[str, str | None]:
     """Returns {module: SHA-256} of all source that the pipeline and `config` import, anyhow deep.
 
-    Of this package that is nearly all: a choice of what matters would be wrong one day,
-    and a training too many does no harm. Of installed packages it is the version, where
-    they have one under the name that they are imported by.
+    Of this package that is nearly all: a choice of what matters would be wrong one
+    day, and a training too many does no harm. Of installed packages it is the
+    version, where they have one under the name that they are imported by.
 
     Args:
         config: plain dicts, lists and values; each text that is a dotted name counts.
@@ -136,7 +141,11 @@ def code(config: Any) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     names = [
         f"{__package__}.pipeline",
-        *(text for text in _texts(config) if re.fullmatch(r"[^\W\d]\w*(\.\w+)+", text)),
+        *(
+            text
+            for text in _texts(config)
+            if re.fullmatch(r"[^\W\d]\w*(\.\w+)+", text)
+        ),
     ]
     asked = set(names)
     while names:

@@ -48,9 +48,10 @@ def calibrate(run: Run) -> None:
         )
     run.prepared.kept = Kept()
     run.failures += run.parts.truth.unobserved(run.prepared.model, run.auxiliary)
+    # Settled by a forward pass
     run.report.plan = {
         name: layer.describe() for name, layer in run.prepared.plan.items()
-    }  # settled by a forward pass
+    }
     run.report.transforms = run.prepared.improvements
     run.parts.truth.enforce(run.failures)
 

@@ -16,7 +16,9 @@ def summary(report: Report, quality: Quality) -> list[str]:
             continue
         label = "trained on" if kind == "quantized" and is_float else kind
         simulated = (
-            " (simulated)" if kind == "quantized" and report.quant["simulated"] else ""
+            " (simulated)"
+            if kind == "quantized" and report.quant["simulated"]
+            else ""
         )
         size = report.size_bytes.get(f"{kind}_file")
         facts = [
@@ -78,7 +80,11 @@ def _of_quantization(report: Report) -> list[str]:
         lines.append(
             "note: the quantized file is LARGER than the float one, "
             f"{after / 1000:.1f} against {before / 1000:.1f} KB"
-            + (f"; the largest tensor that stays float is {largest}" if largest else "")
+            + (
+                f"; the largest tensor that stays float is {largest}"
+                if largest
+                else ""
+            )
         )
     for reason in dict.fromkeys(cover["float_layers"].values()):
         names = [name for name, why in cover["float_layers"].items() if why == reason]
@@ -123,7 +129,9 @@ def wrong_by_class(
     'wrong by class: cat: 3, dog: 0'
     """
     known = names is not None and len(names) == len(counts)
-    labels = names if names and known else [str(index) for index in range(len(counts))]
+    labels = (
+        names if names and known else [str(index) for index in range(len(counts))]
+    )
     if len(counts) <= most and not known:
         return "wrong by class: " + " ".join(map(str, counts))
     order = list(range(len(counts)))

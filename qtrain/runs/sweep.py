@@ -19,10 +19,10 @@ from qtrain.common.files import LOCK
 from qtrain.runs.report import FILE_NAME, Report, load_report, versions
 
 if TYPE_CHECKING:
-    from qtrain.runs.resume import Signals
+    from qtrain.runs.signals import Signals
 
-# Float results depend on the number of threads: in the last bits at first, and after an
-# epoch of training visibly. With one thread a job has the same results under every
+# Float results depend on the number of threads: in the last bits at first, and after
+# an epoch of training visibly. With one thread a job has the same results under every
 # launcher, alone or beside others; jobs are what uses the cores.
 THREADS = 1
 EXTRAS = ("joblib", "optuna", "submitit", "ray")
@@ -40,9 +40,7 @@ def extra_for(missing_config: str | None) -> str | None:
     extra = choice.partition("_")[0]
     if group not in ("hydra/launcher", "hydra/sweeper") or extra not in EXTRAS:
         return None
-    return (
-        f"{group}={choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
-    )
+    return f"{group}={choice}: its plugin is not installed; pip install 'qtrain[{extra}]'"
 
 
 def is_grid(hydra_config: Any) -> bool:
@@ -55,7 +53,8 @@ def grid(hydra_config: DictConfig) -> list[Override] | None:
     if not is_grid(hydra_config):
         return None
     preset = [
-        f"{key}={values}" for key, values in (hydra_config.sweeper.params or {}).items()
+        f"{key}={values}"
+        for key, values in (hydra_config.sweeper.params or {}).items()
     ]
     found = OverridesParser.create().parse_overrides(
         [*preset, *hydra_config.overrides.task]
@@ -69,7 +68,9 @@ def count_jobs(hydra_config: DictConfig) -> int | None:
     if "n_trials" in hydra_config.sweeper:
         return hydra_config.sweeper.n_trials
     found = grid(hydra_config)
-    return None if found is None else prod(len(_values(override)) for override in found)
+    return (
+        None if found is None else prod(len(_values(override)) for override in found)
+    )
 
 
 def jobs(found: list[Override]) -> Iterator[tuple[str, ...]]:
@@ -133,8 +134,8 @@ def carry_out(
 ) -> Report:
     """Carries out a job in its folder, unless it is done; returns its report.
 
-    A job that was killed goes on from its last state, to the same bits. One that failed
-    begins anew, for what made it fail may have been mended.
+    A job that was killed goes on from its last state, to the same bits. One that
+    failed begins anew, for what made it fail may have been mended.
 
     Raises:
         Occupied: the folder holds a finished run of another config.

@@ -61,7 +61,9 @@ def _obtain(run: Run) -> None:
             if ranks.decide(training is None, config.device):
                 train_float(run)
                 if ranks.is_first():
-                    cache.save(model, {"seconds": run.clock.seconds["float_training"]})
+                    cache.save(
+                        model, {"seconds": run.clock.seconds["float_training"]}
+                    )
             else:
                 ranks.spread_weights(model)
                 if training is not None:
@@ -138,7 +140,9 @@ def _finetune(run: Run) -> None:
         # Of equals the later, trained longer
         if not best or quality >= best["quality"]:
             best.update(
-                quality=quality, epoch=epoch, model=copy.deepcopy(prepared.state_dict())
+                quality=quality,
+                epoch=epoch,
+                model=copy.deepcopy(prepared.state_dict()),
             )
         return {f"{kind}{name}": value for name, value in metrics.items()}
 

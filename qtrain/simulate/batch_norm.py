@@ -11,9 +11,9 @@ convolution, for which it runs a second one. Here:
 - exact: what torch's slow way computes, to rounding, in fewer passes over the
   activations. Two convolutions.
 
-Both fold batch-norm into the weights as inference does where its statistics are frozen
-(R. Krishnamoorthi, arXiv:1806.08342, section 3.2.2), and train on where gamma is 0. A
-Linear layer with batch-norm is treated alike.
+Both fold batch-norm into the weights as inference does where its statistics are
+frozen (R. Krishnamoorthi, arXiv:1806.08342, section 3.2.2), and train on where gamma
+is 0. A Linear layer with batch-norm is treated alike.
 """
 
 import math
@@ -50,7 +50,9 @@ def _pays(site: Any, x: Tensor, channels: int) -> bool:
 
     On CPUs torch takes its statistics number by number.
     """
-    if not (x.ndim > 2 and x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()):
+    if not (
+        x.ndim > 2 and x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
+    ):
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -111,8 +113,8 @@ def folded(site: Any, x: Tensor) -> Tensor:
     if weight_q is None or weight_q.scale_free:
         weight = site.quantized_weight(weight)
     else:
-        # Batch-norm undoes any factor before it; this one only puts the weights in the
-        # scale of inference's integers.
+        # Batch-norm undoes any factor before it; this one only puts the weights in
+        # the scale of inference's integers.
         with torch.no_grad():
             factor = running_factor(bn)
             factor = torch.where(factor == 0, 1, factor)

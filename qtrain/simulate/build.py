@@ -91,8 +91,8 @@ def find_groups(
         model: the float model, fused.
         floats: {layer that stays float, whatever lies in it: why}.
         why_float: says of a layer why there is no kernel for it, or None.
-        has_scale: tells of a layer whether its output gets a scale, beside `SCALED` and
-            `FIXED`.
+        has_scale: tells of a layer whether its output gets a scale, beside `SCALED`
+            and `FIXED`.
     """
     found: dict[str, Group] = {}
     closed: list[str] = []  # what lies below belongs to it
@@ -144,7 +144,8 @@ def make_plan(
     Args:
         weight: the format of weights; settled.
         activation: the format of outputs; settled.
-        layers: {name: another format of its weight}; also of what lies around a group.
+        layers: {name: another format of its weight}; also of what lies around a
+            group.
     """
     owners: dict[int, str] = {}
     plan: Plan = {}
@@ -193,13 +194,17 @@ def build(
     return Simulation(model, plan)
 
 
-def _site(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) -> Site:
+def _site(
+    group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str
+) -> Site:
     site = _made(group, layer, make, conv_bn)
     site.kind = type(group.head).__name__
     return site
 
 
-def _made(group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str) -> Site:
+def _made(
+    group: Group, layer: LayerPlan, make: MakeFakeQuantize, conv_bn: str
+) -> Site:
     output_q = None if layer.output is None else make(layer.output, False)
     head = group.head
     if is_stub(head, "QuantStub"):
@@ -266,6 +271,7 @@ def has_mark(module: nn.Module) -> bool:
 def _is_float_already(module: nn.Module) -> bool:
     """Returns whether a layer gets float inputs: it has stubs of its own, or takes indices."""
     return any(
-        is_stub(inner, "QuantStub") or isinstance(inner, nn.Embedding | nn.EmbeddingBag)
+        is_stub(inner, "QuantStub")
+        or isinstance(inner, nn.Embedding | nn.EmbeddingBag)
         for inner in module.modules()
     )

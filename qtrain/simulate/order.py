@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from qtrain.common.copying import cloned
-from qtrain.simulate.simulation import sites
+from qtrain.simulate.points import sites
 
 
 @torch.no_grad()

@@ -80,7 +80,9 @@ class Home:
             else:
                 self._keep(name, ways, owned)
 
-    def _keep(self, name: str, ways: list[Origin], owned: Mapping[str, Tensor]) -> None:
+    def _keep(
+        self, name: str, ways: list[Origin], owned: Mapping[str, Tensor]
+    ) -> None:
         """Notes a tensor that the simulation does without, or that was worked into another."""
         if not ways:
             self.lost.append(name)

@@ -20,7 +20,8 @@ def running_in_float(
     """Returns those of `names` that run, and on no quantized tensor.
 
     Args:
-        model: of a simulation, with its fake quantization off; its modes are as before.
+        model: of a simulation, with its fake quantization off; its modes are as
+            before.
         plan: of its layers.
         inputs: arguments of forward.
 
@@ -55,11 +56,15 @@ def _on_marked(
     for name, module in model.named_modules():
         if isinstance(module, QuantInput):
             handles.append(
-                module.register_forward_hook(lambda *call: call[-1].as_subclass(Marked))
+                module.register_forward_hook(
+                    lambda *call: call[-1].as_subclass(Marked)
+                )
             )
         elif isinstance(module, QuantOutput):
             handles.append(
-                module.register_forward_hook(lambda *call: call[-1].as_subclass(Tensor))
+                module.register_forward_hook(
+                    lambda *call: call[-1].as_subclass(Tensor)
+                )
             )
         elif name in names:
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.common.copying import cloned, copy_model
-from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.kept import Kept
 from qtrain.simulate.origins import Home
 from qtrain.simulate.plan import Plan
+from qtrain.simulate.points import leave_float, output_points, sites, weight_points
 from qtrain.simulate.regions import running_in_float
-from qtrain.simulate.sites import QuantModule, QuantWeighted, Site
+from qtrain.simulate.sites import QuantModule, QuantWeighted
 
 Batches = Iterable[tuple[Any, ...]]  # the arguments of one forward pass each
 
@@ -41,13 +41,13 @@ class Simulation(nn.Module):
     Args:
         model: with sites, or without any: then it stands for itself.
         plan: {name of a site in `model`: what it becomes}.
-        others: {name of a float layer in `model`: what takes its place in the end}, in
-            that order.
+        others: {name of a float layer in `model`: what takes its place in the end},
+            in that order.
 
     Attributes:
         backend: what lowers it, or None.
-        clips_at_type: whether its kernels clip at the ends of uint8, though a scale be
-            made for 0..127.
+        clips_at_type: whether its kernels clip at the ends of uint8, though a scale
+            be made for 0..127.
         improvements: what transforms have done to it, for reports.
         capture: how the float model was made ready to be simulated, for reports.
         home: brings its weights back to the user's class, or None: it is the user's.
@@ -247,7 +247,9 @@ class Simulation(nn.Module):
         """Returns a copy that behaves as what `convert` makes: quantizing, in eval mode."""
         copied = copy_model(self).eval()
         copied.set_mode(observing=False, quantizing=True)
-        for point in output_points(copied.model).values() if self.clips_at_type else ():
+        for point in (
+            output_points(copied.model).values() if self.clips_at_type else ()
+        ):
             point.clip_as_kernels()
         return copied._put_others()
 
@@ -272,47 +274,3 @@ class Simulation(nn.Module):
                 module.freeze(frozen)
             elif isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(self.training and not frozen)
-
-
-def leave_float(model: nn.Module, name: str) -> None:
-    """Takes the fake quantization from the output of a site, in place."""
-    site = model.get_submodule(name)
-    assert isinstance(site, Site)
-    site.output_q = None
-
-
-def sites(model: nn.Module) -> dict[str, Site]:
-    """Returns {name: site} of a simulation's model, as registered; {} of any other."""
-    return {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, Site)
-    }
-
-
-def output_points(model: nn.Module) -> dict[str, FakeQuantize]:
-    """Returns {name of a site: the fake quantization of its output}."""
-    found = sites(model).items()
-    return {name: site.output_q for name, site in found if site.output_q is not None}
-
-
-def weight_points(model: nn.Module) -> dict[str, FakeQuantize]:
-    """Returns {name of a site: the fake quantization of its weight}."""
-    found = sites(model).items()
-    return {name: site.weight_q for name, site in found if site.weight_q is not None}
-
-
-def integers(point: FakeQuantize, x: Tensor) -> Tensor:
-    """Returns the integers that stand for `x`: the one rounding, of the simulation and of backends.
-
-    clamp(round(x * (1 / scale)) + zero_point), as kernels do: x / scale would round
-    ties otherwise.
-
-    Returns:
-        int32, of x's shape.
-    """
-    scale, zero_point = point.calculate_qparams()
-    if point.is_per_channel:
-        shape = [1] * x.ndim
-        shape[point.ch_axis] = -1
-        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    steps = (x * scale.reciprocal()).round().add(zero_point)
-    return steps.clamp(point.quant_min, point.quant_max).to(torch.int32)

@@ -1,8 +1,8 @@
 """Layers of a simulation: each computes in float what a layer on integers will mean.
 
-A site owns the parameters of the layer that it stands for, under the same names, and up
-to two fake quantizations: `weight_q` of its weight, `output_q` of its output. The same
-class serves PTQ, in eval mode, and QAT, in train mode.
+A site owns the parameters of the layer that it stands for, under the same names, and
+up to two fake quantizations: `weight_q` of its weight, `output_q` of its output. The
+same class serves PTQ, in eval mode, and QAT, in train mode.
 
 Whether a kernel runs it, or float between conversions, is a backend's affair: both
 compute this.
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from qtrain.simulate import batch_norm
 from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.product import product
 
 
 class Site(nn.Module):
@@ -74,8 +74,8 @@ class QuantModule(Site):
     """Any module without a weight that could be quantized, with an output of its own.
 
     Args:
-        layer: the float module; of several outputs, as of attention, the first goes on
-            quantized.
+        layer: the float module; of several outputs, as of attention, the first goes
+            on quantized.
     """
 
     def __init__(self, layer: nn.Module, *, output_q: FakeQuantize | None) -> None:
@@ -166,8 +166,8 @@ class QuantEmbedding(Site):
 class QuantWeighted(Site):
     """A Linear layer, convolution or transposed convolution; behind it maybe batch-norm, and ReLU.
 
-    In train mode batch-norm trains by `batch_norm.TRAINING[conv_bn]`; in eval mode, and
-    where it is frozen, it is folded into weight and bias, as inference has it.
+    In train mode batch-norm trains by `batch_norm.TRAINING[conv_bn]`; in eval mode,
+    and where it is frozen, it is folded into weight and bias, as inference has it.
 
     Args:
         layer: the float layer; its weight and bias become this site's.
@@ -277,29 +277,3 @@ def _like(old: nn.Parameter | None, value: Tensor) -> nn.Parameter:
     return nn.Parameter(
         value.detach().clone(), requires_grad=old is None or old.requires_grad
     )
-
-
-TRANSPOSED: dict[int, Any] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
-
-
-def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns what `layer`, a Linear or a convolution, puts out with another weight and bias."""
-    output: Tensor
-    if isinstance(layer, nn.Linear):
-        output = F.linear(x, weight, bias)
-    elif isinstance(layer, _ConvTransposeNd):
-        settings = (
-            layer.stride,
-            layer.padding,
-            layer.output_padding,
-            layer.groups,
-            layer.dilation,
-        )
-        output = TRANSPOSED[len(layer.kernel_size)](x, weight, bias, *settings)
-    else:
-        output = layer._conv_forward(x, weight, bias)
-    return output

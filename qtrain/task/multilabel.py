@@ -27,7 +27,9 @@ class Multilabel(PerExample):
     quality = "f1"
     more_numbers = ("f1_macro", "mean_average_precision")
 
-    def __init__(self, *, threshold: float = 0.5, loss: OwnLoss | None = None) -> None:
+    def __init__(
+        self, *, threshold: float = 0.5, loss: OwnLoss | None = None
+    ) -> None:
         refuse(number("threshold", threshold, above=0, below=1) + wrong_loss(loss))
         self.threshold, self.own_loss = threshold, loss
 
@@ -92,7 +94,9 @@ class Multilabel(PerExample):
         targets = torch.cat(sums["targets"])
         columns = zip(logits.T, targets.T, strict=True)
         found = [
-            average_precision(scores, holds) for scores, holds in columns if holds.any()
+            average_precision(scores, holds)
+            for scores, holds in columns
+            if holds.any()
         ]
         by_label = f1(sums["hit"], sums["predicted"], sums["there"])
         return super().summary(sums, loader) | {

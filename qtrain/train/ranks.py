@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from qtrain.simulate.simulation import output_points
+from qtrain.simulate.points import output_points
 
 
 def num_ranks() -> int:
     """Returns the number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return (
+        dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    )
 
 
 def rank() -> int:
@@ -142,8 +144,8 @@ def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
             point.register_forward_hook(restore),
         ]
     try:
-        # Its own way with buffers is to take the first rank's, and to keep those met at
-        # first.
+        # Its own way with buffers is to take the first rank's, and to keep those met
+        # at first.
         yield DistributedDataParallel(model, broadcast_buffers=False)
     finally:
         for hook in hooks:

@@ -107,8 +107,9 @@ class Trainer:
 
         Args:
             stage: the name that logged metrics and messages carry.
-            on_epoch_start: called with the epoch, counted from 0, once the model is in
-                train mode; when a training is resumed inside an epoch, called again.
+            on_epoch_start: called with the epoch, counted from 0, once the model is
+                in train mode; when a training is resumed inside an epoch, called
+                again.
             on_epoch_end: called likewise; returns metrics to log with the epoch.
             checkpoint: holds the state to go on from, and takes the states to come.
 

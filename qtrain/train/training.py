@@ -103,7 +103,9 @@ class Training:
                 part.load_state_dict(state[name])
             set_generator_states(state["generators"], self.loader)
         self._inside = state if self.done else None
-        log.info(f"{self.stage}: resumed after step {self.step} of {self.total_steps}")
+        log.info(
+            f"{self.stage}: resumed after step {self.step} of {self.total_steps}"
+        )
 
     def run_epoch(self, epoch: int) -> bool:
         """Trains for one epoch, or the rest of it; returns False if told to stop, having saved."""
@@ -196,7 +198,8 @@ class Training:
             bar.set_postfix(loss=f"{loss:.4f}")
             rate = self.optimizer.param_groups[0]["lr"]
             self.logger.log(
-                {f"{self.stage}/train_loss": loss, f"{self.stage}/lr": rate}, self.step
+                {f"{self.stage}/train_loss": loss, f"{self.stage}/lr": rate},
+                self.step,
             )
         if self.schedule is not None:
             self.schedule.step()
@@ -210,4 +213,6 @@ class Training:
         state = {name: part.state_dict() for name, part in self._parts.items()}
         place = {"epoch": epoch, "batches": batches, "step": self.step}
         generators = generator_states(self.loader)
-        self.checkpoint.save(state | {"place": place, "generators": generators, **rest})
+        self.checkpoint.save(
+            state | {"place": place, "generators": generators, **rest}
+        )

@@ -61,7 +61,9 @@ class AWQ(Rounding):
         narrower = target.rounded(clipped(target, hessian, RATIOS))
         return better_rows(target.weight, nearest, narrower, hessian)
 
-    def improve_layer(self, name: str, target: Any, hessian: Tensor) -> dict[str, Any]:
+    def improve_layer(
+        self, name: str, target: Any, hessian: Tensor
+    ) -> dict[str, Any]:
         factor = None
         if name in self._norms and isinstance(target, PackedTarget):
             factor = best_factor(target, hessian[0])
@@ -104,7 +106,9 @@ def best_factor(target: PackedTarget, hessian: Tensor) -> Tensor:
     """
     weight = target.weight
     magnitude = hessian.diagonal().sqrt().float()
-    magnitude = magnitude.clamp(min=float(magnitude.max()) * 1e-4 + torch.finfo().tiny)
+    magnitude = magnitude.clamp(
+        min=float(magnitude.max()) * 1e-4 + torch.finfo().tiny
+    )
     best, least = torch.ones_like(magnitude), torch.inf
     for exponent in EXPONENTS:
         factor = magnitude**exponent
@@ -146,7 +150,10 @@ def norms_before(
     found: dict[str, Any] = {}
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+        if (
+            isinstance(module, nn.LayerNorm | nn.RMSNorm)
+            and module.weight is not None
+        ):
             keep = lambda norm, _, output: outputs.append((norm, output))  # noqa: E731
             handles.append(module.register_forward_hook(keep))
         elif type(module) is nn.Linear:
@@ -162,7 +169,9 @@ def norms_before(
         handle.remove()
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     layers = {name: model.get_submodule(name) for name in found}
-    tied = {n for n, layer in layers.items() if any(layer.weight is t for t in tables)}
+    tied = {
+        n for n, layer in layers.items() if any(layer.weight is t for t in tables)
+    }
     norms = {
         norm: [layers[n] for n in layers if found[n] is norm]
         for norm in {found[n] for n in tied ^ set(layers)} - {found[n] for n in tied}
@@ -172,9 +181,14 @@ def norms_before(
             rescale(norm, fed, torch.full_like(norm.weight, factor))
         if factor == 2.0:
             after = model(*cloned(batch))
-    if not isinstance(before, Tensor) or (after - before).norm() > SAME * before.norm():
+    if (
+        not isinstance(before, Tensor)
+        or (after - before).norm() > SAME * before.norm()
+    ):
         log.info(
             "awq: outputs of norms are used elsewhere too, so columns are not scaled"
         )
         return {}
-    return {name: (norm, norms[norm]) for name, norm in found.items() if norm in norms}
+    return {
+        name: (norm, norms[norm]) for name, norm in found.items() if norm in norms
+    }

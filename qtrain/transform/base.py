@@ -10,13 +10,13 @@ from qtrain.simulate.simulation import Batches, Simulation
 class Transform:
     """Changes a simulation in place, between preparation and conversion, by its `__call__`.
 
-    Weights are replaced through a site's `set_weight` and `shift_bias`, scales through
-    `weight_q.stay` and `output_q.stay`: what it chooses is what is converted.
+    Weights are replaced through a site's `set_weight` and `shift_bias`, scales
+    through `weight_q.stay` and `output_q.stay`: what it chooses is what is converted.
 
     Attributes:
         name: by which reports call it.
-        before_observation: whether it leaves the float function as it is, and so comes
-            before ranges are observed.
+        before_observation: whether it leaves the float function as it is, and so
+            comes before ranges are observed.
     """
 
     name: str
@@ -29,8 +29,8 @@ class Transform:
         """Improves `simulation`, in place.
 
         Args:
-            batches: forward's arguments, of calibration data; may be gone through again
-                and again.
+            batches: forward's arguments, of calibration data; may be gone through
+                again and again.
         """
         raise NotImplementedError
 

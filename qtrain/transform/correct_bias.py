@@ -1,8 +1,8 @@
 """Bias correction: quantization shifts the mean of a layer's output, and a bias can take that back.
 
 M. Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
-Correction", arXiv:1906.04721, section 4.2, with means over calibration data in place of
-those that batch-norm implies.
+Correction", arXiv:1906.04721, section 4.2, with means over calibration data in place
+of those that batch-norm implies.
 """
 
 from collections.abc import Iterator
@@ -58,16 +58,17 @@ def _product(site: QuantWeighted, x: Tensor) -> Tensor:
     """Returns (N, C): the output before ReLU, one row for each vector of channels."""
     weight, bias = site.folded()
     output = site.product(x, site.quantized_weight(weight), bias)
-    kernel_size: Any = getattr(
-        site.layer, "kernel_size", ()
-    )  # of a Linear layer the channels come last
+    # Of a Linear layer the channels come last
+    kernel_size: Any = getattr(site.layer, "kernel_size", ())
     output = output.movedim(-1 - len(kernel_size), -1)
     return output.reshape(-1, output.shape[-1])
 
 
 def _mean(outputs: Iterator[Tensor]) -> Tensor:
     """Returns (C,): the mean over all rows of all batches."""
-    sums, rows = zip(*((output.sum(0), len(output)) for output in outputs), strict=True)
+    sums, rows = zip(
+        *((output.sum(0), len(output)) for output in outputs), strict=True
+    )
     total = torch.stack(sums).sum(0)
     mean: Tensor = total / sum(rows)
     return mean

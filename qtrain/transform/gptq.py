@@ -75,7 +75,9 @@ class GPTQ(Rounding):
                 act_order=self.act_order,
                 block=self.block,
             )
-            for weight, own_scale, zero_point, own in zip(*parts, hessian, strict=True)
+            for weight, own_scale, zero_point, own in zip(
+                *parts, hessian, strict=True
+            )
         ]
         integers = torch.cat(found).to(start.integers.dtype)
         made = Choice(integers, scale, start.zero_point)

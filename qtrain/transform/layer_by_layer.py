@@ -140,7 +140,9 @@ def _chain(model: nn.Module, names: list[str], batch: tuple[Any, ...]) -> list[s
     with _hooked([layer.register_forward_hook(note(name)) for name, layer in layers]):
         model(*cloned(batch))
     in_turn = [name for name, _, _ in seen] == blocks
-    handed_on = all(given is before for (_, _, before), (_, given, _) in pairwise(seen))
+    handed_on = all(
+        given is before for (_, _, before), (_, given, _) in pairwise(seen)
+    )
     return blocks if in_turn and handed_on else []
 
 

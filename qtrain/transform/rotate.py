@@ -68,7 +68,9 @@ def rotate(model: Any) -> None:
         block.ln_1 = _fold(block.ln_1, block.attn.c_attn, matrix)
         block.ln_2 = _fold(block.ln_2, block.mlp.c_fc, matrix)
         for layer in (block.attn.c_proj, block.mlp.c_proj):
-            layer.weight = nn.Parameter(_written(layer.weight.T, matrix).T.contiguous())
+            layer.weight = nn.Parameter(
+                _written(layer.weight.T, matrix).T.contiguous()
+            )
             layer.bias = nn.Parameter(_written(layer.bias, matrix))
     model.ln_f = _fold(model.ln_f, model.lm_head, matrix)
 
@@ -92,5 +94,7 @@ def _fold(norm: nn.LayerNorm, layer: nn.Linear, matrix: Tensor) -> nn.RMSNorm:
         (weight * norm.weight.double() @ matrix).to(layer.weight.dtype)
     )
     plain = nn.RMSNorm(norm.normalized_shape, norm.eps, device=matrix.device)
-    plain.__dict__["qconfig"] = None  # eager mode's mark of a layer that stays in float
+    plain.__dict__["qconfig"] = (
+        None  # eager mode's mark of a layer that stays in float
+    )
     return plain

@@ -48,7 +48,9 @@ class Rounding(Transform):
         anything to look for.
         """
 
-    def improve_layer(self, name: str, target: Any, hessian: Tensor) -> dict[str, Any]:
+    def improve_layer(
+        self, name: str, target: Any, hessian: Tensor
+    ) -> dict[str, Any]:
         """Returns all that `finish` needs to know of a layer, as tensors."""
         return self.choose(target, hessian)._asdict()
 
@@ -118,7 +120,8 @@ def better_rows(
     where they are equal.
     """
     losses = [
-        row_losses(weight - choice.dequantized(), hessian) for choice in (first, second)
+        row_losses(weight - choice.dequantized(), hessian)
+        for choice in (first, second)
     ]
     takes = (losses[1] < losses[0])[:, None]
     pairs = zip(first, second, strict=True)

@@ -155,7 +155,8 @@ class SiteTarget(Target):
         assert self.site.weight_q is not None
         weight = choice.dequantized().reshape(self.shape)
         raw, folded = self.site.weight.detach(), self.site.folded()[0].detach()
-        # Of a batch-norm that stays: what its factor makes of the weight is taken back.
+        # Of a batch-norm that stays: what its factor makes of the weight is taken
+        # back.
         factor = (
             torch.where(folded == 0, 1.0, raw / folded)
             if self.site.bn is not None

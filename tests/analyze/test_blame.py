@@ -47,7 +47,10 @@ def test_errors_outside_of_the_model_and_of_the_truth_gate_pass():
     model = nn.Sequential(Failing(TruthError("nan")))
     with pytest.raises(TruthError, match="^nan$"), blame(model, "some"):
         model(X)
-    with pytest.raises(ZeroDivisionError), blame(nn.Sequential(nn.Identity()), "some"):
+    with (
+        pytest.raises(ZeroDivisionError),
+        blame(nn.Sequential(nn.Identity()), "some"),
+    ):
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError), blame(None, "some"):
         raise ZeroDivisionError

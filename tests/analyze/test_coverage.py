@@ -61,9 +61,9 @@ def test_coverage_of_dynamic_quantization(convnet, images, make_dynamic):
 
 
 def test_each_float_layer_has_its_own_reason(convnet, images, make_dynamic):
-    found = dry_run(convnet, make_dynamic(layers={"linear2": "float"}), (images[:2],))[
-        "float_layers"
-    ]
+    found = dry_run(
+        convnet, make_dynamic(layers={"linear2": "float"}), (images[:2],)
+    )["float_layers"]
     assert found["linear2"] == "set by quant.layers"
     assert found["conv1"] == "Conv2d is not quantized by this method"
 
@@ -98,7 +98,11 @@ COUNTED = {
     "grouped": (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5), 9 * 6 * 2 * 9),
     "strided": (nn.Conv1d(3, 2, 3, stride=2), (2, 3, 9), 4 * 2 * 3 * 3),
     "padded": (nn.Conv2d(3, 2, 3, padding=1), (2, 3, 5, 5), 25 * 2 * 27),
-    "transposed": (nn.ConvTranspose2d(3, 4, 3, stride=2), (2, 3, 5, 5), 25 * 3 * 4 * 9),
+    "transposed": (
+        nn.ConvTranspose2d(3, 4, 3, stride=2),
+        (2, 3, 5, 5),
+        25 * 3 * 4 * 9,
+    ),
 }
 
 

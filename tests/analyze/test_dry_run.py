@@ -178,7 +178,8 @@ def test_scaled_dot_product_attention_on_quantized_tensors_is_shown(quantizer):
 )
 def test_a_layer_that_gets_float_inputs_is_named(layers, layer, quantizer):
     with pytest.raises(
-        ValueError, match=rf"model: layer {layer} \(\w+\) cannot run in the int8 model"
+        ValueError,
+        match=rf"model: layer {layer} \(\w+\) cannot run in the int8 model",
     ):
         dry_run(nn.Sequential(*layers), quantizer, (X,))
 
@@ -270,13 +271,16 @@ def test_a_module_called_twice_is_told(kind, make_ptq, caplog):
             x = self.quant(x)
             if kind == "layer":
                 return self.dequant(self.linear(self.linear(x)))
-            return self.dequant(self.shared.mul(self.shared.add(x, x), self.linear(x)))
+            return self.dequant(
+                self.shared.mul(self.shared.add(x, x), self.linear(x))
+            )
 
     dry_run(Twice(), make_ptq(), (X,))
     name = "linear" if kind == "layer" else "shared"
     (record,) = caplog.records
     assert (
-        record.levelname == "WARNING" and f"layer {name} runs 2 times" in record.message
+        record.levelname == "WARNING"
+        and f"layer {name} runs 2 times" in record.message
     )
 
 
@@ -296,7 +300,8 @@ def test_neither_generators_nor_weights_change(quantizer, convnet, images):
     assert torch.equal(torch.get_rng_state(), before) and random.getstate() == python
     assert torch.backends.quantized.engine == engine
     assert all(
-        torch.equal(state[name], value) for name, value in convnet.state_dict().items()
+        torch.equal(state[name], value)
+        for name, value in convnet.state_dict().items()
     )
     assert all(p.grad is None and p.requires_grad for p in convnet.parameters())
     assert not any(

@@ -63,7 +63,9 @@ def test_a_calibration_batch_that_is_not_finite_is_named_with_its_layer(
             quantizer.calibrate(prepared, batches)
 
 
-def test_the_layer_where_nan_arises_is_the_one_that_is_named(convnet, images, make_ptq):
+def test_the_layer_where_nan_arises_is_the_one_that_is_named(
+    convnet, images, make_ptq
+):
     quantizer = make_ptq()
     prepared = quantizer.prepare(convnet)
     prepared.model.conv2.weight.data[0, 0, 0, 0] = math.nan
@@ -81,7 +83,8 @@ def test_a_float_functional_where_infinity_arises_is_named(make_ptq):
     huge = torch.full((2, 4), -3e38)
     prepared.model.linear.weight.data.copy_(torch.eye(4))
     with pytest.raises(
-        TruthError, match="layer sum: its output is not finite in calibration, batch 0"
+        TruthError,
+        match="layer sum: its output is not finite in calibration, batch 0",
     ):
         with finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(huge,)])

@@ -81,7 +81,9 @@ def test_bytes_of_a_dynamic_model(mlp, make_dynamic):
     quantizer = make_dynamic(weight={"granularity": "per_tensor"})
     weights = sum(rows * columns + 8 + 8 + 4 * columns for rows, columns in LINEARS)
     outputs = 3 * (4 + 8)  # torch keeps them, although each output is float
-    assert weight_bytes(quantizer.convert(quantizer.prepare(mlp))) == weights + outputs
+    assert (
+        weight_bytes(quantizer.convert(quantizer.prepare(mlp))) == weights + outputs
+    )
 
 
 class Probe(nn.Module):
@@ -115,7 +117,9 @@ def test_latency_is_of_both_models_in_turn():
         for t in sizes.values()
     )
     assert all(
-        0 < t["median"] <= t["p90"] for sizes in result.values() for t in sizes.values()
+        0 < t["median"] <= t["p90"]
+        for sizes in result.values()
+        for t in sizes.values()
     )
 
 

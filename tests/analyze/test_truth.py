@@ -146,7 +146,8 @@ def test_planted_noise_is_measured_in_decibels():
     section, (failure,) = TruthGate(**GATE).compare(*models, (torch.eye(4),))
     rms = 0.2 * 0.25**0.5 / (2 / 255)  # a quarter of the numbers is off by 0.2
     assert (
-        section["fake_vs_quantized"]["steps"] == {"layer": pytest.approx(rms, rel=1e-3)}
+        section["fake_vs_quantized"]["steps"]
+        == {"layer": pytest.approx(rms, rel=1e-3)}
         and "layer layer" in failure
     )
     assert section["sqnr_db"] == {"layer": pytest.approx(20, abs=1e-4)}
@@ -181,7 +182,9 @@ def test_outputs_come_in_the_order_of_execution_of_float_functionals_too(make_pt
 # ---- simulation against conversion ---------------------------------------------------------------
 
 
-def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, make_ptq):
+def test_divergence_counts_steps_of_each_layer_on_its_own_input(
+    mlp, images, make_ptq
+):
     quantizer = make_ptq("qnnpack")
     prepared = calibrated(quantizer, mlp, images)
     fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
@@ -189,7 +192,8 @@ def test_divergence_counts_steps_of_each_layer_on_its_own_input(mlp, images, mak
     clean = divergence(fake, quantized, names, (images,))
     shift = 3 * quantized.linear2.scale
     with torch.no_grad():
-        fake.linear2.bias.add_(shift)  # behind it comes a ReLU, which hides some of it
+        # Behind it comes a ReLU, which hides some of it
+        fake.linear2.bias.add_(shift)
     planted = divergence(fake, quantized, names, (images,))
     assert planted["linear2"] > clean["linear2"] + 1
     # Errors of earlier layers do not add up
@@ -226,7 +230,9 @@ def test_sound_models_pass_on_every_engine(
     is_qat, engine, model, images, make_ptq, make_qat
 ):
     quantizer = (make_qat if is_qat else make_ptq)(engine)
-    section, failures = compare(quantizer, calibrated(quantizer, model, images), images)
+    section, failures = compare(
+        quantizer, calibrated(quantizer, model, images), images
+    )
     assert failures == [] and section["min_sqnr_db"] > 20
 
 

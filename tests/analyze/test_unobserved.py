@@ -9,7 +9,7 @@ from truth_gate import GATE, Residual, compare
 from qtrain.analyze.blame import blame
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend import torch_ao
-from qtrain.simulate.simulation import output_points
+from qtrain.simulate.points import output_points
 
 
 class Branches(nn.Module):
@@ -28,7 +28,9 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
-def test_a_layer_that_calibration_never_took_fails_by_name(is_qat, make_ptq, make_qat):
+def test_a_layer_that_calibration_never_took_fails_by_name(
+    is_qat, make_ptq, make_qat
+):
     quantizer = (make_qat if is_qat else make_ptq)()
     prepared = calibrated(quantizer, Branches().eval(), torch.rand(8, 4))
     (failure,) = TruthGate(**GATE).unobserved(prepared.model)
@@ -76,7 +78,8 @@ def test_a_float_functional_used_without_calibration_fails_by_name(make_ptq):
     assert TruthGate(**GATE).unobserved(prepared.model) == []
     fake = quantizer.fake(prepared)
     with pytest.raises(
-        ValueError, match=r"layer sum \(FloatFunctional\) .* did not during calibration"
+        ValueError,
+        match=r"layer sum \(FloatFunctional\) .* did not during calibration",
     ):
         with blame(fake, "fake-quantized"):
             fake(torch.randn(8, 4))

@@ -17,7 +17,9 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.quant, self.dequant = qtrain.QuantStub(), qtrain.DeQuantStub()
-        self.conv, self.bn, self.relu = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU()
         self.linear = nn.Linear(4 * 6 * 6, 5)
 
     def forward(self, x):
@@ -103,7 +105,11 @@ def test_a_model_in_train_mode_is_quantized_as_in_eval_mode_and_stays_in_train_m
         ([[{"x": X}]], {}, "batches: a batch holds a dict"),
         ([{"image": X}], {}, "a mapping of image, and forward takes x"),
         ([X], {"method": "magic"}, "method=magic: .*ptq"),
-        ([X], {"weight_bits": 9}, "weight_bits=9: must be a whole number from 2 to 8"),
+        (
+            [X],
+            {"weight_bits": 9},
+            "weight_bits=9: must be a whole number from 2 to 8",
+        ),
         ([X], {"engine": "gemm"}, "engine=gemm: allowed are"),
         ([X], {"layers": {"nope": "float"}}, "quant.layers.nope: matches no layer"),
     ],

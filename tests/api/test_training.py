@@ -32,7 +32,11 @@ def test_a_plain_loop_ends_with_the_commands_integers(
         "quant.convert_every=0",
         "quant.scheduler=constant",
     ]
-    start = ["checkpoint=float/float.pt", f"quant.weight.bits={weight_bits}", "seed=3"]
+    start = [
+        "checkpoint=float/float.pt",
+        f"quant.weight.bits={weight_bits}",
+        "seed=3",
+    ]
     qtrain.run(*SMALL, *QUICK, *method, *start, run_dir="qat")
 
     torch.manual_seed(3)
@@ -48,7 +52,9 @@ def test_a_plain_loop_ends_with_the_commands_integers(
         channels=1,
         device="cpu",
     )
-    simulation = qtrain.prepare(model, islice(data.calib, 32), weight_bits=weight_bits)
+    simulation = qtrain.prepare(
+        model, islice(data.calib, 32), weight_bits=weight_bits
+    )
     optimizer = torch.optim.Adam(simulation.parameters(), lr=1e-4, fused=True)
     torch.set_rng_state(state)
     for images, labels in data.train:

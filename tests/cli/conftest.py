@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qtrain.cli import run as cli
-from qtrain.data.loaders import image_loaders
+from qtrain.data.tensors import image_loaders
 
 
 @pytest.fixture
@@ -15,7 +15,8 @@ def command(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this puts it back
     images = torch.randint(0, 256, (40, 28, 28), dtype=torch.uint8)
-    train, test = (images[:30], torch.arange(30) % 10), (images[30:], torch.arange(10))
+    train = (images[:30], torch.arange(30) % 10)
+    test = (images[30:], torch.arange(10))
     monkeypatch.setattr(
         "qtrain.data.mnist.mnist_sample",
         lambda **options: image_loaders(train, test, **options),

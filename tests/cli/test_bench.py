@@ -68,7 +68,9 @@ def test_measures_again_and_updates_the_reports(runs, capsys):
         ]
         first = new["bench"][0]
         assert (
-            first["float"]["low"] <= first["float"]["median"] <= first["float"]["high"]
+            first["float"]["low"]
+            <= first["float"]["median"]
+            <= first["float"]["high"]
         )
         assert new["latency_ms"]["float"] == {
             "1": first["float"],
@@ -113,13 +115,15 @@ def test_the_interval_holds_the_median_as_often_as_it_says():
 
 
 def test_one_value_is_its_own_interval():
-    assert set(median_interval(torch.tensor([3.0], dtype=torch.float64)).values()) == {
-        3.0
-    }
+    assert set(
+        median_interval(torch.tensor([3.0], dtype=torch.float64)).values()
+    ) == {3.0}
 
 
 @pytest.mark.parametrize("busy, cores", [(200, 1.0), (100, 0.0), (90, 0.0)])
-def test_the_load_of_others_is_what_this_process_did_not_use(monkeypatch, busy, cores):
+def test_the_load_of_others_is_what_this_process_did_not_use(
+    monkeypatch, busy, cores
+):
     """Of 1 s in which this process used 1 s of CPU time; `busy` counts ticks of 10 ms."""
     now = iter([(10.0, 5.0), (11.0, 5.0 + busy / 100 - 1.0)])
     monkeypatch.setattr(OtherLoad, "_now", staticmethod(lambda: next(now)))

@@ -69,7 +69,9 @@ def test_folders_filters_and_options_in_any_order(write, command):
     ]
     assert "ptq" not in out
     assert len(Path("out.csv").read_text().splitlines()) == 3
-    assert command("method=qat runs")[0] == command("--sort size runs/a runs/b")[0] == 0
+    assert (
+        command("method=qat runs")[0] == command("--sort size runs/a runs/b")[0] == 0
+    )
 
 
 def test_writes_every_format(write, command):
@@ -107,7 +109,8 @@ def test_broken_reports_are_named_and_skipped(write, command, tmp_path):
     code, out, err = command("runs")
     assert code == 0 and "1 run\n" in out
     assert [line.split()[2:4] for line in err.splitlines()] == [
-        ["skipped", f"runs/{name}/report.json:"] for name in ("cut", "empty", "partial")
+        ["skipped", f"runs/{name}/report.json:"]
+        for name in ("cut", "empty", "partial")
     ]
 
 
@@ -236,7 +239,9 @@ def test_compares_without_torch(write, tmp_path):
 
 def test_a_reader_that_stops_reading_is_no_error(write, tmp_path):
     write("a")
-    code = "import sys, os; os.close(0); sys.stdout.reconfigure(line_buffering=True); "
+    code = (
+        "import sys, os; os.close(0); sys.stdout.reconfigure(line_buffering=True); "
+    )
     code += "from qtrain.cli.compare import main; "
     code += "r, w = os.pipe(); os.close(r); os.dup2(w, 1); main(sys.argv[1:])"
     done = run_python(code, str(tmp_path / "runs"))

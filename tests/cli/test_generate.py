@@ -90,7 +90,9 @@ def test_it_prints_what_the_converted_model_generates(
     run, generate, arguments, options
 ):
     tokenizer = ByteTokenizer()
-    tokens = qtrain.load(run).generate(tokenizer.encode("To be")[None], 9, **options)[0]
+    tokens = qtrain.load(run).generate(tokenizer.encode("To be")[None], 9, **options)[
+        0
+    ]
     assert tokens.shape == (5 + 9,)
     printed = generate("--prompt", "To be", "--max-new-tokens", "9", *arguments)
     assert printed == tokenizer.decode(tokens) + "\n" and printed.startswith("To be")
@@ -146,7 +148,15 @@ def test_each_token_is_printed_before_the_next_is_made(run, monkeypatch):
     monkeypatch.setattr(GPT2, "stream", stream)
     monkeypatch.setattr(sys, "stdout", screen)
     main([str(run), "--prompt", "ab"])
-    assert told[:7] == ["ab", "ab", "abé", "abét", "abét", "abét\ufffda", "abét\ufffda"]
+    assert told[:7] == [
+        "ab",
+        "ab",
+        "abé",
+        "abét",
+        "abét",
+        "abét\ufffda",
+        "abét\ufffda",
+    ]
     assert screen.getvalue() == ByteTokenizer().decode([*b"ab", *made]) + "\n"
 
 

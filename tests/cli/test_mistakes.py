@@ -50,11 +50,20 @@ def mistakes(command, monkeypatch):
         ),
         (
             "quant.weigth.bits=4",
-            ["quant.weigth", "there is no such key", "activation", "engine", "weight"],
+            [
+                "quant.weigth",
+                "there is no such key",
+                "activation",
+                "engine",
+                "weight",
+            ],
         ),
         ("sede=3", ["sede: there is no such key", "device", "seed", "threads"]),
         ("optimizer.lr=-1", ["optimizer.lr=-1: must be a number above 0"]),
-        ("data.batch_size=0", ["data.batch_size=0: must be a whole number from 1 to"]),
+        (
+            "data.batch_size=0",
+            ["data.batch_size=0: must be a whole number from 1 to"],
+        ),
         (
             "quant.weight.bits=9",
             ["quant.weight.bits=9: must be a whole number from 2 to 8"],

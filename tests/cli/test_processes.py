@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def start(*arguments, cwd, path=()):
     """Runs Python in a fresh process, where qtrain and the folders of `path` can be imported."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [ROOT, *path]))}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, [ROOT, *path]))
+    }
     return subprocess.run(
         [sys.executable, "-W", "error", *arguments],
         cwd=cwd,
@@ -95,5 +97,7 @@ def test_a_model_of_the_users_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "my")
     torch.manual_seed(0)
     expected = qtrain.load(folder, trust=["mynet"])(torch.randn(20, 1, 28, 28))
-    assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), expected)
+    assert torch.equal(
+        torch.load(tmp_path / "output.pt", weights_only=True), expected
+    )
     assert expected.std() > 0

@@ -34,7 +34,11 @@ def test_the_default_job_is_for_no_argument_at_all(monkeypatch, arguments, expec
 
 def test_one_run(command, tmp_path):
     code, text = command(
-        *TINY, "quant=qat", "seed=3", "quant.layers={linear2: float}", "experiment=null"
+        *TINY,
+        "quant=qat",
+        "seed=3",
+        "quant.layers={linear2: float}",
+        "experiment=null",
     )
     assert code == 0
     (report,) = reports(tmp_path)
@@ -75,7 +79,8 @@ def test_the_default_experiment_is_a_sweep_that_compares(command, tmp_path):
     assert len({json.dumps(report["metrics"]["float"]) for report in found}) == 1
     table = text[text.index("mlp on mnist_sample: 4 runs") :]
     assert all(
-        f"\n{method} " in table for method in ("float", "float_finetuned", "ptq", "qat")
+        f"\n{method} " in table
+        for method in ("float", "float_finetuned", "ptq", "qat")
     )
     (folder,) = (tmp_path / "outputs" / "sweeps").iterdir()
     assert {"comparison.csv", "comparison.png"} <= {
@@ -140,7 +145,10 @@ def test_a_sweep_launched_again_does_what_is_left(command, tmp_path, monkeypatch
     done = tmp_path / "outputs" / "sweep" / "0_mlp_ptq" / "report.json"
     before = done.read_bytes()
     code, text = command(*sweep)
-    assert (code, seen) == (0, [1, 2, 3]) and "0_mlp_ptq: done before, skipped" in text
+    assert (code, seen) == (
+        0,
+        [1, 2, 3],
+    ) and "0_mlp_ptq: done before, skipped" in text
     assert done.read_bytes() == before
     assert [report["status"] for report in reports(tmp_path)] == ["ok"] * 4
     assert command(*sweep)[0] == 0 and seen == [1, 2, 3]

@@ -33,7 +33,9 @@ def test_writes_and_replaces(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("no space"), RuntimeError("PytorchStreamWriter failed")], ids=repr
+    "error",
+    [OSError("no space"), RuntimeError("PytorchStreamWriter failed")],
+    ids=repr,
 )
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "file"
@@ -45,7 +47,9 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, error):
 
     with pytest.raises(OSError, match="could not be written") as caught:
         write_atomically(path, write)
-    assert str(caught.value).startswith(f"{path}: ") and str(error) in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ") and str(error) in str(
+        caught.value
+    )
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -2,14 +2,16 @@ import pytest
 import torch
 
 from qtrain.config.build import compose
-from qtrain.data.loaders import image_loaders
+from qtrain.data.tensors import image_loaders
 
 
 @pytest.fixture(autouse=True)
 def digits(monkeypatch):
     """Few made-up digits in place of the bundled and the official ones."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (40, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        0, 256, (40, 28, 28), dtype=torch.uint8, generator=generator
+    )
     labels = torch.arange(40) % 10
 
     def stand_in(root=None, **options):

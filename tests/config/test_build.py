@@ -15,11 +15,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from PIL import Image
 
 from qtrain.config.build import build, compose, config_dir, hydra_arguments
-from qtrain.data.loaders import image_loaders
+from qtrain.data.tensors import image_loaders
 from qtrain.runs import pipeline
 
 CONF = Path(config_dir())
-FILES = sorted(path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml"))
+FILES = sorted(
+    path.relative_to(CONF).with_suffix("") for path in CONF.glob("*/*.yaml")
+)
 CHOICES = [
     (path.parent.name, path.stem)
     for path in FILES
@@ -255,7 +257,8 @@ def named_data(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("overrides", COMMANDS, ids=" ".join)
 def test_the_readmes_single_runs_fit_their_models(named_data, overrides):
-    overrides = [o for o in overrides if o != "data=mnist"]  # which would be downloaded
+    # Which would be downloaded
+    overrides = [o for o in overrides if o != "data=mnist"]
     is_digits = not any(
         "gpt2" in word or word.startswith("data=") for word in overrides
     )

@@ -49,7 +49,11 @@ def test_compose_is_plain_and_resolved():
     )
     assert "hydra" not in settings and "experiment" not in settings
     assert (settings.name, settings.seed) == ("mlp_qat", 7)
-    assert settings.choices == {"model": "mlp", "data": "mnist_sample", "quant": "qat"}
+    assert settings.choices == {
+        "model": "mlp",
+        "data": "mnist_sample",
+        "quant": "qat",
+    }
     assert settings.quant.layers == {"linear1": "float", "linear2": {"bits": 4}}
     assert "${" not in str(settings)
     assert compose().quant.layers == {}  # nothing stays behind

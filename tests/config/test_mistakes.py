@@ -135,7 +135,10 @@ def test_an_observer_that_knows_no_channels(name):
             ["quant.freeze_batch_norm_epoch=9"],
             "quant.freeze_batch_norm_epoch=9: must be a whole number from 0 to 1",
         ),
-        (["quant.optimizer.lr=-1"], "quant.optimizer.lr=-1: must be a number above 0"),
+        (
+            ["quant.optimizer.lr=-1"],
+            "quant.optimizer.lr=-1: must be a number above 0",
+        ),
         (
             ["quant.scheduler.warmup=2"],
             "quant.scheduler.warmup=2: must be a number from 0 to 1",
@@ -165,7 +168,9 @@ def test_an_engine_that_this_machine_lacks(monkeypatch, problems):
 
 
 def test_an_engine_without_kernels_for_a_spec(monkeypatch, problems):
-    monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["onednn"])
+    monkeypatch.setattr(
+        type(torch.backends.quantized), "supported_engines", ["onednn"]
+    )
     (line,) = problems("quant.engine=onednn", "quant.weight.symmetric=false")
     assert line.startswith(
         "quant.weight.symmetric=false: engine onednn takes weights without a zero point only"
@@ -206,7 +211,9 @@ def test_all_mistakes_at_once_also_these(machine, wrong):
     machine()
     with pytest.raises(ConfigError) as caught:
         build(compose(*wrong, "data.val_size=10"))
-    assert {line.split(":")[0] for line in str(caught.value).splitlines()} == set(wrong)
+    assert {line.split(":")[0] for line in str(caught.value).splitlines()} == set(
+        wrong
+    )
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ def test_shares_are_stratified_disjoint_and_complete(write, kind):
             (inputs * 255).round().byte().numpy(), labels, strict=True
         )
     }
-    assert found == {(x.tobytes(), int(y)) for x, y in zip(images, LABELS, strict=True)}
+    assert found == {
+        (x.tobytes(), int(y)) for x, y in zip(images, LABELS, strict=True)
+    }
 
 
 def test_splits_within_a_file_and_files_of_their_own(write):
@@ -242,7 +244,8 @@ def test_files_whose_samples_or_classes_differ(write):
     ):
         arrays(path=table, target="y", test_path=other, **OPTIONS)
     small, large = (
-        write(f"{size}.npz", x=colours(9, size), y=np.zeros(9, int)) for size in (4, 6)
+        write(f"{size}.npz", x=colours(9, size), y=np.zeros(9, int))
+        for size in (4, 6)
     )
     with pytest.raises(ValueError, match="samples of the test split are"):
         arrays(path=small, test_path=large, **OPTIONS)

@@ -49,9 +49,9 @@ def test_shares_and_their_order(num_workers):
     ] == [32, 4, 4]
     assert sum(index % 2 for index in parts[2]) == 2  # stratified
     epochs = [samples(data.train) for _ in range(2)]
-    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == sorted(
-        parts[0]
-    )
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(
+        epochs[1]
+    ) == sorted(parts[0])
 
 
 def test_datasets_of_their_own():
@@ -101,7 +101,9 @@ def test_samples_that_are_something_else(kind, words):
 
 
 def test_what_is_no_dataset():
-    with pytest.raises(ValueError, match="^train=int: must be a dataset with __len__"):
+    with pytest.raises(
+        ValueError, match="^train=int: must be a dataset with __len__"
+    ):
         dataset(train=3, **OPTIONS)
     with pytest.raises(ValueError, match="^test: has no sample"):
         dataset(train=Squares(), test=Squares(0), **OPTIONS)

@@ -26,7 +26,9 @@ def no_network(monkeypatch):
 
 def contents(loader):
     images, labels = zip(*loader, strict=True)
-    return (torch.cat(images) * 255).round().byte().numpy(), torch.cat(labels).tolist()
+    return (torch.cat(images) * 255).round().byte().numpy(), torch.cat(
+        labels
+    ).tolist()
 
 
 @pytest.mark.parametrize("name, classes", [("CIFAR10", 10), ("CIFAR100", 100)])
@@ -94,5 +96,6 @@ def test_without_a_network_the_way_out_is_named(tmp_path, name):
     text = str(caught.value)
     assert text.startswith(f"root={tmp_path}: ") and "no network in tests" in text
     assert all(
-        way in text for way in ("go online", "data.root", "QTRAIN_DATA", "mnist_sample")
+        way in text
+        for way in ("go online", "data.root", "QTRAIN_DATA", "mnist_sample")
     )

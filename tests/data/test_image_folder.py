@@ -104,7 +104,9 @@ def test_folders_of_splits_are_taken_as_they_are(tmp_path, load):
         load(tmp_path / "images", val_fraction=0.2)
 
 
-def test_images_are_decoded_once_and_anew_where_a_file_changes(root, load, monkeypatch):
+def test_images_are_decoded_once_and_anew_where_a_file_changes(
+    root, load, monkeypatch
+):
     first = load(root).fingerprint
     decoded = []
     monkeypatch.setattr(
@@ -188,7 +190,9 @@ def test_augmentation_is_of_training_images_alone(root, load):
 
 
 def spoil(root):
-    (root / "cow" / "004.png").write_bytes((root / "cow" / "004.png").read_bytes()[:60])
+    (root / "cow" / "004.png").write_bytes(
+        (root / "cow" / "004.png").read_bytes()[:60]
+    )
 
 
 def test_an_image_that_cannot_be_decoded_is_named_or_skipped(root, load):
@@ -239,7 +243,11 @@ def one_image(root):
         (empty_class, ["class folder", "bat holds no image", "or remove it"]),
         (
             other_classes,
-            ["differ between splits", "test has wasp, which train lacks", "lacks bee"],
+            [
+                "differ between splits",
+                "test has wasp, which train lacks",
+                "lacks bee",
+            ],
         ),
         (one_image, ["no image of ant is left to test on", "more images"]),
     ],
@@ -277,7 +285,10 @@ def test_more_than_the_free_disk_is_refused(root, load, monkeypatch):
             {"val_fraction": 0.6, "test_fraction": 0.5},
             "val_fraction=0.6: with test_fraction=0.5",
         ),
-        ({"augment": {"flip": 1}}, "augment={'flip': 1}: must be a list of transforms"),
+        (
+            {"augment": {"flip": 1}},
+            "augment={'flip': 1}: must be a list of transforms",
+        ),
     ],
     ids=str,
 )

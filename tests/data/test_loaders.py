@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from qtrain.data import loaders
-from qtrain.data.loaders import ImageLoader, image_loaders
+from qtrain.data import tensors
+from qtrain.data.tensors import ImageLoader, image_loaders
 
 MEAN, STD = 0.1307, 0.3081
 OPTIONS = {
@@ -61,7 +61,7 @@ def torch_loader(num=50, *, batch_size=7, shuffle=True):
 def test_same_batches_and_same_generator_as_torch(
     monkeypatch, batch_size, chunk, shuffle
 ):
-    monkeypatch.setattr(loaders, "CHUNK", chunk)
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
     runs = []
     for make in (torch_loader, loader):
         torch.manual_seed(3)
@@ -175,7 +175,9 @@ def test_fingerprint_is_of_the_content():
     other_image, other_label = images.clone(), labels.clone()
     other_image[29, 27, 27] ^= 1
     other_label[29] = 0
-    assert fingerprint() == fingerprint(batch_size=5, val_size=0, mean=0.5, channels=3)
+    assert fingerprint() == fingerprint(
+        batch_size=5, val_size=0, mean=0.5, channels=3
+    )
     changed = [
         fingerprint(train=(other_image, labels)),
         fingerprint(train=(images, other_label)),

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtrain.data.loaders import Batch, Loader
-from qtrain.data.text import EvalWindows, TrainWindows, shakespeare, text
+from qtrain.data.text import shakespeare, text
+from qtrain.data.windows import EvalWindows, TrainWindows
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "qtrain" / "data" / "samples"
@@ -54,7 +55,9 @@ def whole(loader: Loader) -> Batch:
 
 @settings(derandomize=True, deadline=None)
 @given(st.data())
-def test_evaluation_scores_every_token_but_the_first_once(data: st.DataObject) -> None:
+def test_evaluation_scores_every_token_but_the_first_once(
+    data: st.DataObject,
+) -> None:
     context = data.draw(st.integers(1, 12))
     stride = data.draw(st.integers(1, context))
     num_tokens = data.draw(st.integers(context + 1, 90))
@@ -240,7 +243,9 @@ def test_wrong_options_are_refused(
 
 
 def test_wrong_options_are_all_named_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"(?s)batch_size=0.*stride=9.*val_fraction=2"):
+    with pytest.raises(
+        ValueError, match=r"(?s)batch_size=0.*stride=9.*val_fraction=2"
+    ):
         text(
             path=write(tmp_path, "a"),
             **{**OPTIONS, "batch_size": 0, "stride": 9, "val_fraction": 2},
@@ -255,7 +260,8 @@ def test_shipped_text_is_the_one_on_its_data_card() -> None:
     packed = (SAMPLES / "shakespeare.txt.xz").read_bytes()
     content = lzma.decompress(packed)
     assert (
-        f"File | {len(packed):,} bytes, MD5 `{hashlib.md5(packed).hexdigest()}`" in card
+        f"File | {len(packed):,} bytes, MD5 `{hashlib.md5(packed).hexdigest()}`"
+        in card
     )
     assert (
         f"Text | {len(content):,} bytes, MD5 `{hashlib.md5(content).hexdigest()}`"
@@ -342,7 +348,9 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("line", ["To be, or not to be\n", "être ou ne pas être 🦊\n"])
+@pytest.mark.parametrize(
+    "line", ["To be, or not to be\n", "être ou ne pas être 🦊\n"]
+)
 def test_a_byte_of_text_takes_at_most_ten_bytes_of_memory(tmp_path, line):
     paths = []
     for size in (10**4, 2 * 10**7):

@@ -13,7 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtrain.data import tokenizer as tokenizer_module
-from qtrain.data.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
+from qtrain.data.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 
 TEXT = "I have a dream: that one day\n\n  l'été, 日本語 and 🙂 <|endoftext|> will be  tokens.\t"
 MERGES = ["h a", "Ġ d", "ha v", "Ġ ha", "r e", "Ġd re", "Ġdre a", "Ġdrea m"]
@@ -98,10 +103,16 @@ def test_bpe_is_that_of_transformers(folder: Path) -> None:
     reason="needs GPT-2's vocabulary in $QTRAIN_DATA/gpt2-tokenizer",
 )
 def test_published_vocabulary() -> None:
-    tokenizer = load_tokenizer(str(Path(os.environ["QTRAIN_DATA"]) / "gpt2-tokenizer"))
+    tokenizer = load_tokenizer(
+        str(Path(os.environ["QTRAIN_DATA"]) / "gpt2-tokenizer")
+    )
     check_bpe(tokenizer)
     assert tokenizer.vocab_size == 50257
-    assert tokenizer.encode("Hello world<|endoftext|>").tolist() == [15496, 995, 50256]
+    assert tokenizer.encode("Hello world<|endoftext|>").tolist() == [
+        15496,
+        995,
+        50256,
+    ]
 
 
 def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -85,7 +85,9 @@ def test_llama_cpp_gives_the_same_log_probabilities(kind, tmp_path):
             assert found.isfinite().all()
             assert (found - exact).abs().max() < MOST[kind]
     if kind in ("f32", "f16"):
-        ours = back.generate(torch.tensor([PROMPT]), 30, greedy=True)[0, len(PROMPT) :]
+        ours = back.generate(torch.tensor([PROMPT]), 30, greedy=True)[
+            0, len(PROMPT) :
+        ]
         assert llama.tokens(PROMPT, 30) == ours.tolist()
 
 
@@ -177,7 +179,9 @@ def test_what_cannot_be_read_says_why(tmp_path):
             ValueError, match="pretrained=.*model.gguf: is no whole GGUF file"
         ):
             GPT2(pretrained=str(path))
-    with pytest.raises(ValueError, match="pretrained=none.gguf: there is no such file"):
+    with pytest.raises(
+        ValueError, match="pretrained=none.gguf: there is no such file"
+    ):
         GPT2(pretrained="none.gguf")
     foreign = tmp_path / "llama.gguf"
     writer = gguf.GGUFWriter(foreign, "llama")
@@ -190,7 +194,9 @@ def test_what_cannot_be_read_says_why(tmp_path):
         ValueError, match="its architecture is llama; only gpt2 can be read"
     ):
         GPT2(pretrained=str(foreign))
-    with pytest.raises(ValueError, match="tokenizer=.*holds a tokenizer of kind llama"):
+    with pytest.raises(
+        ValueError, match="tokenizer=.*holds a tokenizer of kind llama"
+    ):
         load_tokenizer(str(foreign))
 
 
@@ -199,7 +205,9 @@ def test_what_cannot_be_written_says_why(tmp_path):
         ValueError, match="type=q8_0 has blocks of 32, and the rows of layer wte"
     ):
         written(gpt2(width=48), tmp_path / "model.gguf", type="q8_0")
-    with pytest.raises(ValueError, match="tokenizer: it has 256 tokens, the model 200"):
+    with pytest.raises(
+        ValueError, match="tokenizer: it has 256 tokens, the model 200"
+    ):
         written(gpt2(vocab_size=200), tmp_path / "model.gguf")
     with pytest.raises(ValueError, match="type=q9: allowed are f32, f16"):
         Gguf(type="q9")

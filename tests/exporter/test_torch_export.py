@@ -88,7 +88,9 @@ def test_several_outputs_are_compared_one_by_one(how, images, tmp_path):
     found = qtrain.quantize(Several(how), [images])
     assert qtrain.export(found.simulation, images, tmp_path)["steps"] == 0
     if how == "tuple":
-        with pytest.raises(TruthError, match="puts out differs from its simulation by"):
+        with pytest.raises(
+            TruthError, match="puts out differs from its simulation by"
+        ):
             qtrain.export(found.simulation, images, tmp_path, Careless())
 
 
@@ -150,5 +152,7 @@ def test_a_forward_that_torch_cannot_follow_is_told(images, tmp_path):
 
 def test_an_unknown_exporter_is_refused(mlp, images, tmp_path):
     found = qtrain.quantize(mlp, [images])
-    with pytest.raises(ValueError, match="exporter=tflite: allowed are? torch_export"):
+    with pytest.raises(
+        ValueError, match="exporter=tflite: allowed are? torch_export"
+    ):
         qtrain.export(found.simulation, images, tmp_path, "tflite")

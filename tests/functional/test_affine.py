@@ -208,7 +208,9 @@ def test_parameters_of_a_model_lose_their_gradient():
         symmetric(weight, 4),
         asymmetric(weight, 4),
     ):
-        assert isinstance(q, Quantized) and not any(field.requires_grad for field in q)
+        assert isinstance(q, Quantized) and not any(
+            field.requires_grad for field in q
+        )
 
 
 def assert_same_integers(ours, theirs, steps):
@@ -220,10 +222,13 @@ def assert_same_integers(ours, theirs, steps):
 
 
 @pytest.mark.filterwarnings(
-    "ignore:TypedStorage is deprecated", "ignore:torch.quantize_per_tensor:UserWarning"
+    "ignore:TypedStorage is deprecated",
+    "ignore:torch.quantize_per_tensor:UserWarning",
 )
 @pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8], ids=str)
-@pytest.mark.parametrize("is_symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    "is_symmetric", [True, False], ids=["symmetric", "asymmetric"]
+)
 @pytest.mark.parametrize("axis", [None, 0, 1], ids=["per_tensor", "rows", "columns"])
 def test_agrees_with_torch_quantize(dtype, is_symmetric, axis):
     x = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))

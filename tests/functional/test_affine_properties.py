@@ -5,7 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtrain.functional.affine import absmax, asymmetric, quantize, symmetric, zeropoint
+from qtrain.functional.affine import (
+    absmax,
+    asymmetric,
+    quantize,
+    symmetric,
+    zeropoint,
+)
 from qtrain.functional.spec import int_range
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -47,7 +53,8 @@ def assert_within_half_a_step(x, dequantized, step):
     error = (x.double() - dequantized.double()).abs()
     magnitude = x.double().abs().max() if x.numel() else 0
     assert (
-        error <= step.double() / 2 + 2 * torch.finfo(dequantized.dtype).eps * magnitude
+        error
+        <= step.double() / 2 + 2 * torch.finfo(dequantized.dtype).eps * magnitude
     ).all()
 
 
@@ -68,7 +75,8 @@ def test_round_trip(method, bits, x):
 
 
 @pytest.mark.parametrize(
-    "method, bits", [(absmax, None), (zeropoint, None), (asymmetric, 8), (symmetric, 3)]
+    "method, bits",
+    [(absmax, None), (zeropoint, None), (asymmetric, 8), (symmetric, 3)],
 )
 @given(x=tensors())
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -92,7 +100,8 @@ def test_round_trip_of_reciprocal_scales(method, x):
 
 
 @pytest.mark.parametrize(
-    "method", [absmax, zeropoint, lambda x: symmetric(x, 4), lambda x: asymmetric(x, 4)]
+    "method",
+    [absmax, zeropoint, lambda x: symmetric(x, 4), lambda x: asymmetric(x, 4)],
 )
 @pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 0.1, 6e4], ids=str)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 0)], ids=str)
@@ -106,7 +115,8 @@ def test_constant_tensors(method, value, shape):
 
 
 @pytest.mark.parametrize(
-    "method", [absmax, zeropoint, lambda x: symmetric(x, 4), lambda x: asymmetric(x, 4)]
+    "method",
+    [absmax, zeropoint, lambda x: symmetric(x, 4), lambda x: asymmetric(x, 4)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_denormal_tensors(method, dtype):
@@ -143,7 +153,9 @@ def test_channels_and_groups_are_quantized_each_alone(method, bits):
         (groups.int_repr[2, 3:], x[2, 3:]),
     ]:
         assert torch.equal(got, quantized(alone, bits).int_repr)
-    assert torch.equal(groups.dequantized[2, 3:], quantized(x[2, 3:], bits).dequantized)
+    assert torch.equal(
+        groups.dequantized[2, 3:], quantized(x[2, 3:], bits).dequantized
+    )
 
 
 @pytest.mark.parametrize(

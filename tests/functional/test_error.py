@@ -83,7 +83,9 @@ def test_rounding_does_not_carry_a_cosine_beyond_one():
 
 def test_each_bit_gains_six_decibels():
     x = torch.rand(20000, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    ratios = [sqnr_db(x, symmetric(x, bits).dequantized).item() for bits in (8, 9, 16)]
+    ratios = [
+        sqnr_db(x, symmetric(x, bits).dequantized).item() for bits in (8, 9, 16)
+    ]
     assert ratios[1] - ratios[0] == pytest.approx(6.02, abs=0.2)
     assert ratios[2] - ratios[0] == pytest.approx(8 * 6.02, abs=0.3)
 

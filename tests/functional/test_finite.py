@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from qtrain.functional.affine import absmax, asymmetric, quantize, symmetric, zeropoint
+from qtrain.functional.affine import (
+    absmax,
+    asymmetric,
+    quantize,
+    symmetric,
+    zeropoint,
+)
 from qtrain.functional.clipping import percentile_range
 from qtrain.functional.error import cosine, mse, sqnr_db
 from qtrain.functional.finite import check_finite

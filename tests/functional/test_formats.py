@@ -34,7 +34,8 @@ def test_layouts():
 
 
 @pytest.mark.parametrize(
-    "billions, bits, expected", [(70, 32, 336), (70, 16, 168), (7, 8, 8.4), (7, 4, 4.2)]
+    "billions, bits, expected",
+    [(70, 32, 336), (70, 16, 168), (7, 8, 8.4), (7, 4, 4.2)],
 )
 def test_memory_estimates(billions, bits, expected):
     assert memory_gb(billions, bits) == pytest.approx(expected)

@@ -16,10 +16,14 @@ def test_round_trip(data, bits, signed):
     shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=3)))
     values = data.draw(
         st.lists(
-            st.integers(low, high), min_size=math.prod(shape), max_size=math.prod(shape)
+            st.integers(low, high),
+            min_size=math.prod(shape),
+            max_size=math.prod(shape),
         )
     )
-    x = torch.tensor(values, dtype=torch.int8 if signed else torch.uint8).reshape(shape)
+    x = torch.tensor(values, dtype=torch.int8 if signed else torch.uint8).reshape(
+        shape
+    )
     packed = pack(x, bits, signed=signed)
     word = math.lcm(bits, 8)
     assert packed.dtype == torch.uint8 and packed.shape == (
@@ -49,7 +53,9 @@ def test_no_bits_are_wasted(bits, num_bytes):
 
 def test_rows_are_read_in_order_whatever_the_strides():
     x = torch.arange(6).reshape(3, 2).t()
-    assert torch.equal(pack(x, 4, signed=False), pack(x.contiguous(), 4, signed=False))
+    assert torch.equal(
+        pack(x, 4, signed=False), pack(x.contiguous(), 4, signed=False)
+    )
 
 
 @pytest.mark.parametrize(

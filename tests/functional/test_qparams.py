@@ -151,7 +151,8 @@ def test_arithmetic_is_double_where_single_would_lose_bits():
 @given(
     st.integers(2, 8),
     st.lists(
-        st.tuples(st.floats(-99, 99, width=32), st.floats(0, 99, width=32)), min_size=1
+        st.tuples(st.floats(-99, 99, width=32), st.floats(0, 99, width=32)),
+        min_size=1,
     ),
 )
 def test_scale_and_zero_point_are_those_of_torchs_observers(

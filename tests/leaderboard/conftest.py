@@ -33,6 +33,10 @@ def runs(tmp_path):
     def fail(name, error="ValueError: no", /, **facts):
         return script.write_failure(tmp_path / "runs" / name, error, **facts)
 
-    none = partial(write, method="none", bits=(None, None), engine=None, observer=None)
+    none = partial(
+        write, method="none", bits=(None, None), engine=None, observer=None
+    )
     (tmp_path / "runs").mkdir()
-    return SimpleNamespace(folder=tmp_path / "runs", write=write, fail=fail, none=none)
+    return SimpleNamespace(
+        folder=tmp_path / "runs", write=write, fail=fail, none=none
+    )

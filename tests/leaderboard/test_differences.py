@@ -47,11 +47,15 @@ def test_filters_hold_for_baselines_but_for_the_keys_that_these_name(runs):
     runs.none("float_fast", lr=0.1)
 
     def difference(filters, baseline):
-        (section,) = compare([runs.folder], filters=filters, baseline=baseline).sections
+        (section,) = compare(
+            [runs.folder], filters=filters, baseline=baseline
+        ).sections
         return cells(section, "baseline_difference")
 
     filters = ["method=qat", "engine=qnnpack"]
-    assert difference(filters, ["quant=ptq"]) == {"qat_qnnpack": (pytest.approx(2.5),)}
+    assert difference(filters, ["quant=ptq"]) == {
+        "qat_qnnpack": (pytest.approx(2.5),)
+    }
     assert difference(filters, ["quant=ptq", "engine=x86"]) == {
         "qat_qnnpack": (pytest.approx(0.5),)
     }
@@ -89,7 +93,8 @@ def test_ambiguous_and_missing_baselines(runs):
     ):  # though both are baselines themselves
         compare([runs.folder], filters=["method=ptq"], baseline=["method=ptq"])
     with pytest.raises(
-        ValueError, match="--baseline method=dynamic: no run is left; there is ptq, qat"
+        ValueError,
+        match="--baseline method=dynamic: no run is left; there is ptq, qat",
     ):
         compare([runs.folder], baseline=["method=dynamic"])
     with pytest.raises(ValueError, match="--baseline nowhere: neither a folder"):

@@ -69,7 +69,8 @@ def test_unknown_key_without_a_near_one_lists_the_known_ones(grid):
 
 def test_unknown_value_lists_the_values(grid):
     with pytest.raises(
-        ValueError, match="method=foo: no run is left; there is dynamic, none, ptq, qat"
+        ValueError,
+        match="method=foo: no run is left; there is dynamic, none, ptq, qat",
     ):
         keys.select(grid, {"method": ["foo"]})
 

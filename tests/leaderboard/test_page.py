@@ -72,9 +72,8 @@ def test_needs_no_network(runs, tmp_path):
         for _, attributes in reader.elements
         if "src" in attributes or "href" in attributes
     ]
-    text = path.read_text(encoding="utf-8").replace(
-        "http://www.w3.org/2000/svg", ""
-    )  # a name, not an address
+    # A name, not an address
+    text = path.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest", text)
     assert "default-src 'none'" in text
 
@@ -97,7 +96,8 @@ def test_links_lead_from_the_page_to_the_runs(runs, tmp_path):
             and not urlsplit(link).fragment
         )
         assert (
-            Path(path.parent, unquote(link)).resolve() == (runs.folder / name).resolve()
+            Path(path.parent, unquote(link)).resolve()
+            == (runs.folder / name).resolve()
         )
 
 
@@ -169,10 +169,11 @@ def test_curves_are_thinned_and_keep_the_last_point(tmp_path):
         '{"step": 0, "size_kb/float_file": 0.5}',
         '{"step": 3, "flo',
     ]
+    # Of the finished run
     lines += [
         '{"step": 3, "accuracy/float": 0.5, "val_accuracy/quantized": 0.5}',
         "3, {}",
-    ]  # of the finished run
+    ]
     path.write_text("\n".join(lines))
     names = {"other": 0}
     found = page._curves(path, 100, names)

@@ -10,7 +10,9 @@ small = st.integers(0, 4).map(float)  # so that ties and duplicates are common
 def test_front_is_what_the_definition_says(points):
     def dominates(a, b):
         return (
-            a is not None and all(x <= y for x, y in zip(a, b, strict=True)) and a != b
+            a is not None
+            and all(x <= y for x, y in zip(a, b, strict=True))
+            and a != b
         )
 
     expected = [
@@ -35,7 +37,9 @@ def test_tolerances(points, tolerances):
     known = [point for point in points if point is not None]
     found = front(points, tolerances)
     for point, on_front in zip(points, found, strict=True):
-        if point is None or not any(beats(other, point, tolerances) for other in known):
+        if point is None or not any(
+            beats(other, point, tolerances) for other in known
+        ):
             assert on_front == (point is not None)
         elif on_front:  # it is the best in something
             assert any(point[i] == min(other[i] for other in known) for i in range(3))

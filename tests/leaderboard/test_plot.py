@@ -23,7 +23,11 @@ def test_points_and_front(runs, tmp_path):
         for points in axes.collections
         for point in points.get_offsets()
     }
-    assert found == {(800.0, 99.0): "float", (200.0, 98.8): "ptq", (300.0, 98.6): "ptq"}
+    assert found == {
+        (800.0, 99.0): "float",
+        (200.0, 98.8): "ptq",
+        (300.0, 98.6): "ptq",
+    }
     (front,) = axes.lines
     np.testing.assert_allclose(front.get_xydata(), [(200, 98.8), (800, 99.0)])
     assert "1 simulated" in axes.get_title()

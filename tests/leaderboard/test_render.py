@@ -9,7 +9,9 @@ def test_markdown_is_the_same_table(runs):
     runs.write("b", lr=0.2, overrides=("optimizer.lr=0.2",), observer="<b>|x")
     runs.fail("c", "ValueError: *no* | <i>")
     comparison = compare([runs.folder])
-    lines = render.document(comparison.sections, comparison.found.failures).splitlines()
+    lines = render.document(
+        comparison.sections, comparison.found.failures
+    ).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert (
         len(rows) == 4
@@ -47,7 +49,9 @@ def test_latex_is_the_same_table(runs):
         "0.021",
     )
     assert dict(zip(header, exact, strict=True))[r"int8 \%"] == "-"
-    special = r"{[}a\_b\&c\%\{\}\textbackslash{}\#\$\textasciicircum{}$\sim$\textbar{}"
+    special = (
+        r"{[}a\_b\&c\%\{\}\textbackslash{}\#\$\textasciicircum{}$\sim$\textbar{}"
+    )
     assert dict(zip(header, qat, strict=True))["engine"] == special
     assert text.count(r"\begin{tabular}{llll" + "r" * (len(header) - 5) + "l}") == 1
     assert (

@@ -21,11 +21,12 @@ def test_groups_are_means_over_seeds(runs):
     (section,) = compare(
         [runs.folder], group_by=["method"], baseline=["method=float"]
     ).sections
+    # By quality; float first
     assert [row.cells["method"] for row in section.rows] == [
         "none",
         "qat",
         "ptq",
-    ]  # by quality; float first
+    ]
     row = section.rows[-1]
     assert (row.cells["runs"], row.cells["seeds"]) == (6, 3)
     # Each seed's mean of both engines: 12, 20 and 38 of 1,000 lost; 0, 10 and 20 were wrong before.
@@ -87,14 +88,19 @@ def test_models_and_data_sets_are_kept_apart(runs):
 
 
 def test_texts_of_the_same_name_are_kept_apart(runs):
-    for name, path, batch in (("a", "x.txt", 1), ("b", "y.txt", 1), ("c", "y.txt", 2)):
+    for name, path, batch in (
+        ("a", "x.txt", 1),
+        ("b", "y.txt", 1),
+        ("c", "y.txt", 2),
+    ):
         data = {"path": path, "context": 64, "batch_size": batch}
         runs.write(
             name, scores=language_model(0, 0), data="text", settings={"data": data}
         )
     runs.write("d", data="mnist")
     found = {
-        section.title: len(section.rows) for section in compare([runs.folder]).sections
+        section.title: len(section.rows)
+        for section in compare([runs.folder]).sections
     }
     assert found == {
         "convnet on text (data.path=x.txt)": 1,
@@ -106,7 +112,9 @@ def test_texts_of_the_same_name_are_kept_apart(runs):
 @pytest.mark.parametrize(
     "key, title", [("data.size", "data.size"), ("data._target_", "data._target_")]
 )
-def test_data_of_one_name_are_told_apart_by_the_setting_that_differs(runs, key, title):
+def test_data_of_one_name_are_told_apart_by_the_setting_that_differs(
+    runs, key, title
+):
     for name, value in (("a", "28"), ("b", "64")):
         data = {"root": "x", "batch_size": int(value), key.partition(".")[2]: value}
         runs.write(name, settings={"data": data}, data_fingerprint=f"digest {value}")
@@ -200,10 +208,10 @@ def test_groups_are_sorted_by_any_key(runs):
         (section,) = compare([runs.folder], group_by=["engine"], sort_by=key).sections
         return "".join(row.runs[0].folder.name[0] for row in section.rows)
 
-    assert (
-        order(None) == order("accuracy") == "fabc"
-    )  # the float model first, though no column says so
+    # The float model first, though no column says so
+    assert order(None) == order("accuracy") == "fabc"
     assert order("optimizer.lr") == "cbaf"
     assert order("size") == "bcaf"
     assert order("seeds") == "fabc" and order("quantized_sd") == "abcf"
-    assert order("observer") == "abcf"  # what is shared, then what is not or is missing
+    # What is shared, then what is not or is missing
+    assert order("observer") == "abcf"

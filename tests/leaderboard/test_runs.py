@@ -89,7 +89,15 @@ def test_failed_and_killed_runs(runs):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"schema": 1}', '{"schema": 99, "status": "ok"}', "\ud800"],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"schema": 1}',
+        '{"schema": 99, "status": "ok"}',
+        "\ud800",
+    ],
 )
 def test_names_and_skips_broken_reports(runs, content):
     good = runs.write("good")

@@ -73,7 +73,8 @@ def claim_too_much(path):
             b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999,), }"
         )
         archive.writestr(
-            "float.npy", b"\x93NUMPY\x01\x00" + b"\x76\x00" + header.ljust(117) + b"\n"
+            "float.npy",
+            b"\x93NUMPY\x01\x00" + b"\x76\x00" + header.ljust(117) + b"\n",
         )
 
 

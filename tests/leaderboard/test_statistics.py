@@ -118,7 +118,9 @@ def test_mcnemar_raises_5_percent_false_alarms():
     )
     # Counts are whole, so 5 % cannot be met exactly; the share that they allow is known.
     size = (
-        sum(math.comb(200, k) for k in range(201) if exact_mcnemar(k, 200 - k) < ALPHA)
+        sum(
+            math.comb(200, k) for k in range(201) if exact_mcnemar(k, 200 - k) < ALPHA
+        )
         / 2**200
     )
     assert 0.03 < size <= ALPHA
@@ -139,7 +141,9 @@ def test_bootstrap_raises_5_percent_false_alarms(draw):
         else rng.exponential(size=(num_trials, 200)) - 1
     )
     alarms = np.mean(paired_bootstrap(values, resamples=1000) < ALPHA)
-    assert alarms == pytest.approx(ALPHA, abs=3 * math.sqrt(ALPHA * 0.95 / num_trials))
+    assert alarms == pytest.approx(
+        ALPHA, abs=3 * math.sqrt(ALPHA * 0.95 / num_trials)
+    )
 
 
 def test_bootstrap_agrees_with_the_t_test_on_normal_data():
@@ -226,9 +230,8 @@ def test_over_seeds_raises_at_most_5_percent_false_alarms(examples, seeds):
     error = math.sqrt(ALPHA * 0.95 / num_trials)
     assert alarms <= ALPHA + 3 * error
     if not (examples and seeds):
-        assert (
-            alarms >= ALPHA - 3 * error
-        )  # nothing is given away where there is only one source of chance
+        # Nothing is given away where there is only one source of chance
+        assert alarms >= ALPHA - 3 * error
 
 
 def test_mean_and_sd():

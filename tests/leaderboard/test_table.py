@@ -15,7 +15,9 @@ def read(text):
         for line in [lines[rule - 1], *lines[rule + 1 :]]
         if line
     ]
-    end = next((i for i, line in enumerate(lines[rule + 1 :]) if not line), len(lines))
+    end = next(
+        (i for i, line in enumerate(lines[rule + 1 :]) if not line), len(lines)
+    )
     return [dict(zip(rows[0], row, strict=True)) for row in rows[1 : end + 1]]
 
 

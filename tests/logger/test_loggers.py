@@ -17,14 +17,17 @@ def read_events(folder):
     """The folder's events; TensorBoard keeps a sample of them by default, this keeps all."""
     events = EventAccumulator(
         str(folder),
-        size_guidance=dict.fromkeys(("scalars", "histograms", "images", "tensors"), 0),
+        size_guidance=dict.fromkeys(
+            ("scalars", "histograms", "images", "tensors"), 0
+        ),
     )
     return events.Reload()
 
 
 def read_lines(folder):
     return [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
 
 
@@ -46,7 +49,8 @@ def hparams_of(events):
     ].plugin_data.content
     given = HParamsPluginData.FromString(content).session_start_info.hparams
     return {
-        name: getattr(value, value.WhichOneof("kind")) for name, value in given.items()
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in given.items()
     }
 
 
@@ -83,7 +87,9 @@ def test_tensorboard(tmp_path):
     show_everything(logger)
     logger.close()
     events = read_events(tmp_path)
-    assert [(e.step, e.value) for e in events.Scalars("float/train_loss")] == [(7, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("float/train_loss")] == [
+        (7, 0.5)
+    ]
     assert [(e.step, e.value) for e in events.Scalars("float/lr")] == [
         (7, pytest.approx(0.1))
     ]
@@ -149,7 +155,11 @@ def test_several_loggers_get_everything(tmp_path):
     expected = ["log", "histogram", "image", "text", "hparams", "chart", "close"]
     assert [call[0] for call in first.calls] == expected
     assert first.calls == second.calls
-    assert first.calls[0] == ("log", "{'float/train_loss': 0.5, 'float/lr': 0.1}", "7")
+    assert first.calls[0] == (
+        "log",
+        "{'float/train_loss': 0.5, 'float/lr': 0.1}",
+        "7",
+    )
 
 
 # ---- what a run shows ----------------------------------------------------------------------------
@@ -283,7 +293,9 @@ def test_metrics_jsonl_has_the_same_scalars(run, events):
 def test_histograms_of_a_run(run, events):
     layers = {"linear1", "linear2", "linear3"}
     kinds = {
-        f"weights_{kind}/{layer}" for kind in ("float", "quantized") for layer in layers
+        f"weights_{kind}/{layer}"
+        for kind in ("float", "quantized")
+        for layer in layers
     }
     kinds |= {
         f"activations_{kind}/{layer}"
@@ -368,7 +380,9 @@ def test_what_a_float_run_shows(tmp_path):
         "threads=1",
         "float_cache=null",
     ]
-    settings = build.compose(*overrides, "measure.repeats=1", "measure.batch_sizes=[2]")
+    settings = build.compose(
+        *overrides, "measure.repeats=1", "measure.batch_sizes=[2]"
+    )
     pipeline.execute(settings, tmp_path, overrides)
     events = read_events(tmp_path)
     shown = hparams_of(events)

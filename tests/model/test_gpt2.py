@@ -317,7 +317,9 @@ def test_an_int8_cache_is_as_near_as_8_bits_are_and_a_quarter_as_large(pieces):
     )
     found = torch.cat([model(part, cache) for part in idx.split(pieces, 1)], 1)
     assert 1e-4 < (found - exact).norm() / exact.norm() < 0.02
-    assert cache.buffer.dtype == torch.int8 and cache.nbytes < 0.27 * float_cache.nbytes
+    assert (
+        cache.buffer.dtype == torch.int8 and cache.nbytes < 0.27 * float_cache.nbytes
+    )
     largest = cache.buffer[..., :12, :].abs().amax(-1)
     assert (largest == 127).all()
     tokens = model.generate(idx, 4, greedy=True, cache="int8")

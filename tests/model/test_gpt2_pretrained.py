@@ -14,7 +14,7 @@ from tiny_gpt2 import NANO, TINY, prompt
 from torch.nn import functional as F
 
 from qtrain.config.mistakes import explain
-from qtrain.data.text import EvalWindows
+from qtrain.data.windows import EvalWindows
 from qtrain.model.gpt2 import GPT2, KVCache
 
 SHAPES = {
@@ -85,7 +85,9 @@ def test_logits_are_those_of_transformers(pair: tuple[GPT2, Any]) -> None:
         )
 
 
-def test_fifty_greedy_tokens_are_those_of_transformers(pair: tuple[GPT2, Any]) -> None:
+def test_fifty_greedy_tokens_are_those_of_transformers(
+    pair: tuple[GPT2, Any],
+) -> None:
     ours, theirs = pair
     idx = prompt(ours)
     expected = theirs.generate(
@@ -209,7 +211,8 @@ def test_untied_head_is_refused(hf: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match="lm_head.weight has other values than transformer.wte.weight"
+        ValueError,
+        match="lm_head.weight has other values than transformer.wte.weight",
     ):
         GPT2(pretrained=str(tmp_path))
 

@@ -53,7 +53,8 @@ def test_fusing_changes_no_output(hidden_relu, output_relu, is_qat):
     assert torch.equal(model(X), expected)
     hidden = "LinearReLU" if hidden_relu else "Linear"
     kinds = [
-        type(layer).__name__ for layer in (model.linear1, model.linear2, model.linear3)
+        type(layer).__name__
+        for layer in (model.linear1, model.linear2, model.linear3)
     ]
     assert kinds == [hidden, hidden, "Linear"]  # the output's ReLU is not fused
     assert isinstance(model.relu3, torch.nn.ReLU) == output_relu

@@ -49,7 +49,9 @@ def logits():
 def test_repetition_is_penalized_once_whatever_the_sign(logits, penalty):
     tokens = torch.tensor([[3, 3, 0, 7]])
     expected = naive_penalty(logits[0].tolist(), {3, 0, 7}, penalty)
-    torch.testing.assert_close(penalized(logits, tokens, penalty)[0].tolist(), expected)
+    torch.testing.assert_close(
+        penalized(logits, tokens, penalty)[0].tolist(), expected
+    )
     later = Sampling(greedy=True, repetition_penalty=penalty).choose(
         logits, [tokens[:, :2], tokens[:, 2:]], None
     )

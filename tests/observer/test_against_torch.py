@@ -21,7 +21,9 @@ PAIRS = {
         partial(torch_ao.moving_average, averaging_constant=0.3),
     ),
 }
-FORMATS = st.fixed_dictionaries({"bits": st.integers(2, 8), "symmetric": st.booleans()})
+FORMATS = st.fixed_dictionaries(
+    {"bits": st.integers(2, 8), "symmetric": st.booleans()}
+)
 ROWS = st.lists(st.floats(-1e6, 1e6, width=32), min_size=4, max_size=4)
 BATCHES = st.lists(st.lists(ROWS, min_size=3, max_size=3), min_size=1, max_size=5)
 
@@ -60,7 +62,10 @@ def test_constants_have_torchs_range(name, granularity, value, count):
     assert ours == torchs
 
 
-HISTOGRAMS = (partial(HistogramObserver, bins=64), partial(torch_ao.histogram, bins=64))
+HISTOGRAMS = (
+    partial(HistogramObserver, bins=64),
+    partial(torch_ao.histogram, bins=64),
+)
 
 
 @settings(max_examples=30)  # torch takes 20 ms to find one range

@@ -39,7 +39,9 @@ def one_bin(observer, *batches):
 def assert_is_the_quantile(observer, x, *batches):
     """Compares with torch.quantile, to a bin; between two samples either may be meant."""
     low, high = (float(end) for end in observer.range())
-    bound, share, x = one_bin(observer, *batches), observer.percentile / 100, x.double()
+    bound = one_bin(observer, *batches)
+    share = observer.percentile / 100
+    x = x.double()
     for end, q in ((low, 1 - share), (high, share)):
         assert (
             x.quantile(q, interpolation="lower") - bound
@@ -131,7 +133,8 @@ def test_a_higher_percentile_clips_less():
     spans = [
         float(high - low)
         for low, high in (
-            observe(x, percentile=p, bins=8192).range() for p in (90, 95, 99, 99.9, 100)
+            observe(x, percentile=p, bins=8192).range()
+            for p in (90, 95, 99, 99.9, 100)
         )
     ]
     assert spans == sorted(set(spans))
@@ -141,7 +144,8 @@ def test_more_bins_are_more_exact():
     x = torch.randn(10_000)
     exact = x.quantile(0.99)
     errors = [
-        abs(float(observe(x, bins=bins).range()[1] - exact)) for bins in (16, 256, 8192)
+        abs(float(observe(x, bins=bins).range()[1] - exact))
+        for bins in (16, 256, 8192)
     ]
     assert errors == sorted(errors, reverse=True) and errors[2] < 0.002
 

@@ -57,7 +57,10 @@ def test_single_layers_in_float(layers):
         if type(m) in (torch.nn.Linear, torch.nn.Embedding)
     }
     (pattern,) = layers
-    kept = {"lm_head": ["lm_head"], "h.0": [n for n in dtypes if n.startswith("h.0.")]}
+    kept = {
+        "lm_head": ["lm_head"],
+        "h.0": [n for n in dtypes if n.startswith("h.0.")],
+    }
     expected = kept.get(pattern, [n for n in dtypes if n.endswith("c_proj")])
     assert [n for n, dtype in dtypes.items() if dtype == torch.float32] == expected
     assert torch.equal(

@@ -44,7 +44,9 @@ def test_weights_and_outputs_are_those_of_torchs_quantize_dynamic(
         theirs = tq.quantize_dynamic(copy.deepcopy(mlp), {nn.Linear: qconfig})
         expected = theirs(images)
     assert (
-        set(weights(ours)) == {"linear1", "linear2", "linear3"} == set(weights(theirs))
+        set(weights(ours))
+        == {"linear1", "linear2", "linear3"}
+        == set(weights(theirs))
     )
     for name, weight in weights(ours).items():
         assert torch.equal(weight.int_repr(), weights(theirs)[name].int_repr())
@@ -59,7 +61,9 @@ def test_it_stays_close_to_float(engine, model, images, make_dynamic):
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_weights_of_n_bits_have_2_to_the_n_integers(bits, symmetric, mlp, make_dynamic):
+def test_weights_of_n_bits_have_2_to_the_n_integers(
+    bits, symmetric, mlp, make_dynamic
+):
     quantized = converted(
         make_dynamic("fbgemm", weight={"bits": bits, "symmetric": symmetric}), mlp
     )
@@ -77,7 +81,8 @@ def test_only_linear_layers_change(convnet, images, make_dynamic):
     assert set(weights(quantized)) == {"linear1", "linear2"}
     assert torch.equal(quantized.conv1.weight, convnet.conv1.weight)
     assert all(
-        torch.equal(before[name], value) for name, value in convnet.state_dict().items()
+        torch.equal(before[name], value)
+        for name, value in convnet.state_dict().items()
     )
     assert (
         quantizer.fake(quantizer.prepare(convnet)) is None
@@ -107,7 +112,9 @@ def test_a_layer_inside_a_float_one_stays_float(make_dynamic):
     model = nn.Sequential(
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4)
     )
-    assert set(weights(converted(make_dynamic(layers={"0": "float"}), model))) == {"1"}
+    assert set(weights(converted(make_dynamic(layers={"0": "float"}), model))) == {
+        "1"
+    }
 
 
 @pytest.mark.parametrize("setting", ["int8", None, {"method": "ptq"}], ids=str)
@@ -148,7 +155,8 @@ def test_single_layers_in_fewer_bits_or_by_another_method(mlp, images, make_dyna
 
 def test_the_engines_rules_hold(engine, make_dynamic):
     assert (
-        make_dynamic(engine).weight.granularity == torch_ao.ENGINES[engine].granularity
+        make_dynamic(engine).weight.granularity
+        == torch_ao.ENGINES[engine].granularity
     )
     if engine == "onednn":
         with pytest.raises(ValueError, match="weight.symmetric=false: engine onednn"):

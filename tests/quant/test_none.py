@@ -70,7 +70,10 @@ def test_float_finetuned_is_float():
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [({"epochs": 0}, "epochs=0"), ({"convert_every": 3}, "convert_every=3: .* 0 .* 2")],
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"convert_every": 3}, "convert_every=3: .* 0 .* 2"),
+    ],
 )
 def test_float_finetuned_refuses_epochs_out_of_range(wrong, named):
     with pytest.raises(ValueError, match=named):

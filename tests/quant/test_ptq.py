@@ -12,7 +12,7 @@ from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.compact import CompactLinear
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.observer.percentile import PercentileObserver
-from qtrain.simulate.simulation import output_points, weight_points
+from qtrain.simulate.points import output_points, weight_points
 
 # What a script by hand prints; qtrain's own code must be silent, and warnings elsewhere are errors.
 OLD_TORCH_STYLE = pytest.mark.filterwarnings(
@@ -157,7 +157,9 @@ def test_percentile_equals_minmax_at_100_percent(convnet, images, make_ptq):
     ):
         quantizer = make_ptq(activation={"observer": observer})
         outputs.append(
-            quantizer.convert(calibrated(quantizer, convnet, *images.split(8)))(images)
+            quantizer.convert(calibrated(quantizer, convnet, *images.split(8)))(
+                images
+            )
         )
     assert torch.equal(*outputs)
 
@@ -423,7 +425,9 @@ def scaled(model, factor):
 
 
 def test_other_methods_are_for_linear_layers(convnet, make_ptq):
-    with pytest.raises(ValueError, match=r"quant\.layers\.conv1: has no Linear layer"):
+    with pytest.raises(
+        ValueError, match=r"quant\.layers\.conv1: has no Linear layer"
+    ):
         make_ptq(layers={"conv1": "fp16"}).prepare(convnet)
     with pytest.raises(ValueError, match=r"quant\.layers\.nothing: matches no layer"):
         make_ptq(layers={"nothing": "fp16"}).prepare(convnet)

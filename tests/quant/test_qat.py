@@ -8,7 +8,7 @@ from calibration import calibrated
 from torch import nn
 
 from qtrain.backend import torch_ao
-from qtrain.simulate.simulation import output_points, weight_points
+from qtrain.simulate.points import output_points, weight_points
 
 
 def modes(points):
@@ -23,7 +23,10 @@ def modes(points):
     "setting, reason",
     [
         ({"epochs": 0}, "epochs=0: must be a whole number from 1"),
-        ({"convert_every": -1}, "convert_every=-1: must be a whole number from 0 to 4"),
+        (
+            {"convert_every": -1},
+            "convert_every=-1: must be a whole number from 0 to 4",
+        ),
         (
             {"epochs": 2, "convert_every": 3},
             "convert_every=3: must be a whole number from 0 to 2",
@@ -166,7 +169,9 @@ def test_simulation_leaves_the_prepared_model_in_its_modes(convnet, images, make
     assert modes(output_points(fake)) == {(False, True)} and modes(
         weight_points(fake)
     ) == {(True, True)}
-    torch.testing.assert_close(reference(images), convnet(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        reference(images), convnet(images), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_batch_norm_in_a_float_island_is_frozen_too(convnet, images, make_qat):

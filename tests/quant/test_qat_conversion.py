@@ -9,7 +9,7 @@ from torch import nn
 
 from qtrain.backend import integers
 from qtrain.config.build import build, compose
-from qtrain.simulate.simulation import weight_points
+from qtrain.simulate.points import weight_points
 
 QUANTIZED = ["conv1", "conv2", "linear1", "linear2"]
 
@@ -43,7 +43,9 @@ def test_converted_weights_are_the_trained_ones_with_batch_norm_folded_in(
             factor = layer.bn.weight / (layer.bn.running_var + layer.bn.eps).sqrt()
             weight = (weight * factor.reshape(-1, 1, 1, 1)).detach()
         peak = weight.abs().flatten(1).amax(1)
-        torch.testing.assert_close(integers.q_per_channel_scales().float(), peak / 127)
+        torch.testing.assert_close(
+            integers.q_per_channel_scales().float(), peak / 127
+        )
         scale = (
             integers.q_per_channel_scales()
             .float()
@@ -78,7 +80,9 @@ def test_few_bits_of_activation_are_a_simulation(convnet, images, make_qat):
 
 def test_weights_train_at_their_layers_bits(convnet, images, make_qat, train):
     quantizer = make_qat(
-        "fbgemm", weight={"bits": 4}, layers={"conv1": "float", "linear2": {"bits": 8}}
+        "fbgemm",
+        weight={"bits": 4},
+        layers={"conv1": "float", "linear2": {"bits": 8}},
     )
     prepared = train(quantizer, calibrated(quantizer, convnet, images), images)
     points = {

@@ -9,7 +9,7 @@ from calibration import calibrated, decibels
 from torch import nn
 
 from qtrain.backend import torch_ao
-from qtrain.simulate.simulation import output_points, weight_points
+from qtrain.simulate.points import output_points, weight_points
 
 
 def test_it_trains_and_the_loss_falls(engine, model, images, make_qat, train):
@@ -21,7 +21,9 @@ def test_it_trains_and_the_loss_falls(engine, model, images, make_qat, train):
     assert after < 0.7 * before
 
 
-def test_the_gradient_passes_straight_through_quantized_weights(mlp, images, make_qat):
+def test_the_gradient_passes_straight_through_quantized_weights(
+    mlp, images, make_qat
+):
     """d loss / d w is the loss's at the quantized weight, where w is inside its range."""
     quantizer = make_qat(weight={"bits": 3}, activation={"reduce_range": False})
     prepared = calibrated(quantizer, mlp, images).train()
@@ -70,7 +72,9 @@ def test_in_a_narrow_range_the_largest_weights_have_a_gradient(
 def test_weight_ranges_are_those_of_the_weights_now(convnet, images, make_qat, train):
     """Memoryless: neither a shrunken nor a grown weight keeps an old scale."""
     quantizer = make_qat("fbgemm")
-    prepared = train(quantizer, calibrated(quantizer, convnet, images), images, lr=0.2)
+    prepared = train(
+        quantizer, calibrated(quantizer, convnet, images), images, lr=0.2
+    )
     for factor in (10.0, 0.01):
         with torch.no_grad():
             prepared.model.linear2.weight.mul_(factor)
@@ -80,7 +84,10 @@ def test_weight_ranges_are_those_of_the_weights_now(convnet, images, make_qat, t
             prepared.model.linear2.weight_q.calculate_qparams()[0], expected.detach()
         )
         torch.testing.assert_close(
-            quantizer.convert(prepared).linear2.weight().q_per_channel_scales().float(),
+            quantizer.convert(prepared)
+            .linear2.weight()
+            .q_per_channel_scales()
+            .float(),
             expected.detach(),
         )
 
@@ -136,5 +143,6 @@ def test_convolutions_of_any_dimension_train(
     prepared = train(quantizer, calibrated(quantizer, model, x), x)
     assert list(weight_points(prepared.model)) == ["body.0"]
     assert (
-        decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 20
+        decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x))
+        > 20
     )

@@ -38,7 +38,9 @@ METHODS = {
         by_absmax,
     ),
     "zeropoint": (
-        lambda **o: Zeropoint(**{"num_steps": 255, "scope": "all", "layers": {}, **o}),
+        lambda **o: Zeropoint(
+            **{"num_steps": 255, "scope": "all", "layers": {}, **o}
+        ),
         by_zeropoint,
     ),
 }
@@ -50,14 +52,21 @@ def test_every_parameter_as_the_articles_do(make, formula, convnet, images):
     quantized = converted(make(), convnet)
     for name, exact in convnet.named_parameters():
         torch.testing.assert_close(
-            value(quantized, name), formula(exact.data), rtol=1e-5, atol=1e-6, msg=name
+            value(quantized, name),
+            formula(exact.data),
+            rtol=1e-5,
+            atol=1e-6,
+            msg=name,
         )
         assert not torch.equal(value(quantized, name), exact)
     assert all(
-        torch.equal(before[name], value) for name, value in convnet.state_dict().items()
+        torch.equal(before[name], value)
+        for name, value in convnet.state_dict().items()
     )
     assert (
-        0 < (quantized(images) - convnet(images)).norm() < 0.2 * convnet(images).norm()
+        0
+        < (quantized(images) - convnet(images)).norm()
+        < 0.2 * convnet(images).norm()
     )
 
 

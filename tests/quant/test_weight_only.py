@@ -38,7 +38,10 @@ def idx():
 
 def make(*, embedding="float", head="shared", layers=None, **weight):
     return WeightOnly(
-        weight=QuantSpec(**weight), embedding=embedding, head=head, layers=layers or {}
+        weight=QuantSpec(**weight),
+        embedding=embedding,
+        head=head,
+        layers=layers or {},
     )
 
 
@@ -151,7 +154,9 @@ def test_settings_by_layer(gpt2, idx):
     layers = {"h.0.*": "float", "h.1.mlp.c_fc": {"bits": 2}, "wpe": "float"}
     quantized = converted(make(bits=8, embedding="int8", layers=layers), gpt2)
     weights = {n: integers.quantized_weight(m) for n, m in quantized.named_modules()}
-    bits = {name: weight.bits for name, weight in weights.items() if weight is not None}
+    bits = {
+        name: weight.bits for name, weight in weights.items() if weight is not None
+    }
     assert bits == {"wte": 8, "lm_head": 8, "h.1.mlp.c_fc": 2} | dict.fromkeys(
         ("h.1.attn.c_attn", "h.1.attn.c_proj", "h.1.mlp.c_proj"), 8
     )
@@ -159,10 +164,11 @@ def test_settings_by_layer(gpt2, idx):
         name: int(weights[name].int_repr().min())
         for name in ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
     }
+    # Each narrow, or not, by its own bits
     assert lowest == {
         "h.1.mlp.c_fc": -2,
         "h.1.mlp.c_proj": -127,
-    }  # each narrow, or not, by its own bits
+    }
     quantized = converted(make_llm(layers={"*c_proj": "float"}), gpt2)
     assert sum(isinstance(m, LLMInt8Linear) for m in quantized.modules()) == 4
 
@@ -215,7 +221,9 @@ def test_a_head_with_a_setting_of_its_own_is_separate(gpt2):
         )
     assert (
         type(
-            converted(make(embedding="int8", layers={"lm_head": "float"}), gpt2).lm_head
+            converted(
+                make(embedding="int8", layers={"lm_head": "float"}), gpt2
+            ).lm_head
         )
         is nn.Linear
     )
@@ -278,7 +286,9 @@ def test_convolutions_stay_float(convnet, images):
     assert type(quantized.conv1) is nn.Conv2d and isinstance(
         quantized.linear1, CompactLinear
     )
-    assert (quantized(images) - convnet(images)).norm() < 0.01 * convnet(images).norm()
+    assert (quantized(images) - convnet(images)).norm() < 0.01 * convnet(
+        images
+    ).norm()
 
 
 def test_generation_goes_on_with_the_cache(gpt2, idx):
@@ -287,7 +297,9 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
         tokens = quantized.generate(idx[:1, :2], T - 2, greedy=True)
         expected = idx[:1, :2]
         for _ in range(T - 2):
-            expected = torch.cat([expected, quantized(expected)[:, -1:].argmax(-1)], 1)
+            expected = torch.cat(
+                [expected, quantized(expected)[:, -1:].argmax(-1)], 1
+            )
         assert torch.equal(tokens, expected)
 
 
@@ -396,7 +408,9 @@ GROUPS = {"bits": 4, "granularity": "per_group", "group_size": 128}
     "make, limit",
     [
         (
-            lambda: LLMInt8(threshold=6.0, embedding="fp16", head="shared", layers={}),
+            lambda: LLMInt8(
+                threshold=6.0, embedding="fp16", head="shared", layers={}
+            ),
             165e6,
         ),
         (

@@ -5,7 +5,7 @@ from torch import nn
 
 import qtrain
 from qtrain.config import build
-from qtrain.data.loaders import image_loaders
+from qtrain.data.tensors import image_loaders
 from qtrain.runs import pipeline, stages
 
 ENGINES = torch.backends.quantized.supported_engines
@@ -18,7 +18,8 @@ QUICK = [
     "measure.warmup=0",
 ]
 SMALL = ["data.val_size=16", "data.batch_size=8", "truth.on_failure=warn"]
-CONVNET, MLP = "model=convnet model.width=2 model.hidden=8", "model=mlp model.hidden=8"
+CONVNET = "model=convnet model.width=2 model.hidden=8"
+MLP = "model=mlp model.hidden=8"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -60,12 +60,16 @@ def test_the_files_name_does_not_change_its_size(tmp_path):
         pytest.param(
             torch.zeros(2), "holds a Tensor; allowed is a state dict", id="tensor"
         ),
-        pytest.param(model(9).state_dict(), "does not fit the model", id="other_width"),
+        pytest.param(
+            model(9).state_dict(), "does not fit the model", id="other_width"
+        ),
         pytest.param(
             nn.Linear(2, 2).state_dict(), "does not fit the model", id="other_layers"
         ),
         pytest.param(
-            {"state_dict": model().state_dict()}, "does not fit the model", id="nested"
+            {"state_dict": model().state_dict()},
+            "does not fit the model",
+            id="nested",
         ),
         pytest.param({0: torch.zeros(2)}, "does not fit the model", id="numbered"),
         pytest.param(nn.Linear, "not a readable state dict", id="code"),
@@ -82,7 +86,9 @@ def test_what_is_no_checkpoint_of_this_model(tmp_path, content, reason):
 
 
 def test_a_missing_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="^checkpoint=.*/x.pt: there is no such file$"):
+    with pytest.raises(
+        ValueError, match="^checkpoint=.*/x.pt: there is no such file$"
+    ):
         load_weights(model(), tmp_path / "x.pt")
 
 

@@ -74,7 +74,13 @@ def test_half_precision_is_said(tmp_path):
 
 
 def test_a_head_tied_to_the_embedding_is_saved_twice(tmp_path):
-    sizes = {"vocab_size": 9, "n_positions": 4, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    sizes = {
+        "vocab_size": 9,
+        "n_positions": 4,
+        "n_layer": 1,
+        "n_head": 1,
+        "n_embd": 4,
+    }
     make = lambda: GPT2(**sizes, dropout=0.0, pretrained=None)  # noqa: E731
     state = prefixed("transformer.", make())
     state["lm_head.weight"] = state["transformer.wte.weight"]
@@ -83,7 +89,8 @@ def test_a_head_tied_to_the_embedding_is_saved_twice(tmp_path):
     assert torch.equal(found.wte.weight, state["transformer.wte.weight"])
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     with pytest.raises(
-        ValueError, match="wte.weight: one weight in the model, and several in the file"
+        ValueError,
+        match="wte.weight: one weight in the model, and several in the file",
     ):
         load_checkpoint(make(), saved(tmp_path, {"model": state}), strict=True)
 
@@ -122,7 +129,9 @@ def test_a_head_of_another_size(tmp_path):
 def test_a_number_where_a_weight_belongs(tmp_path):
     with pytest.raises(ValueError, match="does not fit the model"):
         load_checkpoint(
-            model(), saved(tmp_path, model().state_dict() | {"2.bias": 3}), strict=True
+            model(),
+            saved(tmp_path, model().state_dict() | {"2.bias": 3}),
+            strict=True,
         )
 
 

@@ -67,7 +67,8 @@ def test_a_preset_starts_a_sweep_and_says_how(settings, preset):
     config = settings(f"sweep={preset}")
     assert config.hydra.mode.name == "MULTIRUN" and config.hydra.sweeper.params
     assert (
-        f"#   qtrain sweep={preset}" in (CONF / "sweep" / f"{preset}.yaml").read_text()
+        f"#   qtrain sweep={preset}"
+        in (CONF / "sweep" / f"{preset}.yaml").read_text()
     )
 
 
@@ -80,7 +81,9 @@ def test_the_optuna_preset_does_not_warn(settings):
         warnings.simplefilter("default")
         Comparison().on_multirun_start(config)
         assert hydra.utils.instantiate(config.hydra.sweeper.sampler)
-    assert not [warning for warning in caught if "multivariate" in str(warning.message)]
+    assert not [
+        warning for warning in caught if "multivariate" in str(warning.message)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,9 @@ def test_the_optuna_preset_does_not_warn(settings):
 def test_a_plugin_that_is_missing_is_named(settings, monkeypatch, choice):
     with pytest.raises(MissingConfigException) as caught:
         settings(f"hydra/{choice}_nope")  # no plugin has it
-    caught.value.missing_cfg_file = caught.value.missing_cfg_file.removesuffix("_nope")
+    caught.value.missing_cfg_file = caught.value.missing_cfg_file.removesuffix(
+        "_nope"
+    )
     extra = choice.partition("=")[2].partition("_")[0]
     assert (
         explain(caught.value)
@@ -136,7 +141,12 @@ def test_jobs_at_once(launched, launcher, changes, overrides, jobs):
     [
         ("joblib", {}, [], None),
         ("basic", {}, ["threads=8"], None),
-        ("joblib", {}, ["threads=2"], "8 jobs at once with 2 threads each on 8 cores"),
+        (
+            "joblib",
+            {},
+            ["threads=2"],
+            "8 jobs at once with 2 threads each on 8 cores",
+        ),
         ("joblib", {"n_jobs": 4}, ["threads=2"], None),
         ("submitit_local", {}, ["threads=2"], "hydra.sweeper.max_batch_size=4"),
     ],

@@ -104,9 +104,9 @@ def test_shipped_digits_are_the_first_official_ones(
     sample: tuple[np.ndarray, np.ndarray],
 ) -> None:
     raw = Path(os.environ["QTRAIN_DATA"]) / "MNIST" / "raw"
-    images = np.fromfile(raw / "train-images-idx3-ubyte", np.uint8, offset=16).reshape(
-        -1, 28, 28
-    )[:10_000]
+    images = np.fromfile(
+        raw / "train-images-idx3-ubyte", np.uint8, offset=16
+    ).reshape(-1, 28, 28)[:10_000]
     labels = np.fromfile(raw / "train-labels-idx1-ubyte", np.uint8, offset=8)[:10_000]
     for c in range(10):
         np.testing.assert_array_equal(sample[0][sample[1] == c], images[labels == c])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.simulate.simulation import output_points
+from qtrain.simulate.points import output_points
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -223,7 +223,12 @@ def test_folded_normalises_the_convolution_with_rounded_weights(
     )
     bn, own = copy.deepcopy(layer.bn), layer.weight.detach().clone().requires_grad_()
     spec = QuantSpec(**weight, observer=torch_ao.minmax)
-    how = {"kernel": "torch", "memoryless": True, "observing": True, "quantizing": True}
+    how = {
+        "kernel": "torch",
+        "memoryless": True,
+        "observing": True,
+        "quantizing": True,
+    }
     rounded = FakeQuantize(make_observer(spec, signed=True), **how)
     expected = bn(F.conv2d(x, rounded(own * factor) / factor))
     output = layer(x)
@@ -294,7 +299,10 @@ def test_linear_layers_train_as_if_they_were_not_fused(conv_bn, between, make_qa
     for output in (found, expected):
         output.square().sum().backward()
     torch.testing.assert_close(
-        prepared.model.body[0].weight.grad, layers[0].weight.grad, rtol=1e-4, atol=1e-4
+        prepared.model.body[0].weight.grad,
+        layers[0].weight.grad,
+        rtol=1e-4,
+        atol=1e-4,
     )
     torch.testing.assert_close(
         prepared.model.body[0].bn.running_var, layers[1].running_var
@@ -302,5 +310,7 @@ def test_linear_layers_train_as_if_they_were_not_fused(conv_bn, between, make_qa
 
 
 def test_another_way_is_refused(make_qat):
-    with pytest.raises(ValueError, match="conv_bn=quick: allowed are exact and folded"):
+    with pytest.raises(
+        ValueError, match="conv_bn=quick: allowed are exact and folded"
+    ):
         make_qat(conv_bn="quick")

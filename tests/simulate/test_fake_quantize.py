@@ -153,7 +153,9 @@ def test_gradients_of_several_batches_add_up_and_weights_are_quantized_anew(
 ):
     module = make(**WEIGHTS | kind)
     factor = torch.tensor([0.5, -2.0, 3.0])
-    weight = nn.Parameter(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)))
+    weight = nn.Parameter(
+        torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    )
 
     def run(module, weight):
         output = module.quantize_scaled(weight, factor) if scaled else module(weight)

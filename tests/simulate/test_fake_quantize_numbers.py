@@ -84,7 +84,9 @@ def test_output_and_gradient_are_those_of_the_formula_and_of_torch(
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("shape", [(5, 30), (4, 3, 2, 5), (3, 2, 7)], ids=str)
-@given(bits=st.integers(2, 8), seed=st.integers(0, 2**31), exponent=st.integers(-9, 9))
+@given(
+    bits=st.integers(2, 8), seed=st.integers(0, 2**31), exponent=st.integers(-9, 9)
+)
 def test_weights_in_a_narrow_range_are_torchs_and_never_clipped(
     shape, large, bits, seed, exponent
 ):
@@ -118,7 +120,9 @@ def test_weights_in_a_narrow_range_are_torchs_and_never_clipped(
 
 
 @KINDS
-def test_integers_are_those_of_torchs_quantized_tensors(granularity, symmetric, signed):
+def test_integers_are_those_of_torchs_quantized_tensors(
+    granularity, symmetric, signed
+):
     x = torch.randn(4, 50)
     module = make(symmetric=symmetric, granularity=granularity, signed=signed)
     output = module(x)
@@ -146,11 +150,15 @@ def test_zero_stays_zero_and_error_is_within_half_a_step(
     scale = float(module.calculate_qparams()[0])
     assert output[-1] == 0
     # Symmetric ranges lack half a step at one end (-128..127), where the error may be a whole one.
-    assert ((output - x).abs() <= scale * (1.001 if symmetric else 0.501) + 1e-6).all()
+    assert (
+        (output - x).abs() <= scale * (1.001 if symmetric else 0.501) + 1e-6
+    ).all()
     torch.testing.assert_close(frozen(module)(output), output)
 
 
-@pytest.mark.parametrize("memoryless", [False, True], ids=["remembering", "memoryless"])
+@pytest.mark.parametrize(
+    "memoryless", [False, True], ids=["remembering", "memoryless"]
+)
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("name", ["minmax", "moving_average"])
 def test_both_kernels_do_the_same_to_the_last_bit(name, granularity, memoryless):

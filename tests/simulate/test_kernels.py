@@ -7,19 +7,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import qtrain.simulate.kernels as module
 from qtrain.functional.qparams import float32
-from qtrain.simulate.kernels import (
-    fake_quantize,
+from qtrain.simulate import by_numbers
+from qtrain.simulate.bounds import clipping_bounds
+from qtrain.simulate.by_numbers import (
+    HAS_FBGEMM,
     fake_quantize_by_numbers,
     within_reach,
 )
+from qtrain.simulate.kernels import MANY, fake_quantize
 
 
 def torchs(x, scale, zero_point, low, high, axis):
     if axis is None:
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
-    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, low, high)
+    return torch.fake_quantize_per_channel_affine(
+        x, scale, zero_point, axis, low, high
+    )
 
 
 @st.composite
@@ -82,7 +86,9 @@ def check_against_torch(case):
         results.append(run(fake_quantize_by_numbers, *numbers, **limits))
         ends = x.min().item(), x.max().item()
         results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
-        rectified = run(lambda x: torchs(x.relu(), scale, zero_point, low, high, axis))
+        rectified = run(
+            lambda x: torchs(x.relu(), scale, zero_point, low, high, axis)
+        )
         # Without a gradient, as of a batch's data.
         for rectify, (wanted, _) in ((False, expected), (True, rectified)):
             assert torch.equal(
@@ -91,8 +97,10 @@ def check_against_torch(case):
                 ),
                 wanted,
             )
-        with mock.patch.object(module, "MANY", 0):  # as for large tensors
-            results.append(run(fake_quantize_by_numbers, *numbers, ends=ends, **limits))
+        with mock.patch.object(by_numbers, "MANY", 0):  # as for large tensors
+            results.append(
+                run(fake_quantize_by_numbers, *numbers, ends=ends, **limits)
+            )
             found = run(
                 fake_quantize_by_numbers, *numbers, ends=ends, rectify=True, **limits
             )
@@ -140,7 +148,7 @@ def test_bounds_are_the_float32_next_to_what_rounds_into_the_range(
 ):
     edgy = just_on_the_edge(integer)
     for scale in [random] + ([] if edgy is None else [edgy * 2.0**exponent]):
-        inverse, below, above = module._clipping_bounds(scale, -integer, integer)
+        inverse, below, above = clipping_bounds(scale, -integer, integer)
         assert inverse == np.float32(1) / np.float32(scale) and below == -above
         inside = np.nextafter(np.float32(above), np.float32(0))
         assert np.rint(inside * np.float32(inverse)) == integer
@@ -151,7 +159,7 @@ def test_some_bounds_lie_just_on_the_edge():
     assert sum(just_on_the_edge(integer) is not None for integer in range(256)) > 50
 
 
-@pytest.mark.skipif(not module.HAS_FBGEMM, reason="by a kernel of fbgemm")
+@pytest.mark.skipif(not HAS_FBGEMM, reason="by a kernel of fbgemm")
 @pytest.mark.parametrize(
     "high, reach, rectify, kept",
     [
@@ -164,7 +172,7 @@ def test_some_bounds_lie_just_on_the_edge():
 def test_large_tensors_keep_integers_where_these_show_what_was_clipped(
     high, reach, rectify, kept
 ):
-    x, saved = torch.empty(module.MANY).uniform_(-reach, reach), []
+    x, saved = torch.empty(MANY).uniform_(-reach, reach), []
     arguments = {
         "quant_min": 0,
         "quant_max": high,
@@ -188,7 +196,7 @@ def test_large_tensors_may_lie_in_memory_in_any_order(order, rectify):
     back = [order.index(axis) for axis in range(4)]
     # (16, 8, 32, 64), strided.
     x = torch.randn([(16, 8, 32, 64)[axis] for axis in order]).permute(back)
-    assert x.numel() >= module.MANY
+    assert x.numel() >= MANY
     arguments = {"quant_min": 0, "quant_max": 127, "rectify": rectify}
     grads, outputs = [], []
     for ends in (None, (x.min().item(), x.max().item())):
@@ -253,7 +261,9 @@ def test_half_precision_is_an_island_of_float32(dtype):
 def test_input_stays_as_it_is():
     x = torch.randn(10)
     before = x.clone()
-    fake_quantize(x, torch.tensor([0.1]), torch.tensor([0]), quant_min=-8, quant_max=7)
+    fake_quantize(
+        x, torch.tensor([0.1]), torch.tensor([0]), quant_min=-8, quant_max=7
+    )
     assert torch.equal(x, before)
 
 

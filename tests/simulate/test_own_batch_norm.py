@@ -12,7 +12,9 @@ from qtrain.simulate import batch_norm as module
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
-@pytest.mark.parametrize("shape", [(7, 6, 40), (5, 6, 9, 11), (3, 6, 4, 5, 6)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(7, 6, 40), (5, 6, 9, 11), (3, 6, 4, 5, 6)], ids=str
+)
 @pytest.mark.parametrize("offset", [0.0, 3.0])
 def test_own_batch_norm_is_torchs(shape, offset):
     x, weights = torch.randn(shape) * 2 + offset, torch.randn(shape)
@@ -20,7 +22,9 @@ def test_own_batch_norm_is_torchs(shape, offset):
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     found, expected = x.clone().requires_grad_(), x.double().requires_grad_()
-    output, mean, var = module._BatchNorm.apply(found, norm.weight, norm.bias, norm.eps)
+    output, mean, var = module._BatchNorm.apply(
+        found, norm.weight, norm.bias, norm.eps
+    )
     (output * weights).sum().backward()
     grads = [found.grad, norm.weight.grad, norm.bias.grad]
     reference = copy.deepcopy(norm.double())
@@ -30,7 +34,9 @@ def test_own_batch_norm_is_torchs(shape, offset):
         output.double(), reference(expected), rtol=1e-5, atol=1e-5
     )
     for grad, exact in zip(
-        grads, [expected.grad, reference.weight.grad, reference.bias.grad], strict=True
+        grads,
+        [expected.grad, reference.weight.grad, reference.bias.grad],
+        strict=True,
     ):
         assert (grad - exact).norm() < 1e-5 * exact.norm()
     axes = [0, *range(2, len(shape))]

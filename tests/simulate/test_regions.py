@@ -21,7 +21,9 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["ptq", "qat"])
-def test_a_softmax_behind_the_last_stub_stays_float(method, make_ptq, make_qat, engine):
+def test_a_softmax_behind_the_last_stub_stays_float(
+    method, make_ptq, make_qat, engine
+):
     """Of 200 classes each has about 1/200, which steps of 1/256 turn into one or none."""
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(64, 8)

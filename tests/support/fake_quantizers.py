@@ -47,7 +47,8 @@ def make(
     narrow=False,
 ):
     if kernel == "torch":
-        observer = TORCHS[observer]  # the slow reference is torch's in all of its parts
+        # The slow reference is torch's in all of its parts
+        observer = TORCHS[observer]
     spec = QuantSpec(
         bits=bits,
         symmetric=symmetric,

@@ -4,7 +4,7 @@ import json
 
 from qtrain.config import build
 from qtrain.runs import pipeline
-from qtrain.runs.resume import Signals
+from qtrain.runs.signals import Signals
 from qtrain.train.running_mean import RunningMean
 
 SMALL = [
@@ -64,7 +64,11 @@ def execute(folder, kind, *overrides, resume=False):
     ]
     with Signals() as signals:
         return pipeline.execute(
-            build.compose(*overrides), folder, overrides, resume=resume, signals=signals
+            build.compose(*overrides),
+            folder,
+            overrides,
+            resume=resume,
+            signals=signals,
         )
 
 
@@ -72,10 +76,12 @@ def result(folder):
     """All that must not depend on interruptions: the weights' bits, scores, logged lines."""
     report = json.loads((folder / "report.json").read_text())
     lines = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
     timeless = [
-        {k: v for k, v in line.items() if not k.startswith("latency")} for line in lines
+        {k: v for k, v in line.items() if not k.startswith("latency")}
+        for line in lines
     ]
     kept = {
         k: report[k]

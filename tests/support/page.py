@@ -27,7 +27,9 @@ def header(browser, name):
 
 def choose(browser, selector, text):
     next(
-        option for option in find(browser, f"{selector} option") if option.text == text
+        option
+        for option in find(browser, f"{selector} option")
+        if option.text == text
     ).click()
 
 

@@ -3,7 +3,13 @@
 import json
 
 QUICK = ["trainer=smoke", "threads=1", "measure.repeats=1", "logger=none"]
-TINY = [*QUICK, "model=mlp", "model.hidden=4", "data.val_size=10", "data.batch_size=8"]
+TINY = [
+    *QUICK,
+    "model=mlp",
+    "model.hidden=4",
+    "data.val_size=10",
+    "data.batch_size=8",
+]
 
 
 def reports(folder):

@@ -5,7 +5,12 @@ from torch import nn
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend import torch_ao
 
-GATE = {"on_failure": "error", "samples": 32, "max_steps": 1.0, "max_range_ratio": 1.25}
+GATE = {
+    "on_failure": "error",
+    "samples": 32,
+    "max_steps": 1.0,
+    "max_range_ratio": 1.25,
+}
 
 
 def compare(quantizer, prepared, *inputs, **settings):

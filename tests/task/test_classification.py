@@ -139,7 +139,10 @@ def test_a_loss_of_ones_own():
             "label_smoothing=1: must be a number of at least 0 and below 1",
         ),
         ({"class_weights": "balanced"}, "class_weights=balanced: must be a list"),
-        ({"class_weights": [1.0, -1.0]}, "class_weights=-1.0: must be a number from 0"),
+        (
+            {"class_weights": [1.0, -1.0]},
+            "class_weights=-1.0: must be a number from 0",
+        ),
         ({"loss": "focal"}, "loss=focal: must be a function of (output, target)"),
         (
             {"loss": torch.nn.CrossEntropyLoss(), "label_smoothing": 0.1},

@@ -47,7 +47,9 @@ def test_metrics_are_numpys():
     assert found["iou_per_class"] == pytest.approx([*pooled, None])
     right = (predicted == there)[there != 255].mean()
     assert found["pixel_accuracy"] == pytest.approx(right)
-    assert TASK.examples(logits, (logits, targets)).tolist() == pytest.approx(by_image)
+    assert TASK.examples(logits, (logits, targets)).tolist() == pytest.approx(
+        by_image
+    )
 
 
 def test_losses_are_the_images_means_over_the_pixels_that_count():

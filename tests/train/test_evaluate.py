@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qtrain.analyze.truth import TruthError
-from qtrain.data.loaders import ImageLoader
+from qtrain.data.tensors import ImageLoader
 from qtrain.task.classification import Classification
 from qtrain.train.evaluate import evaluate
 

@@ -49,7 +49,9 @@ def test_losses_are_those_of_one_process(alone, two):
         )
         assert two[0][name] == two[1][name]
     for key, expected in alone["weights"].items():
-        torch.testing.assert_close(two[0]["weights"][key], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            two[0]["weights"][key], expected, rtol=0, atol=1e-5
+        )
         assert torch.equal(two[0]["weights"][key], two[1]["weights"][key])
 
 
@@ -141,12 +143,15 @@ def test_what_cannot_be_distributed(tmp_path):
         "quant=qat",
         "observer@quant.activation.observer=percentile",
     )
-    assert code == 1 and "PercentileObserver cannot be synchronised; use minmax" in text
+    assert (
+        code == 1 and "PercentileObserver cannot be synchronised; use minmax" in text
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+    "number, code",
+    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)],
 )
 def test_interrupted_and_resumed(tmp_path, number, code):
     settings = [
@@ -200,8 +205,8 @@ def test_accuracy_on_the_sample(tmp_path):
         ]
         code, text = run("-m", "qtrain.cli.run", *settings, f"hydra.run.dir={folder}")
         assert code == 0, text
-        quality[devices] = json.loads((folder / "report.json").read_text())["metrics"][
-            "quantized"
-        ]["accuracy"]
+        quality[devices] = json.loads((folder / "report.json").read_text())[
+            "metrics"
+        ]["quantized"]["accuracy"]
     print(quality)
     assert abs(quality[1] - quality[2]) <= 0.003

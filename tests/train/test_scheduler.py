@@ -61,15 +61,18 @@ def test_cosine_is_what_torch_makes_of_its_parts():
         # SequentialLR uses its parts in ways that they warn of
         warnings.simplefilter("ignore")
         expected = rates(by_torch, 20)
-    assert rates(lambda o: cosine(o, 20, warmup=0.25, final=0.1), 20) == pytest.approx(
-        expected, abs=1e-12
-    )
+    assert rates(
+        lambda o: cosine(o, 20, warmup=0.25, final=0.1), 20
+    ) == pytest.approx(expected, abs=1e-12)
 
 
 def test_cosine_serves_every_parameter_group():
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = torch.optim.SGD(
-        [{"params": [parameters[0]], "lr": 1.0}, {"params": [parameters[1]], "lr": 2.0}]
+        [
+            {"params": [parameters[0]], "lr": 1.0},
+            {"params": [parameters[1]], "lr": 2.0},
+        ]
     )
     schedule = cosine(optimizer, 4, warmup=0, final=0)
     for _ in range(2):

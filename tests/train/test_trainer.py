@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qtrain.data.loaders import ImageLoader
+from qtrain.data.tensors import ImageLoader
 from qtrain.logger.loggers import Logger
 from qtrain.task.classification import Classification
 from qtrain.train.scheduler import constant, cosine
@@ -34,12 +34,16 @@ class Recorder(Logger):
         self.lines.append((step, metrics))
 
     def values(self, name):
-        return {step: metrics[name] for step, metrics in self.lines if name in metrics}
+        return {
+            step: metrics[name] for step, metrics in self.lines if name in metrics
+        }
 
 
 def make_loader(num=22, batch_size=4, shuffle=True):
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (num, 6, 6), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        0, 256, (num, 6, 6), dtype=torch.uint8, generator=generator
+    )
     labels = torch.randint(0, 3, (num,), generator=generator)
     return ImageLoader(
         images,
@@ -174,7 +178,10 @@ def test_clipping():
         after = copy.deepcopy(before)
         fit(after, make_loader(shuffle=False), clip_norm=clip_norm, max_steps=1)
         for p, old, g in zip(
-            after.parameters(), before.parameters(), gradient.parameters(), strict=True
+            after.parameters(),
+            before.parameters(),
+            gradient.parameters(),
+            strict=True,
         ):
             torch.testing.assert_close(
                 p, old - 0.1 * factor * g.grad, rtol=1e-4, atol=1e-7
@@ -355,4 +362,6 @@ def test_all_wrong_options_at_once():
     }
     with pytest.raises(ValueError) as caught:
         Trainer(**wrong)
-    assert {line.split("=")[0] for line in str(caught.value).splitlines()} == set(wrong)
+    assert {line.split("=")[0] for line in str(caught.value).splitlines()} == set(
+        wrong
+    )

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from qtrain.backend import integers, torch_ao
-from qtrain.data.loaders import ImageLoader
+from qtrain.data.tensors import ImageLoader
 from qtrain.functional.spec import QuantSpec
 from qtrain.logger.loggers import Logger
 from qtrain.model.convnet import ConvNet
@@ -33,7 +33,9 @@ class Lines(Logger):
 def fit(model, accumulate=1, on_epoch=lambda epoch: None):
     """Trains on 43 images in batches of 7: ranks get unequal parts, and the last batch has one."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (43, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        0, 256, (43, 28, 28), dtype=torch.uint8, generator=generator
+    )
     labels = torch.arange(43) % 10
     images[torch.arange(43), labels] = 255
     loader = ImageLoader(
@@ -66,7 +68,9 @@ def fit(model, accumulate=1, on_epoch=lambda epoch: None):
 
 
 def qat(model, conv_bn="folded"):
-    spec = QuantSpec(observer=partial(torch_ao.moving_average, averaging_constant=0.1))
+    spec = QuantSpec(
+        observer=partial(torch_ao.moving_average, averaging_constant=0.1)
+    )
     weight = QuantSpec(observer=torch_ao.minmax)
     quantizer = QAT(
         engine="auto",

@@ -26,7 +26,10 @@ def test_the_mean_error_of_a_layer_is_gone(kind, between):
     layer, x = {
         "linear": (nn.Linear(20, 5), torch.rand(256, 20)),
         "conv": (nn.Conv2d(3, 4, 3), torch.rand(32, 3, 8, 8)),
-        "conv_without_bias": (nn.Conv2d(3, 4, 3, bias=False), torch.rand(32, 3, 8, 8)),
+        "conv_without_bias": (
+            nn.Conv2d(3, 4, 3, bias=False),
+            torch.rand(32, 3, 8, 8),
+        ),
     }[kind]
     model, axes = between(layer), (0,) if kind == "linear" else (0, 2, 3)
     errors = {}
@@ -117,7 +120,10 @@ def test_torchs_kernels_take_the_corrected_bias(convnet, images, engine):
     )
     converted = quantizer.convert(corrected)
     torch.testing.assert_close(
-        converted.conv1.bias(), corrected.model.conv1.folded()[1], atol=1e-6, rtol=1e-5
+        converted.conv1.bias(),
+        corrected.model.conv1.folded()[1],
+        atol=1e-6,
+        rtol=1e-5,
     )
     assert sqnr_db(corrected.as_converted()(images), converted(images)) > 30
 
@@ -126,13 +132,17 @@ def test_torchs_kernels_take_the_corrected_bias(convnet, images, engine):
 def test_a_bias_that_is_not_trained_stays_so(is_trained, between):
     model = between(nn.Linear(20, 5))
     model.body[0].bias.requires_grad_(is_trained)
-    _, simulation = simulated(model, [(torch.rand(8, 20),)], transforms=[CorrectBias()])
+    _, simulation = simulated(
+        model, [(torch.rand(8, 20),)], transforms=[CorrectBias()]
+    )
     assert not torch.equal(simulation.model.body[0].bias, model.body[0].bias)
     assert simulation.model.body[0].bias.requires_grad == is_trained
 
 
 def test_what_is_no_transform_is_refused():
-    with pytest.raises(ValueError, match="transforms=linear1: must be a list, such as"):
+    with pytest.raises(
+        ValueError, match="transforms=linear1: must be a list, such as"
+    ):
         PTQ(transforms="linear1")
     with pytest.raises(ValueError, match="transforms=3: must be a Transform"):
         PTQ(transforms=[3])

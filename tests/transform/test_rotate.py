@@ -58,7 +58,9 @@ def test_outliers_are_spread_over_all_channels():
 @pytest.mark.parametrize("size", [1, 2, 12, 20, 24, 44, 384, 768, 1280])
 def test_hadamard_matrices_are_orthogonal_and_of_equal_magnitudes(size):
     matrix = hadamard(size)
-    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+    torch.testing.assert_close(
+        matrix @ matrix.T, torch.eye(size, dtype=torch.float64)
+    )
     torch.testing.assert_close(matrix.abs(), torch.full_like(matrix, size**-0.5))
 
 

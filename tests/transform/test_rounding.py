@@ -75,16 +75,20 @@ def test_what_is_converted_is_what_was_chosen(transform):
 def test_the_output_is_nearer_to_the_float_model():
     model, batches = gpt2(), text(8)
     exact = model(batches[0][0])
-    plain = WeightOnly(weight=QuantSpec(bits=3, granularity="per_group", group_size=32))
-    errors = {"plain": (plain.fake(plain.prepare(model))(batches[0][0]) - exact).norm()}
+    plain = WeightOnly(
+        weight=QuantSpec(bits=3, granularity="per_group", group_size=32)
+    )
+    errors = {
+        "plain": (plain.fake(plain.prepare(model))(batches[0][0]) - exact).norm()
+    }
     for transform in (GPTQ(), AWQ()):
         quantizer, simulation = calibrated(model, transform, batches=batches)
         errors[transform.name] = (
             quantizer.fake(simulation)(batches[0][0]) - exact
         ).norm()
-    assert errors["gptq"] < 0.8 * errors["plain"] and errors["awq"] < errors["plain"], (
-        errors
-    )
+    assert (
+        errors["gptq"] < 0.8 * errors["plain"] and errors["awq"] < errors["plain"]
+    ), errors
 
 
 def test_the_size_of_blocks_changes_nothing():
@@ -98,7 +102,9 @@ def test_scales_of_columns_are_taken_back_by_the_norm():
     transform = AWQ(clip=False)
     model = gpt2()
     with torch.no_grad():
-        model.h[0].ln_1.weight[3] = 30  # an outlier, whose column must be rounded well
+        model.h[0].ln_1.weight[3] = (
+            30  # an outlier, whose column must be rounded well
+        )
     _, simulation = calibrated(
         model, transform, bits=8, granularity="per_channel", group_size=None
     )
@@ -129,7 +135,9 @@ def test_a_norm_that_feeds_something_else_keeps_its_weights():
 
 def test_each_layer_gets_its_inputs_from_the_network_as_it_is_by_then():
     model, batches = gpt2(), text()
-    names = [name for name, layer in model.named_modules() if type(layer) is nn.Linear]
+    names = [
+        name for name, layer in model.named_modules() if type(layer) is nn.Linear
+    ]
     seen = []
     for name, inputs in layer_by_layer(model, names, batches):
         found = list(inputs)
@@ -146,7 +154,9 @@ def test_each_layer_gets_its_inputs_from_the_network_as_it_is_by_then():
         layer.weight = nn.Parameter(layer.weight * 1.1)
         seen.append(name)
     in_blocks = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
-    assert seen == [f"h.{i}.{name}" for i in (0, 1) for name in in_blocks] + ["lm_head"]
+    assert seen == [f"h.{i}.{name}" for i in (0, 1) for name in in_blocks] + [
+        "lm_head"
+    ]
 
 
 class Branches(nn.Module):
@@ -198,7 +208,11 @@ def test_convolutions_and_calls_that_come_twice(transform):
 def test_rows_times_the_matrix_are_what_the_layer_computes(layer):
     site = qtrain_site(layer)
     target = SiteTarget(site)
-    sizes = {nn.Conv1d: (3, 4, 9), nn.Conv2d: (3, 4, 9, 8), nn.Conv3d: (3, 2, 4, 4, 4)}
+    sizes = {
+        nn.Conv1d: (3, 4, 9),
+        nn.Conv2d: (3, 4, 9, 8),
+        nn.Conv3d: (3, 2, 4, 4, 4),
+    }
     x = torch.randn(sizes.get(type(layer), (3, 5, 7)))
     rows = target.rows(x)
     weight = target.weight.unflatten(0, (target.parts, -1))
@@ -227,7 +241,9 @@ def test_infinite_inputs_name_the_layer():
         GPTQ()(simulation, text())
 
 
-@pytest.mark.parametrize("transform", [AWQ(scales=False), GPTQ()], ids=["awq", "gptq"])
+@pytest.mark.parametrize(
+    "transform", [AWQ(scales=False), GPTQ()], ids=["awq", "gptq"]
+)
 def test_no_row_is_worse_than_rounded_whatever_its_groups_gain(transform):
     spec = QuantSpec(bits=4, granularity="per_group", group_size=32)
     simulation = WeightOnly(weight=spec).prepare(nn.Sequential(nn.Linear(256, 64)))

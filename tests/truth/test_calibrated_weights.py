@@ -23,7 +23,9 @@ FEW = [
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "quarot"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_calibration_brings_the_loss_nearer_to_the_float_models(job, method, symmetric):
+def test_calibration_brings_the_loss_nearer_to_the_float_models(
+    job, method, symmetric
+):
     trained = ["trainer.max_steps=60", f"quant.weight.symmetric={symmetric}"]
     run = job("gpt2_nano", *TEXT, *FEW, f"quant={method}", *trained)
     assert run.code == 0, run.text
@@ -96,7 +98,9 @@ def test_a_killed_calibration_goes_on_behind_its_last_layer_to_the_same_bits(
     )
     deadline = time.monotonic() + 200
     finished: list[object] = []
-    while len(finished) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while (
+        len(finished) < 3 and process.poll() is None and time.monotonic() < deadline
+    ):
         finished = sorted(folder.glob("resume/calibration-*.pt"))
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)

@@ -58,7 +58,9 @@ def close(quantized, exact, decibels=20.0):
 def test_a_plain_model_runs(job, name, quant):
     run = job(f"plain.{name}", f"quant={quant}", "quant.engine=x86")
     assert run.code == 0, run.text
-    assert run.report["capture"]["mode"] == "trace" and "captured: by trace" in run.text
+    assert (
+        run.report["capture"]["mode"] == "trace" and "captured: by trace" in run.text
+    )
     assert run.report["coverage"]["macs_quantized"] == 1
     assert abs(run.loss("quantized") - run.loss("fake")) <= 0.02 * run.loss("fake")
 
@@ -127,7 +129,9 @@ def test_a_captured_run_is_loaded_bit_identical(job, quant):
     assert close(model(x), qtrain.load_float(run.run_dir, trust=["plain"])(x), 12)
 
 
-@pytest.mark.parametrize("name", ["Residual", "Twice", "Functional", "Tokens", "Drops"])
+@pytest.mark.parametrize(
+    "name", ["Residual", "Twice", "Functional", "Tokens", "Drops"]
+)
 def test_weights_come_back_to_the_users_class(plain, name):
     model = getattr(plain, name)().train()
     simulation = qtrain.prepare(model, [images()], **ENGINE)
@@ -162,7 +166,12 @@ def test_what_resists_is_an_island_named_with_its_line_and_share(plain):
         "plain.py" in leaves["gate"]["reason"]
         and "if x.max() > 0" in leaves["gate"]["reason"]
     )
-    macs = {"stem": 8 * 9 * 196, "gate": 8 * 8 * 196, "after": 64 * 9 * 196, "fc": 1280}
+    macs = {
+        "stem": 8 * 9 * 196,
+        "gate": 8 * 8 * 196,
+        "after": 64 * 9 * 196,
+        "fc": 1280,
+    }
     share = macs["gate"] / sum(macs.values())
     assert leaves["gate"]["macs"] == pytest.approx(share)
     assert result.report["coverage"]["macs_quantized"] == pytest.approx(1 - share)
@@ -241,7 +250,8 @@ def test_stubs_are_taken_as_they_are_and_traced_to_the_same_integers():
 
     model, x = trained(mobilenet_v2()), torch.randn(2, 3, 64, 64)
     simulations = [
-        qtrain.quantize(model, [x], capture=how, **ENGINE) for how in ("auto", "trace")
+        qtrain.quantize(model, [x], capture=how, **ENGINE)
+        for how in ("auto", "trace")
     ]
     as_is, traced = (result.report["capture"]["mode"] for result in simulations)
     assert (as_is, traced) == ("as_is", "trace")

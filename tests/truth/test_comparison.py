@@ -76,9 +76,9 @@ def test_filters_hold_for_the_baseline(compare, sweep, tmp_path):
     assert compare(sweep, *options)[0] == 0
     reports = [json.loads(path.read_text()) for path in sweep.glob("*/report.json")]
     found = {
-        (r["quant"]["method"], r["seed"], r["config"]["optimizer"]["lr"]): r["metrics"][
-            "quantized"
-        ]["accuracy"]
+        (r["quant"]["method"], r["seed"], r["config"]["optimizer"]["lr"]): r[
+            "metrics"
+        ]["quantized"]["accuracy"]
         for r in reports
     }
     assert len(rows(table)) == 2
@@ -205,11 +205,17 @@ def test_what_a_sweep_varies_is_in_tensorboards_hparams(command, tmp_path):
     assert code == 0, text
     found = hparams(tmp_path / "sweep")
     assert (
-        len(found) == 4 == len({json.dumps(params, sort_keys=True) for params in found})
+        len(found)
+        == 4
+        == len({json.dumps(params, sort_keys=True) for params in found})
     )
-    differing = {key for key in found[0] if len({params[key] for params in found}) > 1}
+    differing = {
+        key for key in found[0] if len({params[key] for params in found}) > 1
+    }
     assert differing == {"trainer.clip_norm", "optimizer", "rate"}
-    assert all((params["epochs"], params["batch size"]) == (1, 64) for params in found)
+    assert all(
+        (params["epochs"], params["batch size"]) == (1, 64) for params in found
+    )
 
 
 def test_tensorboard_has_the_accuracy_over_all_epochs(job):

@@ -33,9 +33,7 @@ def first_line(run):
 
 
 def test_the_first_line_says_what_will_run_and_later_how_long(job):
-    words = (
-        "mlp on mnist_sample: float for 1 epoch, at most 10 steps, then qat for 1 epoch"
-    )
+    words = "mlp on mnist_sample: float for 1 epoch, at most 10 steps, then qat for 1 epoch"
     first = job("mlp", "quant=qat", "quant.epochs=1")
     assert first_line(first) == words  # nothing is known of its time
     seconds = sum(first.report["time_s"].values())
@@ -89,7 +87,9 @@ def test_a_sweep_says_what_it_varies_and_how_long_its_jobs_took(command, tmp_pat
         lines.append(text.splitlines()[0])
     assert lines[0] == "2 jobs: quant=none,ptq"
     assert all(
-        re.fullmatch(r"2 jobs: quant=none,ptq; about \d+ s, as these jobs took last", x)
+        re.fullmatch(
+            r"2 jobs: quant=none,ptq; about \d+ s, as these jobs took last", x
+        )
         for x in lines[1:]
     )
     code, text = command(*sweep, "seed=5", f"hydra.sweep.dir={tmp_path}/other")
@@ -97,15 +97,19 @@ def test_a_sweep_says_what_it_varies_and_how_long_its_jobs_took(command, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "broken", ["trainer.epochs=${nope}", "quant.epochs=${nope}", "float_cache=${nope}"]
+    "broken",
+    ["trainer.epochs=${nope}", "quant.epochs=${nope}", "float_cache=${nope}"],
 )
 def test_a_config_that_does_not_resolve_is_refused_by_its_own_message(job, broken):
     run = job("mlp", "quant=qat", broken)
-    assert run.code == 1 and f"{broken}: Interpolation key 'nope' not found" in run.text
+    assert (
+        run.code == 1 and f"{broken}: Interpolation key 'nope' not found" in run.text
+    )
 
 
 @pytest.mark.parametrize(
-    "name, work", [("compare", "compare"), ("bench", "bench"), ("generate", "generate")]
+    "name, work",
+    [("compare", "compare"), ("bench", "bench"), ("generate", "generate")],
 )
 def test_ctrl_c_ends_the_other_commands_in_one_line_too(
     monkeypatch, capsys, name, work

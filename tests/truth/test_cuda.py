@@ -10,7 +10,9 @@ import qtrain
 
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="there is no CUDA device"
+    ),
 ]
 CONVNET = ["model.width=4", "model.hidden=8"]
 
@@ -39,7 +41,9 @@ def test_calibration_and_conversion_are_the_cpus(job, weights, observer):
     runs = {}
     for device in ("cpu", "cuda"):
         observers = f"quant.activation.observer={observer}"
-        runs[device] = job("convnet", *CONVNET, weights, f"device={device}", observers)
+        runs[device] = job(
+            "convnet", *CONVNET, weights, f"device={device}", observers
+        )
         assert runs[device].code == 0, runs[device].text
     ours, theirs = integers(runs["cuda"]), integers(runs["cpu"])
     for name, exact in theirs.items():
@@ -56,7 +60,9 @@ def test_calibration_and_conversion_are_the_cpus(job, weights, observer):
 
 @pytest.mark.parametrize("method", ["qat", "qat_low_bit"])
 @pytest.mark.parametrize("conv_bn", ["folded", "exact"])
-def test_training_brings_the_loss_down_and_int8_keeps_it(job, weights, method, conv_bn):
+def test_training_brings_the_loss_down_and_int8_keeps_it(
+    job, weights, method, conv_bn
+):
     settings = [
         f"quant={method}",
         f"quant.conv_bn={conv_bn}",

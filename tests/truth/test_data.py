@@ -31,11 +31,15 @@ def test_a_folder_of_pngs_is_trained_on_quantized_and_loaded(
     run = job(model, *FOLDER, "quant=qat", "quant.epochs=2", "trainer.max_steps=20")
     assert run.code == 0, run.text
     report = run.report
-    shape = {"channels": 3, "size": [8, 12]} if model == "convnet" else {"inputs": 288}
+    shape = (
+        {"channels": 3, "size": [8, 12]} if model == "convnet" else {"inputs": 288}
+    )
     assert report["config"]["model"].items() >= {**shape, "num_classes": 3}.items()
     assert report["about_data"]["classes"] == ["class0", "class1", "class2"]
     assert run.accuracy("quantized") > 0.6
-    assert re.search(r"wrong by class: class0: \d, class1: \d, class2: \d\n", run.text)
+    assert re.search(
+        r"wrong by class: class0: \d, class1: \d, class2: \d\n", run.text
+    )
     images = qtrain.sample_inputs(run.run_dir)[0]
     assert images.shape == (9, 3, 8, 12)
     assert qtrain.load(run.run_dir)(images).shape == (9, 3)
@@ -100,11 +104,16 @@ def test_arrays_and_tables(job, tmp_path, kind):
     target = ["data.target=kind"] if kind == "csv" else []
     words = ["data=arrays", f"data.path=t.{kind}", *target, "quant=ptq"]
     run = job(
-        "mlp", *words, "trainer.max_steps=40", "trainer.epochs=20", "optimizer.lr=0.01"
+        "mlp",
+        *words,
+        "trainer.max_steps=40",
+        "trainer.epochs=20",
+        "optimizer.lr=0.01",
     )
     assert run.code == 0, run.text
     assert (
-        run.report["config"]["model"].items() >= {"inputs": 5, "num_classes": 2}.items()
+        run.report["config"]["model"].items()
+        >= {"inputs": 5, "num_classes": 2}.items()
     )
     assert run.accuracy("quantized") >= 0.85
 
@@ -115,7 +124,9 @@ def test_mistakes_with_data_name_the_file_and_what_to_do(job, own_data, tmp_path
     broken.write_bytes(b"no image")
     run = job("convnet", *FOLDER)
     assert run.code == 1 and "Traceback" not in run.text
-    assert "data.on_bad_sample=error" in run.text and "images/class1/7.png" in run.text
+    assert (
+        "data.on_bad_sample=error" in run.text and "images/class1/7.png" in run.text
+    )
     assert "data.on_bad_sample=skip" in run.text
     run = job("convnet", *FOLDER, "data.on_bad_sample=skip")
     assert run.code == 0
@@ -150,7 +161,9 @@ def test_a_size_given_wins_over_what_the_data_say(job, tmp_path):
     run = job("mlp", "quant=none", "model.num_classes=12")
     assert run.code == 0 and len(run.report["metrics"]["float"]["confusion"]) == 12
     run = job("convnet", "data=shakespeare", "task=classification")
-    assert run.code == 1 and "model.channels=auto: a sample has shape (64,)" in run.text
+    assert (
+        run.code == 1 and "model.channels=auto: a sample has shape (64,)" in run.text
+    )
 
 
 def test_the_bundled_digits_models_are_as_they_were(job):

@@ -15,7 +15,9 @@ QAT = ["quant.epochs=1", "quant.convert_every=0"]
 
 
 @pytest.mark.parametrize("method", ["ptq", "qat", "dynamic"])
-def test_a_packed_embedding_makes_the_file_smaller_and_is_what_was_scored(job, method):
+def test_a_packed_embedding_makes_the_file_smaller_and_is_what_was_scored(
+    job, method
+):
     extra = [f"quant={method}", *(QAT if method == "qat" else [])]
     files = {}
     for name, settings in {
@@ -56,7 +58,8 @@ def test_what_layers_says_of_an_embedding_or_a_head_comes_first(job):
     plan = run.report["plan"]
     assert plan["wte"]["weight"]["bits"] == 8 and "wpe" not in plan
     assert (
-        plan["lm_head"]["weight"]["bits"] == 4 and plan["lm_head"]["weight_of"] is None
+        plan["lm_head"]["weight"]["bits"] == 4
+        and plan["lm_head"]["weight_of"] is None
     )
 
 

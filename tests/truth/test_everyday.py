@@ -38,7 +38,10 @@ def test_finetune_trains_on_from_the_checkpoint_and_the_cache_sees_it(
     first = job("mlp", "quant=none", cache)
     runs = [
         job(
-            "mlp", f"quant={quant}", *finetune, f"checkpoint={trained.run_dir}/float.pt"
+            "mlp",
+            f"quant={quant}",
+            *finetune,
+            f"checkpoint={trained.run_dir}/float.pt",
         )
         for quant in ("none", "ptq")
     ]
@@ -61,7 +64,10 @@ def test_finetune_needs_a_checkpoint(job):
 
 def test_a_head_for_other_classes_is_left_out_by_name(job, trained, tmp_path):
     weights = torch.load(trained.run_dir / "float.pt", weights_only=True)
-    weights |= {"linear3.weight": torch.zeros(12, 100), "linear3.bias": torch.zeros(12)}
+    weights |= {
+        "linear3.weight": torch.zeros(12, 100),
+        "linear3.bias": torch.zeros(12),
+    }
     torch.save(weights, tmp_path / "twelve.pt")
     other = ["checkpoint_mode=finetune", f"checkpoint={tmp_path}/twelve.pt"]
     refused = job("mlp", *other)
@@ -131,7 +137,13 @@ def test_words_wait_for_no_import_that_they_do_not_need(argument, imported, tmp_
     )
 
 
-SMALL = ["model=mlp", "trainer=smoke", "threads=1", "logger=none", "measure.repeats=2"]
+SMALL = [
+    "model=mlp",
+    "trainer=smoke",
+    "threads=1",
+    "logger=none",
+    "measure.repeats=2",
+]
 
 
 @pytest.fixture
@@ -157,7 +169,8 @@ def test_a_key_that_one_swept_method_has_is_left_out_for_the_others(sweep):
     assert code == 0, text
     assert text.count("quant.epochs=1: left out for ptq") == 1
     assert (
-        "epochs" not in ptq["config"]["quant"] and qat["config"]["quant"]["epochs"] == 1
+        "epochs" not in ptq["config"]["quant"]
+        and qat["config"]["quant"]["epochs"] == 1
     )
     assert (
         "quant.epochs=1" not in ptq["overrides"]
@@ -246,9 +259,12 @@ def test_an_optimizer_and_a_schedule_of_qat_by_name(job):
         shown = value.replace("null", "None")
         assert wrong.code == 1
         assert (
-            f"quant.optimizer={shown}: allowed are adam, adamw and sgd\n" in wrong.text
+            f"quant.optimizer={shown}: allowed are adam, adamw and sgd\n"
+            in wrong.text
         )
-        assert f"quant.scheduler={shown}: allowed are constant and cosine" in wrong.text
+        assert (
+            f"quant.scheduler={shown}: allowed are constant and cosine" in wrong.text
+        )
 
 
 @pytest.mark.parametrize("turn", [1, -1], ids=["name first", "setting first"])
@@ -305,6 +321,5 @@ def test_the_limit_of_the_float_training_is_not_that_of_qat(job):
                 for kind in ("float", "qat")
             }
         )
-    assert steps == [
-        {"float": 10, "qat": n} for n in (10, 70, 30)
-    ]  # 7,000 digits beside the validation data
+    # 7,000 digits beside the validation data
+    assert steps == [{"float": 10, "qat": n} for n in (10, 70, 30)]

@@ -106,7 +106,9 @@ def test_reports_without_digests_load_with_one_warning(runs, caplog, compared):
         del report["sha256"]
         (runs / name / "report.json").write_text(json.dumps(report))
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(qtrain.load(runs / "a")(torch.ones(1, 1, 28, 28)), expected)
+        assert torch.equal(
+            qtrain.load(runs / "a")(torch.ones(1, 1, 28, 28)), expected
+        )
     (record,) = caplog.records
     assert "quantized.pt: not checked" in record.message
     code, text = compared(runs, "--baseline", "seed=0")
@@ -310,7 +312,9 @@ def test_torch_never_advises_to_load_without_a_check(runs):
         ValueError, match="quantized.pt: not a readable state dict"
     ) as caught:
         qtrain.load(runs / "a")
-    assert "weights_only" not in str(caught.value) and caught.value.__suppress_context__
+    assert (
+        "weights_only" not in str(caught.value) and caught.value.__suppress_context__
+    )
 
 
 # ---- many of them --------------------------------------------------------------------------------

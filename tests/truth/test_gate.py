@@ -26,7 +26,9 @@ def test_norms_behind_a_convolution_are_right_at_large_batches(job, norm, quant)
 def test_raw_joins_of_different_scales_are_refused_with_their_line(job, how, word):
     run = job("nets.Joined", how=how)
     assert run.code == 1 and "Traceback" not in run.text
-    assert word in run.text and "FloatFunctional" in run.text and "nets.py:" in run.text
+    assert (
+        word in run.text and "FloatFunctional" in run.text and "nets.py:" in run.text
+    )
 
 
 @pytest.mark.parametrize("how", ["float_functional", "copy"])

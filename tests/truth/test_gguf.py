@@ -20,7 +20,8 @@ def test_a_run_writes_a_file_that_another_reads(job, tmp_path, method):
     path = run.run_dir / "model.gguf"
     section = run.report["exports"]["gguf"]
     assert (
-        section["file"] == "model.gguf" and section["size_bytes"] == path.stat().st_size
+        section["file"] == "model.gguf"
+        and section["size_bytes"] == path.stat().st_size
     )
     assert section["steps"] < 0.05
     as_it_is = [f"model.pretrained={path}", "trainer.epochs=0", "quant=none"]

@@ -133,13 +133,17 @@ def test_the_advised_parametrization_works_and_qat_refuses_it(job, norm):
     )
 
 
-def test_an_instance_norm_with_running_statistics_is_refused_and_its_remedy_works(job):
+def test_an_instance_norm_with_running_statistics_is_refused_and_its_remedy_works(
+    job,
+):
     assert refused(
         job("nets.Normed", norm="instance", running=True),
         "layer norm",
         "running statistics",
     )
-    run = job("nets.Normed", "+quant.layers.norm=float", norm="instance", running=True)
+    run = job(
+        "nets.Normed", "+quant.layers.norm=float", norm="instance", running=True
+    )
     assert agrees(run)
 
 
@@ -173,7 +177,9 @@ def test_all_calls_without_kernel_are_named_at_once(job):
 
 def test_an_embeddings_own_qconfig_is_refused_by_name(job):
     assert refused(
-        job("nets.Tokens", qconfig=True), "layer emb (Embedding)", "qconfig of its own"
+        job("nets.Tokens", qconfig=True),
+        "layer emb (Embedding)",
+        "qconfig of its own",
     )
 
 

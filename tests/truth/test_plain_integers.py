@@ -119,7 +119,10 @@ def test_defaults_of_every_engine_hold_without_vnni(tmp_path):
             f"quant.engine={','.join(engines)}",
         ),
         *("trainer=smoke", "threads=1", "logger=none", "measure.repeats=2"),
-        *(f"float_cache={tmp_path / 'cache'}", f"hydra.sweep.dir={tmp_path / 'sweep'}"),
+        *(
+            f"float_cache={tmp_path / 'cache'}",
+            f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        ),
         folder=tmp_path,
     )
     reports = [

@@ -20,7 +20,9 @@ def lines(run):
 
 
 def test_a_quantized_file_that_is_larger_says_so_and_names_what_stays_float(job):
-    run = job("mlp", "model.hidden=2", "quant=dynamic", "quant.layers={linear1: float}")
+    run = job(
+        "mlp", "model.hidden=2", "quant=dynamic", "quant.layers={linear1: float}"
+    )
     sizes = run.report["size_bytes"]
     assert run.code == 0 and sizes["quantized_file"] > sizes["float_file"], run.text
     assert "the quantized file is LARGER than the float one" in run.text

@@ -69,7 +69,9 @@ def test_a_free_quality_is_compared_the_right_way_up(jobs, compared, tmp_path, t
     name, unit, higher = CASES[task]
     runs = jobs(task)
     sign = 1 if higher else -1
-    assert sign * quality_of(runs["int8"], name) > sign * quality_of(runs["int2"], name)
+    assert sign * quality_of(runs["int8"], name) > sign * quality_of(
+        runs["int2"], name
+    )
 
     shown = f"{quality_of(runs['int8'], name):.4g}"
     assert re.search(
@@ -81,7 +83,9 @@ def test_a_free_quality_is_compared_the_right_way_up(jobs, compared, tmp_path, t
         kind: tmp_path / f"{kind}.png"
         for kind in ("csv", "json", "html", "plot", "markdown")
     }
-    files = [text for kind, path in paths.items() for text in (f"--{kind}", str(path))]
+    files = [
+        text for kind, path in paths.items() for text in (f"--{kind}", str(path))
+    ]
     code, out, err = compared(tmp_path, *files)
     assert (code, err) == (0, "")
     assert rows_of(out) == ["float", "int8", "int2"]
@@ -131,7 +135,9 @@ def test_a_free_quality_is_compared_the_right_way_up(jobs, compared, tmp_path, t
     )
     (section,) = json.loads(data[1])["sections"]
     assert section["quality"] == {"name": name, "unit": unit, "higher": higher}
-    assert section["rows"][0]["front"] and f"by {name}" in paths["markdown"].read_text()
+    assert (
+        section["rows"][0]["front"] and f"by {name}" in paths["markdown"].read_text()
+    )
     assert paths["plot"].read_bytes().startswith(b"\x89PNG")
 
 
@@ -182,7 +188,9 @@ def test_a_sweeps_objective_and_its_tensorboard_take_it(job):
         **{"hidden": 32},
     )
     assert run.code == 0, run.text
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (
+        EventAccumulator,
+    )
 
     events = EventAccumulator(str(run.run_dir)).Reload()
     (point,) = events.Scalars("psnr/quantized")

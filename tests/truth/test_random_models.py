@@ -37,7 +37,9 @@ def check(job, seed):
         fake, int8 = run.loss("fake"), run.loss("quantized")
         assert abs(int8 - fake) <= MAX_LOSS_GAP * fake
         return "passed"
-    anyway = job("random_net.RandomNet", *overrides, "truth.on_failure=warn", seed=seed)
+    anyway = job(
+        "random_net.RandomNet", *overrides, "truth.on_failure=warn", seed=seed
+    )
     if anyway.code:  # no failure of the gate: something is not there, and named
         assert "model: layer" in run.text or "model: forward" in run.text, run.text
         return "refused by name"

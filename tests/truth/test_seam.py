@@ -44,7 +44,10 @@ def test_an_observer_and_a_transform_go_by_the_names_of_their_files(job, tmp_pat
     for name, text in files.items():
         (tmp_path / "own" / name).parent.mkdir(parents=True)
         (tmp_path / "own" / name).write_text(text)
-    names = ["quant.activation.observer=own", "quant.transforms=[gentle,correct_bias]"]
+    names = [
+        "quant.activation.observer=own",
+        "quant.transforms=[gentle,correct_bias]",
+    ]
     run = job("mlp", "--config-dir", str(tmp_path / "own"), "model.hidden=8", *names)
     assert run.code == 0, run.text
     assert run.report["quant"]["activation"]["observer"] == "three_sigma"
@@ -99,7 +102,9 @@ def test_what_none_of_them_is_hears_what_is_allowed(job):
     run = job("mlp", "quant=weight_only", "export=[torch_export]")
     assert run.code == 1 and "use quant=ptq or qat" in run.text
     run = job("mlp", "quant.engine={_target_: torch.nn.ReLU}")
-    assert run.code == 1 and "quant.engine" in run.text and "Traceback" not in run.text
+    assert (
+        run.code == 1 and "quant.engine" in run.text and "Traceback" not in run.text
+    )
 
 
 def test_the_reference_runs_activations_of_four_bits(job):

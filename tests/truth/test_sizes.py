@@ -14,8 +14,17 @@ SIZES = [
     "data.context=32",
     "data.test_fraction=0.001",
 ]
-TEXT = ["task=language_modeling", "data=shakespeare", "model.vocab_size=20000", *SIZES]
-INT4 = ["quant=weight_only_int4", "quant.weight.group_size=128", "quant.embedding=int4"]
+TEXT = [
+    "task=language_modeling",
+    "data=shakespeare",
+    "model.vocab_size=20000",
+    *SIZES,
+]
+INT4 = [
+    "quant=weight_only_int4",
+    "quant.weight.group_size=128",
+    "quant.embedding=int4",
+]
 
 LOAD = """
 import resource, sys
@@ -52,7 +61,9 @@ def test_what_is_made_without_values_is_what_was_scored(job, method):
         "threads=1",
     ]
     samples = (
-        ["quant.samples=64", "calib_batches=2"] if method in ("gptq", "quarot") else []
+        ["quant.samples=64", "calib_batches=2"]
+        if method in ("gptq", "quarot")
+        else []
     )
     run = job("gpt2_nano", *settings, "model.n_layer=1", f"quant={method}", *samples)
     assert run.code == 0, run.text

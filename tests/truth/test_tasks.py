@@ -93,7 +93,9 @@ def test_a_task_is_learned_quantized_and_tested_in_pairs(
     )
     assert not compare.main()
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
-    assert all(0 <= row["difference_p"] <= 1 for row in rows if row["method"] != "none")
+    assert all(
+        0 <= row["difference_p"] <= 1 for row in rows if row["method"] != "none"
+    )
 
 
 def test_the_readme_has_that_task_in_twenty_lines():
@@ -170,4 +172,6 @@ def test_top5_and_balanced_accuracy_are_reported_and_can_be_objectives(job):
 )
 def test_what_does_not_fit_together(job, overrides, words):
     run = job("mlp", *overrides)
-    assert run.code == 1 and words in run.text and "Traceback" not in run.text, run.text
+    assert run.code == 1 and words in run.text and "Traceback" not in run.text, (
+        run.text
+    )

@@ -35,7 +35,11 @@ def texts(tmp_path):
             ("gpt2_nano", "shakespeare"),
             "data=shakespeare task=language_modeling",
         ),
-        (["model=gpt2_nano", *SMALL], ("gpt2_nano", "text"), "task=language_modeling"),
+        (
+            ["model=gpt2_nano", *SMALL],
+            ("gpt2_nano", "text"),
+            "task=language_modeling",
+        ),
         (SMALL, ("gpt2_nano", "text"), "model=gpt2_nano task=language_modeling"),
         (
             ["task=language_modeling"],
@@ -92,7 +96,9 @@ def test_texts_of_their_own_to_validate_and_test_on(job, texts):
     size = len(TEXTS["test.txt"])
     scored = run.report["metrics"]["float"]
     assert scored["count"] == size - 1
-    assert scored["bits_per_byte"] == pytest.approx(scored["loss"] / 0.6931471805599453)
+    assert scored["bits_per_byte"] == pytest.approx(
+        scored["loss"] / 0.6931471805599453
+    )
     other = job(
         "gpt2_nano", *SMALL, *TINY, *QUICK, "quant=none", "data.test_path=val.txt"
     )

@@ -31,7 +31,11 @@ def test_a_forward_that_changes_its_input_leaves_persistent_batches_alone(job, q
     """They are the same tensors in each epoch: changed each time they would drift away."""
     settings = [f"quant={quant}", "trainer.epochs=3", "trainer.max_steps=null"]
     runs = [
-        job("nets.ChangesItsInput", *settings, f"data._target_=datasets.{kind}_batches")
+        job(
+            "nets.ChangesItsInput",
+            *settings,
+            f"data._target_=datasets.{kind}_batches",
+        )
         for kind in ("fresh", "kept")
     ]
     assert [run.code for run in runs] == [0, 0], runs[1].text

@@ -33,7 +33,9 @@ def trace(tmp_path, monkeypatch):
     folder = tmp_path / "gadgets"
     folder.mkdir()
     torch.save(Touch(folder / "trace"), folder / "evil.pt")
-    np.save(folder / "evil.npy", np.array([Touch(folder / "trace")]), allow_pickle=True)
+    np.save(
+        folder / "evil.npy", np.array([Touch(folder / "trace")]), allow_pickle=True
+    )
     (folder / "hubconf.py").write_text(
         f"import os\nos.mkdir({str(folder / 'trace')!r})\ndef net(): pass\n"
     )
@@ -202,7 +204,10 @@ def test_interpolations_are_refused_by_name(run_dir, command, monkeypatch, value
     [
         {"_target_": "torch.nn.Linear", "in_features": 4, "out_features": 2},
         {"_target_": "torch.nn.modules.container.Sequential"},
-        {"_target_": "torchvision.models.quantization.mobilenet_v2", "num_classes": 3},
+        {
+            "_target_": "torchvision.models.quantization.mobilenet_v2",
+            "num_classes": 3,
+        },
         {"_target_": "torchvision.models.quantization.googlenet", "num_classes": 3},
         {"_target_": "torchvision.models.resnet18", "num_classes": 3},
     ],
@@ -225,7 +230,9 @@ def users_run(job):
     return outcome.run_dir
 
 
-def test_a_users_own_package_must_be_trusted(users_run, monkeypatch, tmp_path, capsys):
+def test_a_users_own_package_must_be_trusted(
+    users_run, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("QTRAIN_TEST_TRACE", str(tmp_path / "imported"))
     sys.modules.pop("harmless")
     with pytest.raises(ValueError) as caught:
@@ -242,7 +249,15 @@ def test_a_users_own_package_must_be_trusted(users_run, monkeypatch, tmp_path, c
     expected = qtrain.load(users_run, trust=["harmless"])(inputs)
     assert (tmp_path / "imported").exists() and expected.std() > 0
     bench.main(
-        [str(users_run), "--repeats", "1", "--batch-sizes", "1", "--trust", "harmless"]
+        [
+            str(users_run),
+            "--repeats",
+            "1",
+            "--batch-sizes",
+            "1",
+            "--trust",
+            "harmless",
+        ]
     )
     assert users_run.name in capsys.readouterr().out
     with pytest.raises(SystemExit, match="generates no text"):  # it was loaded

@@ -66,11 +66,20 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
             ["+measure.rounds=3"],
             "measure.rounds=3: there is no such key; allowed are batch_sizes, warmup, repeats",
         ),
-        (["threads=1000000"], "threads=1000000: must be a whole number from 1 to 1024"),
+        (
+            ["threads=1000000"],
+            "threads=1000000: must be a whole number from 1 to 1024",
+        ),
         (["device=cpu:7"], "device=cpu:7: not usable here; allowed are auto"),
-        (["float_cache=''"], "float_cache=: must be a text that is not empty, or null"),
+        (
+            ["float_cache=''"],
+            "float_cache=: must be a text that is not empty, or null",
+        ),
         (["name=${nope}"], "name=${nope}: Interpolation key 'nope' not found"),
-        (["data.std=${nope}"], "data.std=${nope}: Interpolation key 'nope' not found"),
+        (
+            ["data.std=${nope}"],
+            "data.std=${nope}: Interpolation key 'nope' not found",
+        ),
         (
             ["quant.layers={linear1:{bit:4}}"],
             "quant.layers.linear1.bit=4: a mapping without a method has bits, gran",
@@ -87,7 +96,10 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
             ["model=resnet18", "data.batch_size=1"],
             "data.batch_size: batch-norm cannot train on a batch of one sample",
         ),
-        (["data.size=4"], "data.size=4: must be a whole number from 8 to 512, or null"),
+        (
+            ["data.size=4"],
+            "data.size=4: must be a whole number from 8 to 512, or null",
+        ),
         (["seed=[1]"], "seed=[1]: must be a whole number"),
         (["model_transform=[1]"], "model_transform=[1]: must be a mapping"),
         (
@@ -117,7 +129,10 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
             ["~quant.activation.observer._target_"],
             "quant.activation.observer._target_: is missing",
         ),
-        ([f"checkpoint={'x' * 300}"], f"checkpoint={'x' * 300}: there is no such file"),
+        (
+            [f"checkpoint={'x' * 300}"],
+            f"checkpoint={'x' * 300}: there is no such file",
+        ),
         (["quant.weight=8"], "quant.weight=8: must be a mapping"),
     ],
     ids=str,
@@ -136,7 +151,8 @@ def test_no_message_shows_the_settings_of_a_parent(job):
     outcome = job("mlp", "quant=qat", "+quant.optimizer.amsgard=true")
     line = outcome.text.partition("qtrain: error: ")[2]
     assert (
-        "quant.optimizer.amsgard=True" in line and "quant.optimizer.engine" not in line
+        "quant.optimizer.amsgard=True" in line
+        and "quant.optimizer.engine" not in line
     )
 
 
@@ -175,9 +191,9 @@ def test_the_largest_seed_runs(job):
 def test_a_test_set_of_one_sample_has_no_standard_error(job):
     outcome = job("mlp", *SMALL, "+data.train=40", "+data.test=1")
     assert outcome.code == 0, outcome.text
-    assert outcome.report["difference"]["standard_error"] is None and outcome.accuracy(
-        "float"
-    ) in (
+    assert outcome.report["difference"][
+        "standard_error"
+    ] is None and outcome.accuracy("float") in (
         0,
         1,
     )
@@ -293,7 +309,10 @@ def test_the_command_listens_before_it_imports_what_takes_time():
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     told = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     # Of 80 that the command itself imports, before Hydra and torch.
     assert int(told.stdout) <= 8, told.stderr

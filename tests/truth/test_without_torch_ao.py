@@ -88,7 +88,9 @@ def test_the_default_job_runs_is_saved_and_loaded(quant, python, tmp_path):
     )
     assert report["truth"]["fake_vs_quantized"]["max_steps"] < 0.5
     metrics = report["metrics"]
-    assert abs(metrics["fake"]["accuracy"] - metrics["quantized"]["accuracy"]) <= 0.001
+    assert (
+        abs(metrics["fake"]["accuracy"] - metrics["quantized"]["accuracy"]) <= 0.001
+    )
     run = tmp_path / "run"
     python("-c", LOAD, str(run), str(tmp_path / "output.pt"))
     # And here, where torch.ao is.

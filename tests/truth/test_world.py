@@ -13,7 +13,10 @@ from qtrain.common.network import answers
 @pytest.mark.parametrize("logger", ["none", "tensorboard"])
 def test_the_folder_of_a_run_is_deleted(job, tmp_path, logger):
     outcome = job(
-        "vandal.Vandal", f"logger={logger}", what="delete", path=str(tmp_path / "run0")
+        "vandal.Vandal",
+        f"logger={logger}",
+        what="delete",
+        path=str(tmp_path / "run0"),
     )
     assert (
         outcome.code == 1
@@ -28,7 +31,9 @@ def test_the_float_cache_is_deleted(job, tmp_path):
     outcome = job(
         "vandal.Vandal", f"float_cache={cache}", what="delete", path=str(cache)
     )
-    assert outcome.code == 1 and f"qtrain: error: float_cache={cache}: " in outcome.text
+    assert (
+        outcome.code == 1 and f"qtrain: error: float_cache={cache}: " in outcome.text
+    )
     assert "Traceback" not in outcome.text
 
 

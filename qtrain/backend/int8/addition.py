@@ -1,8 +1,8 @@
 """Sums of integers of different scales.
 
-oneDNN's own kernel for it, `qadd`, takes integers from 128 on for negative ones (torch
-2.14.1), and does not see two orders of memory. Its convolutions add right, and 1 is a
-weight like others.
+oneDNN's own kernel for it, `qadd`, takes integers from 128 on for negative ones
+(torch 2.14.1), and does not see two orders of memory. Its convolutions add right, and
+1 is a weight like others.
 """
 
 from functools import cache

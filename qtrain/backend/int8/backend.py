@@ -105,7 +105,9 @@ class Int8(Backend):
     def lower(self, simulation: Simulation) -> nn.Module:
         return lower(simulation)
 
-    def lower_dynamic(self, model: nn.Module, specs: dict[str, QuantSpec]) -> nn.Module:
+    def lower_dynamic(
+        self, model: nn.Module, specs: dict[str, QuantSpec]
+    ) -> nn.Module:
         return quantize_dynamic(model, specs)
 
 
@@ -115,6 +117,8 @@ def _fitted(layer: LayerPlan) -> LayerPlan:
     Its scales are those of its inputs' channels, which the sums no longer tell apart.
     """
     weight = layer.weight
-    if not layer.kind.startswith("ConvTranspose") or not isinstance(weight, QuantSpec):
+    if not layer.kind.startswith("ConvTranspose") or not isinstance(
+        weight, QuantSpec
+    ):
         return layer
     return replace(layer, weight=replace(weight, granularity="per_tensor"))

@@ -84,7 +84,7 @@ def padded(layer: Any, x: Tensor, zero_point: int) -> Tensor:
 def _is_padded_before(layer: Any) -> bool:
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return True
-    # Where a window lies in the padding alone, grouped kernels read memory that nobody
-    # has written (torch 2.14.1, one input channel a group).
+    # Where a window lies in the padding alone, grouped kernels read memory that
+    # nobody has written (torch 2.14.1, one input channel a group).
     settings = zip(layer.padding, layer.kernel_size, layer.dilation, strict=True)
     return any(padding > wide * (kernel - 1) for padding, kernel, wide in settings)

@@ -18,7 +18,7 @@ from qtrain.common.copying import copy_model
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.simulation import integers
+from qtrain.simulate.points import integers
 
 
 @torch.no_grad()
@@ -49,7 +49,9 @@ class DynamicLinear(nn.Module):
         super().__init__()
         weight = layer.weight.detach()
         observer = make_observer(spec, signed=True)
-        point = FakeQuantize(observer, memoryless=True, observing=True, quantizing=True)
+        point = FakeQuantize(
+            observer, memoryless=True, observing=True, quantizing=True
+        )
         point(weight)
         scale, _ = point.calculate_qparams()
         self.register_buffer("integers", integers(point, weight).to(torch.int8))

@@ -63,7 +63,9 @@ class Table(Scaled):
         key = scale, zero_point, str(device)
         found = self._tables.get(key)
         if found is None:
-            every = QuantizedTensor(torch.arange(256, device=device), scale, zero_point)
+            every = QuantizedTensor(
+                torch.arange(256, device=device), scale, zero_point
+            )
             found = self.quantized(self.layer(every.dequantize())).integers
             if not is_compiling():  # a tracer's tensors hold no numbers
                 self._tables[key] = found

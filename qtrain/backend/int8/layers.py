@@ -13,7 +13,7 @@ from qtrain.backend.int8.reference import requantized
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.int8.tensor import QuantizedTensor, note
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.simulation import integers
+from qtrain.simulate.points import integers
 from qtrain.simulate.sites import QuantWeighted
 
 # In state dicts of its int8 layers
@@ -134,7 +134,9 @@ class IntLayer(Scaled):
             # Its scale is that of the last forward, and the weight may have moved.
             site.weight_q(weight)
         scale, _ = site.weight_q.calculate_qparams()
-        self.register_buffer("integers", integers(site.weight_q, weight).to(torch.int8))
+        self.register_buffer(
+            "integers", integers(site.weight_q, weight).to(torch.int8)
+        )
         self.register_buffer("weight_scale", scale.detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.layer = site.layer  # without parameters: it says what is done with them
@@ -173,7 +175,13 @@ class IntLayer(Scaled):
         return made[1]
 
     def _made(self) -> Product:
-        settings = (self.integers, self.weight_scale, self.bias, self.relu, self.output)
+        settings = (
+            self.integers,
+            self.weight_scale,
+            self.bias,
+            self.relu,
+            self.output,
+        )
         return Product(self.layer, *settings)
 
     def forget(self) -> None:

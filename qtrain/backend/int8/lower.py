@@ -59,6 +59,4 @@ def _lowered(site: Any, reason: str | None) -> nn.Module:
 
 def why_float(layer: nn.Module) -> str:
     """Returns why a layer runs in float."""
-    return (
-        f"there is no {getattr(layer, 'kind', '') or type(layer).__name__} on integers"
-    )
+    return f"there is no {getattr(layer, 'kind', '') or type(layer).__name__} on integers"

@@ -117,7 +117,9 @@ def _query(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 def _move(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     found = func(x.integers, *map(_integers, args), **kwargs)
     return (
-        x.holding(found) if isinstance(found, Tensor) else tuple(map(x.holding, found))
+        x.holding(found)
+        if isinstance(found, Tensor)
+        else tuple(map(x.holding, found))
     )
 
 
@@ -150,7 +152,9 @@ def _join(func: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
     return first.holding(func([x.integers for x in tensors], *args, **kwargs))
 
 
-def _pad(func: Any, x: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
+def _pad(
+    func: Any, x: Any, pad: Any, mode: str = "constant", value: Any = None
+) -> Any:
     if mode == "constant":
         return x.holding(func(x.integers, pad, mode, x.to_integer(value or 0.0)))
     return x.holding(as_bytes(func(x.integers.to(torch.float32), pad, mode)))

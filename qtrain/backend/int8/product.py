@@ -11,7 +11,7 @@ from qtrain.backend.int8 import convolution, linear
 from qtrain.backend.int8.reference import requantized, scaled_sums
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.machine import multiplies, saturates
-from qtrain.simulate.sites import product
+from qtrain.simulate.product import product
 
 SAFE = 127  # the largest activation for which no pair of products leaves 16 bits
 
@@ -92,7 +92,9 @@ class Product:
     def exactly(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
         """Returns what kernels must come to."""
         settings = (self.weight, self.scale, self.bias)
-        return self._finished(scaled_sums(self.layer, x, scale, zero_point, *settings))
+        return self._finished(
+            scaled_sums(self.layer, x, scale, zero_point, *settings)
+        )
 
     def in_float(self, x: Tensor, weight: Tensor) -> Tensor:
         """Returns the output for floats, which no layer before has quantized."""

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.compiler import is_compiling
 
-from qtrain.backend.int8.elementwise import IntFunctional, Table, look_up
+from qtrain.backend.int8.elementwise import Table, look_up
 from qtrain.backend.int8.layers import Dequantize, IntLayer, Quantize, Scaled
 from qtrain.backend.int8.operations import MOVES
 from qtrain.backend.int8.pooling import max_pool
 from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.tensor import QuantizedTensor
+from qtrain.backend.int8.trace import Tracer
 
 CONTAINERS = (list, tuple, dict, slice)  # in which a call's arguments may lie
 Step = tuple[Callable[..., Any], tuple[int, ...], int, tuple[int, ...]]
@@ -76,7 +77,9 @@ class Program:
                 continue
             slots[node] = len(steps) + len(example)
             steps.append((call, sources, slots[node]))
-        last = {slot: i for i, (_, sources, _) in enumerate(steps) for slot in sources}
+        last = {
+            slot: i for i, (_, sources, _) in enumerate(steps) for slot in sources
+        }
         self.steps: list[Step] = []
         for i, (call, sources, target) in enumerate(steps):
             dead = tuple(slot for slot in set(sources) if last[slot] == i)
@@ -191,7 +194,9 @@ class Program:
         method = getattr(Tensor, str(name))
         return lambda integers: method(integers, *rest)
 
-    def _wrapped(self, node: fx.Node, values: dict[fx.Node, Any]) -> Callable[..., Any]:
+    def _wrapped(
+        self, node: fx.Node, values: dict[fx.Node, Any]
+    ) -> Callable[..., Any]:
         """Returns a call in which integers know their scale, and are plain before and behind."""
         call = self._call(node)
         inputs = node.all_input_nodes
@@ -205,7 +210,9 @@ class Program:
         is_flat = not node.kwargs and not any(
             isinstance(x, CONTAINERS) for x in node.args
         )
-        places = [inputs.index(x) if isinstance(x, fx.Node) else -1 for x in node.args]
+        places = [
+            inputs.index(x) if isinstance(x, fx.Node) else -1 for x in node.args
+        ]
 
         def step(*plain: Any) -> Any:
             known = [
@@ -236,37 +243,6 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
-class Tracer(fx.Tracer):
-    """Follows a forward; layers of torch's and of backends are single calls."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        is_ours = type(m).__module__.startswith("qtrain.backend.")
-        return is_ours or super().is_leaf_module(m, module_qualified_name)
-
-    def getattr(
-        self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]
-    ) -> Any:
-        if isinstance(attr_val, IntFunctional):
-            return _Methods(self, attr_val)
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
-
-class _Methods:
-    """Stands for an IntFunctional while a forward is followed: its methods are single calls."""
-
-    def __init__(self, tracer: fx.Tracer, functional: IntFunctional) -> None:
-        self.tracer = tracer
-        self.functional = functional
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self.functional, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self.tracer.create_proxy("call_function", method, args, kwargs)
-
-        return call
-
-
 def _module_on_integers(
     module: nn.Module, x: QuantizedTensor
 ) -> Callable[..., Any] | None:
@@ -276,7 +252,9 @@ def _module_on_integers(
     if isinstance(module, Table):
         return partial(look_up, module.table(scale, zero_point, x.device))
     if isinstance(module, Dequantize):
-        return lambda integers: integers.to(torch.float32).sub_(zero_point).mul_(scale)
+        return lambda integers: (
+            integers.to(torch.float32).sub_(zero_point).mul_(scale)
+        )
     if isinstance(module, nn.Identity | nn.Dropout):
         return same
     if type(module) is nn.MaxPool2d:

@@ -14,8 +14,8 @@ FEW = 1 << 14
 def quantized(x: Tensor, to: Scale) -> Tensor:
     """Returns the integers of floats, uint8; images in the order of memory of convolutions.
 
-    While torch has quantized tensors, its kernel does in one pass what else takes six,
-    and comes to the same (1.2 million numbers: 0.4 ms, and 1.5).
+    While torch has quantized tensors, its kernel does in one pass what else takes
+    six, and comes to the same (1.2 million numbers: 0.4 ms, and 1.5).
     """
     is_plain = (
         x.is_cpu and x.dtype == torch.float32 and to.is_full and not is_compiling()

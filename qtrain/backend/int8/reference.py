@@ -1,6 +1,7 @@
 """What kernels must come to, exactly: the oracle of tests, and what runs where there is no kernel.
 
-Sums of integers are exact in float32 below 2^24, in float64 below 2^53, on any machine.
+Sums of integers are exact in float32 below 2^24, in float64 below 2^53, on any
+machine.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.simulate.sites import product
+from qtrain.simulate.product import product
 
 EXACT = 2**24  # the integers below it are floats
 

@@ -15,9 +15,9 @@ from qtrain.backend.int8.program import Program
 class Straight:
     """The forward of a lowered model: the model's own, or the same as one list of calls.
 
-    The model's own runs with hooks, whoever watches must see its layers; in train mode;
-    in a tracer; and where its forward cannot be followed, or the first call shows a
-    difference.
+    The model's own runs with hooks, whoever watches must see its layers; in train
+    mode; in a tracer; and where its forward cannot be followed, or the first call
+    shows a difference.
 
     Args:
         model: of int8 layers; its class has the forward.

@@ -1,8 +1,8 @@
 """What travels between the layers of a lowered model: integers that know their scale.
 
-A user's forward handles it as a tensor. What moves numbers, or keeps their order, works
-on the integers; what averages them rounds to the same scale; all else gets floats, and
-says so (`note`).
+A user's forward handles it as a tensor. What moves numbers, or keeps their order,
+works on the integers; what averages them rounds to the same scale; all else gets
+floats, and says so (`note`).
 """
 
 from collections.abc import Callable, Iterator

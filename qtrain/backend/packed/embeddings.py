@@ -11,7 +11,12 @@ from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import choice
 from qtrain.functional.spec import FloatFormat, QuantSpec
 
-GROUPS = (128, 64, 32)  # the first that divides a row; one scale a row where none does
+# The first that divides a row; one scale a row where none does
+GROUPS = (
+    128,
+    64,
+    32,
+)
 EMBEDDINGS = ("float", "fp16", "int8", "int4")
 HEADS = ("shared", "separate", "float")
 
@@ -29,7 +34,9 @@ def tied_heads(model: nn.Module) -> dict[str, str]:
         if type(m) is nn.Embedding
     }
     linears = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
-    return {name: tables[id(m.weight)] for name, m in linears if id(m.weight) in tables}
+    return {
+        name: tables[id(m.weight)] for name, m in linears if id(m.weight) in tables
+    }
 
 
 def formats(
@@ -56,7 +63,9 @@ def formats(
     found: dict[str, PackedFormat | None] = {}
     if embedding != "float":
         tables = [
-            name for name, layer in model.named_modules() if type(layer) is nn.Embedding
+            name
+            for name, layer in model.named_modules()
+            if type(layer) is nn.Embedding
         ]
         found = {
             name: _of_table(embedding, model.get_submodule(name))
@@ -76,7 +85,9 @@ def _of_table(embedding: str, table: Any) -> PackedFormat:
     if embedding == "fp16":
         return PackedFormat("fp16", FloatFormat("float16"), key="embedding: ")
     bits = int(embedding.removeprefix("int"))
-    groups = [size for size in GROUPS if table.embedding_dim % size == 0 and bits == 4]
+    groups = [
+        size for size in GROUPS if table.embedding_dim % size == 0 and bits == 4
+    ]
     spec = QuantSpec(
         bits=bits,
         symmetric=True,

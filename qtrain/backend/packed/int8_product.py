@@ -21,8 +21,8 @@ from torch import Tensor
 from qtrain.backend.torch_ao.binding import use_engine
 from qtrain.common.torch_parts import has_torch_ao
 
-# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a sign
-# it falls back to plain loops.
+# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a
+# sign it falls back to plain loops.
 HAS_ONEDNN = (
     torch.cpu._is_vnni_supported()
     and "onednn" in torch.backends.quantized.supported_engines
@@ -98,7 +98,9 @@ class Int8Product:
             parts = _unsigned(
                 torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.fbgemm
             )
-            return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(step)
+            return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(
+                step
+            )
         if not self.has_onednn and not _has_gpu_kernel(x, self.integers):
             return (x @ self.integers.float().T).mul_(self.scale)
         step = row_magnitudes(x).div_(127)
@@ -131,8 +133,8 @@ class Int8Product:
                 "",
             )
         if self.has_fbgemm and len(x) <= FEW_ROWS:
-            # The kernel cuts off below 0: what it multiplies is the positive part of x
-            # and its negative part.
+            # The kernel cuts off below 0: what it multiplies is the positive part of
+            # x and its negative part.
             parts = _unsigned(torch.cat([x, -x]), 0, self.fbgemm)
             return parts[: len(x)] - parts[len(x) :]
         if _has_gpu_kernel(x, self.integers):

@@ -1,7 +1,7 @@
 """LLM.int8(): 8-bit matrix multiplication in which outlier features stay float.
 
-T. Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale",
-arXiv:2208.07339, section 3.
+T. Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at
+Scale", arXiv:2208.07339, section 3.
 """
 
 import torch
@@ -14,9 +14,9 @@ from qtrain.backend.packed.weight import IntegerWeight
 class LLMInt8Linear(nn.Module):
     """y = x @ weight.T + bias, both in int8 with one scale a row, save for x's columns of outliers.
 
-    A column is an outlier where any of its values is at least `threshold` in magnitude.
-    These columns are multiplied in x's own precision with the dequantized weight; only
-    the others set the scale of x's rows.
+    A column is an outlier where any of its values is at least `threshold` in
+    magnitude. These columns are multiplied in x's own precision with the dequantized
+    weight; only the others set the scale of x's rows.
 
     Args:
         weight: 8 bits, symmetric, per channel, (N, K).
@@ -27,7 +27,10 @@ class LLMInt8Linear(nn.Module):
     """
 
     def __init__(
-        self, weight: IntegerWeight, bias: nn.Parameter | None, threshold: float | None
+        self,
+        weight: IntegerWeight,
+        bias: nn.Parameter | None,
+        threshold: float | None,
     ) -> None:
         super().__init__()
         self.weight, self.bias, self.threshold = weight, bias, threshold
@@ -45,10 +48,14 @@ class LLMInt8Linear(nn.Module):
         if self.threshold is not None and not largest.max() < self.threshold:
             outliers = self.outlier_columns(rows)
             # (outliers, N)
-            columns = self.weight.data.T.index_select(0, outliers) * self.weight.scale.T
+            columns = (
+                self.weight.data.T.index_select(0, outliers) * self.weight.scale.T
+            )
             inputs = rows.index_select(1, outliers)
             bias = (
-                inputs @ columns if bias is None else torch.addmm(bias, inputs, columns)
+                inputs @ columns
+                if bias is None
+                else torch.addmm(bias, inputs, columns)
             )
             rows = rows.index_fill(1, outliers, 0)
             largest = row_magnitudes(rows)

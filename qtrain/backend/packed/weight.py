@@ -196,7 +196,9 @@ class IntegerWeight(nn.Module):
         ):
             scale = scale.float().expand(len(self.data), groups)
             if zero_point is None:
-                return Int4Product(self.int_repr() + 8, scale, torch.zeros_like(scale))
+                return Int4Product(
+                    self.int_repr() + 8, scale, torch.zeros_like(scale)
+                )
             # In the middle of the codes too: offsets stay small
             middle = 2 ** (self.bits - 1)
             codes = self.int_repr() + (8 - middle)

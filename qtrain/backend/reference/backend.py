@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from qtrain.backend.base import Backend, FloatIsland
 from qtrain.common.copying import copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.simulation import Simulation, integers
+from qtrain.simulate.points import integers
+from qtrain.simulate.product import product
+from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.sites import (
     Functional,
     QuantFunctional,
@@ -19,7 +21,6 @@ from qtrain.simulate.sites import (
     QuantOutput,
     QuantWeighted,
     Site,
-    product,
 )
 
 
@@ -103,7 +104,9 @@ class RestoredLayer(nn.Module):
             site.weight_q(weight)
         scale, zero_point = site.weight_q.calculate_qparams()
         self.axis = site.weight_q.ch_axis if site.weight_q.is_per_channel else None
-        self.register_buffer("integers", integers(site.weight_q, weight).to(torch.int8))
+        self.register_buffer(
+            "integers", integers(site.weight_q, weight).to(torch.int8)
+        )
         self.register_buffer("weight_scale", scale.detach().clone())
         self.register_buffer("weight_zero_point", zero_point.detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())

@@ -1,11 +1,11 @@
 """torch's eager mode: engines, observers, fusion, int8 modules. The only importer of torch.ao.
 
-Where torch.ao is gone there are no engines and no observers of its own here; stubs and
-fusion are ours then.
+Where torch.ao is gone there are no engines and no observers of its own here; stubs
+and fusion are ours then.
 
 torch marks its eager mode as deprecated, yet ships it in every release that
-pyproject.toml admits. Its deprecation warnings are silenced here, exactly, and nowhere
-else: a user of qtrain can do nothing about them.
+pyproject.toml admits. Its deprecation warnings are silenced here, exactly, and
+nowhere else: a user of qtrain can do nothing about them.
 """
 
 import copy

@@ -58,8 +58,8 @@ class _Bound:
 def bind_engine(model: nn.Module, name: str) -> nn.Module:
     """Returns `model`, changed in place to run, and load state dicts, under the engine `name`.
 
-    Some kernels (add, pooling) look at the global engine when they run, and weights are
-    packed for it when they load.
+    Some kernels (add, pooling) look at the global engine when they run, and weights
+    are packed for it when they load.
     """
     bound = _Bound(model, name)
     model.register_forward_pre_hook(bound.enter)

@@ -47,7 +47,11 @@ def _call(module: Any) -> Callable[..., Any]:
         return _dynamic_linear(module._packed_params._packed_params)
     if type(module) is nn.LayerNorm:
         return partial(
-            _layer_norm, module.normalized_shape, module.weight, module.bias, module.eps
+            _layer_norm,
+            module.normalized_shape,
+            module.weight,
+            module.bias,
+            module.eps,
         )
     return module.forward
 

@@ -31,4 +31,6 @@ def quantize_dynamic(
     copied = copy_model(model).cpu().eval()
     with warnings.catch_warnings(), use_engine(engine):
         warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)
-        return bind_engine(tq.quantize_dynamic(copied, qconfigs, inplace=True), engine)
+        return bind_engine(
+            tq.quantize_dynamic(copied, qconfigs, inplace=True), engine
+        )

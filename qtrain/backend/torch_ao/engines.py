@@ -21,8 +21,8 @@ class Engine(Backend):
     """One engine of torch's int8 kernels.
 
     Args:
-        conv_transpose: whether the kernels of transposed convolutions are right; others
-            compute garbage in silence.
+        conv_transpose: whether the kernels of transposed convolutions are right;
+            others compute garbage in silence.
     """
 
     least_activation_bits: int = 8
@@ -34,9 +34,7 @@ class Engine(Backend):
         here = [e for e in torch.backends.quantized.supported_engines if e in ENGINES]
         if self.name in here:
             return None
-        return (
-            f"not supported by torch on this machine; here there are {', '.join(here)}"
-        )
+        return f"not supported by torch on this machine; here there are {', '.join(here)}"
 
     def why_float(self, module: nn.Module) -> str | None:
         return without_kernel(module)
@@ -47,7 +45,9 @@ class Engine(Backend):
     def lower(self, simulation: Simulation) -> nn.Module:
         return lower(simulation, self.name)
 
-    def lower_dynamic(self, model: nn.Module, specs: dict[str, QuantSpec]) -> nn.Module:
+    def lower_dynamic(
+        self, model: nn.Module, specs: dict[str, QuantSpec]
+    ) -> nn.Module:
         return quantize_dynamic(model, specs, self.name)
 
 

@@ -94,7 +94,8 @@ def fuse_by_itself(model: nn.Module, *, is_qat: bool) -> None:
     if fuse_model is not None:
         takes = inspect.signature(fuse_model).parameters.values()
         knows = any(
-            p.name == "is_qat" or p.kind is inspect.Parameter.VAR_KEYWORD for p in takes
+            p.name == "is_qat" or p.kind is inspect.Parameter.VAR_KEYWORD
+            for p in takes
         )
         try:
             fuse_model(is_qat=is_qat) if knows else fuse_model()

@@ -12,8 +12,8 @@ from qtrain.backend.torch_ao.binding import use_engine
 class _Contiguous:
     """Comes before a norm of torch's, whose kernel it hands contiguous input alone.
 
-    For channels-last input, which int8 convolutions put out, the kernels of torch 2.14
-    compute garbage once batch x groups is above C x H x W.
+    For channels-last input, which int8 convolutions put out, the kernels of torch
+    2.14 compute garbage once batch x groups is above C x H x W.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,8 +49,8 @@ def _holding(cls: Any) -> Any:
     """Returns torch's int8 convolution `cls`, made to be pickled and copied.
 
     torch's own forget what is nn.Module's when they are read back, and pack for the
-    engine of the day, under which a weight packed for another one may compute garbage.
-    `engine` is the one that it was packed for.
+    engine of the day, under which a weight packed for another one may compute
+    garbage. `engine` is the one that it was packed for.
     """
 
     def reduced(layer: Any, *_: Any) -> tuple[Any, ...]:

@@ -24,8 +24,8 @@ class KernelProbe(TorchDispatchMode):
     Args:
         model: the converted model.
         layer: returns the name of the layer that runs, "" for the model itself.
-        most_steps: what a join of tensors may be off, in quantization steps (root mean
-            square); requantizing alone costs 0.29.
+        most_steps: what a join of tensors may be off, in quantization steps (root
+            mean square); requantizing alone costs 0.29.
 
     Attributes:
         missing: the calls without a kernel, a line each, in the order of execution.
@@ -102,8 +102,8 @@ def _steps_apart(
     """Returns the root mean square difference in steps of `output`.
 
     Args:
-        before: scale and zero point that a tensor written into had. One written into as
-            a whole has the new ones now; of a slice, the tensor that it belongs to
+        before: scale and zero point that a tensor written into had. One written into
+            as a whole has the new ones now; of a slice, the tensor that it belongs to
             keeps the old ones.
     """
     with _disable_current_modes():
@@ -148,7 +148,10 @@ def _instead(func: Any, args: Any, kwargs: Any, has_quantized: bool) -> Any:
                 _quantize,
                 func(*tree_map(_dequantize, args), **tree_map(_dequantize, kwargs)),
             )
-        except (RuntimeError, NotImplementedError):  # the caller raises what came first
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # the caller raises what came first
             return None
         if (
             func._schema.is_mutable

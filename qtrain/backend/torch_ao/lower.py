@@ -13,7 +13,8 @@ from qtrain.backend.torch_ao.binding import bind_engine, use_engine
 from qtrain.backend.torch_ao.int8_layers import HOLDING, NORMS
 from qtrain.common.copying import copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.simulation import Simulation, integers
+from qtrain.simulate.points import integers
+from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.sites import (
     QuantFunctional,
     QuantInput,
@@ -23,9 +24,8 @@ from qtrain.simulate.sites import (
     Site,
 )
 
-Kernel = Callable[
-    [Any, float, int], nn.Module
-]  # of a float module, and its output's scale and zero point
+# Of a float module, and its output's scale and zero point
+Kernel = Callable[[Any, float, int], nn.Module]
 
 
 @torch.no_grad()
@@ -135,7 +135,9 @@ def quantized(point: FakeQuantize, weight: Tensor) -> Tensor:
         return torch._make_per_channel_quantized_tensor(
             found, scale.double(), zero_point.long(), point.ch_axis
         )
-    return torch._make_per_tensor_quantized_tensor(found, float(scale), int(zero_point))
+    return torch._make_per_tensor_quantized_tensor(
+        found, float(scale), int(zero_point)
+    )
 
 
 def _empty(site: QuantWeighted) -> Any:

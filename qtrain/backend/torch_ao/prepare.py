@@ -41,69 +41,12 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
         ValueError: a pattern matches no layer, or none on which its setting has an
             effect.
     """
-    stubs = {
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, QuantStub | DeQuantStub)
-    }
-    names = [name for name, _ in model.named_modules() if name and name not in stubs]
-    fused = {  # {part: the fused layer that it lies in}
-        f"{name}.{part}": name
-        for name, module in model.named_modules()
-        if is_fused(module)
-        for part, _ in module.named_modules()
-        if part
-    }
+    parts_of = _parts_of_fused(model)
     found: dict[str, Any] = {}
     for pattern, setting in layers.items():
-        if pattern in stubs:
-            raise ValueError(
-                f"quant.layers.{pattern}: is a stub, which is no layer; "
-                "name the layers behind it"
-            )
-        matches = [name for name in names if fnmatchcase(name, pattern)]
-        if not matches:
-            known = [
-                n
-                for n in names
-                if n not in fused
-                and not isinstance(model.get_submodule(n), nn.Identity)
-            ]
-            shown = known
-            if len(known) > 20:  # the likeliest to be meant
-                shown = get_close_matches(pattern, known, 10, 0.0) + [
-                    f"{len(known) - 10} more"
-                ]
-            raise ValueError(
-                f"quant.layers.{pattern}: matches no layer; "
-                f"the model has {', '.join(shown)}"
-            )
-        inner = [name for name in matches if name in fused]
-        if inner == matches:
-            raise ValueError(
-                f"quant.layers.{pattern}: "
-                f"is a part of the fused layer {fused[inner[0]]}; name that one"
-            )
-        matches = [name for name in matches if name not in fused]
-        parts = [
-            part for name in matches for part in model.get_submodule(name).modules()
-        ]
-        if all(isinstance(part, nn.Identity) for part in parts):
-            raise ValueError(
-                f"quant.layers.{pattern}: was fused into the layer before it; "
-                "name that one"
-            )
-        if setting is not None and not any(
-            isinstance(part, nn.Linear | _ConvNd) for part in parts
-        ):
-            raise ValueError(
-                f"quant.layers.{pattern}: "
-                "has no weights, so only float has an effect on it"
-            )
-        for name in matches:
-            found = {n: s for n, s in found.items() if not n.startswith(f"{name}.")} | {
-                name: setting
-            }
+        for name in _matched(model, pattern, parts_of, setting):
+            kept = {n: s for n, s in found.items() if not n.startswith(f"{name}.")}
+            found = kept | {name: setting}
     floats = [name for name, setting in found.items() if setting is None]
     for name, setting in found.items():
         outer = next((f for f in floats if name.startswith(f"{f}.")), None)
@@ -112,5 +55,76 @@ def match_layers(model: nn.Module, layers: dict[str, Any]) -> dict[str, Any]:
                 f"quant.layers: {name} lies inside {outer}, which is float"
             )
     return {
-        n: s for n, s in found.items() if not any(n.startswith(f"{f}.") for f in floats)
+        n: s
+        for n, s in found.items()
+        if not any(n.startswith(f"{f}.") for f in floats)
     }
+
+
+def _parts_of_fused(model: nn.Module) -> dict[str, str]:
+    """Returns {part: the fused layer that it lies in}."""
+    return {
+        f"{name}.{part}": name
+        for name, module in model.named_modules()
+        if is_fused(module)
+        for part, _ in module.named_modules()
+        if part
+    }
+
+
+def _matched(
+    model: nn.Module, pattern: str, parts_of: dict[str, str], setting: Any
+) -> list[str]:
+    """Returns the layers that a pattern names, if its setting has an effect on one."""
+    modules = dict(model.named_modules())
+    where = f"quant.layers.{pattern}"
+    if isinstance(modules.get(pattern), QuantStub | DeQuantStub):
+        raise ValueError(
+            f"{where}: is a stub, which is no layer; name the layers behind it"
+        )
+    names = [
+        name
+        for name, module in modules.items()
+        if name and not isinstance(module, QuantStub | DeQuantStub)
+    ]
+    matches = [name for name in names if fnmatchcase(name, pattern)]
+    if not matches:
+        raise ValueError(
+            f"{where}: matches no layer; "
+            f"the model has {_listed(pattern, names, modules, parts_of)}"
+        )
+    outer = [name for name in matches if name not in parts_of]
+    if not outer:
+        raise ValueError(
+            f"{where}: is a part of the fused layer {parts_of[matches[0]]}; "
+            "name that one"
+        )
+    parts = [part for name in outer for part in modules[name].modules()]
+    if all(isinstance(part, nn.Identity) for part in parts):
+        raise ValueError(
+            f"{where}: was fused into the layer before it; name that one"
+        )
+    has_weights = any(isinstance(part, nn.Linear | _ConvNd) for part in parts)
+    if setting is not None and not has_weights:
+        raise ValueError(
+            f"{where}: has no weights, so only float has an effect on it"
+        )
+    return outer
+
+
+def _listed(
+    pattern: str,
+    names: list[str],
+    modules: dict[str, nn.Module],
+    parts_of: dict[str, str],
+) -> str:
+    """Returns the layers that a pattern may name; of many, the likeliest to be meant."""
+    known = [
+        name
+        for name in names
+        if name not in parts_of and not isinstance(modules[name], nn.Identity)
+    ]
+    if len(known) > 20:
+        likely = get_close_matches(pattern, known, 10, 0.0)
+        return ", ".join([*likely, f"{len(known) - 10} more"])
+    return ", ".join(known)

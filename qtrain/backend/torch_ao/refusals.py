@@ -164,7 +164,11 @@ def refuse_silent_errors(
         is_float = any(
             name == outer or name.startswith(f"{outer}.") for outer in floats
         )
-        if is_float or isinstance(module, nn.Identity) or is_marked_float(model, name):
+        if (
+            is_float
+            or isinstance(module, nn.Identity)
+            or is_marked_float(model, name)
+        ):
             continue
         reason = _reason(module, plan.get(name), engine, conv_transpose)
         if reason is not None:

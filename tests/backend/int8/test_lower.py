@@ -16,7 +16,7 @@ from qtrain.analyze.layerwise import divergence, layer_outputs
 from qtrain.backend.int8.layers import IntLayer
 from qtrain.backend.int8.reference import scaled_sums
 from qtrain.backend.int8.tensor import QuantizedTensor
-from qtrain.simulate.simulation import integers, output_points, weight_points
+from qtrain.simulate.points import integers, output_points, weight_points
 
 
 def made(quantizer, model, x):

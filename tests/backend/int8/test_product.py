@@ -11,7 +11,7 @@ from qtrain.backend import machine
 from qtrain.backend.int8 import linear, product
 from qtrain.backend.int8.product import Product
 from qtrain.backend.int8.scale import Scale
-from qtrain.simulate.sites import product as float_product
+from qtrain.simulate.product import product as float_product
 
 # Of a step: how far float32 may be off a tie and still fall on its other side
 NEAR = 4e-3

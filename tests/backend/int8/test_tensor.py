@@ -112,7 +112,8 @@ def test_it_answers_as_a_tensor_does(x):
     assert x.numel() == 384 and x.device.type == "cpu" and not x.is_floating_point()
     assert is_tensor(x) and x.is_quantized and not isinstance(x, torch.Tensor)
     assert (
-        x.to(torch.float64).dtype == torch.float64 and x.float().dtype == torch.float32
+        x.to(torch.float64).dtype == torch.float64
+        and x.float().dtype == torch.float32
     )
     assert "QuantizedTensor" in repr(x)
     with pytest.raises(AttributeError):

@@ -61,7 +61,8 @@ def test_both_agree_to_the_rounding_of_bitsandbytes_output(rows, outliers, peers
     exact, ours, theirs = peers()
     x = inputs(rows, outliers)
     difference = relative(ours(x) - theirs(x), exact(x))
-    assert difference < 2**-9  # theirs has the 8 significant bits of bfloat16 on a CPU
+    # Theirs has the 8 significant bits of bfloat16 on a CPU
+    assert difference < 2**-9
     # Not merely two approximations of the same thing.
     assert difference < relative(ours(x) - exact(x), exact(x)) / 2
 

@@ -37,9 +37,8 @@ def integers(rows, columns=300):
 @pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
 def test_whole_products_are_exact(rows, make):
     a, b, scale = integers(rows), integers(11), torch.rand(11) + 0.5
-    steps = torch.tensor([0.5, 2.0, 0.25])[torch.arange(rows) % 3][
-        :, None
-    ]  # powers of 2: x itself is exact
+    # Powers of 2: x itself is exact
+    steps = torch.tensor([0.5, 2.0, 0.25])[torch.arange(rows) % 3][:, None]
     a[:, 0] = 127  # so that the step is the row's
     expected = (a.long() @ b.long().T).double() * steps * scale
     # Of a sum; float32 rounds by less than 2^-22 of it

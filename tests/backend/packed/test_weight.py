@@ -24,7 +24,8 @@ def by_hand(row, bits, symmetric, short):
     if symmetric:
         top = 2 ** (bits - 1) - (1 if bits > 2 else 0.5)
         scale, zero = rounded(max(map(abs, row)) / top), 0
-        low_integer, high_integer = -(2 ** (bits - 1)) + (bits > 2), 2 ** (bits - 1) - 1
+        low_integer = -(2 ** (bits - 1)) + (bits > 2)
+        high_integer = 2 ** (bits - 1) - 1
     else:
         low, high = min(row), max(row)
         scale = rounded((high - low) / (2**bits - 1))
@@ -139,7 +140,9 @@ KINDS = [
 @pytest.mark.parametrize("bits, symmetric, group", KINDS)
 def test_few_bits_are_multiplied_in_bfloat16(bits, symmetric, group, rows):
     granularity = "per_group" if group else "per_channel"
-    format = spec(bits, symmetric=symmetric, granularity=granularity, group_size=group)
+    format = spec(
+        bits, symmetric=symmetric, granularity=granularity, group_size=group
+    )
     # 21 is no multiple of 16
     compact = IntegerWeight(torch.randn(21, 256) + 0.3, format)
     assert isinstance(compact.product(), Int4Product)

@@ -35,7 +35,9 @@ def test_it_is_the_simulation_to_the_last_bit(model, images):
     granularity=st.sampled_from(["per_tensor", "per_channel"]),
     kind=st.sampled_from(["linear", "conv", "transposed", "grouped"]),
 )
-def test_weights_are_those_that_torch_would_restore(bits, symmetric, granularity, kind):
+def test_weights_are_those_that_torch_would_restore(
+    bits, symmetric, granularity, kind
+):
     torch.manual_seed(0)
     layer, shape = {
         "linear": (nn.Linear(6, 5), (4, 6)),
@@ -44,7 +46,10 @@ def test_weights_are_those_that_torch_would_restore(bits, symmetric, granularity
         "grouped": (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 6, 6)),
     }[kind]
     spec = QuantSpec(
-        bits=bits, symmetric=symmetric, granularity=granularity, observer=MinMaxObserver
+        bits=bits,
+        symmetric=symmetric,
+        granularity=granularity,
+        observer=MinMaxObserver,
     )
     net = nn.Sequential(qtrain.QuantStub(), layer, qtrain.DeQuantStub())
     _, found = lowered(net, torch.randn(shape), weight=spec)
@@ -53,7 +58,9 @@ def test_weights_are_those_that_torch_would_restore(bits, symmetric, granularity
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     assert low <= weight.int_repr().min() and weight.int_repr().max() <= high
     step = (layer.weight - weight.dequantize()).abs().amax()
-    assert step <= 0.51 * float(found[1].weight_scale.max()) or symmetric and bits == 2
+    assert (
+        step <= 0.51 * float(found[1].weight_scale.max()) or symmetric and bits == 2
+    )
 
 
 def test_it_runs_fewer_bits_than_torchs_kernels(mlp, images):

@@ -187,7 +187,9 @@ def test_torch_itself_refuses_asymmetric_weights_on_onednn():
             "weight.observer=percentile: .*granularity=per_tensor",
         ),
     ],
-    ids=lambda value: value if isinstance(value, str) and value.isidentifier() else "",
+    ids=lambda value: (
+        value if isinstance(value, str) and value.isidentifier() else ""
+    ),
 )
 def test_what_no_engine_can_do_is_refused_with_the_legal_choices(
     engine, role, fields, reason
@@ -215,7 +217,9 @@ def test_all_refusals_come_at_once():
 
 
 def test_an_observers_own_mistake_is_told_with_its_key():
-    weight = QuantSpec(observer=partial(torch_ao.moving_average, averaging_constant=0))
+    weight = QuantSpec(
+        observer=partial(torch_ao.moving_average, averaging_constant=0)
+    )
     with pytest.raises(
         ValueError,
         match=r"^weight\.observer\.averaging_constant=0: must be a number above 0",
@@ -239,7 +243,8 @@ def test_find_engine(engine):
 
 def test_unknown_and_missing_engines_are_refused_with_those_there_are(monkeypatch):
     with pytest.raises(
-        ValueError, match="engine=gemm: allowed are auto, fbgemm, qnnpack, x86, onednn"
+        ValueError,
+        match="engine=gemm: allowed are auto, fbgemm, qnnpack, x86, onednn",
     ):
         torch_ao.find_engine("gemm")
     monkeypatch.setattr(

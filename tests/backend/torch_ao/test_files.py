@@ -65,7 +65,9 @@ def test_a_copied_simulation_goes_on_on_its_own(simulation, images):
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
-def test_a_copied_int8_model_runs_and_loads_under_its_own_engine(way, lowered, images):
+def test_a_copied_int8_model_runs_and_loads_under_its_own_engine(
+    way, lowered, images
+):
     copied, expected = WAYS[way](lowered), lowered(images)
     other = next(
         e
@@ -150,7 +152,9 @@ def test_an_exported_simulation_runs_in_a_fresh_process_without_this_package(
     torch.save(images, tmp_path / "images.pt")
     torch.save(simulation(images), tmp_path / "expected.pt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", LOAD, tmp_path], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path], env=environment, check=True
+    )
 
 
 @torch.no_grad()

@@ -44,5 +44,6 @@ def test_the_old_name_of_the_package_still_works_and_says_so():
     ):
         import qtrain.eager
     assert (
-        qtrain.eager.QuantStub is qtrain.QuantStub and qtrain.eager.fuse is qtrain.fuse
+        qtrain.eager.QuantStub is qtrain.QuantStub
+        and qtrain.eager.fuse is qtrain.fuse
     )

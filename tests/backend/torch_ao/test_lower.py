@@ -63,7 +63,9 @@ def test_quantized_weights_and_modules_are_told_from_float_ones(
 def test_a_float_island_keeps_its_layer_exact(
     is_qat, engine, convnet, images, make_ptq, make_qat
 ):
-    quantizer = (make_qat if is_qat else make_ptq)(engine, layers={"linear1": "float"})
+    quantizer = (make_qat if is_qat else make_ptq)(
+        engine, layers={"linear1": "float"}
+    )
     quantized = quantizer.convert(calibrated(quantizer, convnet, images))
     island = quantized.linear1.layer[0]
     assert type(island) is nn.Linear and torch.equal(

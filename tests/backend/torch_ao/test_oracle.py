@@ -20,14 +20,16 @@ from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.observer.moving_average import MovingAverageObserver
 from qtrain.quant.ptq import PTQ
-from qtrain.simulate.simulation import integers, sites
+from qtrain.simulate.points import integers, sites
 from qtrain.simulate.sites import QuantWeighted
 
 pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:torch.ao.quantization is deprecated:DeprecationWarning"
     ),
-    pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Please use quant_min and quant_max:UserWarning"
+    ),
     pytest.mark.filterwarnings("ignore:must run observer before:UserWarning"),
 ]
 
@@ -80,7 +82,8 @@ class Residual(Net):
         self.a = nn.Conv2d(3, 6, 3, padding=1)
         self.bn_a = nn.BatchNorm2d(6)
         self.relu = nn.ReLU()
-        self.b, self.bn_b = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.b = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn_b = nn.BatchNorm2d(6)
         self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 5)
 
     def body(self, x):
@@ -255,7 +258,10 @@ def test_the_integers_of_lowered_layers_are_the_simulations(
         return
     torch.manual_seed(seed)
     weight = QuantSpec(
-        bits=bits, symmetric=symmetric, granularity=granularity, observer=MinMaxObserver
+        bits=bits,
+        symmetric=symmetric,
+        granularity=granularity,
+        observer=MinMaxObserver,
     )
     activation = QuantSpec(observer=MinMaxObserver)
     quantizer = PTQ(
@@ -324,12 +330,15 @@ def one_step(model, x):
     return loss.detach(), grads
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen_batch_norm"])
+@pytest.mark.parametrize(
+    "frozen", [False, True], ids=["training", "frozen_batch_norm"]
+)
 @pytest.mark.parametrize("net", [Mlp, Residual, MobileNet])
 def test_a_step_of_qat_is_torchs(net, frozen, engine, make_qat):
     quantizer = make_qat(engine, conv_bn="exact")
     model, batches = make_net(net)
-    ours, theirs = quantizer.prepare(model).train(), torch_qat(model, quantizer, engine)
+    ours = quantizer.prepare(model).train()
+    theirs = torch_qat(model, quantizer, engine)
     quantizer.on_epoch(ours, 0)
     if frozen:
         ours.freeze_batch_norm()

@@ -15,7 +15,7 @@ from qtrain.analyze.finite import finite_outputs, require_finite_weights
 from qtrain.analyze.measure import weight_bytes
 from qtrain.analyze.truth import TruthError, TruthGate
 from qtrain.backend import torch_ao
-from qtrain.simulate.simulation import output_points, weight_points
+from qtrain.simulate.points import output_points, weight_points
 
 GATE = TruthGate(on_failure="error", samples=32, max_steps=1.0, max_range_ratio=1.25)
 
@@ -78,7 +78,8 @@ for engine in torch.backends.quantized.supported_engines:
     platform.machine() not in ("x86_64", "AMD64"), reason="x86 CPUs saturate"
 )
 def test_saturation_without_vnni_is_seen_by_the_gate_and_avoided_by_reduce_range():
-    has_vnni = torch.cpu._is_vnni_supported()  # oneDNN alone can be told to do without
+    # oneDNN alone can be told to do without
+    has_vnni = torch.cpu._is_vnni_supported()
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qtrain.backend import integers, torch_ao
-from qtrain.simulate.simulation import output_points, sites, weight_points
+from qtrain.simulate.points import output_points, sites, weight_points
 from qtrain.simulate.sites import QuantModule
 
 
@@ -23,9 +23,13 @@ def calibrated(quantizer, model, *inputs):
 def bits_of(prepared):
     """{layer: bits of its weights} of the layers that are to be quantized."""
     points = weight_points(prepared.model)
-    bits = {name: (point.quant_max + 1).bit_length() for name, point in points.items()}
+    bits = {
+        name: (point.quant_max + 1).bit_length() for name, point in points.items()
+    }
     planned = {
-        name: layer.weight.bits for name, layer in prepared.plan.items() if layer.weight
+        name: layer.weight.bits
+        for name, layer in prepared.plan.items()
+        if layer.weight
     }
     assert bits == planned
     return bits
@@ -127,7 +131,9 @@ def test_the_later_pattern_holds(layers, expected, nested, make_ptq):
     prepared = make_ptq(layers=layers).prepare(nested)
     assert bits_of(prepared) == expected
     floats = [
-        site for site in sites(prepared.model).values() if isinstance(site, QuantModule)
+        site
+        for site in sites(prepared.model).values()
+        if isinstance(site, QuantModule)
     ]
     assert bool(floats) is any(setting == "float" for setting in layers.values())
 
@@ -175,4 +181,6 @@ def test_a_setting_for_a_part_of_a_fused_layer_is_refused(
     setting, is_qat, convnet, make_ptq, make_qat
 ):
     with pytest.raises(ValueError, match=r"quant\.layers\.conv1\.0"):
-        (make_qat if is_qat else make_ptq)(layers={"conv1.0": setting}).prepare(convnet)
+        (make_qat if is_qat else make_ptq)(layers={"conv1.0": setting}).prepare(
+            convnet
+        )

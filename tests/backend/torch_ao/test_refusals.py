@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from qtrain.backend import torch_ao
-from qtrain.simulate.simulation import weight_points
+from qtrain.simulate.points import weight_points
 
 FEATURES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -23,9 +23,13 @@ def calibrated(quantizer, model, *inputs):
 def bits_of(prepared):
     """{layer: bits of its weights} of the layers that are to be quantized."""
     points = weight_points(prepared.model)
-    bits = {name: (point.quant_max + 1).bit_length() for name, point in points.items()}
+    bits = {
+        name: (point.quant_max + 1).bit_length() for name, point in points.items()
+    }
     planned = {
-        name: layer.weight.bits for name, layer in prepared.plan.items() if layer.weight
+        name: layer.weight.bits
+        for name, layer in prepared.plan.items()
+        if layer.weight
     }
     assert bits == planned
     return bits
@@ -66,7 +70,9 @@ def test_a_module_under_two_names_is_refused_with_both(
     is_qat, nested, make_ptq, make_qat
 ):
     nested.b[1] = nested.a
-    with pytest.raises(ValueError, match=r"layer b\.1 is layer a under a second name"):
+    with pytest.raises(
+        ValueError, match=r"layer b\.1 is layer a under a second name"
+    ):
         (make_qat if is_qat else make_ptq)().prepare(nested)
 
 
@@ -101,7 +107,8 @@ def test_transposed_convolution_trains(dims, between, make_qat, train):
     quantizer = make_qat("fbgemm", weight={"granularity": "per_tensor"})
     prepared = train(quantizer, calibrated(quantizer, model, x), x)
     assert (
-        decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x)) > 25
+        decibels(quantizer.reference(prepared)(x), quantizer.convert(prepared)(x))
+        > 25
     )
 
 
@@ -134,10 +141,12 @@ def test_transposed_convolution_per_tensor_is_right_or_refused(
 
 def test_transposed_convolution_follows_its_own_setting(between, make_ptq):
     model = between(nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(4, 4, 3))
-    with pytest.raises(ValueError, match=r"layer body\.0 .* has no per-channel kernel"):
-        make_ptq("qnnpack", layers={"body.0": {"granularity": "per_channel"}}).prepare(
-            model
-        )
+    with pytest.raises(
+        ValueError, match=r"layer body\.0 .* has no per-channel kernel"
+    ):
+        make_ptq(
+            "qnnpack", layers={"body.0": {"granularity": "per_channel"}}
+        ).prepare(model)
     quantizer = make_ptq("fbgemm", layers={"body.0": {"granularity": "per_tensor"}})
     assert bits_of(quantizer.prepare(model)) == {"body.0": 8, "body.1": 8}
 
@@ -155,7 +164,9 @@ def test_embeddings_stay_float_and_train(layer, make_qat, train):
     quantizer = make_qat()
     prepared = train(quantizer, calibrated(quantizer, model, tokens), tokens)
     assert not torch.equal(prepared.model[0].weight, before)
-    assert torch.equal(quantizer.convert(prepared)[0].weight, prepared.model[0].weight)
+    assert torch.equal(
+        quantizer.convert(prepared)[0].weight, prepared.model[0].weight
+    )
 
 
 @pytest.mark.parametrize("is_qat", [False, True], ids=["ptq", "qat"])
@@ -197,7 +208,9 @@ def test_conv1d_trains_with_quantized_weights(
     assert difference.max() < 1.01
 
 
-def test_conv1d_fused_with_relu_trains_with_quantized_weights(between, make_qat, train):
+def test_conv1d_fused_with_relu_trains_with_quantized_weights(
+    between, make_qat, train
+):
     """torch has no class for the pair, and would train it with float weights."""
     model, x = between(nn.Conv1d(3, 4, 3), nn.ReLU(), fuse=[(0, 1)]), FEATURES[..., 0]
     quantizer = make_qat(weight={"bits": 2})

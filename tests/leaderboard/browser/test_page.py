@@ -13,7 +13,11 @@ from page import PAINTED, choose, column, find, header, hover
 from qtrain.cli.compare import compare, write
 
 webdriver = pytest.importorskip("selenium.webdriver")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # selenium's own
+# Selenium's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),
+]
 
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,7 +53,9 @@ def test_a_thousand_runs(browser, tmp_path):
         row.cells["size_kb"] for row in rows if row.cells["size_kb"] is not None
     )
     shown = column(browser, "file KB")
-    assert shown == [f"{size:.1f}" for size in known] + ["-"] * (len(rows) - len(known))
+    assert shown == [f"{size:.1f}" for size in known] + ["-"] * (
+        len(rows) - len(known)
+    )
     button.click()
     assert (
         column(browser, "file KB")[0] == f"{known[-1]:.1f}"
@@ -94,7 +100,9 @@ def test_a_thousand_runs(browser, tmp_path):
     with within_a_second("hover"):
         hover(browser, x, y)
     (tooltip,) = find(browser, "#tooltip")
-    assert tooltip.is_displayed() and name in tooltip.text and "file KB" in tooltip.text
+    assert (
+        tooltip.is_displayed() and name in tooltip.text and "file KB" in tooltip.text
+    )
     assert [row.text.split()[0] for row in find(browser, "#table tr.hot")] == [name]
     hover(browser, 5, 5)
     assert not tooltip.is_displayed()
@@ -163,7 +171,8 @@ def test_what_differs_and_how_it_trained(browser, runs, tmp_path):
     (link,) = (a for a in find(browser, "#table td a") if a.text == "run1")
     assert link.get_attribute("href") == f"{(runs.folder / 'run1').as_uri()}/"
     assert (
-        "ValueError: <b>no</b> [quant=qat seed=0]" in find(browser, "#failures")[0].text
+        "ValueError: <b>no</b> [quant=qat seed=0]"
+        in find(browser, "#failures")[0].text
     )
     browser.save_screenshot(tmp_path / "selected.png")
     print(tmp_path)

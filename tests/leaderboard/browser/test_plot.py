@@ -8,7 +8,11 @@ from page import PAINTED, choose, column, find
 from qtrain.cli.compare import compare, write
 
 webdriver = pytest.importorskip("selenium.webdriver")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # selenium's own
+# Selenium's own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),
+]
 
 
 def test_a_disturbed_latency_takes_no_part_in_a_front(browser, runs, tmp_path):
@@ -53,7 +57,9 @@ def test_the_front_has_the_tolerances_of_the_table(
     browser.get((tmp_path / "x.html").as_uri())
     choose(browser, "#x", "latency, ms")
     assert find(browser, "#front")[0].get_attribute("d").count("H") == corners
-    assert sum(row.cells["front"] for row in comparison.sections[0].rows) == corners + 1
+    assert (
+        sum(row.cells["front"] for row in comparison.sections[0].rows) == corners + 1
+    )
 
 
 def test_starts_with_an_x_axis_that_varies(browser, runs, tmp_path):
@@ -111,7 +117,9 @@ def test_groups_have_error_bars_and_their_runs_a_table_of_their_own(
         "convnet on mnist by method (2 groups)",
         "convnet on mnist (4 runs)",
     )
-    assert column(browser, "group") == ["qat", "ptq"] and column(browser, "int8 %") == [
+    assert column(browser, "group") == ["qat", "ptq"] and column(
+        browser, "int8 %"
+    ) == [
         "99.00",
         "97.00 ± 1.00",
     ]

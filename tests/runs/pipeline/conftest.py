@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_runs import digits, execute
 
-from qtrain.data.loaders import image_loaders
+from qtrain.data.tensors import image_loaders
 
 
 @pytest.fixture(autouse=True, scope="module")

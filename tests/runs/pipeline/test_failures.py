@@ -10,7 +10,7 @@ from small_runs import SGD, compose, digits, execute, strict_json
 
 from qtrain.analyze.truth import TruthError
 from qtrain.config import build
-from qtrain.data.loaders import image_loaders
+from qtrain.data.tensors import image_loaders
 from qtrain.model.mlp import MLP
 from qtrain.runs import pipeline, stages, trainings
 
@@ -45,10 +45,11 @@ def bright_pixels(**options):
 )
 def test_truth_gate(tmp_path, monkeypatch, caplog, setting, words):
     monkeypatch.setattr("qtrain.data.mnist.mnist_sample", bright_pixels)
+    # Whose kernels round otherwise; fbgemm's are equal to the bit
     others = [
         "model=convnet",
         "quant.engine=qnnpack",
-    ]  # whose kernels round otherwise; fbgemm's are equal to the bit
+    ]
     assert (
         execute(tmp_path / "default", *others, "truth.on_failure=error").report.truth[
             "ok"
@@ -73,7 +74,9 @@ def test_truth_gate(tmp_path, monkeypatch, caplog, setting, words):
 
 
 def test_wrong_settings_leave_a_report(tmp_path):
-    report, message = refused(tmp_path, "quant.weight.bits=9", error=build.ConfigError)
+    report, message = refused(
+        tmp_path, "quant.weight.bits=9", error=build.ConfigError
+    )
     assert message == "quant.weight.bits=9: must be a whole number from 2 to 8"
     assert report["metrics"] == {}
 

@@ -23,7 +23,10 @@ def test_the_best_int8_epoch_is_kept(base, tmp_path, monkeypatch):
         # The float model's comes first; behind each int8 model comes its simulation's, which
         # decides nothing.
         remaining = iter(
-            [0.5, *(score for quality in qualities for score in (quality, 1 - quality))]
+            [
+                0.5,
+                *(score for quality in qualities for score in (quality, 1 - quality)),
+            ]
         )
 
         def val_scores(*_):

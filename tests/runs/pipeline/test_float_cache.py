@@ -8,7 +8,7 @@ from small_runs import COSINE, DYNAMIC, QAT, SGD, compose, digits, execute
 from torch import nn
 
 from qtrain.config import build
-from qtrain.data.loaders import image_loaders
+from qtrain.data.tensors import image_loaders
 from qtrain.model.mlp import MLP
 from qtrain.runs import pipeline, trainings
 

@@ -70,10 +70,13 @@ def test_report(base, method):
             and metrics["loss"] > 0
             and metrics["count"] == 48
         )
-        assert sum(metrics["wrong_per_class"]) == round(48 * (1 - metrics["accuracy"]))
+        assert sum(metrics["wrong_per_class"]) == round(
+            48 * (1 - metrics["accuracy"])
+        )
         assert sum(map(sum, metrics["confusion"])) == 48
     assert (
-        list(report["time_s"]) == list(work.CLOCKS) and report["time_s"]["records"] > 0
+        list(report["time_s"]) == list(work.CLOCKS)
+        and report["time_s"]["records"] > 0
     )
     assert (report["time_s"]["finetuning"] > 0.01) == (
         method in ("qat", "float_finetuned")
@@ -114,7 +117,8 @@ def test_report_of_int8_layers(base):
         weights / (weights + biases)
     )
     assert (
-        report.coverage["macs_quantized"] == 1 and report.coverage["float_layers"] == {}
+        report.coverage["macs_quantized"] == 1
+        and report.coverage["float_layers"] == {}
     )
 
 

@@ -86,7 +86,11 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     (SGD, "trainer.clip_norm=0.1", float_weights),
     ("", "trainer.log_every=1", num_lines),
     ("", "truth.samples=3", fact("truth.sqnr_db")),
-    ("", "measure.batch_sizes=[2,3]", lambda run: set(run.report.latency_ms["float"])),
+    (
+        "",
+        "measure.batch_sizes=[2,3]",
+        lambda run: set(run.report.latency_ms["float"]),
+    ),
     ("quant.engine=qnnpack", X86, fact("quant.engine")),
     (f"{X86} {PER_TENSOR}", "quant.engine=qnnpack", int8_weights),
     ("", "quant.weight.bits=4", int8_weights),
@@ -262,9 +266,8 @@ def leaves(node, path=""):
 )
 def test_no_setting_is_left_out(method, choices):
     methods = {"ptq", "qat"} if method == "qat" else {method}  # QAT shares PTQ's
-    known = set(ELSEWHERE) | {
-        "quant.weight.observer.averaging_constant"
-    }  # has no effect on weights, seen whole
+    # Has no effect on weights, seen whole
+    known = set(ELSEWHERE) | {"quant.weight.observer.averaging_constant"}
     for common, change, _ in SETTINGS:
         of = re.search(
             r"quant=(\w+)",

@@ -24,7 +24,9 @@ def test_data_settings_that_change_no_weight():
 def test_measurements_are_made_as_asked(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        stages, "latency", lambda models, inputs, **options: asked.append(options) or {}
+        stages,
+        "latency",
+        lambda models, inputs, **options: asked.append(options) or {},
     )
     monkeypatch.setattr(stages.outputs, "summary", lambda *_: [])
     pipeline.execute(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qtrain.data.loaders import image_loaders
+from qtrain.data.tensors import image_loaders
 
 
 @pytest.fixture(autouse=True, scope="module")

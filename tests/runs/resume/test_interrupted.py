@@ -16,7 +16,7 @@ from qtrain.cli import run as cli
 from qtrain.leaderboard.runs import find
 from qtrain.logger.loggers import Pictures, TensorBoard
 from qtrain.runs import pipeline, stages
-from qtrain.runs.resume import Interrupted
+from qtrain.runs.signals import Interrupted
 from qtrain.train.running_mean import RunningMean
 
 
@@ -47,7 +47,10 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, whole, bat
 
 def test_steps_between_two_saves_alone_are_done_again(tmp_path, monkeypatch):
     steps = []
-    for save_every, expected in ((2, 12 - 8), (5, 12 - 6)):  # 6 is the end of an epoch
+    for save_every, expected in (
+        (2, 12 - 8),
+        (5, 12 - 6),
+    ):  # 6 is the end of an epoch
         folder = tmp_path / str(save_every)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             break_at(patch, 10, die)

@@ -33,16 +33,27 @@ def test_no_run(tmp_path):
 
 @pytest.mark.parametrize(
     "extra",
-    ["seed=1", "quant=qat", "trainer.epochs=3", "-m", "nonsense=1", "model.width=null"],
+    [
+        "seed=1",
+        "quant=qat",
+        "trainer.epochs=3",
+        "-m",
+        "nonsense=1",
+        "model.width=null",
+    ],
 )
 def test_settings_that_contradict(killed, extra):
-    with pytest.raises(ValueError, match=f"resume=.*: {extra} is not what the run has"):
+    with pytest.raises(
+        ValueError, match=f"resume=.*: {extra} is not what the run has"
+    ):
         open_run(killed, [extra])
 
 
 def test_settings_that_agree(killed):
     assert (
-        open_run(killed, ["seed=0", "quant=ptq", "trainer.epochs=2"])[0].trainer.epochs
+        open_run(killed, ["seed=0", "quant=ptq", "trainer.epochs=2"])[
+            0
+        ].trainer.epochs
         == 2
     )
 

@@ -7,9 +7,10 @@ import torch
 from killed_runs import Killed, break_at, die
 from torch import nn
 
-from qtrain.data.loaders import ImageLoader
+from qtrain.data.tensors import ImageLoader
 from qtrain.logger.loggers import Logger
-from qtrain.runs.resume import Progress, Signals
+from qtrain.runs.resume import Progress
+from qtrain.runs.signals import Signals
 from qtrain.task.classification import Classification
 from qtrain.train.scheduler import cosine
 from qtrain.train.trainer import Trainer

@@ -290,7 +290,9 @@ class Residual(Base):
 class ByKeyword(Base):
     def __init__(self):
         super().__init__()
-        self.fc, self.head, self.act = nn.Linear(784, 16), nn.Linear(16, 10), nn.SiLU()
+        self.fc = nn.Linear(784, 16)
+        self.head = nn.Linear(16, 10)
+        self.act = nn.SiLU()
 
     def forward(self, x):
         return self.dequant(

@@ -235,7 +235,9 @@ class Several(Head):
         if self.kind == "dict":
             return {"logits": logits, "features": features}
         return (
-            Output(logits, features) if self.kind == "dataclass" else (logits, features)
+            Output(logits, features)
+            if self.kind == "dataclass"
+            else (logits, features)
         )
 
 

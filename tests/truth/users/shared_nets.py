@@ -50,7 +50,9 @@ class Everywhere(nn.Module):
     def __init__(self):
         super().__init__()
         self.quant, self.dequant = QuantStub(), DeQuantStub()
-        self.fc, self.head, self.act = nn.Linear(784, 16), nn.Linear(16, 10), nn.SiLU()
+        self.fc = nn.Linear(784, 16)
+        self.head = nn.Linear(16, 10)
+        self.act = nn.SiLU()
 
     def forward(self, x):
         return self.act(

@@ -1,7 +1,7 @@
 """Data sets of few digits, as a user might bring them: the bundled ones, by `image_loaders`."""
 
-from qtrain.data.loaders import ImageLoader, image_loaders
 from qtrain.data.mnist import mnist_sample
+from qtrain.data.tensors import ImageLoader, image_loaders
 
 
 def digits(*, train, test, constant=False, **options):

@@ -24,8 +24,11 @@ class UNet(nn.Module):
         self.up1 = nn.ConvTranspose2d(
             2 * width, width, 3, 2, padding=1, output_padding=1
         )
-        self.right2, self.right1 = stage(4 * width, 2 * width), stage(2 * width, width)
-        self.join2, self.join1, self.gate = (qtrain.FloatFunctional() for _ in range(3))
+        self.right2 = stage(4 * width, 2 * width)
+        self.right1 = stage(2 * width, width)
+        self.join2, self.join1, self.gate = (
+            qtrain.FloatFunctional() for _ in range(3)
+        )
         self.attention = nn.Softmax(1)
         self.last = nn.Conv2d(width, classes, 1)
 
@@ -40,4 +43,6 @@ class UNet(nn.Module):
 
     def fuse_model(self, is_qat=False):
         names = ("down1", "down2", "bottom", "right2", "right1")
-        qtrain.fuse(self, [[f"{name}.0", f"{name}.1"] for name in names], is_qat=is_qat)
+        qtrain.fuse(
+            self, [[f"{name}.0", f"{name}.1"] for name in names], is_qat=is_qat
+        )

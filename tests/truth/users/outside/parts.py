@@ -8,7 +8,7 @@ import torch
 from qtrain.backend.reference.backend import Reference
 from qtrain.exporter.base import Exporter
 from qtrain.observer.base import Observer
-from qtrain.simulate.simulation import weight_points
+from qtrain.simulate.points import weight_points
 from qtrain.transform.base import Transform
 
 

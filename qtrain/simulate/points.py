@@ -1,0 +1,53 @@
+"""The sites of a simulation's model, and the fake quantizations in them."""
+
+import torch
+from torch import Tensor, nn
+
+from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.sites import Site
+
+
+def leave_float(model: nn.Module, name: str) -> None:
+    """Takes the fake quantization from the output of a site, in place."""
+    site = model.get_submodule(name)
+    assert isinstance(site, Site)
+    site.output_q = None
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """Returns {name: site} of a simulation's model, as registered; {} of any other."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, Site)
+    }
+
+
+def output_points(model: nn.Module) -> dict[str, FakeQuantize]:
+    """Returns {name of a site: the fake quantization of its output}."""
+    found = sites(model).items()
+    return {name: site.output_q for name, site in found if site.output_q is not None}
+
+
+def weight_points(model: nn.Module) -> dict[str, FakeQuantize]:
+    """Returns {name of a site: the fake quantization of its weight}."""
+    found = sites(model).items()
+    return {name: site.weight_q for name, site in found if site.weight_q is not None}
+
+
+def integers(point: FakeQuantize, x: Tensor) -> Tensor:
+    """Returns the integers that stand for `x`: the one rounding, of the simulation and of backends.
+
+    clamp(round(x * (1 / scale)) + zero_point), as kernels do: x / scale would round
+    ties otherwise.
+
+    Returns:
+        int32, of x's shape.
+    """
+    scale, zero_point = point.calculate_qparams()
+    if point.is_per_channel:
+        shape = [1] * x.ndim
+        shape[point.ch_axis] = -1
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    steps = (x * scale.reciprocal()).round().add(zero_point)
+    return steps.clamp(point.quant_min, point.quant_max).to(torch.int32)
