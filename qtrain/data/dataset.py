@@ -33,15 +33,15 @@ def dataset(
 ) -> DataLoaders:
     """Returns the loaders of datasets: objects with `__len__` and `__getitem__`.
 
-    A sample is a pair (tensor, target). `targets` of a dataset, as those of
-    torchvision have them, are read for stratified splits.
+    A sample is a pair (tensor, target). `targets`, if a dataset has them as those of
+    torchvision, are read for stratified splits.
 
     Args:
         train: the samples to train on.
         test, val: to test and to validate on; null: shares of `train`.
         calib: `train` without augmentation; null: `train` itself.
         val_fraction, test_fraction: the shares; null: 0.1.
-        channels: 3 repeats the only one of grey images; null: as they are.
+        channels: 3 repeats grey images' only one; null: as they are.
         num_workers: processes that make samples; 0: none.
         on_bad_sample: error, or skip a sample that cannot be made.
         device: of the model; batches are moved there.
@@ -62,8 +62,9 @@ def dataset(
 
     def loader(samples: Any, name: str, size: int, **options: bool) -> "SampleLoader":
         found = Samples(samples, name, skip=skip, channels=channels)
-        how = {"shuffle": False, **options}
-        return SampleLoader(found, batch_size=size, num_workers=num_workers, **how)
+        return SampleLoader(
+            found, batch_size=size, num_workers=num_workers, **options
+        )
 
     held_out = val if val is not None else Subset(plain, rows[1]) if rows[1] else None
     tested = Subset(plain, rows[2]) if test is None else test
@@ -209,7 +210,7 @@ class SampleLoader:
         samples: Samples,
         *,
         batch_size: int,
-        shuffle: bool,
+        shuffle: bool = False,
         num_workers: int,
     ) -> None:
         self.skipped: set[str] = set()
