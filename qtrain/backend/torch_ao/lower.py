@@ -121,7 +121,7 @@ def _bias(site: QuantWeighted) -> Tensor | None:
     """Returns the bias, batch-norm folded into it in torch's order of operations, to the digit."""
     bn: Any = site.bn
     if bn is None:
-        return site.bias
+        return site.folded()[1]
     mean = -bn.running_mean if site.bias is None else site.bias - bn.running_mean
     folded: Tensor = mean * torch.rsqrt(bn.running_var + bn.eps) * bn.weight + bn.bias
     return folded

@@ -308,3 +308,54 @@ class Everything(Head):
         parts = (self.residual, self.squeeze, self.tokens, self.recurrent, self.drops)
         first = self.head(self.gate(self.features(x)))
         return torch.stack([first, *(part(x) for part in parts)]).mean(0)
+
+
+class NormFirst(Head):
+    """Older networks' order: batch-norm behind the ReLU, so that it goes into the next layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.late = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.deep = nn.Conv2d(8, 8, 3, groups=4, bias=False)
+        self.wide, self.padded = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.flat, self.fc = nn.BatchNorm1d(128), nn.Linear(128, 10)
+
+    def forward(self, x):
+        x = self.late(F.relu(self.conv(self.features(x))))
+        x = self.padded(self.wide(F.relu(self.deep(x))))
+        x = F.adaptive_avg_pool2d(F.relu(x), 4).flatten(1)
+        return self.fc(self.flat(x))
+
+
+class LinearNorm(Head):
+    """Batch-norm behind a Linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.one = nn.Linear(128, 16), nn.BatchNorm1d(16)
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.last(F.relu(self.one(self.head(self.features(x)))))
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's GPT-2 has it: a Linear layer whose weight lies the other way."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        size = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
+
+
+class Turned(Head):
+    """Its head is a Conv1D."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = Conv1D(10, 128)
