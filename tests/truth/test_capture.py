@@ -95,14 +95,6 @@ def test_a_transposed_convolution_without_a_kernel_is_refused_by_name(job):
 
 
 @BOTH
-def test_a_recurrent_layer_stays_float(job, quant):
-    run = job("plain.Recurrent", f"quant={quant}", "quant.engine=x86")
-    assert run.code == 0, run.text
-    assert "lstm" in run.report["coverage"]["float_layers"]
-    assert run.report["plan"]["stem"]["weight"] and run.report["plan"]["fc"]["weight"]
-
-
-@BOTH
 def test_all_of_it_at_once(job, quant):
     run = job("plain.Everything", f"quant={quant}", "quant.engine=x86")
     assert run.code == 0, run.text

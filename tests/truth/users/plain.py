@@ -296,6 +296,19 @@ class Recurrent(Head):
         return self.fc(self.lstm(x)[0][:, -1])
 
 
+class Gated(Head):
+    """A GRU of two layers reads the rows both ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(8 * 14, 16, 2, batch_first=True, bidirectional=True)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.features(x).permute(0, 2, 1, 3).flatten(2)
+        return self.fc(self.gru(x)[0][:, -1])
+
+
 class Everything(Head):
     """All at once."""
 
