@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qtrain.backend.base import FloatIsland
 from qtrain.backend.torch_ao.binding import bind_engine, use_engine
-from qtrain.backend.torch_ao.int8_layers import HOLDING, NORMS
+from qtrain.backend.torch_ao.int8_layers import HOLDING, NORMS, put_clamps
 from qtrain.common.copying import copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.simulation import Simulation, integers
@@ -54,6 +54,8 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
                     f"model: layer {name} ({site.kind}) cannot be converted to int8: "
                     f"{cause}. To keep it float: quant.layers={{{name}: float}}"
                 ) from err
+        if engine == "qnnpack":
+            put_clamps(model)
         return bind_engine(model, engine)
 
 

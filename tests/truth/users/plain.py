@@ -372,3 +372,15 @@ class Turned(Head):
     def __init__(self):
         super().__init__()
         self.fc = Conv1D(10, 128)
+
+
+class Clipped(Head):
+    """Clips at 6, and within -1..1."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.six, self.one = nn.ReLU6(), nn.Hardtanh()
+
+    def forward(self, x):
+        return self.head(self.one(self.b(self.six(self.a(20 * self.features(x))))))
