@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
 
 from qtrain.analyze.blame import blame
 from qtrain.backend import integers, torch_ao
@@ -97,7 +98,10 @@ def _quantized_macs(
     """
     macs = {True: 0, False: 0}
 
-    def count(module: Any, inputs: Any, output: Tensor) -> None:
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.RNNBase):
+            macs[False] += _recurrent_macs(module, output[0])
+            return
         weight = integers.quantized_weight(module)
         is_quantized = weight is not None
         if weight is None:
@@ -130,7 +134,17 @@ def _multiplies(module: nn.Module) -> bool:
         return False
     if weight is not None:
         return len(weight.shape) > 1
-    return isinstance(module, nn.Linear | _ConvNd | CompactLinear)
+    return isinstance(module, nn.Linear | _ConvNd | CompactLinear | nn.RNNBase)
+
+
+def _recurrent_macs(layer: Any, output: Any) -> int:
+    """Returns one sample's multiply-accumulates of a recurrent layer with that output."""
+    if isinstance(output, PackedSequence):
+        steps = len(output.batch_sizes)
+    else:
+        steps = output.shape[1 if layer.batch_first and output.dim() == 3 else 0]
+    matrices = (w for w in layer.parameters() if w.dim() == 2)
+    return steps * sum(w.numel() for w in matrices)
 
 
 def largest_float(quantized: nn.Module) -> str | None:

@@ -133,12 +133,18 @@ def _linear(weight: Any, bias: Any) -> nn.Linear:
     return layer
 
 
-class Turned(nn.Linear):
+class Conv1D(nn.Linear):
     """Hugging Face's Conv1D, a Linear layer whose weight lies the other way, as a Linear layer."""
 
     def origins(self, name: str) -> Iterator[tuple[str, list[Origin]]]:
         """Yields (parameter of the user's layer, the ways in which it may come of these)."""
         yield f"{name}.weight", [transposed(f"{name}.weight")]
+
+
+def _is_turned(layer: Any) -> bool:
+    """Returns whether a layer is Hugging Face's Conv1D, or a copy of that class."""
+    is_one = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return is_one and layer.weight.dim() == 2 and layer.weight.shape[1] == layer.nf
 
 
 def open_layers(root: nn.Module) -> dict[str, list[Origin]]:
@@ -152,11 +158,9 @@ def open_layers(root: nn.Module) -> dict[str, list[Origin]]:
             and not old.add_zero_attn
         ):
             new = Attention(old)
-        elif type(old).__name__ == "Conv1D" and type(old).__module__.startswith(
-            "transformers."
-        ):
+        elif _is_turned(old):
             weight: Any = old.weight
-            new = Turned(weight.shape[0], weight.shape[1], device="meta")
+            new = Conv1D(weight.shape[0], weight.shape[1], device="meta")
             new.weight = nn.Parameter(weight.detach().T.contiguous())
             new.bias = old.bias
             new.train(old.training)

@@ -25,7 +25,7 @@ from qtrain.capture.graphs import (
 )
 from qtrain.capture.operations import ASKS, MOVES, MOVING, OPS, SITES
 from qtrain.simulate.build import FIXED, SCALED, is_stub
-from qtrain.simulate.fused import Fused
+from qtrain.simulate.fused import Fused, head_of
 
 
 class Call(nn.Module):
@@ -110,7 +110,7 @@ class Placing:
 
     def _is_weighted(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
         module = module_of(self.root, node)
-        head = module[0] if isinstance(module, Fused) else module
+        head = head_of(module) if isinstance(module, Fused) else module
         if not isinstance(head, nn.Linear | _ConvNd) or node.target in self.floats:
             return False
         reason = self.why_float(head)
@@ -131,7 +131,7 @@ class Placing:
             return True
         if node.target in self.floats or self.why_float(module) is not None:
             return False
-        head = module[0] if isinstance(module, Fused) else module
+        head = head_of(module) if isinstance(module, Fused) else module
         if type(head) in (*SCALED, *FIXED):
             self.sites.append(str(node.target))
             return True

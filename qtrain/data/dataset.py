@@ -60,11 +60,9 @@ def dataset(
     rows = _rows(train, plain, val, test, (val_fraction, test_fraction))
     skip = on_bad_sample == "skip"
 
-    def loader(samples: Any, name: str, size: int, **options: bool) -> "SampleLoader":
+    def loader(samples: Any, name: str, size: int, **how: bool) -> "SampleLoader":
         found = Samples(samples, name, skip=skip, channels=channels)
-        return SampleLoader(
-            found, batch_size=size, num_workers=num_workers, **options
-        )
+        return SampleLoader(found, batch_size=size, num_workers=num_workers, **how)
 
     held_out = val if val is not None else Subset(plain, rows[1]) if rows[1] else None
     tested = Subset(plain, rows[2]) if test is None else test

@@ -1,4 +1,4 @@
-"""Dynamic quantization: int8 weights in Linear layers, inputs quantized on the fly; no calibration.
+"""Dynamic quantization: int8 weights in Linear layers, LSTMs and GRUs; no calibration.
 
 The range of each input is measured when it comes, so there is nothing to simulate
 beforehand.
@@ -16,14 +16,19 @@ from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import refuse
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import read_settings, settings_of, spec_or_format
+from qtrain.quant.layer_format import (
+    read_settings,
+    recurrent_formats,
+    settings_of,
+    spec_or_format,
+)
 from qtrain.quant.ptq import WEIGHT
 from qtrain.simulate.plan import LayerPlan
 from qtrain.simulate.simulation import Simulation
 
 
 class Dynamic(Quantizer):
-    """Converts Linear layers to int8 weights with dynamic int8 inputs.
+    """Converts Linear layers, LSTMs and GRUs to int8 weights with dynamic int8 inputs.
 
     Args:
         engine: "int8", "fbgemm", "qnnpack", "x86", "onednn" or "auto".
@@ -98,11 +103,14 @@ class Dynamic(Quantizer):
             for n, form in found.items()
             if isinstance(form, QuantSpec)
         }
-        others = {
+        others: dict[str, Any] = {
             name: form
             for name, form in found.items()
             if isinstance(form, PackedFormat)
         }
+        chosen = torch_ao.match_layers(model, self.layers)
+        kept = {n: "set by quant.layers" for n, s in chosen.items() if s is None}
+        others |= recurrent_formats(model, kept, self.weight)
         plan |= {
             name: form.plan(type(model.get_submodule(name)).__name__)
             for name, form in others.items()

@@ -9,9 +9,11 @@ from torch import nn
 
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.formats import PackedFormat
+from qtrain.backend.packed.recurrent import DYNAMIC, RecurrentFormat, recurrent_layers
 from qtrain.common.validate import mapping, number, refuse, shown
 from qtrain.functional.grid import is_narrow
 from qtrain.functional.spec import AUTO, FloatFormat, QuantSpec
+from qtrain.simulate.build import is_marked_float
 
 METHODS = ("float", "fp16", "weight_only", "llm_int8")
 LLM_INT8 = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
@@ -132,6 +134,34 @@ def only_float(layers: Any, reason: str) -> list[str]:
 def check_threshold(threshold: Any, prefix: str = "") -> None:
     """Raises ValueError where a threshold is neither above 0 nor None."""
     refuse(number(f"{prefix}threshold", threshold, above=0, null=True))
+
+
+def recurrent_formats(
+    model: nn.Module, floats: dict[str, str], weight: QuantSpec
+) -> dict[str, RecurrentFormat]:
+    """Returns {LSTM or GRU: what it becomes}.
+
+    Args:
+        floats: {module that stays float: why}; those that do so by themselves get a
+            better reason, in place.
+        weight: the format of other layers' weights; settled.
+    """
+    found = [
+        name
+        for name in recurrent_layers(model)
+        if not is_marked_float(model, name) and not _by_hand(name, floats)
+    ]
+    floats |= dict.fromkeys(found, DYNAMIC)
+    is_whole = weight.granularity == "per_tensor"
+    granularity = "per_tensor" if is_whole else "per_channel"
+    spec = settle(replace(LLM_INT8, granularity=granularity))
+    return dict.fromkeys(found, RecurrentFormat(spec))
+
+
+def _by_hand(name: str, floats: dict[str, str]) -> bool:
+    """Returns whether a user set a module, or one around it, to stay float."""
+    around = (n for n in floats if name == n or name.startswith(f"{n}."))
+    return any(floats[n].startswith(("set by", "has qconfig")) for n in around)
 
 
 def settings_of(

@@ -28,7 +28,12 @@ from qtrain.observer.fixed import FixedObserver
 from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import read_settings, settings_of, spec_or_format
+from qtrain.quant.layer_format import (
+    read_settings,
+    recurrent_formats,
+    settings_of,
+    spec_or_format,
+)
 from qtrain.simulate.build import build, find_groups, make_plan, refuse_second_names
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.observed import KERNELS
@@ -148,7 +153,10 @@ class PTQ(Quantizer):
         chosen = torch_ao.match_layers(model, own)
         told = [name for name, spec in chosen.items() if spec is None]
         floats = dict.fromkeys(told, "set by quant.layers")
-        floats |= dict.fromkeys(heads, "set by quant.head") | captured.floats
+        floats |= dict.fromkeys(heads, "set by quant.head")
+        floats = captured.floats | floats
+        packed |= recurrent_formats(model, floats, self.weight)
+        captured.floats |= {name: floats[name] for name in captured.floats}
         backend = self.backend
         groups = find_groups(model, floats, backend.why_float, backend.has_scale)
         refuse_second_names(model, groups)
@@ -156,11 +164,9 @@ class PTQ(Quantizer):
         plan = backend.fit(make_plan(groups, self.weight, self.activation, specs))
         self.backend.refuse(model, plan, groups)
         for name, form in packed.items():
-            layer = form.plan(type(model.get_submodule(name)).__name__)
-            if name in plan:
-                known = plan[name]
-                layer = replace(layer, output=known.output, reason=known.reason)
-            plan[name] = layer
+            own = form.plan(type(model.get_submodule(name)).__name__)
+            around = plan.get(name, own)
+            plan[name] = replace(own, output=around.output, reason=around.reason)
         simulation = build(model, groups, plan, self._fake_quantize, conv_bn=conv_bn)
         simulation.capture = captured.describe()
         simulation.home = Home(
@@ -194,7 +200,7 @@ class PTQ(Quantizer):
             model, example, self.capture, self.backend.why_float, is_qat=is_qat
         )
 
-    def _packed(self, model: nn.Module) -> tuple[dict[str, PackedFormat], set[str]]:
+    def _packed(self, model: nn.Module) -> tuple[dict[str, Any], set[str]]:
         """Returns {layer: the format it is packed in}, and the heads kept with an embedding."""
         own: dict[str, Any] = {}
         is_packed = any(
@@ -272,6 +278,8 @@ def place(model: nn.Module, name: str) -> str:
             break
     return (
         name
-        if isinstance(model.get_submodule(name), nn.Linear | nn.Embedding)
+        if isinstance(
+            model.get_submodule(name), nn.Linear | nn.Embedding | nn.RNNBase
+        )
         else f"{name}.0"
     )

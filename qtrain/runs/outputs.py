@@ -10,7 +10,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from qtrain.analyze.layerwise import layer_outputs
+from qtrain.analyze.layerwise import layer_outputs, present
 from qtrain.backend import integers
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.common.files import write_atomically
@@ -152,7 +152,7 @@ def write(
     ]
     before = reference if reference is not None else float_model
     pairs = {}
-    for name in names:
+    for name in present(before, names):  # what an LSTM became has layers of its own
         exact = _float_weight(before.get_submodule(name))
         stored = integers.quantized_weight(quantized.get_submodule(name))
         assert exact is not None and stored is not None

@@ -32,6 +32,20 @@ def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
     return values.reshape(shape)
 
 
+def along_second(values: Tensor, layer: Any, like: Tensor) -> Tensor:
+    """Returns (C,) as it broadcasts along a weight's second axis; each group has its part of it."""
+    groups = getattr(layer, "groups", 1)
+    parts = values.reshape(groups, 1, -1).expand(-1, len(like) // groups, -1)
+    return parts.reshape(len(like), -1, *[1] * (like.ndim - 2))
+
+
+def along_outputs(values: Tensor, layer: Any, weight: Tensor) -> Tensor:
+    """Returns (C,), one number an output channel, as it broadcasts to the layer's weight."""
+    if getattr(layer, "transposed", False):
+        return along_second(values, layer, weight)
+    return along(values, weight, 0)
+
+
 def running_factor(bn: Any) -> Tensor:
     """Returns (C,) what inference multiplies by, to the digit as torch's conversion folds it.
 
@@ -53,6 +67,8 @@ def _pays(site: Any, x: Tensor, channels: int) -> bool:
     if not (
         x.ndim > 2 and x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
     ):
+        return False
+    if getattr(site.layer, "transposed", False):
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -110,7 +126,8 @@ def folded(site: Any, x: Tensor) -> Tensor:
     bn: Any = site._modules["bn"]
     weight_q: Any = site._modules["weight_q"]
     weight, bias = site._parameters["weight"], site._parameters["bias"]
-    if weight_q is None or weight_q.scale_free:
+    is_transposed = getattr(site.layer, "transposed", False)
+    if weight_q is None or weight_q.scale_free and not is_transposed:
         weight = site.quantized_weight(weight)
     else:
         # Batch-norm undoes any factor before it; this one only puts the weights in
@@ -118,7 +135,11 @@ def folded(site: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
             factor = running_factor(bn)
             factor = torch.where(factor == 0, 1, factor)
-        weight = weight_q.quantize_scaled(weight, factor)
+        if is_transposed:
+            factor = along_outputs(factor, site.layer, weight)
+            weight = site.quantized_weight(weight * factor) / factor
+        else:
+            weight = weight_q.quantize_scaled(weight, factor)
     if not _pays(site, x, len(weight)):
         output: Tensor = bn(site.product(x, weight, bias))
         return output
@@ -147,7 +168,7 @@ def exact(site: Any, x: Tensor) -> Tensor:
         running_std = torch.sqrt(bn.running_var + bn.eps)
     std = torch.sqrt(var + bn.eps)
     weight = site.quantized_weight(
-        site.weight * along(bn.weight / running_std, site.weight, 0)
+        site.weight * along_outputs(bn.weight / running_std, site.layer, site.weight)
     )
     output = site.product(x, weight, None)
     shift = bn.bias - bn.weight * mean / std

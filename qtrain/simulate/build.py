@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,7 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 from qtrain.functional.spec import QuantSpec
 from qtrain.simulate import stubs
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.fused import Fused
+from qtrain.simulate.fused import Fused, head_of
+from qtrain.simulate.normed import QuantNormed
 from qtrain.simulate.plan import FixedSpec, LayerPlan, Plan
 from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.sites import (
@@ -52,7 +54,8 @@ class Group:
     """A layer of the float model, or a run of layers that was fused.
 
     Attributes:
-        parts: the layer itself, then batch-norm and ReLU where they were fused.
+        parts: the layer itself, then batch-norm and ReLU where they were fused; or
+            first the batch-norm that goes into it.
         reason: why it stays float, or None.
     """
 
@@ -69,7 +72,7 @@ class Group:
 
     @property
     def head(self) -> nn.Module:
-        return self.parts[0]
+        return head_of(self.parts)
 
     @property
     def is_weighted(self) -> bool:
@@ -108,7 +111,7 @@ def find_groups(
         elif is_fused(module):
             closed.append(name)
             parts = tuple(module.children())
-            found[name] = Group(parts, why_float(parts[0]))
+            found[name] = Group(parts, why_float(head_of(parts)))
         elif (reason := why_float(module)) or _is_site(module) or has_scale(module):
             closed.append(name)
             found[name] = Group((module,), reason)
@@ -214,16 +217,16 @@ def _made(
     if not group.is_weighted:
         whole = head if len(group.parts) == 1 else nn.Sequential(*group.parts)
         return QuantModule(whole, output_q=output_q)
-    return QuantWeighted(
-        head,
-        bn=next((part for part in group.parts if isinstance(part, _BatchNorm)), None),
-        relu=any(isinstance(part, nn.ReLU) for part in group.parts),
-        conv_bn=conv_bn,
-        weight_q=make(layer.weight, True)
-        if isinstance(layer.weight, QuantSpec)
-        else None,
-        output_q=output_q,
-    )
+    spec = layer.weight
+    settings: dict[str, Any] = {
+        "relu": any(isinstance(part, nn.ReLU) for part in group.parts),
+        "weight_q": make(spec, True) if isinstance(spec, QuantSpec) else None,
+        "output_q": output_q,
+    }
+    norm = next((part for part in group.parts if isinstance(part, _BatchNorm)), None)
+    if norm is not None and norm is group.parts[0]:
+        return QuantNormed(head, before=norm, **settings)
+    return QuantWeighted(head, bn=norm, conv_bn=conv_bn, **settings)
 
 
 def is_stub(module: nn.Module, name: str) -> bool:

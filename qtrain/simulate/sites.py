@@ -227,9 +227,8 @@ class QuantWeighted(Site):
             return self.weight, self.bias
         factor = batch_norm.running_factor(bn)
         mean = bn.running_mean if self.bias is None else bn.running_mean - self.bias
-        return self.weight * batch_norm.along(
-            factor, self.weight, 0
-        ), bn.bias - factor * mean
+        spread = batch_norm.along_outputs(factor, self.layer, self.weight)
+        return self.weight * spread, bn.bias - factor * mean
 
     def set_weight(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Replaces the weight, and the bias if given, without writing to it: it may be tied."""

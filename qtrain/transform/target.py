@@ -19,6 +19,7 @@ from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.functional.affine import dequantize, quantize
 from qtrain.functional.grid import ends, grid, has_short_scales
 from qtrain.functional.spec import QuantSpec
+from qtrain.simulate.normed import QuantNormed
 from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.sites import QuantWeighted
 
@@ -154,15 +155,19 @@ class SiteTarget(Target):
     def keep(self, choice: Choice) -> None:
         assert self.site.weight_q is not None
         weight = choice.dequantized().reshape(self.shape)
-        raw, folded = self.site.weight.detach(), self.site.folded()[0].detach()
-        # Of a batch-norm that stays: what its factor makes of the weight is taken
-        # back.
-        factor = (
-            torch.where(folded == 0, 1.0, raw / folded)
-            if self.site.bn is not None
-            else 1.0
-        )
-        self.site.set_weight(weight * factor)
+        raw: Tensor = self.site.weight.detach()
+        folded, bias = self.site.folded()
+        if folded is self.site.weight:
+            self.site.set_weight(weight)
+        else:
+            # What the factor of a batch-norm makes of the weight is taken back.
+            factor = torch.where(folded == 0, 1.0, raw / folded).detach()
+            self.site.set_weight(weight * factor)
+        if isinstance(self.site, QuantNormed):
+            # Batch-norm's shift met the weight as it was.
+            now = self.site.folded()[1]
+            assert bias is not None and now is not None
+            self.site.shift_bias((bias - now).detach())
         self.site.weight_q.stay(self._on_grid(choice)[0].float().flatten())
 
 

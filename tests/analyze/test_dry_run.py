@@ -68,9 +68,9 @@ def test_behind_the_last_stub_such_a_layer_is_as_it_was(between, make_ptq):
 def test_a_recurrent_layer_is_refused_with_its_kind(between, quantizer):
     with pytest.raises(
         ValueError,
-        match=r"model: layer body\.1 \(GRU\) cannot run in the .*layers={body\.1: float}",
+        match=r"model: layer body\.1 \(RNN\) cannot run in the .*layers={body\.1: float}",
     ):
-        dry_run(between(nn.Flatten(2), nn.GRU(64, 4)), quantizer, (X,))
+        dry_run(between(nn.Flatten(2), nn.RNN(64, 4)), quantizer, (X,))
 
 
 def test_an_embedding_stays_float_and_coverage_says_why(make_ptq):

@@ -190,8 +190,17 @@ def test_embeddings_are_kept_float(job, bag):
     assert "emb" in run.report["coverage"]["float_layers"]
 
 
-def test_recurrent_cells_are_refused_and_their_remedy_is_named(job):
-    assert refused(job("nets.Recurrent"), "layer cell (GRU)", "{cell: float}")
+def test_a_plain_recurrent_layer_is_refused_and_its_remedy_is_named(job):
+    run = job("nets.Recurrent", kind="RNN")
+    assert refused(run, "layer cell (RNN)", "{cell: float}")
+
+
+@pytest.mark.parametrize("quant", ["ptq", "qat"])
+def test_a_recurrent_layer_between_stubs_is_int8(job, quant):
+    run = job("nets.Recurrent", f"quant={quant}")
+    assert run.code == 0, run.text
+    assert run.report["plan"]["cell"]["backend"] == "dynamic"
+    assert run.report["coverage"]["macs_quantized"] == 1
 
 
 def test_layers_go_by_the_users_names(job):

@@ -10,10 +10,11 @@ from qtrain.backend.torch_ao.binding import use_engine
 
 
 class _Contiguous:
-    """Comes before a norm of torch's, whose kernel it hands contiguous input alone.
+    """Comes before a layer of torch's, whose kernel it hands contiguous input alone.
 
-    For channels-last input, which int8 convolutions put out, the kernels of torch
-    2.14 compute garbage once batch x groups is above C x H x W.
+    For channels-last input, which int8 convolutions put out, norms of torch 2.14
+    compute garbage once batch x groups is above C x H x W, and qnnpack's clamp mixes
+    up places.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,6 +44,24 @@ NORMS: dict[Any, Any] = {
     nn.InstanceNorm2d: InstanceNorm2d,
     nn.InstanceNorm3d: InstanceNorm3d,
 }
+
+
+class Hardtanh(_Contiguous, nn.Hardtanh):
+    """torch's, made right."""
+
+
+class ReLU6(_Contiguous, nn.ReLU6):
+    """torch's, made right."""
+
+
+def put_clamps(model: nn.Module) -> None:
+    """Replaces the layers that clamp by those that do so on qnnpack, too, in place."""
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.ReLU6:
+            model.set_submodule(name, ReLU6().eval())
+        elif type(layer) is nn.Hardtanh:
+            new = Hardtanh(layer.min_val, layer.max_val)
+            model.set_submodule(name, new.eval())
 
 
 def _holding(cls: Any) -> Any:

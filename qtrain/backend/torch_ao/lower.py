@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qtrain.backend.base import FloatIsland
 from qtrain.backend.torch_ao.binding import bind_engine, use_engine
-from qtrain.backend.torch_ao.int8_layers import HOLDING, NORMS
+from qtrain.backend.torch_ao.int8_layers import HOLDING, NORMS, put_clamps
 from qtrain.common.copying import copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.points import integers
@@ -54,6 +54,8 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
                     f"model: layer {name} ({site.kind}) cannot be converted to int8: "
                     f"{cause}. To keep it float: quant.layers={{{name}: float}}"
                 ) from err
+        if engine == "qnnpack":
+            put_clamps(model)
         return bind_engine(model, engine)
 
 
@@ -121,7 +123,7 @@ def _bias(site: QuantWeighted) -> Tensor | None:
     """Returns the bias, batch-norm folded into it in torch's order of operations, to the digit."""
     bn: Any = site.bn
     if bn is None:
-        return site.bias
+        return site.folded()[1]
     mean = -bn.running_mean if site.bias is None else site.bias - bn.running_mean
     folded: Tensor = mean * torch.rsqrt(bn.running_var + bn.eps) * bn.weight + bn.bias
     return folded

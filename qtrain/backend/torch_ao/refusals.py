@@ -160,7 +160,9 @@ def refuse_silent_errors(
         conv_transpose: whether its kernels of transposed convolutions are right.
     """
     floats = [name for name, group in groups.items() if group.is_float]
-    for name, module in model.named_modules():
+    heads = {id(group.head): name for name, group in groups.items()}
+    for inner, module in model.named_modules():
+        name = heads.get(id(module), inner)  # not "up.0", within what was fused
         is_float = any(
             name == outer or name.startswith(f"{outer}.") for outer in floats
         )

@@ -224,9 +224,10 @@ class Pooled(Base):
 
 
 class Recurrent(Base):
-    def __init__(self):
+    def __init__(self, kind="GRU"):
         super().__init__()
-        self.cell, self.head = nn.GRU(28, 16, batch_first=True), nn.Linear(16, 10)
+        self.cell = getattr(nn, kind)(28, 16, batch_first=True)
+        self.head = nn.Linear(16, 10)
 
     def forward(self, x):
         return self.dequant(self.head(self.cell(self.quant(x).squeeze(1))[0][:, -1]))

@@ -298,6 +298,19 @@ class Recurrent(Head):
         return self.fc(self.lstm(x)[0][:, -1])
 
 
+class Gated(Head):
+    """A GRU of two layers reads the rows both ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(8 * 14, 16, 2, batch_first=True, bidirectional=True)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.features(x).permute(0, 2, 1, 3).flatten(2)
+        return self.fc(self.gru(x)[0][:, -1])
+
+
 class Everything(Head):
     """All at once."""
 
@@ -310,3 +323,66 @@ class Everything(Head):
         parts = (self.residual, self.squeeze, self.tokens, self.recurrent, self.drops)
         first = self.head(self.gate(self.features(x)))
         return torch.stack([first, *(part(x) for part in parts)]).mean(0)
+
+
+class NormFirst(Head):
+    """Older networks' order: batch-norm behind the ReLU, so that it goes into the next layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.late = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        self.deep = nn.Conv2d(8, 8, 3, groups=4, bias=False)
+        self.wide, self.padded = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1)
+        self.flat, self.fc = nn.BatchNorm1d(128), nn.Linear(128, 10)
+
+    def forward(self, x):
+        x = self.late(F.relu(self.conv(self.features(x))))
+        x = self.padded(self.wide(F.relu(self.deep(x))))
+        x = F.adaptive_avg_pool2d(F.relu(x), 4).flatten(1)
+        return self.fc(self.flat(x))
+
+
+class LinearNorm(Head):
+    """Batch-norm behind a Linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.one = nn.Linear(128, 16), nn.BatchNorm1d(16)
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.last(F.relu(self.one(self.head(self.features(x)))))
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's GPT-2 has it: a Linear layer whose weight lies the other way."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) / nx**0.5)
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        size = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
+
+
+class Turned(Head):
+    """Its head is a Conv1D."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = Conv1D(10, 128)
+
+
+class Clipped(Head):
+    """Clips at 6, and within -1..1."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.six, self.one = nn.ReLU6(), nn.Hardtanh()
+
+    def forward(self, x):
+        return self.head(self.one(self.b(self.six(self.a(20 * self.features(x))))))
