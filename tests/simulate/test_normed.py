@@ -9,7 +9,7 @@ from torch import nn
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.ptq import PTQ
-from qtrain.simulate.simulation import output_points
+from qtrain.simulate.points import output_points
 from qtrain.transform.gptq import GPTQ
 
 COARSE = QuantSpec(bits=4, observer=MinMaxObserver)
