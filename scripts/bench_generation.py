@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from qtrain.analyze.measure import keep_freed_memory, weight_bytes
 from qtrain.config.build import compose
 from qtrain.exporter.gguf import Gguf
-from qtrain.model.gpt2 import GPT2, KVCache
+from qtrain.model.gpt2 import GPT2
+from qtrain.model.kv_cache import KVCache
 
 ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"] + [
     "int8"

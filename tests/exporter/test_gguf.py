@@ -204,7 +204,8 @@ def test_what_cannot_be_written_says_why(tmp_path):
     with pytest.raises(ValueError, match="type=q9: allowed are f32, f16"):
         Gguf(type="q9")
     with pytest.raises(
-        ValueError, match="only GPT-2 is written as GGUF, and this is a Linear"
+        ValueError,
+        match="only GPT-2 and Llama are written as GGUF, and this is a Linear",
     ):
         written(torch.nn.Linear(2, 2), tmp_path / "model.gguf")
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from qtrain.backend import integers, torch_ao
 from qtrain.functional.spec import QuantSpec
-from qtrain.model.gpt2 import GPT2, KVCache
+from qtrain.model.gpt2 import GPT2
 from qtrain.model.gpt2_block import gelu
+from qtrain.model.kv_cache import KVCache
 from qtrain.quant.ptq import PTQ
 
 
