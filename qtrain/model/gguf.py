@@ -178,7 +178,13 @@ def load_llama_file(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     file = File(name, LLAMA)
     sizes = file.sizes()
-    width = sizes["n_embd"] // max(sizes["n_head"], 1)
+    for part, all_of in (("n_head", "n_embd"), ("n_kv_head", "n_head")):
+        if not sizes[part] or sizes[all_of] % sizes[part]:
+            file.refuse(
+                f"its {LLAMA.sizes[part]} is {sizes[part]}, and must divide "
+                f"{LLAMA.sizes[all_of]}={sizes[all_of]}"
+            )
+    width = sizes["n_embd"] // sizes["n_head"]
     for theirs, allowed in {
         "rope.dimension_count": (None, width),
         "attention.key_length": (None, width),
@@ -192,7 +198,8 @@ def load_llama_file(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     weights = file.weights(sizes["n_layer"])
     for ours, weight in weights.items():
         order = row_order(ours.removesuffix(".weight"), sizes)
-        weights[ours] = weight if order is None else weight[order.argsort()]
+        if order is not None and len(order) == len(weight):  # else it is refused later
+            weights[ours] = weight[order.argsort()]
     epsilon, theta = file.value(LLAMA.epsilon), file.value("rope.freq_base")
     return {
         "vocab_size": len(weights["wte.weight"]),

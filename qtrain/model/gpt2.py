@@ -75,7 +75,7 @@ class GPT2(LanguageModel):
         if pretrained is None:
             self.init_weights()
         else:
-            self.load_state_dict(weights)
+            self.fill(weights, pretrained)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -93,6 +93,21 @@ class LanguageModel(nn.Module):
                 # Eager mode's mark of a layer that stays in float.
                 module.__dict__["qconfig"] = None
 
+    def fill(self, weights: Mapping[str, Tensor], pretrained: str) -> None:
+        """Takes the weights of a checkpoint, of which all names are known to fit.
+
+        Raises:
+            ValueError: a shape is not that of the checkpoint's own sizes; tells all.
+        """
+        own = self.state_dict()
+        refuse(
+            f"pretrained={pretrained}: {name} has shape {tuple(weight.shape)}, "
+            f"its sizes ask for {tuple(own[name].shape)}; use an undamaged checkpoint"
+            for name, weight in weights.items()
+            if weight.shape != own[name].shape
+        )
+        self.load_state_dict(weights)
+
     def fuse_model(self, is_qat: bool) -> None:
         """Does nothing: no layer follows a Linear directly that torch could fuse with it."""
 

@@ -90,7 +90,7 @@ class Llama(LanguageModel):
         else:
             if tied_head:
                 weights["lm_head.weight"] = weights["wte.weight"]
-            self.load_state_dict(weights)
+            self.fill(weights, pretrained)
 
     def _block(self) -> Block:
         return Block(
