@@ -33,12 +33,13 @@ class LlamaCpp:
         return answer if isinstance(answer, dict) else json.loads(answer)
 
     def log_probabilities(
-        self, prompt: Any, vocab_size: int, **settings: Any
+        self, prompt: Any, vocab_size: int, *, top: int | None = None, **settings: Any
     ) -> Tensor:
-        answer = self.ask(prompt, 1, logprobs=vocab_size, **settings)
-        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        """Returns those of the next token, (V,); NaN of all but the `top` likeliest."""
+        answer = self.ask(prompt, 1, logprobs=top or vocab_size, **settings)
+        likeliest = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         found = torch.full((vocab_size,), torch.nan)
-        for token in top:
+        for token in likeliest:
             found[token["id"]] = token["logprob"]
         return found
 
