@@ -43,6 +43,8 @@ LLAMA_SIZES = {
     "n_inner": "intermediate_size",
     "norm_eps": "rms_norm_eps",
 }
+# What a checkpoint has of its own, whatever the model is given
+OWN = {*SIZES, *LLAMA_SIZES, "rope_theta", "tied_head"}
 LLAMA_NAMES = {  # parts of keys: theirs, ours
     "model.embed_tokens": "wte",
     "model.norm": "ln_f",

@@ -70,6 +70,25 @@ def test_a_run_writes_a_file_that_another_reads(job, tmp_path, method):
     assert cut.code == 1 and "is no whole GGUF file" in cut.text
 
 
+def test_a_tokenizer_of_another_vocabulary_is_refused(job, tmp_path):
+    pytest.importorskip("gguf")
+    trained = pytest.importorskip("tokenizers").ByteLevelBPETokenizer()
+    trained.train_from_iterator(["to be or not to be " * 20], 265)
+    (tmp_path / "bpe").mkdir()
+    trained.save_model(str(tmp_path / "bpe"))
+    settings = [*SMALL, "model.vocab_size=300", f"data.tokenizer={tmp_path / 'bpe'}"]
+    run = job("llama_nano", *settings, "quant=none", "export=[gguf]")
+    assert run.code == 0, run.text
+    file = f"model.pretrained={run.run_dir / 'model.gguf'}"
+    other = job("llama", *TEXT, file, "data.tokenizer=bytes")
+    size = trained.get_vocab_size()
+    assert other.code == 1 and size > 256
+    assert "data.tokenizer=bytes: has 256 tokens, and model.pretrained=" in other.text
+    assert f"with a tokenizer of {size}; use data.tokenizer=auto" in other.text
+    own = job("llama", *TEXT, file, "model.n_inner=7")
+    assert own.code == 1 and "model.n_inner=7: model.pretrained=" in own.text
+
+
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
