@@ -116,6 +116,8 @@ class File:
         sizes = {}
         for ours, theirs in self.layout.sizes.items():
             sizes[ours] = self.value(theirs)
+            if ours == "n_kv_head" and sizes[ours] is None:
+                sizes[ours] = sizes["n_head"]  # as llama.cpp takes it
             if type(sizes[ours]) is not int:
                 self.refuse(
                     f"it says nothing of {self.layout.architecture}.{theirs}, "
@@ -201,6 +203,8 @@ def load_llama_file(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if order is not None and len(order) == len(weight):  # else it is refused later
             weights[ours] = weight[order.argsort()]
     epsilon, theta = file.value(LLAMA.epsilon), file.value("rope.freq_base")
+    if epsilon is None:
+        file.refuse(f"it says nothing of llama.{LLAMA.epsilon}; write it again")
     return {
         "vocab_size": len(weights["wte.weight"]),
         **sizes,

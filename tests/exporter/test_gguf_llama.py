@@ -131,6 +131,16 @@ def test_smollms_rule_for_words_is_kept(tmp_path):
     assert long == text * 300 and len(list(back.pieces(text * 300))) > 1
 
 
+def test_what_a_file_may_leave_out_is_as_llama_cpp_takes_it(tmp_path):
+    model = llama(n_kv_head=4, rope_theta=1e4)
+    path = written(model, tmp_path / "model.gguf", type="f32")
+    whole = path.read_bytes()
+    for name in (b"attention.head_count_kv", b"rope.freq_base"):
+        path.write_bytes(whole.replace(name, b"x" * len(name)))
+        back = Llama(pretrained=str(path))
+        assert (back.n_kv_head, back.rope_theta) == (4, 1e4)
+
+
 def test_what_is_no_such_model_says_why(tmp_path):
     path = written(llama(), tmp_path / "model.gguf", type="q8_0")
     whole = path.read_bytes()
@@ -152,6 +162,10 @@ def test_what_is_no_such_model_says_why(tmp_path):
         path.write_bytes(whole)
         changed(path, f"llama.{name}", value)
         with pytest.raises(ValueError, match=message):
+            Llama(pretrained=str(path))
+    for name in ("attention.layer_norm_rms_epsilon", "block_count"):
+        path.write_bytes(whole.replace(name.encode(), b"x" * len(name)))
+        with pytest.raises(ValueError, match=f"it says nothing of llama.{name}"):
             Llama(pretrained=str(path))
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="its architecture is llama; only gpt2 can"):
