@@ -1,14 +1,17 @@
-"""Generation speed of GPT-2 124M: transformers' and qtrain's fp32, and qtrain's integer formats.
+"""Generation speed of GPT-2 124M or SmolLM2-135M: transformers', qtrain's fp32 and integer formats.
 
-    python scripts/bench_generation.py [--threads N] [--rounds N] [--prompt N] [--new N]
+    python scripts/bench_generation.py [--model gpt2|llama] [--threads N] [--rounds N]
+    [--prompt N]
+        [--new N] [--only NAME...]
 
-Random weights, for values do not matter to speed; batch 1, greedy, with the KV cache. Prefill reads
-a prompt of 128 tokens and computes the last one's logits; decoding goes on token by token. The
-models take turns in one process, in each turn several calls of one model in a row; figures are
-medians of the rounds. A model that reads all of its weights for every token decodes at most
-`bandwidth / bytes of weights` tokens a second; bandwidth is measured in each round, by summing 512
-MB. transformers (extra `hf`) and llama.cpp (extras `gguf`, `llamacpp`; the same weights in its own
-types) are left out where they are not installed. The last line is JSON.
+Random weights, for values do not matter to speed; batch 1, greedy, with the KV cache.
+Prefill reads a prompt of 128 tokens and computes the last one's logits; decoding goes
+on token by token. The models take turns in one process, in each turn several calls of
+one model in a row; figures are medians of the rounds. A model that reads all of its
+weights for every token decodes at most `bandwidth / bytes of weights` tokens a
+second; bandwidth is measured in each round, by summing 512 MB. transformers (extra
+`hf`) and llama.cpp (extras `gguf`, `llamacpp`; the same weights in its own types) are
+left out where they are not installed. The last line is JSON.
 """
 
 import argparse
@@ -28,7 +31,11 @@ from torch import Tensor, nn
 from qtrain.analyze.measure import keep_freed_memory, weight_bytes
 from qtrain.config.build import compose
 from qtrain.exporter.gguf import Gguf
-from qtrain.model.gpt2 import GPT2, KVCache
+from qtrain.model.gpt2 import GPT2
+from qtrain.model.kv_cache import KVCache
+from qtrain.model.language_model import LanguageModel
+from qtrain.model.llama import Llama
+from qtrain.model.pretrained import LLAMA_SIZES
 
 ENGINES = [e for e in torch.backends.quantized.supported_engines if e != "none"] + [
     "int8"
@@ -58,7 +65,7 @@ CALLS = 4  # in a row: prefills, and tokens before the clock starts
 
 
 class Ours:
-    """Prefill and decoding with qtrain's GPT2."""
+    """Prefill and decoding with qtrain's model."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -72,7 +79,7 @@ class Ours:
 
 
 class Theirs:
-    """The same with transformers' GPT2LMHeadModel."""
+    """The same with transformers' model."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -91,7 +98,7 @@ class Theirs:
 class LlamaCpp:
     """The same with llama.cpp, by its own clock, on a file that is written for it."""
 
-    def __init__(self, model: GPT2, kind: str, threads: int) -> None:
+    def __init__(self, model: LanguageModel, kind: str, threads: int) -> None:
         import xllamacpp
 
         folder = tempfile.mkdtemp()
@@ -99,7 +106,7 @@ class LlamaCpp:
         Gguf(type=kind).write_model(model, self.path)
         params = xllamacpp.CommonParams()
         params.model.path = str(self.path)
-        params.n_ctx = model.n_positions
+        params.n_ctx = min(model.n_positions, 1024)
         params.n_parallel = 1
         params.n_batch = params.n_ubatch = 512
         params.verbosity = -1
@@ -132,15 +139,17 @@ def gguf_tensors(path: Path) -> Any:
     return gguf.GGUFReader(path).tensors
 
 
-def transformers_model(like: GPT2) -> nn.Module:
-    """Returns transformers' GPT-2 of the same sizes, with random weights of its own."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def transformers_model(like: LanguageModel) -> nn.Module:
+    """Returns transformers' model of the same sizes, with random weights of its own."""
+    import transformers
 
-    sizes = {
-        name: getattr(like, name)
-        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    }
-    return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+    if isinstance(like, Llama):
+        sizes = {theirs: getattr(like, ours) for ours, theirs in LLAMA_SIZES.items()}
+        config = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
+        return transformers.LlamaForCausalLM(config).eval()
+    names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    sizes = {name: getattr(like, name) for name in names}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -171,8 +180,10 @@ def read_bytes(runner: Any) -> int:
     if isinstance(runner, LlamaCpp):
         return runner.bytes
     model = runner.model
-    body = getattr(model, "transformer", model)
-    return weight_bytes(nn.ModuleList([body.h, body.ln_f, model.lm_head]))
+    body = getattr(model, "transformer", getattr(model, "model", model))
+    blocks = body.layers if hasattr(body, "layers") else body.h
+    norm = body.norm if hasattr(body, "norm") else body.ln_f
+    return weight_bytes(nn.ModuleList([blocks, norm, model.lm_head]))
 
 
 @torch.no_grad()
@@ -180,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=["gpt2", "llama"], default="gpt2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
@@ -191,7 +203,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as every run does
     torch.manual_seed(0)
-    float_model = GPT2().eval()
+    float_model = (Llama if args.model == "llama" else GPT2)().eval()
     models: dict[str, Any] = {}
     if importlib.util.find_spec("transformers"):
         models["transformers fp32"] = Theirs(transformers_model(float_model))

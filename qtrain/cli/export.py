@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "run", type=Path, metavar="RUN", help="the folder of a finished run"
     )
     parser.add_argument(
-        "--to", choices=["gguf"], default="gguf", help="GPT-2 for llama.cpp"
+        "--to", choices=["gguf"], default="gguf", help="GPT-2 or Llama for llama.cpp"
     )
     parser.add_argument(
         "--type",
@@ -69,7 +69,7 @@ def export(
     """Returns the path of the GGUF file that it has written.
 
     Args:
-        run: the folder of a finished run of a GPT-2.
+        run: the folder of a finished run of a language model.
         output: the file; None: model.gguf in `run`.
         type: see `qtrain.exporter.gguf.Gguf`.
         float: write the float model, not the converted one.

@@ -114,7 +114,7 @@ def generate(
     Args:
         run: the folder of a finished run.
         prompt: a text of at least one token.
-        max_new_tokens, seed, cache: see `GPT2.generate`.
+        max_new_tokens, seed, cache: see `LanguageModel.generate`.
         stop: texts; the first that comes ends it, and is left out.
         trust: see `qtrain.runs.artifact.load`.
         pace: what measures how fast tokens come.

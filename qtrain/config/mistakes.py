@@ -15,8 +15,9 @@ from torch import nn
 from qtrain.common.validate import shown
 from qtrain.config.settings import objectives
 from qtrain.data.loaders import DataLoaders
+from qtrain.data.tokenizer import load_tokenizer, own_tokenizer
 from qtrain.exporter.judge import check_exporters
-from qtrain.model.pretrained import SIZES
+from qtrain.model.pretrained import OWN
 from qtrain.task.base import Task
 
 
@@ -70,7 +71,7 @@ def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
                 "leave it out"
             )
     pretrained = OmegaConf.select(config, "model.pretrained")
-    for size in SIZES if isinstance(pretrained, str) else ():
+    for size in OWN if isinstance(pretrained, str) else ():
         if f"model.{size}" in given:
             lines.append(
                 f"{given[f'model.{size}']}: "
@@ -120,6 +121,22 @@ def spec_mistakes(quant: DictConfig, role: str) -> list[str]:
     return []
 
 
+def _other_tokenizer(config: DictConfig) -> list[str]:
+    """Returns what is wrong where a pretrained model gets tokens that it was not trained on."""
+    pretrained = OmegaConf.select(config, "model.pretrained")
+    name = OmegaConf.select(config, "data.tokenizer")
+    own = own_tokenizer(pretrained)
+    if name is None or own in (name, "bytes"):
+        return []
+    given, needed = (load_tokenizer(of).vocab_size for of in (name, own))
+    if given == needed:
+        return []
+    return [
+        f"data.tokenizer={name}: has {given} tokens, and model.pretrained={pretrained} "
+        f"was trained with a tokenizer of {needed}; use data.tokenizer=auto"
+    ]
+
+
 def disagreements(config: DictConfig, made: dict[str, Any], sound: bool) -> list[str]:
     """Returns why parts that are right, each by itself, cannot be used together.
 
@@ -132,6 +149,7 @@ def disagreements(config: DictConfig, made: dict[str, Any], sound: bool) -> list
     if task is not None:
         lines += _unknown_objectives(config, task)
         lines += task.mistakes(made["model"]) if "model" in made else []
+        lines += _other_tokenizer(config) if sound and not lines else []
     if data is not None:
         lines += [
             f"data: there are no {split} data; "

@@ -1,7 +1,7 @@
 """Model, data and task that belong together: who names one of them means the others too."""
 
 TEXT = {
-    "model": ("gpt2_nano", "gpt2"),
+    "model": ("gpt2_nano", "gpt2", "llama_nano", "llama"),
     "data": ("shakespeare", "text"),
     "task": ("language_modeling",),
 }

@@ -9,6 +9,12 @@ from qtrain.common import gguf
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # kinds of tokens, as llama.cpp numbers them
 END = "<|endoftext|>"
+# How words are found, by llama.cpp's name: what the tokenizers library does before
+# GPT-2's rule.
+RULES: dict[str, dict[str, dict[str, Any]]] = {
+    "gpt-2": {},
+    "smollm": {"Digits": {"individual_digits": True}},
+}
 
 
 def byte_characters() -> list[str]:
@@ -28,7 +34,7 @@ def byte_characters() -> list[str]:
 
 
 def describe(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """Returns tokens, their kinds, merges and the token that ends a text.
+    """Returns tokens, their kinds, merges, the rule for words and the token that ends a text.
 
     Args:
         tokenizer: a ByteTokenizer or BPETokenizer.
@@ -50,15 +56,16 @@ def describe(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
         # llama.cpp asks for a merge: one of two bytes that no text has, into no
         # token.
         merges, special, end = [f"{tokens[0]} {tokens[1]}"], set(), 0
+        rule: str | None = "gpt-2"
     else:
         model = json.loads(backend.to_str())
         special = {t["content"] for t in model["added_tokens"] if t["special"]}
-        if (
-            model["model"].get("type") not in (None, "BPE")
-            or "merges" not in model["model"]
-        ):
+        rule = rule_of(model["pre_tokenizer"])
+        is_bpe = model["model"].get("type") in (None, "BPE")
+        if not is_bpe or "merges" not in model["model"] or rule is None:
             raise ValueError(
-                "tokenizer: only byte-level BPE and bytes can be written as GGUF"
+                "tokenizer: only bytes and byte-level BPE with the rule for words of "
+                f"{' or '.join(RULES)} can be written as GGUF"
             )
         merges = [
             m if isinstance(m, str) else " ".join(m) for m in model["model"]["merges"]
@@ -72,13 +79,25 @@ def describe(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
         "tokens": tokens,
         "kinds": kinds + [UNUSED for _ in unused],
         "merges": merges,
+        "rule": rule,
         "end": end,
     }
 
 
-def read_tokenizer(name: str) -> tuple[list[str], list[str], list[str]] | None:
-    """Returns a file's tokens, merges and special tokens; None if a token
-    is a byte.
+def rule_of(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """Returns llama.cpp's name of how the tokenizers library finds words; None: it has none."""
+    steps = pre_tokenizer or {}
+    *before, last = steps.get("pretokenizers", [steps])
+    by_gpt2 = last.get("type") == "ByteLevel" and last.get("use_regex", True)
+    if not by_gpt2 or last["add_prefix_space"]:
+        return None
+    found = {step.pop("type"): step for step in before}
+    return next((name for name, steps in RULES.items() if steps == found), None)
+
+
+def read_tokenizer(name: str) -> tuple[list[str], list[str], list[str], str] | None:
+    """Returns a file's tokens, merges, special tokens and rule for words; None if a token is a
+    byte.
 
     Raises:
         ValueError: it is no whole GGUF file, or holds another kind of
@@ -93,6 +112,12 @@ def read_tokenizer(name: str) -> tuple[list[str], list[str], list[str]] | None:
             f"tokenizer={name}: holds a tokenizer of kind {kind}; allowed are "
             "byte-level BPE (gpt2) with merges, and tokenizer=bytes without a file"
         )
+    rule = gguf.value(reader, "tokenizer.ggml.pre")
+    if rule not in RULES:
+        raise ValueError(
+            f"tokenizer={name}: its rule for words is {rule}; "
+            f"allowed are {' and '.join(RULES)}"
+        )
     kinds = gguf.value(reader, "tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     used = [
         token for token, is_a in zip(tokens, kinds, strict=True) if is_a != UNUSED
@@ -102,4 +127,4 @@ def read_tokenizer(name: str) -> tuple[list[str], list[str], list[str]] | None:
     special = [
         token for token, is_a in zip(tokens, kinds, strict=True) if is_a == CONTROL
     ]
-    return used, merges, special
+    return used, merges, special, rule

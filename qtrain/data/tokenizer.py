@@ -13,7 +13,7 @@ from torch import Tensor
 from qtrain.common.gguf import is_gguf
 from qtrain.common.network import hub_answers
 from qtrain.common.validate import refuse, text
-from qtrain.data.gguf import read_tokenizer
+from qtrain.data.gguf import RULES, read_tokenizer, rule_of
 
 END_OF_TEXT = "<|endoftext|>"
 # Characters encoded at once: a token takes a hundred times its final memory for long
@@ -117,13 +117,8 @@ class BPETokenizer:
 
     @property
     def cuts_at_spaces(self) -> bool:
-        rule = json.loads(self.backend.to_str())
-        words = rule["pre_tokenizer"] or {}
-        return rule["normalizer"] is None and (
-            words.get("type") == "ByteLevel"
-            and words.get("use_regex", True)
-            and not words["add_prefix_space"]
-        )
+        rules = json.loads(self.backend.to_str())
+        return rules["normalizer"] is None and bool(rule_of(rules["pre_tokenizer"]))
 
 
 def own_tokenizer(pretrained: str | None) -> str:
@@ -208,11 +203,19 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _of_file(
-    tokenizers: Any, tokens: list[str], merges: list[str], special: list[str]
+    tokenizers: Any,
+    tokens: list[str],
+    merges: list[str],
+    special: list[str],
+    rule: str,
 ) -> Any:
     """Returns a byte-level BPE of the tokenizers library out of what a GGUF file says."""
     vocabulary = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ")) for merge in merges]
     backend = tokenizers.ByteLevelBPETokenizer(vocabulary, pairs)
     backend.add_special_tokens(special)
+    known = tokenizers.pre_tokenizers
+    steps = [getattr(known, kind)(**how) for kind, how in RULES[rule].items()]
+    words = known.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = known.Sequence([*steps, words]) if steps else words
     return backend

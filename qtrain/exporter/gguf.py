@@ -1,5 +1,5 @@
-"""GPT-2 as a GGUF file, which llama.cpp runs: weights, sizes and tokenizer
-in one.
+"""GPT-2 or Llama as a GGUF file, which llama.cpp runs: weights, sizes and
+tokenizer in one.
 """
 
 from pathlib import Path
@@ -16,13 +16,15 @@ from qtrain.common.validate import choice, refuse
 from qtrain.data.gguf import describe
 from qtrain.data.tokenizer import load_tokenizer
 from qtrain.exporter.base import Exporter, Inputs
-from qtrain.model.gguf import ARCHITECTURE, EPSILON, SIZES, layers
+from qtrain.model import gguf as layouts
 from qtrain.model.gpt2 import GPT2
+from qtrain.model.llama import Llama
 from qtrain.simulate.simulation import Simulation
 
 # As the file says which type most of it has.
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8}
 BLOCK = 32  # weights of a row that share a scale
+NORMS = {GPT2: nn.LayerNorm, Llama: nn.RMSNorm}
 
 
 class Gguf(Exporter):
@@ -62,7 +64,7 @@ class Gguf(Exporter):
         self.write_model(simulation.model, path)
 
     def write_model(self, model: Any, path: Path) -> None:
-        """Writes a float or converted GPT2.
+        """Writes a float or converted GPT2 or Llama.
 
         Raises:
             ValueError: it is none, or none that llama.cpp knows; or
@@ -71,21 +73,25 @@ class Gguf(Exporter):
         _refuse_others(model)
         library = gguf.library("export")
         described = describe(load_tokenizer(self.tokenizer), model.vocab_size)
-        writer = library.GGUFWriter(None, ARCHITECTURE)
-        for ours, theirs in SIZES.items():
-            writer.add_uint32(f"{ARCHITECTURE}.{theirs}", getattr(model, ours))
-        writer.add_feed_forward_length(4 * model.n_embd)
-        writer.add_layer_norm_eps(EPSILON)
+        layout = layouts.LLAMA if isinstance(model, Llama) else layouts.GPT2
+        writer = library.GGUFWriter(None, layout.architecture)
+        numbers = {**layout.sizes, "n_inner": "feed_forward_length"}
+        for ours, theirs in numbers.items():
+            writer.add_uint32(f"{layout.architecture}.{theirs}", getattr(model, ours))
+        writer.add_float32(f"{layout.architecture}.{layout.epsilon}", model.ln_f.eps)
+        if isinstance(model, Llama):
+            writer.add_rope_dimension_count(model.n_embd // model.n_head)
+            writer.add_rope_freq_base(model.rope_theta)
         writer.add_file_type(TYPES[self.type])
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("gpt-2")
+        writer.add_tokenizer_pre(described["rule"])
         writer.add_token_list(described["tokens"])
         writer.add_token_types(described["kinds"])
         writer.add_token_merges(described["merges"])
         writer.add_bos_token_id(described["end"])
         writer.add_eos_token_id(described["end"])
         writer.add_add_bos_token(False)
-        for ours, theirs in layers(model.n_layer).items():
+        for ours, theirs in layout.names(model.n_layer).items():
             self._add(writer, library, model, ours, theirs)
 
         def fill(new: Path) -> None:
@@ -102,7 +108,8 @@ class Gguf(Exporter):
         layer = model.get_submodule(ours)
         if ours == "lm_head" and layer.weight is model.wte.weight:
             return  # llama.cpp takes the embedding then
-        is_matrix = ours != "wpe" and not isinstance(layer, nn.LayerNorm)
+        is_norm = isinstance(layer, nn.LayerNorm | nn.RMSNorm)
+        is_matrix = ours != "wpe" and not is_norm
         kind = library.GGMLQuantizationType[self.type.upper() if is_matrix else "F32"]
         weight = layer.weight
         raw = _as_they_are(weight) if is_matrix else None
@@ -112,24 +119,30 @@ class Gguf(Exporter):
         else:
             values = weight if isinstance(weight, Tensor) else weight.dequantize()
             data = _quantized(library, values, kind, ours)
+        order = layouts.row_order(ours, vars(model))
+        data = data if order is None else data[order.numpy()]
         writer.add_tensor(f"{theirs}.weight", data, raw_dtype=kind)
         bias = getattr(layer, "bias", None)
         if bias is not None:
             writer.add_tensor(f"{theirs}.bias", bias.detach().float().numpy())
 
     def run(self, path: Path, inputs: Inputs) -> Any:
-        model = GPT2(pretrained=str(path)).eval()
+        reader = gguf.read(str(path), "export")
+        architecture = gguf.value(reader, "general.architecture")
+        kind = Llama if architecture == layouts.LLAMA.architecture else GPT2
+        model = kind(pretrained=str(path)).eval()
         with torch.no_grad():
             return model(*inputs)
 
 
 def _refuse_others(model: Any) -> None:
-    if not isinstance(model, GPT2):
+    norms = [norm for kind, norm in NORMS.items() if isinstance(model, kind)]
+    if not norms:
         raise ValueError(
-            "export: only GPT-2 is written as GGUF, "
+            "export: only GPT-2 and Llama are written as GGUF, "
             f"and this is a {type(model).__name__}"
         )
-    if not isinstance(model.ln_f, nn.LayerNorm):
+    if not isinstance(model.ln_f, norms[0]):
         raise ValueError(
             "export: llama.cpp's GPT-2 has LayerNorm, and this one was rotated; "
             "leave rotate out of quant.transforms"

@@ -1,10 +1,9 @@
-"""A block of GPT-2: its modules and, for one token at a time, the calls that they come to.
+"""The parts of a block of GPT-2 and, for one token at a time, the calls that they come to.
 
-Shapes as in gpt2.py.
+Shapes as in language_model.py.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,13 +11,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from qtrain.backend.torch_ao import DeQuantStub, QuantStub, has_hooks, resolve, same
-
-# Takes a layer's new keys and values (2, B, H, T, D); returns all keys, and all
-# values.
-Slot = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-Call = Callable[..., Tensor]
+from qtrain.backend.torch_ao import DeQuantStub, QuantStub, has_hooks, resolve
+from qtrain.model.block import Call, Slot, attention
 
 
 class Attention(nn.Module):
@@ -66,7 +60,7 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """Returns self-attention of x (B, T, C), between projections to (B, T, 3C) and back."""
-    batch, num_tokens, n_embd = x.shape
+    batch, num_tokens, _ = x.shape
     # (3, B, H, T, D)
     qkv = project_in(x).view(batch, num_tokens, 3, n_head, -1).permute(2, 0, 3, 1, 4)
     if slot is None:
@@ -74,12 +68,7 @@ def attend(
     else:
         k, v = slot(qkv[1:])  # (B, H, S, D)
         q = qkv[0]
-    # A single token may look at everything before it: it needs no mask.
-    is_causal = mask is None and num_tokens > 1
-    x = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal
-    )
-    return project_out(x.transpose(1, 2).reshape(batch, num_tokens, n_embd))
+    return project_out(attention(q, k, v, mask, dropout))
 
 
 class MLP(nn.Module):
@@ -116,51 +105,6 @@ class MLP(nn.Module):
 def feed_forward(x: Tensor, project_in: Call, project_out: Call) -> Tensor:
     """Returns project_out(gelu(project_in(x))), (B, T, C)."""
     return project_out(gelu(project_in(x)))
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(n_embd)
-        self.attn = Attention(n_embd, n_head, dropout)
-        self.ln_2 = nn.LayerNorm(n_embd)
-        self.mlp = MLP(n_embd)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, slot: Slot | None, mask: Tensor | None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        return run_block(
-            x, slot, mask, self.ln_1, self.attn, self.ln_2, self.mlp, self.dropout
-        )
-
-    def resolved(self) -> Call:
-        """Returns what the module is in eval mode, as a call."""
-        if has_hooks(self):
-            return self
-        return partial(
-            run_block,
-            ln_1=resolve(self.ln_1),
-            attn=self.attn.resolved(),
-            ln_2=resolve(self.ln_2),
-            mlp=self.mlp.resolved(),
-        )
-
-
-def run_block(
-    x: Tensor,
-    slot: Slot | None,
-    mask: Tensor | None,
-    ln_1: Call,
-    attn: Call,
-    ln_2: Call,
-    mlp: Call,
-    dropout: Call = same,
-) -> Tensor:
-    """Returns what a block makes of x, (B, T, C)."""
-    x = x + dropout(attn(ln_1(x), slot, mask))
-    return x + dropout(mlp(ln_2(x)))
 
 
 def gelu(x: Tensor) -> Tensor:

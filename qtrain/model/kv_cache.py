@@ -1,6 +1,6 @@
 """Keys and values of the tokens that were read, in float or in 8 bits.
 
-Shapes as in gpt2.py.
+Shapes as in language_model.py.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qtrain.common.validate import choice, refuse
-from qtrain.model.gpt2_block import Call, Slot
+from qtrain.model.block import Call, Slot
 
 KINDS = ("float", "int8")
 
@@ -21,8 +21,8 @@ class KVCache:
     dropout, whatever the model's mode.
 
     Args:
-        model: the GPT2 to cache for, float or quantized; gives sizes,
-            dtype and device.
+        model: the language model to cache for, float or quantized;
+            gives sizes, dtype and device.
         batch_size: B.
         max_length: tokens that it can hold; by default the model's
             n_positions.
@@ -46,7 +46,7 @@ class KVCache:
         like = model.ln_f.weight
         width = model.n_embd // model.n_head
         # (n_layer, 2, B, H, max_length, D)
-        sizes = (model.n_layer, 2, batch_size, model.n_head, self.max_length, width)
+        sizes = (model.n_layer, 2, batch_size, model.n_kv_head, self.max_length, width)
         dtype = torch.int8 if kind == "int8" else like.dtype
         self.buffer = torch.empty(sizes, dtype=dtype, device=like.device)
         self.scales: Tensor | None = None

@@ -1,9 +1,8 @@
 """GPT-2 in GGUF files: as llama.cpp computes it, and back to the same bits."""
 
-import json
-
 import pytest
 import torch
+from llama_cpp import LlamaCpp
 
 gguf = pytest.importorskip("gguf")
 
@@ -28,7 +27,8 @@ def gpt2(vocab_size=256, width=64):
         for name, parameter in model.named_parameters():
             spread = 0.3 if "ln_" in name else 0.1
             parameter.add_(torch.randn_like(parameter) * spread)
-        # Bytes that are no whole characters do not come first: llama.cpp is silent about those.
+        # Bytes that are no whole characters do not come first: llama.cpp is silent
+        # about those.
         model.wte.weight[128:] *= 0.01
         model.wte.weight[:32] *= 0.01
     return model
@@ -39,45 +39,10 @@ def written(model, path, **settings):
     return path
 
 
-class Llama:
-    """llama.cpp with a file, on one thread."""
-
-    def __init__(self, path):
-        xllamacpp = pytest.importorskip("xllamacpp")
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.n_parallel = str(path), 64, 1
-        params.warmup, params.verbosity = False, -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        self.server = xllamacpp.Server(params)
-
-    def ask(self, prompt, count, **settings):
-        request = {
-            "prompt": prompt,
-            "max_tokens": count,
-            "temperature": 0.0,
-            "verbose": True,
-        }
-        answer = self.server.handle_completions(
-            {**request, "cache_prompt": False, **settings}
-        )
-        return answer if isinstance(answer, dict) else json.loads(answer)
-
-    def log_probabilities(self, prompt, vocab_size):
-        answer = self.ask(prompt, 1, logprobs=vocab_size)
-        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        found = torch.full((vocab_size,), torch.nan)
-        for token in top:
-            found[token["id"]] = token["logprob"]
-        return found
-
-    def tokens(self, prompt, count):
-        return self.ask(prompt, count, return_tokens=True)["__verbose"]["tokens"]
-
-
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_0"])
 def test_llama_cpp_gives_the_same_log_probabilities(kind, tmp_path):
     path = written(gpt2(), tmp_path / "model.gguf", type=kind)
-    llama, back = Llama(path), GPT2(pretrained=str(path)).eval()
+    llama, back = LlamaCpp(path), GPT2(pretrained=str(path)).eval()
     with torch.no_grad():
         for length in (1, 4, len(PROMPT)):
             exact = back(torch.tensor([PROMPT[:length]]))[0, -1].log_softmax(-1)
@@ -141,7 +106,7 @@ def test_bytes_are_tokens_there_too(tmp_path):
     text = "Héllo,  wörld\n\t≈"
     tokenizer = load_tokenizer(str(path))
     assert tokenizer.encode(text).tolist() == list(text.encode())
-    llama = Llama(path)
+    llama = LlamaCpp(path)
     count = llama.ask(text, 1)["__verbose"]["tokens_evaluated"]
     assert count == len(text.encode())
 
@@ -160,7 +125,7 @@ def test_a_byte_level_bpe_comes_back(tmp_path):
     for sentence in (text, "a hat<|endoftext|>the ≈ Ünder"):
         assert torch.equal(ours.encode(sentence), back.encode(sentence))
         assert back.decode(back.encode(sentence)) == sentence
-    llama = Llama(path)
+    llama = LlamaCpp(path)
     assert llama.ask(text[:60], 1)["__verbose"]["tokens_evaluated"] == len(
         ours.encode(text[:60])
     )
@@ -212,7 +177,8 @@ def test_what_cannot_be_written_says_why(tmp_path):
     with pytest.raises(ValueError, match="type=q9: allowed are f32, f16"):
         Gguf(type="q9")
     with pytest.raises(
-        ValueError, match="only GPT-2 is written as GGUF, and this is a Linear"
+        ValueError,
+        match="only GPT-2 and Llama are written as GGUF, and this is a Linear",
     ):
         written(torch.nn.Linear(2, 2), tmp_path / "model.gguf")
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from qtrain.backend import integers, torch_ao
 from qtrain.functional.spec import QuantSpec
-from qtrain.model.gpt2 import GPT2, KVCache
+from qtrain.model.gpt2 import GPT2
 from qtrain.model.gpt2_block import gelu
+from qtrain.model.kv_cache import KVCache
 from qtrain.quant.ptq import PTQ
 
 
@@ -42,8 +43,8 @@ def test_published_initialisation() -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             expected = 0.02 / math.sqrt(8) if name.endswith("c_proj.weight") else 0.02
-            # The standard deviation of n normal samples is off by 1 / sqrt(2 n) of itself: allow
-            # five times that.
+            # The standard deviation of n normal samples is off by 1 / sqrt(2 n) of
+            # itself: allow five times that.
             assert parameter.std().item() == pytest.approx(
                 expected, rel=5 / math.sqrt(2 * parameter.numel())
             ), name

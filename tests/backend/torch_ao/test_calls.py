@@ -7,7 +7,8 @@ from torch import nn
 
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
-from qtrain.model.gpt2 import GPT2, KVCache
+from qtrain.model.gpt2 import GPT2
+from qtrain.model.kv_cache import KVCache
 
 SIZES = dict(vocab_size=31, n_positions=8, n_layer=1, n_head=2, n_embd=16)
 
