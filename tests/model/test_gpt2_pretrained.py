@@ -14,7 +14,7 @@ from tiny_gpt2 import NANO, TINY, prompt
 from torch.nn import functional as F
 
 from qtrain.config.mistakes import explain
-from qtrain.data.text import EvalWindows
+from qtrain.data.windows import EvalWindows
 from qtrain.model.gpt2 import GPT2
 from qtrain.model.kv_cache import KVCache
 
