@@ -79,6 +79,9 @@ class Report:
     plan: dict[str, Any] = field(default_factory=dict)
     # How the model came to have stubs: mode, what was fused, what stayed float and why.
     capture: dict[str, Any] = field(default_factory=dict)
+    # Of a quantizer's own: parameters, those trained, and the bytes of weights, gradients
+    # and the optimizer's states; their sum is the peak of a step, activations left out.
+    training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
     # {model: the standard error of its mean loss, and of a perplexity}, over examples.

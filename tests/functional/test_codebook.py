@@ -115,8 +115,9 @@ def test_nf4_suits_normal_weights_and_int4_uniform_ones():
 def test_bits_are_those_of_bitsandbytes(name, size, rows, columns, dtype, double, seed):
     peer = pytest.importorskip("bitsandbytes.functional")
     x = numbers((rows, columns), seed, dtype)
+    # Flat: of a matrix whose rows end inside a block, it restores other numbers
     codes, state = peer.quantize_4bit(
-        x, blocksize=size, quant_type=name, compress_statistics=double
+        x.flatten(), blocksize=size, quant_type=name, compress_statistics=double
     )
     spec = CodebookSpec(format=name, block_size=size, double_quant=double)
     ours = CodebookWeight(x, spec)
