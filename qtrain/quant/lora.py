@@ -22,6 +22,7 @@ from qtrain.common.validate import (
     text,
     whole,
 )
+from qtrain.functional.spec import CodebookSpec, QuantSpec
 from qtrain.quant.adapters import FILE, adapter_state, load_adapters
 from qtrain.quant.weight_only import WeightOnly
 from qtrain.simulate.simulation import Simulation
@@ -74,6 +75,7 @@ class LoRA(WeightOnly):
         optimizer: Any,
         scheduler: Any,
         convert_every: int,
+        weight: QuantSpec | CodebookSpec | None = None,
         **base: Any,
     ) -> None:
         problems = whole("epochs", epochs, 1, MANY)
@@ -86,7 +88,7 @@ class LoRA(WeightOnly):
         if isinstance(targets, str) or not targets:
             problems.append(f"targets={shown(targets)}: must be a list, such as ['*']")
         try:
-            super().__init__(**base)
+            super().__init__(weight=weight, **base)
         except ValueError as err:
             problems.append(str(err))
         else:
