@@ -297,7 +297,7 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
         ({"bits": 5}, r"weight\.bits=5: packed are 2, 3, 4 and 8"),
         (
             {"embedding": "int2"},
-            "embedding=int2: allowed are float, fp16, int8 and int4",
+            "embedding=int2: allowed are float, fp16, int8, int4, nf4 and fp4",
         ),
         ({"head": "tied"}, "head=tied: allowed are shared, separate and float"),
         (
