@@ -215,6 +215,8 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         _median(latency.get(kind), batch)
         for kind in ("float", "float" if is_float else "quantized")
     )
+    training = report.get("training") or {}
+    held = (training.get("bytes") or {}).get("peak")
     facts = identity | {
         "simulated": bool(report["quant"].get("simulated")),
         "float": exact,
@@ -239,6 +241,8 @@ def _run(folder: Path, report: dict[str, Any]) -> Run:
         "tokens_per_s": (report.get("tokens_per_s") or {}).get(
             "float" if is_float else "quantized"
         ),
+        "trained": training.get("trained_parameters"),
+        "training_mb": held and _positive(held) / 1e6,
         "seconds": sum(_number(t) for t in report["time_s"].values()),
     }
     keys = (

@@ -98,6 +98,8 @@ def columns(section: Section) -> list[Column]:
         _number("latency_ms", f"ms, batch {batch}", 3),
         _number("latency_ratio", "latency ratio", 2, suffix="x"),
         _number("tokens_per_s", "tokens/s", 0),
+        _number("trained", "trained", 0),
+        _number("training_mb", "training MB", 1),
         _number("seconds", "seconds", 1),
     ]
     found = [
@@ -286,6 +288,11 @@ def legend(sections: Sequence[Section]) -> list[str]:
         lines.append(
             "KB at bits: the file with each weight in its bits, "
             "which torch stores in a byte; fronts go by it"
+        )
+    if any(column.key == "training_mb" for column, _ in shown):
+        lines.append(
+            "trained: parameters of the method's own training; training MB: its "
+            "weights, gradients and optimizer's states, worked out, without activations"
         )
     return lines + _front_lines(sections, names)
 

@@ -47,10 +47,16 @@ SHAPE: dict[str, Any] = {
     "size_bytes": {"*": NUMBER},
     "latency_ms": {"*": {"*": {"median": NUMBER}}},
     "tokens_per_s": {"*": NUMBER},
+    "training": {"trained_parameters": NUMBER, "bytes": {"*": NUMBER}},
     "time_s": {"*": NUMBER},
     "sha256": {"*": str},
 }
-REQUIRED = SHAPE.keys() - {"tokens_per_s", "sha256", "scoring"}  # which came later
+REQUIRED = SHAPE.keys() - {
+    "tokens_per_s",
+    "training",
+    "sha256",
+    "scoring",
+}  # which came later
 
 log = logging.getLogger(__name__)
 

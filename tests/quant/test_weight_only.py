@@ -311,7 +311,8 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
         ),
         (
             {"layers": {"h.*": "int8"}},
-            r"layers\.h\.\*=int8: must be float, fp16, weight_only, llm_int8, or a mapping",
+            r"layers\.h\.\*=int8: must be float, fp16, weight_only, llm_int8, "
+            "nf4, fp4, or a mapping",
         ),
         (
             {"layers": {"h.*": {"bit": 5}}},

@@ -35,6 +35,8 @@ def test_only_adapters_are_trained_and_they_are_saved_apart(job, base):
     tensors = adapters(run)["adapters"]
     assert sum(x.numel() for x in tensors.values()) == wanted
     assert run.loss("quantized") < run.loss("float")
+    (row,) = qtrain.compare(run.run_dir)
+    assert (row["trained"], row["training_mb"]) == (wanted, held["peak"] / 1e6)
 
 
 def test_what_is_loaded_is_the_frozen_layer_and_the_adapter(job):
