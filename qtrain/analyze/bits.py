@@ -6,7 +6,7 @@ from torch import nn
 
 from qtrain.analyze.measure import weight_bytes
 from qtrain.backend import integers
-from qtrain.backend.packed.weight import IntegerWeight
+from qtrain.backend.packed.compact import Codes
 from qtrain.functional.spec import QuantSpec
 from qtrain.simulate.plan import Plan
 from qtrain.simulate.sites import QuantWeighted
@@ -58,7 +58,7 @@ def _weights(model: nn.Module, plan: Plan) -> Iterator[tuple[int, int, int]]:
         weight = integers.quantized_weight(module)
         if weight is None or id(weight) in seen:
             continue
-        if isinstance(weight, IntegerWeight):
+        if isinstance(weight, Codes):
             seen.add(id(weight))
             yield weight.numel(), weight.bits, weight.bits
         else:

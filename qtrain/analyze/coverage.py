@@ -29,7 +29,8 @@ def coverage(
 ) -> dict[str, Any]:
     """Returns the quantized shares of parameters and multiply-accumulates, and the layers left out.
 
-    Biases, which stay float, count among the parameters that are not quantized.
+    Biases and adapters, which stay float, count among the parameters that are not
+    quantized.
 
     Args:
         quantized: a converted model; it is run once.
@@ -51,6 +52,11 @@ def coverage(
             bias = getattr(module, "bias", None)
             bias = bias() if callable(bias) else bias
             num_biases = 0 if bias is None else bias.numel()
+            float_params += sum(  # of adapters
+                parameter.numel()
+                for key, parameter in module.named_parameters(recurse=False)
+                if key not in ("weight", "bias")
+            )
             if parametrize.is_parametrized(module, "bias"):
                 int8_params += num_biases
             else:

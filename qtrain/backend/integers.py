@@ -5,11 +5,10 @@ from torch import nn
 
 from qtrain.backend.base import FloatIsland
 from qtrain.backend.int8.layers import LayerWeight
-from qtrain.backend.packed.compact import integer_weight
-from qtrain.backend.packed.weight import IntegerWeight
+from qtrain.backend.packed.compact import Codes, integer_weight
 from qtrain.simulate.sites import Site
 
-Weight = torch.Tensor | IntegerWeight | LayerWeight
+Weight = torch.Tensor | Codes | LayerWeight
 
 
 def quantized_weight(module: nn.Module) -> Weight | None:
@@ -27,7 +26,7 @@ def quantized_weight(module: nn.Module) -> Weight | None:
 
 def weight_qparams(weight: Weight) -> tuple[float, int]:
     """Returns the scale and the zero point of a quantized weight's first element."""
-    if isinstance(weight, IntegerWeight | LayerWeight):
+    if isinstance(weight, Codes | LayerWeight):
         zero_points = weight.zero_point
         return float(weight.scale.flatten()[0]), 0 if zero_points is None else int(
             zero_points.flatten()[0]

@@ -135,6 +135,14 @@ def check_settings(config: DictConfig) -> Iterator[str]:
             f"checkpoint={config.checkpoint}: there is no such file; "
             "allowed is a state dict, as float.pt of a run"
         )
+    adapters = (
+        config.quant.get("adapters") if OmegaConf.is_dict(config.quant) else None
+    )
+    if isinstance(adapters, str) and not isfile(adapters):
+        yield (
+            f"quant.adapters={shown(adapters)}: there is no such file; "
+            "allowed is the adapters.pt of a run"
+        )
     yield from choice("checkpoint_mode", config.checkpoint_mode, ("use", "finetune"))
     yield from boolean("checkpoint_strict", config.checkpoint_strict)
     if config.checkpoint is None and config.checkpoint_mode == "finetune":

@@ -32,6 +32,7 @@ class DataLoaders:
         about: what the report shall tell of the data, as plain numbers and
             lists: "num_classes" or the names of the "classes", which models
             can take, measured "mean" and "std".
+        finetune: what a quantizer's own training takes; None: `train`.
     """
 
     train: Loader
@@ -40,6 +41,11 @@ class DataLoaders:
     calib: Loader
     fingerprint: str
     about: Mapping[str, Any] = field(default_factory=dict)
+    finetune: Loader | None = None
+
+    @property
+    def for_finetuning(self) -> Loader:
+        return self.train if self.finetune is None else self.finetune
 
 
 def shuffled_indices(num_samples: int) -> Tensor:

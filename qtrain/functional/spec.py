@@ -7,6 +7,8 @@ from typing import Any
 from qtrain.common.validate import MANY, boolean, choice, refuse, whole
 
 AUTO = "auto"
+CODEBOOKS = ("nf4", "fp4")
+BLOCK_SIZES = tuple(2**power for power in range(5, 13))
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
 
@@ -46,6 +48,46 @@ class FloatFormat:
             "granularity": None,
             "group_size": None,
             "observer": None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookSpec:
+    """Four bits that stand for the numbers of a table, see `functional.codebook`.
+
+    Args:
+        format: "nf4" or "fp4".
+        block_size: neighbours in the flattened weight that share a scale, a power of
+            2 from 32 to 4096.
+        double_quant: whether scales are stored in 8 bits.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    format: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+
+    bits = 4
+
+    def __post_init__(self) -> None:
+        refuse(
+            choice("format", self.format, CODEBOOKS)
+            + choice("block_size", self.block_size, BLOCK_SIZES)
+            + boolean("double_quant", self.double_quant)
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what reports show of a number format."""
+        return {
+            "bits": self.bits,
+            "symmetric": None,
+            "granularity": "per_block",
+            "group_size": self.block_size,
+            "observer": None,
+            "format": self.format,
+            "double_quant": self.double_quant,
         }
 
 

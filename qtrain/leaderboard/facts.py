@@ -12,6 +12,8 @@ def facts_of(report: dict[str, Any]) -> dict[str, Any]:
     identity = _identity(report)
     is_float = identity["method"] == "none"
     last = "float" if is_float else "quantized"
+    training = report.get("training") or {}
+    held = (training.get("bytes") or {}).get("peak")
     return (
         identity
         | {"simulated": bool(report["quant"].get("simulated"))}
@@ -21,6 +23,8 @@ def facts_of(report: dict[str, Any]) -> dict[str, Any]:
         | {
             "contended": (report.get("other_load") or 0) > QUIET,
             "tokens_per_s": (report.get("tokens_per_s") or {}).get(last),
+            "trained": training.get("trained_parameters"),
+            "training_mb": held and _positive(held) / 1e6,
             "seconds": sum(_number(t) for t in report["time_s"].values()),
         }
     )

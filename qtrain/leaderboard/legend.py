@@ -46,6 +46,11 @@ def legend(sections: Sequence[Section]) -> list[str]:
             "KB at bits: the file with each weight in its bits, "
             "which torch stores in a byte; fronts go by it"
         )
+    if any(row.cells.get("training_mb") is not None for row in rows):
+        lines.append(
+            "trained: parameters of the method's own training; training MB: its "
+            "weights, gradients and optimizer's states, worked out, without activations"
+        )
     return lines + _front_lines(sections, names)
 
 

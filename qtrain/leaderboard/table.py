@@ -96,6 +96,8 @@ def _numbers(section: Section) -> list[Column]:
         _number("latency_ms", f"ms, batch {batch}", 3),
         _number("latency_ratio", "latency ratio", 2, suffix="x"),
         _number("tokens_per_s", "tokens/s", 0),
+        _number("trained", "trained", 0),
+        _number("training_mb", "training MB", 1),
         _number("seconds", "seconds", 1),
     ]
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from qtrain.backend import torch_ao
-from qtrain.functional.spec import FloatFormat, QuantSpec
+from qtrain.functional.spec import CodebookSpec, FloatFormat, QuantSpec
 from qtrain.simulate.simulation import Batches, Simulation
 
 
@@ -39,7 +39,7 @@ class Quantizer:
     exports = False
     is_all_state = False
     engine: str | None = None
-    weight: QuantSpec | FloatFormat | None = None
+    weight: QuantSpec | CodebookSpec | FloatFormat | None = None
     activation: QuantSpec | FloatFormat | None = None
 
     def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
@@ -53,6 +53,13 @@ class Quantizer:
 
     def calibrate(self, simulation: Simulation, batches: Batches) -> None:
         """Lets the batches (each the arguments of one forward pass) be observed, in place."""
+
+    def start(self, simulation: Simulation) -> None:
+        """Readies a simulation of the trained float model, in place; never one of a rehearsal."""
+
+    def files(self, simulation: Simulation) -> dict[str, Any]:
+        """Returns what else a run saves: {name of a file: tensors and plain values}."""
+        return {}
 
     def on_epoch(self, simulation: Simulation, epoch: int) -> None:
         """Sets `simulation` (in train mode) up for the epoch, from 0, that is about to start."""

@@ -12,26 +12,32 @@ from qtrain.backend.packed.formats import PackedFormat
 from qtrain.backend.packed.recurrent import DYNAMIC, RecurrentFormat, recurrent_layers
 from qtrain.common.validate import mapping, number, refuse, shown
 from qtrain.functional.grid import is_narrow
-from qtrain.functional.spec import AUTO, FloatFormat, QuantSpec
+from qtrain.functional.spec import (
+    AUTO,
+    CODEBOOKS,
+    CodebookSpec,
+    FloatFormat,
+    QuantSpec,
+)
 from qtrain.simulate.build import is_marked_float
 
-METHODS = ("float", "fp16", "weight_only", "llm_int8")
+METHODS = ("float", "fp16", "weight_only", "llm_int8", *CODEBOOKS)
+CODEBOOK_FIELDS = {"block_size", "double_quant"}
 LLM_INT8 = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 THRESHOLD = 6.0
 
 
-def layer_format(
-    pattern: str, setting: Any, weight: QuantSpec
-) -> PackedFormat | None:
+def layer_format(pattern: str, setting: Any, weight: Any) -> PackedFormat | None:
     """Returns what takes the place of a float layer; None where it stays float.
 
     Args:
         pattern: of layer names, for messages.
-        setting: "float", "fp16", "weight_only", "llm_int8"; or a mapping with any of
-            `method`, the fields of `weight` that differ (of weight_only, which is
-            meant without a method), and `threshold` (of llm_int8).
+        setting: "float", "fp16", "weight_only", "llm_int8", "nf4", "fp4"; or a
+            mapping with any of `method`, the fields of `weight` that differ (of
+            weight_only, which is meant without a method), `threshold` (of llm_int8),
+            `block_size` and `double_quant` (of nf4 and fp4).
         weight: what weight_only quantizes to where the setting does not say
-            otherwise; not settled.
+            otherwise; not settled. Where it is no QuantSpec, that is one of 8 bits.
 
     Raises:
         ValueError: names the pattern and what is allowed.
@@ -43,9 +49,12 @@ def layer_format(
             f"layers.{pattern}={shown(setting)}: must be {', '.join(METHODS)}, "
             "or a mapping such as {bits: 4} or {method: llm_int8, threshold: 5.0}"
         )
-    allowed = {"weight_only": set(vars(weight)), "llm_int8": {"threshold"}}.get(
-        method, set()
-    )
+    weight = weight if isinstance(weight, QuantSpec) else QuantSpec()
+    allowed = {
+        "weight_only": set(vars(weight)),
+        "llm_int8": {"threshold"},
+        **dict.fromkeys(CODEBOOKS, CODEBOOK_FIELDS),
+    }.get(method, set())
     _refuse_unknown(pattern, fields, allowed, method)
     if method == "float":
         return None
@@ -55,8 +64,12 @@ def layer_format(
         threshold = fields.get("threshold", THRESHOLD)
         check_threshold(threshold, f"layers.{pattern}.")
         return PackedFormat("llm_int8", LLM_INT8, threshold)
+    spec: QuantSpec | CodebookSpec
     try:
-        spec = settle(replace(weight, **fields))
+        if method in CODEBOOKS:
+            spec = CodebookSpec(format=method, **fields)
+        else:
+            spec = settle(replace(weight, **fields))
     except ValueError as err:
         raise ValueError(
             "\n".join(f"layers.{pattern}.{line}" for line in str(err).splitlines())

@@ -52,7 +52,7 @@ class LLMInt8(WeightOnly):
 
     @property
     def linear(self) -> PackedFormat:
-        return PackedFormat("llm_int8", self.weight, self.threshold)
+        return PackedFormat("llm_int8", LLM_INT8, self.threshold)
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
         # The scales of its inputs are measured when they come, as for `Dynamic`

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from qtrain.backend import torch_ao
+from qtrain.backend.packed.compact import Stored
 from qtrain.backend.packed.embeddings import check_policies, formats
 from qtrain.backend.packed.formats import PackedFormat
-from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
 from qtrain.common.validate import MANY, refuse, whole
-from qtrain.functional.spec import QuantSpec
+from qtrain.functional.spec import CodebookSpec, QuantSpec
 from qtrain.quant.base import Quantizer
 from qtrain.quant.layer_format import layer_format, read_settings, settings_of, settle
 from qtrain.simulate.simulation import Batches, Simulation
@@ -29,9 +29,9 @@ class WeightOnly(Quantizer):
 
     Args:
         weight: bits 8, 4, 3 or 2; granularity per_channel (auto), per_tensor or
-            per_group; symmetric (auto) or not.
-        embedding: how embeddings are stored: "float", "fp16", "int8" by rows, or
-            "int4" in groups.
+            per_group; symmetric (auto) or not. Or a CodebookSpec; or None for float.
+        embedding: how embeddings are stored: "float", "fp16", "int8" by rows, "int4"
+            in groups, "nf4" or "fp4".
         head: a Linear layer whose weight is an embedding's, as in GPT-2: "shared"
             stays one with it, in the embedding's format; "separate" becomes a weight
             of its own, in `weight`'s; "float" stays in float32. With a setting of its
@@ -48,12 +48,12 @@ class WeightOnly(Quantizer):
     """
 
     is_all_state = True
-    weight: QuantSpec
+    weight: QuantSpec | CodebookSpec | None
 
     def __init__(
         self,
         *,
-        weight: QuantSpec = WEIGHT,
+        weight: QuantSpec | CodebookSpec | None = WEIGHT,
         embedding: str = "float",
         head: str = "shared",
         layers: dict[str, Any] | None = None,
@@ -63,7 +63,7 @@ class WeightOnly(Quantizer):
         problems = check_policies(embedding, head) + check_transforms(transforms)
         problems += whole("samples", samples, 1, MANY, null=True)
         try:
-            self.weight = settle(weight)
+            self.weight = settle(weight) if isinstance(weight, QuantSpec) else weight
         except ValueError as err:
             problems += [f"weight.{line}" for line in str(err).splitlines()]
         else:
@@ -74,6 +74,11 @@ class WeightOnly(Quantizer):
                 )
             except ValueError as err:
                 problems.append(str(err))
+        if transforms and not isinstance(weight, QuantSpec):
+            problems.append(
+                "transforms: choose integers, and codes of a table are none; "
+                "leave them out, or use quant=weight_only"
+            )
         refuse(problems)
         self.embedding, self.head = embedding, head
         self.transforms, self.samples = tuple(transforms), samples
@@ -111,15 +116,17 @@ class WeightOnly(Quantizer):
             improve(simulation, transform, taken)
 
     @property
-    def linear(self) -> PackedFormat:
-        """What a Linear layer without a setting of its own becomes."""
+    def linear(self) -> PackedFormat | None:
+        """What a Linear layer without a setting of its own becomes; None: float."""
+        if self.weight is None:
+            return None
         return PackedFormat("weight_only", self.weight, key="weight.")
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
         model = torch_ao.copy_model(simulation.model).cpu().eval()
         for name, layer in self.convert(simulation).named_modules():
             weight = getattr(layer, "weight", None)
-            if isinstance(weight, IntegerWeight | HalfWeight):
+            if isinstance(weight, Stored):
                 model.get_submodule(name).weight = nn.Parameter(
                     weight.dequantize(), requires_grad=False
                 )

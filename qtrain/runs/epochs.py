@@ -27,7 +27,7 @@ def of_all(config: DictConfig, parts: Parts) -> int:
         return of_float(config, parts)
     quantizer: Any = parts.quantizer
     finetuning = parts.trainer.for_finetuning(quantizer.epochs)
-    return of_float(config, parts) + finetuning.num_epochs(parts.data.train)
+    return of_float(config, parts) + finetuning.num_epochs(parts.data.for_finetuning)
 
 
 def lay_out(logger: Logger, quality: str) -> None:

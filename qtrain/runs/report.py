@@ -47,10 +47,16 @@ SHAPE: dict[str, Any] = {
     "size_bytes": {"*": NUMBER},
     "latency_ms": {"*": {"*": {"median": NUMBER}}},
     "tokens_per_s": {"*": NUMBER},
+    "training": {"trained_parameters": NUMBER, "bytes": {"*": NUMBER}},
     "time_s": {"*": NUMBER},
     "sha256": {"*": str},
 }
-REQUIRED = SHAPE.keys() - {"tokens_per_s", "sha256", "scoring"}  # which came later
+REQUIRED = SHAPE.keys() - {
+    "tokens_per_s",
+    "training",
+    "sha256",
+    "scoring",
+}  # which came later
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +88,10 @@ class Report:
     # How the model came to have stubs: mode, what was fused, what stayed float and
     # why.
     capture: dict[str, Any] = field(default_factory=dict)
+    # Of a quantizer's own: parameters, those trained, and the bytes of weights,
+    # gradients and the optimizer's states; their sum is the peak of a step,
+    # activations left out.
+    training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
     # {model: the standard error of its mean loss, and of a perplexity}, over

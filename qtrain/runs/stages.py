@@ -1,5 +1,7 @@
 """The stages of a run: each takes the run as far as it is, and leaves it further."""
 
+from functools import partial
+
 import torch
 from omegaconf import OmegaConf
 
@@ -16,7 +18,7 @@ from qtrain.analyze.measure import (
     weight_bytes,
 )
 from qtrain.backend import torch_ao
-from qtrain.common.files import sha256
+from qtrain.common.files import sha256, write_atomically
 from qtrain.exporter.judge import write_and_judge
 from qtrain.runs import epochs, outputs
 from qtrain.runs.checkpoint import save_weights
@@ -31,6 +33,7 @@ def prepare(run: Run) -> None:
     """Makes the simulation, and proves that it is the float model still."""
     quantizer = run.parts.quantizer
     run.prepared = quantizer.prepare(run.base, run.sample)
+    quantizer.start(run.prepared)
     run.report.capture = run.prepared.capture
     fused = quantizer.reference(run.prepared)
     if fused is not None:
@@ -127,6 +130,11 @@ def record(run: Run) -> None:
             run_dir / "float.pt", run.float_model
         )
         quantized_file = save_weights(run_dir / "quantized.pt", run.quantized)
+        beside = quantizer.files(run.prepared)
+        for name, state in beside.items():
+            path = run_dir / name
+            write_atomically(path, partial(torch.save, state))
+            report.size_bytes[path.stem] = path.stat().st_size
         at_bits = report.size_bytes["quantized_at_bits"]
         if quantizer.simulated:
             report.size_bytes |= {
@@ -152,7 +160,7 @@ def record(run: Run) -> None:
             epochs.of_all(run.config, run.parts),
         )
     report.time_s = dict(run.clock.seconds)
-    report.sha256 = {name: sha256(run_dir / name) for name in DIGESTED}
+    report.sha256 = {name: sha256(run_dir / name) for name in (*DIGESTED, *beside)}
     report.save(run_dir)
     run.progress.remove()
 

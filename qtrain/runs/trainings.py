@@ -146,9 +146,9 @@ def _finetune(run: Run) -> None:
             )
         return {f"{kind}{name}": value for name, value in metrics.items()}
 
-    parts.trainer.for_finetuning(quantizer.epochs).fit(
+    held = parts.trainer.for_finetuning(quantizer.epochs).fit(
         prepared,
-        parts.data.train,
+        parts.data.for_finetuning,
         parts.task,
         optimizer=quantizer.optimizer,
         scheduler=quantizer.scheduler,
@@ -159,6 +159,12 @@ def _finetune(run: Run) -> None:
         on_epoch_start=lambda epoch: quantizer.on_epoch(prepared, epoch),
         on_epoch_end=score,
     )
+    trained = [x.numel() for x in prepared.parameters() if x.requires_grad]
+    run.report.training = {
+        "parameters": sum(x.numel() for x in run.float_model.parameters()),
+        "trained_parameters": sum(trained),
+        "bytes": held | {"peak": sum(held.values())},
+    }
     if best:
         # Its switches are no part of the weights.
         quantizer.on_epoch(prepared.train(), best["epoch"])

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qtrain.functional.spec import FloatFormat, QuantSpec
+from qtrain.functional.spec import CodebookSpec, FloatFormat, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LayerPlan:
     """
 
     kind: str
-    weight: QuantSpec | FloatFormat | None = None
+    weight: QuantSpec | CodebookSpec | FloatFormat | None = None
     output: QuantSpec | FixedSpec | None = None
     weight_of: str | None = None
     backend: str | None = None

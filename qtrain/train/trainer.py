@@ -17,6 +17,7 @@ from qtrain.data.loaders import Batch, Loader
 from qtrain.logger.loggers import Logger
 from qtrain.task.base import Task
 from qtrain.train import ranks
+from qtrain.train.memory import held_bytes
 from qtrain.train.state import Checkpoint
 from qtrain.train.training import Training
 
@@ -102,8 +103,8 @@ class Trainer:
         on_epoch_start: Callable[[int], None] = lambda epoch: None,
         on_epoch_end: Callable[[int], dict[str, Any]] = lambda epoch: {},
         checkpoint: Checkpoint | None = None,
-    ) -> None:
-        """Trains `model` in place, on `device`.
+    ) -> dict[str, int]:
+        """Trains `model` in place, on `device`; returns the bytes held, see `held_bytes`.
 
         Args:
             stage: the name that logged metrics and messages carry.
@@ -119,7 +120,7 @@ class Trainer:
         """
         model.to(device)
         loader = without_single(loader, model)
-        opt = optimizer(model.parameters())
+        opt = optimizer(x for x in model.parameters() if x.requires_grad)
         schedule = scheduler(opt, self.num_steps(loader))
         with checkpoint or Checkpoint() as kept, ranks.together(model) as forward:
             training = Training(
@@ -142,10 +143,11 @@ class Trainer:
                 model.train()
                 on_epoch_start(epoch)
                 if not training.run_epoch(epoch):
-                    return  # leaving the checkpoint's block raises
+                    break  # leaving the checkpoint's block raises
                 training.end_epoch(epoch, on_epoch_end(epoch))
                 if training.must_stop():
-                    return
+                    break
+        return held_bytes(model, opt)
 
 
 class _WithoutLast:

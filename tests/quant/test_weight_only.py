@@ -309,7 +309,7 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
         ({"bits": 5}, r"weight\.bits=5: packed are 2, 3, 4 and 8"),
         (
             {"embedding": "int2"},
-            "embedding=int2: allowed are float, fp16, int8 and int4",
+            "embedding=int2: allowed are float, fp16, int8, int4, nf4 and fp4",
         ),
         ({"head": "tied"}, "head=tied: allowed are shared, separate and float"),
         (
@@ -323,7 +323,8 @@ def test_generation_goes_on_with_the_cache(gpt2, idx):
         ),
         (
             {"layers": {"h.*": "int8"}},
-            r"layers\.h\.\*=int8: must be float, fp16, weight_only, llm_int8, or a mapping",
+            r"layers\.h\.\*=int8: must be float, fp16, weight_only, llm_int8, "
+            "nf4, fp4, or a mapping",
         ),
         (
             {"layers": {"h.*": {"bit": 5}}},

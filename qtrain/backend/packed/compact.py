@@ -4,10 +4,34 @@ share one weight.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from qtrain.backend.packed.codebook_weight import CodebookWeight
 from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
+
+Codes = IntegerWeight | CodebookWeight
+Stored = Codes | HalfWeight
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x @ weight.T + bias, whose gradient is that of the float weight which a stored one means.
+
+    For the way back that weight is made anew: no float copy of it waits there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Stored, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return weight.matmul(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        of_x = grad @ ctx.weight.dequantize().to(grad.dtype)
+        of_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, None, of_bias
 
 
 class CompactLinear(nn.Module):
@@ -21,13 +45,14 @@ class CompactLinear(nn.Module):
     Shapes: x (..., K) -> (..., N).
     """
 
-    def __init__(
-        self, weight: IntegerWeight | HalfWeight, bias: nn.Parameter | None
-    ) -> None:
+    def __init__(self, weight: Stored, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = FrozenProduct.apply(x, self.weight, self.bias)
+            return y
         return self.weight.matmul(x, self.bias)
 
 
@@ -37,7 +62,7 @@ class CompactEmbedding(nn.Module):
     Shapes: idx, int64 (...) -> (..., K).
     """
 
-    def __init__(self, weight: IntegerWeight | HalfWeight) -> None:
+    def __init__(self, weight: Stored) -> None:
         super().__init__()
         self.weight = weight
 
@@ -45,11 +70,11 @@ class CompactEmbedding(nn.Module):
         return self.weight.dequantize(idx)
 
 
-def integer_weight(module: Any) -> IntegerWeight | None:
-    """Returns the integers that a layer's weight is stored as, or None."""
+def integer_weight(module: Any) -> Codes | None:
+    """Returns the integers, or codes, that a layer's weight is stored as, or None."""
     weight = (
         module.parametrizations.weight[0]
         if is_parametrized(module, "weight")
         else getattr(module, "weight", None)
     )
-    return weight if isinstance(weight, IntegerWeight) else None
+    return weight if isinstance(weight, Codes) else None

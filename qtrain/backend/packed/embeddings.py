@@ -9,15 +9,11 @@ from torch import nn
 
 from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import choice
-from qtrain.functional.spec import FloatFormat, QuantSpec
+from qtrain.functional.spec import CODEBOOKS, CodebookSpec, FloatFormat, QuantSpec
 
 # The first that divides a row; one scale a row where none does
-GROUPS = (
-    128,
-    64,
-    32,
-)
-EMBEDDINGS = ("float", "fp16", "int8", "int4")
+GROUPS = (128, 64, 32)
+EMBEDDINGS = ("float", "fp16", "int8", "int4", *CODEBOOKS)
 HEADS = ("shared", "separate", "float")
 
 
@@ -53,8 +49,8 @@ def formats(
     layer like others, and is left out.
 
     Args:
-        embedding: "float", "fp16", "int8" with one scale a row, or
-            "int4" in groups.
+        embedding: "float", "fp16", "int8" with one scale a row,
+            "int4" in groups, "nf4" or "fp4".
         head: "shared" stays one with the embedding, in its format;
             "separate"; or "float".
         own: the layers that have a setting of their own.
@@ -84,6 +80,9 @@ def formats(
 def _of_table(embedding: str, table: Any) -> PackedFormat:
     if embedding == "fp16":
         return PackedFormat("fp16", FloatFormat("float16"), key="embedding: ")
+    if embedding in CODEBOOKS:
+        codes = CodebookSpec(format=embedding)
+        return PackedFormat("weight_only", codes, key="embedding: ")
     bits = int(embedding.removeprefix("int"))
     groups = [
         size for size in GROUPS if table.embedding_dim % size == 0 and bits == 4

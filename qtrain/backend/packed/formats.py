@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.codebook_weight import CodebookWeight
+from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear, Stored
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
-from qtrain.functional.spec import FloatFormat, QuantSpec
+from qtrain.functional.spec import CodebookSpec, FloatFormat, QuantSpec
 from qtrain.simulate.plan import LayerPlan
 
 
@@ -30,7 +31,7 @@ class PackedFormat:
     """
 
     method: str
-    weight: QuantSpec | FloatFormat
+    weight: QuantSpec | CodebookSpec | FloatFormat
     threshold: float | None = None
     weight_of: str | None = None
     key: str = "layers: "
@@ -65,7 +66,7 @@ class PackedFormat:
             new = CompactLinear(weight, layer.bias)
         model.set_submodule(name, new)
 
-    def _packed(self, model: nn.Module, name: str) -> IntegerWeight | HalfWeight:
+    def _packed(self, model: nn.Module, name: str) -> Stored:
         if self.weight_of is not None:
             shared: Any = model.get_submodule(self.weight_of).weight
             return shared
@@ -74,6 +75,8 @@ class PackedFormat:
         weight: Any = model.get_submodule(name).weight
         if isinstance(self.weight, FloatFormat):
             return HalfWeight(weight)
+        if isinstance(self.weight, CodebookSpec):
+            return CodebookWeight(weight, self.weight)
         try:
             return IntegerWeight(weight, self.weight)
         except ValueError as err:
