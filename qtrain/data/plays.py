@@ -33,9 +33,8 @@ def plays(*, held_back: int, **options: Any) -> DataLoaders:
     refuse(whole("held_back", held_back, 1, len(SIZES) - 1))
     with as_file(files("qtrain.data") / "samples" / "shakespeare.txt.xz") as path:
         content = read_text(str(path))
-    first = (
-        sum(SIZES[:-held_back]) + len(SIZES) - held_back
-    )  # an empty line behind each
+    # An empty line behind each
+    first = sum(SIZES[:-held_back]) + len(SIZES) - held_back
     with TemporaryDirectory() as folder:
         known, held = (str(Path(folder) / name) for name in ("known", "held"))
         Path(known).write_text(content[:first], encoding="utf-8")

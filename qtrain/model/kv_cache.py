@@ -46,7 +46,14 @@ class KVCache:
         like = model.ln_f.weight
         width = model.n_embd // model.n_head
         # (n_layer, 2, B, H, max_length, D)
-        sizes = (model.n_layer, 2, batch_size, model.n_kv_head, self.max_length, width)
+        sizes = (
+            model.n_layer,
+            2,
+            batch_size,
+            model.n_kv_head,
+            self.max_length,
+            width,
+        )
         dtype = torch.int8 if kind == "int8" else like.dtype
         self.buffer = torch.empty(sizes, dtype=dtype, device=like.device)
         self.scales: Tensor | None = None

@@ -29,8 +29,8 @@ MOST = {  # of each size
 class LanguageModel(nn.Module):
     """Token embedding, blocks, a norm, a head; with a KV cache and generation.
 
-    A subclass takes its sizes, makes the modules below and calls `finish`. Each Linear
-    layer stands between its own stubs; all else stays in float.
+    A subclass takes its sizes, makes the modules below and calls `finish`. Each
+    Linear layer stands between its own stubs; all else stays in float.
 
     Attributes:
         wte: the embedding of tokens.
@@ -39,8 +39,8 @@ class LanguageModel(nn.Module):
         lm_head: the Linear layer to logits.
     """
 
-    # Its state dict holds all tensors that it has, so that it can be made without any,
-    # and filled.
+    # Its state dict holds all tensors that it has, so that it can be made without
+    # any, and filled.
     is_all_state = True
 
     vocab_size: int
@@ -140,18 +140,24 @@ class LanguageModel(nn.Module):
             (B, T, V), or (B, 1, V) with last_only.
 
         Raises:
-            ValueError: the context, cached tokens included, is longer than n_positions.
+            ValueError: the context, cached tokens included, is longer than
+                n_positions.
         """
         num_tokens = idx.shape[1]
         start = 0 if cache is None else cache.length
         _refuse_long(start + num_tokens, self.n_positions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             blocks: Iterable[Call] = self.h if cache is None else cache.blocks
-            slots = [None] * self.n_layer if cache is None else cache.slots(num_tokens)
+            slots = (
+                [None] * self.n_layer if cache is None else cache.slots(num_tokens)
+            )
             mask = None
             if start and num_tokens > 1:
                 mask = torch.ones(
-                    num_tokens, start + num_tokens, dtype=torch.bool, device=idx.device
+                    num_tokens,
+                    start + num_tokens,
+                    dtype=torch.bool,
+                    device=idx.device,
                 ).tril(start)
             position = torch.arange(start, start + num_tokens, device=idx.device)
             places = self.places(position)
@@ -161,7 +167,8 @@ class LanguageModel(nn.Module):
             if cache is not None:
                 cache.length += num_tokens
             x = self.ln_f(x[:, -1:] if last_only else x)
-            return self.dequant_head(self.lm_head(self.quant_head(x)))  # (B, T or 1, V)
+            # (B, T or 1, V)
+            return self.dequant_head(self.lm_head(self.quant_head(x)))
 
     def generate(
         self,
@@ -199,7 +206,12 @@ class LanguageModel(nn.Module):
             repetition_penalty=repetition_penalty,
         )
         new = self.stream(
-            idx, max_new_tokens, sampling, seed=seed, stop_token=stop_token, cache=cache
+            idx,
+            max_new_tokens,
+            sampling,
+            seed=seed,
+            stop_token=stop_token,
+            cache=cache,
         )
         return torch.cat([idx, *new], dim=1)
 

@@ -1,7 +1,7 @@
 """Llama whole, quantizable in eager mode: RMSNorm, rotary positions, SwiGLU, grouped queries.
 
-In float stay the embedding, norms, rotations, attention with its mask and softmax, SiLU
-and its product, and residual sums. Shapes as in language_model.py.
+In float stay the embedding, norms, rotations, attention with its mask and softmax,
+SiLU and its product, and residual sums. Shapes as in language_model.py.
 """
 
 import math
@@ -35,7 +35,8 @@ class Llama(LanguageModel):
             generator.
 
     Raises:
-        ValueError: a parameter is out of range, or `load_llama` refuses the checkpoint.
+        ValueError: a parameter is out of range, or `load_llama` refuses the
+            checkpoint.
     """
 
     def __init__(

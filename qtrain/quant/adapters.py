@@ -46,7 +46,9 @@ def load_adapters(model: nn.Module, path: Path) -> None:
             f"name the {FILE} of a run of quant=lora or quant=qlora"
         ) from err
     own = adapter_state(model)
-    _refuse_others(where, "trained on other layers", scaling, own["scaling"], "targets")
+    _refuse_others(
+        where, "trained on other layers", scaling, own["scaling"], "targets"
+    )
     for name, tensor in own["adapters"].items():
         there = tensors.get(name)
         if not isinstance(there, Tensor) or there.shape != tensor.shape:
@@ -72,7 +74,11 @@ def load_adapters(model: nn.Module, path: Path) -> None:
 
 
 def _refuse_others(
-    where: str, what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], key: str
+    where: str,
+    what: str,
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    key: str,
 ) -> None:
     for name in sorted(theirs.keys() ^ ours.keys()):
         place = "there" if name in theirs else "here"

@@ -86,7 +86,9 @@ class LoRA(WeightOnly):
         problems += number("dropout", dropout, least=0, below=1)
         problems += boolean("merge", merge) + text("adapters", adapters, null=True)
         if isinstance(targets, str) or not targets:
-            problems.append(f"targets={shown(targets)}: must be a list, such as ['*']")
+            problems.append(
+                f"targets={shown(targets)}: must be a list, such as ['*']"
+            )
         try:
             super().__init__(weight=weight, **base)
         except ValueError as err:

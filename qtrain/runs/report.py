@@ -51,12 +51,13 @@ SHAPE: dict[str, Any] = {
     "time_s": {"*": NUMBER},
     "sha256": {"*": str},
 }
+# Which came later
 REQUIRED = SHAPE.keys() - {
     "tokens_per_s",
     "training",
     "sha256",
     "scoring",
-}  # which came later
+}
 
 log = logging.getLogger(__name__)
 

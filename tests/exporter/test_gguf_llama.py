@@ -59,7 +59,9 @@ def test_llama_cpp_gives_the_same_log_probabilities(kind, settings, tmp_path):
             assert found.isfinite().all()
             assert (found - exact).abs().max() < MOST[kind]
     if kind in ("f32", "f16"):
-        ours = back.generate(torch.tensor([PROMPT]), 30, greedy=True)[0, len(PROMPT) :]
+        ours = back.generate(torch.tensor([PROMPT]), 30, greedy=True)[
+            0, len(PROMPT) :
+        ]
         assert theirs.tokens(PROMPT, 30) == ours.tolist()
 
 
@@ -153,10 +155,16 @@ def test_what_is_no_such_model_says_why(tmp_path):
         ("attention.head_count", 3): "its attention.head_count is 3, and must divide",
         ("attention.head_count", 0): "its attention.head_count is 0, and must divide",
         ("attention.head_count_kv", 3): "must divide attention.head_count=4",
-        ("attention.head_count_kv", 4): r"k_proj.weight has shape .32, 64., its sizes",
+        (
+            "attention.head_count_kv",
+            4,
+        ): r"k_proj.weight has shape .32, 64., its sizes",
         ("block_count", 1): "not those of a llama\n  unexpected: blk.1.attn_k.weight",
         ("block_count", 3): "not those of a llama\n  missing: blk.2.attn_norm.weight",
-        ("feed_forward_length", 97): r"gate_proj.weight has shape .96, 64., its sizes",
+        (
+            "feed_forward_length",
+            97,
+        ): r"gate_proj.weight has shape .96, 64., its sizes",
     }
     for (name, value), message in wrong.items():
         path.write_bytes(whole)

@@ -112,7 +112,9 @@ def test_nf4_suits_normal_weights_and_int4_uniform_ones():
     st.booleans(),
     st.integers(0, 99),
 )
-def test_bits_are_those_of_bitsandbytes(name, size, rows, columns, dtype, double, seed):
+def test_bits_are_those_of_bitsandbytes(
+    name, size, rows, columns, dtype, double, seed
+):
     peer = pytest.importorskip("bitsandbytes.functional")
     x = numbers((rows, columns), seed, dtype)
     # Flat: of a matrix whose rows end inside a block, it restores other numbers

@@ -184,7 +184,10 @@ def test_blocks_compute_what_their_modules_do_when_quantized(model: Llama) -> No
     [
         ({"n_embd": 30}, "n_embd=30: must be a multiple of n_head=4"),
         ({"n_kv_head": 3}, "n_head=4: must be a multiple of n_kv_head=3"),
-        ({"n_embd": 20}, "n_embd=20: gives each head of n_head=4 5 channels, .* even"),
+        (
+            {"n_embd": 20},
+            "n_embd=20: gives each head of n_head=4 5 channels, .* even",
+        ),
         ({"n_inner": 0}, "n_inner=0: must be a whole number from 1 to"),
         ({"rope_theta": 1.0}, "rope_theta=1.0: must be a number above 1"),
         ({"norm_eps": 0.0}, "norm_eps=0.0: must be a number above 0"),
@@ -197,7 +200,9 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 
 
 def test_too_long_a_context_is_refused(model: Llama) -> None:
-    with pytest.raises(ValueError, match=r"context=65: must be at most n_positions=64"):
+    with pytest.raises(
+        ValueError, match=r"context=65: must be at most n_positions=64"
+    ):
         model(prompt(model, num_tokens=65))
     message = "prompt of 12 tokens leaves room for 52 in n_positions=64"
     with pytest.raises(ValueError, match=message):

@@ -77,7 +77,9 @@ def test_outputs_and_gradients_are_those_of_peft():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     linear = nn.Linear(40, 24)
-    ours = LoRALinear(linear.weight, linear.bias, (24, 40), r=8, alpha=16, dropout=0.0)
+    ours = LoRALinear(
+        linear.weight, linear.bias, (24, 40), r=8, alpha=16, dropout=0.0
+    )
     nn.init.normal_(ours.lora_b)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"])
     theirs = peft.inject_adapter_in_model(config, nn.Sequential(linear))

@@ -100,7 +100,9 @@ def test_integers_chosen_by_gptq_leave_the_shift_where_it_was():
     """The bias that batch-norm makes of its shift is that of the float weight."""
     norm, layer, shape = NETS["linear"]
     model, x = lively(norm, layer), torch.randn(shape)
-    quantizer = PTQ(engine="int8", weight=COARSE, activation=FINE, transforms=[GPTQ()])
+    quantizer = PTQ(
+        engine="int8", weight=COARSE, activation=FINE, transforms=[GPTQ()]
+    )
     simulation = quantizer.prepare(model, (x,))
     bias = site_of(simulation, "Linear").folded()[1].clone()
     weight = site_of(simulation, "Linear").folded()[0].clone()

@@ -68,7 +68,9 @@ def test_adapters_of_a_file_are_used_and_merged(job):
     sizes = [r.report["size_bytes"]["quantized"] for r in (merged, first)]
     assert sizes[0] < sizes[1]
     assert merged.report["quant"]["weight_bits"] == 4
-    assert merged.loss("quantized") == pytest.approx(first.loss("quantized"), rel=0.05)
+    assert merged.loss("quantized") == pytest.approx(
+        first.loss("quantized"), rel=0.05
+    )
     assert merged.loss("quantized") != first.loss("quantized")
 
 
@@ -79,7 +81,10 @@ def test_adapters_of_a_file_are_used_and_merged(job):
         (["quant.weight.format=fp4"], "of another base: its linear1.weight.data"),
         (["quant.r=4"], "linear1.lora_a is (8, 784) there and (4, 784) here"),
         (["quant.alpha=3"], "layer linear1 is scaled by 2 there and by 0.375 here"),
-        (["quant.targets=[linear2]"], "trained on other layers: linear1 is only there"),
+        (
+            ["quant.targets=[linear2]"],
+            "trained on other layers: linear1 is only there",
+        ),
     ],
     ids=str,
 )
@@ -99,9 +104,15 @@ def test_adapters_of_another_base_are_refused_by_name(job, settings, told):
         (["quant.r=0"], "quant.r=0: must be a whole number"),
         (["quant.dropout=1.0"], "quant.dropout=1.0: must be"),
         (["quant.targets=[]"], "quant.targets=[]: must be a list"),
-        (["quant.adapters=nowhere.pt"], "quant.adapters=nowhere.pt: there is no such"),
+        (
+            ["quant.adapters=nowhere.pt"],
+            "quant.adapters=nowhere.pt: there is no such",
+        ),
         (["quant.layers={linear1: llm_int8}"], "quant.layers.linear1=llm_int8: "),
-        (["quant.weight.block_size=48"], "quant.weight.block_size=48: allowed are 32"),
+        (
+            ["quant.weight.block_size=48"],
+            "quant.weight.block_size=48: allowed are 32",
+        ),
         (["quant.weight.format=nf5"], "quant.weight.format=nf5: allowed are nf4"),
     ],
     ids=str,

@@ -59,7 +59,9 @@ def test_a_run_writes_a_file_that_another_reads(job, tmp_path, method):
     assert run.code == 0, run.text
     path = run.run_dir / "model.gguf"
     assert run.report["exports"]["gguf"]["steps"] < 0.05
-    again = job("llama", *TEXT, *SHORT, f"model.pretrained={path}", "trainer.epochs=0")
+    again = job(
+        "llama", *TEXT, *SHORT, f"model.pretrained={path}", "trainer.epochs=0"
+    )
     assert again.code == 0, again.text
     assert again.report["config"]["data"]["tokenizer"] == str(path)
     assert again.loss("float") == pytest.approx(run.loss("quantized"), rel=5e-3)
@@ -96,7 +98,10 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(job, tmp_path):
         ("model.n_embd=20", "5 channels, which must be even"),
         ("data.context=65", "context=65: must be at most n_positions=64"),
         ("quant.transforms=[rotate]", "rotate knows GPT-2 alone"),
-        ("data.tokenizer=none.gguf", "data.tokenizer=none.gguf: there is no such file"),
+        (
+            "data.tokenizer=none.gguf",
+            "data.tokenizer=none.gguf: there is no such file",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_compute(job, setting, reason):

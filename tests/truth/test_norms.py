@@ -90,7 +90,9 @@ def test_the_numbers_are_the_models_own(plain, name):
     result = qtrain.quantize(model, [x], engine="int8")
     assert decibels(result.model(x), model(x)) > 30
     state = result.float_state_dict()
-    assert all(torch.equal(state[n], value) for n, value in model.state_dict().items())
+    assert all(
+        torch.equal(state[n], value) for n, value in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("name", ["NormFirst", "Transposed"])

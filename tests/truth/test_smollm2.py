@@ -47,6 +47,8 @@ def test_perplexity_is_that_of_llama_cpp_within_a_hundredth(file: Path) -> None:
                 break
         losses.append((-ours[length - 1, target], -found))
     our_loss, their_loss = torch.tensor(losses).double().mean(0)
-    print(f"perplexity {math.exp(our_loss):.3f}, llama.cpp {math.exp(their_loss):.3f}")
+    print(
+        f"perplexity {math.exp(our_loss):.3f}, llama.cpp {math.exp(their_loss):.3f}"
+    )
     assert 2 < our_loss < 5
     assert math.exp(our_loss) == pytest.approx(math.exp(their_loss), rel=0.01)

@@ -1,7 +1,8 @@
 """A frozen Linear layer with a low-rank adapter beside it.
 
-E. J. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685,
-section 4.1; on 4-bit weights: T. Dettmers et al., "QLoRA", arXiv:2305.14314.
+E. J. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
+arXiv:2106.09685, section 4.1; on 4-bit weights: T. Dettmers et al., "QLoRA",
+arXiv:2305.14314.
 """
 
 from typing import Any, cast

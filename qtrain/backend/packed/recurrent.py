@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import (
+    PackedSequence,
+    pack_padded_sequence,
+    pad_packed_sequence,
+)
 
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import IntegerWeight
@@ -36,7 +40,8 @@ CELLS = {nn.LSTM: lstm, nn.GRU: gru}
 class Int8Recurrent(nn.Module):
     """What `nn.LSTM` or `nn.GRU` computes in eval mode, its products in int8.
 
-    A row of the input, at one time, has a scale of its own, and so has one of the state.
+    A row of the input, at one time, has a scale of its own, and so has one of the
+    state.
 
     Args:
         layer: the float layer; without projections.

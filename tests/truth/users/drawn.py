@@ -102,7 +102,9 @@ class Squeeze(nn.Module):
         else:
             gate = F.adaptive_avg_pool2d(x, 1)
         gate = self.up(F.relu(self.down(gate)))
-        return x * (torch.sigmoid(gate) if self.how == "mean" else F.hardsigmoid(gate))
+        return x * (
+            torch.sigmoid(gate) if self.how == "mean" else F.hardsigmoid(gate)
+        )
 
 
 class Other(nn.Module):
