@@ -49,18 +49,9 @@ def coverage(
             int8_params += weight.numel() if id(weight) not in counted else 0
             # Ours may be shared; torch makes a view.
             counted.add(id(weight) if isinstance(weight, nn.Module) else None)
-            bias = getattr(module, "bias", None)
-            bias = bias() if callable(bias) else bias
-            num_biases = 0 if bias is None else bias.numel()
-            float_params += sum(  # of adapters
-                parameter.numel()
-                for key, parameter in module.named_parameters(recurse=False)
-                if key not in ("weight", "bias")
-            )
-            if parametrize.is_parametrized(module, "bias"):
-                int8_params += num_biases
-            else:
-                float_params += num_biases
+            stored, exact = _beside_weight(module)
+            int8_params += stored
+            float_params += exact
         else:
             float_params += sum(
                 number for key, number in own.items() if key not in counted
@@ -83,6 +74,21 @@ def coverage(
         "macs_quantized": _quantized_macs(quantized, inputs, in_float),
         "float_layers": float_layers | in_float,
     }
+
+
+def _beside_weight(module: nn.Module) -> tuple[int, int]:
+    """Returns the numbers beside a quantized weight: those quantized too, and in float."""
+    bias = getattr(module, "bias", None)
+    bias = bias() if callable(bias) else bias
+    num_biases = 0 if bias is None else bias.numel()
+    adapters = sum(
+        parameter.numel()
+        for key, parameter in module.named_parameters(recurse=False)
+        if key not in ("weight", "bias")
+    )
+    if parametrize.is_parametrized(module, "bias"):
+        return num_biases, adapters
+    return 0, num_biases + adapters
 
 
 def _is_float(name: str, quantized: nn.Module) -> bool:

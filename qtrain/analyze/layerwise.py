@@ -112,12 +112,11 @@ def divergence(
 
         return hook
 
-    layers = [
-        (name, fake.get_submodule(name), quantized.get_submodule(name))
-        for name in names
-    ]
-    handles = [m.register_forward_pre_hook(keep_input(n)) for n, m, _ in layers]
-    handles += [m.register_forward_pre_hook(probe(n)) for n, _, m in layers]
+    handles = []
+    for name in names:
+        before, after = (m.get_submodule(name) for m in (fake, quantized))
+        handles.append(before.register_forward_pre_hook(keep_input(name)))
+        handles.append(after.register_forward_pre_hook(probe(name)))
     try:
         run(fake, inputs)
         run(quantized, inputs)
