@@ -16,8 +16,7 @@ def to_groups(x: Tensor, group_size: int) -> Tensor:
     >>> to_groups(torch.arange(6), 4)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    ValueError: group_size=4 does not divide the last dimension, 6, ...: use one of 1,
-    2, 3, 6
+    ValueError: group_size=4 does not divide the last dimension, ... 1, 2, 3, 6
     """
     if x.ndim == 0:
         raise ValueError(

@@ -79,7 +79,7 @@ MISTAKES = {
         "quant.engine=tensorrt: allowed are auto, int8, reference, fbgemm, qnnpack, x86, onednn"
     ),
     "quant.layers.linear1=int8": (
-        "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, or a mapping"
+        "quant.layers.linear1=int8: must be float, fp16, weight_only, llm_int8, nf4, fp4, or"
     ),
     "quant.layers.linear1.bits=9": (
         "quant.layers.linear1.bits=9: must be a whole number from 2 to 8"

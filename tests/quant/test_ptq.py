@@ -356,7 +356,7 @@ def test_activations_of_n_bits_have_2_to_the_n_values_and_are_a_simulation(
     [
         (
             "int4",
-            r"layers\.conv\*=int4: must be float, fp16, weight_only, llm_int8, "
+            r"layers\.conv\*=int4: must be float, fp16, weight_only, llm_int8, nf4, fp4, "
             r"or a mapping such as {bits: 4}",
         ),
         (None, r"layers\.conv\*=None: must be float"),
