@@ -15,9 +15,9 @@ import re
 import tarfile
 from pathlib import Path
 
-# Ten plays that print speakers alike, "NAME." on a line of its own: a split then measures language,
-# not layout. The last one is as long as the validation and test texts of the default split
-# together.
+# Ten plays that print speakers alike, "NAME." on a line of its own:
+# a split then measures language, not layout. The last one is as long
+# as the validation and test texts of the default split together.
 PLAYS = (
     "macbeth",
     "midsummer_nights_dream",

@@ -17,8 +17,7 @@ def require_finite_weights(model: nn.Module) -> None:
     Other buffers may be: an attention mask, the range of an observer that saw
     nothing.
     """
-    # Out of the state dict: a fake quantization works its scale out when it is asked
-    # for.
+    # Out of the state dict: a fake quantization works its scale out when it is asked for.
     statistics = (
         (n, b)
         for n, b in model.state_dict().items()

@@ -66,8 +66,7 @@ def _relu_behind(
         erase(graph, behind, node)
         return [act]
     if type(act) is nn.ReLU6 and not isinstance(head, _BatchNorm):
-        # It stays, and clips at 6: what it gets from a ReLU uses no integers below
-        # zero.
+        # It stays, and clips at 6: what it gets from a ReLU uses no integers below zero.
         return [nn.ReLU().train(root.training)]
     return []
 

@@ -12,8 +12,7 @@ import torch
 import torch.fx._symbolic_trace as symbolic_trace
 from torch import Tensor, fx
 
-# They make tensors of sizes, and do not ask their arguments whether these are
-# symbols.
+# They make tensors of sizes, and do not ask their arguments whether these are symbols.
 MAKERS = ("arange", "empty", "eye", "full", "ones", "rand", "randn", "zeros")
 # No symbol is needed for these
 PLAIN = (bool, str, torch.dtype, torch.layout, type(None))
@@ -67,8 +66,7 @@ class Symbol(fx.Proxy):
         return self._changed(operator.itruediv, other)
 
     def _changed(self, change: Callable[..., Any], other: Any) -> Any:
-        # fx.Proxy would make a new value, and who else holds the tensor would not see
-        # it.
+        # fx.Proxy would make a new value, and who else holds the tensor would not see it.
         return self.tracer.create_proxy("call_function", change, (self, other), {})
 
     def __len__(self) -> int:

@@ -155,8 +155,7 @@ def continue_run(arguments: list[str]) -> None:
         run_dir, [argument for argument in arguments if argument not in named]
     )
     keep_freed_memory()
-    # Of torchrun's processes, all of which come here, the first holds the folder for
-    # all.
+    # Of torchrun's processes, all of which come here, the first holds the folder for all.
     with Signals() as signals, alone(run_dir) if ranks.is_first() else nullcontext():
         console = logging.StreamHandler(sys.stdout)
         file = RunLog(run_dir / "qtrain.log")

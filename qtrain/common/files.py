@@ -13,8 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 MOST_BYTES = 64 * 2**20  # of a report, which has a few kilobytes
-# What stood on a run's command line; a refused second start rewrites Hydra's own
-# record.
+# What stood on a run's command line; a refused second start rewrites Hydra's own record.
 OVERRIDES = "overrides.json"
 LOCK = ".lock"  # in the folder of a run, held by the process that is at work there
 

@@ -8,8 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-# Bounds beyond which a number cannot be meant: it would take hours or all memory, or
-# overflow.
+# Bounds beyond which a number cannot be meant: it would take hours or all memory, or overflow.
 SEEDS = 2**32 - 1  # torch's generator takes no more of a seed on every device
 MANY = 1_000_000  # of epochs, steps, samples, tokens
 WIDE = 16_384  # of layers, channels, samples at once

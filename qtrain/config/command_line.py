@@ -88,8 +88,7 @@ def _layers(argument: str) -> str:
 def _quoted(argument: str) -> str:
     """Returns KEY=VALUE with quotes around values that hold = or ( ), as `epoch=3 (1).pt`."""
     key, _, value = argument.partition("=")
-    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor an
-    # option.
+    # Not what has quotes, is a list, a mapping or a function of Hydra's; nor an option.
     is_ours = (
         key.startswith("-")
         or key == "resume"

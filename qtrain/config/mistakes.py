@@ -190,8 +190,7 @@ def _too_few_classes(config: DictConfig, data: DataLoaders) -> list[str]:
     if labels.dim() != 1 or labels.is_floating_point():
         return []
     needed, given = int(labels.max()) + 1, config.model.num_classes
-    # Labels that are beyond what the data state themselves are told of by their
-    # batch.
+    # Labels that are beyond what the data state themselves are told of by their batch.
     if needed <= given or given == data.about.get("num_classes"):
         return []
     return [f"model.num_classes={given}: the labels need at least {needed}; set that"]

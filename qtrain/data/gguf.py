@@ -53,8 +53,7 @@ def describe(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend", None)
     if backend is None:
         tokens = byte_characters()
-        # llama.cpp asks for a merge: one of two bytes that no text has, into no
-        # token.
+        # llama.cpp asks for a merge: one of two bytes that no text has, into no token.
         merges, special, end = [f"{tokens[0]} {tokens[1]}"], set(), 0
         rule: str | None = "gpt-2"
     else:

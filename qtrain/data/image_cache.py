@@ -127,8 +127,7 @@ def _decode_into(
     chunks = _Chunks([str(path) for path in files], folder, shape, fit)
     workers = min(os.cpu_count() or 1, MOST_WORKERS) if len(files) > FEW else 0
     bad: dict[int, str] = {}
-    # Its processes write into the file themselves: what comes back is what went
-    # wrong.
+    # Its processes write into the file themselves: what comes back is what went wrong.
     for found in DataLoader(chunks, batch_size=None, num_workers=workers):
         bad |= found
     digest = hashlib.sha256()

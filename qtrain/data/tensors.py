@@ -20,8 +20,7 @@ from qtrain.data.checks import (
 )
 from qtrain.data.loaders import Batch, DataLoaders, shuffled_indices
 
-# Samples normalised at once: enough to hide the cost of an op, few enough to stay in
-# cache.
+# Samples normalised at once: enough to hide the cost of an op, few enough to stay in cache.
 CHUNK = 8192
 
 

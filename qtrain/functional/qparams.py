@@ -129,7 +129,7 @@ def choose_qparams(
     low, high = low.to(dtype), high.to(dtype)
     info = torch.finfo(dtype)
     magnitude = torch.maximum(low.abs(), high.abs())
-    # High - low may overflow
+    # high - low may overflow
     half_range = magnitude if symmetric else high / 2 - low / 2
     scale = torch.maximum(
         half_range / ((quant_max - quant_min) / 2), magnitude * (8 * info.eps)

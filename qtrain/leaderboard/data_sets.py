@@ -7,8 +7,7 @@ from typing import Any
 from qtrain.leaderboard import keys
 from qtrain.leaderboard.runs import Run
 
-# What decides which test examples a text data set has, beside its name and its
-# content.
+# What decides which test examples a text data set has, beside its name and its content.
 DATA_KEYS = (
     "data.path",
     "data.tokenizer",

@@ -37,8 +37,7 @@ def group(section: Section, names: Sequence[str]) -> Section:
         ].append(row)
     rows = []
     for rows_of_group in members.values():
-        # The float model is no quantization of its own; it counts only where it is
-        # alone.
+        # The float model is no quantization of its own; it counts only where it is alone.
         quantized = [
             row for row in rows_of_group if row.cells["method"] != "none"
         ] or rows_of_group

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from qtrain.leaderboard import pareto
 from qtrain.leaderboard.rows import SIZE_TOLERANCE, Row, Section
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; the page uses the
-# same.
+# Okabe and Ito's colours, which the colour-blind can tell apart; the page uses the same.
 FLOAT = "#222222"
 COLOURS = (
     "#0072b2",

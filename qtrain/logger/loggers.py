@@ -126,8 +126,7 @@ class TensorBoard(Logger):
             self.writer._get_file_writer().add_summary(summary)
 
     def chart(self, title: str, names: list[str]) -> None:
-        # One axis for several scalars: under Custom Scalars, whose tags are regular
-        # expressions.
+        # One axis for several scalars: under Custom Scalars, whose tags are regular expressions.
         from torch.utils.tensorboard.summary import custom_scalars
 
         tags = [f"{re.escape(name)}$" for name in names]

@@ -14,8 +14,7 @@ from qtrain.backend.torch_ao import has_hooks, resolve, same
 
 Call = Callable[..., Any]
 
-# Takes a layer's new keys and values (2, B, H, T, D); returns all keys, and all
-# values.
+# Takes a layer's new keys and values (2, B, H, T, D); returns all keys, and all values.
 Slot = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 

@@ -13,8 +13,7 @@ from qtrain.model.gguf import load_gpt2_file, load_llama_file
 Mistakes = Callable[[Any], list[str]]
 
 SIZES = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-# What qtrain.model.gpt2 computes: a checkpoint of anything else would load and be
-# wrong.
+# What qtrain.model.gpt2 computes: a checkpoint of anything else would load and be wrong.
 GPT2: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

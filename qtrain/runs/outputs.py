@@ -42,8 +42,7 @@ def _save(path: Path, arrays: dict[str, "np.ndarray[Any, Any]"]) -> None:
 
 def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     """Returns the fields of a report that are known before the run."""
-    # Of a list or a mapping, which will be refused, only a plain one can be written
-    # down.
+    # Of a list or a mapping, which will be refused, only a plain one can be written down.
     name, seed = (
         OmegaConf.to_container(v) if OmegaConf.is_config(v) else v
         for v in (config.name, config.seed)

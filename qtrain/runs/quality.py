@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# How the examples' scores make up a quality, which decides how a difference is
-# tested.
+# How the examples' scores make up a quality, which decides how a difference is tested.
 RIGHT_OR_WRONG, MEAN, LOG = "right or wrong", "mean", "log"
 
 

@@ -23,9 +23,9 @@ OLD_EXAMPLES = "examples.pt"  # of 0.1.0, written by torch
 DIGESTED = ("float.pt", "quantized.pt", EXAMPLES)
 NUMBER = int | float
 SPEC = {"bits": int, "observer": str}
-# What readers rely on, where it is there: a class, [content of a list] or {key of a
-# dict: content}; "*" stands for all other keys. Within a section null may stand for
-# anything.
+# What readers rely on, where it is there: a class, [content
+# of a list] or {key of a dict: content}; "*" stands for all
+# other keys. Within a section null may stand for anything.
 SHAPE: dict[str, Any] = {
     "name": str | int,
     "seed": str | int,
@@ -86,8 +86,7 @@ class Report:
     quant: dict[str, Any] = field(default_factory=dict)
     # What each layer becomes; see simulate/plan.py.
     plan: dict[str, Any] = field(default_factory=dict)
-    # How the model came to have stubs: mode, what was fused, what stayed float and
-    # why.
+    # How the model came to have stubs: mode, what was fused, what stayed float and why.
     capture: dict[str, Any] = field(default_factory=dict)
     # Of a quantizer's own: parameters, those trained, and the bytes of weights,
     # gradients and the optimizer's states; their sum is the peak of a step,
@@ -95,11 +94,9 @@ class Report:
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     difference: dict[str, Any] = field(default_factory=dict)
-    # {model: the standard error of its mean loss, and of a perplexity}, over
-    # examples.
+    # {model: the standard error of its mean loss, and of a perplexity}, over examples.
     standard_errors: dict[str, Any] = field(default_factory=dict)
-    # Of the float and the quantized model, on a few samples; see
-    # analyze/agreement.py.
+    # Of the float and the quantized model, on a few samples; see analyze/agreement.py.
     agreement: dict[str, Any] = field(default_factory=dict)
     # What each gained, in decibels of the simulation's output.
     transforms: list[Any] = field(default_factory=list)

@@ -26,9 +26,9 @@ from qtrain.data.loaders import DataLoaders, Loader
 from qtrain.runs.checkpoint import digest
 from qtrain.train.generators import undisturbed
 
-# The quantizer and measurements have no say in the float model; everything else does.
-# Of a checkpoint that is trained on, the weights count, which the model holds by
-# then.
+# The quantizer and measurements have no say in the float
+# model; everything else does. Of a checkpoint that is trained
+# on, the weights count, which the model holds by then.
 SETTINGS = (
     "model",
     "data",

@@ -13,8 +13,7 @@ def clipping_bounds(scale: float, low: int, high: int) -> tuple[float, float, fl
     (least, low_is_odd) = _first_product(-low)
     (most, high_is_odd) = _first_product(high)
     below, above = float32s(least / inverse, most / inverse)
-    # The product of two float32 is exact here. What lies below is at most one float32
-    # away.
+    # The product of two float32 is exact here. What lies below is at most one float32 away.
     product = below * inverse
     if product < least or product == least and not low_is_odd:
         below = float32(below * NEXT)

@@ -15,8 +15,7 @@ from qtrain.simulate.bounds import clipping_bounds
 
 # grad strictly between two limits, and 0 elsewhere.
 HARDTANH_BACKWARD = torch.ops.aten.hardtanh_backward
-# Numbers for which torch's conversions to uint8 and back, and a way back in Python,
-# pay.
+# Numbers for which torch's conversions to uint8 and back, and a way back in Python, pay.
 MANY = 1 << 17
 
 

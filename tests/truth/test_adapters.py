@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import qtrain
+from qtrain.cli import compare
 
 MLP = ["model.hidden=24", "quant.epochs=2", "trainer.max_finetuning_steps=12"]
 BASES = {
@@ -19,7 +20,7 @@ def adapters(run):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_only_adapters_are_trained_and_they_are_saved_apart(job, base):
+def test_only_adapters_are_trained_and_they_are_saved_apart(job, base, capsys):
     method, settings = BASES[base]
     run = job("mlp", *MLP, f"quant={method}", *settings, "quant.r=2")
     assert run.code == 0, run.text
@@ -37,6 +38,11 @@ def test_only_adapters_are_trained_and_they_are_saved_apart(job, base):
     assert run.loss("quantized") < run.loss("float")
     (row,) = qtrain.compare(run.run_dir)
     assert (row["trained"], row["training_mb"]) == (wanted, held["peak"] / 1e6)
+    compare.main([str(run.run_dir)])
+    assert "training MB: its weights, gradients and" in capsys.readouterr().out
+    weights = 784 * 24 + 24 * 24 + 24 * 10
+    share = 0 if base == "float" else weights / (weights + 24 + 24 + 10 + wanted)
+    assert run.report["coverage"]["params_quantized"] == pytest.approx(share)
 
 
 def test_what_is_loaded_is_the_frozen_layer_and_the_adapter(job):

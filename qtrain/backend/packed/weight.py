@@ -22,11 +22,9 @@ from qtrain.functional.spec import QuantSpec
 
 Product = Int8Product | Int4Product
 
-# Up to so many rows, float16 kernels of CPUs are faster than a copy of the weight in
-# float32.
+# Up to so many rows, float16 kernels of CPUs are faster than a copy of the weight in float32.
 FEW_ROWS = 4
-# From so many, CPUs that multiply in bfloat16 take a copy of 4 bits faster than their
-# operator.
+# From so many, CPUs that multiply in bfloat16 take a copy of 4 bits faster than their operator.
 MANY_ROWS = 128
 HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
@@ -101,8 +99,7 @@ class IntegerWeight(nn.Module):
     ) -> None:
         saved = state.get(f"{prefix}scale")
         if isinstance(saved, Tensor) and saved.dim() == 2 == self.scale.dim():
-            # Older files have float32 scales for groups, and one group a row in int4
-            # embeddings.
+            # Older files have float32 scales for groups, and one group a row in int4 embeddings.
             self.scale = self.scale.new_empty(saved.shape, dtype=saved.dtype)
         super()._load_from_state_dict(state, prefix, *args)
 

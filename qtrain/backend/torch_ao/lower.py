@@ -47,7 +47,7 @@ def lower(simulation: Simulation, engine: str) -> nn.Module:
             try:
                 reason = plan[name].reason if name in plan else None
                 model.set_submodule(name, _lowered(site, reason))
-            # Torch names neither the layer nor, often, the reason
+            # torch names neither the layer nor, often, the reason
             except Exception as err:
                 cause = (str(err) or type(err).__name__).splitlines()[0]
                 raise ValueError(
