@@ -123,9 +123,8 @@ def _identity(report: dict[str, Any]) -> dict[str, Any]:
     weight = quant.get("weight") or config.get("weight") or {}
     activation = quant.get("activation") or config.get("activation") or {}
     bits = [spec.get("bits") for spec in (weight, activation)]
-    if (
-        quant.get("weight_bits") is not None
-    ):  # the mean over layers, which may have bits of their own
+    # The mean over layers, which may have bits of their own
+    if quant.get("weight_bits") is not None:
         bits[0] = f"{_number(quant['weight_bits']):.3g}"
     observer = (quant.get("activation") or quant.get("weight") or {}).get("observer")
     facts = {key: report[key] for key in ("name", "model", "data", "seed")}
