@@ -69,9 +69,8 @@ class Tracer(fx.Tracer):
         }
         with torch.no_grad(), makers_recorded(), nothing_wrapped():
             graph = self.trace(model, concrete_args=plain or None)
-        for node in graph.find_nodes(
-            op="placeholder"
-        ):  # torch numbers the plain ones
+        # torch numbers the plain ones
+        for node in graph.find_nodes(op="placeholder"):
             node.target = _parameter(str(node.target), self.inputs, node.target)
             node.args = (
                 (defaults[node.target],) if node.target in defaults else node.args
@@ -167,9 +166,8 @@ class Tracer(fx.Tracer):
             return self.inputs.get(name, {} if target.startswith("**") else ())
         if node.op == "get_attr":
             value = attribute(self.root, target)
-            if target.startswith(
-                "_tensor_constant"
-            ):  # its number depends on the mode
+            # Its number depends on the mode
+            if target.startswith("_tensor_constant"):
                 node.meta["content"] = repr(value)
             return value
         if node.op == "call_method":

@@ -126,10 +126,11 @@ def _size(files: list[Path], size: Any) -> tuple[int, int]:
     if size is not None:
         return (size, size) if isinstance(size, int) else tuple(size)
     for path in files:
+        # Decoding will tell of it
         with (
             suppress(Exception),
             Image.open(path) as image,
-        ):  # decoding will tell of it
+        ):
             return image.height, image.width
     raise ValueError(
         f"size=null: none of {len(files)} images can be read, as {files[0]}"

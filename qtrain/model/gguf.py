@@ -200,9 +200,8 @@ def load_llama_file(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     weights = file.weights(sizes["n_layer"])
     for ours, weight in weights.items():
         order = row_order(ours.removesuffix(".weight"), sizes)
-        if order is not None and len(order) == len(
-            weight
-        ):  # else it is refused later
+        # Else it is refused later
+        if order is not None and len(order) == len(weight):
             weights[ours] = weight[order.argsort()]
     epsilon, theta = file.value(LLAMA.epsilon), file.value("rope.freq_base")
     if epsilon is None:

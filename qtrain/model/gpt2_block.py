@@ -110,9 +110,8 @@ def feed_forward(x: Tensor, project_in: Call, project_out: Call) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """Returns the tanh approximation of GELU, to 1e-6."""
     is_plain = x.requires_grad or x.dtype != torch.float32 or x.device.type != "cpu"
-    if (
-        is_plain or is_compiling() or x.numel() < 1 << 15
-    ):  # a program of torch.export is for batches of any size
+    # A program of torch.export is for batches of any size
+    if is_plain or is_compiling() or x.numel() < 1 << 15:
         return F.gelu(x, approximate="tanh")
     # (1 + tanh(u)) / 2 is sigmoid(2 u), for which CPUs have a better kernel: all of
     # it takes half of torch's time.

@@ -79,6 +79,7 @@ class KernelProbe(TorchDispatchMode):
         kind = type(self.model.get_submodule(layer)).__name__
         where = f"layer {layer} ({kind})" if layer else f"forward of {kind}"
         line = f"{where} cannot run in the int8 model: {reason}"
+        # The caller raises what came first
         if line not in lines:
             lines.append(line)
 
@@ -151,7 +152,7 @@ def _instead(func: Any, args: Any, kwargs: Any, has_quantized: bool) -> Any:
         except (
             RuntimeError,
             NotImplementedError,
-        ):  # the caller raises what came first
+        ):
             return None
         if (
             func._schema.is_mutable
