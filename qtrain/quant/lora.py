@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.embeddings import tied_heads
 from qtrain.backend.packed.formats import PackedFormat
 from qtrain.backend.packed.lora import LoRALinear
@@ -176,8 +177,16 @@ class LoRA(WeightOnly):
         return super().convert(simulation).requires_grad_(False)
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
-        # What is trained is what is stored: there is nothing to simulate.
-        return None
+        """Returns the float model of the same weights: each stored one as a tensor, with its
+        adapter in it.
+        """
+        model = self.convert(simulation)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, LoRALinear):
+                model.set_submodule(name, layer.merged())
+            elif isinstance(layer, CompactLinear | CompactEmbedding):
+                model.set_submodule(name, layer.to_float())
+        return model
 
     def reference(self, simulation: Simulation) -> nn.Module | None:
         return None

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import qtrain
+from qtrain.backend.packed.compact import CompactLinear
 from qtrain.cli import compare
 
 MLP = ["model.hidden=24", "quant.epochs=2", "trainer.max_finetuning_steps=12"]
@@ -36,6 +37,7 @@ def test_only_adapters_are_trained_and_they_are_saved_apart(job, base, capsys):
     tensors = adapters(run)["adapters"]
     assert sum(x.numel() for x in tensors.values()) == wanted
     assert run.loss("quantized") < run.loss("float")
+    assert run.loss("quantized") == pytest.approx(run.loss("fake"), rel=1e-3)
     (row,) = qtrain.compare(run.run_dir)
     assert (row["trained"], row["training_mb"]) == (wanted, held["peak"] / 1e6)
     compare.main([str(run.run_dir)])
@@ -59,6 +61,19 @@ def test_what_is_loaded_is_the_frozen_layer_and_the_adapter(job):
     layer = exact.linear1
     wanted = F.linear(x, layer.weight + 6 / 3 * b @ a, layer.bias)
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("merge", ["false", "true"])
+def test_layers_that_compute_something_else_than_their_weights_say_are_refused(
+    job, monkeypatch, merge
+):
+    right = CompactLinear.forward
+    monkeypatch.setattr(
+        CompactLinear, "forward", lambda self, x: 0.5 * right(self, x)
+    )
+    run = job("mlp", *MLP, "quant=qlora", f"quant.merge={merge}")
+    assert run.code == 1 and "Traceback" not in run.text
+    assert "and its simulation's" in run.text, run.text
 
 
 def test_adapters_of_a_file_are_used_and_merged(job):

@@ -55,6 +55,19 @@ class CompactLinear(nn.Module):
             return y
         return self.weight.matmul(x, self.bias)
 
+    def to_float(self) -> nn.Linear:
+        """Returns the float layer of the weight that is meant."""
+        return float_linear(self.weight.dequantize(), self.bias)
+
+
+def float_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """Returns a Linear layer of a weight (N, K) and a bias, which it does not train."""
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", bias)
+    return linear
+
 
 class CompactEmbedding(nn.Module):
     """Rows of a compact weight.
@@ -68,6 +81,10 @@ class CompactEmbedding(nn.Module):
 
     def forward(self, idx: Tensor) -> Tensor:
         return self.weight.dequantize(idx)
+
+    def to_float(self) -> nn.Embedding:
+        """Returns the float layer of the weight that is meant."""
+        return nn.Embedding.from_pretrained(self.weight.dequantize())
 
 
 def integer_weight(module: Any) -> Codes | None:

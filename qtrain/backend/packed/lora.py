@@ -5,13 +5,13 @@ arXiv:2106.09685, section 4.1; on 4-bit weights: T. Dettmers et al., "QLoRA",
 arXiv:2305.14314.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtrain.backend.packed.compact import CompactLinear, Stored
+from qtrain.backend.packed.compact import CompactLinear, Stored, float_linear
 
 
 class LoRALinear(CompactLinear):
@@ -68,12 +68,8 @@ class LoRALinear(CompactLinear):
         """Returns the float layer of weight W + alpha / r B A."""
         frozen: Any = self.weight
         weight = frozen if isinstance(frozen, Tensor) else frozen.dequantize()
-        weight = weight + self.scaling * (self.lora_b @ self.lora_a)
-        rows, columns = weight.shape
-        linear: Any = nn.Linear(columns, rows, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = self.bias
-        return cast(nn.Linear, linear)
+        change = self.scaling * (self.lora_b @ self.lora_a)
+        return float_linear(weight + change, self.bias)
 
     def extra_repr(self) -> str:
         return f"r={len(self.lora_a)}, scaling={self.scaling:g}"
