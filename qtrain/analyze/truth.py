@@ -43,8 +43,7 @@ class TruthGate:
         samples: samples of the test split that layers are compared on.
         max_steps: largest root mean square difference, in quantization steps, between
             what a converted layer and its simulation make of the same input. Kernels
-            that round as they should stay below 0.5; those of engines that reduce the
-            range do not clip where their simulation does, and may be above.
+            that round as they should stay below 0.5.
         max_loss_gap: largest difference between the losses of the converted model and
             of its simulation, as a share of the latter's; within it, at most 0.5 %
             and three standard errors of the difference, example by example.
