@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.backend.int8.tensor import QuantizedTensor, is_tensor
-from qtrain.common.copying import cloned
+from qtrain.common.copying import by_place, cloned
 from qtrain.simulate.points import output_points
 
 # Modules that are never called themselves, but by their methods: what these call in
@@ -86,14 +86,16 @@ def divergence(
     }
 
     def keep_input(name: str) -> Any:
-        def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(_m: nn.Module, args: Any, named: dict[str, Any]) -> None:
+            args = by_place(args, named)
             if len(args) == 1 and isinstance(args[0], Tensor):
                 received[name] = args[0].clone()
 
         return hook
 
     def probe(name: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
+        def hook(module: Any, args: Any, named: dict[str, Any]) -> None:
+            args = by_place(args, named)
             if name not in received or not is_tensor(args[0]):
                 return
             x: Any = received[name]
@@ -115,8 +117,8 @@ def divergence(
     handles = []
     for name in names:
         before, after = (m.get_submodule(name) for m in (fake, quantized))
-        handles.append(before.register_forward_pre_hook(keep_input(name)))
-        handles.append(after.register_forward_pre_hook(probe(name)))
+        for module, hook in ((before, keep_input(name)), (after, probe(name))):
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         run(fake, inputs)
         run(quantized, inputs)
