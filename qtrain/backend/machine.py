@@ -20,7 +20,7 @@ def operator(namespace: str, name: str, overload: str = "default") -> Any:
 
 @cache
 def multiplies() -> bool:
-    """Returns whether oneDNN's products of plain integers are there, and right for small numbers."""
+    """Returns whether oneDNN's products of plain integers are there, and right for small ones."""
     names = (
         "qlinear_prepack",
         "qlinear_pointwise",
