@@ -98,9 +98,7 @@ def divergence(
             args = by_place(args, named)
             if name not in received or not is_tensor(args[0]):
                 return
-            x: Any = received[name]
-            if args[0].is_quantized:
-                x = _quantize_like(x, args[0])
+            x = _quantize_like(received[name], args[0])
             same = x.dequantize() if args[0].is_quantized else x.clone()
             expected = fake.get_submodule(name).forward(same)
             output = module.forward(x)
@@ -109,8 +107,7 @@ def divergence(
             scale = output.q_scale() if output.is_quantized else scales.get(name)
             if scale is not None:
                 error = (output.dequantize() - expected) / scale
-                mean = error.square().mean() if error.numel() else torch.zeros(())
-                steps[name] = float(mean.sqrt())
+                steps[name] = _rms(error)
 
         return hook
 
@@ -128,8 +125,14 @@ def divergence(
     return steps
 
 
+def _rms(error: Tensor) -> float:
+    return float(error.square().mean().sqrt()) if error.numel() else 0.0
+
+
 def _quantize_like(x: Tensor, other: Any) -> Any:
-    """Returns `x` in int8, with the scale and the order of memory of `other`."""
+    """Returns `x` as `other` is: in int8, its scale and order of memory, or in float."""
+    if not other.is_quantized:
+        return x
     if isinstance(other, QuantizedTensor):
         return other.like(x)
     if other.dim() == 4 and other.is_contiguous(memory_format=torch.channels_last):
