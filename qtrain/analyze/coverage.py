@@ -16,6 +16,7 @@ from qtrain.backend.base import FloatIsland
 from qtrain.backend.int8.tensor import listening
 from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
 from qtrain.backend.packed.weight import HalfWeight
+from qtrain.common.copying import by_place
 
 Inputs = tuple[Tensor, ...]
 NONE: Mapping[str, str] = {}
@@ -92,7 +93,7 @@ def _beside_weight(module: nn.Module) -> tuple[int, int]:
 
 
 def _is_float(name: str, quantized: nn.Module) -> bool:
-    """Tells whether a layer without a quantized weight runs in float by itself."""
+    """Returns whether a layer without a quantized weight runs in float by itself."""
     module = quantized.get_submodule(name)
     if isinstance(module, HalfWeight) or integers.is_quantized(module):
         return False
@@ -110,7 +111,7 @@ def _quantized_macs(
     """
     macs = {True: 0, False: 0}
 
-    def count(module: Any, inputs: Any, output: Any) -> None:
+    def count(module: Any, args: Any, named: Any, output: Any) -> None:
         if isinstance(module, nn.RNNBase):
             macs[False] += _recurrent_macs(module, output[0])
             return
@@ -121,14 +122,17 @@ def _quantized_macs(
             weight = getattr(module.weight, "data", module.weight)
         # Each output element is a dot product with one row of the weight; transposed,
         # each input element is multiplied with one.
-        elements = inputs[0] if getattr(module, "transposed", False) else output
+        given = by_place(args, named)[0]
+        elements = given if getattr(module, "transposed", False) else output
         macs[is_quantized] += elements[0].numel() * weight.shape[1:].numel()
 
     def note(what: str) -> None:
         in_float[where() or "forward"] = f"{what} is computed in float"
 
     handles = [
-        m.register_forward_hook(count) for m in quantized.modules() if _multiplies(m)
+        m.register_forward_hook(count, with_kwargs=True)
+        for m in quantized.modules()
+        if _multiplies(m)
     ]
     try:
         with blame(quantized, "int8") as where, listening(note):
@@ -140,7 +144,7 @@ def _quantized_macs(
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Tells whether it has dot products: an embedding looks up, a norm scales."""
+    """Returns whether it has dot products: an embedding looks up, a norm scales."""
     weight = integers.quantized_weight(module)
     if isinstance(module, CompactEmbedding | nn.Embedding):
         return False

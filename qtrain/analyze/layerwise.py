@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.backend.int8.tensor import QuantizedTensor, is_tensor
-from qtrain.common.copying import cloned
+from qtrain.common.copying import by_place, cloned
 from qtrain.simulate.points import output_points
 
 # Modules that are never called themselves, but by their methods: what these call in
@@ -86,19 +86,19 @@ def divergence(
     }
 
     def keep_input(name: str) -> Any:
-        def hook(_m: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(_m: nn.Module, args: Any, named: dict[str, Any]) -> None:
+            args = by_place(args, named)
             if len(args) == 1 and isinstance(args[0], Tensor):
                 received[name] = args[0].clone()
 
         return hook
 
     def probe(name: str) -> Any:
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
+        def hook(module: Any, args: Any, named: dict[str, Any]) -> None:
+            args = by_place(args, named)
             if name not in received or not is_tensor(args[0]):
                 return
-            x: Any = received[name]
-            if args[0].is_quantized:
-                x = _quantize_like(x, args[0])
+            x = _quantize_like(received[name], args[0])
             same = x.dequantize() if args[0].is_quantized else x.clone()
             expected = fake.get_submodule(name).forward(same)
             output = module.forward(x)
@@ -107,16 +107,15 @@ def divergence(
             scale = output.q_scale() if output.is_quantized else scales.get(name)
             if scale is not None:
                 error = (output.dequantize() - expected) / scale
-                mean = error.square().mean() if error.numel() else torch.zeros(())
-                steps[name] = float(mean.sqrt())
+                steps[name] = _rms(error)
 
         return hook
 
     handles = []
     for name in names:
         before, after = (m.get_submodule(name) for m in (fake, quantized))
-        handles.append(before.register_forward_pre_hook(keep_input(name)))
-        handles.append(after.register_forward_pre_hook(probe(name)))
+        for module, hook in ((before, keep_input(name)), (after, probe(name))):
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         run(fake, inputs)
         run(quantized, inputs)
@@ -126,8 +125,14 @@ def divergence(
     return steps
 
 
+def _rms(error: Tensor) -> float:
+    return float(error.square().mean().sqrt()) if error.numel() else 0.0
+
+
 def _quantize_like(x: Tensor, other: Any) -> Any:
-    """Returns `x` in int8, with the scale and the order of memory of `other`."""
+    """Returns `x` as `other` is: in int8, its scale and order of memory, or in float."""
+    if not other.is_quantized:
+        return x
     if isinstance(other, QuantizedTensor):
         return other.like(x)
     if other.dim() == 4 and other.is_contiguous(memory_format=torch.channels_last):

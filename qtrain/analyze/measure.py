@@ -135,7 +135,7 @@ class OtherLoad:
 
     @property
     def contended(self) -> bool:
-        """Tells whether times taken meanwhile are doubtful."""
+        """Returns whether times taken meanwhile are doubtful."""
         return (self.cores or 0) > QUIET
 
     @staticmethod

@@ -55,7 +55,8 @@ def prepare(
     arguments = moved(batches, model, device)
     first = list(islice(arguments, 1))
     simulation = quantizer.prepare(model, *first)
-    quantizer.calibrate(simulation, chain(first, arguments))
+    if first:
+        quantizer.calibrate(simulation, chain(first, arguments))
     simulation.train()
     quantizer.on_epoch(simulation, 0)
     return simulation

@@ -50,7 +50,7 @@ class Backend:
         return None
 
     def has_scale(self, module: nn.Module) -> bool:
-        """Tells whether a layer's output gets a scale, beside those that have one anyway."""
+        """Returns whether a layer's output gets a scale, beside those that have one anyway."""
         return False
 
     def fit(self, plan: Plan) -> Plan:

@@ -39,7 +39,7 @@ def weight_qparams(weight: Weight) -> tuple[float, int]:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Tells whether a module is one of torch's int8 modules, static or dynamic, or one of ours."""
+    """Returns whether a module is an int8 one, torch's, static or dynamic, or ours."""
     bases = (cls.__module__ for cls in type(module).__mro__)
     return quantized_weight(module) is not None or any(
         name.startswith("torch.ao.nn.") and ".quantized" in name for name in bases

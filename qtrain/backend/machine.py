@@ -20,7 +20,7 @@ def operator(namespace: str, name: str, overload: str = "default") -> Any:
 
 @cache
 def multiplies() -> bool:
-    """Tells whether oneDNN's products of plain integers are there, and right for small numbers."""
+    """Returns whether oneDNN's products of plain integers are there, and right for small ones."""
     names = (
         "qlinear_prepack",
         "qlinear_pointwise",
@@ -34,7 +34,7 @@ def multiplies() -> bool:
 
 @cache
 def saturates() -> bool:
-    """Tells whether sums are cut off at 16 bits, as on x86 CPUs without VNNI.
+    """Returns whether sums are cut off at 16 bits, as on x86 CPUs without VNNI.
 
     Then activations above 127 come out wrong, in silence.
     """
@@ -45,7 +45,7 @@ def saturates() -> bool:
 
 @cache
 def mixes_signs() -> bool:
-    """Tells whether `torch._int_mm` takes uint8 by int8 on CPUs, and comes out right."""
+    """Returns whether `torch._int_mm` takes uint8 by int8 on CPUs, and comes out right."""
     x = torch.tensor([[255, 0, 128, 1]], dtype=torch.uint8)
     weight = torch.tensor([[127, -128, 1, 3]], dtype=torch.int8)
     try:

@@ -28,8 +28,8 @@ class Bracketed(nn.Module):
         """The layer's."""
         return self.layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.dequant(self.layer(self.quant(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.dequant(self.layer(self.quant(input)))
         return output
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from qtrain.common.copying import cloned
+from qtrain.common.copying import by_place, cloned
 
 
 @torch.no_grad()
@@ -22,13 +22,14 @@ def shares(
     """
     counts: dict[str, int] = {}
 
-    def count(name: str, layer: Any, args: Any, output: Tensor) -> None:
-        elements = args[0] if getattr(layer, "transposed", False) else output
+    def count(name: str, layer: Any, args: Any, named: Any, output: Tensor) -> None:
+        given = by_place(args, named)[0]
+        elements = given if getattr(layer, "transposed", False) else output
         number = elements.numel() * layer.weight.shape[1:].numel()
         counts[name] = counts.get(name, 0) + number
 
     handles = [
-        layer.register_forward_hook(partial(count, name))
+        layer.register_forward_hook(partial(count, name), with_kwargs=True)
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | _ConvNd)
     ]

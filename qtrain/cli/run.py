@@ -55,8 +55,9 @@ def one_job(config: "DictConfig") -> Any:
 
         from qtrain.analyze.measure import keep_freed_memory
         from qtrain.common.files import alone
-        from qtrain.config.mistakes import overridden_labels, unused_settings
+        from qtrain.config.mistakes import overridden_labels
         from qtrain.config.settings import objectives, refuse_config
+        from qtrain.config.unused import unused_settings
         from qtrain.runs import pipeline, sweep
         from qtrain.runs.signals import Signals
         from qtrain.train import ranks

@@ -1,4 +1,4 @@
-"""Copies of models, in memory and by pickle, that Python refuses, or ties to their original."""
+"""Copies of models that Python refuses, or ties to their original; and forward's arguments."""
 
 import copy
 from collections.abc import Iterator
@@ -44,6 +44,11 @@ def cloned(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 def few(inputs: tuple[Any, ...], count: int = 2) -> tuple[Any, ...]:
     """Returns forward's arguments for the first samples alone."""
     return tuple(x[:count] if isinstance(x, Tensor) and x.ndim else x for x in inputs)
+
+
+def by_place(args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns a layer's arguments as hooks look at them, one that is given as `input=` too."""
+    return (*args, *named.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

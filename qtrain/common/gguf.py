@@ -27,7 +27,7 @@ def library(why: str) -> Any:
 
 
 def is_gguf(name: str) -> bool:
-    """Tells whether a name means a GGUF file."""
+    """Returns whether a name means a GGUF file."""
     return name.endswith(SUFFIX)
 
 

@@ -24,7 +24,7 @@ def impatient() -> Iterator[None]:
 
 @cache
 def answers(url: str) -> bool:
-    """Tells whether a server answers within 5 s, its look-up included; asked once in a process."""
+    """Returns whether a server answers within 5 s, look-up included; asked once a process."""
     found: list[bool] = []
     # A thread, for no timeout ends the look-up of a name.
     thread = threading.Thread(target=lambda: found.append(_answers(url)), daemon=True)
@@ -44,7 +44,7 @@ def _answers(url: str) -> bool:
 
 
 def hub_answers() -> bool:
-    """Tells whether the Hugging Face hub answers; if not, its libraries only look in the cache."""
+    """Returns whether Hugging Face's hub answers; if not, its libraries look in the cache alone."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:

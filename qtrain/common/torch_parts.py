@@ -9,7 +9,7 @@ import torch
 
 @cache
 def has_torch_ao() -> bool:
-    """Tells whether torch.ao's eager mode and torch's quantized tensors are there, both."""
+    """Returns whether torch.ao's eager mode and torch's quantized tensors are there, both."""
     try:
         importlib.import_module("torch.ao.nn.quantized")
         importlib.import_module("torch.ao.quantization")

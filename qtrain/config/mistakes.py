@@ -7,7 +7,7 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from torch import nn
@@ -17,7 +17,6 @@ from qtrain.config.settings import objectives
 from qtrain.data.loaders import DataLoaders
 from qtrain.data.tokenizer import load_tokenizer, own_tokenizer
 from qtrain.exporter.judge import check_exporters
-from qtrain.model.pretrained import OWN
 from qtrain.task.base import Task
 
 
@@ -54,51 +53,6 @@ def overridden_labels(config: DictConfig) -> list[str]:
         for key in config.choices
         if not OmegaConf.is_interpolation(config.choices, key)
     ]
-
-
-def unused_settings(config: DictConfig, overrides: list[str]) -> list[str]:
-    """Returns what is wrong where the command line sets what another of its settings makes void."""
-    given = {
-        text.lstrip("+").partition("=")[0]: text.lstrip("+") for text in overrides
-    }
-    lines = []
-    for part in ("valid", "test"):
-        share = f"data.{part.removesuffix('id')}_fraction"
-        path = OmegaConf.select(config, f"data.{part}_path")
-        if path is not None and share in given:
-            lines.append(
-                f"{given[share]}: that text is data.{part}_path={shown(path)}, whole; "
-                "leave it out"
-            )
-    pretrained = OmegaConf.select(config, "model.pretrained")
-    for size in OWN if isinstance(pretrained, str) else ():
-        if f"model.{size}" in given:
-            lines.append(
-                f"{given[f'model.{size}']}: "
-                f"model.pretrained={shown(pretrained)} has its own; leave it out"
-            )
-    return lines + _uncalibrated(config, overrides)
-
-
-def _uncalibrated(config: DictConfig, overrides: list[str]) -> list[str]:
-    try:
-        always = getattr(get_object(config.quant._target_), "calibrates", True)
-        calibrates = always or bool(config.quant.get("transforms"))
-    except Exception:  # whatever is wrong with the name, `build` tells
-        return []
-    given = [
-        override.lstrip("+")
-        for override in overrides
-        if re.match(r"\+*calib_(batches|split)=", override)
-    ]
-    return (
-        []
-        if calibrates
-        else [
-            f"{o}: quant={config.choices.quant} does not calibrate; leave it out"
-            for o in given
-        ]
-    )
 
 
 def spec_mistakes(quant: DictConfig, role: str) -> list[str]:

@@ -187,7 +187,7 @@ def options_with(key: str) -> list[str]:
 
 
 def _is_spelt(key: str, folders: Iterable[str]) -> bool:
-    """Tells whether any YAML file has a key of that last name; composing them takes seconds."""
+    """Returns whether any YAML file has a key of that last name; composing them takes seconds."""
     name = re.compile(rf"\b{re.escape(key.rpartition('.')[2])}['\"]?\s*:")
     files = (path for folder in folders for path in Path(folder).rglob("*.yaml"))
     return any(name.search(path.read_text("utf-8", "replace")) for path in files)

@@ -2,7 +2,7 @@
 
 TEXT = {
     "model": ("gpt2_nano", "gpt2", "llama_nano", "llama"),
-    "data": ("shakespeare", "text"),
+    "data": ("shakespeare", "plays", "text"),
     "task": ("language_modeling",),
 }
 
@@ -15,6 +15,8 @@ def partners(overrides: list[str]) -> list[str]:
 
     >>> partners(["model=gpt2", "seed=1"]), partners(["data=text", "model=mlp"])
     (['data=shakespeare', 'task=language_modeling'], [])
+    >>> partners(["model=gpt2_nano", "data=plays"])
+    ['task=language_modeling']
     """
     named = dict(text.split("=", 1) for text in overrides if "=" in text)
     values = {group: named[group].split(",") for group in TEXT if group in named}

@@ -163,7 +163,7 @@ def _import(name: str) -> Any:
 
 
 def _is_known(found: Any, module: str) -> bool:
-    """Tells whether it is torch's module, optimizer or schedule, or torchvision's own."""
+    """Returns whether it is torch's module, optimizer or schedule, or torchvision's own."""
     from torch import nn, optim
 
     kinds: dict[str, Any] = {

@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qtrain.backend import integers
+from qtrain.backend.packed.llm_int8 import LLMInt8Linear
+from qtrain.backend.packed.recurrent import Int8Recurrent
 from qtrain.backend.reference.backend import Reference
 from qtrain.common.files import write_atomically
 from qtrain.exporter.base import Exporter, Inputs
+from qtrain.simulate.points import output_points
 from qtrain.simulate.simulation import Simulation
+
+CANNOT = "export: torch.export cannot write this model"
 
 
 class TorchExport(Exporter):
@@ -20,6 +26,7 @@ class TorchExport(Exporter):
     file_name = "model.pt2"
 
     def write(self, simulation: Simulation, example: Inputs, path: Path) -> None:
+        _refuse(simulation.model)
         model = Reference("reference").lower(simulation)
         # Of a batch of one, torch takes the size for fixed.
         example = tuple(torch.cat([x[:1], x[:1]]) for x in example)
@@ -33,11 +40,25 @@ class TorchExport(Exporter):
         # Whatever torch makes of a forward that it cannot follow
         except Exception as err:
             reason = (str(err).strip() or type(err).__name__).splitlines()[0]
-            raise ValueError(
-                f"export: torch.export cannot write this model: {reason}"
-            ) from err
+            raise ValueError(f"{CANNOT}: {reason}") from err
         write_atomically(path, lambda new: new.write_bytes(content.getvalue()))
 
     def run(self, path: Path, inputs: Inputs) -> Any:
         output: Tensor = torch.export.load(path).module()(*inputs)
         return output
+
+
+def _refuse(model: nn.Module) -> None:
+    """Raises ValueError where torch would say so in words of its own."""
+    if not output_points(model):
+        raise ValueError(
+            f"{CANNOT}: its method quantizes no activations; use ptq or qat"
+        )
+    for name, layer in model.named_modules():
+        if isinstance(layer, LLMInt8Linear | Int8Recurrent):
+            name = integers.users_name(model, name)
+            instead = "weight_only" if isinstance(layer, LLMInt8Linear) else "float"
+            raise ValueError(
+                f"{CANNOT}: layer {name} chooses scales and columns by each input, and "
+                f"a program is fixed; use quant.layers={{{name}: {instead}}}"
+            )

@@ -10,7 +10,7 @@ from qtrain.functional.spec import AUTO, QuantSpec, int_range
 
 
 def is_narrow(spec: QuantSpec) -> bool:
-    """Tells whether the lowest integer is left out; "auto": if symmetric,
+    """Returns whether the lowest integer is left out; "auto": if symmetric,
     above 2 bits.
     """
     return bool(
@@ -42,7 +42,7 @@ def grid(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def has_short_scales(spec: QuantSpec) -> bool:
-    """Tells whether scales are bfloat16 numbers: of groups, where 2^-9 of
+    """Returns whether scales are bfloat16 numbers: of groups, where 2^-9 of
     4 bits is no step.
     """
     return spec.granularity == "per_group" and spec.bits <= 4

@@ -69,7 +69,8 @@ def _numbers(section: Section) -> list[Column]:
         "1",
     )
     space = " " if unit else ""
-    quantized = "int8" if all(_is_int8(row) for row in rows) else "quantized"
+    bits = {row.cells.get("bits") or row.runs[0].facts["bits"] for row in rows}
+    quantized = "int8" if _is_int8(bits - {None}) else "quantized"
     spread = "± sd" if section.grouped else "± se"
     has_row = _float_row_has_size(rows)
     float_size = [_number("float_size_kb", "float KB", 1, hide_float=True)]
@@ -137,9 +138,10 @@ def is_stored_wider(row: Row) -> bool:
     return at_bits is not None and (stored is None or at_bits < 0.95 * stored)
 
 
-def _is_int8(row: Row) -> bool:
-    bits = str(row.cells.get("bits") or row.runs[0].facts["bits"] or "8/8")
-    return set(bits.split("/")) <= {"8", NONE}
+def _is_int8(bits: set[Any]) -> bool:
+    """Returns whether all of those like "8/8" are int8, and there are any."""
+    parts = {part for text in bits for part in str(text).split("/")}
+    return "8" in parts and parts <= {"8", NONE}
 
 
 def _number(

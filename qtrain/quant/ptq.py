@@ -44,6 +44,7 @@ from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.simulate.sites import QuantModule, QuantWeighted
 from qtrain.transform.base import Transform
 from qtrain.transform.improve import check_transforms, improve
+from qtrain.transform.samples import NotEmpty, again
 
 WEIGHT = QuantSpec(observer=MinMaxObserver)
 ACTIVATION = QuantSpec(observer=partial(HistogramObserver, bins=2048))
@@ -236,6 +237,7 @@ class PTQ(Quantizer):
         )
 
     def calibrate(self, simulation: Simulation, batches: Batches) -> None:
+        batches = again(batches) if self.transforms else NotEmpty(batches)
         equivalent = [
             transform for transform in self.transforms if transform.before_observation
         ]

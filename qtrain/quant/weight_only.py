@@ -19,7 +19,7 @@ from qtrain.quant.layer_format import layer_format, read_settings, settings_of, 
 from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.transform.base import Transform
 from qtrain.transform.improve import check_transforms, improve
-from qtrain.transform.samples import Samples
+from qtrain.transform.samples import Samples, again
 
 WEIGHT = QuantSpec()
 
@@ -109,9 +109,10 @@ class WeightOnly(Quantizer):
         return Simulation(model, plan, packed).eval()
 
     def calibrate(self, simulation: Simulation, batches: Batches) -> None:
-        if self.transforms:
-            simulation.keep_twin()
-        taken = Samples(batches, self.samples)
+        if not self.transforms:
+            return
+        simulation.keep_twin()
+        taken = Samples(again(batches), self.samples)
         for transform in (t for t in self.transforms if not t.before_observation):
             improve(simulation, transform, taken)
 

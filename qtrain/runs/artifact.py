@@ -83,7 +83,7 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
 
 
 def _is_all_state(config: dict[str, Any]) -> bool:
-    """Tells whether a model can be made without values: not where it reads a checkpoint."""
+    """Returns whether a model can be made without values: not where it reads a checkpoint."""
     made = get_object(config["_target_"])
     return getattr(made, "is_all_state", False) and config.get("pretrained") is None
 

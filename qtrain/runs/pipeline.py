@@ -13,6 +13,8 @@ from qtrain.analyze.measure import reset_peak_memory
 from qtrain.analyze.rehearsal import rehearse
 from qtrain.common.files import OVERRIDES, write_atomically, write_json
 from qtrain.config.build import build, resolve, try_out
+from qtrain.config.settings import refuse_config
+from qtrain.config.unused import unused_policies
 from qtrain.exporter.judge import rehearse_exports
 from qtrain.logger.loggers import JsonLines, Loggers
 from qtrain.runs import epochs, launch, outputs, stages, trainings
@@ -112,6 +114,7 @@ def begin(
     """Builds what the run is made of, and tries every stage on a few samples beforehand."""
     reset_peak_memory()
     parts = build(config)
+    refuse_config(unused_policies(parts.model, report.overrides))
     parts = replace(parts, data=with_fingerprint(config, parts.data))
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, repr=False)
 class Report:
-    """One run's results; see the README for the fields. Everything in it is plain JSON."""
+    """One run's results: what `report.json` holds. Everything in it is plain JSON."""
 
     name: str
     seed: int

@@ -113,7 +113,7 @@ class Progress:
         return StageCheckpoint(self, name)
 
     def has(self, stage: str) -> bool:
-        """Tells whether a state of the stage has been written."""
+        """Returns whether a state of the stage has been written."""
         return self._path(stage).is_file()
 
     def remove(self) -> None:

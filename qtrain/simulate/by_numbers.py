@@ -126,5 +126,5 @@ class _ByIntegers(torch.autograd.Function):
 
 
 def within_reach(scale: float) -> bool:
-    """Tells whether a scale suits `fake_quantize_by_numbers`: integers stay in float32's range."""
+    """Returns whether a scale suits `fake_quantize_by_numbers`; integers stay in range."""
     return 1e-30 < scale < 1e30  # False for NaN

@@ -164,11 +164,19 @@ class FakeQuantize(Observed):
         zero_point = None if zero_point is None else zero_point.expand(len(factor))
         return fake_quantize(x, scale / factor, zero_point, **self._limits, axis=0)
 
+    def observe(self, wanted: bool) -> None:
+        """Lets it record ranges from now on, in place, or not; one whose scale stays never does."""
+        self.observing = wanted and not self.stays
+
     def stay(
         self, scale: Tensor | None = None, zero_point: Tensor | None = None
     ) -> None:
         super().stay(scale, zero_point)
         self.observing = False
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.observe(self.observing)
 
     def clip_as_kernels(self) -> None:
         """Clips, in place, as int8 kernels: at the ends of uint8, if the scale be for 0..127."""

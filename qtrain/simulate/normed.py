@@ -25,10 +25,10 @@ class QuantNormed(QuantWeighted):
         super().__init__(layer, **settings)
         self.before: Any = before
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if not self.before.training:
-            return super().forward(x)
-        x = self.before(x)
+            return super().forward(input)
+        x = self.before(input)
         weight = self._rounded()
         output = self.product(x, weight, self._corrected(weight))
         if self.relu and not self.fuses_relu:

@@ -163,6 +163,9 @@ class Observed(nn.Module):
     def _save_to_state_dict(self, *args: Any) -> None:
         self.calculate_qparams()  # may not have been asked for yet
         super()._save_to_state_dict(*args)
+        if self.stays:
+            destination, prefix, _ = args
+            destination[f"{prefix}stays"] = torch.tensor(True)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
@@ -172,6 +175,8 @@ class Observed(nn.Module):
             saved = state_dict.get(prefix + name)
             if saved is not None:
                 setattr(self, name, torch.empty_like(saved, device=self.scale.device))
+        # Of an algorithm's choice; else it is as it was made
+        self.stays |= bool(state_dict.pop(f"{prefix}stays", False))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._known = _Known()  # the observer's state, loaded next, says all
 

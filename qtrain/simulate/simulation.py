@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qtrain.common.copying import cloned, copy_model
+from qtrain.common.copying import by_place, cloned, copy_model
 from qtrain.simulate.kept import Kept
 from qtrain.simulate.origins import Home
 from qtrain.simulate.plan import Plan
@@ -79,7 +79,7 @@ class Simulation(nn.Module):
         """Sets the mode; in eval mode no output's range moves: validation data must not move it."""
         super().train(mode)
         for point in output_points(self.model).values():
-            point.observing = self._observes and mode
+            point.observe(self._observes and mode)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ class Simulation(nn.Module):
                 if point is not None:
                     point.quantizing = quantizing and only in (None, name)
         for point in output_points(self.model).values():
-            point.observing = observing
+            point.observe(observing)
         self._observes = observing
 
     @contextmanager
@@ -143,11 +143,12 @@ class Simulation(nn.Module):
         self.eval()
         points = output_points(self.model).values()
         for point in points:
-            point.observing, point.quantizing = True, False
+            point.observe(True)
+            point.quantizing = False
         for inputs in batches:
             self(*cloned(inputs))
         for point in points:
-            point.observing = False
+            point.observe(False)
 
     def _leave_float(self, inputs: tuple[Any, ...]) -> None:
         """Takes the format from output layers that run in float anyway: a sigmoid after all stubs.
@@ -214,7 +215,8 @@ class Simulation(nn.Module):
         with self.mode(observing=False, quantizing=True) as model:
             model = self.twin if of == "twin" else model
             hook = model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args: found.append(args)
+                lambda _, args, named: found.append(by_place(args, named)),
+                with_kwargs=True,
             )
             try:
                 for inputs in batches:

@@ -2,7 +2,8 @@
 
 A site owns the parameters of the layer that it stands for, under the same names, and
 up to two fake quantizations: `weight_q` of its weight, `output_q` of its output. The
-same class serves PTQ, in eval mode, and QAT, in train mode.
+same class serves PTQ, in eval mode, and QAT, in train mode. Like torch's layers, they
+take what they work on by place or as `input=`.
 
 Whether a kernel runs it, or float between conversions, is a backend's affair: both
 compute this.
@@ -142,7 +143,7 @@ class QuantEmbedding(Site):
     Args:
         layer: the float embedding; its weight becomes this site's.
 
-    Shapes: indices, int64 (...) -> (..., embedding_dim).
+    Shapes: input, int64 (...) -> (..., embedding_dim).
     """
 
     def __init__(
@@ -156,9 +157,9 @@ class QuantEmbedding(Site):
         self.weight = layer.weight
         self.padding_idx = layer.padding_idx
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         rows = F.embedding(
-            indices, self.quantized_weight(self.weight), self.padding_idx
+            input, self.quantized_weight(self.weight), self.padding_idx
         )
         return self.quantized_output(rows)
 
@@ -205,13 +206,13 @@ class QuantWeighted(Site):
             # One clamp, and one mask for the gradient, do the work of two.
             output_q.rectifies = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         bn = self._modules["bn"]
         if bn is not None and bn.training:
-            output = batch_norm.TRAINING[self.conv_bn](self, x)
+            output = batch_norm.TRAINING[self.conv_bn](self, input)
         else:
             weight, bias = self.folded()
-            output = self.product(x, self.quantized_weight(weight), bias)
+            output = self.product(input, self.quantized_weight(weight), bias)
         if self.relu and not self.fuses_relu:
             output = F.relu(output)
         return self.quantized_output(output)

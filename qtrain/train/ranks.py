@@ -38,7 +38,7 @@ def from_torchrun() -> bool:
 
 
 def is_first() -> bool:
-    """Tells whether this process is the one that scores, converts and writes."""
+    """Returns whether this process is the one that scores, converts and writes."""
     if num_ranks() == 1 and from_torchrun():  # before and after the run
         return os.environ["RANK"] == "0"
     return rank() == 0

@@ -21,7 +21,7 @@ class Checkpoint:
 
     @property
     def must_stop(self) -> bool:
-        """Tells whether the training shall save its state and end now."""
+        """Returns whether the training shall save its state and end now."""
         return False
 
     def load(self) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.common.copying import cloned
+from qtrain.common.copying import by_place, cloned
 from qtrain.common.validate import boolean, refuse
 from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.transform.clip import RATIOS, clipped
@@ -158,12 +158,12 @@ def norms_before(
             handles.append(module.register_forward_hook(keep))
         elif type(module) is nn.Linear:
 
-            def look(_: Any, args: tuple[Any, ...], name: str = name) -> None:
+            def look(_: Any, args: Any, named: Any, name: str = name) -> None:
                 for norm, output in outputs:
-                    if args[0] is output:
+                    if by_place(args, named)[0] is output:
                         found[name] = norm
 
-            handles.append(module.register_forward_pre_hook(look))
+            handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
     before = model(*cloned(batch))
     for handle in handles:
         handle.remove()

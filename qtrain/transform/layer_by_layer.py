@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.common.copying import cloned
+from qtrain.common.copying import by_place, cloned
 from qtrain.simulate.simulation import Batches
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by place, and by name
@@ -171,13 +171,13 @@ def _inputs(
     """
     found: list[Tensor] = []
 
-    def take(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
+    def take(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found.append(by_place(args, named)[0])
         if len(found) == calls:
             raise _Reached
 
     for args, named in batches:
-        with _hooked([layer.register_forward_pre_hook(take)]):
+        with _hooked([layer.register_forward_pre_hook(take, with_kwargs=True)]):
             try:
                 part(*args, **named)
             except _Reached:

@@ -1,4 +1,4 @@
-"""So many samples of the calibration data, and no more."""
+"""The calibration data: some at least, again and again, and no more samples than asked for."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,6 +7,29 @@ from typing import Any
 from torch import Tensor
 
 from qtrain.simulate.simulation import Batches
+
+
+@dataclass(frozen=True)
+class NotEmpty:
+    """Batches, of which there must be one; who looks for the first hears so."""
+
+    batches: Batches
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        is_empty = True
+        for inputs in self.batches:
+            is_empty = False
+            yield inputs
+        if is_empty:
+            raise ValueError(
+                "batches: there is none to calibrate on; give at least one, "
+                "such as [(images,)]"
+            )
+
+
+def again(batches: Batches) -> Batches:
+    """Returns batches that can be gone through again and again: those of a generator are kept."""
+    return NotEmpty(list(batches) if isinstance(batches, Iterator) else batches)
 
 
 @dataclass(frozen=True)

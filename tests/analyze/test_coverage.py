@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from calibration import converted
 from torch import nn
 
 from qtrain.analyze.dry_run import coverage, dry_run
 from qtrain.quant.none import NoQuantizer
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
-
-
-def converted(quantizer, model):
-    return quantizer.convert(quantizer.prepare(model))
 
 
 # Weights of the tiny ConvNet

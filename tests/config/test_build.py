@@ -2,8 +2,6 @@
 
 import inspect
 import re
-import shlex
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import pytest
 import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from PIL import Image
 
 from qtrain.config.build import build, compose, config_dir, hydra_arguments
 from qtrain.data.tensors import image_loaders
@@ -218,53 +215,3 @@ def test_nothing_below_gets_a_config_object(composed):
     quantizer = build(settings).quantizer
     assert quantizer.layers["linear1"].bits == 4
     assert not any(OmegaConf.is_config(value) for value in vars(quantizer).values())
-
-
-# ---- the README's commands -----------------------------------------------------------------------
-
-README = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
-RUNS = (line for line in README if re.match(r"    qtrain (model|quant|'quant)", line))
-COMMANDS = [shlex.split(line, comments=True)[1:] for line in RUNS]
-
-
-DATASET = """
-import torch
-
-class MyDataset(list):
-    def __init__(self):
-        super().__init__((torch.rand(3, 8, 8), index % 3) for index in range(30))
-"""
-
-
-@pytest.fixture
-def named_data(tmp_path, monkeypatch):
-    """The folder, the table and the module that the README's commands name."""
-    monkeypatch.chdir(tmp_path)
-    for label in ("cat", "dog"):
-        folder = tmp_path / "DIR" / label
-        folder.mkdir(parents=True)
-        for index in range(10):
-            Image.new("RGB", (8, 8), (index, 20 * index, 0)).save(
-                folder / f"{index}.png"
-            )
-    rows = (f"{index},{index % 7},{1.5 * index}\n" for index in range(30))
-    (tmp_path / "table.csv").write_text("area,rooms,price\n" + "".join(rows))
-    (tmp_path / "mypackage.py").write_text(DATASET)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    sys.modules.pop("mypackage", None)
-
-
-@pytest.mark.parametrize("overrides", COMMANDS, ids=" ".join)
-def test_the_readmes_single_runs_fit_their_models(named_data, overrides):
-    # Which would be downloaded
-    overrides = [o for o in overrides if o != "data=mnist"]
-    is_digits = not any(
-        "gpt2" in word or word.startswith("data=") for word in overrides
-    )
-    parts = build(compose(*overrides, *(["data.val_size=10"] if is_digits else [])))
-    parts.quantizer.prepare(parts.model)
-
-
-def test_the_readme_has_such_commands():
-    assert len(COMMANDS) >= 4

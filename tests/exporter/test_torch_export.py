@@ -41,6 +41,45 @@ def test_a_file_runs_in_a_process_without_this_package(model, images, tmp_path):
     )
 
 
+@pytest.mark.parametrize("threshold", [6.0, None])
+def test_a_layer_that_looks_at_each_input_is_refused_by_name(
+    threshold, mlp, images, tmp_path
+):
+    setting = {"method": "llm_int8", "threshold": threshold}
+    found = qtrain.quantize(mlp, [images], layers={"linear1": setting})
+    with pytest.raises(
+        ValueError,
+        match=r"layer linear1 chooses .* use quant\.layers=\{linear1: weight_only\}",
+    ):
+        qtrain.export(found.simulation, images, tmp_path)
+    again = qtrain.quantize(mlp, [images], layers={"linear1": "weight_only"})
+    assert qtrain.export(again.simulation, images, tmp_path)["steps"] == 0
+
+
+def test_a_recurrent_layer_is_refused_by_name(between, tmp_path):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru, self.last = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(self.gru(x)[0])
+
+    x = torch.randn(4, 5, 4)
+    found = qtrain.quantize(Recurrent().eval(), [x])
+    with pytest.raises(ValueError, match=r"layer \S*gru.*chooses .*: float\}"):
+        qtrain.export(found.simulation, x, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["dynamic", "weight_only"])
+def test_a_method_without_quantized_activations_is_refused(
+    method, mlp, images, tmp_path
+):
+    found = qtrain.quantize(mlp, [images], method)
+    with pytest.raises(ValueError, match="quantizes no activations; use ptq or qat"):
+        qtrain.export(found.simulation, images, tmp_path)
+
+
 def test_weights_are_in_the_file_as_integers(mlp, images, tmp_path):
     found = qtrain.quantize(mlp, [images])
     qtrain.export(found.simulation, images, tmp_path)

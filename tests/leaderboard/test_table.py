@@ -205,6 +205,25 @@ def test_perplexity_has_three_digits_and_no_percent(runs):
     assert row["to float ± se"] == "+0.000 ± 0.000 ~"
 
 
+@pytest.mark.parametrize(
+    "bits, header",
+    [
+        ([(8, 8), (8, None)], "int8 %"),
+        ([(8, 8), (4, 8)], "quantized %"),
+        ([(16, None)], "quantized %"),
+        ([], "quantized %"),
+    ],
+    ids=["int8", "4 bits too", "fp16", "float alone"],
+)
+def test_a_column_is_called_int8_where_its_rows_are(bits, header, runs):
+    runs.none("float")
+    runs.none("finetuned", method="float_finetuned")
+    for index, number in enumerate(bits):
+        runs.write(f"run{index}", bits=number)
+    rows = read(compare([runs.folder]).text())
+    assert all(header in row for row in rows)
+
+
 @pytest.mark.parametrize("count, word", [(1, "run"), (2, "runs")])
 def test_failures_follow_the_tables(runs, count, word):
     runs.write("ok")

@@ -3,19 +3,12 @@ import copy
 import pytest
 import torch
 import torch.ao.quantization as tq
+from calibration import converted, decibels
 from torch import nn
 
 from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import HalfWeight
-
-
-def converted(quantizer, model):
-    return quantizer.convert(quantizer.prepare(model))
-
-
-def decibels(exact, approximation):
-    return 20 * torch.log10(exact.norm() / (exact - approximation).norm()).item()
 
 
 def weights(model):

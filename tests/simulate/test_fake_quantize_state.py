@@ -44,6 +44,16 @@ def test_what_was_observed_but_not_yet_asked_for_survives_saving():
     assert copied.calculate_qparams() == module.calculate_qparams()
 
 
+def test_a_scale_that_an_algorithm_chose_survives_saving():
+    module, x = make(), torch.linspace(-3, 5, 100)
+    module(x)
+    module.stay(torch.tensor([0.5]), torch.tensor([3], dtype=torch.int32))
+    copied = reloaded(module, make())
+    assert torch.equal(copied(x * 9), module(x * 9))
+    assert copied.calculate_qparams() == module.calculate_qparams()
+    assert not reloaded(make(observing=True), make()).stays
+
+
 def test_what_was_never_observed_stays_an_error_after_loading():
     copied = reloaded(make(), make(observing=False))
     with pytest.raises(ValueError, match="did not during calibration"):

@@ -70,3 +70,19 @@ def test_a_policy_that_there_is_not_is_refused(job):
         and "quant.embedding=int3: allowed are" in run.text
         and "quant.head=none: " in run.text
     )
+
+
+def test_a_policy_for_what_the_model_lacks_is_refused(job):
+    run = job("mlp", "quant=ptq", "quant.embedding=int8", "quant.head=shared")
+    assert run.code == 1
+    assert "quant.embedding=int8: MLP has no Embedding; leave it out" in run.text
+    assert "quant.head=shared: MLP has no Linear layer whose weight is" in run.text
+    # What its own file says is no wish of the user's
+    assert job("mlp", "quant=llm_int8", "quant.embedding=float").code == 0
+
+
+@pytest.mark.parametrize("method", ["ptq", "dynamic", "weight_only"])
+def test_a_layers_setting_for_an_embedding_is_sent_to_the_right_key(job, method):
+    run = job("gpt2_nano", *TEXT, f"quant={method}", "quant.layers={wpe: fp16}")
+    assert run.code == 1 and "quant.layers.wpe: is an embedding" in run.text
+    assert "is said by quant.embedding; here only float has an effect" in run.text

@@ -102,8 +102,11 @@ def test_the_readme_has_that_task_in_twenty_lines():
     here = Path(__file__).parent
     code = (here / "users" / "own_task.py").read_text()
     code = code[code.index("class Angle") : code.index("class Pixels")].splitlines()
-    readme = (here.parents[1] / "README.md").read_text("utf-8")
-    lines = [re.sub(r" +#.*", "", line).strip() for line in readme.splitlines()]
+    readme = here.parents[1] / "qtrain" / "task" / "README.md"
+    lines = [
+        re.sub(r" +#.*", "", line).strip()
+        for line in readme.read_text("utf-8").splitlines()
+    ]
     code = [line.strip() for line in code if line.strip()]
     start = lines.index(code[0])
     assert [line for line in lines[start : start + 25] if line][: len(code)] == code

@@ -63,7 +63,8 @@ class DynamicLinear(nn.Module):
         """Returns the weight's integers and scales."""
         return LayerWeight(self.integers, self.weight_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if is_compiling() or not x.is_cpu or not x.numel() or not multiplies():
             return self._in_float(x)
         rows = x.detach().reshape(-1, x.shape[-1])

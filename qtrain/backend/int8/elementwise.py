@@ -51,12 +51,13 @@ class Table(Scaled):
         self.layer = layer
         self._tables: dict[Any, Tensor] = {}
 
-    def forward(self, x: Any) -> QuantizedTensor:
-        if not isinstance(x, QuantizedTensor):
-            return self.quantized(self.layer(x))
+    def forward(self, input: Any) -> QuantizedTensor:
+        if not isinstance(input, QuantizedTensor):
+            return self.quantized(self.layer(input))
         to = self.output
-        table = self.table(x.scale, x.zero_point, x.device)
-        return QuantizedTensor(look_up(table, x.integers), to.scale, to.zero_point)
+        table = self.table(input.scale, input.zero_point, input.device)
+        found = look_up(table, input.integers)
+        return QuantizedTensor(found, to.scale, to.zero_point)
 
     def table(self, scale: float, zero_point: int, device: Any) -> Tensor:
         """Returns the results of all integers of a scale, uint8 (256,)."""

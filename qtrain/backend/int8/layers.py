@@ -147,8 +147,8 @@ class IntLayer(Scaled):
         """Returns the weight's integers and scales."""
         return LayerWeight(self.integers, self.weight_scale)
 
-    def forward(self, x: Any) -> QuantizedTensor:
-        plain = x.integers if isinstance(x, QuantizedTensor) else x
+    def forward(self, input: Any) -> QuantizedTensor:
+        plain = input.integers if isinstance(input, QuantizedTensor) else input
         if plain.device != self.integers.device:
             raise ValueError(
                 f"its input is on {plain.device}, and its weight on "
@@ -156,11 +156,11 @@ class IntLayer(Scaled):
                 "move both to one device, as by model.to(x.device)"
             )
         to = self.output
-        if plain is not x:
-            found = self.product(plain, x.scale, x.zero_point)
+        if plain is not input:
+            found = self.product(plain, input.scale, input.zero_point)
         else:
             note("its product with an input that no layer has quantized")
-            found = self.product.in_float(x, self.weight().dequantize())
+            found = self.product.in_float(input, self.weight().dequantize())
         return QuantizedTensor(found, to.scale, to.zero_point)
 
     @property

@@ -87,7 +87,7 @@ class Program:
         self.size = len(steps) + len(example)
 
     def suits(self, args: tuple[Any, ...]) -> bool:
-        """Tells whether the program is that of the model as it is now, and takes these inputs."""
+        """Returns whether the program is that of the model as it is now, and takes these inputs."""
         if len(args) != len(self.places) or is_compiling() or self.model.training:
             return False
         for x in args:
@@ -112,7 +112,7 @@ class Program:
         return True
 
     def _is_set_otherwise(self) -> bool:
-        """Tells whether an attribute of a user's module, which its forward may go by, is another.
+        """Returns whether an attribute of a user's module, which its forward may go by, is another.
 
         What changes within a list or a dict is not seen.
         """

@@ -14,5 +14,5 @@ class Scale:
 
     @property
     def is_full(self) -> bool:
-        """Tells whether the ends are those of the type, at which kernels clip by themselves."""
+        """Returns whether the ends are those of the type, at which kernels clip by themselves."""
         return self.low <= 0 and self.high >= 255

@@ -96,7 +96,7 @@ class QuantizedTensor:
         return min(max(round(value / self.scale) + self.zero_point, 0), 255)
 
     def same_scale(self, other: Any) -> bool:
-        """Tells whether another's integers mean the same."""
+        """Returns whether another's integers mean the same."""
         return (
             isinstance(other, QuantizedTensor)
             and other.scale == self.scale
@@ -124,7 +124,7 @@ class QuantizedTensor:
 
 
 def is_tensor(x: Any) -> bool:
-    """Tells whether something is a tensor, torch's or one of integers."""
+    """Returns whether something is a tensor, torch's or one of integers."""
     return isinstance(x, Tensor | QuantizedTensor)
 
 

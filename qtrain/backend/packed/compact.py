@@ -42,18 +42,18 @@ class CompactLinear(nn.Module):
         weight: (N, K); registered here, and wherever else it is used.
         bias: (N,) or None.
 
-    Shapes: x (..., K) -> (..., N).
+    Shapes: input (..., K) -> (..., N).
     """
 
     def __init__(self, weight: Stored, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.weight, self.bias = weight, bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            y: Tensor = FrozenProduct.apply(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and input.requires_grad:
+            y: Tensor = FrozenProduct.apply(input, self.weight, self.bias)
             return y
-        return self.weight.matmul(x, self.bias)
+        return self.weight.matmul(input, self.bias)
 
     def to_float(self) -> nn.Linear:
         """Returns the float layer of the weight that is meant."""
@@ -72,15 +72,15 @@ def float_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
 class CompactEmbedding(nn.Module):
     """Rows of a compact weight.
 
-    Shapes: idx, int64 (...) -> (..., K).
+    Shapes: input, int64 (...) -> (..., K).
     """
 
     def __init__(self, weight: Stored) -> None:
         super().__init__()
         self.weight = weight
 
-    def forward(self, idx: Tensor) -> Tensor:
-        return self.weight.dequantize(idx)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight.dequantize(input)
 
     def to_float(self) -> nn.Embedding:
         """Returns the float layer of the weight that is meant."""

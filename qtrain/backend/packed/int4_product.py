@@ -21,7 +21,7 @@ MULTIPLY = "_weight_int4pack_mm_for_cpu"
 
 
 def is_there() -> bool:
-    """Tells whether this build of torch has the operator."""
+    """Returns whether this build of torch has the operator."""
     return all(hasattr(torch.ops.aten, name) for name in (PACK, MULTIPLY))
 
 

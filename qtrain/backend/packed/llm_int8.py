@@ -37,8 +37,8 @@ class LLMInt8Linear(nn.Module):
         # Each column in one piece, for outliers are read by columns.
         weight.data = weight.data.T.contiguous().T
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1]).float()  # (M, K)
         product = self.weight.product()
         assert isinstance(product, Int8Product), (
             "the weight has 8 bits, and one scale a row"
@@ -60,7 +60,7 @@ class LLMInt8Linear(nn.Module):
             rows = rows.index_fill(1, outliers, 0)
             largest = row_magnitudes(rows)
         y = product.whole(rows, largest, bias)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(input.dtype).view(*input.shape[:-1], -1)
 
     def outlier_columns(self, rows: Tensor) -> Tensor:
         """Returns the indices (outliers,) of the columns of (M, K) to keep in float."""

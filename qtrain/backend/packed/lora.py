@@ -54,9 +54,9 @@ class LoRALinear(CompactLinear):
         self.scaling = alpha / r
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(self.dropout(x), self.lora_a)  # (..., r)
-        return self._frozen(x) + F.linear(low, self.lora_b) * self.scaling
+    def forward(self, input: Tensor) -> Tensor:
+        low = F.linear(self.dropout(input), self.lora_a)  # (..., r)
+        return self._frozen(input) + F.linear(low, self.lora_b) * self.scaling
 
     def _frozen(self, x: Tensor) -> Tensor:
         if isinstance(self.weight, Tensor):

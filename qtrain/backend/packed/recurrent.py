@@ -72,7 +72,8 @@ class Int8Recurrent(nn.Module):
                 )
             )
 
-    def forward(self, x: Any, state: Any = None) -> tuple[Any, Any]:
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        x = input
         lengths: Any = None
         is_packed = isinstance(x, PackedSequence)
         if is_packed:
@@ -83,7 +84,7 @@ class Int8Recurrent(nn.Module):
             x = x.unsqueeze(0)
         elif turns:
             x = x.transpose(0, 1)  # (N, T, K)
-        first = self._states(x, state, is_single)
+        first = self._states(x, hx, is_single)
         x, last = self._run(x, first, lengths)
         ends = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
         if is_packed:

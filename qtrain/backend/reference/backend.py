@@ -143,8 +143,8 @@ class RestoredLayer(nn.Module):
             self.integers - self.weight_zero_point.reshape(shape)
         ) * self.weight_scale.reshape(shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        output = product(self.layer, x, self.restored(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        output = product(self.layer, input, self.restored(), self.bias)
         if self.relu:
             output = F.relu(output)
         return output if self.output is None else self.output(output)

@@ -29,7 +29,7 @@ def resolve(*modules: nn.Module) -> Callable[..., Any]:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tells whether anything watches a module's calls, and so needs them."""
+    """Returns whether anything watches a module's calls, and so needs them."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -57,9 +57,11 @@ def _call(module: Any) -> Callable[..., Any]:
 
 
 def _is_dynamic(module: nn.Module) -> bool:
-    kind = type(module)  # by name: torch.ao need not be there
-    return kind.__name__ == "Linear" and kind.__module__.startswith(
-        "torch.ao.nn.quantized.dynamic"
+    # By name: torch.ao need not be there
+    return any(
+        kind.__name__ == "Linear"
+        and kind.__module__.startswith("torch.ao.nn.quantized.dynamic")
+        for kind in type(module).__mro__
     )
 
 

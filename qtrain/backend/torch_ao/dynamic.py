@@ -8,6 +8,7 @@ import torch.ao.quantization as tq
 from torch import nn
 
 from qtrain.backend.torch_ao.binding import bind_engine, use_engine
+from qtrain.backend.torch_ao.int8_layers import DynamicLinear
 from qtrain.common.copying import copy_model
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
@@ -31,6 +32,7 @@ def quantize_dynamic(
     copied = copy_model(model).cpu().eval()
     with warnings.catch_warnings(), use_engine(engine):
         warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)
-        return bind_engine(
-            tq.quantize_dynamic(copied, qconfigs, inplace=True), engine
+        lowered = tq.quantize_dynamic(
+            copied, qconfigs, mapping={nn.Linear: DynamicLinear}, inplace=True
         )
+        return bind_engine(lowered, engine)

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 import torch.ao.nn.intrinsic.quantized as nniq
 import torch.ao.nn.quantized as nnq
+import torch.ao.nn.quantized.dynamic as nnqd
 from torch import Tensor, nn
 
 from qtrain.backend.torch_ao.binding import use_engine
@@ -17,9 +19,34 @@ class _Contiguous:
     up places.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = super().forward(x.contiguous())  # type: ignore[misc]
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = super().forward(input.contiguous())  # type: ignore[misc]
         return output
+
+
+class Linear(nnq.Linear):
+    """torch's, whose input has the name that a float layer's has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.ops.quantized.linear(
+            input, self._packed_params._packed_params, self.scale, self.zero_point
+        )
+
+
+class LinearReLU(nniq.LinearReLU):
+    """torch's, likewise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_relu(
+            input, self._packed_params._packed_params, self.scale, self.zero_point
+        )
+
+
+class DynamicLinear(nnqd.Linear):
+    """torch's, likewise."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
 class GroupNorm(_Contiguous, nnq.GroupNorm):

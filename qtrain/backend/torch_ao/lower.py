@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from qtrain.backend.base import FloatIsland
 from qtrain.backend.torch_ao.binding import bind_engine, use_engine
-from qtrain.backend.torch_ao.int8_layers import HOLDING, NORMS, put_clamps
+from qtrain.backend.torch_ao.int8_layers import (
+    HOLDING,
+    NORMS,
+    Linear,
+    LinearReLU,
+    put_clamps,
+)
 from qtrain.common.copying import copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.points import integers
@@ -145,7 +151,7 @@ def quantized(point: FakeQuantize, weight: Tensor) -> Tensor:
 def _empty(site: QuantWeighted) -> Any:
     layer: Any = site.layer
     if isinstance(layer, nn.Linear):
-        cls = nniq.LinearReLU if site.relu else nnq.Linear
+        cls = LinearReLU if site.relu else Linear
         return cls(layer.in_features, layer.out_features)
     name = type(layer).__name__
     cls = (

@@ -106,9 +106,13 @@ def _matched(
         )
     has_weights = any(isinstance(part, nn.Linear | _ConvNd) for part in parts)
     if setting is not None and not has_weights:
-        raise ValueError(
-            f"{where}: has no weights, so only float has an effect on it"
+        is_table = any(isinstance(part, nn.Embedding) for part in parts)
+        reason = (
+            "is an embedding, and how these are stored is said by quant.embedding"
+            if is_table
+            else "has no weights"
         )
+        raise ValueError(f"{where}: {reason}; here only float has an effect")
     return outer
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.ao.nn.quantized.dynamic as nnqd
+from calibration import converted
 from torch import nn
 
 from qtrain.backend import torch_ao
@@ -11,10 +12,6 @@ from qtrain.model.gpt2 import GPT2
 from qtrain.model.kv_cache import KVCache
 
 SIZES = dict(vocab_size=31, n_positions=8, n_layer=1, n_head=2, n_embd=16)
-
-
-def converted(quantizer, model):
-    return quantizer.convert(quantizer.prepare(model))
 
 
 @pytest.fixture

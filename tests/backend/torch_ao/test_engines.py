@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 import torch.ao.quantization as tq
+from calibration import calibrated, decibels
 from torch import nn
 
 from qtrain.backend import torch_ao
@@ -10,17 +11,6 @@ from qtrain.functional.spec import QuantSpec
 from qtrain.observer.percentile import PercentileObserver
 
 SPEC = QuantSpec(observer=torch_ao.minmax)
-
-
-def decibels(exact, approximation):
-    """20 log10(|exact| / |error|)."""
-    return 20 * torch.log10(exact.norm() / (exact - approximation).norm()).item()
-
-
-def calibrated(quantizer, model, *inputs):
-    prepared = quantizer.prepare(model)
-    quantizer.calibrate(prepared, [inputs])
-    return prepared
 
 
 class Probe(nn.Module):

@@ -2,20 +2,10 @@ import copy
 
 import pytest
 import torch
+from calibration import calibrated, decibels
 from torch import nn
 
 from qtrain.backend import integers, torch_ao
-
-
-def decibels(exact, approximation):
-    """20 log10(|exact| / |error|)."""
-    return 20 * torch.log10(exact.norm() / (exact - approximation).norm()).item()
-
-
-def calibrated(quantizer, model, *inputs):
-    prepared = quantizer.prepare(model)
-    quantizer.calibrate(prepared, [inputs])
-    return prepared
 
 
 def test_a_converted_model_computes_the_same_whatever_the_current_engine(

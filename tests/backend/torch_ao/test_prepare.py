@@ -2,22 +2,12 @@ import copy
 
 import pytest
 import torch
+from calibration import calibrated, decibels
 from torch import nn
 
 from qtrain.backend import integers, torch_ao
 from qtrain.simulate.points import output_points, sites, weight_points
 from qtrain.simulate.sites import QuantModule
-
-
-def decibels(exact, approximation):
-    """20 log10(|exact| / |error|)."""
-    return 20 * torch.log10(exact.norm() / (exact - approximation).norm()).item()
-
-
-def calibrated(quantizer, model, *inputs):
-    prepared = quantizer.prepare(model)
-    quantizer.calibrate(prepared, [inputs])
-    return prepared
 
 
 def bits_of(prepared):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from calibration import calibrated, decibels
 from torch import nn
 
 from qtrain.backend import torch_ao
@@ -7,17 +8,6 @@ from qtrain.simulate.points import weight_points
 
 FEATURES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-
-
-def decibels(exact, approximation):
-    """20 log10(|exact| / |error|)."""
-    return 20 * torch.log10(exact.norm() / (exact - approximation).norm()).item()
-
-
-def calibrated(quantizer, model, *inputs):
-    prepared = quantizer.prepare(model)
-    quantizer.calibrate(prepared, [inputs])
-    return prepared
 
 
 def bits_of(prepared):

@@ -233,8 +233,8 @@ ELSEWHERE = {  # settings with tests of their own, by the test or its file
     "quant.weight.reduce_range": "refused, in config/test_mistakes",
     # Where it is no group
     "quant.weight.observer": "refused, in quant/test_weight_only",
-    "quant.embedding": "quant/test_weight_only",
-    "quant.head": "quant/test_weight_only",
+    "quant.embedding": "quant/test_embeddings",
+    "quant.head": "quant/test_embeddings",
     "quant.optimizer.fused": "as optimizer.fused",
     "quant.activation.group_size": "refused, in config/test_mistakes",
     "quant.activation.granularity": "refused, in config/test_mistakes",
