@@ -298,6 +298,14 @@ class Recurrent(Head):
         return self.fc(self.lstm(x)[0][:, -1])
 
 
+class Projected(Recurrent):
+    """Its LSTM has a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8 * 14, 20, batch_first=True, proj_size=16)
+
+
 class Gated(Head):
     """A GRU of two layers reads the rows both ways."""
 
