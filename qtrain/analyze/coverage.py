@@ -160,7 +160,8 @@ def _recurrent_macs(layer: Any, output: Any) -> int:
         steps = output.shape[1 if layer.batch_first and output.dim() == 3 else 0]
     if isinstance(layer, Int8Recurrent):
         # Those of the input are layers, and count by themselves.
-        matrices = [parts["hidden"].weight for parts in layer.directions]
+        directions: Any = layer.directions
+        matrices = [parts["hidden"].weight for parts in directions]
     else:
         matrices = [w for w in layer.parameters() if w.dim() == 2]
     return steps * sum(w.numel() for w in matrices)
