@@ -15,6 +15,7 @@ from qtrain.backend import integers, torch_ao
 from qtrain.backend.base import FloatIsland
 from qtrain.backend.int8.tensor import listening
 from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.recurrent import PROJECTED, Int8Recurrent
 from qtrain.backend.packed.weight import HalfWeight
 from qtrain.common.copying import by_place
 
@@ -112,8 +113,9 @@ def _quantized_macs(
     macs = {True: 0, False: 0}
 
     def count(module: Any, args: Any, named: Any, output: Any) -> None:
-        if isinstance(module, nn.RNNBase):
-            macs[False] += _recurrent_macs(module, output[0])
+        if isinstance(module, nn.RNNBase | Int8Recurrent):
+            is_quantized = isinstance(module, Int8Recurrent)
+            macs[is_quantized] += _recurrent_macs(module, output[0])
             return
         weight = integers.quantized_weight(module)
         is_quantized = weight is not None
@@ -150,7 +152,8 @@ def _multiplies(module: nn.Module) -> bool:
         return False
     if weight is not None:
         return len(weight.shape) > 1
-    return isinstance(module, nn.Linear | _ConvNd | CompactLinear | nn.RNNBase)
+    kinds = nn.Linear | _ConvNd | CompactLinear | nn.RNNBase | Int8Recurrent
+    return isinstance(module, kinds)
 
 
 def _recurrent_macs(layer: Any, output: Any) -> int:
@@ -159,7 +162,12 @@ def _recurrent_macs(layer: Any, output: Any) -> int:
         steps = len(output.batch_sizes)
     else:
         steps = output.shape[1 if layer.batch_first and output.dim() == 3 else 0]
-    matrices = (w for w in layer.parameters() if w.dim() == 2)
+    if isinstance(layer, Int8Recurrent):
+        # Those of the input are layers, and count by themselves.
+        directions: Any = layer.directions
+        matrices = [parts["hidden"].weight for parts in directions]
+    else:
+        matrices = [w for w in layer.parameters() if w.dim() == 2]
     return steps * sum(w.numel() for w in matrices)
 
 
@@ -208,6 +216,8 @@ def _why_float(
             and layer.weight is getattr(module, "weight", None)
         ):
             return f"shares the weight of {other}"
+    if getattr(module, "proj_size", 0):
+        return PROJECTED
     if type(module) in torch_ao.CONVERTIBLE:
         return f"{kind} is not quantized by this method"
     return f"torch has no int8 {kind}"

@@ -17,6 +17,7 @@ from qtrain.capture.operations import SITES
 from qtrain.capture.proof import prove
 from qtrain.capture.symbol import Untraceable
 from qtrain.capture.trace import traced
+from qtrain.capture.traced import Frozen
 from qtrain.common.copying import copy_model
 from qtrain.common.validate import choice, refuse, shown
 from qtrain.simulate.build import has_mark, is_stub
@@ -162,7 +163,7 @@ def _found(
     if mode == "bracket":
         return _bracketed(model, inputs, leaves, is_qat)
     try:
-        return _traced(model, inputs, dict(leaves), why_float, is_qat)
+        return _traced(model, inputs, leaves, why_float, is_qat)
     except Untraceable as err:
         if mode == "trace":
             raise ValueError(
@@ -244,6 +245,23 @@ def _bracketed(
 
 
 def _traced(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    leaves: dict[str, str],
+    why_float: WhyFloat,
+    is_qat: bool,
+) -> Captured:
+    try:
+        return _proved(model, inputs, dict(leaves), why_float, is_qat)
+    except Frozen as err:
+        reason = f"depends on how many samples there are [{err.line}]"
+        if not err.path or err.path in leaves:
+            raise Untraceable(reason) from err
+        leaves = leaves | {err.path: reason}
+        return _traced(model, inputs, leaves, why_float, is_qat)
+
+
+def _proved(
     model: nn.Module,
     inputs: tuple[Any, ...],
     leaves: dict[str, str],

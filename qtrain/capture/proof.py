@@ -22,7 +22,7 @@ def prove(
     exact: bool,
     training: bool,
 ) -> float:
-    """Runs both on the example, and on random tensors of its shapes.
+    """Runs both on the example, on random tensors of its shapes, and on fewer and more samples.
 
     Args:
         exact: whether all bits must be the same.
@@ -33,13 +33,18 @@ def prove(
 
     Raises:
         ValueError: they differ.
+        Frozen: the captured model takes no other number of samples.
     """
     mode, largest = "train" if training else "eval", 0.0
-    for kind, arguments in (
-        ("the example", inputs),
-        ("random input", _random(inputs)),
-    ):
-        first = _run(copy_model(model).train(training), arguments)
+    cases = [("the example", inputs), ("random input", _random(inputs))]
+    for kind, arguments in cases + _other_batches(inputs):
+        try:
+            first = _run(copy_model(model).train(training), arguments)
+        except Exception:
+            if arguments is inputs:
+                raise
+            # The user's model need not take so many samples, nor any number.
+            continue
         second = _run(copy_model(captured).train(training), arguments)
         error = difference(first, second)
         largest = max(largest, error)
@@ -97,6 +102,22 @@ def _random(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return tuple(map(_other, inputs))
+
+
+def _other_batches(inputs: tuple[Any, ...]) -> list[tuple[str, tuple[Any, ...]]]:
+    """Returns the example with one sample, and with one more, under a name each."""
+    size = next((len(x) for x in inputs if isinstance(x, Tensor) and x.dim()), 0)
+    counts = {1, size + 1} - {size} if size else set()
+    return [
+        (f"{count} samples", tuple(_resized(x, size, count) for x in inputs))
+        for count in sorted(counts)
+    ]
+
+
+def _resized(x: Any, size: int, count: int) -> Any:
+    if not isinstance(x, Tensor) or not x.dim() or len(x) != size:
+        return x
+    return x[torch.arange(count, device=x.device) % size]
 
 
 def _other(x: Any) -> Any:

@@ -118,11 +118,24 @@ def skeleton(
     return new
 
 
-def guard(found: Any, traced: Any, line: str) -> None:
-    """Refuses sizes for which the model's code would take another way than when it was traced."""
-    if found != traced:
-        raise ValueError(
+class Frozen(ValueError):
+    """A model meets other sizes than those for which its code was recorded.
+
+    Args:
+        line: of the user's file.
+        path: the module it belongs to; "": the model itself.
+    """
+
+    def __init__(self, found: Any, traced: Any, line: str, path: str) -> None:
+        super().__init__(
             f"model: it was captured for inputs for which this is {traced}, and now it "
             f"is {found}: {line}. Give it inputs of like sizes, "
             "or name the module around that line in quant.capture.leaves"
         )
+        self.line, self.path = line, path
+
+
+def guard(found: Any, traced: Any, line: str, path: str) -> None:
+    """Refuses sizes for which the model's code would take another way than when it was traced."""
+    if found != traced:
+        raise Frozen(found, traced, line, path)

@@ -141,7 +141,8 @@ class Tracer(fx.Tracer):
 
     def fix(self, symbol: fx.Proxy, value: Any) -> None:
         """Records that the graph holds for this value of a symbol alone."""
-        self.create_proxy("call_function", guard, (symbol, value, running_line()), {})
+        where = running_line(), self.path[-1]
+        self.create_proxy("call_function", guard, (symbol, value, *where), {})
 
     def _value(self, node: fx.Node) -> Any:
         args = fx.map_arg(node.args, lambda n: n.meta["value"])

@@ -9,7 +9,12 @@ from torch import nn
 
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.formats import PackedFormat
-from qtrain.backend.packed.recurrent import DYNAMIC, RecurrentFormat, recurrent_layers
+from qtrain.backend.packed.recurrent import (
+    DYNAMIC,
+    PROJECTED,
+    RecurrentFormat,
+    recurrent_layers,
+)
 from qtrain.common.validate import mapping, number, refuse, shown
 from qtrain.functional.grid import is_narrow
 from qtrain.functional.spec import (
@@ -165,10 +170,16 @@ def recurrent_formats(
         if not is_marked_float(model, name) and not _by_hand(name, floats)
     ]
     floats |= dict.fromkeys(found, DYNAMIC)
+    projected = (n for n in floats if _has_projection(model.get_submodule(n)))
+    floats |= {n: PROJECTED for n in projected if not _by_hand(n, floats)}
     is_whole = weight.granularity == "per_tensor"
     granularity = "per_tensor" if is_whole else "per_channel"
     spec = settle(replace(LLM_INT8, granularity=granularity))
     return dict.fromkeys(found, RecurrentFormat(spec))
+
+
+def _has_projection(layer: Any) -> bool:
+    return type(layer) is nn.LSTM and layer.proj_size > 0
 
 
 def _by_hand(name: str, floats: dict[str, str]) -> bool:

@@ -207,6 +207,24 @@ def test_sizes_may_be_others_but_not_where_forward_branches_on_them(plain):
         quantized(images(2, 6))
 
 
+@pytest.mark.parametrize("name", ["Loops", "LoopsItself"])
+def test_a_loop_over_the_samples_is_not_frozen(plain, name):
+    model = trained(getattr(plain, name)())
+    result = qtrain.quantize(model, [images(4)], **ENGINE)
+    found = result.report["capture"]
+    if name == "Loops":
+        reason = found["leaves"]["sums"]["reason"]
+        assert "depends on how many samples there are" in reason
+        assert "plain.py" in reason and "for i in range(x.shape[0])" in reason
+    else:
+        assert found["mode"] == "bracket"
+        assert "for i in range(len(x))" in found["notes"][0]
+    assert result.report["coverage"]["macs_quantized"] == 1
+    for count in (1, 3, 4, 9):
+        x = images(count)
+        assert close(result.model(x), model(x))
+
+
 @pytest.mark.parametrize("kind", ["dict", "dataclass", "tuple"])
 def test_several_inputs_and_outputs(plain, kind):
     model = trained(plain.Several(kind))

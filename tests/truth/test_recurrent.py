@@ -44,6 +44,16 @@ def test_its_products_count_among_all(job, quant):
     assert "lstm" in kept["coverage"]["float_layers"]
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch's own
+@pytest.mark.parametrize("quant", ["ptq", "dynamic"])
+def test_an_lstm_with_a_projection_is_named(job, quant):
+    run = job("plain.Projected", f"quant={quant}", "quant.engine=x86")
+    assert run.code == 0, run.text
+    reason = run.report["coverage"]["float_layers"]["lstm"]
+    assert reason == "there is no int8 LSTM with a projection (proj_size)"
+    assert reason in run.text
+
+
 @pytest.mark.parametrize("net", NETS)
 def test_a_run_is_loaded_bit_identical(job, net):
     run = job(f"plain.{net}", "quant=ptq", "quant.engine=int8")

@@ -11,27 +11,73 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
+from qtrain.backend.packed.int8_product import row_magnitudes
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.functional.spec import QuantSpec
 from qtrain.simulate.plan import LayerPlan
 
 DYNAMIC = "its weights are int8, its inputs are quantized as they come"
+PROJECTED = "there is no int8 LSTM with a projection (proj_size)"
 State = tuple[Tensor, ...]  # h, and of an LSTM c; (N, H) each
+# A call of a kernel of int8 takes longer than so many products in float32.
+FEW_PRODUCTS = 2**18
+TINY = 1e-30  # of a row of zeros
 
 
-def lstm(x: Tensor, h: Tensor, state: State) -> State:
-    """Returns the next state; x and h are what all gates get, (N, 4 H)."""
-    take, keep, new, show = (x + h).chunk(4, -1)
-    cell = keep.sigmoid() * state[1] + take.sigmoid() * new.tanh()
-    return show.sigmoid() * cell.tanh(), cell
+class StateProduct:
+    """h @ weight.T for each time of a batch of sequences, h in 8 bits a row.
+
+    A small matrix is multiplied in float32: sums of whole numbers times a scale.
+
+    Args:
+        linear: of the gates.
+        x: what comes in, (N, ...); of its kind and place are the products.
+        count: how many gates there are.
+    """
+
+    def __init__(self, linear: Any, x: Tensor, count: int) -> None:
+        weight = linear.weight
+        self.product = weight.product()
+        is_small = len(x) * weight.numel() <= FEW_PRODUCTS
+        self.matrix = weight.dequantize().to(x.dtype).T if is_small else None
+        # As a tensor: a number would be made one each time.
+        self.most = x.new_tensor(127)
+        self.bias = linear.bias
+        if self.bias is None:
+            self.bias = x.new_zeros(weight.shape[0])
+        self.all = x.new_empty(len(x), weight.shape[0])
+        # Views, made once: what each time overwrites.
+        self.gates = self.all.chunk(count, 1)
+
+    def __call__(self, h: Tensor, added: Tensor) -> tuple[Tensor, ...]:
+        """Returns the gates (N, H) of h (N, H), with (N, gates * H) added to them."""
+        if self.matrix is None:
+            rows = h.float()
+            self.all.copy_(self.product.whole(rows, row_magnitudes(rows), added))
+        else:
+            step = h.abs().amax(1, True).clamp_min_(TINY).div_(self.most)
+            rounded = (h / step).round_().mul_(step)
+            torch.addmm(added, rounded, self.matrix, out=self.all)
+        return self.gates
 
 
-def gru(x: Tensor, h: Tensor, state: State) -> State:
-    """Returns the next state; x and h are what all gates get, (N, 3 H)."""
-    (reset, keep, new), (reset_h, keep_h, new_h) = x.chunk(3, -1), h.chunk(3, -1)
-    new = (new + (reset + reset_h).sigmoid() * new_h).tanh()
-    return (new + (keep + keep_h).sigmoid() * (state[0] - new),)
+def lstm(x: Tensor, product: StateProduct, state: State) -> State:
+    """Returns the next state; x is what all gates get, and the biases, (N, 4 H)."""
+    h, cell = state
+    take, keep, new, show = product(h, x)
+    taken = new.tanh_().mul_(take.sigmoid_())
+    cell = keep.sigmoid_().mul(cell).add_(taken)
+    return cell.tanh().mul_(show.sigmoid_()), cell
+
+
+def gru(x: Tensor, product: StateProduct, state: State) -> State:
+    """Returns the next state; x is what all gates get, (N, 3 H)."""
+    (h,) = state
+    reset_x, keep_x, new_x = x.chunk(3, -1)
+    reset, keep, new = product(h, product.bias)
+    new = new.mul_(reset.add_(reset_x).sigmoid_()).add_(new_x).tanh_()
+    return (torch.lerp(new, h, keep.add_(keep_x).sigmoid_()),)
 
 
 CELLS = {nn.LSTM: lstm, nn.GRU: gru}
@@ -72,6 +118,7 @@ class Int8Recurrent(nn.Module):
                 )
             )
 
+    @torch.no_grad()
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         x = input
         lengths: Any = None
@@ -131,10 +178,13 @@ class Int8Recurrent(nn.Module):
     ) -> tuple[Tensor, State]:
         """Returns the outputs of one direction (N, T, H), and the state that it ends with."""
         parts: Any = self.directions[index]
-        gates, outputs = parts["input"](x).unbind(1), []
+        is_lstm = self.cell is lstm
+        product = StateProduct(parts["hidden"], x, 4 if is_lstm else 3)
+        from_x, outputs = parts["input"](x), []
+        gates = (from_x + product.bias if is_lstm else from_x).unbind(1)
         times = range(x.shape[1])
         for time in reversed(times) if backwards else times:
-            new = self.cell(gates[time], parts["hidden"](state[0]), state)
+            new = self.cell(gates[time], product, state)
             output = new[0]
             if lengths is not None:
                 runs = (time < lengths).to(x.device).unsqueeze(1)

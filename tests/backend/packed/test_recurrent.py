@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from qtrain.backend.packed import recurrent
 from qtrain.backend.packed.recurrent import Int8Recurrent
 from qtrain.quant.layer_format import LLM_INT8, settle
 
@@ -107,3 +109,44 @@ def same(ours, theirs):
 
 def flat(value):
     return [value] if isinstance(value, torch.Tensor) else sum(map(flat, value), [])
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@KINDS
+def test_a_time_costs_few_calls(kind):
+    model = Int8Recurrent(kind(12, 16, batch_first=True), SPEC)
+    counts = []
+    for length in (10, 30):
+        with torch.no_grad(), Calls() as calls:
+            model(torch.randn(1, length, 12))
+        counts.append(calls.count)
+    # Each takes a microsecond, and torch.ao's own loop in C++ takes ten for a time.
+    assert (counts[1] - counts[0]) / 20 <= 20
+
+
+@KINDS
+def test_large_and_small_products_agree(kind, monkeypatch):
+    model, x = Int8Recurrent(kind(12, 16), SPEC), torch.randn(7, 4, 12)
+    small = model(x)
+    monkeypatch.setattr(recurrent, "FEW_PRODUCTS", 0)
+    for one, other in zip(flat(small), flat(model(x)), strict=True):
+        assert (one - other).abs().mean() < 1e-5
+
+
+@KINDS
+def test_zeros_stay_numbers(kind):
+    layer = kind(12, 16)
+    for parameter in layer.parameters():
+        parameter.detach().zero_()
+    assert Int8Recurrent(layer, SPEC)(torch.zeros(3, 2, 12))[0].abs().max() == 0

@@ -193,6 +193,35 @@ class Resists(Head):
         return self.head(x)
 
 
+class Sums(nn.Module):
+    """Goes through the samples one by one."""
+
+    def forward(self, x):
+        rows = [x[i] * 2 for i in range(x.shape[0])]
+        return torch.stack(rows)
+
+
+class Loops(Head):
+    """Holds a loop over the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.sums = Sums()
+
+    def forward(self, x):
+        return self.head(self.sums(self.features(x)))
+
+
+class LoopsItself(Head):
+    """Its own forward holds such a loop."""
+
+    def forward(self, x):
+        y, total = self.features(x), 0
+        for i in range(len(x)):
+            total = total + y[i].mean()
+        return self.head(y) + total
+
+
 class OtherInEval(Head):
     """Trains another function than it is in the end."""
 
@@ -296,6 +325,14 @@ class Recurrent(Head):
     def forward(self, x):
         x = self.features(x).permute(0, 2, 1, 3).flatten(2)
         return self.fc(self.lstm(x)[0][:, -1])
+
+
+class Projected(Recurrent):
+    """Its LSTM has a projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8 * 14, 20, batch_first=True, proj_size=16)
 
 
 class Gated(Head):
