@@ -12,7 +12,8 @@ import torch
 import qtrain
 
 SMALL = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "data.context=32"]
-TEXT = ["task=language_modeling", "data=shakespeare", *SMALL]
+LITTLE = ["data.val_fraction=0.01", "data.test_fraction=0.02"]
+TEXT = ["task=language_modeling", "data=shakespeare", *SMALL, *LITTLE]
 FEW = [
     "quant.weight.bits=3",
     "quant.weight.group_size=32",

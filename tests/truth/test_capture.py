@@ -53,8 +53,12 @@ def close(quantized, exact, decibels=20.0):
     return 10 * torch.log10(exact.square().sum() / error) > decibels
 
 
-@BOTH
-@pytest.mark.parametrize("name", [*COUNTS, "Norms", "Tokens"])
+# PTQ of the other models: test_no_site_is_lost
+@pytest.mark.parametrize(
+    "name, quant",
+    [(name, "qat") for name in COUNTS]
+    + [(name, quant) for name in ("Norms", "Tokens") for quant in ("ptq", "qat")],
+)
 def test_a_plain_model_runs(job, name, quant):
     run = job(f"plain.{name}", f"quant={quant}", "quant.engine=x86")
     assert run.code == 0, run.text

@@ -81,16 +81,13 @@ def test_a_sweep_says_what_it_varies_and_how_long_its_jobs_took(command, tmp_pat
         "quant=none,ptq",
     ]
     lines = []
-    for name in ("first", "second", "third"):
+    for name in ("first", "second"):
         code, text = command(*sweep, f"hydra.sweep.dir={tmp_path}/{name}")
         assert code == 0, text
         lines.append(text.splitlines()[0])
     assert lines[0] == "2 jobs: quant=none,ptq"
-    assert all(
-        re.fullmatch(
-            r"2 jobs: quant=none,ptq; about \d+ s, as these jobs took last", x
-        )
-        for x in lines[1:]
+    assert re.fullmatch(
+        r"2 jobs: quant=none,ptq; about \d+ s, as these jobs took last", lines[1]
     )
     code, text = command(*sweep, "seed=5", f"hydra.sweep.dir={tmp_path}/other")
     assert text.splitlines()[0] == "2 jobs: quant=none,ptq"

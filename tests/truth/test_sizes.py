@@ -45,7 +45,10 @@ def test_int4_takes_half_a_byte_a_weight_and_loading_no_more_than_the_file(job):
     expected = numbers / 2 + numbers / 128 * 2 + 4 * floats
     file = run.run_dir / "quantized.pt"
     assert file.stat().st_size == pytest.approx(expected, rel=0.01)
-    small = job("gpt2_nano", *TEXT[:2], "model.n_layer=1", "trainer.epochs=0", *INT4)
+    few = ["data.context=32", "data.test_fraction=0.001"]
+    small = job(
+        "gpt2_nano", *TEXT[:2], *few, "model.n_layer=1", "trainer.epochs=0", *INT4
+    )
     assert small.code == 0, small.text
     command = [sys.executable, "-c", LOAD, str(small.run_dir), str(run.run_dir)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -58,6 +61,8 @@ def test_what_is_made_without_values_is_what_was_scored(job, method):
         "data=shakespeare",
         "task=language_modeling",
         "data.context=32",
+        "data.val_fraction=0.01",
+        "data.test_fraction=0.01",
         "threads=1",
     ]
     samples = (
