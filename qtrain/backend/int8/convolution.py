@@ -32,29 +32,27 @@ def kernel(
         output: of the results.
         scale, zero_point: of what will come.
     """
-    padding = (
-        [0] * len(layer.kernel_size)
-        if _is_padded_before(layer)
-        else list(layer.padding)
-    )
+    comes_padded = _is_padded_before(layer)
+    padding = [0] * len(layer.kernel_size) if comes_padded else list(layer.padding)
     sizes = (list(layer.stride), padding, list(layer.dilation), layer.groups)
     onednn = torch.ops.onednn
-    packed = onednn.qconv_prepack(weight.contiguous(), weight_scale, 1.0, 0, *sizes)
     multiply = onednn.qconv_pointwise.default
     zeros = torch.zeros(len(weight_scale), dtype=torch.int32)
     to = (output.scale, output.zero_point, torch.uint8)
     is_2d = len(layer.kernel_size) == 2
     post = _post(relu, output) if is_2d else ("none", [], "")
-    tail = (packed, weight_scale, zeros, bias, *sizes, *to, *post)
     low = max(output.low, output.zero_point) if relu else output.low
     clips = not is_2d and (low, output.high) != (0, 255)
-    if not _is_padded_before(layer) and not clips:
-        return lambda x: multiply(x, scale, zero_point, *tail)
+    tail = (weight_scale, zeros, bias, *sizes, *to, *post)
+    packed: list[Tensor] = []
 
     def run(x: Tensor) -> Tensor:
-        if _is_padded_before(layer):
+        if comes_padded:
             x = padded(layer, x, zero_point)
-        found: Tensor = multiply(x, scale, zero_point, *tail)
+        if not packed:  # for images of this size: others take a reorder a call
+            first = (weight.contiguous(), weight_scale, 1.0, 0)
+            packed.append(onednn.qconv_prepack(*first, *sizes, list(x.shape)))
+        found: Tensor = multiply(x, scale, zero_point, packed[0], *tail)
         return found.clamp_(low, output.high) if clips else found
 
     return run

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtrain.backend.int8.quantizing import rounded
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.machine import mixes_signs
 
@@ -97,7 +98,7 @@ def _by_int_mm(
     def run(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         found = torch._int_mm(rows, matrix).mul(steps).add_(shift)
-        found = found.round_().clamp_(low, to.high).to(torch.uint8)
+        found = rounded(found, low, to.high)
         return found if x.dim() == 2 else found.view(*x.shape[:-1], len(weight))
 
     return run

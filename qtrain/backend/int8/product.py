@@ -53,14 +53,17 @@ class Product:
 
     def __call__(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
         """Returns the output for integers x, uint8."""
-        kernel = self._kernels.get((scale, zero_point))
-        if kernel is None:
-            kernel = self._kernels[scale, zero_point] = self.for_scale(
-                scale, zero_point
-            )
-        return kernel(x)
+        return self.for_scale(scale, zero_point)(x)
 
     def for_scale(self, scale: float, zero_point: int) -> Callable[[Tensor], Tensor]:
+        """Returns the product for integers of one scale; made once."""
+        kernel = self._kernels.get((scale, zero_point))
+        if kernel is None:
+            kernel = self._made(scale, zero_point)
+            self._kernels[scale, zero_point] = kernel
+        return kernel
+
+    def _made(self, scale: float, zero_point: int) -> Callable[[Tensor], Tensor]:
         """Returns the product for integers of one scale: packed weights and numbers."""
         exactly = partial(self.exactly, scale=scale, zero_point=zero_point)
         if self.reason is not None:

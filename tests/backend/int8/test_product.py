@@ -10,6 +10,7 @@ from torch import nn
 from qtrain.backend import machine
 from qtrain.backend.int8 import linear, product
 from qtrain.backend.int8.product import Product
+from qtrain.backend.int8.reference import exact_sums, most_of_sums
 from qtrain.backend.int8.scale import Scale
 from qtrain.simulate.product import product as float_product
 
@@ -180,3 +181,14 @@ def test_gpus_put_out_the_integers_of_cpus():
         moved = (weight.cuda(), scales.cuda(), bias.cuda())
         there = Product(layer, *moved, True, output)(x.cuda(), 0.02, 7)
         assert torch.equal(there.cpu(), here)
+
+
+def test_the_reference_is_exact_where_weights_are_the_most_negative():
+    layer = nn.Linear(1023, 1)
+    weight = torch.full((1, 1023), -128, dtype=torch.int8)
+    weight[0, ::2] = 127  # magnitudes of int8 would come to nearly 0
+    x = torch.full((1, 1023), 255, dtype=torch.uint8)
+    x[0, ::2] = 1
+    expected = (x.long() * weight.long()).sum()
+    assert exact_sums(layer, x, weight, 0).item() == expected
+    assert most_of_sums(weight) == (512 * 127 + 511 * 128) * 255
