@@ -96,7 +96,7 @@ def _by_int_mm(
     low = max(to.low, to.zero_point) if relu else to.low
 
     def run(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         found = torch._int_mm(rows, matrix).mul(steps).add_(shift)
         found = rounded(found, low, to.high)
         return found if x.dim() == 2 else found.view(*x.shape[:-1], len(weight))

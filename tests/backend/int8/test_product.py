@@ -184,11 +184,11 @@ def test_gpus_put_out_the_integers_of_cpus():
 
 
 def test_the_reference_is_exact_where_weights_are_the_most_negative():
-    layer = nn.Linear(1023, 1)
-    weight = torch.full((1, 1023), -128, dtype=torch.int8)
+    layer = nn.Linear(2049, 1)
+    weight = torch.full((1, 2049), -128, dtype=torch.int8)
     weight[0, ::2] = 127  # magnitudes of int8 would come to nearly 0
-    x = torch.full((1, 1023), 255, dtype=torch.uint8)
+    x = torch.full((1, 2049), 255, dtype=torch.uint8)
     x[0, ::2] = 1
     expected = (x.long() * weight.long()).sum()
     assert exact_sums(layer, x, weight, 0).item() == expected
-    assert most_of_sums(weight) == (512 * 127 + 511 * 128) * 255
+    assert most_of_sums(weight) == (1025 * 127 + 1024 * 128) * 255
