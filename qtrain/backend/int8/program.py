@@ -19,6 +19,7 @@ from qtrain.backend.int8.layers import Dequantize, IntLayer, Quantize, Scaled
 from qtrain.backend.int8.operations import MOVES
 from qtrain.backend.int8.pooling import max_pool
 from qtrain.backend.int8.quantizing import quantized
+from qtrain.backend.int8.reference import dequantized
 from qtrain.backend.int8.tensor import QuantizedTensor
 from qtrain.backend.int8.trace import Tracer
 
@@ -267,8 +268,7 @@ def _module_on_integers(
     if isinstance(module, Table):
         return partial(look_up, module.table(scale, zero_point, x.device))
     if isinstance(module, Dequantize):
-        zero = torch.tensor(float(zero_point), device=x.device)
-        return lambda integers: integers.sub(zero).mul_(scale)
+        return partial(dequantized, scale=scale, zero_point=zero_point)
     if isinstance(module, nn.Identity | nn.Dropout):
         return same
     if type(module) is nn.MaxPool2d:

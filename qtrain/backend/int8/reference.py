@@ -70,6 +70,11 @@ def requantized(
     return as_bytes(x.mul(1 / scale).round_().add_(zero_point).clamp_(low, high))
 
 
+def dequantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Returns what integers mean, in float32."""
+    return x.to(torch.float32).sub_(zero_point).mul_(scale)
+
+
 def as_bytes(x: Tensor) -> Tensor:
     """Returns floats that are integers within 0..255 as uint8.
 

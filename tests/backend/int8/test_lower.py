@@ -315,10 +315,10 @@ class Beside(nn.Module):
         super().__init__()
         self.quant, self.dequant = qtrain.QuantStub(), qtrain.DeQuantStub()
         self.linear = nn.Linear(4, 4)
-        self.factor = nn.Parameter(torch.ones(()))
+        self.norm = nn.LayerNorm(4)
 
     def forward(self, x):
-        return self.dequant(self.linear(self.quant(x))) + x * self.factor
+        return self.dequant(self.linear(self.quant(x))) + self.norm(x)
 
 
 def test_gradients_pass_beside_integers_and_outputs_can_be_changed(make_ptq):
@@ -331,9 +331,12 @@ def test_gradients_pass_beside_integers_and_outputs_can_be_changed(make_ptq):
     assert torch.equal(output, expected)
     learned = x.clone().requires_grad_()
     found(learned).sum().backward()
-    assert torch.equal(learned.grad, torch.ones_like(x))
+    assert torch.allclose(learned.grad, torch.zeros_like(x), atol=1e-5)
+    learned.grad = None
+    found(learned)[:, 0].sum().backward()
+    assert learned.grad.abs().max() > 0.1
     with torch.no_grad():
         assert torch.equal(found(learned), expected)
-    found.factor.requires_grad_()
+    found.norm.bias.requires_grad_()
     found(x).sum().backward()
-    assert torch.allclose(found.factor.grad, x.sum(), atol=1e-5)
+    assert torch.equal(found.norm.bias.grad, torch.full((4,), 8.0))

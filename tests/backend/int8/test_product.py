@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qtrain.backend import machine
+from qtrain.backend import fbgemm, machine
 from qtrain.backend.int8 import linear, product
 from qtrain.backend.int8.product import Product
 from qtrain.backend.int8.reference import exact_sums, most_of_sums
@@ -155,6 +155,29 @@ def test_an_operator_that_is_gone_is_noticed(monkeypatch):
     monkeypatch.setattr(machine, "operator", lambda *_: None)
     assert not machine.multiplies()
     machine.multiplies.cache_clear()
+
+
+@pytest.mark.skipif(
+    not fbgemm.multiplies(255), reason="this fbgemm does not multiply exactly"
+)
+@pytest.mark.parametrize("shape", [(1, 70), (1, 1, 70)], ids=str)
+@pytest.mark.parametrize("relu", [False, True])
+def test_one_row_of_a_large_weight_comes_out_exactly(shape, relu, monkeypatch):
+    layer = nn.Linear(70, 30)
+    weight = torch.randint(-128, 128, (30, 70), dtype=torch.int8)
+    output = Scale(3.0, 100, 0, 255)
+    made = Product(layer, weight, torch.rand(30) * 0.1, layer.bias, relu, output)
+    x = torch.randint(0, 256, shape, dtype=torch.uint8)
+    expected = made.exactly(x, 0.02, 7)
+    assert torch.equal(made(x, 0.02, 7), expected)
+    ran = []
+    product_of = fbgemm.product
+    monkeypatch.setattr(linear, "SMALL", 1)
+    monkeypatch.setattr(
+        fbgemm, "product", lambda *args: ran.append(1) or product_of(*args)
+    )
+    made._kernels.clear()
+    assert torch.equal(made(x, 0.02, 7), expected) and ran
 
 
 @pytest.mark.parametrize(
