@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from qtrain.backend.int8 import convolution, linear
+from qtrain.backend.int8 import convolution, linear, transposed
 from qtrain.backend.int8.reference import requantized, scaled_sums
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.machine import multiplies, saturates
@@ -81,6 +81,8 @@ class Product:
         )
         if self.is_linear:
             kernel = linear.kernel(*settings)
+        elif getattr(self.layer, "transposed", False):
+            kernel = transposed.kernel(self.layer, *settings)
         else:
             kernel = convolution.kernel(self.layer, *settings)
         cuts_off = saturates()
@@ -129,5 +131,5 @@ def why_reference(layer: Any, weight: Tensor) -> str | None:
     if not multiplies():
         return "this torch has no product of int8 tensors on CPUs"
     if getattr(layer, "transposed", False):
-        return f"torch has no int8 {type(layer).__name__}"
+        return transposed.why_not(layer)
     return None
