@@ -39,13 +39,13 @@ def kernel(
     stride = layer.stride[0]
     many = stride * stride
     taps = _taps(layer, weight)
-    outputs, inputs, *size = taps.shape
+    outputs, inputs, height, width = taps.shape
     found = convolution.kernel(
         nn.Conv2d(
             inputs * layer.groups,
             outputs,
-            size,
-            padding=[length - 1 for length in size],
+            (height, width),
+            padding=(height - 1, width - 1),
             groups=layer.groups,
             bias=False,
             device="meta",
