@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from qtrain.backend.int8.reference import as_bytes
+from qtrain.backend.int8.quantizing import rounded
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.int8.tensor import QuantizedTensor
 from qtrain.backend.machine import multiplies, operator
@@ -31,8 +31,8 @@ def add(x: QuantizedTensor, y: QuantizedTensor, to: Scale, relu: bool) -> Tensor
     left, right = x.scale / to.scale, y.scale / to.scale
     shift = to.zero_point - x.zero_point * left - y.zero_point * right
     steps = x.integers.to(torch.float32).mul_(left)
-    steps = torch.add(steps, y.integers.to(torch.float32), alpha=right).add_(shift)
-    return as_bytes(steps.round_().clamp_(low, to.high))
+    steps = torch.add(steps, y.integers, alpha=right).add_(shift)
+    return rounded(steps, low, to.high)
 
 
 def _suits_convolution(x: Tensor, y: Tensor) -> bool:

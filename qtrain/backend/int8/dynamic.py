@@ -1,6 +1,7 @@
 """Linear layers that quantize their input as it comes, on plain tensors."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from qtrain.backend import fbgemm
 from qtrain.backend.int8.layers import LayerWeight
 from qtrain.backend.int8.linear import most_rows
 from qtrain.backend.int8.product import SAFE
@@ -67,17 +69,20 @@ class DynamicLinear(nn.Module):
         x = input
         if is_compiling() or not x.is_cpu or not x.numel() or not multiplies():
             return self._in_float(x)
-        rows = x.detach().reshape(-1, x.shape[-1])
-        low, high = (float(end) for end in rows.aminmax())
+        x = x.detach()
+        low, high = (end.item() for end in x.aminmax())
         low, high = min(low, 0.0), max(high, 0.0)
         last = SAFE if saturates() else 255
         scale = max((high - low) / last, 1e-30)
         if not math.isfinite(scale):
             return self._in_float(x)
         zero_point = round(-low / scale)
+        if x.dtype == torch.float32 and x.dim() > 1 and fbgemm.multiplies(last):
+            return fbgemm.product(x, zero_point, self._for_fbgemm(), scale)
+        rows = x.reshape(-1, x.shape[-1])
         steps = quantized(rows, Scale(scale, zero_point, 0, last))
-        weight, matrix, scales, sums, zeros, bias = self._packed()
-        offset = torch.add(bias, sums, alpha=-zero_point * scale)
+        weight, matrix, scales, zero, zeros, bias = self._for_onednn()
+        offset = torch.add(bias, zero, alpha=-zero_point * scale)
         if len(rows) <= most_rows(self.integers) and mixes_signs():
             output = torch._int_mm(steps, matrix).mul(scales * scale).add_(offset)
         else:
@@ -90,21 +95,30 @@ class DynamicLinear(nn.Module):
         """Returns the product with the input as it is, where there is no kernel for integers."""
         return F.linear(x, self.weight().dequantize().to(x.dtype), self.bias)
 
-    def _packed(self) -> tuple[Any, ...]:
-        """Returns what kernels take; made once, and anew where the integers have changed."""
-        key = (id(self.integers), self.integers._version)
+    def _for_fbgemm(self) -> Any:
+        """Returns what fbgemm takes."""
+        matrix, scale, bias = self.integers, self.weight_scale, self.bias
+        return self._once("fbgemm", lambda: fbgemm.pack(matrix, scale, bias))
+
+    def _for_onednn(self) -> tuple[Any, ...]:
+        """Returns what oneDNN's kernels take."""
+        return self._once("onednn", self._packed)
+
+    def _once(self, kernel: str, make: Callable[[], Any]) -> Any:
+        """Returns what is made for a kernel; anew where the integers have changed."""
+        key = (kernel, id(self.integers), self.integers._version)
         if self._ready is None or self._ready[0] != key:
-            matrix = self.integers.contiguous()
-            scales = self.weight_scale.expand(len(matrix)).contiguous()
-            sums = (
-                matrix.sum(1, dtype=torch.int64).double().mul(scales.double()).float()
-            )
-            bias = torch.zeros_like(scales) if self.bias is None else self.bias
-            zeros = torch.zeros(len(matrix), dtype=torch.int32)
-            packed = torch.ops.onednn.qlinear_prepack(matrix, None)
-            self._ready = key, (packed, matrix.t(), scales, sums, zeros, bias)
-        made: tuple[Any, ...] = self._ready[1]
-        return made
+            self._ready = key, make()
+        return self._ready[1]
+
+    def _packed(self) -> tuple[Any, ...]:
+        matrix = self.integers.contiguous()
+        scales = self.weight_scale.expand(len(matrix)).contiguous()
+        zero = matrix.sum(1, dtype=torch.int64).double().mul(scales.double()).float()
+        bias = torch.zeros_like(scales) if self.bias is None else self.bias
+        zeros = torch.zeros(len(matrix), dtype=torch.int32)
+        packed = torch.ops.onednn.qlinear_prepack(matrix, None)
+        return packed, matrix.t(), scales, zero, zeros, bias
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": None}  # a copy makes its own

@@ -1,4 +1,7 @@
-"""Linear layers on integers: `torch._int_mm` for a few rows and on GPUs, oneDNN for many."""
+"""Linear layers on integers: oneDNN for many rows, `torch._int_mm` for a few and on GPUs.
+
+A large weight, which no cache holds, comes out of memory faster through fbgemm.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtrain.backend import fbgemm
+from qtrain.backend.int8.quantizing import rounded
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.machine import mixes_signs
 
@@ -45,13 +50,13 @@ def kernel(
     # torch 2.14.1 gets such products wrong
     if not mixes_signs() or weight.shape[1] == 1:
         return many
-    few = _by_int_mm(weight, factor, offset, relu, output)
+    few = _for_few(weight, factor, offset, relu, output)
     most = most_rows(weight) * weight.shape[1]
     return lambda x: few(x) if x.numel() <= most else many(x)
 
 
 def most_rows(weight: Tensor) -> int:
-    """Returns up to how many rows `torch._int_mm` is faster."""
+    """Returns up to how many rows another kernel than oneDNN's is faster."""
     return FEW_ROWS if weight.numel() < SMALL else 1
 
 
@@ -86,21 +91,31 @@ def _by_onednn(
     return run
 
 
-def _by_int_mm(
+def _for_few(
     weight: Tensor, factor: Tensor, offset: Tensor, relu: bool, to: Scale
 ) -> Callable[[Tensor], Tensor]:
-    matrix = weight.t()
     steps = factor.div(to.scale).float()
     shift = offset.div(to.scale).add_(to.zero_point).float()
     low = max(to.low, to.zero_point) if relu else to.low
+    multiply = _in_steps(weight, steps, shift)
 
     def run(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        found = torch._int_mm(rows, matrix).mul(steps).add_(shift)
-        found = found.round_().clamp_(low, to.high).to(torch.uint8)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        found = rounded(multiply(rows), low, to.high)
         return found if x.dim() == 2 else found.view(*x.shape[:-1], len(weight))
 
     return run
+
+
+def _in_steps(
+    weight: Tensor, steps: Tensor, shift: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Returns what makes `x @ weight.T * steps + shift` of a few rows of bytes, float32."""
+    if weight.numel() >= SMALL and fbgemm.multiplies(255):
+        packed = fbgemm.pack(weight, steps, shift)
+        return lambda rows: fbgemm.product(rows.float(), 0, packed)
+    matrix = weight.t()
+    return lambda rows: torch._int_mm(rows, matrix).mul(steps).add_(shift)
 
 
 def int_mm(x: Tensor, weight: Tensor, zero_point: int) -> Tensor:

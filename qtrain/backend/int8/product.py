@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from qtrain.backend.int8 import convolution, linear
+from qtrain.backend.int8 import convolution, linear, transposed
 from qtrain.backend.int8.reference import requantized, scaled_sums
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.machine import multiplies, saturates
@@ -53,14 +53,17 @@ class Product:
 
     def __call__(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
         """Returns the output for integers x, uint8."""
-        kernel = self._kernels.get((scale, zero_point))
-        if kernel is None:
-            kernel = self._kernels[scale, zero_point] = self.for_scale(
-                scale, zero_point
-            )
-        return kernel(x)
+        return self.for_scale(scale, zero_point)(x)
 
     def for_scale(self, scale: float, zero_point: int) -> Callable[[Tensor], Tensor]:
+        """Returns the product for integers of one scale; made once."""
+        kernel = self._kernels.get((scale, zero_point))
+        if kernel is None:
+            kernel = self._made(scale, zero_point)
+            self._kernels[scale, zero_point] = kernel
+        return kernel
+
+    def _made(self, scale: float, zero_point: int) -> Callable[[Tensor], Tensor]:
         """Returns the product for integers of one scale: packed weights and numbers."""
         exactly = partial(self.exactly, scale=scale, zero_point=zero_point)
         if self.reason is not None:
@@ -78,6 +81,8 @@ class Product:
         )
         if self.is_linear:
             kernel = linear.kernel(*settings)
+        elif getattr(self.layer, "transposed", False):
+            kernel = transposed.kernel(self.layer, *settings)
         else:
             kernel = convolution.kernel(self.layer, *settings)
         cuts_off = saturates()
@@ -126,5 +131,5 @@ def why_reference(layer: Any, weight: Tensor) -> str | None:
     if not multiplies():
         return "this torch has no product of int8 tensors on CPUs"
     if getattr(layer, "transposed", False):
-        return f"torch has no int8 {type(layer).__name__}"
+        return transposed.why_not(layer)
     return None

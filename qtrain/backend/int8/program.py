@@ -19,6 +19,7 @@ from qtrain.backend.int8.layers import Dequantize, IntLayer, Quantize, Scaled
 from qtrain.backend.int8.operations import MOVES
 from qtrain.backend.int8.pooling import max_pool
 from qtrain.backend.int8.quantizing import quantized
+from qtrain.backend.int8.reference import dequantized
 from qtrain.backend.int8.tensor import QuantizedTensor
 from qtrain.backend.int8.trace import Tracer
 
@@ -45,6 +46,7 @@ class Program:
         if len(self.places) != len(example):
             raise ValueError(f"it takes {len(self.places)} arguments")
         self.device = example[0].device
+        self.parameters = tuple(model.parameters())
         self.model = model
         self.held: list[tuple[dict[str, Any], str, nn.Module]] = []
         self.products: list[
@@ -93,6 +95,10 @@ class Program:
         for x in args:
             if type(x) is not Tensor or x.device != self.device or not x.numel():
                 return False
+        if torch.is_grad_enabled() and any(
+            x.requires_grad for x in (*args, *self.parameters)
+        ):
+            return False  # no gradient comes out of a list of calls
         for hooks in self.watched:
             if hooks:
                 return False
@@ -124,11 +130,14 @@ class Program:
 
     def __call__(self, *args: Tensor) -> Any:
         values: list[Any] = [*args, *[None] * (self.size - len(args))]
-        for call, sources, target, dead in self.steps:
-            values[target] = call(*[values[i] for i in sources])
-            for i in dead:
-                values[i] = None
-        return values[self.result]
+        # Without what autograd wants to know of each; all but what goes out.
+        with torch.inference_mode():
+            _run(self.steps[:-1], values)
+        _run(self.steps[-1:], values)
+        found = values[self.result]
+        if found.is_inference() and not torch.is_inference_mode_enabled():
+            return found.clone()  # it is a part of one from within
+        return found
 
     def _watch(self, module: nn.Module) -> None:
         parts = [module] if module is self.model else module.modules()
@@ -233,6 +242,13 @@ class Program:
         return step
 
 
+def _run(steps: list[Step], values: list[Any]) -> None:
+    for call, sources, target, dead in steps:
+        values[target] = call(*[values[i] for i in sources])
+        for i in dead:
+            values[i] = None
+
+
 def _is_users(module: nn.Module) -> bool:
     return not type(module).__module__.startswith(("qtrain.backend.", "torch.nn."))
 
@@ -252,9 +268,7 @@ def _module_on_integers(
     if isinstance(module, Table):
         return partial(look_up, module.table(scale, zero_point, x.device))
     if isinstance(module, Dequantize):
-        return lambda integers: (
-            integers.to(torch.float32).sub_(zero_point).mul_(scale)
-        )
+        return partial(dequantized, scale=scale, zero_point=zero_point)
     if isinstance(module, nn.Identity | nn.Dropout):
         return same
     if type(module) is nn.MaxPool2d:

@@ -33,10 +33,16 @@ def _fits_float32(layer: Any, weight: Tensor) -> bool:
         return False  # cuDNN may take another algorithm, which rounds
     if weight.is_meta or torch.compiler.is_compiling():
         return weight[0].numel() * 255 * 128 < EXACT
-    per_row = weight.abs().flatten(1).sum(1, dtype=torch.int64)
-    if getattr(layer, "transposed", False):
-        return int(per_row.sum()) * 255 < EXACT
-    return not len(per_row) or int(per_row.max()) * 255 < EXACT
+    is_transposed = getattr(layer, "transposed", False)
+    return most_of_sums(weight.view(1, -1) if is_transposed else weight) < EXACT
+
+
+def most_of_sums(weight: Tensor) -> int:
+    """Returns what no sum of bytes times one row of a weight exceeds."""
+    if not weight.numel():
+        return 0
+    per_row = weight.flatten(1).to(torch.int16).abs_()  # in int8, 128 is -128
+    return int(per_row.sum(1, dtype=torch.int64).max()) * 255
 
 
 def scaled_sums(
@@ -62,6 +68,11 @@ def requantized(
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     return as_bytes(x.mul(1 / scale).round_().add_(zero_point).clamp_(low, high))
+
+
+def dequantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Returns what integers mean, in float32."""
+    return x.to(torch.float32).sub_(zero_point).mul_(scale)
 
 
 def as_bytes(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qtrain.backend.int8.operations import HANDLERS
-from qtrain.backend.int8.reference import requantized
+from qtrain.backend.int8.reference import dequantized, requantized
 
 _listeners: list[Callable[[str], None]] = []
 
@@ -105,10 +105,7 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """Returns what the integers mean, in float32."""
-        steps = self.integers.to(torch.float32)
-        if self.zero_point:
-            steps = steps.sub_(self.zero_point)
-        return steps.mul_(self.scale)
+        return dequantized(self.integers, self.scale, self.zero_point)
 
     def float(self) -> Tensor:
         return self.dequantize()

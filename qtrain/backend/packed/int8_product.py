@@ -18,17 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.backend.torch_ao.binding import use_engine
-from qtrain.common.torch_parts import has_torch_ao
+from qtrain.backend import fbgemm
+from qtrain.backend.machine import multiplies, saturates
 
-# Both sides in 8 bits. Without VNNI oneDNN saturates, and with digits that have a
-# sign it falls back to plain loops.
-HAS_ONEDNN = (
-    torch.cpu._is_vnni_supported()
-    and "onednn" in torch.backends.quantized.supported_engines
-)
-HAS_FBGEMM = has_torch_ao() and "fbgemm" in torch.backends.quantized.supported_engines
+DIGIT = 128  # the largest whose products fbgemm is asked for
 FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in float32
+
+
+def has_onednn() -> bool:
+    """Tells whether oneDNN multiplies 8 bits by 8, exactly.
+
+    Without VNNI it saturates, and with digits that have a sign it falls back to plain loops.
+    """
+    return multiplies() and not saturates()
+
+
+def has_fbgemm() -> bool:
+    """Tells whether fbgemm multiplies digits of up to 128, exactly."""
+    return fbgemm.multiplies(DIGIT)
 
 
 class Int8Product:
@@ -44,8 +51,8 @@ class Int8Product:
         on_cpu = integers.device.type == "cpu"
         self.integers = integers if on_cpu else integers.contiguous()
         self.scale = scale
-        self.has_onednn = on_cpu and HAS_ONEDNN
-        self.has_fbgemm = on_cpu and HAS_FBGEMM
+        self.has_onednn = on_cpu and has_onednn()
+        self.has_fbgemm = on_cpu and has_fbgemm()
 
     @cached_property
     def onednn(self) -> Any:
@@ -62,7 +69,7 @@ class Int8Product:
     @cached_property
     def fbgemm(self) -> Any:
         """The matrix as fbgemm takes it."""
-        return _pack(self.integers, self.scale)
+        return fbgemm.pack(self.integers, self.scale.float())
 
     def whole(self, x: Tensor, largest: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns the product with x in 8 bits a row, `round(127 x /
@@ -95,9 +102,8 @@ class Int8Product:
             step = row_magnitudes(x).div_(64)
             steps = x / step
             high = steps.round()
-            parts = _unsigned(
-                torch.cat([high, steps.sub_(high).mul_(128)]), 64, self.fbgemm
-            )
+            digits = torch.cat([high, steps.sub_(high).mul_(128)])
+            parts = fbgemm.product(digits, 64, self.fbgemm)
             return torch.add(parts[: len(x)], parts[len(x) :], alpha=1 / 128).mul_(
                 step
             )
@@ -135,7 +141,7 @@ class Int8Product:
         if self.has_fbgemm and len(x) <= FEW_ROWS:
             # The kernel cuts off below 0: what it multiplies is the positive part of
             # x and its negative part.
-            parts = _unsigned(torch.cat([x, -x]), 0, self.fbgemm)
+            parts = fbgemm.product(torch.cat([x, -x]), 0, self.fbgemm)
             return parts[: len(x)] - parts[len(x) :]
         if _has_gpu_kernel(x, self.integers):
             return torch._int_mm(x.round_().to(torch.int8), self.integers.T).mul(
@@ -158,24 +164,4 @@ def _has_gpu_kernel(a: Tensor, b: Tensor) -> bool:
         and a.shape[0] > 16
         and a.shape[1] % 8 == 0
         and b.shape[0] % 8 == 0
-    )
-
-
-def _pack(integers: Tensor, scale: Tensor) -> Any:
-    num_rows = len(integers)
-    zeros = torch.zeros(num_rows, dtype=torch.long)
-    scales = scale.flatten().double().expand(num_rows).contiguous()
-    with use_engine("fbgemm"):
-        weight = torch._make_per_channel_quantized_tensor(
-            integers.contiguous(), scales, zeros, 0
-        )
-        return torch.ops.quantized.linear_prepack(weight, None)
-
-
-def _unsigned(x: Tensor, zero_point: int, packed: Any) -> Tensor:
-    """Returns the product with round(x), cut off where x + zero_point is
-    below 0; float32.
-    """
-    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-        x, 1.0, zero_point, packed
     )

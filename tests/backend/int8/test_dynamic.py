@@ -35,8 +35,13 @@ def exact(layer, x):
 
 @pytest.mark.parametrize("shape", [(1, 24), (3, 24), (2, 3, 24), (40, 24)], ids=str)
 @pytest.mark.parametrize("shift", [0.0, 2.0, -3.0])
-def test_inputs_get_the_scale_that_just_holds_them(layer, shape, shift, monkeypatch):
+@pytest.mark.parametrize("kernel", ["fbgemm", "oneDNN"])
+def test_inputs_get_the_scale_that_just_holds_them(
+    layer, shape, shift, kernel, monkeypatch
+):
     monkeypatch.setattr(dynamic, "saturates", lambda: False)
+    if kernel == "oneDNN":
+        monkeypatch.setattr(dynamic.fbgemm, "multiplies", lambda _: False)
     x = torch.randn(shape) + shift
     assert torch.allclose(layer(x).double(), exact(layer, x), atol=2e-3)
     assert (layer(x) - layer._in_float(x)).abs().max() < 0.1

@@ -306,3 +306,37 @@ def test_a_forward_that_sets_attributes_sets_them_each_time(make_ptq):
     found(x), found(x)
     assert found.calls == before + 2
     assert "sets attributes of its own" in found.forward.reason
+
+
+class Beside(nn.Module):
+    """Integers, and floats that pass beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = qtrain.QuantStub(), qtrain.DeQuantStub()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.dequant(self.linear(self.quant(x))) + self.norm(x)
+
+
+def test_gradients_pass_beside_integers_and_outputs_can_be_changed(make_ptq):
+    x = torch.randn(8, 4)
+    _, _, found = made(make_ptq("int8"), Beside().eval(), x)
+    expected = found(x)
+    assert found.forward.reason is None
+    output = found(x)
+    assert not output.is_inference()
+    assert torch.equal(output, expected)
+    learned = x.clone().requires_grad_()
+    found(learned).sum().backward()
+    assert torch.allclose(learned.grad, torch.zeros_like(x), atol=1e-5)
+    learned.grad = None
+    found(learned)[:, 0].sum().backward()
+    assert learned.grad.abs().max() > 0.1
+    with torch.no_grad():
+        assert torch.equal(found(learned), expected)
+    found.norm.bias.requires_grad_()
+    found(x).sum().backward()
+    assert torch.equal(found.norm.bias.grad, torch.full((4,), 8.0))

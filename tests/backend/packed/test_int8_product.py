@@ -1,6 +1,9 @@
 """Products with an int8 matrix: the same whole numbers by every kernel that a machine may have."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from qtrain.functional.spec import QuantSpec
 def make(request, monkeypatch):
     """make(integers, scale): an Int8Product that uses that kernel."""
     if request.param != "this machine's":
-        monkeypatch.setattr(int8_product, "HAS_ONEDNN", False)
+        monkeypatch.setattr(int8_product, "has_onednn", lambda: False)
     if (
         request.param == "fbgemm"
         and "fbgemm" not in torch.backends.quantized.supported_engines
@@ -23,7 +26,7 @@ def make(request, monkeypatch):
         pytest.skip("this build of torch has no fbgemm")
 
     if request.param == "float32":
-        monkeypatch.setattr(int8_product, "HAS_FBGEMM", False)
+        monkeypatch.setattr(int8_product, "has_fbgemm", lambda: False)
     return Int8Product
 
 
@@ -99,3 +102,21 @@ def test_only_symmetric_rows_of_one_scale_are_multiplied_as_integers():
     )
     assert product(granularity="per_channel", symmetric=False) is None
     assert product(granularity="per_group", group_size=4) is None
+
+
+SATURATING = """
+import torch
+from qtrain.backend.packed.int8_product import Int8Product, row_magnitudes
+x, weight = torch.ones(40, 64), torch.full((16, 64), 127, dtype=torch.int8)
+product = Int8Product(weight, torch.ones(16))
+found = [product.whole(x, row_magnitudes(x)), product.precise(x)]
+print(*(one.min().item() for one in found))
+"""
+
+
+def test_where_onednn_saturates_another_kernel_multiplies():
+    paths = os.pathsep.join(filter(None, sys.path))
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": paths}
+    command = [sys.executable, "-W", "ignore", "-c", SATURATING]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["8128.0", "8128.0"], done.stderr

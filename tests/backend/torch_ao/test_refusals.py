@@ -129,6 +129,26 @@ def test_transposed_convolution_per_tensor_is_right_or_refused(
         assert decibels(model(FEATURES), quantized(FEATURES)) > 25
 
 
+@pytest.mark.parametrize("inputs, is_right", [(8, False), (16, False), (12, True)])
+def test_transposed_convolution_of_8_channels_is_refused_by_fbgemm(
+    inputs, is_right, between, make_ptq
+):
+    model = between(nn.ConvTranspose2d(inputs, 8, 2, stride=2))
+    quantizer = make_ptq("fbgemm", weight={"granularity": "per_tensor"})
+    x = torch.randn(4, inputs, 6, 6)
+    if is_right:
+        quantized = quantizer.convert(calibrated(quantizer, model, x))
+        assert decibels(model(x), quantized(x)) > 25
+        return
+    with pytest.raises(
+        ValueError, match=r"layer body\.0 .* fails with a side of 2; use int8"
+    ):
+        quantizer.prepare(model)
+    ours = make_ptq("int8")
+    quantized = ours.convert(calibrated(ours, model, x))
+    assert decibels(model(x), quantized(x)) > 25
+
+
 def test_transposed_convolution_follows_its_own_setting(between, make_ptq):
     model = between(nn.ConvTranspose2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     with pytest.raises(
