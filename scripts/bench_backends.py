@@ -27,7 +27,7 @@ import torchvision.models.quantization as quantizable
 from torch import Tensor, nn
 
 import qtrain
-from qtrain.analyze.measure import keep_freed_memory
+from qtrain.analyze.measure import tune_malloc
 from qtrain.backend.find import engines
 from qtrain.model.convnet import ConvNet
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="convnet alone")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    keep_freed_memory()
+    tune_malloc()
     torch.manual_seed(0)
     found: dict[str, dict[str, float]] = {}
     for name, (model, example, batches) in _cases(args.quick).items():

@@ -28,7 +28,7 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from qtrain.analyze.measure import keep_freed_memory, weight_bytes
+from qtrain.analyze.measure import tune_malloc, weight_bytes
 from qtrain.config.build import compose
 from qtrain.exporter.gguf import Gguf
 from qtrain.model.gpt2 import GPT2
@@ -201,7 +201,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as every run does
+    tune_malloc()  # as every run does
     torch.manual_seed(0)
     float_model = (Llama if args.model == "llama" else GPT2)().eval()
     models: dict[str, Any] = {}

@@ -26,8 +26,8 @@ import torch.ao.quantization as tq
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from qtrain.analyze.measure import keep_freed_memory, turns
-from qtrain.config.build import Parts, build, compose
+from qtrain.analyze.measure import time_interleaved, tune_malloc
+from qtrain.config.build import RunParts, build, compose
 
 IMAGES = {
     "mlp, batch 10": 10,
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as every run does
+    tune_malloc()  # as every run does
     figures = {}
     for name in args.cases:
         figures[name] = measure(CASES[name], args.rounds)
@@ -93,7 +93,7 @@ def measure(overrides: list[str], rounds: int) -> dict[str, dict[str, float]]:
     print(f"{' '.join(overrides)}: one training step, medians of {rounds}")
     figures = {}
     for name, step in steps.items():
-        baseline, own = turns([steps["float"], step], 8, rounds)
+        baseline, own = time_interleaved([steps["float"], step], 8, rounds)
         figures[name] = {
             "ms": round(float(own.median()), 3),
             "over_float": round(float((own / baseline).median()), 3),
@@ -123,7 +123,7 @@ def measure_calibration(
         "qtrain": lambda: parts.quantizer.calibrate(ours, [next(turn)]),
         "torch.ao": lambda: torchs(*next(turn)),
     }
-    times = turns(list(calls.values()), 8, rounds)
+    times = time_interleaved(list(calls.values()), 8, rounds)
     print("  calibration with histograms, over a forward pass:", end="")
     figures = {}
     for name, row in zip(calls, times, strict=True):
@@ -141,7 +141,9 @@ def measure_calibration(
     return figures
 
 
-def stepper(model: nn.Module, parts: Parts, batches: list[Any]) -> Callable[[], None]:
+def stepper(
+    model: nn.Module, parts: RunParts, batches: list[Any]
+) -> Callable[[], None]:
     optimizer, turn = parts.optimizer(model.parameters()), itertools.cycle(batches)
 
     @torch.enable_grad()
@@ -165,18 +167,20 @@ def peak_bytes(step: Callable[[], None]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
-def ours(parts: Parts) -> nn.Module:
+def ours(parts: RunParts) -> nn.Module:
     prepared = parts.quantizer.prepare(parts.model)
     parts.quantizer.on_epoch(prepared.train(), 0)
     return prepared
 
 
-def torch_ao(parts: Parts) -> nn.Module:
+def torch_ao(parts: RunParts) -> nn.Module:
     """torch's own recipe: default QAT qconfig, fused fake quantization, quick Conv-BN path."""
     return tq.prepare_qat(configured(parts, tq.get_default_qat_qconfig, is_qat=True))
 
 
-def configured(parts: Parts, qconfig: Callable[[str], Any], *, is_qat: bool) -> Any:
+def configured(
+    parts: RunParts, qconfig: Callable[[str], Any], *, is_qat: bool
+) -> Any:
     model: Any = copy.deepcopy(parts.model).train(is_qat)
     if hasattr(model, "fuse_model"):
         model.fuse_model(is_qat=is_qat)
@@ -187,7 +191,7 @@ def configured(parts: Parts, qconfig: Callable[[str], Any], *, is_qat: bool) -> 
     return model
 
 
-def plain(parts: Parts) -> nn.Module:
+def plain(parts: RunParts) -> nn.Module:
     """The float model as the peers want it: they know nothing of torch.ao's stubs."""
     model: Any = copy.deepcopy(parts.model).eval()
     for name, module in list(model.named_modules()):
@@ -196,14 +200,14 @@ def plain(parts: Parts) -> nn.Module:
     return model
 
 
-def nncf(parts: Parts, batch: Any) -> nn.Module:
+def nncf(parts: RunParts, batch: Any) -> nn.Module:
     import nncf
 
     data = nncf.Dataset([batch], lambda item: parts.task.inputs(item)[0])
     return nncf.quantize(plain(parts), data, subset_size=1).train()
 
 
-def aimet(parts: Parts, batch: Any) -> nn.Module:
+def aimet(parts: RunParts, batch: Any) -> nn.Module:
     from aimet_torch.quantsim import QuantizationSimModel
 
     inputs = parts.task.inputs(batch)
@@ -214,14 +218,14 @@ def aimet(parts: Parts, batch: Any) -> nn.Module:
     return sim.model.train()
 
 
-def brevitas(parts: Parts, batch: Any) -> nn.Module:
+def brevitas(parts: RunParts, batch: Any) -> nn.Module:
     from brevitas.graph.quantize import preprocess_for_quantize, quantize
 
     model = preprocess_for_quantize(plain(parts))
     return quantize(model).train()
 
 
-PEERS: dict[str, Callable[[Parts, Any], nn.Module]] = {
+PEERS: dict[str, Callable[[RunParts, Any], nn.Module]] = {
     "nncf": nncf,
     "aimet_torch": aimet,
     "brevitas": brevitas,

@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from qtrain.analyze.measure import keep_freed_memory
-from qtrain.config.build import Parts, build, compose
+from qtrain.analyze.measure import tune_malloc
+from qtrain.config.build import RunParts, build, compose
 from qtrain.data.tensors import ImageLoader
 from qtrain.logger.loggers import Logger
 from qtrain.train.trainer import OptimizerFactory
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as every run does
+    tune_malloc()  # as every run does
     data = (
         ["data=mnist", f"data.root={args.root}"]
         if args.root
@@ -103,7 +103,7 @@ def take_turns(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def qtrain_loop(parts: Parts) -> None:
+def qtrain_loop(parts: RunParts) -> None:
     options: dict[str, Any] = {
         "optimizer": parts.optimizer,
         "scheduler": parts.scheduler,
@@ -140,12 +140,12 @@ class Digits(Dataset[tuple[torch.Tensor, int]]):
         )
 
 
-def dataloader_loop(parts: Parts, steps: int) -> None:
+def dataloader_loop(parts: RunParts, steps: int) -> None:
     loader = DataLoader(Digits(parts.data.train), batch_size=10, shuffle=True)  # type: ignore[arg-type]
     train(parts.model, iter(loader), steps, partial(torch.optim.Adam, lr=0.001))
 
 
-def bare_loop(parts: Parts, steps: int) -> None:
+def bare_loop(parts: RunParts, steps: int) -> None:
     loader = parts.data.train
     assert isinstance(loader, ImageLoader)
 

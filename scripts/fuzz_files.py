@@ -254,6 +254,7 @@ def outputs(folder: Path, file: str) -> Any:
         return sha256(folder / "float.pt")
     if file == "examples.npz":
         from qtrain.leaderboard.pairs import _scores
+
         from qtrain.leaderboard.runs import find
 
         scores = _scores(find([folder]).runs[0])

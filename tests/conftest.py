@@ -131,7 +131,7 @@ def between():
     return lambda *layers, **how: Between(*layers, **how).eval()
 
 
-def lively_batch_norm(model):
+def randomize_batch_norm(model):
     """Gives batch-norms statistics that folding cannot ignore; returns the model in eval mode."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
@@ -145,7 +145,7 @@ def lively_batch_norm(model):
 @pytest.fixture
 def convnet():
     """A ConvNet whose batch-norms do something, in eval mode."""
-    return lively_batch_norm(ConvNet(width=4, hidden=8))
+    return randomize_batch_norm(ConvNet(width=4, hidden=8))
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 @contextmanager
-def finite_outputs(
+def assert_finite_outputs(
     model: nn.Module,
     stage: str,
     *,

@@ -69,7 +69,7 @@ def latency(
     result: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     for size in batch_sizes:
         batch = tuple(x[torch.arange(size) % len(x)] for x in inputs)
-        times = turns(
+        times = time_interleaved(
             [partial(model, *batch) for model in models.values()], warmup, repeats
         )
         for name, row in zip(models, times, strict=True):
@@ -81,7 +81,9 @@ def latency(
 
 
 @torch.no_grad()
-def turns(calls: Sequence[Callable[[], Any]], warmup: int, repeats: int) -> Tensor:
+def time_interleaved(
+    calls: Sequence[Callable[[], Any]], warmup: int, repeats: int
+) -> Tensor:
     """Returns the times of `calls`, that take turns, in milliseconds: float64 (calls, repeats)."""
     times = torch.empty(len(calls), repeats, dtype=torch.float64)
     for repeat in range(-warmup, repeats):
@@ -111,7 +113,7 @@ def median_interval(values: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-class OtherLoad:
+class BackgroundLoad:
     """While entered, watches how many CPU cores all other programs of this machine use together.
 
     Attributes:
@@ -121,7 +123,7 @@ class OtherLoad:
 
     cores: float | None = None
 
-    def __enter__(self) -> "OtherLoad":
+    def __enter__(self) -> "BackgroundLoad":
         self._before = self._now()
         return self
 
@@ -193,7 +195,7 @@ class Stopwatch:
             self.seconds[stage] += time.perf_counter() - start
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Lets this process keep up to 1 GB of what it frees for its next tensors, with glibc.
 
     For processes of qtrain's own: a library leaves its host's memory alone.
@@ -208,7 +210,7 @@ def keep_freed_memory() -> None:
 def reset_peak_memory() -> None:
     """Starts the peak anew, where the system can (Linux, CUDA): a process's jobs do not add up."""
     with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what `keep_freed_memory` kept
+        ctypes.CDLL(None).malloc_trim(0)  # what `tune_malloc` kept
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):

@@ -159,8 +159,8 @@ def _measure(
         for run, kinds in calls.items()
         for kind, call in kinds.items()
     }
-    with measure.OtherLoad() as others:
-        turns = measure.turns(list(sized.values()), warmup, repeats)
+    with measure.BackgroundLoad() as others:
+        turns = measure.time_interleaved(list(sized.values()), warmup, repeats)
     times = dict(zip(sized, turns, strict=True))
     rows: dict[Path, dict[str, Any]] = {}
     for run in calls:

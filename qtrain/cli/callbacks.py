@@ -44,7 +44,7 @@ class Comparison(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Says what the jobs are, and warns of jobs that would fight for the cores."""
         from qtrain.runs.history import announce_sweep
-        from qtrain.runs.sweep import count_jobs, crowding
+        from qtrain.runs.sweep import count_jobs, oversubscription_warning
 
         self.num_jobs, self.started = count_jobs(config.hydra), time.time()
         # The jobs say what is wrong with the config
@@ -54,7 +54,7 @@ class Comparison(Callback):
         warnings.filterwarnings(
             "ignore", message="``multivariate`` option is an experimental feature"
         )
-        warning = crowding(config)
+        warning = oversubscription_warning(config)
         if warning is not None:
             print(f"warning: {warning}", flush=True)
 

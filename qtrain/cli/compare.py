@@ -15,7 +15,7 @@ from qtrain.leaderboard.data_sets import split
 from qtrain.leaderboard.groups import group
 from qtrain.leaderboard.legend import legend
 from qtrain.leaderboard.rows import Section, find_baselines, section_of_runs, sort
-from qtrain.leaderboard.runs import Found, find
+from qtrain.leaderboard.runs import RunSet, find
 
 EXAMPLES = """examples:
   qtrain-compare outputs                                  everything
@@ -41,7 +41,7 @@ class Comparison:
         sections: the tables to show: `runs`, or what they were grouped into.
     """
 
-    found: Found
+    found: RunSet
     runs: list[Section]
     sections: list[Section]
 
@@ -128,7 +128,7 @@ def compare(
     return Comparison(found, sections, shown)
 
 
-def check_sort(key: str, sections: Sequence[Section], found: Found) -> None:
+def check_sort(key: str, sections: Sequence[Section], found: RunSet) -> None:
     """Raises ValueError, which names the nearest keys, unless the rows can be sorted by `key`."""
     cells = {
         cell for section in sections for row in section.rows for cell in row.cells

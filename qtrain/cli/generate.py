@@ -124,12 +124,12 @@ def generate(
         ValueError: the folder holds no run of a language model, or an argument is out
             of range.
     """
-    from qtrain.analyze.measure import keep_freed_memory
+    from qtrain.analyze.measure import tune_malloc
     from qtrain.data.tokenizer import load_tokenizer
     from qtrain.model.sampling import Sampling
 
     model, tokenizer = _load(run, trust)
-    keep_freed_memory()
+    tune_malloc()
     encoder = load_tokenizer(tokenizer)
     if "" in stop:
         raise ValueError("stop: a text is empty; leave it out")

@@ -53,7 +53,7 @@ def one_job(config: "DictConfig") -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
-        from qtrain.analyze.measure import keep_freed_memory
+        from qtrain.analyze.measure import tune_malloc
         from qtrain.common.files import alone
         from qtrain.config.mistakes import overridden_labels
         from qtrain.config.settings import objectives, refuse_config
@@ -81,18 +81,18 @@ def one_job(config: "DictConfig") -> Any:
             refuse_config(unused)
         for line in unused:  # other jobs of the sweep may heed them
             log.warning(line)
-        keep_freed_memory()
+        tune_malloc()
         is_run = settings.mode == RunMode.RUN
         with Signals() as signals, alone(run_dir) if is_run else nullcontext():
             if is_run:
                 report = pipeline.execute(config, run_dir, overrides, signals=signals)
             else:
-                report = sweep.carry_out(config, run_dir, overrides, signals)
+                report = sweep.run_job(config, run_dir, overrides, signals)
         if not ranks.is_first():  # it has no scores
             return None
         paths = objectives(config) or [f"quantized.{report.quality}"]
         values = [_select(report, path) for path in paths]
-    except sweep.Occupied:  # no report can say so
+    except sweep.RunFolderTaken:  # no report can say so
         raise
     except Exception as err:
         if settings.mode == RunMode.RUN:
@@ -142,7 +142,7 @@ def _select(report: Any, objective: str) -> float:
 def continue_run(arguments: list[str]) -> None:
     """Goes on with the run that `resume=RUN` names, in its folder and with its config."""
     with _importing():
-        from qtrain.analyze.measure import keep_freed_memory
+        from qtrain.analyze.measure import tune_malloc
         from qtrain.common.files import alone
         from qtrain.logger.run_log import RunLog
         from qtrain.runs import pipeline
@@ -155,7 +155,7 @@ def continue_run(arguments: list[str]) -> None:
     config, overrides = open_run(
         run_dir, [argument for argument in arguments if argument not in named]
     )
-    keep_freed_memory()
+    tune_malloc()
     # Of torchrun's processes, all of which come here, the first holds the folder for all.
     with Signals() as signals, alone(run_dir) if ranks.is_first() else nullcontext():
         console = logging.StreamHandler(sys.stdout)

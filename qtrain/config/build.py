@@ -164,7 +164,7 @@ def _from_start(config: DictConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunParts:
     """What a run is built from; the generators' state is the one that making the model left."""
 
     data: DataLoaders
@@ -180,7 +180,7 @@ class Parts:
     generator_state: torch.Tensor
 
 
-def build(config: DictConfig) -> Parts:
+def build(config: DictConfig) -> RunParts:
     """Returns the parts of a run; the only place where `_target_` becomes an object.
 
     What is `auto` in `config.task` and `config.model` becomes, in place, what the
@@ -222,10 +222,10 @@ def build(config: DictConfig) -> Parts:
     problems += disagreements(config, made, not problems)
     refuse_config(dict.fromkeys(problems))
     made["quantizer"] = made.pop("quant")
-    return Parts(**made, generator_state=generator_state)
+    return RunParts(**made, generator_state=generator_state)
 
 
-def try_out(parts: Parts, config: DictConfig) -> None:
+def try_out(parts: RunParts, config: DictConfig) -> None:
     """Makes each optimizer and schedule once: what they refuse is known before any training.
 
     Apart from `build`, for the first optimizer has torch import its compiler, 2

@@ -8,7 +8,7 @@ from typing import Any
 
 from qtrain.common.plain import plain
 from qtrain.leaderboard.rows import Section
-from qtrain.leaderboard.runs import Found
+from qtrain.leaderboard.runs import RunSet
 
 
 def as_records(sections: Sequence[Section]) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def as_json(sections: Sequence[Section], found: Found) -> str:
+def as_json(sections: Sequence[Section], found: RunSet) -> str:
     """Returns all rows, the runs without a result and the skipped files as JSON."""
     failures = [
         {

@@ -17,7 +17,7 @@ from qtrain.common.plain import plain
 from qtrain.leaderboard import keys, table
 from qtrain.leaderboard.legend import legend
 from qtrain.leaderboard.rows import LATENCY_TOLERANCE, SIZE_TOLERANCE, Row, Section
-from qtrain.leaderboard.runs import Found, Run
+from qtrain.leaderboard.runs import Run, RunSet
 
 # Points of a training curve: 200 for few runs, for many about 50,000 times the curves
 # of a run.
@@ -30,7 +30,7 @@ CLEAR = ("method", "quant", "engine", "bits", "observer", "model", "data")
 FINAL = ("float", "fake", "quantized")
 
 
-def page(sections: Sequence[Section], found: Found, folder: Path) -> str:
+def page(sections: Sequence[Section], found: RunSet, folder: Path) -> str:
     """Returns the page.
 
     Args:

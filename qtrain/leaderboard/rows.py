@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qtrain.common.plain import plain
-from qtrain.leaderboard import keys, pairs, pareto
+from qtrain.leaderboard import keys, paired_tests, pareto
 from qtrain.leaderboard.runs import Run
 from qtrain.leaderboard.statistics import holm, mean_and_sd
 from qtrain.runs.quality import KNOWN, Quality
@@ -66,7 +66,7 @@ def section_of_runs(
         bases: the runs that `baseline_of` takes each run's baseline from; None: no
             such column.
     """
-    differences, warnings = pairs.to_float(runs)
+    differences, warnings = paired_tests.to_float(runs)
     rows = []
     for run, difference in zip(runs, differences, strict=True):
         rows.append(
@@ -75,7 +75,9 @@ def section_of_runs(
         rows[-1].cells["difference_se"] = difference and difference.standard_error
     if bases is not None:
         matched = [baseline_of(run, bases) for run in runs]
-        to_baseline, more = pairs.to_baselines(list(zip(runs, matched, strict=True)))
+        to_baseline, more = paired_tests.to_baselines(
+            list(zip(runs, matched, strict=True))
+        )
         for row, base, difference in zip(rows, matched, to_baseline, strict=True):
             row.cells["is_baseline"] = base is row.runs[0]
             row.cells["baseline_difference"] = difference and difference.value

@@ -50,7 +50,7 @@ class Failure:
 
 
 @dataclass
-class Found:
+class RunSet:
     """What lies under some folders; `unreadable` has a line for each file that was skipped."""
 
     runs: list[Run] = field(default_factory=list)
@@ -58,13 +58,13 @@ class Found:
     unreadable: list[str] = field(default_factory=list)
 
 
-def find(folders: Sequence[Path]) -> Found:
+def find(folders: Sequence[Path]) -> RunSet:
     """Returns all runs at or under `folders`, each once.
 
     Raises:
         ValueError: a folder is missing, or there is no run in any of them.
     """
-    found = Found()
+    found = RunSet()
     for folder in dict.fromkeys(
         path for root in folders for path in _run_folders(root)
     ):

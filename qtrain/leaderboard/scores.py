@@ -1,4 +1,4 @@
-"""The scores of a run's test examples, which `pairs.py` compares."""
+"""The scores of a run's test examples, which `paired_tests.py` compares."""
 
 from pathlib import Path
 from typing import Any

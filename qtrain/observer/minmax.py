@@ -52,7 +52,7 @@ class MinMaxObserver(Observer):
         self.follow(self.min_val, low.to(dtype), is_low=True)
         self.follow(self.max_val, high.to(dtype), is_low=False)
 
-    def observe_numbers(
+    def observe_scalars(
         self, x: Tensor, *, first: bool, rectified: bool = False
     ) -> tuple[tuple[float, float], tuple[float, float]] | None:
         """Does what `observe` does per tensor, with numbers; returns the ranges of `x` and of all.

@@ -8,20 +8,20 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from qtrain.config.build import Parts
+from qtrain.config.build import RunParts
 from qtrain.logger.loggers import Logger
 
 KINDS = ("float", "fake", "quantized")
 
 
-def of_float(config: DictConfig, parts: Parts) -> int:
+def of_float(config: DictConfig, parts: RunParts) -> int:
     """Returns the epochs of the float training, now or before; 0 for a checkpoint as it is."""
     if config.checkpoint is not None and config.checkpoint_mode == "use":
         return 0
     return parts.trainer.num_epochs(parts.data.train)
 
 
-def of_all(config: DictConfig, parts: Parts) -> int:
+def of_all(config: DictConfig, parts: RunParts) -> int:
     """Returns the epochs after which the run ends."""
     if not parts.quantizer.trains:
         return of_float(config, parts)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from omegaconf import DictConfig
 
-from qtrain.analyze.measure import keep_freed_memory
+from qtrain.analyze.measure import tune_malloc
 from qtrain.common.validate import MOST_DEVICES
 from qtrain.quant.base import Quantizer
 from qtrain.train.ranks import from_torchrun, num_ranks
@@ -159,7 +159,7 @@ def _work(
     # The first rank decides, and tells the others
     for ignored in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
-    keep_freed_memory()
+    tune_malloc()
     logging.disable()
     torch.set_num_threads(threads)
     ready.set()

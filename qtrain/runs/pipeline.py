@@ -21,7 +21,7 @@ from qtrain.runs import epochs, launch, outputs, stages, trainings
 from qtrain.runs.checkpoint import digest
 from qtrain.runs.quality import of_task
 from qtrain.runs.report import Report
-from qtrain.runs.resume import Progress, said_how
+from qtrain.runs.resume import Progress, with_resume_hint
 from qtrain.runs.signals import Signals
 from qtrain.runs.sources import code, with_fingerprint
 from qtrain.runs.work import Run
@@ -70,7 +70,7 @@ def execute(
                 run_dir / "config.yaml", lambda new: OmegaConf.save(config, new)
             )
         with (
-            said_how(run_dir),
+            with_resume_hint(run_dir),
             launch.group(config, run_dir, resume, follow) as run_dir,
         ):
             run(config, run_dir, report, resume, signals or Signals())
@@ -128,7 +128,7 @@ def begin(
         run_dir, key, resume=resume, signals=signals, writes=ranks.is_first()
     )
     # The others read no state that the first is about to remove
-    ranks.decide(True, config.device)
+    ranks.broadcast_flag(True, config.device)
     launch.check_quantizer(parts.quantizer)
     require_finite_weights(parts.model)
     report.quality = of_task(parts.task).name

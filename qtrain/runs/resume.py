@@ -197,7 +197,7 @@ class Progress:
 
 
 @contextmanager
-def said_how(run_dir: Path) -> Iterator[None]:
+def with_resume_hint(run_dir: Path) -> Iterator[None]:
     """Lets a signal, a full disk, or the loss of the folder `run_dir`, say how its run goes on."""
     again = f"go on with: qtrain resume={run_dir}"
     try:

@@ -21,7 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from qtrain.config.build import Parts
+from qtrain.config.build import RunParts
 from qtrain.data.loaders import DataLoaders, Loader
 from qtrain.runs.checkpoint import digest
 from qtrain.train.generators import undisturbed
@@ -52,7 +52,7 @@ INSTALLED = {"site-packages", "dist-packages"}
 _sources: dict[str, tuple[ModuleSpec | None, str, list[str]]] = {}
 
 
-def float_key(config: DictConfig, parts: Parts) -> str:
+def float_key(config: DictConfig, parts: RunParts) -> str:
     """Returns a digest of all that determines the float model which a run will train.
 
     Raises:

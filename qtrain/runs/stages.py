@@ -9,9 +9,9 @@ from qtrain.analyze.agreement import agreement, standard_error
 from qtrain.analyze.bits import bytes_at_bits, mean_bits
 from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import largest_float
-from qtrain.analyze.finite import finite_outputs, require_finite_weights
+from qtrain.analyze.finite import assert_finite_outputs, require_finite_weights
 from qtrain.analyze.measure import (
-    OtherLoad,
+    BackgroundLoad,
     generation_speed,
     latency,
     peak_memory_bytes,
@@ -44,7 +44,9 @@ def prepare(run: Run) -> None:
 def calibrate(run: Run) -> None:
     """Lets calibration data be observed, and transforms improve the simulation."""
     run.prepared.kept = FinishedLayers(run.progress)
-    watched = finite_outputs(run.prepared.model, "calibration", called=run.prepared)
+    watched = assert_finite_outputs(
+        run.prepared.model, "calibration", called=run.prepared
+    )
     with run.clock("calibration"), watched:
         run.parts.quantizer.calibrate(
             run.prepared, CalibrationInputs(run.config, run.parts)
@@ -197,7 +199,7 @@ def _describe(run: Run) -> None:
         {} if simulated else {"quantized": quantized}
     )
     settings = OmegaConf.to_container(config.measure)
-    with OtherLoad() as others:
+    with BackgroundLoad() as others:
         report.latency_ms = latency(models, run.sample, **settings)  # type: ignore[arg-type]
         report.tokens_per_s = generation_speed(models, run.sample[0][:1, :1])
     report.other_load = others.cores

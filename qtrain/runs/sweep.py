@@ -30,7 +30,7 @@ EXTRAS = ("joblib", "optuna", "submitit", "ray")
 log = logging.getLogger(__name__)
 
 
-class Occupied(ValueError):
+class RunFolderTaken(ValueError):
     """A job's folder holds a finished run that is not the job's."""
 
 
@@ -108,7 +108,7 @@ def jobs_at_once(hydra_config: DictConfig) -> float:
     return 1  # the basic launcher; Slurm gives each job cores of its own
 
 
-def crowding(config: DictConfig) -> str | None:
+def oversubscription_warning(config: DictConfig) -> str | None:
     """Returns a warning if the jobs of this sweep would fight for the cores, or None."""
     cores, jobs = os.cpu_count() or 1, jobs_at_once(config.hydra)
     threads = config.threads or THREADS
@@ -126,7 +126,7 @@ def crowding(config: DictConfig) -> str | None:
     return None
 
 
-def carry_out(
+def run_job(
     config: DictConfig,
     run_dir: Path,
     overrides: list[str],
@@ -138,7 +138,7 @@ def carry_out(
     failed begins anew, for what made it fail may have been mended.
 
     Raises:
-        Occupied: the folder holds a finished run of another config.
+        RunFolderTaken: the folder holds a finished run of another config.
         Exception: what `pipeline.execute` raises.
     """
     from qtrain.config.build import ConfigError, resolve
@@ -162,7 +162,7 @@ def carry_out(
             report = {"status": None}
         if report["status"] == "ok":
             if not is_same or report.get("versions") != versions():
-                raise Occupied(
+                raise RunFolderTaken(
                     f"hydra.sweep.dir={run_dir.parent}: {run_dir.name} holds a "
                     "finished run of another config or version; "
                     "name another folder, or delete this run"

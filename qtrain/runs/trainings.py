@@ -11,7 +11,7 @@ from torch import nn
 
 from qtrain.analyze.finite import require_finite_weights
 from qtrain.backend import torch_ao
-from qtrain.config.build import Parts
+from qtrain.config.build import RunParts
 from qtrain.runs import epochs
 from qtrain.runs.checkpoint import FloatCache
 from qtrain.runs.foreign import load_checkpoint
@@ -58,14 +58,14 @@ def _obtain(run: Run) -> None:
                 else None
             )
             report.float_from = "training" if training is None else "cache"
-            if ranks.decide(training is None, config.device):
+            if ranks.broadcast_flag(training is None, config.device):
                 train_float(run)
                 if ranks.is_first():
                     cache.save(
                         model, {"seconds": run.clock.seconds["float_training"]}
                     )
             else:
-                ranks.spread_weights(model)
+                ranks.broadcast_weights(model)
                 if training is not None:
                     seconds = training["seconds"]
                     log.info(
@@ -171,7 +171,7 @@ def _finetune(run: Run) -> None:
         prepared.load_state_dict(best["model"])
 
 
-def val_scores(parts: Parts, model: nn.Module, device: str) -> dict[str, float]:
+def val_scores(parts: RunParts, model: nn.Module, device: str) -> dict[str, float]:
     """Returns {"val_<metric>": number} on the validation data, or nothing where there are none."""
     if parts.data.val is None:
         return {}

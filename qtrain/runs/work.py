@@ -12,7 +12,7 @@ from qtrain.analyze.measure import (
     Stopwatch,
 )
 from qtrain.common.copying import cloned
-from qtrain.config.build import Parts
+from qtrain.config.build import RunParts
 from qtrain.data.loaders import Loader
 from qtrain.logger.loggers import Logger
 from qtrain.runs.report import Report
@@ -49,7 +49,7 @@ class Run:
     config: DictConfig
     run_dir: Path
     report: Report
-    parts: Parts
+    parts: RunParts
     progress: Progress
     sample: tuple[Tensor, ...]
     auxiliary: frozenset[str]
@@ -70,7 +70,7 @@ class CalibrationInputs:
     """Forward's arguments for `calib_batches` batches, without augmentation, again and again."""
 
     config: DictConfig
-    parts: Parts
+    parts: RunParts
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         data = self.parts.data

@@ -35,7 +35,7 @@ class FakeQuantize(Observed):
         quantizing: whether forward fake-quantizes.
 
     Attributes:
-        rectifies: whether forward works on relu(x) in place of x.
+        fuse_relu: whether forward works on relu(x) in place of x.
         scale_free: whether the largest magnitude of each channel becomes the last
             integer, on either side: then nothing is clipped, and a channel's integers
             stay whatever it is multiplied by, but for their sign.
@@ -57,7 +57,7 @@ class FakeQuantize(Observed):
     ) -> None:
         super().__init__(observer, kernel=kernel, memoryless=memoryless)
         self.observing, self.quantizing = observing, quantizing
-        self.rectifies = False
+        self.fuse_relu = False
         self._axis = self.ch_axis if self.is_per_channel else None
         self._limits = {"quant_min": self.quant_min, "quant_max": self.quant_max}
         is_narrow = self.is_symmetric and self.quant_min == -self.quant_max
@@ -85,7 +85,7 @@ class FakeQuantize(Observed):
                     output = self._by_numbers(x)
         if output is not None:
             return output
-        if self.rectifies:
+        if self.fuse_relu:
             x = F.relu(x)
         if self.observing:
             self._observe(x.detach())
@@ -109,8 +109,8 @@ class FakeQuantize(Observed):
             first = (
                 self.memoryless or not known.observed and self.observer.is_untouched()
             )
-            found = self.observer.observe_numbers(
-                x.detach(), first=first, rectified=self.rectifies
+            found = self.observer.observe_scalars(
+                x.detach(), first=first, rectified=self.fuse_relu
             )
             if found is None:
                 return None
@@ -118,7 +118,7 @@ class FakeQuantize(Observed):
             known.observed, known.qparams = True, None
             known.numbers = range_numbers(*observed, **self._rule)
         if not self.quantizing:
-            return F.relu(x) if self.rectifies else x
+            return F.relu(x) if self.fuse_relu else x
         if known.numbers is None:
             scale, zero_point = self._qparams()
             known.numbers = (
@@ -128,7 +128,7 @@ class FakeQuantize(Observed):
         if not within_reach(known.numbers[0]):
             return None
         return fake_quantize_by_numbers(
-            x, *known.numbers, **self._limits, rectify=self.rectifies, ends=ends
+            x, *known.numbers, **self._limits, rectify=self.fuse_relu, ends=ends
         )
 
     def _by_tensors(self, x: Tensor) -> Tensor:

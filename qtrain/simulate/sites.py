@@ -204,7 +204,7 @@ class QuantWeighted(Site):
         self.fuses_relu = relu and output_q is not None
         if output_q is not None and relu:
             # One clamp, and one mask for the gradient, do the work of two.
-            output_q.rectifies = True
+            output_q.fuse_relu = True
 
     def forward(self, input: Tensor) -> Tensor:
         bn = self._modules["bn"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.analyze.finite import finite_outputs
+from qtrain.analyze.finite import assert_finite_outputs
 from qtrain.analyze.truth import TruthError
 from qtrain.data.loaders import Loader
 from qtrain.task.base import Task
@@ -43,7 +43,7 @@ def evaluate(
         # Its forward may change them in place
         output = model(*(x.clone() for x in inputs))
         if not output.isfinite().all():
-            with finite_outputs(model, "evaluation", first_batch=index):
+            with assert_finite_outputs(model, "evaluation", first_batch=index):
                 model(*(x.clone() for x in inputs))
             raise TruthError(
                 f"model: its output on evaluation batch {index} is not finite"

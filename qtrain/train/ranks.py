@@ -44,7 +44,7 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def share(batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], float]:
+def shard_batch(batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], float]:
     """Returns this rank's part of a batch, and the weight of its mean in that over ranks."""
     ranks, total = num_ranks(), len(batch[1])
     if ranks == 1:
@@ -64,7 +64,7 @@ def mean(value: Tensor) -> Tensor:
     return value / num_ranks()
 
 
-def decide(asked: bool, device: str) -> bool:
+def broadcast_flag(asked: bool, device: str) -> bool:
     """Returns what the first rank asked for."""
     if num_ranks() == 1:
         return asked
@@ -73,7 +73,7 @@ def decide(asked: bool, device: str) -> bool:
     return bool(answer)
 
 
-def spread_generator(device: str) -> None:
+def broadcast_rng(device: str) -> None:
     """Gives every rank the first one's generator, of which the order of the samples is drawn."""
     if num_ranks() > 1:
         state = torch.get_rng_state().to(device)
@@ -81,7 +81,7 @@ def spread_generator(device: str) -> None:
         torch.set_rng_state(state.cpu())
 
 
-def spread_weights(model: nn.Module) -> None:
+def broadcast_weights(model: nn.Module) -> None:
     """Gives every rank the first one's weights, in place."""
     if num_ranks() > 1:
         content = [model.state_dict()]
@@ -111,7 +111,7 @@ def average_statistics(model: nn.Module) -> None:
 
 
 @contextmanager
-def together(model: nn.Module) -> Iterator[Callable[..., Any]]:
+def ddp(model: nn.Module) -> Iterator[Callable[..., Any]]:
     """Yields what to call in place of `model` on all ranks; with one rank, `model` itself."""
     if num_ranks() == 1:
         yield model

@@ -122,7 +122,7 @@ class Trainer:
         loader = without_single(loader, model)
         opt = optimizer(x for x in model.parameters() if x.requires_grad)
         schedule = scheduler(opt, self.num_steps(loader))
-        with checkpoint or Checkpoint() as kept, ranks.together(model) as forward:
+        with checkpoint or Checkpoint() as kept, ranks.ddp(model) as forward:
             training = Training(
                 self,
                 model,

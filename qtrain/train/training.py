@@ -83,7 +83,7 @@ class Training:
 
     def must_stop(self) -> bool:
         """Returns whether the ranks shall end now, having saved their state."""
-        return ranks.decide(self.checkpoint.must_stop, self.device)
+        return ranks.broadcast_flag(self.checkpoint.must_stop, self.device)
 
     def restore(self) -> None:
         """Goes back to the state that the checkpoint holds, if it holds one.
@@ -110,7 +110,7 @@ class Training:
     def run_epoch(self, epoch: int) -> bool:
         """Trains for one epoch, or the rest of it; returns False if told to stop, having saved."""
         self.mean = RunningMean(self.device, self.stage, epoch)
-        ranks.spread_generator(self.device)
+        ranks.broadcast_rng(self.device)
         first = self.done
         bar = tqdm(
             self._batches(),
@@ -170,7 +170,7 @@ class Training:
 
     def _learn(self, batch: Batch, index: int) -> None:
         """Adds the gradients of one batch."""
-        batch, weight = ranks.share(
+        batch, weight = ranks.shard_batch(
             (batch[0].to(self.device), batch[1].to(self.device))
         )
         # A forward may change them, and data come again.

@@ -8,7 +8,7 @@ import torch
 from calibration import calibrated
 from truth_gate import Residual
 
-from qtrain.analyze.finite import finite_outputs, require_finite_weights
+from qtrain.analyze.finite import assert_finite_outputs, require_finite_weights
 from qtrain.analyze.truth import TruthError
 from qtrain.observer.histogram import HistogramObserver
 
@@ -52,14 +52,14 @@ def test_a_calibration_batch_that_is_not_finite_is_named_with_its_layer(
         quantizer = (make_qat if method == "qat" else make_ptq)()
     prepared = quantizer.prepare(convnet)
     batches = [(batch.clone(),) for batch in images.split(8)]
-    with finite_outputs(prepared.model, "calibration"):
+    with assert_finite_outputs(prepared.model, "calibration"):
         quantizer.calibrate(prepared, batches)
     batches[2][0][3, 0, 5, 5] = value
     with pytest.raises(
         TruthError,
         match="layer quant: its output is not finite in calibration, batch 2",
     ):
-        with finite_outputs(prepared.model, "calibration"):
+        with assert_finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, batches)
 
 
@@ -73,7 +73,7 @@ def test_the_layer_where_nan_arises_is_the_one_that_is_named(
         TruthError,
         match="layer conv2: its output is not finite in calibration, batch 0",
     ):
-        with finite_outputs(prepared.model, "calibration"):
+        with assert_finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(images,)])
 
 
@@ -86,13 +86,13 @@ def test_a_float_functional_where_infinity_arises_is_named(make_ptq):
         TruthError,
         match="layer sum: its output is not finite in calibration, batch 0",
     ):
-        with finite_outputs(prepared.model, "calibration"):
+        with assert_finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(huge,)])
 
 
 def test_the_watch_ends_with_the_block(convnet, images, make_ptq):
     prepared = make_ptq().prepare(convnet)
     with pytest.raises(TruthError, match="layer quant: .*in evaluation, batch 7"):
-        with finite_outputs(prepared.model, "evaluation", first_batch=7):
+        with assert_finite_outputs(prepared.model, "evaluation", first_batch=7):
             prepared(images * math.nan)
     assert prepared(images * math.nan).isnan().any()

@@ -181,10 +181,10 @@ def test_stopwatch(monkeypatch):
 
 FAULTS = """
 import resource, sys, torch
-from qtrain.analyze.measure import keep_freed_memory
+from qtrain.analyze.measure import tune_malloc
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
-    keep_freed_memory()
+    tune_malloc()
 def step():
     return [torch.ones(2**20) for _ in range(20)]
 step(), step()

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from qtrain.analyze.measure import OtherLoad, median_interval
+from qtrain.analyze.measure import BackgroundLoad, median_interval
 from qtrain.cli import bench
 from qtrain.config import build
 from qtrain.runs import pipeline
@@ -126,15 +126,17 @@ def test_the_load_of_others_is_what_this_process_did_not_use(
 ):
     """Of 1 s in which this process used 1 s of CPU time; `busy` counts ticks of 10 ms."""
     now = iter([(10.0, 5.0), (11.0, 5.0 + busy / 100 - 1.0)])
-    monkeypatch.setattr(OtherLoad, "_now", staticmethod(lambda: next(now)))
-    with OtherLoad() as others:
+    monkeypatch.setattr(BackgroundLoad, "_now", staticmethod(lambda: next(now)))
+    with BackgroundLoad() as others:
         pass
     assert others.cores == pytest.approx(cores)
     assert others.contended == (cores > 0.25)
 
 
 def test_where_the_system_does_not_tell_nothing_is_claimed(monkeypatch):
-    monkeypatch.setattr(OtherLoad, "_now", staticmethod(lambda: (0.0, float("nan"))))
-    with OtherLoad() as others:
+    monkeypatch.setattr(
+        BackgroundLoad, "_now", staticmethod(lambda: (0.0, float("nan")))
+    )
+    with BackgroundLoad() as others:
         pass
     assert others.cores is None and not others.contended

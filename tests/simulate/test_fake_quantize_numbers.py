@@ -191,7 +191,7 @@ def test_a_relu_inside_is_a_relu_before(symmetric, name, dtype):
     inside, before = (
         make(symmetric=symmetric, observer=OBSERVERS[name]) for _ in range(2)
     )
-    inside.rectifies = True
+    inside.fuse_relu = True
     for seed in range(4):
         x = 2 * torch.randn(
             7, 9, generator=torch.Generator().manual_seed(seed), dtype=dtype

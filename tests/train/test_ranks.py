@@ -74,7 +74,7 @@ def test_observers_see_the_whole_batch(alone, two):
 
 def test_one_process_shares_with_nobody():
     batch = torch.ones(3), torch.ones(3)
-    assert ranks.share(batch) == (batch, 1.0) and ranks.is_first()
+    assert ranks.shard_batch(batch) == (batch, 1.0) and ranks.is_first()
 
 
 # ---- the command ---------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ OTHERS = (
     *THROUGH,
     *BY_TABLE,
 )
-# Parts call no parts of theirs
+# RunParts call no parts of theirs
 WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 

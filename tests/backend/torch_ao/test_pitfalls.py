@@ -12,7 +12,7 @@ from calibration import calibrated, decibels
 from torch import nn
 
 from qtrain.analyze.dry_run import dry_run
-from qtrain.analyze.finite import finite_outputs, require_finite_weights
+from qtrain.analyze.finite import assert_finite_outputs, require_finite_weights
 from qtrain.analyze.measure import weight_bytes
 from qtrain.analyze.truth import TruthError, TruthGate
 from qtrain.backend import torch_ao
@@ -166,7 +166,7 @@ def test_masking_with_minus_infinity_before_dequantization_is_seen(images, make_
         TruthError,
         match="layer dequant: its output is not finite in calibration, batch 0",
     ):
-        with finite_outputs(prepared.model, "calibration"):
+        with assert_finite_outputs(prepared.model, "calibration"):
             quantizer.calibrate(prepared, [(torch.randn(2, 6, 6),)])
 
 
