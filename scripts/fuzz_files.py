@@ -253,8 +253,7 @@ def outputs(folder: Path, file: str) -> Any:
             raise ValueError(printed)
         return sha256(folder / "float.pt")
     if file == "examples.npz":
-        from qtrain.leaderboard.pairs import _scores
-
+        from qtrain.leaderboard.paired_tests import _scores
         from qtrain.leaderboard.runs import find
 
         scores = _scores(find([folder]).runs[0])
