@@ -15,7 +15,7 @@ from qtrain.common.torch_parts import has_torch_ao
 
 @cache
 def multiplies(most: int) -> bool:
-    """Tells whether it is there, and exact for integers 0..`most`.
+    """Returns whether it is there, and exact for integers 0..`most`.
 
     Without VNNI it adds products in pairs, and cuts such a sum off at 16 bits.
     """

@@ -52,7 +52,8 @@ def _refuse(model: nn.Module) -> None:
     """Raises ValueError where torch would say so in words of its own."""
     if not output_points(model):
         raise ValueError(
-            f"{CANNOT}: its method quantizes no activations; use ptq or qat"
+            f"{CANNOT}: no layer quantizes activations; use ptq or qat, and leave some "
+            "layer out of what quant.layers says is float"
         )
     for name, layer in model.named_modules():
         if isinstance(layer, LLMInt8Linear | Int8Recurrent):

@@ -29,6 +29,7 @@ class Quantizer:
             torch's device "meta", and filled from a state dict, where the float model
             can.
         exports: whether its simulation has something that an exporter can write.
+        shows_fake: whether each scored epoch of its training shows `fake` too.
     """
 
     calibrates = False
@@ -37,6 +38,7 @@ class Quantizer:
     from_scratch = False
     simulated = False
     exports = False
+    shows_fake = True
     is_all_state = False
     engine: str | None = None
     weight: QuantSpec | CodebookSpec | FloatFormat | None = None

@@ -108,6 +108,9 @@ class LoRA(WeightOnly):
         self.epochs, self.convert_every = epochs, convert_every
         self.optimizer, self.scheduler = optimizer, scheduler
 
+    # A float model of full size, and no other figures: once, at the end, will do.
+    shows_fake = False
+
     def prepare(self, model: nn.Module, example: tuple[Any, ...] = ()) -> Simulation:
         simulation = super().prepare(model, example)
         forms: dict[str, Any] = dict(simulation.others)

@@ -1,10 +1,13 @@
 """One run: float model, prepare, calibrate, fine-tune, convert; all scored on the same data."""
 
+import logging
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qtrain.analyze.dry_run import dry_run
@@ -26,6 +29,8 @@ from qtrain.runs.signals import Signals
 from qtrain.runs.sources import code, with_fingerprint
 from qtrain.runs.work import Run
 from qtrain.train import ranks
+
+log = logging.getLogger(__name__)
 
 ON_ALL_RANKS = (
     trainings.obtain_float,
@@ -108,13 +113,21 @@ def run(
         work.logger.close()
 
 
+def _is_in_a_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def begin(
     config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals
 ) -> Run:
     """Builds what the run is made of, and tries every stage on a few samples beforehand."""
     reset_peak_memory()
     parts = build(config)
-    refuse_config(unused_policies(parts.model, report.overrides))
+    policies = unused_policies(parts.model, report.overrides)
+    if not resume and not _is_in_a_sweep():
+        refuse_config(policies)
+    for line in policies:  # other jobs of the sweep may heed them
+        log.warning(line)
     parts = replace(parts, data=with_fingerprint(config, parts.data))
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -123,12 +123,12 @@ def _finetune(run: Run) -> None:
     best = checkpoint.extra
 
     def score(epoch: int) -> dict[str, float]:
-        if not quantizer.convert_every or (epoch + 1) % quantizer.convert_every:
-            return {}
-        if not ranks.is_first():
+        every = quantizer.convert_every
+        if not ranks.is_first() or not every or (epoch + 1) % every:
             return {}
         metrics = val_scores(parts, quantizer.convert(prepared), "cpu")
-        scores, fake = {"quantized": metrics}, quantizer.fake(prepared)
+        scores = {"quantized": metrics}
+        fake = quantizer.fake(prepared) if quantizer.shows_fake else None
         if fake is not None:
             # What is only shown must not change the training.
             with torch.random.fork_rng(devices=[]):

@@ -76,7 +76,9 @@ def test_a_method_without_quantized_activations_is_refused(
     method, mlp, images, tmp_path
 ):
     found = qtrain.quantize(mlp, [images], method)
-    with pytest.raises(ValueError, match="quantizes no activations; use ptq or qat"):
+    with pytest.raises(
+        ValueError, match="no layer quantizes activations; use ptq or qat"
+    ):
         qtrain.export(found.simulation, images, tmp_path)
 
 

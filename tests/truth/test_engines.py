@@ -1,5 +1,7 @@
 """On every engine the integers are the simulation's, and each layer does as its simulation does."""
 
+import math
+
 import pytest
 import torch
 from torchvision.models import quantization as networks
@@ -79,6 +81,7 @@ def steps_apart(simulated, model, names, x):
         def compare(_, args, output, name=name, site=site, scale=scale):
             error = (plain(output) - site(plain(args[0]))) / scale
             rms = float(error.square().mean().sqrt())
+            assert math.isfinite(rms), name
             found[name] = max(found.get(name, 0.0), rms)
 
         handles.append(model.get_submodule(name).register_forward_hook(compare))

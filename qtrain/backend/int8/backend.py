@@ -76,7 +76,7 @@ OTHERS = (
     *THROUGH,
     *BY_TABLE,
 )
-# RunParts call no parts of theirs
+# These call none of the modules within them.
 WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 

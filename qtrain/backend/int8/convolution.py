@@ -85,7 +85,7 @@ def padded(layer: Any, x: Tensor, zero_point: int) -> Tensor:
 
 
 def _is_wrong_with_zero_point(layer: Any) -> bool:
-    """Tells whether oneDNN takes off something else than the zero point (torch 2.14.1)."""
+    """Returns whether oneDNN takes off something else than the zero point (torch 2.14.1)."""
     groups = layer.groups
     has_one_each = groups > 1 and layer.in_channels == groups
     return has_one_each and layer.out_channels > 32 * groups

@@ -133,6 +133,11 @@ class Program:
         # Without what autograd wants to know of each; all but what goes out.
         with torch.inference_mode():
             _run(self.steps[:-1], values)
+        if not torch.is_inference_mode_enabled():
+            # The last may work in place, which torch refuses for tensors from within.
+            for i in self.steps[-1][1]:
+                if isinstance(values[i], Tensor) and values[i].is_inference():
+                    values[i] = values[i].clone()
         _run(self.steps[-1:], values)
         found = values[self.result]
         if found.is_inference() and not torch.is_inference_mode_enabled():

@@ -34,7 +34,7 @@ def _fits_float32(layer: Any, weight: Tensor) -> bool:
     if weight.is_meta or torch.compiler.is_compiling():
         return weight[0].numel() * 255 * 128 < EXACT
     is_transposed = getattr(layer, "transposed", False)
-    return most_of_sums(weight.view(1, -1) if is_transposed else weight) < EXACT
+    return most_of_sums(weight.reshape(1, -1) if is_transposed else weight) < EXACT
 
 
 def most_of_sums(weight: Tensor) -> int:

@@ -76,7 +76,7 @@ def _taps(layer: Any, weight: Tensor) -> Tensor:
     ]
     padded = F.pad(weight, (0, missing[1], 0, missing[0]))
     inputs, outputs = len(weight) // groups, weight.shape[1]
-    by_place = padded.view(
+    by_place = padded.reshape(
         groups, inputs, outputs, counts[0], stride, counts[1], stride
     ).flip(3, 5)
     # (groups, outputs, places within a stride, inputs, taps)

@@ -26,7 +26,7 @@ FEW_ROWS = 16  # for so many, fbgemm is faster than a copy of the matrix in floa
 
 
 def has_onednn() -> bool:
-    """Tells whether oneDNN multiplies 8 bits by 8, exactly.
+    """Returns whether oneDNN multiplies 8 bits by 8, exactly.
 
     Without VNNI it saturates, and with digits that have a sign it falls back to plain loops.
     """
@@ -34,7 +34,7 @@ def has_onednn() -> bool:
 
 
 def has_fbgemm() -> bool:
-    """Tells whether fbgemm multiplies digits of up to 128, exactly."""
+    """Returns whether fbgemm multiplies digits of up to 128, exactly."""
     return fbgemm.multiplies(DIGIT)
 
 

@@ -43,9 +43,9 @@ class StateProduct:
         self.matrix = weight.dequantize().to(x.dtype).T if is_small else None
         # As a tensor: a number would be made one each time.
         self.most = x.new_tensor(127)
-        self.bias = linear.bias
-        if self.bias is None:
-            self.bias = x.new_zeros(weight.shape[0])
+        self.bias = (
+            x.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias.to(x)
+        )
         self.all = x.new_empty(len(x), weight.shape[0])
         # Views, made once: what each time overwrites.
         self.gates = self.all.chunk(count, 1)
@@ -179,6 +179,10 @@ class Int8Recurrent(nn.Module):
         """Returns the outputs of one direction (N, T, H), and the state that it ends with."""
         parts: Any = self.directions[index]
         is_lstm = self.cell is lstm
+        given = x.dtype
+        if given != torch.float64:
+            # What is smaller has neither the biases' kind nor room for TINY.
+            x, state = x.float(), tuple(part.float() for part in state)
         product = StateProduct(parts["hidden"], x, 4 if is_lstm else 3)
         from_x, outputs = parts["input"](x), []
         gates = (from_x + product.bias if is_lstm else from_x).unbind(1)
@@ -192,7 +196,8 @@ class Int8Recurrent(nn.Module):
                 new = tuple(map(torch.where, (runs,) * 2, new, state))
             state = new
             outputs.append(output)
-        return torch.stack(outputs[::-1] if backwards else outputs, 1), state
+        whole = torch.stack(outputs[::-1] if backwards else outputs, 1)
+        return whole.to(given), tuple(part.to(given) for part in state)
 
     def flatten_parameters(self) -> None:
         """Does nothing: a forward may call it."""

@@ -208,15 +208,17 @@ def _reason(
             )
     if not isinstance(module, CONV_TRANSPOSE):
         return None
+    is_wrong_there = _is_wrong_in_fbgemm(module)
+    others = "qnnpack" if is_wrong_there else "fbgemm or qnnpack"
     weight = layer and layer.weight
     if isinstance(weight, QuantSpec) and weight.granularity == "per_channel":
         return (
             "has no per-channel kernel; "
-            "use quant.weight.granularity=per_tensor with engine fbgemm or qnnpack"
+            f"use quant.weight.granularity=per_tensor with engine {others}"
         )
     if not conv_transpose:
-        return f"comes out wrong with engine {engine}; use fbgemm or qnnpack"
-    if engine == "fbgemm" and _is_wrong_in_fbgemm(module):
+        return f"comes out wrong with engine {engine}; use {others}"
+    if engine == "fbgemm" and is_wrong_there:
         return (
             "comes out wrong with engine fbgemm, whose kernel for 8, 16 ... channels "
             "fails with a side of 2; use int8 or qnnpack"
@@ -225,7 +227,7 @@ def _reason(
 
 
 def _is_wrong_in_fbgemm(layer: nn.Module) -> bool:
-    """Tells whether a transposed convolution is one of those that are noise (torch 2.14.1)."""
+    """Returns whether a transposed convolution is one of those that are noise (torch 2.14.1)."""
     if not isinstance(layer, nn.ConvTranspose2d) or layer.groups > 1:
         return False
     channels = layer.in_channels, layer.out_channels

@@ -340,3 +340,15 @@ def test_gradients_pass_beside_integers_and_outputs_can_be_changed(make_ptq):
     found.norm.bias.requires_grad_()
     found(x).sum().backward()
     assert torch.equal(found.norm.bias.grad, torch.full((4,), 8.0))
+
+
+@pytest.mark.parametrize("last", [nn.ReLU(inplace=True), nn.Hardtanh(inplace=True)])
+def test_a_last_operation_may_work_in_place_behind_the_stub(last):
+    """In every order of modes, and by the list of calls."""
+    layers = qtrain.QuantStub(), nn.Linear(6, 4), qtrain.DeQuantStub(), last
+    x = torch.randn(5, 6)
+    model = qtrain.quantize(nn.Sequential(*layers), [x], engine="int8").model
+    with torch.inference_mode():
+        wanted = model(x)
+    with torch.no_grad():
+        assert torch.equal(model(x), wanted) and torch.equal(model(x), wanted)

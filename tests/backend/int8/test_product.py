@@ -1,5 +1,6 @@
 """Products of integers against exact arithmetic, for random layers, layouts and numbers."""
 
+import copy
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import qtrain
 from qtrain.backend import fbgemm, machine
 from qtrain.backend.int8 import linear, product
 from qtrain.backend.int8.product import Product
@@ -261,3 +263,13 @@ def test_the_reference_is_exact_where_weights_are_the_most_negative():
     expected = (x.long() * weight.long()).sum()
     assert exact_sums(layer, x, weight, 0).item() == expected
     assert most_of_sums(weight) == (1025 * 127 + 1024 * 128) * 255
+
+
+def test_a_transposed_convolution_on_channels_last_is_that_on_others():
+    model = nn.Sequential(nn.ConvTranspose2d(8, 6, 3, stride=2, dilation=2)).eval()
+    x = torch.randn(2, 8, 5, 5)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        twin = copy.deepcopy(model).to(memory_format=layout)
+        results.append(qtrain.quantize(twin, [x], engine="int8").model(x))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)

@@ -150,3 +150,14 @@ def test_zeros_stay_numbers(kind):
     for parameter in layer.parameters():
         parameter.detach().zero_()
     assert Int8Recurrent(layer, SPEC)(torch.zeros(3, 2, 12))[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_inputs_of_other_types_come_out_as_such(kind, dtype):
+    layer = kind(6, 5, batch_first=True).eval()
+    int8 = Int8Recurrent(layer, SPEC)
+    x = torch.randn(3, 4, 6)
+    y, _ = int8(x.to(dtype))
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), layer(x)[0], rtol=0.05, atol=0.05)
