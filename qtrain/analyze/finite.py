@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from qtrain.analyze.truth import TruthError
 from qtrain.backend import integers
+from qtrain.functional.finite import is_finite
 
 
 def require_finite_weights(model: nn.Module) -> None:
@@ -30,19 +31,13 @@ def require_finite_weights(model: nn.Module) -> None:
                 "seen an input; run the model on a sample at the end of its __init__, "
                 "or give the layer its input size"
             )
-        if not value.isfinite().all():
+        if not is_finite(value):
             bad = int((~value.isfinite()).sum())
             layer, kind = integers.users_name(model, name), name.rpartition(".")[2]
             layer = layer if layer == name else f"{layer}.{kind}"
             raise TruthError(
                 f"layer {layer}: {bad} of {value.numel()} weights are NaN or infinite"
             )
-
-
-def is_finite(x: Tensor) -> bool:
-    """Returns whether a tensor of floats holds neither NaN nor infinity."""
-    # One pass, which tells for nearly all: only a sum of large numbers may overflow.
-    return bool(x.detach().sum().isfinite()) or bool(x.isfinite().all())
 
 
 @contextmanager

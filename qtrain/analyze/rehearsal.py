@@ -13,6 +13,7 @@ from qtrain.analyze.blame import explained
 from qtrain.backend import torch_ao
 from qtrain.common.copying import cloned
 from qtrain.data.loaders import Batch, DataLoaders
+from qtrain.functional.finite import is_finite
 from qtrain.quant.base import Quantizer
 from qtrain.task.base import Task, training_loss
 
@@ -113,7 +114,7 @@ def _check_splits(task: Task, data: DataLoaders, output: Tensor) -> None:
         for index, batch in enumerate(loader or ()):
             where = f"{name} split, batch {index}"
             inputs = batch[0]
-            if inputs.is_floating_point() and not inputs.isfinite().all():
+            if not is_finite(inputs):
                 bad = int((~inputs.isfinite()).sum())
                 raise ValueError(
                     f"data: {where}: {bad} of {inputs.numel()} input values are NaN or "

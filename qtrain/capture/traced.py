@@ -127,10 +127,14 @@ class Frozen(ValueError):
     """
 
     def __init__(self, found: Any, traced: Any, line: str, path: str) -> None:
+        remedy = (
+            "name the module around that line in quant.capture.leaves"
+            if path
+            else "use quant.capture.mode=bracket"
+        )
         super().__init__(
             f"model: it was captured for inputs for which this is {traced}, and now it "
-            f"is {found}: {line}. Give it inputs of like sizes, "
-            "or name the module around that line in quant.capture.leaves"
+            f"is {found}: {line}. Give it inputs of like sizes, or {remedy}"
         )
         self.line, self.path = line, path
 

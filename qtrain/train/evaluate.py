@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qtrain.analyze.finite import assert_finite_outputs
 from qtrain.analyze.truth import TruthError
 from qtrain.data.loaders import Loader
+from qtrain.functional.finite import is_finite
 from qtrain.task.base import Task
 
 
@@ -42,7 +43,7 @@ def evaluate(
         inputs = task.inputs(batch)
         # Its forward may change them in place
         output = model(*(x.clone() for x in inputs))
-        if not output.isfinite().all():
+        if not is_finite(output):
             with assert_finite_outputs(model, "evaluation", first_batch=index):
                 model(*(x.clone() for x in inputs))
             raise TruthError(

@@ -89,3 +89,11 @@ def test_a_layers_setting_for_an_embedding_is_sent_to_the_right_key(job, method)
     run = job("gpt2_nano", *TEXT, f"quant={method}", "quant.layers={wpe: fp16}")
     assert run.code == 1 and "quant.layers.wpe: is an embedding" in run.text
     assert "is said by quant.embedding; here only float has an effect" in run.text
+
+
+def test_a_policy_for_some_models_of_a_sweep_costs_the_others_no_job(command):
+    quick = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null"]
+    quick += ["measure.repeats=2", "quant=ptq"]
+    code, text = command("-m", "model=mlp,convnet", "quant.embedding=int8", *quick)
+    assert code == 0, text
+    assert "quant.embedding=int8: ConvNet has no Embedding; leave it out" in text

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtrain.backend.int8 import convolution
-from qtrain.backend.int8.scale import Scale
 
 
 def why_not(layer: Any) -> str | None:
@@ -30,12 +29,9 @@ def kernel(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
-    relu: bool,
-    output: Scale,
-    scale: float,
-    zero_point: int,
+    *rest: Any,
 ) -> Callable[[Tensor], Tensor]:
-    """Returns the CPU's transposed convolution; see `convolution.kernel`."""
+    """Returns the CPU's transposed convolution; arguments as of `convolution.kernel`."""
     stride = layer.stride[0]
     many = stride * stride
     taps = _taps(layer, weight)
@@ -53,7 +49,7 @@ def kernel(
         taps,
         weight_scale.repeat_interleave(many),
         None if bias is None else bias.repeat_interleave(many),
-        *(relu, output, scale, zero_point),
+        *rest,
     )
     longer = [k + more - stride - 2 * pad for pad, k, more in _sizes(layer)]
 
