@@ -1,5 +1,7 @@
 """Embeddings and tied heads have their policy: GPT-2 can be smaller than its Linear layers say."""
 
+import json
+
 import pytest
 
 import qtrain
@@ -91,9 +93,16 @@ def test_a_layers_setting_for_an_embedding_is_sent_to_the_right_key(job, method)
     assert "is said by quant.embedding; here only float has an effect" in run.text
 
 
-def test_a_policy_for_some_models_of_a_sweep_costs_the_others_no_job(command):
+def test_a_policy_for_some_models_of_a_sweep_costs_the_others_no_job(
+    command, tmp_path
+):
     quick = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null"]
-    quick += ["measure.repeats=2", "quant=ptq"]
-    code, text = command("-m", "model=mlp,convnet", "quant.embedding=int8", *quick)
-    assert code == 0, text
+    quick += [
+        "measure.repeats=2",
+        "quant=ptq",
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
+    _, text = command("-m", "model=mlp,convnet", "quant.embedding=int8", *quick)
     assert "quant.embedding=int8: ConvNet has no Embedding; leave it out" in text
+    reports = (tmp_path / "sweep").glob("*/report.json")
+    assert [json.loads(r.read_text())["status"] for r in reports] == ["ok", "ok"]
