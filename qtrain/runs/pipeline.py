@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qtrain.analyze.dry_run import dry_run
@@ -113,10 +111,6 @@ def run(
         work.logger.close()
 
 
-def _is_in_a_sweep() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
 def begin(
     config: DictConfig, run_dir: Path, report: Report, resume: bool, signals: Signals
 ) -> Run:
@@ -124,9 +118,10 @@ def begin(
     reset_peak_memory()
     parts = build(config)
     policies = unused_policies(parts.model, report.overrides)
-    if not resume and not _is_in_a_sweep():
+    if not resume:
         refuse_config(policies)
-    for line in policies:  # other jobs of the sweep may heed them
+    # A job of a sweep may go on, too, and other jobs may heed them.
+    for line in policies:
         log.warning(line)
     parts = replace(parts, data=with_fingerprint(config, parts.data))
     if config.threads is not None:
