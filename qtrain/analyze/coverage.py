@@ -10,14 +10,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from qtrain.analyze.blame import blame
+from qtrain.analyze.failing_layer import name_failing_layer
 from qtrain.backend import integers, torch_ao
 from qtrain.backend.base import FloatIsland
 from qtrain.backend.int8.tensor import listening
-from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.compact import PackedEmbedding, PackedLinear
 from qtrain.backend.packed.recurrent import PROJECTED, Int8Recurrent
 from qtrain.backend.packed.weight import HalfWeight
 from qtrain.common.copying import by_place
+from qtrain.common.module_names import is_within
 
 Inputs = tuple[Tensor, ...]
 NONE: Mapping[str, str] = {}
@@ -64,7 +65,7 @@ def coverage(
         elif isinstance(getattr(module, "weight", None), HalfWeight):
             float_layers[name] = "kept in float16"
         elif weight is None and sum(own.values()) and _is_float(name, quantized):
-            around = [n for n in floats if name == n or name.startswith(f"{n}.")]
+            around = [n for n in floats if is_within(name, n)]
             float_layers[name] = (
                 floats[max(around, key=len)]
                 if around
@@ -137,7 +138,7 @@ def _quantized_macs(
         if _multiplies(m)
     ]
     try:
-        with blame(quantized, "int8") as where, listening(note):
+        with name_failing_layer(quantized, "int8") as where, listening(note):
             quantized(*inputs)
     finally:
         for handle in handles:
@@ -148,11 +149,11 @@ def _quantized_macs(
 def _multiplies(module: nn.Module) -> bool:
     """Returns whether it has dot products: an embedding looks up, a norm scales."""
     weight = integers.quantized_weight(module)
-    if isinstance(module, CompactEmbedding | nn.Embedding):
+    if isinstance(module, PackedEmbedding | nn.Embedding):
         return False
     if weight is not None:
         return len(weight.shape) > 1
-    kinds = nn.Linear | _ConvNd | CompactLinear | nn.RNNBase | Int8Recurrent
+    kinds = nn.Linear | _ConvNd | PackedLinear | nn.RNNBase | Int8Recurrent
     return isinstance(module, kinds)
 
 

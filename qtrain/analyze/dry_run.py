@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import coverage
+from qtrain.analyze.failing_layer import name_failing_layer
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend import integers, torch_ao
 from qtrain.backend.int8.tensor import is_tensor
@@ -49,7 +49,7 @@ def dry_run(
     torch_ao.refuse_old_norms(model)
     with torch.random.fork_rng(), torch.no_grad():
         float_model = randomize_batch_norm(torch_ao.copy_model(model)).cpu().eval()
-        with blame(float_model, "float"):
+        with name_failing_layer(float_model, "float"):
             float_model(*cloned(inputs))
         prepared = quantizer.prepare(float_model, inputs)
         note_unfused(prepared.model)
@@ -59,14 +59,14 @@ def dry_run(
             if reference is None or truth is None
             else truth.same_function(float_model, reference, inputs)
         )
-        with blame(prepared.model, "prepared"):
+        with name_failing_layer(prepared.model, "prepared"):
             quantizer.calibrate(prepared, [cloned(inputs)])
             with _warn_of_shared_observers(prepared.model):
                 prepared.model(*cloned(inputs))
         quantized = quantizer.convert(prepared)
         most_steps = TruthGate().max_steps if truth is None else truth.max_steps
         with (
-            blame(quantized, "int8") as where,
+            name_failing_layer(quantized, "int8") as where,
             KernelProbe(quantized, where, most_steps) as probe,
             warnings.catch_warnings(),
         ):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.analyze.blame import explained
+from qtrain.analyze.failing_layer import explained
 from qtrain.backend import torch_ao
 from qtrain.common.copying import cloned
 from qtrain.data.loaders import Batch, DataLoaders

@@ -31,7 +31,7 @@ MAX_DB = 200.0  # stands for identical tensors, since JSON has no infinity
 
 
 class TruthError(ValueError):
-    """A number that a run would have reported is not what it seems."""
+    """A reported number would be wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from qtrain.backend.torch_ao import DeQuantStub, QuantStub
 from qtrain.common.copying import cloned
+from qtrain.common.module_names import is_within
 
 
 class Bracketed(nn.Module):
@@ -48,7 +49,8 @@ def bracket(
             lambda m, _, name=name: called.update({name: m})
         )
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | _ConvNd) and not _is_within(name, leaves)
+        if isinstance(layer, nn.Linear | _ConvNd)
+        and not any(is_within(name, leaf) for leaf in leaves)
     ]
     try:
         model(*cloned(inputs))
@@ -58,7 +60,3 @@ def bracket(
     for name, layer in called.items():
         model.set_submodule(name, Bracketed(layer))
     return [f"{name}.{part}" for name in called for part in ("quant", "layer")]
-
-
-def _is_within(name: str, leaves: dict[str, str]) -> bool:
-    return any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves)

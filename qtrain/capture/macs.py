@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from qtrain.common.copying import by_place, cloned
+from qtrain.common.module_names import is_within
 
 
 @torch.no_grad()
@@ -40,7 +41,5 @@ def shares(
             handle.remove()
     total = max(sum(counts.values()), 1)
     for leaf, reason in leaves.items():
-        inner = [
-            c for n, c in counts.items() if n == leaf or n.startswith(f"{leaf}.")
-        ]
+        inner = [c for n, c in counts.items() if is_within(n, leaf)]
         yield leaf, reason, sum(inner) / total

@@ -173,7 +173,7 @@ def continue_run(arguments: list[str]) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came where no run listens, as in a launcher that waits: it ends its workers."""
+    """SIGTERM outside a run, as in a launcher that waits: treated like Ctrl-C; workers end too."""
 
     signum = signal.SIGTERM
 

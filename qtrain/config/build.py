@@ -194,7 +194,7 @@ def build(config: DictConfig) -> RunParts:
     problems = list(check_settings(config))
     made: dict[str, Any] = {}
     for key in PARTS:
-        # Its two specs first: the first to fail would hide the other
+        # Both specs first, so that the errors of both are reported
         if key == "quant":
             problems += spec_mistakes(config.quant, "weight")
             problems += spec_mistakes(config.quant, "activation")

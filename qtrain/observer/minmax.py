@@ -95,7 +95,7 @@ class MinMaxObserver(Observer):
             low, high = low.min(), high.max()
         self._set_range(low, high)
 
-    def observe_magnitude(self, x: Tensor, last: Tensor) -> Tensor:
+    def symmetric_scale(self, x: Tensor, last: Tensor) -> Tensor:
         """Observes `x` alone, by channel of axis 0; returns scales (C,): the largest is `last`.
 
         Args:

@@ -10,7 +10,7 @@ from qtrain.backend import torch_ao
 from qtrain.common.validate import choice, refuse
 from qtrain.functional.spec import FloatFormat
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import only_float
+from qtrain.quant.layer_settings import only_float
 from qtrain.simulate.plan import LayerPlan
 from qtrain.simulate.simulation import Simulation
 

@@ -16,7 +16,7 @@ from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import refuse
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import (
+from qtrain.quant.layer_settings import (
     read_settings,
     recurrent_formats,
     settings_of,
@@ -35,7 +35,7 @@ class Dynamic(Quantizer):
         weight: what weights are quantized to.
         embedding, head: as for PTQ.
         layers: {pattern of layer names: the fields of `weight` that differ there, as
-            {"bits": 4}; or what these layers are instead, see `layer_format`:
+            {"bits": 4}; or what these layers are instead, see `layer_settings`:
             "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
 
     Raises:

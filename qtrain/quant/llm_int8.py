@@ -7,7 +7,7 @@ from torch import nn
 from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import refuse
 from qtrain.functional.spec import QuantSpec
-from qtrain.quant.layer_format import LLM_INT8, check_threshold
+from qtrain.quant.layer_settings import LLM_INT8, check_threshold
 from qtrain.quant.weight_only import WeightOnly
 from qtrain.simulate.simulation import Simulation
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.compact import PackedEmbedding, PackedLinear
 from qtrain.backend.packed.embeddings import tied_heads
 from qtrain.backend.packed.formats import PackedFormat
 from qtrain.backend.packed.lora import LoRALinear
@@ -187,7 +187,7 @@ class LoRA(WeightOnly):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LoRALinear):
                 model.set_submodule(name, layer.merged())
-            elif isinstance(layer, CompactLinear | CompactEmbedding):
+            elif isinstance(layer, PackedLinear | PackedEmbedding):
                 model.set_submodule(name, layer.to_float())
         return model
 

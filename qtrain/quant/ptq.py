@@ -28,7 +28,7 @@ from qtrain.observer.fixed import FixedObserver
 from qtrain.observer.histogram import HistogramObserver
 from qtrain.observer.minmax import MinMaxObserver
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import (
+from qtrain.quant.layer_settings import (
     read_settings,
     recurrent_formats,
     settings_of,
@@ -71,7 +71,7 @@ class PTQ(Quantizer):
             is quantized like others, "shared" stays one with it, in the embedding's
             format, and "float" in float32.
         layers: {pattern of layer names: the fields of `weight` that differ there, as
-            {"bits": 4}; or what these layers are instead, see `layer_format`:
+            {"bits": 4}; or what these layers are instead, see `layer_settings`:
             "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
             Until conversion the latter are float, as their inputs and outputs stay.
         capture: how a model without stubs becomes one that can be simulated.

@@ -11,12 +11,13 @@ from torch.nn.utils import parametrize
 
 from qtrain.backend import torch_ao
 from qtrain.backend.packed.weight import RestoredWeight
+from qtrain.common.module_names import is_within
 from qtrain.common.validate import choice, refuse, whole
 from qtrain.functional import affine
 from qtrain.functional.affine import Quantized
 from qtrain.functional.spec import QuantSpec
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import only_float
+from qtrain.quant.layer_settings import only_float
 from qtrain.simulate.plan import LayerPlan
 from qtrain.simulate.simulation import Simulation
 
@@ -55,9 +56,7 @@ class RoundTrip(Quantizer):
                 type(layer).__name__, weight=self.weight, backend=self.method
             )
             for name, layer in model.named_modules()
-            if not any(
-                name == outer or name.startswith(f"{outer}.") for outer in floats
-            )
+            if not any(is_within(name, outer) for outer in floats)
             if any(
                 self._is_stored(layer, own)
                 for own, _ in layer.named_parameters(recurse=False)

@@ -15,7 +15,12 @@ from qtrain.backend.packed.formats import PackedFormat
 from qtrain.common.validate import MANY, refuse, whole
 from qtrain.functional.spec import CodebookSpec, QuantSpec
 from qtrain.quant.base import Quantizer
-from qtrain.quant.layer_format import layer_format, read_settings, settings_of, settle
+from qtrain.quant.layer_settings import (
+    layer_settings,
+    read_settings,
+    settings_of,
+    settle,
+)
 from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.transform.base import Transform
 from qtrain.transform.improve import check_transforms, improve
@@ -36,7 +41,7 @@ class WeightOnly(Quantizer):
             stays one with it, in the embedding's format; "separate" becomes a weight
             of its own, in `weight`'s; "float" stays in float32. With a setting of its
             own in `layers` it is separate.
-        layers: {pattern of layer names: what these are instead, see `layer_format`:
+        layers: {pattern of layer names: what these are instead, see `layer_settings`:
             "float", "fp16", {"bits": 4} ...}.
         transforms: what chooses the integers by calibration data, see
             `qtrain.transform`; without any, each weight is rounded to the nearest.
@@ -70,7 +75,7 @@ class WeightOnly(Quantizer):
             try:
                 self.layers = read_settings(
                     layers if layers is not None else {},
-                    lambda pattern, value: layer_format(pattern, value, weight),
+                    lambda pattern, value: layer_settings(pattern, value, weight),
                 )
             except ValueError as err:
                 problems.append(str(err))

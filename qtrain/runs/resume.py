@@ -1,8 +1,8 @@
-"""Resuming: the state of a run's training stages on disk, and signals that end a run in good order.
+"""Resuming: the state of a run's training stages on disk, and its end on a signal.
 
-A state is written as a step or an epoch ends, so that a run that is killed at any
-moment goes on from the last one and ends with the same bits. What comes between and
-after the stages is done again, from the same numbers.
+A state is written when a step or an epoch ends. A run that is killed at any moment
+goes on from the last one and ends with the same bits. What comes between and after
+the stages is done again, from the same numbers.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Signals that end a run in good order."""
+"""Graceful shutdown on SIGINT and SIGTERM."""
 
 import signal
 import threading

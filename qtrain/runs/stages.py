@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from qtrain.analyze.agreement import agreement, standard_error
 from qtrain.analyze.bits import bytes_at_bits, mean_bits
-from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import largest_float
+from qtrain.analyze.failing_layer import name_failing_layer
 from qtrain.analyze.finite import assert_finite_outputs, require_finite_weights
 from qtrain.analyze.measure import (
     BackgroundLoad,
@@ -78,7 +78,7 @@ def score(run: Run) -> None:
     parts, report, fake, quantized = run.parts, run.report, run.fake, run.quantized
     with run.clock("evaluation"):
         run.scores = {"float": evaluate(run.float_model, parts.data.test, parts.task)}
-        with blame(fake, "fake-quantized"):
+        with name_failing_layer(fake, "fake-quantized"):
             run.scores["fake"] = (
                 None if fake is None else evaluate(fake, parts.data.test, parts.task)
             )

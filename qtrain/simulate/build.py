@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from qtrain.common.module_names import is_within
 from qtrain.functional.spec import QuantSpec
 from qtrain.simulate import stubs
 from qtrain.simulate.fake_quantize import FakeQuantize
@@ -123,9 +124,7 @@ def refuse_second_names(model: nn.Module, groups: Groups) -> None:
     floats = [name for name, group in groups.items() if group.is_float]
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        is_float = any(
-            name == outer or name.startswith(f"{outer}.") for outer in floats
-        )
+        is_float = any(is_within(name, outer) for outer in floats)
         if isinstance(module, nn.Identity) or is_marked_float(model, name):
             continue
         if id(module) in first and not is_float:
@@ -155,9 +154,7 @@ def make_plan(
     for name, group in groups.items():
         if is_stub(group.head, "DeQuantStub"):
             continue
-        own = [
-            outer for outer in layers if name == outer or name.startswith(f"{outer}.")
-        ]
+        own = [outer for outer in layers if is_within(name, outer)]
         spec = layers[max(own, key=len)] if own else weight
         fixed = FIXED.get(type(group.head)) if not group.is_float else None
         tied = None

@@ -79,7 +79,7 @@ class FakeQuantize(Observed):
         ):
             if self.scale_free:
                 output = self._unclipped(x) if self.observing else None
-            # Numbers, where to read one costs nothing.
+            # On a CPU, reading scales as Python numbers needs no sync with a device.
             elif not self.is_per_channel and x.is_cpu and x.numel():
                 if self._folded or not self.observing:
                     output = self._by_numbers(x)
@@ -93,7 +93,7 @@ class FakeQuantize(Observed):
 
     def _unclipped(self, x: Tensor) -> Tensor:
         """Returns what forward does for scale-free weights, in the fewest operations."""
-        scale = self.observer.observe_magnitude(x.detach(), self._last)
+        scale = self.observer.symmetric_scale(x.detach(), self._last)
         known = self._known
         known.observed = True
         known.qparams = scale, None

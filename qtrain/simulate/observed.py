@@ -57,7 +57,7 @@ class Observed(nn.Module):
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
         self.stays = False
-        # A min-max observer's work is done here, on its own buffers, which stay the truth.
+        # For a min-max observer this module updates the observer's buffers itself.
         folds = type(observer) in (MinMaxObserver, MovingAverageObserver)
         self._folded = kernel == "qtrain" and folds
         self._rule: dict[str, Any] = {

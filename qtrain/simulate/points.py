@@ -36,18 +36,23 @@ def weight_points(model: nn.Module) -> dict[str, FakeQuantize]:
 
 
 def integers(point: FakeQuantize, x: Tensor) -> Tensor:
-    """Returns the integers that stand for `x`: the one rounding, of the simulation and of backends.
-
-    clamp(round(x * (1 / scale)) + zero_point), as kernels do: x / scale would round
-    ties otherwise.
-
-    Returns:
-        int32, of x's shape.
-    """
+    """Returns the integers that stand for `x`, int32 of its shape."""
     scale, zero_point = point.calculate_qparams()
     if point.is_per_channel:
         shape = [1] * x.ndim
         shape[point.ch_axis] = -1
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    return rounded(x, scale, zero_point, point.quant_min, point.quant_max).to(
+        torch.int32
+    )
+
+
+def rounded(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int
+) -> Tensor:
+    """Returns clamp(round(x * (1 / scale)) + zero_point): the rounding of kernels.
+
+    x / scale would round ties otherwise.
+    """
     steps = (x * scale.reciprocal()).round().add(zero_point)
-    return steps.clamp(point.quant_min, point.quant_max).to(torch.int32)
+    return steps.clamp(quant_min, quant_max)

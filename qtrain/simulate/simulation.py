@@ -206,25 +206,38 @@ class Simulation(nn.Module):
     def inputs(
         self, name: str, batches: Batches, *, of: str = "simulation"
     ) -> Iterator[tuple[Any, ...]]:
-        """Yields what the site of that name is called with, call by call; till then all quantizes.
+        """Yields what the site of that name is called with; see `calls`."""
+        return (args for _, args in self.calls([name], batches, of=of))
+
+    def calls(
+        self, names: Iterable[str], batches: Batches, *, of: str = "simulation"
+    ) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Yields (site, what it is called with), call by call; till then all quantizes.
 
         Args:
+            names: of the sites.
             of: the model that runs: "simulation", or "twin".
         """
-        found: list[tuple[Any, ...]] = []
+        found: list[tuple[str, tuple[Any, ...]]] = []
         with self.mode(observing=False, quantizing=True) as model:
             model = self.twin if of == "twin" else model
-            hook = model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, named: found.append(by_place(args, named)),
-                with_kwargs=True,
-            )
+            hooks = [
+                model.get_submodule(name).register_forward_pre_hook(
+                    lambda _, args, named, name=name: found.append(
+                        (name, by_place(args, named))
+                    ),
+                    with_kwargs=True,
+                )
+                for name in names
+            ]
             try:
                 for inputs in batches:
                     model(*cloned(inputs))
                     yield from found
                     found.clear()
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
 
     @property
     def floats(self) -> dict[str, str]:

@@ -5,9 +5,10 @@ Correction", arXiv:1906.04721, section 4.2, with means over calibration data in 
 of those that batch-norm implies.
 """
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,17 +42,29 @@ class CorrectBias(Transform):
     @torch.no_grad()
     def __call__(self, simulation: Simulation, batches: Batches) -> None:
         taken = list(islice(batches, self.batches))
-        for name in execution_order(simulation.model, taken[0]):
-            site = simulation.model.get_submodule(name)
-            if not isinstance(site, QuantWeighted) or site.weight_q is None:
-                continue
-            twin = simulation.twin.get_submodule(name)
-            assert isinstance(twin, QuantWeighted)
-            exact = (
-                _product(twin, *x) for x in simulation.inputs(name, taken, of="twin")
-            )
-            found = (_product(site, *x) for x in simulation.inputs(name, taken))
-            site.shift_bias(_mean(exact) - _mean(found))
+        sites = {
+            name: site
+            for name in execution_order(simulation.model, taken[0])
+            for site in [simulation.model.get_submodule(name)]
+            if isinstance(site, QuantWeighted) and site.weight_q is not None
+        }
+        exact = _means(simulation, sites, taken, of="twin")
+        for name, site in sites.items():
+            found = _means(simulation, [name], taken)
+            site.shift_bias(exact[name] - found[name])
+
+
+def _means(
+    simulation: Simulation, names: Iterable[str], batches: Batches, **of: str
+) -> dict[str, Tensor]:
+    """Returns {site: (C,), the mean of its output over all rows of all batches}, in one pass."""
+    sums, rows = defaultdict[str, list[Tensor]](list), Counter[str]()
+    for name, args in simulation.calls(names, batches, **of):
+        model = simulation.twin if of else simulation.model
+        output = _product(cast(QuantWeighted, model.get_submodule(name)), *args)
+        sums[name].append(output.sum(0))
+        rows[name] += len(output)
+    return {name: torch.stack(s).sum(0) / rows[name] for name, s in sums.items()}
 
 
 def _product(site: QuantWeighted, x: Tensor) -> Tensor:
@@ -62,13 +75,3 @@ def _product(site: QuantWeighted, x: Tensor) -> Tensor:
     kernel_size: Any = getattr(site.layer, "kernel_size", ())
     output = output.movedim(-1 - len(kernel_size), -1)
     return output.reshape(-1, output.shape[-1])
-
-
-def _mean(outputs: Iterator[Tensor]) -> Tensor:
-    """Returns (C,): the mean over all rows of all batches."""
-    sums, rows = zip(
-        *((output.sum(0), len(output)) for output in outputs), strict=True
-    )
-    total = torch.stack(sums).sum(0)
-    mean: Tensor = total / sum(rows)
-    return mean

@@ -6,7 +6,7 @@ from calibration import calibrated
 from torch import nn
 from truth_gate import GATE, Residual, compare
 
-from qtrain.analyze.blame import blame
+from qtrain.analyze.failing_layer import name_failing_layer
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend import torch_ao
 from qtrain.simulate.points import output_points
@@ -81,5 +81,5 @@ def test_a_float_functional_used_without_calibration_fails_by_name(make_ptq):
         ValueError,
         match=r"layer sum \(FloatFunctional\) .* did not during calibration",
     ):
-        with blame(fake, "fake-quantized"):
+        with name_failing_layer(fake, "fake-quantized"):
             fake(torch.randn(8, 4))

@@ -8,7 +8,7 @@ from weight_methods import LINEARS, C, T, V, llm_int8, weight_only
 
 from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.measure import weight_bytes
-from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear
+from qtrain.backend.packed.compact import PackedEmbedding, PackedLinear
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.functional.spec import QuantSpec
 from qtrain.model.gpt2 import GPT2
@@ -37,22 +37,22 @@ EMBEDDED = (V + T) * C
             "float",
             "separate",
             4 * EMBEDDED + V * C + 4 * V,
-            (nn.Embedding, CompactLinear),
+            (nn.Embedding, PackedLinear),
         ),
-        ("fp16", "shared", 2 * EMBEDDED, (CompactEmbedding, CompactLinear)),
-        ("fp16", "float", 2 * EMBEDDED + 4 * V * C, (CompactEmbedding, nn.Linear)),
-        ("int8", "shared", EMBEDDED + 4 * (V + T), (CompactEmbedding, CompactLinear)),
+        ("fp16", "shared", 2 * EMBEDDED, (PackedEmbedding, PackedLinear)),
+        ("fp16", "float", 2 * EMBEDDED + 4 * V * C, (PackedEmbedding, nn.Linear)),
+        ("int8", "shared", EMBEDDED + 4 * (V + T), (PackedEmbedding, PackedLinear)),
         (
             "int8",
             "separate",
             EMBEDDED + 4 * (V + T) + V * C + 4 * V,
-            (CompactEmbedding, CompactLinear),
+            (PackedEmbedding, PackedLinear),
         ),
         (
             "int4",
             "shared",
             EMBEDDED // 2 + 4 * (V + T),
-            (CompactEmbedding, CompactLinear),
+            (PackedEmbedding, PackedLinear),
         ),
     ],
 )

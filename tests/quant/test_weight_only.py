@@ -8,7 +8,7 @@ from weight_methods import T, llm_int8, weight_only
 
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend import torch_ao
-from qtrain.backend.packed.compact import CompactLinear
+from qtrain.backend.packed.compact import PackedLinear
 
 GATE = TruthGate(on_failure="error", samples=8, max_steps=4.0, max_range_ratio=1.25)
 
@@ -23,7 +23,7 @@ def test_every_linear_layer_becomes_integers_and_the_model_stays_itself(
     changed = {
         name
         for name, module in quantized.named_modules()
-        if isinstance(module, CompactLinear)
+        if isinstance(module, PackedLinear)
     }
     assert changed == {
         n for n, m in gpt2.named_modules() if isinstance(m, nn.Linear)
@@ -59,7 +59,7 @@ def test_the_gate_compares_the_layers_that_hold_integers(gpt2, idx):
 def test_convolutions_stay_float(convnet, images):
     quantized = converted(weight_only(), convnet)
     assert type(quantized.conv1) is nn.Conv2d and isinstance(
-        quantized.linear1, CompactLinear
+        quantized.linear1, PackedLinear
     )
     assert (quantized(images) - convnet(images)).norm() < 0.01 * convnet(
         images

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import qtrain
-from qtrain.backend.packed.compact import CompactLinear
+from qtrain.backend.packed.compact import PackedLinear
 from qtrain.cli import compare
 
 MLP = ["model.hidden=24", "quant.epochs=2", "trainer.max_finetuning_steps=12"]
@@ -67,10 +67,8 @@ def test_what_is_loaded_is_the_frozen_layer_and_the_adapter(job):
 def test_layers_that_compute_something_else_than_their_weights_say_are_refused(
     job, monkeypatch, merge
 ):
-    right = CompactLinear.forward
-    monkeypatch.setattr(
-        CompactLinear, "forward", lambda self, x: 0.5 * right(self, x)
-    )
+    right = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: 0.5 * right(self, x))
     run = job("mlp", *MLP, "quant=qlora", f"quant.merge={merge}")
     assert run.code == 1 and "Traceback" not in run.text
     assert "and its simulation's" in run.text, run.text

@@ -34,7 +34,7 @@ class FrozenProduct(torch.autograd.Function):
         return of_x, None, of_bias
 
 
-class CompactLinear(nn.Module):
+class PackedLinear(nn.Module):
     """y = x @ weight.T + bias with a compact weight and float activations:
     weight-only.
 
@@ -69,7 +69,7 @@ def float_linear(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
     return linear
 
 
-class CompactEmbedding(nn.Module):
+class PackedEmbedding(nn.Module):
     """Rows of a compact weight.
 
     Shapes: input, int64 (...) -> (..., K).

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qtrain.backend.packed.codebook_weight import CodebookWeight
-from qtrain.backend.packed.compact import CompactEmbedding, CompactLinear, Stored
+from qtrain.backend.packed.compact import PackedEmbedding, PackedLinear, Stored
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import HalfWeight, IntegerWeight
 from qtrain.functional.spec import CodebookSpec, FloatFormat, QuantSpec
@@ -59,11 +59,11 @@ class PackedFormat:
         weight = self._packed(model, name)
         new: nn.Module
         if isinstance(layer, nn.Embedding):
-            new = CompactEmbedding(weight)
+            new = PackedEmbedding(weight)
         elif isinstance(weight, IntegerWeight) and self.method == "llm_int8":
             new = LLMInt8Linear(weight, layer.bias, self.threshold)
         else:
-            new = CompactLinear(weight, layer.bias)
+            new = PackedLinear(weight, layer.bias)
         model.set_submodule(name, new)
 
     def _packed(self, model: nn.Module, name: str) -> Stored:

@@ -1,4 +1,4 @@
-"""Products with an int8 matrix, exact in their sums on every machine.
+"""Products with an int8 matrix, with exact integer sums on every machine.
 
 oneDNN multiplies 8 bits by 8 where the CPU has VNNI, `torch._int_mm` on
 GPUs. Other x86 CPUs add products of 8 bits in pairs and saturate such a

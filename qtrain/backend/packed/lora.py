@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtrain.backend.packed.compact import CompactLinear, Stored, float_linear
+from qtrain.backend.packed.compact import PackedLinear, Stored, float_linear
 
 
-class LoRALinear(CompactLinear):
+class LoRALinear(PackedLinear):
     """y = x W^T + bias + alpha / r dropout(x) A^T B^T, of which A and B alone are trained.
 
     B begins as zeros: then y is that of the frozen layer, to the bit.

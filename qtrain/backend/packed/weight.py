@@ -1,5 +1,4 @@
-"""Weights in few bits, stored as they are computed with: the state dict
-holds no float copy.
+"""Weights in few bits, kept packed: no float copy, in the state dict either.
 
 Shapes: a weight is (N, K), rows N (output features, or entries of an
 embedding), columns K.

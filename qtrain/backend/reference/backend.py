@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qtrain.backend.base import Backend, FloatIsland
 from qtrain.common.copying import copy_model
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.points import integers
+from qtrain.simulate.points import integers, rounded
 from qtrain.simulate.product import product
 from qtrain.simulate.simulation import Simulation
 from qtrain.simulate.sites import (
@@ -60,12 +60,9 @@ class Rounded(nn.Module):
         self.quant_max = point.quant_max
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = (x * self.scale.reciprocal()).round().add(self.zero_point)
-        return (
-            steps.clamp(self.quant_min, self.quant_max)
-            .sub(self.zero_point)
-            .mul(self.scale)
-        )
+        limits = self.quant_min, self.quant_max
+        steps = rounded(x, self.scale, self.zero_point, *limits)
+        return steps.sub(self.zero_point).mul(self.scale)
 
 
 class RoundedFunctional(Functional, nn.Module):

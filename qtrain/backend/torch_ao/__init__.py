@@ -32,7 +32,7 @@ if TYPE_CHECKING or has_torch_ao():
         DEPRECATED,
         quantize_dynamic,
     )
-    from qtrain.backend.torch_ao.engines import ENGINES, Engine, find_engine
+    from qtrain.backend.torch_ao.engines import ENGINES, Engine
     from qtrain.backend.torch_ao.lower import lower
     from qtrain.backend.torch_ao.observers import histogram, minmax, moving_average
 else:
@@ -51,7 +51,6 @@ __all__ = [
     "UniformQuantizationObserverBase",
     "bind_engine",
     "copy_model",
-    "find_engine",
     "fuse",
     "has_hooks",
     "histogram",

@@ -10,7 +10,7 @@ from qtrain.backend.machine import saturates
 from qtrain.backend.torch_ao.dynamic import quantize_dynamic
 from qtrain.backend.torch_ao.lower import lower
 from qtrain.backend.torch_ao.refusals import refuse_silent_errors, without_kernel
-from qtrain.functional.spec import AUTO, QuantSpec
+from qtrain.functional.spec import QuantSpec
 from qtrain.simulate.build import Groups
 from qtrain.simulate.plan import Plan
 from qtrain.simulate.simulation import Simulation
@@ -67,18 +67,3 @@ ENGINES = {
         ),
     )
 }
-
-
-def find_engine(name: str) -> Engine:
-    """Returns the engine of that name; "auto" is torch's own choice for this machine.
-
-    Raises:
-        ValueError: there is no such engine, or this build of torch lacks it.
-    """
-    if name == AUTO:
-        name = torch.backends.quantized.engine
-    if name not in ENGINES:
-        raise ValueError(f"engine={name}: allowed are auto, {', '.join(ENGINES)}")
-    if reason := ENGINES[name].missing():
-        raise ValueError(f"engine={name}: {reason}")
-    return ENGINES[name]

@@ -8,6 +8,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from qtrain.common.copying import copy_model
+from qtrain.common.module_names import is_within
 from qtrain.functional.spec import QuantSpec
 from qtrain.simulate.build import Groups, is_marked_float
 from qtrain.simulate.plan import LayerPlan, Plan
@@ -163,9 +164,7 @@ def refuse_silent_errors(
     heads = {id(group.head): name for name, group in groups.items()}
     for inner, module in model.named_modules():
         name = heads.get(id(module), inner)  # not "up.0", within what was fused
-        is_float = any(
-            name == outer or name.startswith(f"{outer}.") for outer in floats
-        )
+        is_float = any(is_within(name, outer) for outer in floats)
         if (
             is_float
             or isinstance(module, nn.Identity)

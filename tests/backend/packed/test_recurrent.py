@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtrain.backend.packed import recurrent
 from qtrain.backend.packed.recurrent import Int8Recurrent
-from qtrain.quant.layer_format import LLM_INT8, settle
+from qtrain.quant.layer_settings import LLM_INT8, settle
 
 SPEC = settle(LLM_INT8)
 KINDS = pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])

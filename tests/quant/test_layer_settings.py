@@ -10,7 +10,7 @@ from weight_methods import C, llm_int8, weight_only
 
 from qtrain.analyze.dry_run import dry_run
 from qtrain.backend import integers, torch_ao
-from qtrain.backend.packed.compact import CompactLinear
+from qtrain.backend.packed.compact import PackedLinear
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import HalfWeight
 
@@ -59,9 +59,9 @@ def test_single_layers_by_another_method(kind, mlp, images, make_ptq, make_qat):
         kinds = {
             type(m): m
             for m in model.modules()
-            if isinstance(m, LLMInt8Linear | CompactLinear)
+            if isinstance(m, LLMInt8Linear | PackedLinear)
         }
-        assert len(kinds) == 2 and kinds[CompactLinear].weight.bits == 4
+        assert len(kinds) == 2 and kinds[PackedLinear].weight.bits == 4
         torch.testing.assert_close(
             kinds[LLMInt8Linear].weight.dequantize(),
             1.1 * mlp.linear1.weight,
@@ -75,7 +75,7 @@ def test_single_layers_by_another_method(kind, mlp, images, make_ptq, make_qat):
     )
     assert torch.equal(prepared(images), before)  # both were made of copies
     assert not any(
-        isinstance(m, LLMInt8Linear | CompactLinear)
+        isinstance(m, LLMInt8Linear | PackedLinear)
         for m in quantizer.reference(prepared).modules()
     )
 
@@ -101,7 +101,7 @@ def test_a_later_pattern_takes_back_another_method(mlp, make_ptq, images):
     layers = {"linear*": "fp16", "linear2": "float", "linear3": {"bits": 4}}
     quantizer = make_ptq(layers=layers)
     quantized = quantizer.convert(calibrated(quantizer, mlp, images))
-    assert sum(isinstance(m, CompactLinear) for m in quantized.modules()) == 1
+    assert sum(isinstance(m, PackedLinear) for m in quantized.modules()) == 1
     assert quantized.linear3.weight().int_repr().unique().numel() <= 16
 
 
@@ -150,7 +150,7 @@ def test_another_method_for_single_layers(method, gpt2, idx):
     ]
     assert [
         type(m) for m in (h[1].attn.c_attn, h[1].mlp.c_fc, h[1].mlp.c_proj)
-    ] == 3 * [CompactLinear]
+    ] == 3 * [PackedLinear]
     assert h[1].attn.c_proj.weight.bits == 4 and h[
         1
     ].attn.c_proj.weight.scale.shape == (C, C // 8)

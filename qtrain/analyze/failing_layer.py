@@ -12,7 +12,9 @@ from qtrain.backend import integers
 
 
 @contextmanager
-def blame(model: nn.Module | None, kind: str) -> Iterator[Callable[[], str]]:
+def name_failing_layer(
+    model: nn.Module | None, kind: str
+) -> Iterator[Callable[[], str]]:
     """Turns an error inside the block into a ValueError that names the layer where it arose.
 
     Yields:

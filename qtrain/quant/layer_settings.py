@@ -15,6 +15,7 @@ from qtrain.backend.packed.recurrent import (
     RecurrentFormat,
     recurrent_layers,
 )
+from qtrain.common.module_names import is_within
 from qtrain.common.validate import mapping, number, refuse, shown
 from qtrain.functional.grid import is_narrow
 from qtrain.functional.spec import (
@@ -32,7 +33,7 @@ LLM_INT8 = QuantSpec(bits=8, symmetric=True, granularity="per_channel")
 THRESHOLD = 6.0
 
 
-def layer_format(pattern: str, setting: Any, weight: Any) -> PackedFormat | None:
+def layer_settings(pattern: str, setting: Any, weight: Any) -> PackedFormat | None:
     """Returns what takes the place of a float layer; None where it stays float.
 
     Args:
@@ -85,7 +86,7 @@ def layer_format(pattern: str, setting: Any, weight: Any) -> PackedFormat | None
 def spec_or_format(
     pattern: str, setting: Any, settle_fields: Callable[[dict[str, Any]], QuantSpec]
 ) -> Any:
-    """Returns the spec of a setting like {"bits": 4}, and of any other what `layer_format` does.
+    """Returns the spec of a setting like {"bits": 4}, and of any other what `layer_settings` does.
 
     Args:
         pattern: of layer names, for messages.
@@ -96,7 +97,7 @@ def spec_or_format(
         ValueError: names the pattern and what is allowed.
     """
     if not isinstance(setting, dict) or "method" in setting:
-        return layer_format(pattern, setting, QuantSpec())
+        return layer_settings(pattern, setting, QuantSpec())
     _refuse_unknown(
         pattern, setting, set(vars(QuantSpec())), "a mapping without a method"
     )
@@ -184,7 +185,7 @@ def _has_projection(layer: Any) -> bool:
 
 def _by_hand(name: str, floats: dict[str, str]) -> bool:
     """Returns whether a user set a module, or one around it, to stay float."""
-    around = (n for n in floats if name == n or name.startswith(f"{n}."))
+    around = (n for n in floats if is_within(name, n))
     return any(floats[n].startswith(("set by", "has qconfig")) for n in around)
 
 
@@ -218,7 +219,7 @@ def settings_of(
             )
     found = {}
     for name, layer in model.named_modules():
-        around = [n for n in own if name == n or name.startswith(f"{n}.")]
+        around = [n for n in own if is_within(name, n)]
         if around and type(layer) in (nn.Linear, nn.Embedding):
             found[name] = own[max(around, key=len)]
     return found
