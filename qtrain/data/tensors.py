@@ -185,6 +185,7 @@ def image_loaders(
     batch_size: int,
     eval_batch_size: int,
     val_size: int,
+    test_size: int | None = None,
     mean: Moments,
     std: Moments,
     channels: int,
@@ -195,8 +196,9 @@ def image_loaders(
 ) -> DataLoaders:
     """Returns the loaders of a data set: (uint8 images (N, H, W) or (N, C, H, W), labels (N,)).
 
-    The last val_size training samples are held out for validation. With a
-    size, images are resized to that many pixels a side.
+    The last val_size training samples are held out for validation. With a test_size,
+    only the first so many test samples are scored; with a size, images are resized to
+    that many pixels a side.
 
     Raises:
         ValueError: names the parameter, its value and what is allowed.
@@ -206,6 +208,7 @@ def image_loaders(
     refuse(
         wrong_sizes(batch_size, eval_batch_size)
         + whole("val_size", val_size, 0, num_train - 1)
+        + whole("test_size", test_size, 1, len(test[1]), null=True)
         + wrong_channels(channels, train[0])
         + wrong_moments(mean, std, train[0])
         + whole("size", size, 8, 512, null=True)
@@ -215,6 +218,7 @@ def image_loaders(
             "the training images are all alike, every pixel of one value: "
             "there is nothing to learn"
         )
+    test = test[0][:test_size], test[1][:test_size]
     if size is not None:
         train = _resize(train[0], size), train[1]
         test = _resize(test[0], size), test[1]

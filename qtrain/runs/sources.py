@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import resolve_name
@@ -148,8 +149,9 @@ def code(config: Any) -> dict[str, str | None]:
         ),
     ]
     asked = set(names)
+    known: dict[str, ModuleSpec | None] = {}
     while names:
-        for spec in _specs(names.pop()):
+        for spec in _specs(names.pop(), known):
             path = Path(spec.origin or "")
             if INSTALLED & set(path.parts) and not path.is_relative_to(PACKAGE):
                 found[spec.name] = _version(spec.name)
@@ -169,16 +171,21 @@ def _texts(content: Any) -> Iterator[str]:
             yield from _texts(value)
 
 
-def _specs(name: str) -> Iterator[ModuleSpec]:
-    """Yields the specs of the packages above `name`, and its own if a module; imports nothing."""
+def _specs(name: str, known: dict[str, ModuleSpec | None]) -> Iterator[ModuleSpec]:
+    """Yields the specs of the packages above `name`, and its own if a module; imports nothing.
+
+    Args:
+        known: {dotted name: its spec}, which grows.
+    """
     path, parts = None, name.split(".")
     if parts[0] in sys.stdlib_module_names:
         return
     for end in range(1, len(parts) + 1):
-        finders = (
-            finder.find_spec(".".join(parts[:end]), path) for finder in sys.meta_path
-        )
-        spec = next((spec for spec in finders if spec is not None), None)
+        outer = ".".join(parts[:end])
+        if outer not in known:
+            finders = (finder.find_spec(outer, path) for finder in sys.meta_path)
+            known[outer] = next((s for s in finders if s is not None), None)
+        spec = known[outer]
         if spec is None:
             return
         yield spec
@@ -214,6 +221,7 @@ def _imports(content: bytes, package: str | None) -> Iterator[str]:
                 yield from [f"{base}.{alias.name}" for alias in node.names]
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -147,6 +147,15 @@ def test_splits():
     np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-5)
 
 
+def test_test_size_takes_the_first_and_is_another_data_set():
+    images, labels = digits(11)
+    few = image_loaders(digits(30), (images, labels), **OPTIONS, test_size=4)
+    assert labels_of(few.test) == labels[:4].tolist()
+    whole = image_loaders(digits(30), (images, labels), **OPTIONS)
+    assert few.fingerprint != whole.fingerprint
+    assert len(few.train) == len(whole.train)
+
+
 def test_nothing_is_held_out_where_val_size_is_0():
     data = image_loaders(digits(30), digits(11), **OPTIONS | {"val_size": 0})
     assert data.val is None
@@ -204,6 +213,14 @@ def test_fingerprint_is_of_the_content():
         ),
         ({"val_size": 30}, "val_size=30: must be a whole number from 0 to 29"),
         ({"val_size": -1}, "val_size=-1: must be a whole number from 0 to 29"),
+        (
+            {"test_size": 0},
+            "test_size=0: must be a whole number from 1 to 11, or null",
+        ),
+        (
+            {"test_size": 12},
+            "test_size=12: must be a whole number from 1 to 11, or null",
+        ),
         ({"channels": 2}, "channels=2: allowed are 1 and 3"),
         ({"std": 0}, "std=0: must be a number from 1e-06 to 1e+06"),
         ({"std": float("nan")}, "std=nan: must be a number from 1e-06 to 1e+06"),

@@ -13,6 +13,19 @@ from qtrain.cli import run as cli
 
 MEASURE = ["measure.repeats=2", "measure.batch_sizes=[1]"]
 QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", *MEASURE]
+FEW_DIGITS = ["data.val_size=200", "data.test_size=400"]
+OTHER_DATA = ("data=", "++data._target_", "experiment=")
+
+
+def few(model: str, overrides: tuple[str, ...]) -> list[str]:
+    """Returns settings with which a job on digits calibrates and scores on few of them."""
+    if model.startswith(("gpt2", "llama")):
+        return []
+    if any(word.startswith(OTHER_DATA) for word in overrides):
+        return []
+    methods = [word for word in overrides if word.startswith("quant=")]
+    calibrates = set(methods) <= {"quant=ptq", "quant=qat"}
+    return [*FEW_DIGITS, *(["calib_batches=4"] if calibrates else [])]
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,8 @@ def job(command, monkeypatch, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"_target_": model, **arguments}))
             choice = ["--config-dir", str(tmp_path / "conf"), "model=user"]
-        code, text = command(*choice, *QUICK, f"hydra.run.dir={run_dir}", *overrides)
+        words = [*choice, *QUICK, *few(model, overrides)]
+        code, text = command(*words, f"hydra.run.dir={run_dir}", *overrides)
         return Outcome(code, text, run_dir)
 
     return run
