@@ -70,6 +70,7 @@ SETTINGS = [  # what both runs have, what one of them has in addition, what then
     (CONVNET, "model.hidden=9", float_weights),
     ("", "data.batch_size=7", float_weights),
     ("", "data.val_size=15", float_weights),
+    ("", "data.test_size=15", fact("metrics.float.loss")),
     ("", "data.mean=0.2", float_weights),
     ("", "data.std=0.4", float_weights),
     ("", "optimizer.lr=0.01", float_weights),
