@@ -21,6 +21,7 @@ from qtrain.train.ranks import from_torchrun, num_ranks
 
 # Observers for which a batch's extremes stand for the batch.
 SYNCHRONISED = ("minmax", "moving_average")
+A_CORE = 2  # processes; more wait for each other, and each takes 0.3 GB
 
 
 def check_quantizer(quantizer: Quantizer) -> None:
@@ -37,11 +38,16 @@ def check_quantizer(quantizer: Quantizer) -> None:
 
 
 def _check_devices(devices: int, device: str) -> None:
-    there = {"cuda": torch.cuda.device_count(), "cpu": devices}.get(device, 1)
+    cores = os.cpu_count() or 1
+    there = {"cuda": torch.cuda.device_count(), "cpu": A_CORE * cores}.get(device, 1)
     if there < devices:
+        advice = (
+            f"allowed are {A_CORE} for each of {cores} cores"
+            if device == "cpu"
+            else "use fewer, or device=cpu"
+        )
         raise ValueError(
-            f"trainer.devices={devices}: device={device} is {there}; "
-            "use fewer, or device=cpu"
+            f"trainer.devices={devices}: device={device} is {there}; {advice}"
         )
     if from_torchrun() and int(os.environ["WORLD_SIZE"]) != devices:
         started = os.environ["WORLD_SIZE"]

@@ -117,3 +117,14 @@ def test_a_silent_hub_is_asked_once(silent):
     began = time.monotonic()
     assert [answers(url), answers(url)] == [False, False]
     assert time.monotonic() - began < 7 and len(taken) == 1
+
+
+def test_more_processes_than_cores_can_serve_are_refused_before_any_starts(
+    job, monkeypatch
+):
+    """64 processes, each importing torch, once filled the memory of a machine of 2 cores."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    run = job("mlp", "trainer.devices=64")
+    assert run.code == 1
+    said = "trainer.devices=64: device=cpu is 4; allowed are 2 for each of 2 cores"
+    assert said in run.text
