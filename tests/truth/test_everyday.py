@@ -310,6 +310,7 @@ def test_the_limit_of_the_float_training_is_not_that_of_qat(job):
             "quant=qat",
             "quant.epochs=1",
             "data.batch_size=100",
+            "data.val_size=1000",
             "trainer.log_every=1",
             *limit,
         )
