@@ -204,7 +204,7 @@ def image_loaders(
         ValueError: names the parameter, its value and what is allowed.
     """
     num_train = len(train[1])
-    _refuse_empty(num_train, len(test[1]))
+    _refuse_useless(train[0], num_train, len(test[1]))
     refuse(
         wrong_sizes(batch_size, eval_batch_size)
         + whole("val_size", val_size, 0, num_train - 1)
@@ -213,11 +213,6 @@ def image_loaders(
         + wrong_moments(mean, std, train[0])
         + whole("size", size, 8, 512, null=True)
     )
-    if train[0].min() == train[0].max():
-        raise ValueError(
-            "the training images are all alike, every pixel of one value: "
-            "there is nothing to learn"
-        )
     test = test[0][:test_size], test[1][:test_size]
     if size is not None:
         train = _resize(train[0], size), train[1]
@@ -254,11 +249,16 @@ def _resize(images: Tensor, size: int) -> Tensor:
     return resized if images.dim() == 4 else resized[:, 0]
 
 
-def _refuse_empty(num_train: int, num_test: int) -> None:
+def _refuse_useless(images: Tensor, num_train: int, num_test: int) -> None:
     if not num_train or not num_test:
         raise ValueError(
             f"the data hold {num_train} training and {num_test} test images; "
             "each needs at least one"
+        )
+    if images.min() == images.max():
+        raise ValueError(
+            "the training images are all alike, every pixel of one value: "
+            "there is nothing to learn"
         )
 
 

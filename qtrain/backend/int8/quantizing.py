@@ -34,10 +34,38 @@ def rounded(x: Tensor, low: int, high: int) -> Tensor:
     return as_bytes(x.round_().clamp_(low, high))
 
 
+def suits_torch(x: Tensor) -> bool:
+    """Returns whether torch's kernels of quantized tensors are there, and pay for integers x.
+
+    QNNPACK's count in fixed point, and round otherwise.
+    """
+    return (
+        x.numel() >= FEW
+        and x.is_cpu
+        and not is_compiling()
+        and has_torch_ao()
+        and torch.backends.quantized.engine != "qnnpack"
+    )
+
+
 def _by_torch(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    made = torch.quantize_per_tensor(x, scale, zero_point, torch.quint8)
+    return plain(torch.quantize_per_tensor(x, scale, zero_point, torch.quint8))
+
+
+def plain(x: Tensor) -> Tensor:
+    """Returns the integers of a quantized tensor, uint8; of a large one the same memory.
+
+    A copy would take three times as long as to quantize.
+    """
     if x.numel() < FEW:
-        return made.int_repr()
-    # The same memory, as bytes: a copy would take three times as long as all before.
-    plain = torch.empty(0, dtype=torch.uint8)
-    return plain.set_(made.untyped_storage(), 0, made.shape, made.stride())
+        return x.int_repr()
+    found = torch.empty(0, dtype=torch.uint8)
+    return found.set_(x.untyped_storage(), 0, x.shape, x.stride())
+
+
+def marked(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Returns integers, uint8, as torch's quantized tensor over the same memory."""
+    made = torch._empty_affine_quantized(
+        [0], scale=scale, zero_point=zero_point, dtype=torch.quint8
+    )
+    return made.set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
