@@ -1,6 +1,7 @@
 """Weights of few bits chosen by calibration data: better than rounding, and the same ever after."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,21 @@ def test_a_group_size_that_does_not_divide_is_refused_before_compute(job):
     run = job("gpt2_nano", *TEXT, *FEW, "quant=gptq", "quant.weight.group_size=24")
     assert run.code == 1 and "group_size=24 does not divide" in run.text
     assert "layer h.0.attn.c_attn" in run.text
+
+
+def test_the_group_size_that_is_named_fits_all_layers(job):
+    # 16 * 49 and 16 * 6 columns
+    settings = [
+        "model.hidden=96",
+        "quant=weight_only_int4",
+        "data.eval_batch_size=100",
+    ]
+    run = job("mlp", *settings, "quant.weight.group_size=128")
+    assert run.code == 1 and "group_size=128 does not divide" in run.text
+    advice = re.search(r"use (quant\.weight\.group_size=\d+)", run.text)[1]
+    assert advice == "quant.weight.group_size=16"
+    again = job("mlp", *settings, advice)
+    assert again.code == 0, again.text
 
 
 def test_settings_of_transforms_are_checked(job):
