@@ -149,14 +149,14 @@ def _refuse_groups(model: nn.Module, found: dict[str, PackedFormat]) -> None:
             alike = columns.setdefault((form.key, size), {})
             alike[name] = layer.weight.shape[-1]
     for (key, size), widths in columns.items():
-        name = next((n for n, width in widths.items() if width % size), None)
-        if name is None:
+        wrong = [name for name, width in widths.items() if width % size]
+        if not wrong:
             continue
         fitting = [d for d in range(1, size) if gcd(*widths.values()) % d == 0]
         best = max(fitting, key=lambda d: (d & -d, d))  # the most factors of 2
         setting = f"quant.{key}group_size"
         raise ValueError(
-            f"{setting}={size} does not divide the last dimension, {widths[name]}, "
-            f"of the weight of layer {name}; "
+            f"{setting}={size} does not divide the last dimension, {widths[wrong[0]]}, "
+            f"of the weight of layer {wrong[0]}; "
             f"use {setting.split(': ')[-1]}={best}, which divides that of all layers"
         )
