@@ -59,6 +59,7 @@ def dry_run(
             if reference is None or truth is None
             else truth.same_function(float_model, reference, inputs)
         )
+        prepared.is_rehearsal = True
         with name_failing_layer(prepared.model, "prepared"):
             quantizer.calibrate(prepared, [cloned(inputs)])
             with _warn_of_shared_observers(prepared.model):

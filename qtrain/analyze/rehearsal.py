@@ -42,6 +42,7 @@ def rehearse(
             output = _rehearse_training(untrained, task, first)
         if quantizer.trains:
             prepared = quantizer.prepare(untrained, task.inputs(first))
+            prepared.is_rehearsal = True
             quantizer.calibrate(prepared, [cloned(task.inputs(first))])
             quantizer.on_epoch(prepared.train(), 0)
             _rehearse_training(prepared, task, first)

@@ -80,6 +80,7 @@ def export(
             written so.
     """
     from qtrain.exporter.gguf import Gguf
+    from qtrain.runs.alone import tokenizer_of
     from qtrain.runs.artifact import load, load_float
     from qtrain.runs.report import FILE_NAME, load_report
 
@@ -88,11 +89,8 @@ def export(
             f"{run}: holds no {FILE_NAME}; name the folder of a finished run"
         )
     model: Any = (load_float if float else load)(run, trust)
-    data = load_report(run / FILE_NAME)["config"].get("data")
-    tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
-    exporter = Gguf(
-        type=type, tokenizer=tokenizer if isinstance(tokenizer, str) else "bytes"
-    )
+    tokenizer = tokenizer_of(run, load_report(run / FILE_NAME))
+    exporter = Gguf(type=type, tokenizer=tokenizer or "bytes")
     path = output or run / exporter.file_name
     exporter.write_model(model, path)
     return path

@@ -154,6 +154,7 @@ def generate(
 
 def _load(run: Path, trust: Sequence[str]) -> tuple[Any, str]:
     """Returns a run's converted model, and the name of its tokenizer."""
+    from qtrain.runs.alone import tokenizer_of
     from qtrain.runs.artifact import load
     from qtrain.runs.report import FILE_NAME, load_report
 
@@ -163,9 +164,8 @@ def _load(run: Path, trust: Sequence[str]) -> tuple[Any, str]:
             "name the folder of a finished run of a language model"
         )
     model: Any = load(run, trust)
-    data = load_report(run / FILE_NAME)["config"].get("data")
-    tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
-    if not isinstance(tokenizer, str) or not hasattr(model, "generate"):
+    tokenizer = tokenizer_of(run, load_report(run / FILE_NAME))
+    if tokenizer is None or not hasattr(model, "generate"):
         raise ValueError(
             f"{run}: this run's {type(model).__name__} generates no text; "
             "name a run of a language model"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qtrain.common.files import write_atomically
 from qtrain.common.gguf import is_gguf
 from qtrain.common.network import hub_answers
 from qtrain.common.validate import refuse, text
@@ -114,6 +115,10 @@ class BPETokenizer:
             yield text[start : end.end()]
             start = end.end()
         yield text[start:]
+
+    def save(self, path: Path) -> None:
+        """Writes a tokenizer.json, atomically."""
+        write_atomically(path, lambda new: self.backend.save(str(new)))
 
     @property
     def cuts_at_spaces(self) -> bool:

@@ -82,6 +82,7 @@ class Llama(LanguageModel):
                 ]
             )
         self.rope_theta, self.norm_eps = rope_theta, norm_eps
+        self.tied_head = tied_head
         self.wte = nn.Embedding(self.vocab_size, self.n_embd)
         self.h = nn.ModuleList(self._block() for _ in range(self.n_layer))
         self.ln_f = nn.RMSNorm(self.n_embd, norm_eps)

@@ -4,6 +4,7 @@ Calibration data, where transforms take any, choose the integers, and nothing el
 """
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 from torch import nn
@@ -107,6 +108,7 @@ class WeightOnly(Quantizer):
             if name not in found
         }
         packed = {name: form for name, form in found.items() if form is not None}
+        _refuse_groups(model, packed)
         plan = {
             name: form.plan(type(model.get_submodule(name)).__name__)
             for name, form in packed.items()
@@ -140,3 +142,26 @@ class WeightOnly(Quantizer):
 
     def reference(self, simulation: Simulation) -> nn.Module | None:
         return torch_ao.copy_model(simulation.twin).cpu().eval()
+
+
+def _refuse_groups(model: nn.Module, found: dict[str, PackedFormat]) -> None:
+    """Raises ValueError where groups do not fill a layer's rows; names a size that fits all."""
+    columns: dict[tuple[str, int], dict[str, int]] = {}
+    for name, form in found.items():
+        size = getattr(form.weight, "group_size", None)
+        if size is not None:
+            layer: Any = model.get_submodule(name)
+            alike = columns.setdefault((form.key, size), {})
+            alike[name] = layer.weight.shape[-1]
+    for (key, size), widths in columns.items():
+        wrong = [name for name, width in widths.items() if width % size]
+        if not wrong:
+            continue
+        fitting = [d for d in range(1, size) if gcd(*widths.values()) % d == 0]
+        best = max(fitting, key=lambda d: (d & -d, d))  # the most factors of 2
+        setting = f"quant.{key}group_size"
+        raise ValueError(
+            f"{setting}={size} does not divide the last dimension, {widths[wrong[0]]}, "
+            f"of the weight of layer {wrong[0]}; "
+            f"use {setting.split(': ')[-1]}={best}, which divides that of all layers"
+        )

@@ -14,6 +14,7 @@ from qtrain.capture.capture import stand_ins
 from qtrain.common.plain import plain
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require
+from qtrain.runs.alone import tokenizer_of
 from qtrain.runs.checkpoint import load_weights
 from qtrain.runs.old_states import up_to_date_state
 from qtrain.runs.report import FILE_NAME, load_report, verify
@@ -38,7 +39,10 @@ def sample_inputs(run_dir: Path, trust: Sequence[str] = ()) -> tuple[Tensor, ...
     """
     report = _report(run_dir, trust)
     with _rebuilding(run_dir, "data"):
-        data, task = _make(report, "data", device="cpu"), _make(report, "task")
+        own = tokenizer_of(run_dir, report)
+        named = {} if own is None else {"tokenizer": own}
+        data = _make(report, "data", device="cpu", **named)
+        task = _make(report, "task", **named)
         inputs: tuple[Tensor, ...] = task.inputs(next(iter(data.test)))
     return inputs
 
@@ -96,6 +100,9 @@ def _report(run_dir: Path, trust: Sequence[str]) -> dict[str, Any]:
             "so there is no model to load"
         )
     report["config"] = up_to_date(report["config"])
+    model = report["config"].get("model")
+    if isinstance(model, dict):
+        model |= report.get("without_files", {})
     require(report["config"], trust, str(run_dir / FILE_NAME))
     return report
 

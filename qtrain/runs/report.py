@@ -50,6 +50,7 @@ SHAPE: dict[str, Any] = {
     "training": {"trained_parameters": NUMBER, "bytes": {"*": NUMBER}},
     "time_s": {"*": NUMBER},
     "sha256": {"*": str},
+    "without_files": {},
 }
 # Which came later
 REQUIRED = SHAPE.keys() - {
@@ -57,6 +58,7 @@ REQUIRED = SHAPE.keys() - {
     "training",
     "sha256",
     "scoring",
+    "without_files",
 }
 
 log = logging.getLogger(__name__)
@@ -114,6 +116,8 @@ class Report:
     threads: int | None = None
     device: str | None = None
     float_from: str | None = None
+    # Arguments of the model that take the place of those of `config`, see alone.py.
+    without_files: dict[str, Any] = field(default_factory=dict)
     time_s: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     versions: dict[str, str] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from qtrain.backend import torch_ao
 from qtrain.common.files import sha256, write_atomically
 from qtrain.exporter.judge import write_and_judge
 from qtrain.runs import epochs, outputs
+from qtrain.runs.alone import save_tokenizer, without_files
 from qtrain.runs.checkpoint import save_weights
 from qtrain.runs.finished import FinishedLayers
 from qtrain.runs.report import DIGESTED, versions
@@ -149,6 +150,12 @@ def record(run: Run) -> None:
                 "quantized_file": quantized_file,
                 "quantized_file_at_bits": quantized_file - spared,
             }
+        model = OmegaConf.to_container(run.config.model)
+        inputs = tuple(x[:2] for x in run.sample)
+        report.without_files = without_files(
+            model, run.float_model, run_dir / "float.pt", inputs
+        )
+        texts = save_tokenizer(getattr(run.parts.task, "tokenizer", None), run_dir)
         outputs.write(
             report,
             run_dir,
@@ -162,7 +169,9 @@ def record(run: Run) -> None:
             epochs.of_all(run.config, run.parts),
         )
     report.time_s = dict(run.clock.seconds)
-    report.sha256 = {name: sha256(run_dir / name) for name in (*DIGESTED, *beside)}
+    report.sha256 = {
+        name: sha256(run_dir / name) for name in (*DIGESTED, *beside, *texts)
+    }
     report.save(run_dir)
     run.progress.remove()
 

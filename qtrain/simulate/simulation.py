@@ -51,6 +51,7 @@ class Simulation(nn.Module):
         improvements: what transforms have done to it, for reports.
         capture: how the float model was made ready to be simulated, for reports.
         home: brings its weights back to the user's class, or None: it is the user's.
+        is_rehearsal: whether transforms are only tried, before a run: on a layer of each kind.
         kept: where transforms keep the layers that they have finished.
     """
 
@@ -70,6 +71,7 @@ class Simulation(nn.Module):
         self.improvements: list[dict[str, Any]] = []
         self.capture: dict[str, Any] = {}
         self.home: Home | None = None
+        self.is_rehearsal = False
         self.kept = Kept()
         self._knows_regions = False
         # Hidden from nn.Module: it is no part of the state

@@ -29,6 +29,9 @@ def check_transforms(transforms: Any) -> list[str]:
 
 def improve(simulation: Simulation, transform: Transform, batches: Batches) -> None:
     """Lets a transform work on a calibrated simulation, in place; notes its gain on a batch."""
+    if simulation.is_rehearsal:
+        transform(simulation, batches)
+        return
     first = next(iter(batches))
     before = _decibels(simulation, first)
     transform(simulation, batches)

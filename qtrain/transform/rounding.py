@@ -67,7 +67,11 @@ class Rounding(Transform):
         with simulation.mode(observing=False, quantizing=True) as model:
             self.begin(simulation, batches)
             layers = layer_by_layer(model.eval(), [*targets], batches)
+            tried: set[Any] = set()
             for number, (name, inputs) in enumerate(layers, start=1):
+                if simulation.is_rehearsal and _kind(targets[name]()) in tried:
+                    continue
+                tried.add(_kind(targets[name]()))
                 found = simulation.kept.get(f"{self.name}: {name}")
                 if found is None:
                     found = self._improved(name, targets[name](), inputs)
@@ -77,7 +81,8 @@ class Rounding(Transform):
                 rest = (
                     f"{self.losses[name]['share']:.3f} of the error of plain rounding"
                 )
-                log.info(f"{self.name}: {number}/{len(targets)} {name}, {rest}")
+                if not simulation.is_rehearsal:
+                    log.info(f"{self.name}: {number}/{len(targets)} {name}, {rest}")
 
     def _improved(
         self, name: str, target: Any, inputs: Iterator[Tensor]
@@ -96,6 +101,12 @@ class Rounding(Transform):
     ) -> float:
         """Returns the loss of what was found, of the weight as it was."""
         return _sum(weight - Choice(**found).dequantized(), hessian)
+
+
+def _kind(target: Target) -> tuple[Any, ...]:
+    """Returns what layers have in common that are rounded in the same way."""
+    ends = target.quant_min, target.quant_max
+    return type(target), target.weight.shape, target.scale.shape, *ends
 
 
 def weight_loss(target: Target, choice: Choice, hessian: Tensor) -> float:

@@ -8,43 +8,15 @@ from typing import Any
 import pytest
 import torch
 from tiny_gpt2 import prompt
-from tiny_llama import SHAPES, TINY
+from tiny_llama import SHAPES, TINY, saved
 
 from qtrain.model.kv_cache import KVCache
 from qtrain.model.llama import Llama
-
-THEIRS = {
-    "vocab_size": "vocab_size",
-    "n_positions": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "n_inner": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tied_head": "tie_word_embeddings",
-}
 
 
 @pytest.fixture(scope="module")
 def hf() -> ModuleType:
     return pytest.importorskip("transformers", reason="needs the extra hf")
-
-
-def saved(hf: ModuleType, folder: Path, sizes: dict[str, Any]) -> Any:
-    """Saves a random Llama and returns it; no scale is 1, so that each must fit."""
-    torch.manual_seed(0)
-    named = {THEIRS[name]: value for name, value in sizes.items()}
-    settings = {"norm_eps": 1e-5, "tied_head": True}
-    named = {THEIRS[name]: value for name, value in settings.items()} | named
-    ends = dict(bos_token_id=0, eos_token_id=None, initializer_range=0.1)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**named, **ends)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return model
 
 
 @torch.no_grad()

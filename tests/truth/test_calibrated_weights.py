@@ -1,6 +1,7 @@
 """Weights of few bits chosen by calibration data: better than rounding, and the same ever after."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -73,6 +74,42 @@ def test_a_group_size_that_does_not_divide_is_refused_before_compute(job):
     run = job("gpt2_nano", *TEXT, *FEW, "quant=gptq", "quant.weight.group_size=24")
     assert run.code == 1 and "group_size=24 does not divide" in run.text
     assert "layer h.0.attn.c_attn" in run.text
+
+
+def test_the_group_size_that_is_named_fits_all_layers(job):
+    # 16 * 49 and 16 * 6 columns
+    settings = [
+        "model.hidden=96",
+        "quant=weight_only_int4",
+        "data.eval_batch_size=100",
+    ]
+    run = job("mlp", *settings, "quant.weight.group_size=128")
+    assert run.code == 1 and "group_size=128 does not divide" in run.text
+    advice = re.search(r"use (quant\.weight\.group_size=\d+)", run.text)[1]
+    assert advice == "quant.weight.group_size=16"
+    again = job("mlp", *settings, advice)
+    assert again.code == 0, again.text
+
+
+def test_before_the_run_one_layer_of_each_kind_is_rounded(job):
+    settings = ["quant=ptq", "quant.transforms=[{_target_: tellers.Teller}]"]
+    run = job("plain.Residual", *settings, "data.eval_batch_size=100")
+    assert run.code == 0, run.text
+    # Its second inner convolution is like the first
+    rehearsed, layers = (
+        [(8, 9), (8, 72), (10, 128)],
+        [(8, 9), (8, 72), (8, 72), (10, 128)],
+    )
+    told = re.findall(r"rounds \((\d+), (\d+)\)", run.text)
+    assert [(int(n), int(k)) for n, k in told] == rehearsed + layers
+    assert run.text.count("teller: 1/4") == 1
+
+
+def test_what_a_rounding_refuses_is_refused_before_any_training(job):
+    settings = ["quant=ptq", "quant.transforms=[{_target_: tellers.Refuser}]"]
+    run = job("plain.Residual", *settings)
+    assert run.code == 1 and "ten rows are too many" in run.text, run.text
+    assert "epoch 1" not in run.text
 
 
 def test_settings_of_transforms_are_checked(job):
