@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.common.copying import cloned
+from qtrain.common.copying import cloned, few
 from qtrain.common.validate import shown
 from qtrain.functional.error import sqnr_db
 from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.transform.base import Transform
+
+SAMPLES = 4  # on which the gain is measured
 
 
 def check_transforms(transforms: Any) -> list[str]:
@@ -28,8 +30,9 @@ def check_transforms(transforms: Any) -> list[str]:
 
 
 def improve(simulation: Simulation, transform: Transform, batches: Batches) -> None:
-    """Lets a transform work on a calibrated simulation, in place; notes its gain on a batch."""
-    first = next(iter(batches))
+    """Lets a transform work on a calibrated simulation, in place; notes its gain."""
+    # All logits of a batch of text would take gigabytes
+    first = few(next(iter(batches)), SAMPLES)
     before = _decibels(simulation, first)
     transform(simulation, batches)
     gained = {
