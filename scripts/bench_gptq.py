@@ -2,7 +2,8 @@
 
     python scripts/bench_gptq.py [--threads N] [--layers N] [--samples N] [--method NAME]
 
-Random weights and tokens, windows of 512 tokens; groups of 128, as in quant=gptq. The last line is JSON.
+Random weights and tokens, windows of 512 tokens; groups of 128, as in quant=gptq.
+The last line is JSON.
 """
 
 import argparse
