@@ -117,10 +117,16 @@ class Backend:
             )
         if weight.granularity == "per_group":
             problems.append(
-                f"weight.granularity=per_group: engine {self.name} knows per_tensor "
-                "and per_channel; allowed are these"
+                f"weight.group_size={weight.group_size}: is of granularity=per_group, "
+                f"and engine {self.name} knows per_tensor and per_channel; "
+                "set it to null"
             )
-        if activation.granularity != "per_tensor":
+        if activation.granularity == "per_group":
+            problems.append(
+                f"activation.group_size={activation.group_size}: "
+                "activations have one scale a tensor; set it to null"
+            )
+        elif activation.granularity != "per_tensor":
             problems.append(
                 f"activation.granularity={activation.granularity}: "
                 "activations have one scale a tensor; allowed are per_tensor and auto"

@@ -101,9 +101,9 @@ class QuantSpec:
         symmetric: zero maps to the middle of the range (weights: to 0), or "auto".
         granularity: which elements share a scale. Of a weight [A, B]: "per_tensor" ->
             scale [], "per_channel" -> scale [A], "per_group" -> scale [A, B /
-            group_size]; or "auto".
-        group_size: neighbours along the last axis that share a scale; only with
-            "per_group".
+            group_size]; or "auto", which is "per_group" with a group_size.
+        group_size: neighbours along the last axis that share a scale; of
+            "per_group" alone.
         observer: the name of a file in conf/observer, its mapping, or a factory of
             observers.
         reduce_range: leave out the top bit, for kernels whose 16-bit accumulators
@@ -133,6 +133,8 @@ class QuantSpec:
             + choice("granularity", self.granularity, (*GRANULARITIES, AUTO))
             + whole("group_size", self.group_size, 1, MANY, null=True)
         )
+        if not problems and self.granularity == AUTO and self.group_size:
+            object.__setattr__(self, "granularity", "per_group")
         if not problems and (self.granularity == "per_group") != (
             self.group_size is not None
         ):

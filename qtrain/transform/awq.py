@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.common.copying import by_place, cloned
+from qtrain.common.copying import by_place, cloned, few
 from qtrain.common.validate import boolean, refuse
 from qtrain.simulate.simulation import Batches, Simulation
-from qtrain.transform.clip import RATIOS, clipped
+from qtrain.transform.clip import RATIOS, clipped, unshrunk
 from qtrain.transform.rounding import Rounding, better_rows, row_losses
 from qtrain.transform.target import Choice, PackedTarget
 
@@ -50,7 +50,7 @@ class AWQ(Rounding):
     def begin(self, simulation: Simulation, batches: Batches) -> None:
         self._norms = {}
         if self.scales:
-            self._norms = norms_before(simulation.model, next(iter(batches)))
+            self._norms = norms_before(simulation.model, few(next(iter(batches))))
 
     def choose(self, target: Any, hessian: Tensor) -> Choice:
         nearest: Choice = target.rounded()
@@ -59,6 +59,7 @@ class AWQ(Rounding):
             return nearest
         # Group by group all may gain, and the row still lose.
         narrower = target.rounded(clipped(target, hessian, RATIOS))
+        narrower = unshrunk(target, narrower, hessian)
         return better_rows(target.weight, nearest, narrower, hessian)
 
     def improve_layer(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from qtrain.common.validate import MANY, boolean, number, refuse, whole
 from qtrain.functional.gptq import BLOCK, gptq
-from qtrain.transform.clip import RATIOS, clipped
+from qtrain.transform.clip import RATIOS, clipped, unshrunk
 from qtrain.transform.rounding import Rounding, better_rows
 from qtrain.transform.target import Choice, Target
 
@@ -81,6 +81,8 @@ class GPTQ(Rounding):
         ]
         integers = torch.cat(found).to(start.integers.dtype)
         made = Choice(integers, scale, start.zero_point)
+        if not has_one_scale:
+            made = unshrunk(target, made, hessian)
         return better_rows(target.weight, start, made, hessian)
 
 

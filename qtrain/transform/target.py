@@ -64,11 +64,9 @@ class Target:
         integers = quantize(self.weight, scale, self.zero_point, *limits)
         return Choice(integers, scale, self.zero_point)
 
-    def shrunk(self, ratio: float) -> Tensor:
-        """Returns the scale of a range that is narrower by `ratio`; the
-        zero point stays.
-        """
-        return self.scale * ratio
+    def stored(self, scale: Tensor) -> Tensor:
+        """Returns another scale as it will be stored."""
+        return scale
 
     def rows(self, x: Tensor) -> Tensor:
         """Returns the layer's inputs as rows, float32 (P, M, K)."""
@@ -104,8 +102,7 @@ class PackedTarget(Target):
         self.weight = weight
         self.scale, self.zero_point = grid(weight, self.spec)
 
-    def shrunk(self, ratio: float) -> Tensor:
-        scale = super().shrunk(ratio)
+    def stored(self, scale: Tensor) -> Tensor:
         return scale.bfloat16().float() if has_short_scales(self.spec) else scale
 
     def keep(self, choice: Choice) -> None:

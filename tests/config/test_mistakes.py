@@ -61,7 +61,7 @@ MISTAKES = {
         "quant.activation.granularity=per_channel: activations have one scale"
     ),
     "quant.weight.group_size=4": (
-        "quant.weight.group_size=4: goes with granularity=per_group, and only with it"
+        "quant.weight.group_size=4: is of granularity=per_group, and engine"
     ),
     "quant.weight.reduce_range=true": (
         "quant.weight.reduce_range=true: only activations are reduced; leave it at auto"
@@ -73,7 +73,7 @@ MISTAKES = {
         "quant.activation.narrow_range=true: is for weights, whose integers are"
     ),
     "quant.activation.group_size=4": (
-        "quant.activation.group_size=4: goes with granularity=per_group, and only with it"
+        "quant.activation.group_size=4: activations have one scale a tensor"
     ),
     "quant.engine=tensorrt": (
         "quant.engine=tensorrt: allowed are auto, int8, reference, fbgemm, qnnpack, x86, onednn"

@@ -72,7 +72,6 @@ def test_narrow_range_is_symmetric_about_0(bits):
         ("narrow_range", 127, "true, false and auto"),
         ("granularity", "per_row", "per_tensor, per_channel, per_group and auto"),
         ("granularity", None, "per_tensor, per_channel, per_group and auto"),
-        ("group_size", 32, "granularity=per_group"),
         ("observer", "minmax", "callable"),
     ],
 )
@@ -92,6 +91,12 @@ def test_group_size_must_be_a_positive_whole_number(size):
         ValueError, match=f"group_size={size}: must be a whole number from 1 to"
     ):
         QuantSpec(granularity="per_group", group_size=size)
+
+
+def test_a_size_of_groups_means_groups():
+    assert QuantSpec(group_size=32).granularity == "per_group"
+    with pytest.raises(ValueError, match="group_size=32: goes with granularity="):
+        QuantSpec(granularity="per_channel", group_size=32)
 
 
 def test_groups_need_a_size():

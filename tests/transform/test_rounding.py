@@ -257,3 +257,17 @@ def test_no_row_is_worse_than_rounded_whatever_its_groups_gain(transform):
     assert (losses[1] <= losses[0] * (1 + 1e-6)).all() and (
         losses[1] < losses[0]
     ).sum() > 20
+
+
+def test_outputs_of_narrower_ranges_are_no_smaller():
+    spec = QuantSpec(bits=4, granularity="per_channel")
+    simulation = WeightOnly(weight=spec).prepare(nn.Sequential(nn.Linear(256, 64)))
+    target = find_targets(simulation)["0"]()
+    target.take(torch.randn(64, 256))
+    inputs = torch.randn(4000, 256)
+    hessian = (inputs.T @ inputs)[None].double()
+    found = AWQ(scales=False).choose(target, hessian)
+    assert (found.scale < target.scale).sum() > 50
+    exact, rounded = (inputs @ x.T for x in (target.weight, found.dequantized()))
+    slopes = (exact * rounded).sum(0) / (exact * exact).sum(0)
+    assert (slopes - 1).mean().abs() < 5e-4  # without the fit -1e-2
