@@ -195,7 +195,8 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[Any, ...]:
         for p in parameters
         if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty
     ]
-    if len(parts) == len(required) + 1:  # and a target behind them
+    # And a target behind them. A forward that needs nothing takes one input all the same
+    if len(parts) == max(len(required), 1) + 1:
         parts = parts[:-1]
     wrong = [type(part).__name__ for part in parts if not isinstance(part, Tensor)]
     if wrong:
