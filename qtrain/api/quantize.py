@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import coverage
 from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.measure import weight_bytes
+from qtrain.analyze.steady import require_steady
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend.torch_ao import copy_model
 from qtrain.capture.capture import MODES, Capture
@@ -128,7 +130,7 @@ def quantize(
 
 def _kept(model: nn.Module, batches: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Returns forward's arguments of the batches that are looked at."""
-    kept = [_arguments(model, batch) for batch in islice(batches, MOST_BATCHES)]
+    kept = list(islice(tried(model, batches), MOST_BATCHES))
     if not kept:
         raise ValueError(
             "batches: there is none; give at least one, such as [images]"
@@ -231,12 +233,33 @@ def _by_name(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, ...]:
     return bound.args
 
 
+def tried(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """Yields forward's arguments out of each batch, on the CPU.
+
+    Of each new shape a few samples go through a copy of the model first.
+
+    Raises:
+        ValueError: it cannot run on them; says in which line.
+    """
+    shapes = set()
+    trial = copy_model(model).cpu().eval()
+    for batch in batches:
+        arguments = _arguments(model, batch)
+        sizes = tuple(x.shape[1:] for x in arguments if isinstance(x, Tensor))
+        if sizes not in shapes:
+            sample = few(arguments)
+            with torch.random.fork_rng(), torch.no_grad(), blame(trial, "float"):
+                output = trial(*cloned(sample))
+                require_steady(trial, sample, output)
+        shapes.add(sizes)
+        yield arguments
+
+
 def moved(
     batches: Iterable[Any], model: nn.Module, device: torch.device
 ) -> Iterator[tuple[Any, ...]]:
-    """Yields forward's arguments out of each batch, on a device."""
-    for batch in batches:
-        parts = _arguments(model, batch)
+    """Yields forward's arguments out of each batch, on a device, as `tried` does."""
+    for parts in tried(model, batches):
         yield tuple(
             part.to(device) if isinstance(part, Tensor) else part for part in parts
         )

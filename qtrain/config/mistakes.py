@@ -143,11 +143,16 @@ def _too_few_classes(config: DictConfig, data: DataLoaders) -> list[str]:
         return []
     if labels.dim() != 1 or labels.is_floating_point():
         return []
-    needed, given = int(labels.max()) + 1, config.model.num_classes
+    low, high = int(labels.min()), int(labels.max())
+    needed, given = high + 1, config.model.num_classes
     # Labels that are beyond what the data state themselves are told of by their batch.
     if needed <= given or given == data.about.get("num_classes"):
         return []
-    return [f"model.num_classes={given}: the labels need at least {needed}; set that"]
+    fix = "set that" if low == 0 else "count them from 0, or set that"
+    return [
+        f"model.num_classes={given}: the labels reach from {low} to {high}, and need "
+        f"at least {needed}; {fix}"
+    ]
 
 
 def _too_few_samples(

@@ -157,6 +157,41 @@ def test_labels_out_of_range(job, tmp_path, labels, words):
     assert run.code == 1 and "labels" in run.text and "Traceback" not in run.text
 
 
+@pytest.mark.parametrize("low, words", [(1, "or give the model 4 outputs"), (-1, "")])
+def test_labels_of_a_dataset_out_of_range(job, own_data, low, words):
+    data = ["data=dataset", f"data.train={{_target_: own_data.Shifted, low: {low}}}"]
+    run = job("convnet", *data)
+    told = f"labels reach from {low} to {low + 2}"
+    assert run.code == 1 and f"model.num_classes=auto: {told}; count" in run.text
+    run = job("convnet", *data, "model.num_classes=3")
+    assert run.code == 1 and told in run.text and "must lie in 0..2" in run.text
+    assert "count them from 0" in run.text and words in run.text
+    assert ("outputs" in run.text) == bool(words)
+
+
+def test_labels_of_a_table_out_of_range(job, tmp_path):
+    rows = "".join(f"{i},{i % 7},{i % 3 + 1}\n" for i in range(60))
+    (tmp_path / "t.csv").write_text("a,b,kind\n" + rows)
+    data = ["data=arrays", "data.path=t.csv", "data.target=kind"]
+    run = job("mlp", *data, "model.num_classes=3")
+    assert (
+        run.code == 1 and "labels reach from 1 to 3, and need at least 4" in run.text
+    )
+    assert "count them from 0, or set that" in run.text
+
+
+def test_classes_that_differ_between_splits(job, own_data, tmp_path):
+    for split, classes in (("train", 3), ("test", 2)):
+        own_data.write_folder(tmp_path / "images" / split, classes=classes, num=4)
+    run = job("convnet", *FOLDER)
+    assert run.code == 1 and "Traceback" not in run.text
+    assert "test lacks class2, which train has; give all splits the same" in run.text
+    (tmp_path / "images" / "test" / "class2").mkdir()
+    run = job("convnet", *FOLDER)
+    assert run.code == 1 and "images/test/class2 holds no image" in run.text
+    assert "put images into it, or remove the class, from all splits" in run.text
+
+
 def test_a_size_given_wins_over_what_the_data_say(job, tmp_path):
     run = job("mlp", "quant=none", "model.num_classes=12")
     assert run.code == 0 and len(run.report["metrics"]["float"]["confusion"]) == 12
