@@ -33,7 +33,8 @@ def dataset(
 ) -> DataLoaders:
     """Returns the loaders of datasets: objects with `__len__` and `__getitem__`.
 
-    A sample is a pair (tensor, target). `targets`, if a dataset has them as those of
+    A sample is a pair (tensor, target); a tensor of int64, as of tokens, stays one.
+    `targets`, if a dataset has them as those of
     torchvision, are read for stratified splits.
 
     Args:
@@ -197,7 +198,9 @@ class Samples(Dataset[Any]):
                     "let the dataset convert them"
                 )
             inputs = inputs.expand(-1, self.channels, -1, -1).contiguous()
-        return inputs.float(), torch.as_tensor(targets), bad
+        if inputs.dtype != torch.int64:  # those are places in a table, as of tokens
+            inputs = inputs.float()
+        return inputs, torch.as_tensor(targets), bad
 
 
 class SampleLoader:
