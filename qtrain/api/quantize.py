@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import coverage
@@ -28,6 +29,7 @@ from qtrain.simulate.plan import Plan
 from qtrain.simulate.simulation import Simulation
 
 MOST_BATCHES = 32  # that calibration takes
+SAMPLES = 32  # of a dataset, in a batch
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def quantize(
             "ptq" any other is traced.
         batches: of calibration data: tensors, tuples or mappings of forward's
             arguments, or (inputs, target), whose target is left out. The first 32 are
-            taken; the first one also checks the result.
+            taken; the first one also checks the result. Or a torch Dataset, of which
+            1024 samples are drawn.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
         weight_bits: 2..8; of weight_only 2, 3, 4 or 8.
@@ -241,6 +244,8 @@ def tried(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]
     Raises:
         ValueError: it cannot run on them; says in which line.
     """
+    if isinstance(batches, Dataset):
+        batches = _shuffled(batches)
     shapes = set()
     trial = copy_model(model).cpu().eval()
     for batch in batches:
@@ -253,6 +258,13 @@ def tried(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]
                 require_steady(trial, sample, output)
         shapes.add(sizes)
         yield arguments
+
+
+def _shuffled(samples: Any) -> DataLoader[Any]:
+    """Returns batches of a dataset, in an order that mixes its classes, the same each time."""
+    drawn = torch.Generator().manual_seed(0)
+    shuffle = not isinstance(samples, IterableDataset)
+    return DataLoader(samples, SAMPLES, shuffle=shuffle, generator=drawn)
 
 
 def moved(

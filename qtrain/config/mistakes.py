@@ -18,6 +18,7 @@ from qtrain.data.loaders import DataLoaders
 from qtrain.data.tokenizer import load_tokenizer, own_tokenizer
 from qtrain.exporter.judge import check_exporters
 from qtrain.task.base import Task
+from qtrain.train.generators import undisturbed
 
 
 def unresolved(node: Any, path: str = "") -> Iterator[str]:
@@ -138,8 +139,11 @@ def _unknown_objectives(config: DictConfig, task: Task) -> list[str]:
 
 
 def _too_few_classes(config: DictConfig, data: DataLoaders) -> list[str]:
-    labels = getattr(data.train, "labels", None)
-    if "num_classes" not in config.model or labels is None:
+    if "num_classes" not in config.model:
+        return []
+    with undisturbed(data.train):
+        labels = getattr(data.train, "labels", None)
+    if labels is None:
         return []
     if labels.dim() != 1 or labels.is_floating_point():
         return []

@@ -103,7 +103,7 @@ def test_python(place, library, tmp_path, monkeypatch, capsys):
     simulation, images = found["module"].simulation, found["images"]
     assert found["trainer"].global_step == 4
     fake, int8 = simulation.eval()(images), found["int8"](images)
-    assert (fake - int8).norm() < 0.05 * fake.norm()
+    assert (fake - int8).norm() < 0.1 * fake.norm()
     (saved,) = Path("checkpoints").glob("*.ckpt")
     weights = torch.load(saved, weights_only=False)["state_dict"]
     again = found["Classifier"](
