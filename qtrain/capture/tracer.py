@@ -83,8 +83,9 @@ class Tracer(fx.Tracer):
         torch's own unwraps a decorated forward, and then calls the decorator's wrapper.
         """
         arguments: list[Any] = []
-        for name, parameter in inspect.signature(root_fn).parameters.items():
-            if parameter.kind not in BY_PLACE or name == "self":
+        _, *parameters = inspect.signature(root_fn).parameters.items()
+        for name, parameter in parameters:
+            if parameter.kind not in BY_PLACE:
                 continue
             has_default = parameter.default is not parameter.empty
             default = (parameter.default,) if has_default else ()

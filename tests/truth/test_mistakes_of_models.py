@@ -1,10 +1,13 @@
 """Mistakes in a model are told with the line of the user's file, and what to do."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import qtrain
 
@@ -109,3 +112,28 @@ def test_a_forward_that_depends_on_values(job):
     assert run.code == 0, run.text
     assert re.search(r"bracketed.*plain\.py:\d+: if x\.max\(\) > 0", run.text)
     assert "move that line into a module of its own" in run.text
+
+
+@pytest.mark.parametrize(
+    "function, layer",
+    [
+        (F.relu6, nn.ReLU6()),
+        (partial(torch.clamp, min=-1, max=1), nn.Hardtanh()),
+        (partial(F.hardtanh, inplace=True), nn.Hardtanh()),
+    ],
+)
+def test_a_clamp_that_qnnpack_gets_wrong_in_silence(mistaken, function, layer):
+    x = 10 * mistaken.samples()
+    with pytest.raises(ValueError, match=r"mixes up .* steps off") as caught:
+        qtrain.quantize(mistaken.Clamps(function), [x], engine="qnnpack")
+    told = str(caught.value)
+    assert re.search(line("return self.dequant(self.b(self.clamp(x)))"), told)
+    assert "use a layer, such as nn.ReLU6 or nn.Hardtanh, or another" in told
+    for clamp, engine in (
+        (layer, "qnnpack"),
+        (function, "onednn"),
+        (function, "int8"),
+    ):
+        model = mistaken.Clamps(clamp).eval()
+        quantized = qtrain.quantize(model, [x], engine=engine).model
+        assert (quantized(x) - model(x)).norm() < 0.2 * model(x).norm()

@@ -83,9 +83,10 @@ class Decorated(Head):
     """Its forward stands behind a decorator, needs no argument and takes any keyword."""
 
     @with_defaults
-    def forward(self, x: torch.Tensor | None = None, labels=None, **options):
-        features = nn.ReLU()(self.norm(self.stem(x)))
+    # Its first argument has another name, as anyone may give it
+    def forward(model, x: torch.Tensor | None = None, labels=None, **options):
+        features = nn.ReLU()(model.norm(model.stem(x)))
         shape = (*features.shape[:2], -1)
-        logits = self.head(features.reshape(shape).view_as(features))
+        logits = model.head(features.reshape(shape).view_as(features))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return Output(loss, logits * options["scale"])

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from plain import Head
 from torch import nn
 
+import qtrain
+
 
 class Draws(Head):
     """Its dropout never ends."""
@@ -94,3 +96,16 @@ class OnlySmall(Head):
 
 def samples(count=4, size=28):
     return torch.randn(count, 1, size, size)
+
+
+class Clamps(nn.Module):
+    """With stubs, and a clamp between its convolutions: a function, or a layer."""
+
+    def __init__(self, clamp):
+        super().__init__()
+        self.quant, self.dequant = qtrain.QuantStub(), qtrain.DeQuantStub()
+        self.a, self.b, self.clamp = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), clamp
+
+    def forward(self, x):
+        x = self.a(self.quant(x))
+        return self.dequant(self.b(self.clamp(x)))
