@@ -65,13 +65,13 @@ def show(
     start = time.perf_counter()
     try:
         quantized = job(model, images)
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            exact, real = logits(model(images)), logits(quantized(images))
     except Exception as err:  # a row of the table
         reason = " ".join(str(err).split())[:150]
         print(f"{name:<26}{how:<10}{type(err).__name__}: {reason}", flush=True)
         return total
-    seconds = time.perf_counter() - start
-    with torch.no_grad():
-        exact, real = logits(model(images)), logits(quantized(images))
     decibels = 10 * torch.log10(exact.square().sum() / (exact - real).square().sum())
     inside, own = products(quantized, images)
     total = own if total is None else total

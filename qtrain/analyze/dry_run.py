@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtrain.analyze.coverage import coverage
 from qtrain.analyze.failing_layer import name_failing_layer
+from qtrain.analyze.steady import require_steady
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend import integers, torch_ao
 from qtrain.backend.int8.tensor import is_tensor
@@ -50,7 +51,8 @@ def dry_run(
     with torch.random.fork_rng(), torch.no_grad():
         float_model = randomize_batch_norm(torch_ao.copy_model(model)).cpu().eval()
         with name_failing_layer(float_model, "float"):
-            float_model(*cloned(inputs))
+            output = float_model(*cloned(inputs))
+        require_steady(float_model, inputs, output)
         prepared = quantizer.prepare(float_model, inputs)
         note_unfused(prepared.model)
         reference = quantizer.reference(prepared)

@@ -1,7 +1,7 @@
 """Errors of a user's code, told with the layer and the line where they arose."""
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,9 @@ from torch import nn
 
 from qtrain.analyze.truth import TruthError
 from qtrain.backend import integers
+
+OF_TORCH = ("torch/", "qtrain/simulate/")
+OF_OTHERS = ("site-packages/", "qtrain/analyze/", "qtrain/backend/")
 
 
 @contextmanager
@@ -54,7 +57,10 @@ def name_failing_layer(
         )
         remedy = f"To keep it float: quant.layers={{{name}: float}}" if name else ""
         if kind == "float":
-            remedy = "Do model, data and task go together?"
+            remedy = (
+                "Do model, data and task go together? "
+                "Does forward take any number of samples?"
+            )
         text = (
             f"model: {where} cannot run in the {kind} model: {_reason(err)}. {remedy}"
         )
@@ -83,17 +89,23 @@ def _reason(err: Exception) -> str:
     text = (
         str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
     )
-    # Python's own frames show the line of the model's source at fault.
-    others = ("torch/", "qtrain/simulate/")
-    frames = [
-        f
-        for f in traceback.extract_tb(err.__traceback__)
-        if not any(o in f.filename for o in others)
-    ]
-    source = next(
-        (f for f in reversed(frames) if f.name == "forward" and f.line), None
-    )
-    text = text[:400]
-    if source is not None and not (source.line or "").startswith("raise "):
-        text += f" [{source.filename}:{source.lineno}: {source.line}]"
+    text = text[:400] + line_of(traceback.extract_tb(err.__traceback__))
     return text
+
+
+def line_of(stack: Sequence[traceback.FrameSummary]) -> str:
+    """Returns the line of the model's source that runs, as " [file:1: code]"; or ""."""
+    frames = [f for f in stack if not _is_of(f, OF_TORCH)]
+    places = [i for i, f in enumerate(frames) if f.name == "forward" and f.line]
+    if not places:
+        return ""
+    forward, *called = frames[places[-1] :]
+    # What forward has called of the user's is nearer to the fault
+    source = [forward, *(f for f in called if not _is_of(f, OF_OTHERS))][-1]
+    if (source.line or "").startswith("raise "):
+        return ""
+    return f" [{source.filename}:{source.lineno}: {source.line}]"
+
+
+def _is_of(frame: traceback.FrameSummary, folders: tuple[str, ...]) -> bool:
+    return any(folder in frame.filename for folder in folders)

@@ -89,7 +89,9 @@ def _check_output(output: Any, when: str) -> None:
     if not isinstance(output, Tensor):
         raise ValueError(
             f"model: its output {when} is a {type(output).__name__}, "
-            "and must be a tensor; return the logits alone"
+            "and must be a tensor; return the logits alone, or let "
+            "qtrain.model.one_output.OneOutput do so: {_target_: "
+            "qtrain.model.one_output.OneOutput, model: {_target_: ...}}"
         )
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import coverage
 from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.measure import weight_bytes
+from qtrain.analyze.steady import require_steady
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend.torch_ao import copy_model
 from qtrain.capture.capture import MODES, Capture
@@ -26,6 +29,7 @@ from qtrain.simulate.plan import Plan
 from qtrain.simulate.simulation import Simulation
 
 MOST_BATCHES = 32  # that calibration takes
+SAMPLES = 32  # of a dataset, in a batch
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ def quantize(
             "ptq" any other is traced.
         batches: of calibration data: tensors, tuples or mappings of forward's
             arguments, or (inputs, target), whose target is left out. The first 32 are
-            taken; the first one also checks the result.
+            taken; the first one also checks the result. Or a torch Dataset, of which
+            1024 samples are drawn.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
         weight_bits: 2..8; of weight_only 2, 3, 4 or 8.
@@ -128,7 +133,7 @@ def quantize(
 
 def _kept(model: nn.Module, batches: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Returns forward's arguments of the batches that are looked at."""
-    kept = [_arguments(model, batch) for batch in islice(batches, MOST_BATCHES)]
+    kept = list(islice(tried(model, batches), MOST_BATCHES))
     if not kept:
         raise ValueError(
             "batches: there is none; give at least one, such as [images]"
@@ -195,7 +200,8 @@ def _arguments(model: nn.Module, batch: Any) -> tuple[Any, ...]:
         for p in parameters
         if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty
     ]
-    if len(parts) == len(required) + 1:  # and a target behind them
+    # And a target behind them. A forward that needs nothing takes one input all the same
+    if len(parts) == max(len(required), 1) + 1:
         parts = parts[:-1]
     wrong = [type(part).__name__ for part in parts if not isinstance(part, Tensor)]
     if wrong:
@@ -230,12 +236,42 @@ def _by_name(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, ...]:
     return bound.args
 
 
+def tried(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """Yields forward's arguments out of each batch, on the CPU.
+
+    Of each new shape a few samples go through a copy of the model first.
+
+    Raises:
+        ValueError: it cannot run on them; says in which line.
+    """
+    if isinstance(batches, Dataset):
+        batches = _shuffled(batches)
+    shapes = set()
+    trial = copy_model(model).cpu().eval()
+    for batch in batches:
+        arguments = _arguments(model, batch)
+        sizes = tuple(x.shape[1:] for x in arguments if isinstance(x, Tensor))
+        if sizes not in shapes:
+            sample = few(arguments)
+            with torch.random.fork_rng(), torch.no_grad(), blame(trial, "float"):
+                output = trial(*cloned(sample))
+                require_steady(trial, sample, output)
+        shapes.add(sizes)
+        yield arguments
+
+
+def _shuffled(samples: Any) -> DataLoader[Any]:
+    """Returns batches of a dataset, in an order that mixes its classes, the same each time."""
+    drawn = torch.Generator().manual_seed(0)
+    shuffle = not isinstance(samples, IterableDataset)
+    return DataLoader(samples, SAMPLES, shuffle=shuffle, generator=drawn)
+
+
 def moved(
     batches: Iterable[Any], model: nn.Module, device: torch.device
 ) -> Iterator[tuple[Any, ...]]:
-    """Yields forward's arguments out of each batch, on a device."""
-    for batch in batches:
-        parts = _arguments(model, batch)
+    """Yields forward's arguments out of each batch, on a device, as `tried` does."""
+    for parts in tried(model, batches):
         yield tuple(
             part.to(device) if isinstance(part, Tensor) else part for part in parts
         )

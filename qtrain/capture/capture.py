@@ -173,7 +173,9 @@ def _found(
             ) from err
         found = _bracketed(model, inputs, leaves, is_qat)
         found.notes.insert(
-            0, f"bracketed, for it cannot be traced: its forward: {err}"
+            0,
+            f"bracketed, for it cannot be traced: its forward: {err}; to have it "
+            "traced, move that line into a module of its own, which then stays float",
         )
         return found
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from qtrain.capture.operations import ASKS
+
 
 def is_tensor(node: Any) -> bool:
     """Returns whether a node stands for a tensor of floats, or for several of them."""
@@ -18,9 +20,16 @@ def _has_floats(value: Any) -> bool:
     return type(value) in (tuple, list) and any(_has_floats(item) for item in value)
 
 
+def asks(node: fx.Node) -> bool:
+    """Returns whether a node puts out no tensor, but looks at one: at its shape, say."""
+    if node.op == "call_function" and node.target in (getattr, len):
+        return not is_tensor(node)
+    return node.op == "call_method" and node.target in ASKS
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
-    """Returns what alone uses a node, or None."""
-    users = list(node.users)
+    """Returns what alone uses a node's numbers, or None."""
+    users = [user for user in node.users if not asks(user)]
     return users[0] if len(users) == 1 else None
 
 

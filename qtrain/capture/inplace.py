@@ -29,7 +29,9 @@ def out_of_place(graph: fx.Graph, root: nn.Module) -> list[str]:
     notes: list[str] = []
     for node in list(graph.nodes):
         for changed in node.meta.get("changes", ()):
-            if changed.op == "placeholder":
+            if any(
+                n.op == "placeholder" and _shares(n, changed) for n in graph.nodes
+            ):
                 notes.append(node.meta["line"])
             # What comes later is made of the new value anyway.
             aliases = [n for n in graph.nodes if n < node and _shares(n, changed)]

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub
 from qtrain.capture.graphs import (
+    asks,
     call,
     free_name,
     is_tensor,
@@ -23,7 +24,7 @@ from qtrain.capture.graphs import (
     only_user,
     put,
 )
-from qtrain.capture.operations import ASKS, MOVES, MOVING, OPS, SITES
+from qtrain.capture.operations import MOVES, MOVING, OPS, SITES
 from qtrain.simulate.build import FIXED, SCALED, is_stub
 from qtrain.simulate.fused import Fused, head_of
 
@@ -91,7 +92,7 @@ class Placing:
                 self._join(node, inputs)
             elif all(n in self.quantized for n in inputs) and self._keeps(node):
                 self.quantized.add(node)
-            elif not _asks(node):
+            elif not asks(node):
                 self._leave(node, "it runs in float")
                 self._convert(node, inputs, to_integers=False)
             if node in self.quantized and node.meta.get("pinned"):
@@ -262,13 +263,6 @@ class Placing:
         return free_name(
             self.root, path, f"{last}_{'quant' if to_integers else 'dequant'}"
         )
-
-
-def _asks(node: fx.Node) -> bool:
-    """Returns whether a node puts out no tensor, but looks at one: at its shape, say."""
-    if node.op == "call_function" and node.target in (getattr, len):
-        return not is_tensor(node)
-    return node.op == "call_method" and node.target in ASKS
 
 
 def _is_number(value: Any) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor, fx
 
 # They make tensors of sizes, and do not ask their arguments whether these are symbols.
 MAKERS = ("arange", "empty", "eye", "full", "ones", "rand", "randn", "zeros")
+# While a forward is traced, `len` is another
+LENGTH = len
 # No symbol is needed for these
 PLAIN = (bool, str, torch.dtype, torch.layout, type(None))
 
@@ -70,7 +72,7 @@ class Symbol(fx.Proxy):
         return self.tracer.create_proxy("call_function", change, (self, other), {})
 
     def __len__(self) -> int:
-        return self._fixed(len)
+        return self._fixed(LENGTH)
 
     def __index__(self) -> int:
         return self._fixed(int)
@@ -82,7 +84,7 @@ class Symbol(fx.Proxy):
         return self._fixed(float)
 
     def _fixed(self, kind: Callable[[Any], Any]) -> Any:
-        if isinstance(self.value, Tensor) and kind is not len:
+        if isinstance(self.value, Tensor) and kind is not LENGTH:
             raise Untraceable("takes a number out of a tensor")
         found = kind(self.value)
         tracer: Any = self.tracer
@@ -121,14 +123,14 @@ def nothing_wrapped() -> Iterator[None]:
 def makers_recorded() -> Iterator[None]:
     """Lets functions that make tensors of sizes be recorded, and `len`, which must be a number."""
     makers: Any = {name: _recorded(getattr(torch, name)) for name in MAKERS}
-    with patch.multiple(torch, **makers), patch("builtins.len", _recorded(len)):
+    with patch.multiple(torch, **makers), patch("builtins.len", _recorded(LENGTH)):
         yield
 
 
 def _recorded(make: Callable[..., Any]) -> Callable[..., Any]:
     def maker(*args: Any, **kwargs: Any) -> Any:
         symbols: list[Symbol] = []
-        if make is not len or type(args[0]) is Symbol:
+        if make is not LENGTH or type(args[0]) is Symbol:
             _find((args, kwargs), symbols)
         if not symbols:
             return make(*args, **kwargs)

@@ -61,7 +61,8 @@ def traced(
     graph, root, dropouts = _recorded(model, inputs, leaves, is_qat)
     owned = tensors(root)
     notes = [
-        f"forward changes its input in place, and the captured model does not: {line}"
+        f"forward changes its input in place, and the captured model does not: {line}; "
+        "let it make a new tensor, so that both do the same"
         for line in out_of_place(graph, root)
     ]
     if not is_qat:

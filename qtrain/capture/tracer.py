@@ -9,14 +9,16 @@ import copy
 import inspect
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from qtrain.capture.norms import Norms
 from qtrain.capture.symbol import (
     PLAIN,
     Symbol,
@@ -33,6 +35,10 @@ from qtrain.common.copying import cloned
 OF_TORCH = ("torch.nn.", "torch.ao.")
 # Of which a subclass may have the same forward
 WHOLE = (nn.Linear, _ConvNd, _BatchNorm)
+BY_PLACE = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
 
 
 class Tracer(fx.Tracer):
@@ -57,24 +63,10 @@ class Tracer(fx.Tracer):
         Args:
             inputs: {parameter of forward: its value}, of all that have no default.
         """
-        parameters = inspect.signature(model.forward).parameters
-        defaults = {
-            n: p.default for n, p in parameters.items() if p.default is not p.empty
-        }
-        self.inputs = defaults | inputs
-        plain = {
-            n: v
-            for n, v in self.inputs.items()
-            if isinstance(v, (*PLAIN, int, float))
-        }
+        self.inputs, self.norms = inputs, Norms(model)
         with torch.no_grad(), makers_recorded(), nothing_wrapped():
-            graph = self.trace(model, concrete_args=plain or None)
-        # torch numbers the plain ones
-        for node in graph.find_nodes(op="placeholder"):
-            node.target = _parameter(str(node.target), self.inputs, node.target)
-            node.args = (
-                (defaults[node.target],) if node.target in defaults else node.args
-            )
+            graph = self.trace(model)
+        self.norms.uncounted(graph)
         graph._tracer_cls = None  # copies need none of its arguments
         for node in graph.nodes:
             value = node.meta.get("value")
@@ -83,13 +75,40 @@ class Tracer(fx.Tracer):
             node.meta["value"] = _shell(value)
         return graph
 
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Returns forward and its arguments: of a tensor a symbol, else the value, which is fixed.
+
+        torch's own unwraps a decorated forward, and then calls the decorator's wrapper.
+        """
+        arguments: list[Any] = []
+        _, *parameters = inspect.signature(root_fn).parameters.items()
+        for name, parameter in parameters:
+            if parameter.kind not in BY_PLACE:
+                continue
+            has_default = parameter.default is not parameter.empty
+            default = (parameter.default,) if has_default else ()
+            self.inputs.setdefault(name, parameter.default)
+            symbol = self.create_proxy("placeholder", name, default, {})
+            value = self.inputs[name]
+            is_plain = isinstance(value, (*PLAIN, int, float))
+            if is_plain:
+                where = f"argument {name} of forward"
+                self.create_proxy(
+                    "call_function", guard, (symbol, value, where, ""), {}
+                )
+            arguments.append(value if is_plain else symbol)
+        return root_fn, [self.root, *arguments]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.leaves or is_whole(m)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        if self._runs:
+        # One that forward has just made belongs to no model: it is looked into
+        if self._runs or m not in (self.submodule_paths or {}):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         self.path.append(name)
@@ -107,15 +126,20 @@ class Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is Symbol:
             return a.node
-        if isinstance(a, dict) and type(a) is not dict and not is_dataclass(a):
-            return self.create_node(
-                "call_function", type(a), (self.create_arg(dict(a)),), {}
-            )
+        if isinstance(a, dict) and type(a) is not dict:
+            # Hugging Face's outputs are both, and as mappings leave out what is None
+            data: Any = a
+            parts = fields(data) if is_dataclass(data) else ()
+            named = {f.name: self.create_arg(getattr(data, f.name)) for f in parts}
+            args = () if parts else (self.create_arg(dict(a)),)
+            return self.create_node("call_function", type(a), args, named)
         return super().create_arg(a)
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, *names: Any, **more: Any
     ) -> fx.Node:
+        if target is F.batch_norm and (layer := self.norms.layer(args, kwargs)):
+            kind, target, args, kwargs = "call_module", layer, args[:1], {}
         node = super().create_node(kind, target, args, kwargs, *names, **more)
         node.meta["path"] = self.path[-1]
         node.meta["line"] = running_line()
@@ -163,8 +187,7 @@ class Tracer(fx.Tracer):
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
         if node.op == "placeholder":
-            name = _parameter(target, self.inputs)
-            return self.inputs.get(name, {} if target.startswith("**") else ())
+            return self.inputs[target]
         if node.op == "get_attr":
             value = attribute(self.root, target)
             # Its number depends on the mode
@@ -212,12 +235,6 @@ def attribute(root: nn.Module, path: str) -> Any:
     return getattr(root.get_submodule(owner), name)
 
 
-def _parameter(name: str, known: Any, otherwise: Any = "") -> Any:
-    """Returns which parameter of forward a placeholder stands for."""
-    plain = name if name in known else name.rpartition("_")[0]
-    return plain if plain in known else otherwise
-
-
 def _shell(value: Any) -> Any:
     """Returns a value whose tensors have lost their numbers, and so take no memory."""
     if isinstance(value, Tensor):
@@ -243,12 +260,23 @@ def trace(
         arguments = dict(zip(inputs, cloned(tuple(inputs.values())), strict=True))
         try:
             with torch.random.fork_rng(devices=[]):
-                return tracer.record(root, arguments), root
+                graph = tracer.record(root, arguments)
+            _restore(root, model)
+            return graph, root
         except Exception as err:  # whatever a forward raises when it is given symbols
             name, reason = tracer.path[-1], _reason(err)
             if name in leaves or not name:
                 raise Untraceable(reason) from err
             leaves[name] = reason
+
+
+@torch.no_grad()
+def _restore(root: nn.Module, model: nn.Module) -> None:
+    """Undoes, in place, what the example has changed of a copy's buffers, such as counters."""
+    there = dict(root.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in there and there[name].shape == buffer.shape:
+            there[name].copy_(buffer)
 
 
 def _reason(err: Exception) -> str:

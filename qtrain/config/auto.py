@@ -83,10 +83,11 @@ def num_classes(data: DataLoaders) -> int:
 
 
 def _targets(loader: Loader) -> list[Tensor]:
-    known = getattr(loader, "labels", None)
-    if isinstance(known, Tensor):
-        return [known]
     with undisturbed(loader):
+        # A dataset goes through its samples for them
+        known = getattr(loader, "labels", None)
+        if isinstance(known, Tensor):
+            return [known]
         return [targets for _, targets in loader]
 
 

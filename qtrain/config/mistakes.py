@@ -18,6 +18,7 @@ from qtrain.data.loaders import DataLoaders
 from qtrain.data.tokenizer import load_tokenizer, own_tokenizer
 from qtrain.exporter.judge import check_exporters
 from qtrain.task.base import Task
+from qtrain.train.generators import undisturbed
 
 
 def unresolved(node: Any, path: str = "") -> Iterator[str]:
@@ -138,16 +139,24 @@ def _unknown_objectives(config: DictConfig, task: Task) -> list[str]:
 
 
 def _too_few_classes(config: DictConfig, data: DataLoaders) -> list[str]:
-    labels = getattr(data.train, "labels", None)
-    if "num_classes" not in config.model or labels is None:
+    if "num_classes" not in config.model:
+        return []
+    with undisturbed(data.train):
+        labels = getattr(data.train, "labels", None)
+    if labels is None:
         return []
     if labels.dim() != 1 or labels.is_floating_point():
         return []
-    needed, given = int(labels.max()) + 1, config.model.num_classes
+    low, high = int(labels.min()), int(labels.max())
+    needed, given = high + 1, config.model.num_classes
     # Labels that are beyond what the data state themselves are told of by their batch.
     if needed <= given or given == data.about.get("num_classes"):
         return []
-    return [f"model.num_classes={given}: the labels need at least {needed}; set that"]
+    fix = "set that" if low == 0 else "count them from 0, or set that"
+    return [
+        f"model.num_classes={given}: the labels reach from {low} to {high}, and need "
+        f"at least {needed}; {fix}"
+    ]
 
 
 def _too_few_samples(

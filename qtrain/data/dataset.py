@@ -1,5 +1,6 @@
 """Any map-style Dataset of torch's, its samples made as they are asked for."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sized
 from typing import Any, cast
@@ -33,7 +34,8 @@ def dataset(
 ) -> DataLoaders:
     """Returns the loaders of datasets: objects with `__len__` and `__getitem__`.
 
-    A sample is a pair (tensor, target). `targets`, if a dataset has them as those of
+    A sample is a pair (tensor, target); a tensor of int64, as of tokens, stays one.
+    `targets`, if a dataset has them as those of
     torchvision, are read for stratified splits.
 
     Args:
@@ -60,19 +62,21 @@ def dataset(
     rows = _rows(train, plain, val, test, (val_fraction, test_fraction))
     skip = on_bad_sample == "skip"
 
-    def loader(samples: Any, name: str, size: int, **how: bool) -> "SampleLoader":
+    def loader(samples: Any, name: str, size: int, **how: Any) -> "SampleLoader":
         found = Samples(samples, name, skip=skip, channels=channels)
         return SampleLoader(found, batch_size=size, num_workers=num_workers, **how)
 
     held_out = val if val is not None else Subset(plain, rows[1]) if rows[1] else None
     tested = Subset(plain, rows[2]) if test is None else test
+    in_order = loader(Subset(plain, rows[0]), "calib", batch_size)
+    shuffled = {"shuffle": True, "in_order": in_order if calib is None else None}
     return DataLoaders(
-        train=loader(Subset(train, rows[0]), "train", batch_size, shuffle=True),
+        train=loader(Subset(train, rows[0]), "train", batch_size, **shuffled),
         val=loader(held_out, "val", eval_batch_size)
         if held_out is not None
         else None,
         test=loader(tested, "test", eval_batch_size),
-        calib=loader(Subset(plain, rows[0]), "calib", batch_size),
+        calib=in_order,
         fingerprint="",
         about={"classes": list(train.classes)} if _has_names(train) else {},
     )
@@ -197,11 +201,17 @@ class Samples(Dataset[Any]):
                     "let the dataset convert them"
                 )
             inputs = inputs.expand(-1, self.channels, -1, -1).contiguous()
-        return inputs.float(), torch.as_tensor(targets), bad
+        if inputs.dtype != torch.int64:  # those are places in a table, as of tokens
+            inputs = inputs.float()
+        return inputs, torch.as_tensor(targets), bad
 
 
 class SampleLoader:
-    """Batches of a dataset by torch's DataLoader; what fails is named, or skipped and logged."""
+    """Batches of a dataset by torch's DataLoader; what fails is named, or skipped and logged.
+
+    Args:
+        in_order: has the same samples, in their order.
+    """
 
     def __init__(
         self,
@@ -210,7 +220,10 @@ class SampleLoader:
         batch_size: int,
         shuffle: bool = False,
         num_workers: int,
+        in_order: "SampleLoader | None" = None,
     ) -> None:
+        self.in_order = in_order
+        self.known: tuple[str, Tensor | None] | None = None
         self.skipped: set[str] = set()
         self.batches = DataLoader(
             samples,
@@ -223,6 +236,31 @@ class SampleLoader:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def content_digest(self) -> str:
+        """Returns the SHA-256 of all inputs and all targets, for any batch size."""
+        return self._read()[0]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The targets, if they are one number a sample."""
+        return self._read()[1]
+
+    def _read(self) -> tuple[str, Tensor | None]:
+        """Goes through all samples, but once, for they may cost time."""
+        if self.in_order is not None:
+            return self.in_order._read()
+        if self.known is None:
+            of_inputs, of_targets = hashlib.sha256(), hashlib.sha256()
+            kinds, labels = set(), []
+            for inputs, targets in self:
+                of_inputs.update(_bytes(inputs))
+                of_targets.update(_bytes(targets))
+                kinds.add(f"{inputs.dtype} {inputs.shape[1:]} {targets.dtype}")
+                labels += [targets] if targets.dim() == 1 else []
+            parts = (of_inputs.hexdigest(), of_targets.hexdigest(), *sorted(kinds))
+            self.known = " ".join(parts), torch.cat(labels) if labels else None
+        return self.known
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
@@ -238,3 +276,7 @@ class SampleLoader:
                 log.warning(f"data.{reason}; skipped")
                 self.skipped.add(reason)
             yield inputs, targets
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()

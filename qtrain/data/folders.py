@@ -91,7 +91,8 @@ def _images(folder: Path, classes: list[str]) -> Labelled:
         if not images:
             raise ValueError(
                 f"root={folder}: the class folder {folder / name} holds no image "
-                f"({', '.join(sorted(KINDS))}); put images into it, or remove it"
+                f"({', '.join(sorted(KINDS))}); put images into it, or remove the class, "
+                "from all splits"
             )
         found += [(path, label) for path in images]
     if others:

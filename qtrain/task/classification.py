@@ -104,14 +104,16 @@ class Classification(PerExample):
             kind = str(labels.dtype).removeprefix("torch.")
             return [
                 f"data: labels are {kind} {tuple(labels.shape)}, "
-                "and classification needs one int64 a sample, (B,)"
+                "and classification needs one int64 a sample, (B,); "
+                "for numbers set task=regression"
             ]
         low, high, last = int(labels.min()), int(labels.max()), shape[1] - 1
         if low < 0 or high > last:
+            more = f", or give the model {high + 1} outputs" if low >= 0 else ""
             return [
                 f"data: labels reach from {low} to {high}, and the model's output has "
                 f"{shape[1]} classes; labels must lie in 0..{last}: "
-                f"count them from 0, or give the model {high + 1} outputs"
+                f"count them from 0{more}"
             ]
         if self.class_weights is not None and len(self.class_weights) != shape[1]:
             return [

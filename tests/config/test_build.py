@@ -31,6 +31,7 @@ COMPANIONS = {
     ("data", "text"): ["data.path=FILE"],
     ("data", "arrays"): ["data.path=FILE"],
     ("data", "image_folder"): ["data.root=FOLDER"],
+    ("model", "one_output"): ["model.model={_target_: torch.nn.Identity}"],
     ("data", "dataset"): ["data.train={_target_: torchvision.datasets.FakeData}"],
     ("task", "language_modeling"): ["data=shakespeare"],
 }

@@ -240,7 +240,7 @@ def one_image(root):
     [
         (no_folder, ["there is no such folder", "CLASS/IMAGE"]),
         (no_classes, ["holds 0 folders of a class", "a folder of its own"]),
-        (empty_class, ["class folder", "bat holds no image", "or remove it"]),
+        (empty_class, ["class folder", "bat holds no image", "or remove the class"]),
         (
             other_classes,
             [

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import qtrain
 
@@ -155,6 +156,72 @@ def test_labels_out_of_range(job, tmp_path, labels, words):
     assert run.code == 1 and words in run.text, run.text
     run = job("mlp", "data=arrays", "data.path=t.npz", "model.num_classes=3")
     assert run.code == 1 and "labels" in run.text and "Traceback" not in run.text
+
+
+@pytest.mark.parametrize(
+    "low, words",
+    [
+        (1, "need at least 4; count them from 0, or set that"),
+        (-1, "must lie in 0..2: "),
+    ],
+)
+def test_labels_of_a_dataset_out_of_range(job, own_data, low, words):
+    data = ["data=dataset", f"data.train={{_target_: own_data.Shifted, low: {low}}}"]
+    run = job("convnet", *data)
+    told = f"labels reach from {low} to {low + 2}"
+    assert run.code == 1 and f"model.num_classes=auto: {told}; count" in run.text
+    run = job("convnet", *data, "model.num_classes=3")
+    assert run.code == 1 and told in run.text and words in run.text
+    assert "count them from 0" in run.text and "give the model" not in run.text
+
+
+def test_labels_of_a_table_out_of_range(job, tmp_path):
+    rows = "".join(f"{i},{i % 7},{i % 3 + 1}\n" for i in range(60))
+    (tmp_path / "t.csv").write_text("a,b,kind\n" + rows)
+    data = ["data=arrays", "data.path=t.csv", "data.target=kind"]
+    run = job("mlp", *data, "model.num_classes=3")
+    assert (
+        run.code == 1 and "labels reach from 1 to 3, and need at least 4" in run.text
+    )
+    assert "count them from 0, or set that" in run.text
+
+
+def test_classes_that_differ_between_splits(job, own_data, tmp_path):
+    for split, classes in (("train", 3), ("test", 2)):
+        own_data.write_folder(tmp_path / "images" / split, classes=classes, num=4)
+    run = job("convnet", *FOLDER)
+    assert run.code == 1 and "Traceback" not in run.text
+    assert "test lacks class2, which train has; give all splits the same" in run.text
+    (tmp_path / "images" / "test" / "class2").mkdir()
+    run = job("convnet", *FOLDER)
+    assert run.code == 1 and "images/test/class2 holds no image" in run.text
+    assert "put images into it, or remove the class, from all splits" in run.text
+
+
+def test_samples_that_cost_time_are_read_no_more_than_needed(job, own_data):
+    own_data.READS.clear()
+    data = ["data=dataset", "data.train={_target_: own_data.Counted}"]
+    data += ["data.batch_size=8", "data.eval_batch_size=2"]
+    run = job("mlp", *data, "quant=ptq", "calib_batches=1", "float_cache=cache")
+    assert run.code == 0, run.text
+    # To know them, to check them, to train on; the first of each split a few times more.
+    # Those to test on are scored with three models.
+    counts = sorted(own_data.READS.values())
+    assert len(counts) == 90 and counts[0] == counts[65] == 3, counts
+    assert counts[-1] <= 10, counts
+
+
+def test_a_dataset_in_python_is_read_once(own_data):
+    own_data.READS.clear()
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(288, 3)).eval()
+    samples = own_data.Counted()
+    result = qtrain.quantize(model, samples, engine="x86")
+    assert set(own_data.READS.values()) == {1} and len(own_data.READS) == 90
+    x = torch.stack([samples[i][0] for i in range(8)])
+    assert (result.model(x) - model(x)).norm() < 0.05 * model(x).norm()
+    own_data.READS.clear()
+    qtrain.prepare(model, samples, engine="x86")
+    assert set(own_data.READS.values()) == {1}
 
 
 def test_a_size_given_wins_over_what_the_data_say(job, tmp_path):

@@ -15,6 +15,8 @@ JOINED = {
     "aten::copy_": "torch's copy_ (a slice assignment)",
     "aten::index_put_": "assignment by indices",
 }
+# Of functions; the layers that clamp are mended, see int8_layers.py
+CLAMPS = {f"aten::{name}{end}" for name in ("clamp", "hardtanh") for end in ("", "_")}
 JOINS = ("add", "sub", "mul", "div", "cat", "stack", "matmul", "bmm", "addmm")
 
 
@@ -49,7 +51,10 @@ class KernelProbe(TorchDispatchMode):
             for x in tree_iter((args, kwargs))
             if isinstance(x, Tensor) and x.is_quantized
         ]
-        exact = _exact_join(func, args, kwargs) if len(quantized) > 1 else None
+        name = func.name().partition(".")[0]
+        is_checked = bool(quantized) and name in CLAMPS
+        is_checked = is_checked or len(quantized) > 1 and name in JOINED
+        exact = _exactly(func, args, kwargs) if is_checked else None
         before = (
             (args[0].q_scale(), args[0].q_zero_point())
             if exact is not None and func._schema.is_mutable
@@ -65,13 +70,7 @@ class KernelProbe(TorchDispatchMode):
             return output
         steps = 0.0 if exact is None else _steps_apart(exact, output, before)
         if steps > self.most_steps:
-            name = JOINED[func.name().partition(".")[0]]
-            self._note(
-                self.wrong,
-                f"{name} of int8 tensors with different scales gives them all one of "
-                f"these scales, in silence, and is {steps:.1f} steps off; join them by "
-                f"the cat of a qtrain.FloatFunctional of its own{_source()}",
-            )
+            self._note(self.wrong, _wrong(name, steps))
         return output
 
     def _note(self, lines: list[str], reason: str) -> None:
@@ -84,10 +83,23 @@ class KernelProbe(TorchDispatchMode):
             lines.append(line)
 
 
-def _exact_join(func: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """Returns what a join of int8 tensors should come to, in float, or None for other calls."""
-    if func.name().partition(".")[0] not in JOINED:
-        return None
+def _wrong(name: str, steps: float) -> str:
+    """Returns what torch does wrongly in silence, and what to do."""
+    if name in CLAMPS:
+        return (
+            f"the engine's {name} mixes up an int8 tensor's values, in silence, and is "
+            f"{steps:.1f} steps off; use a layer, such as nn.ReLU6 or nn.Hardtanh, or "
+            f"another quant.engine{_source()}"
+        )
+    return (
+        f"{JOINED[name]} of int8 tensors with different scales gives them all one of "
+        f"these scales, in silence, and is {steps:.1f} steps off; join them by the cat "
+        f"of a qtrain.FloatFunctional of its own{_source()}"
+    )
+
+
+def _exactly(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Returns what a call on int8 tensors should come to, in float."""
     with _disable_current_modes():
         copies = tree_map(
             lambda x: _dequantize(x.clone()) if isinstance(x, Tensor) else x,

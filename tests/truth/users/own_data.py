@@ -1,6 +1,7 @@
 """Data as people have them: a Dataset of colour images, and files of such."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,33 @@ class Grey(Colours):
     def __getitem__(self, index):
         image, label = super().__getitem__(index)
         return image.mean(0, keepdim=True), label
+
+
+class Shifted(Colours):
+    """Its labels do not begin with 0."""
+
+    def __init__(self, *, low):
+        super().__init__(num=30)
+        self.targets = [label + low for label in self.targets]
+
+    def __getitem__(self, index):
+        return torch.zeros(3, 8, 12), self.targets[index]
+
+
+READS = Counter()
+
+
+class Counted(Colours):
+    """Counts how often each sample is read; its labels are found out by reading alone."""
+
+    def __init__(self):
+        super().__init__(num=90)
+        self.hidden = self.targets
+        del self.targets
+
+    def __getitem__(self, index):
+        if index >= self.num:
+            raise IndexError
+        READS[index] += 1
+        image = torch.from_numpy(draw(self.hidden[index], index, 8, 12))
+        return image.permute(2, 0, 1) / 255, self.hidden[index]
