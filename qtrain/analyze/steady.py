@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qtrain.analyze.blame import line_of
+from qtrain.analyze.failing_layer import line_of
 from qtrain.capture.proof import difference
 from qtrain.common.copying import cloned
 

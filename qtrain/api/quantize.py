@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import coverage
 from qtrain.analyze.dry_run import dry_run
+from qtrain.analyze.failing_layer import name_failing_layer
 from qtrain.analyze.measure import weight_bytes
 from qtrain.analyze.steady import require_steady
 from qtrain.analyze.truth import TruthGate
@@ -253,7 +253,11 @@ def tried(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]
         sizes = tuple(x.shape[1:] for x in arguments if isinstance(x, Tensor))
         if sizes not in shapes:
             sample = few(arguments)
-            with torch.random.fork_rng(), torch.no_grad(), blame(trial, "float"):
+            with (
+                torch.random.fork_rng(),
+                torch.no_grad(),
+                name_failing_layer(trial, "float"),
+            ):
                 output = trial(*cloned(sample))
                 require_steady(trial, sample, output)
         shapes.add(sizes)
