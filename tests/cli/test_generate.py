@@ -21,6 +21,7 @@ RUN = [
         "data.context=16",
         "data.stride=16",
         "data.test_fraction=0.001",
+        "data.val_fraction=0.001",
     ),
     *(
         "model=gpt2_nano",

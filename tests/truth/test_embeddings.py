@@ -14,6 +14,7 @@ TEXT = [
     "model.n_head=2",
     "data.val_fraction=0.01",
     "data.test_fraction=0.01",
+    "data.val_fraction=0.01",
 ]
 QAT = ["quant.epochs=1", "quant.convert_every=0"]
 

@@ -13,6 +13,7 @@ SIZES = [
     "trainer.epochs=0",
     "data.context=32",
     "data.test_fraction=0.001",
+    "data.val_fraction=0.001",
 ]
 TEXT = [
     "task=language_modeling",
@@ -45,7 +46,7 @@ def test_int4_takes_half_a_byte_a_weight_and_loading_no_more_than_the_file(job):
     expected = numbers / 2 + numbers / 128 * 2 + 4 * floats
     file = run.run_dir / "quantized.pt"
     assert file.stat().st_size == pytest.approx(expected, rel=0.01)
-    few = ["data.context=32", "data.test_fraction=0.001"]
+    few = ["data.context=32", "data.test_fraction=0.001", "data.val_fraction=0.001"]
     small = job(
         "gpt2_nano", *TEXT[:2], *few, "model.n_layer=1", "trainer.epochs=0", *INT4
     )

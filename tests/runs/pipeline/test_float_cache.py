@@ -25,6 +25,7 @@ def test_settings_of_samples_leave_the_cached_float_model_as_it_is(tmp_path):
         "model.n_layer=1",
         "model.n_embd=16",
         "data.test_fraction=0.001",
+        "data.val_fraction=0.001",
         f"float_cache={tmp_path / 'cache'}",
     )
     found = []
