@@ -85,9 +85,8 @@ def quantize(
         model: a float model; one with QuantStub and DeQuantStub is taken as it is, by
             "ptq" any other is traced.
         batches: of calibration data: tensors, tuples or mappings of forward's
-            arguments, or (inputs, target), whose target is left out. The first 32 are
-            taken; the first one also checks the result. Or a torch Dataset, of which
-            1024 samples are drawn.
+            arguments, or (inputs, target), whose target is left out. 32 are taken, and
+            the first checks the result. Or a torch Dataset: 1024 samples are drawn.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
         weight_bits: 2..8; of weight_only 2, 3, 4 or 8.
