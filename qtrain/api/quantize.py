@@ -14,7 +14,7 @@ from qtrain.analyze.blame import blame
 from qtrain.analyze.coverage import coverage
 from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.measure import weight_bytes
-from qtrain.analyze.steady import require_steady
+from qtrain.analyze.steady import unsteady
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend.torch_ao import copy_model
 from qtrain.capture.capture import MODES, Capture
@@ -254,7 +254,7 @@ def tried(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]
             sample = few(arguments)
             with torch.random.fork_rng(), torch.no_grad(), blame(trial, "float"):
                 output = trial(*cloned(sample))
-                require_steady(trial, sample, output)
+                refuse(unsteady(trial, sample, output))
         shapes.add(sizes)
         yield arguments
 
