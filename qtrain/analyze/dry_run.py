@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtrain.analyze.coverage import coverage
 from qtrain.analyze.failing_layer import name_failing_layer
-from qtrain.analyze.steady import require_steady
+from qtrain.analyze.steady import unsteady
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend import integers, torch_ao
 from qtrain.backend.int8.tensor import is_tensor
@@ -52,15 +52,14 @@ def dry_run(
         float_model = randomize_batch_norm(torch_ao.copy_model(model)).cpu().eval()
         with name_failing_layer(float_model, "float"):
             output = float_model(*cloned(inputs))
-        require_steady(float_model, inputs, output)
+        if truth is not None:
+            truth.enforce(unsteady(float_model, inputs, output))
         prepared = quantizer.prepare(float_model, inputs)
         note_unfused(prepared.model)
         reference = quantizer.reference(prepared)
-        failures = (
-            []
-            if reference is None or truth is None
-            else truth.same_function(float_model, reference, inputs)
-        )
+        failures: list[str] = []
+        if reference is not None and truth is not None:
+            failures = truth.same_function(float_model, reference, inputs)
         prepared.is_rehearsal = True
         with name_failing_layer(prepared.model, "prepared"):
             quantizer.calibrate(prepared, [cloned(inputs)])

@@ -10,7 +10,7 @@ from torch import nn
 from qtrain.analyze.truth import TruthError
 from qtrain.backend import integers
 
-OF_TORCH = ("torch/", "qtrain/simulate/")
+OF_TORCH = ("torch/", "qtrain/simulate/", "qtrain/capture/")
 OF_OTHERS = ("site-packages/", "qtrain/analyze/", "qtrain/backend/")
 
 
@@ -89,6 +89,8 @@ def _reason(err: Exception) -> str:
     text = (
         str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
     )
+    # A kernel's refusal, behind the line of torch's own source
+    text = text.rpartition("please report a bug to PyTorch. ")[2]
     text = text[:400] + line_of(traceback.extract_tb(err.__traceback__))
     return text
 

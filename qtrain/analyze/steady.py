@@ -15,23 +15,23 @@ from qtrain.common.copying import cloned
 ROUNDING = 1e-5  # relative; threads may add in another order
 
 
-def require_steady(model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    """Raises ValueError where `model` no longer puts out what it did for these inputs.
+def unsteady(model: nn.Module, inputs: tuple[Any, ...], output: Any) -> list[str]:
+    """Returns a failure where `model` no longer puts out what it did for these inputs.
 
     Args:
         model: in eval mode.
         output: of an earlier call.
     """
     if difference(output, model(*cloned(inputs))) <= ROUNDING:
-        return
+        return []
     first, second = (_steps(model, inputs) for _ in range(2))
     pairs = zip(first, second, strict=False)
     line = next((line for (line, x), (_, y) in pairs if x != y), "")
-    raise ValueError(
+    return [
         "model: forward puts out something else when it is called again with the same "
         f"input{line}. A quantized model is compared with it: in eval mode let it use "
         "neither random numbers nor what an earlier call has left"
-    )
+    ]
 
 
 class _Steps(TorchDispatchMode):

@@ -14,7 +14,7 @@ from qtrain.analyze.coverage import coverage
 from qtrain.analyze.dry_run import dry_run
 from qtrain.analyze.failing_layer import name_failing_layer
 from qtrain.analyze.measure import weight_bytes
-from qtrain.analyze.steady import require_steady
+from qtrain.analyze.steady import unsteady
 from qtrain.analyze.truth import TruthGate
 from qtrain.backend.torch_ao import copy_model
 from qtrain.capture.capture import MODES, Capture
@@ -85,9 +85,8 @@ def quantize(
         model: a float model; one with QuantStub and DeQuantStub is taken as it is, by
             "ptq" any other is traced.
         batches: of calibration data: tensors, tuples or mappings of forward's
-            arguments, or (inputs, target), whose target is left out. The first 32 are
-            taken; the first one also checks the result. Or a torch Dataset, of which
-            1024 samples are drawn.
+            arguments, or (inputs, target), whose target is left out. 32 are taken, and
+            the first checks the result. Or a torch Dataset: 1024 samples are drawn.
         method: "ptq", "dynamic" or "weight_only".
         engine: "fbgemm", "qnnpack", "x86", "onednn", or "auto".
         weight_bits: 2..8; of weight_only 2, 3, 4 or 8.
@@ -259,7 +258,7 @@ def tried(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]
                 name_failing_layer(trial, "float"),
             ):
                 output = trial(*cloned(sample))
-                require_steady(trial, sample, output)
+                refuse(unsteady(trial, sample, output))
         shapes.add(sizes)
         yield arguments
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Sized
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -34,12 +35,11 @@ def dataset(
 ) -> DataLoaders:
     """Returns the loaders of datasets: objects with `__len__` and `__getitem__`.
 
-    A sample is a pair (tensor, target); a tensor of int64, as of tokens, stays one.
-    `targets`, if a dataset has them as those of
-    torchvision, are read for stratified splits.
+    A sample is a pair (tensor, target); int64, as of tokens, stays so.
 
     Args:
-        train: the samples to train on.
+        train: the samples to train on. Its `targets`, as torchvision's have them, are
+            read for stratified splits.
         test, val: to test and to validate on; null: shares of `train`.
         calib: `train` without augmentation; null: `train` itself.
         val_fraction, test_fraction: the shares; null: 0.1.
@@ -61,25 +61,35 @@ def dataset(
     plain = train if calib is None else calib
     rows = _rows(train, plain, val, test, (val_fraction, test_fraction))
     skip = on_bad_sample == "skip"
-
-    def loader(samples: Any, name: str, size: int, **how: Any) -> "SampleLoader":
-        found = Samples(samples, name, skip=skip, channels=channels)
-        return SampleLoader(found, batch_size=size, num_workers=num_workers, **how)
-
+    loader = partial(_loader, skip=skip, channels=channels, num_workers=num_workers)
     held_out = val if val is not None else Subset(plain, rows[1]) if rows[1] else None
     tested = Subset(plain, rows[2]) if test is None else test
     in_order = loader(Subset(plain, rows[0]), "calib", batch_size)
-    shuffled = {"shuffle": True, "in_order": in_order if calib is None else None}
+    shuffled: Any = {"shuffle": True, "in_order": in_order if calib is None else None}
+    validated = None
+    if held_out is not None:
+        validated = loader(held_out, "val", eval_batch_size)
     return DataLoaders(
         train=loader(Subset(train, rows[0]), "train", batch_size, **shuffled),
-        val=loader(held_out, "val", eval_batch_size)
-        if held_out is not None
-        else None,
+        val=validated,
         test=loader(tested, "test", eval_batch_size),
         calib=in_order,
         fingerprint="",
         about={"classes": list(train.classes)} if _has_names(train) else {},
     )
+
+
+def _loader(
+    samples: Any,
+    name: str,
+    batch_size: int,
+    *,
+    skip: bool,
+    channels: int | None,
+    **how: Any,
+) -> "SampleLoader":
+    found = Samples(samples, name, skip=skip, channels=channels)
+    return SampleLoader(found, batch_size=batch_size, **how)
 
 
 def _rows(

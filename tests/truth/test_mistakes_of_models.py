@@ -137,3 +137,15 @@ def test_a_clamp_that_qnnpack_gets_wrong_in_silence(mistaken, function, layer):
         model = mistaken.Clamps(clamp).eval()
         quantized = qtrain.quantize(model, [x], engine=engine).model
         assert (quantized(x) - model(x)).norm() < 0.2 * model(x).norm()
+
+
+def test_a_sum_that_qnnpack_refuses(mistaken):
+    model, x = mistaken.Scales().eval(), mistaken.samples()
+    with pytest.raises(ValueError) as caught:
+        qtrain.quantize(model, [x], engine="qnnpack")
+    told = str(caught.value)
+    assert "layer add (Call) cannot run" in told and "QNNPACK Add operator." in told
+    assert "report a bug" not in told and "stubs.py" not in told
+    assert told.endswith("To keep it float: quant.layers={add: float}")
+    quantized = qtrain.quantize(model, [x], engine="qnnpack", layers={"add": "float"})
+    assert (quantized.model(x) - model(x)).norm() < 0.2 * model(x).norm()

@@ -98,6 +98,19 @@ def samples(count=4, size=28):
     return torch.randn(count, 1, size, size)
 
 
+class Scales(Head):
+    """Adds a branch whose scale is as ConvNeXt's is at the start of a training."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 1e-6))
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.features(x)
+        return self.head(x + self.scale * self.conv(x))
+
+
 class Clamps(nn.Module):
     """With stubs, and a clamp between its convolutions: a function, or a layer."""
 
