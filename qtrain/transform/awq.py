@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.common.copying import by_place, cloned, few
+from qtrain.common.copying import by_place, cloned
 from qtrain.common.validate import boolean, refuse
 from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.transform.clip import RATIOS, clipped, unshrunk
@@ -50,7 +50,7 @@ class AWQ(Rounding):
     def begin(self, simulation: Simulation, batches: Batches) -> None:
         self._norms = {}
         if self.scales:
-            self._norms = norms_before(simulation.model, few(next(iter(batches))))
+            self._norms = norms_before(simulation.model, next(iter(batches)))
 
     def choose(self, target: Any, hessian: Tensor) -> Choice:
         nearest: Choice = target.rounded()

@@ -6,15 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.common.copying import cloned, few
+from qtrain.common.copying import cloned
 from qtrain.common.validate import shown
 from qtrain.functional.error import sqnr_db
 from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.transform.base import Transform
 
-# On which the gain is measured: logits of a whole batch of text take gigabytes
-SAMPLES = 4
-NUMBERS = 1 << 22
+NUMBERS = 1 << 22  # of an output at which the gain is measured
 
 
 def check_transforms(transforms: Any) -> list[str]:
@@ -36,7 +34,7 @@ def improve(simulation: Simulation, transform: Transform, batches: Batches) -> N
     if simulation.is_rehearsal:
         transform(simulation, batches)
         return
-    first = few(next(iter(batches)), SAMPLES)
+    first = next(iter(batches))
     before = _decibels(simulation, first)
     transform(simulation, batches)
     gained = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.common.copying import by_place, cloned, few
+from qtrain.common.copying import by_place, cloned
 from qtrain.simulate.simulation import Batches
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments by place, and by name
@@ -38,7 +38,7 @@ def layer_by_layer(
             out.
         batches: forward's arguments.
     """
-    first = few(next(iter(batches)))
+    first = cloned(next(iter(batches)))
     order = _calls(model, names, first)
     chain = _chain(model, [*order], first)
     inside = [

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from qtrain.simulate.simulation import Batches
 
+AT_ONCE = 4  # samples: logits of a whole batch of text take gigabytes
+
 
 @dataclass(frozen=True)
 class NotEmpty:
@@ -34,7 +36,7 @@ def again(batches: Batches) -> Batches:
 
 @dataclass(frozen=True)
 class Samples:
-    """The first samples of batches, again and again.
+    """The first samples of batches, again and again, a few at once.
 
     Args:
         batches: forward's arguments; the samples are along their first
@@ -52,4 +54,6 @@ class Samples:
                 return
             size = len(inputs[0]) if left is None else min(left, len(inputs[0]))
             left = None if left is None else left - size
-            yield tuple(x[:size] if isinstance(x, Tensor) else x for x in inputs)
+            for start in range(0, size, AT_ONCE):
+                part = slice(start, min(start + AT_ONCE, size))
+                yield tuple(x[part] if isinstance(x, Tensor) else x for x in inputs)

@@ -271,3 +271,14 @@ def test_outputs_of_narrower_ranges_are_no_smaller():
     exact, rounded = (inputs @ x.T for x in (target.weight, found.dequantized()))
     slopes = (exact * rounded).sum(0) / (exact * exact).sum(0)
     assert (slopes - 1).mean().abs() < 5e-4  # without the fit -1e-2
+
+
+@pytest.mark.parametrize("transform", [GPTQ, AWQ])
+def test_logits_are_made_of_a_few_samples_alone(transform):
+    model, sizes = gpt2(), []
+    model.lm_head.register_forward_pre_hook(
+        lambda _, args: sizes.append(len(args[0]))
+    )
+    batches = [(torch.randint(50, (16, 32)),)]
+    calibrated(model, transform(), batches=batches)
+    assert sizes and max(sizes) <= 4
