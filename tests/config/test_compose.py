@@ -100,3 +100,13 @@ def test_what_was_composed_leaves_hydra_as_it_was():
     before = HydraConfig.instance().cfg
     compose("model=mlp")
     assert HydraConfig.instance().cfg is before
+
+
+@pytest.mark.parametrize(
+    ("quant", "rate"), [("float_finetuned", 2e-3), ("qlora", 1e-2)]
+)
+def test_an_experiment_gives_each_method_its_own_rate(quant, rate):
+    config = compose("experiment=gpt2_qlora", f"quant={quant}")
+    assert config.quant.optimizer.lr == rate
+    own = compose("experiment=gpt2_qlora", f"quant={quant}", "quant.optimizer.lr=0.5")
+    assert own.quant.optimizer.lr == 0.5
