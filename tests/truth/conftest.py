@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 from qtrain.cli import run as cli
 
@@ -49,11 +50,24 @@ class Outcome:
         return self.report["metrics"][kind]["accuracy"]
 
 
+def mode_of_experiments(get_mode: Any) -> Any:
+    """Hydra composes all just to see whether a config sets its mode: here experiments alone do."""
+
+    def find(hydra: Hydra, config_name: str, overrides: list[str]) -> Any:
+        is_set = any(
+            word.startswith(("experiment=", "hydra.mode=")) for word in overrides
+        )
+        return get_mode(hydra, config_name, overrides) if is_set else None
+
+    return find
+
+
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """command(*arguments): runs `qtrain` in this process; returns (exit code, all it printed)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this puts it back
+    monkeypatch.setattr(Hydra, "get_mode", mode_of_experiments(Hydra.get_mode))
     logger = logging.getLogger()
     handlers, level = logger.handlers[:], logger.level
 

@@ -15,6 +15,7 @@ JOBS = {
     "int8": ["quant=ptq"],
     "int2": ["quant=ptq", "quant.weight.bits=2"],
 }
+ALL_DIGITS = ["data.val_size=1000", "data.test_size=null"]
 TRAINED = ["trainer.max_steps=60", "optimizer.lr=0.002", "measure.batch_sizes=[1]"]
 CASES = {"Psnr": ("psnr", "dB", True), "Mae": ("mae", "", False)}
 
@@ -45,6 +46,7 @@ def jobs(job):
             overrides = [
                 *overrides,
                 *TRAINED,
+                *ALL_DIGITS,
                 f"name={name}",
                 f"task._target_=reconstruction.{task}",
             ]
