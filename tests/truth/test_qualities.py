@@ -12,8 +12,8 @@ from qtrain.cli import compare
 NET = {"model": "reconstruction.Autoencoder", "hidden": 32}
 JOBS = {
     "float": ["quant=none"],
-    "int8": ["quant=ptq"],
-    "int2": ["quant=ptq", "quant.weight.bits=2"],
+    "int8": ["quant=ptq", "calib_batches=32"],
+    "int2": ["quant=ptq", "calib_batches=32", "quant.weight.bits=2"],
 }
 ALL_DIGITS = ["data.val_size=1000", "data.test_size=null"]
 TRAINED = ["trainer.max_steps=60", "optimizer.lr=0.002", "measure.batch_sizes=[1]"]
