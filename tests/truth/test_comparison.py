@@ -19,6 +19,9 @@ SWEEP = [
     "threads=1",
     "measure.repeats=2",
     "measure.batch_sizes=[1]",
+    "calib_batches=4",
+    "data.val_size=200",
+    "data.test_size=400",
 ]
 
 

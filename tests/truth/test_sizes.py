@@ -12,6 +12,10 @@ SIZES = [
     "model.n_layer=2",
     "trainer.epochs=0",
     "data.context=32",
+    "data.batch_size=2",
+    "data.eval_batch_size=8",
+    "truth.samples=4",
+    "task.max_new_tokens=2",
     "data.test_fraction=0.001",
     "data.val_fraction=0.001",
 ]

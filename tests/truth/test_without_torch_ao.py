@@ -18,6 +18,7 @@ QUICK = [
     "logger=none",
     "float_cache=null",
     "measure.repeats=2",
+    "measure.batch_sizes=[1]",
 ]
 SMALL = ["model.n_layer=1", "model.n_embd=32", "model.n_head=2", "data.context=32"]
 LOAD = """
