@@ -12,8 +12,8 @@ def hadamard(size: int) -> Tensor:
     """Returns (size, size), float64: an orthogonal matrix, all of whose
     entries are alike but for their signs.
 
-    Sizes are 2^k times 1, 12, 20 or 44 (R. E. A. C. Paley, "On
-    Orthogonal Matrices", 1933).
+    Sizes are 2^k times 1, 12, 20, 44 or 144 = 12 * 12 (R. E. A. C. Paley,
+    "On Orthogonal Matrices", 1933).
 
     Raises:
         ValueError: there is none of that size here.
@@ -25,7 +25,9 @@ def hadamard(size: int) -> Tensor:
     >>> bool((matrix @ matrix.T - torch.eye(768)).abs().max() < 1e-12)
     True
     """
-    for start in (torch.ones(1, 1, dtype=torch.float64), *map(_paley, PRIMES)):
+    paley = [_paley(prime) for prime in PRIMES]
+    one = torch.ones(1, 1, dtype=torch.float64)
+    for start in (one, *paley, torch.kron(paley[0], paley[0])):
         times, rest = divmod(size, len(start))
         if rest or times & (times - 1) or not times:
             continue
@@ -36,7 +38,7 @@ def hadamard(size: int) -> Tensor:
         rotation: Tensor = matrix / size**0.5
         return rotation
     raise ValueError(
-        f"size={size}: there is no Hadamard matrix here; use 2^k times 1, 12, 20 or 44"
+        f"size={size}: there is no Hadamard matrix here; use 2^k times 1, 12, 20, 44 or 144"
     )
 
 

@@ -1,5 +1,5 @@
-"""Rotations of GPT-2's residual stream: no channel stands out any more,
-and it computes the same.
+"""Rotations of a language model's residual stream: no channel stands out any
+more, and it computes the same.
 
 S. Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated
 LLMs", arXiv:2404.00456, section 4, stage 1a; norms become plain ones as
@@ -15,7 +15,14 @@ from qtrain.functional.hadamard import hadamard
 from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.transform.base import Transform
 
-PARTS = ("wte", "wpe", "h", "ln_f", "lm_head")
+PARTS = ("wte", "h", "ln_f", "lm_head")
+# What reads the stream behind each norm of a block, and what writes to it: of
+# GPT-2, and of Llama
+READERS = {
+    "ln_1": ("attn.c_attn", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    "ln_2": ("mlp.c_fc", "mlp.gate_proj", "mlp.up_proj"),
+}
+WRITERS = ("attn.c_proj", "mlp.c_proj", "attn.o_proj", "mlp.down_proj")
 
 
 class Rotate(Transform):
@@ -37,12 +44,12 @@ class Rotate(Transform):
 
 @torch.no_grad()
 def rotate(model: Any) -> None:
-    """Rotates a GPT-2, in place, worked out in float64.
+    """Rotates a GPT-2 or a Llama, in place, worked out in float64.
 
     What norms scale by and add goes into the layers behind them, so
-    that norms rotate along; means, which they subtract, are subtracted
-    where the stream is written to. The head becomes a layer of its own,
-    for it takes in the last norm, and gets a bias.
+    that norms rotate along; means, which those of GPT-2 subtract, are
+    subtracted where the stream is written to. The head becomes a layer
+    of its own, for it takes in the last norm, and what that adds as a bias.
 
     Raises:
         ValueError: the model is none, or has no Hadamard matrix of its
@@ -50,7 +57,7 @@ def rotate(model: Any) -> None:
     """
     if not all(hasattr(model, part) for part in PARTS):
         raise ValueError(
-            "transforms: rotate knows GPT-2 alone, "
+            "transforms: rotate knows GPT-2 and Llama alone, "
             f"and this is a {type(model).__name__}; leave rotate out"
         )
     width = model.ln_f.normalized_shape[0]
@@ -58,41 +65,58 @@ def rotate(model: Any) -> None:
         torch.randint(2, (width,), generator=torch.Generator().manual_seed(0)) * 2 - 1
     )
     matrix = (hadamard(width) * signs[:, None]).to(model.ln_f.weight.device)
-    head = nn.Linear(width, len(model.lm_head.weight), device=matrix.device)
+    centred = isinstance(model.ln_f, nn.LayerNorm)
+    head = nn.Linear(width, len(model.lm_head.weight), bias=False, device="meta")
     head.weight = nn.Parameter(model.lm_head.weight.clone())
-    head.bias = nn.Parameter(torch.zeros_like(head.bias))
     model.lm_head = head
-    for table in (model.wte, model.wpe):
-        table.weight = nn.Parameter(_written(table.weight, matrix))
+    for table in (model.wte, getattr(model, "wpe", None)):
+        if table is not None:
+            table.weight = nn.Parameter(_written(table.weight, matrix, centred))
     for block in model.h:
-        block.ln_1 = _fold(block.ln_1, block.attn.c_attn, matrix)
-        block.ln_2 = _fold(block.ln_2, block.mlp.c_fc, matrix)
-        for layer in (block.attn.c_proj, block.mlp.c_proj):
-            layer.weight = nn.Parameter(
-                _written(layer.weight.T, matrix).T.contiguous()
-            )
-            layer.bias = nn.Parameter(_written(layer.bias, matrix))
-    model.ln_f = _fold(model.ln_f, model.lm_head, matrix)
+        for norm, names in READERS.items():
+            layers = _there(block, names)
+            setattr(block, norm, _fold(getattr(block, norm), layers, matrix))
+        for layer in _there(block, WRITERS):
+            rows = _written(layer.weight.T, matrix, centred)
+            layer.weight = nn.Parameter(rows.T.contiguous())
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(_written(layer.bias, matrix, centred))
+    model.ln_f = _fold(model.ln_f, [model.lm_head], matrix)
 
 
-def _written(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Returns what is added to the stream (..., C), without its mean,
-    rotated.
+def _there(block: nn.Module, names: tuple[str, ...]) -> list[Any]:
+    """Returns the layers of those names that a block has."""
+    layers = dict(block.named_modules())
+    return [layers[name] for name in names if name in layers]
+
+
+def _written(rows: Tensor, matrix: Tensor, centred: bool) -> Tensor:
+    """Returns what is added to the stream (..., C), rotated, and without
+    its mean where norms subtract it.
     """
     exact = rows.double()
-    return ((exact - exact.mean(-1, keepdim=True)) @ matrix).to(rows.dtype)
+    if centred:
+        exact = exact - exact.mean(-1, keepdim=True)
+    return (exact @ matrix).to(rows.dtype)
 
 
-def _fold(norm: nn.LayerNorm, layer: nn.Linear, matrix: Tensor) -> nn.RMSNorm:
+def _fold(
+    norm: nn.LayerNorm | nn.RMSNorm, layers: list[Any], matrix: Tensor
+) -> nn.RMSNorm:
     """Returns the norm that only scales, having folded the rest into the
-    layer, in place.
+    layers, in place.
     """
-    weight = layer.weight.double()
-    bias = layer.bias.double() + weight @ norm.bias.double()
-    layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
-    layer.weight = nn.Parameter(
-        (weight * norm.weight.double() @ matrix).to(layer.weight.dtype)
-    )
+    added = getattr(norm, "bias", None)
+    for layer in layers:
+        weight = layer.weight.double()
+        kind = layer.weight.dtype
+        if added is not None:
+            bias = weight @ added.double()
+            if layer.bias is not None:
+                bias = bias + layer.bias.double()
+            layer.bias = nn.Parameter(bias.to(kind))
+        rotated = weight * norm.weight.double() @ matrix
+        layer.weight = nn.Parameter(rotated.to(kind))
     plain = nn.RMSNorm(norm.normalized_shape, norm.eps, device=matrix.device)
     plain.__dict__["qconfig"] = (
         None  # eager mode's mark of a layer that stays in float

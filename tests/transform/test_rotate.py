@@ -1,4 +1,4 @@
-"""A rotated GPT-2 computes the same, and its channels are alike."""
+"""A rotated GPT-2 or Llama computes the same, and its channels are alike."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import nn
 from qtrain.functional.hadamard import hadamard
 from qtrain.functional.spec import QuantSpec
 from qtrain.model.gpt2 import GPT2
+from qtrain.model.llama import Llama
 from qtrain.quant.weight_only import WeightOnly
 from qtrain.transform.rotate import Rotate, rotate
 
@@ -23,9 +24,21 @@ def gpt2(width=48):
     return model
 
 
-@pytest.mark.parametrize("width", [32, 48, 80, 96])
-def test_it_computes_the_same_with_the_cache_too(width):
-    model, x = gpt2(width), torch.randint(50, (2, 12))
+def llama(width=48):
+    sizes = {"vocab_size": 50, "n_positions": 16, "n_layer": 2, "n_inner": 40}
+    model = Llama(n_embd=width, n_head=4, n_kv_head=2, **sizes).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(
+                torch.randn_like(parameter) * (0.3 if "ln_" in name else 0.05)
+            )
+    return model
+
+
+@pytest.mark.parametrize("width", [32, 48, 80, 96, 144])
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_it_computes_the_same_with_the_cache_too(make, width):
+    model, x = make(width), torch.randint(50, (2, 12))
     rotated = WeightOnly(transforms=[Rotate()]).prepare(model)
     exact, found = model(x), rotated.model(x)
     assert (found - exact).norm() < 1e-5 * exact.norm()
@@ -55,7 +68,7 @@ def test_outliers_are_spread_over_all_channels():
     assert peaks[0] > 5 and peaks[1] < 3, peaks
 
 
-@pytest.mark.parametrize("size", [1, 2, 12, 20, 24, 44, 384, 768, 1280])
+@pytest.mark.parametrize("size", [1, 2, 12, 20, 24, 44, 384, 576, 768, 1280])
 def test_hadamard_matrices_are_orthogonal_and_of_equal_magnitudes(size):
     matrix = hadamard(size)
     torch.testing.assert_close(
@@ -69,7 +82,8 @@ def test_what_cannot_be_rotated_is_told():
         rotate(gpt2(14))
     spec = QuantSpec(bits=4)
     with pytest.raises(
-        ValueError, match="transforms: rotate knows GPT-2 alone, and this is a"
+        ValueError,
+        match="transforms: rotate knows GPT-2 and Llama alone, and this is a",
     ):
         WeightOnly(weight=spec, transforms=[Rotate()]).prepare(
             nn.Sequential(nn.Linear(4, 4))

@@ -19,6 +19,7 @@ METHODS = {
     "int4": ["quant=weight_only_int4", "quant.embedding=int4"],
     "llm_int8": ["quant=llm_int8"],
     "gptq": ["quant=gptq", *CALIBRATED],
+    "quarot": ["quant=quarot", *CALIBRATED],
     "awq": ["quant=awq", *CALIBRATED],
 }
 
@@ -97,7 +98,6 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(job, tmp_path):
         ("model.n_kv_head=3", "model.n_head=4: must be a multiple of n_kv_head=3"),
         ("model.n_embd=20", "5 channels, which must be even"),
         ("data.context=65", "context=65: must be at most n_positions=64"),
-        ("quant.transforms=[rotate]", "rotate knows GPT-2 alone"),
         (
             "data.tokenizer=none.gguf",
             "data.tokenizer=none.gguf: there is no such file",
