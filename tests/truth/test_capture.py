@@ -278,7 +278,8 @@ def weights(model):
 
 
 def test_torchvisions_plain_resnet18(job):
-    run = job("resnet18_plain", "quant=ptq", "quant.engine=x86")
+    few = ["data.batch_size=16", "truth.samples=64"]
+    run = job("resnet18_plain", "quant=ptq", "quant.engine=x86", *few)
     assert run.code == 0, run.text
     assert run.report["capture"]["sites"] == 30
     fused = {"Conv2d+BatchNorm2d+ReLU": 9, "Conv2d+BatchNorm2d": 11}

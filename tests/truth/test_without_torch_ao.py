@@ -80,7 +80,8 @@ import qtrain
 
 @pytest.mark.parametrize("quant", ["ptq", "qat"])
 def test_the_default_job_runs_is_saved_and_loaded(quant, python, tmp_path):
-    report = run_without(python, tmp_path / "run", f"quant={quant}")
+    few = ["data.val_size=200", "data.test_size=1000", "calib_batches=4"]
+    report = run_without(python, tmp_path / "run", f"quant={quant}", *few)
     assert report["status"] == "ok" and report["truth"]["ok"]
     assert report["quant"]["engine"] == "int8"  # of auto
     assert (
