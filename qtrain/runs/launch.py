@@ -39,6 +39,8 @@ def check_quantizer(quantizer: Quantizer) -> None:
 
 def _check_devices(devices: int, device: str) -> None:
     cores = os.cpu_count() or 1
+    if device == "cpu" and from_torchrun():
+        cores = devices  # torchrun's may be on several machines
     there = {"cuda": torch.cuda.device_count(), "cpu": A_CORE * cores}.get(device, 1)
     if there < devices:
         advice = (

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from qtrain.model.pretrained import LLAMA_SIZES
+
 TINY = dict(
     vocab_size=61,
     n_positions=64,
@@ -25,14 +27,7 @@ SHAPES = {
     "untied, other angles": {**TINY, "rope_theta": 123.0, "tied_head": False},
 }
 THEIRS = {
-    "vocab_size": "vocab_size",
-    "n_positions": "max_position_embeddings",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "n_inner": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
+    **LLAMA_SIZES,
     "rope_theta": "rope_theta",
     "tied_head": "tie_word_embeddings",
 }

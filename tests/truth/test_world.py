@@ -128,3 +128,14 @@ def test_more_processes_than_cores_can_serve_are_refused_before_any_starts(
     assert run.code == 1
     said = "trainer.devices=64: device=cpu is 4; allowed are 2 for each of 2 cores"
     assert said in run.text
+
+
+def test_processes_of_torchrun_may_be_on_several_machines(monkeypatch):
+    from qtrain.runs import launch
+
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    with pytest.raises(ValueError, match="device=cpu is 4"):
+        launch._check_devices(8, "cpu")
+    for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    launch._check_devices(8, "cpu")

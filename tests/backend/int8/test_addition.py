@@ -14,7 +14,7 @@ from qtrain.backend.int8.tensor import QuantizedTensor
 LAYOUTS = {
     "plain": lambda x: x,
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "a part": lambda x: torch.cat([x, x], 1)[:, x.shape[1] :],
+    "a part": lambda x: torch.cat([255 - x, x], 1)[:, x.shape[1] :],
     "turned": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
 }
 
