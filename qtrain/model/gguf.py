@@ -100,9 +100,13 @@ class File:
         self.reader = gguf.read(name, "pretrained")
         found = gguf.value(self.reader, "general.architecture")
         if found != layout.architecture:
+            known = found in (GPT2.architecture, LLAMA.architecture)
+            remedy = (
+                f"use model={found}" if known else "there is no model for it here"
+            )
             self.refuse(
-                f"its architecture is {found}; only {layout.architecture} can be read by "
-                "this model, see the others of conf/model"
+                f"its architecture is {found}, and this model reads "
+                f"{layout.architecture}; {remedy}"
             )
 
     def refuse(self, reason: str) -> None:

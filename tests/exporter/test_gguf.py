@@ -156,7 +156,8 @@ def test_what_cannot_be_read_says_why(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(
-        ValueError, match="its architecture is llama; only gpt2 can be read"
+        ValueError,
+        match="its architecture is llama, and this model reads gpt2; use model=llama",
     ):
         GPT2(pretrained=str(foreign))
     with pytest.raises(
