@@ -68,6 +68,7 @@ class Quantized:
         )
 
 
+@torch.inference_mode(False)
 def quantize(
     model: nn.Module,
     batches: Iterable[Any],

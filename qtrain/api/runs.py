@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qtrain.config.build import compose
@@ -36,6 +37,7 @@ def run(*overrides: str, run_dir: str | Path | None = None) -> Report:
     return pipeline.execute(compose(*overrides), folder, list(overrides))
 
 
+@torch.inference_mode(False)
 def load(run_dir: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     """Returns the converted model of a finished run, on the CPU, in eval mode.
 
@@ -44,6 +46,7 @@ def load(run_dir: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     return artifact.load(Path(run_dir), trust)
 
 
+@torch.inference_mode(False)
 def load_float(run_dir: str | Path, trust: Sequence[str] = ()) -> nn.Module:
     """Returns the float model of a finished run, on the CPU, in eval mode; see `load`."""
     return artifact.load_float(Path(run_dir), trust)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
+import torch
 from torch import nn
 
 from qtrain.api.quantize import moved
@@ -16,6 +17,7 @@ from qtrain.quant.qat import QAT
 from qtrain.simulate.simulation import Simulation
 
 
+@torch.inference_mode(False)
 def prepare(
     model: nn.Module,
     batches: Iterable[Any] = (),
@@ -62,6 +64,7 @@ def prepare(
     return simulation
 
 
+@torch.inference_mode(False)
 def convert(simulation: Simulation) -> nn.Module:
     """Returns the int8 model of a trained simulation, on the CPU, in eval mode; it can train on."""
     return simulation.convert()

@@ -31,6 +31,7 @@ from qtrain.capture.symbol import (
 )
 from qtrain.capture.traced import guard
 from qtrain.common.copying import cloned
+from qtrain.common.tensors import version
 
 OF_TORCH = ("torch.nn.", "torch.ao.")
 # Of which a subclass may have the same forward
@@ -173,7 +174,7 @@ class Tracer(fx.Tracer):
         kwargs = fx.map_arg(node.kwargs, lambda n: n.meta["value"])
         tensors = {n: n.meta["value"] for n in node.all_input_nodes}
         versions = {
-            n: x._version for n, x in tensors.items() if isinstance(x, Tensor)
+            n: version(x) for n, x in tensors.items() if isinstance(x, Tensor)
         }
         before, self._runs = self._runs, True
         try:
@@ -181,7 +182,7 @@ class Tracer(fx.Tracer):
         finally:
             self._runs = before
             node.meta["changes"] = [
-                n for n, v in versions.items() if tensors[n]._version != v
+                n for n, v in versions.items() if version(tensors[n]) != v
             ]
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.reference import requantized
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.int8.tensor import QuantizedTensor, note
+from qtrain.common.tensors import version
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.points import integers
 from qtrain.simulate.sites import QuantWeighted
@@ -169,7 +170,7 @@ class IntLayer(Scaled):
         if is_compiling():
             return self._made()
         made = self._product
-        key = (id(self.integers), self.integers._version, self.bias is None)
+        key = (id(self.integers), version(self.integers), self.bias is None)
         if made is None or made[0] != key:
             self._product = made = key, self._made()
         return made[1]

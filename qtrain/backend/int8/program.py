@@ -22,6 +22,7 @@ from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.reference import dequantized
 from qtrain.backend.int8.tensor import QuantizedTensor
 from qtrain.backend.int8.trace import Tracer
+from qtrain.common.tensors import version
 
 CONTAINERS = (list, tuple, dict, slice)  # in which a call's arguments may lie
 Step = tuple[Callable[..., Any], tuple[int, ...], int, tuple[int, ...]]
@@ -110,10 +111,10 @@ class Program:
         for own, output in self.scales:
             if own["_output"] is not output:
                 return False
-        for own, product, buffers, integers, version in self.products:
+        for own, product, buffers, integers, count in self.products:
             if own["_product"] is not product or buffers["integers"] is not integers:
                 return False
-            if integers._version != version:
+            if version(integers) != count:
                 return False
         return True
 
@@ -173,9 +174,9 @@ class Program:
         if isinstance(found, IntLayer):
             found.product  # noqa: B018  made by now
             own, integers = found.__dict__, found.integers
-            version = integers._version
+            count = version(integers)
             self.products.append(
-                (own, own["_product"], own["_buffers"], integers, version)
+                (own, own["_product"], own["_buffers"], integers, count)
             )
         return found
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtrain.common.tensors import version
 from qtrain.functional import codebook
 from qtrain.functional.spec import CodebookSpec
 
@@ -92,12 +93,12 @@ class CodebookWeight(nn.Module):
         """Returns the float weight; outside of training it is kept, where memory allows."""
         if self.training or torch.compiler.is_compiling():
             return self.dequantize()
-        made, version = self._copy, self.data._version
-        if made is not None and made[0] is self.data and made[1] == version:
+        made, count = self._copy, version(self.data)
+        if made is not None and made[0] is self.data and made[1] == count:
             return made[2]
         weight = self.dequantize()
         if SHARE * weight.nbytes < free_bytes(weight.device):
-            self._copy = self.data, version, weight
+            self._copy = self.data, count, weight
         return weight
 
     def __getstate__(self) -> dict[str, Any]:

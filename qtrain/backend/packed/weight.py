@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from qtrain.backend.packed import int4_product
 from qtrain.backend.packed.int4_product import Int4Product, group_of
 from qtrain.backend.packed.int8_product import Int8Product
+from qtrain.common.tensors import version
 from qtrain.functional import packing
 from qtrain.functional.grid import grid, has_short_scales, quantize
 from qtrain.functional.spec import QuantSpec
@@ -169,12 +170,12 @@ class IntegerWeight(nn.Module):
             made is None
             or made[0] is not data
             or made[1] is not scale
-            or made[2] != (data._version, scale._version)
+            or made[2] != (version(data), version(scale))
         ):
             self._product = made = (
                 data,
                 scale,
-                (data._version, scale._version),
+                (version(data), version(scale)),
                 self._make(),
             )
         return made[3]
