@@ -59,10 +59,10 @@ def one_job(config: "DictConfig") -> Any:
         from qtrain.config.settings import objectives, refuse_config
         from qtrain.config.unused import unused_settings
         from qtrain.runs import pipeline, sweep
-        from qtrain.runs.signals import Signals
+        from qtrain.runs.signals import Interrupted, Signals
         from qtrain.train import ranks
 
-    settings = HydraConfig.get()
+    signals, settings = Signals(), HydraConfig.get()
     if settings.mode != RunMode.RUN and config.threads is None:
         config.threads = sweep.THREADS
     run_dir = Path(settings.runtime.output_dir)
@@ -83,7 +83,7 @@ def one_job(config: "DictConfig") -> Any:
             log.warning(line)
         tune_malloc()
         is_run = settings.mode == RunMode.RUN
-        with Signals() as signals, alone(run_dir) if is_run else nullcontext():
+        with signals, alone(run_dir) if is_run else nullcontext():
             if is_run:
                 report = pipeline.execute(config, run_dir, overrides, signals=signals)
             else:
@@ -99,6 +99,8 @@ def one_job(config: "DictConfig") -> Any:
             raise
         # One bad job must not end a sweep; its report and the sweep's end tell of it.
         log.error(f"job {settings.job.num} failed: {err}")
+        if signals.pending is not None:  # it ends the sweep, failed or not
+            raise Interrupted(signals.pending) from err
         # Which Optuna takes for a failed trial; of a number that is NaN it dies
         return None
     return values[0] if len(values) == 1 else tuple(values)

@@ -10,7 +10,7 @@ from tiny_commands import TINY, reports
 
 from qtrain.cli import run as cli
 from qtrain.common.files import alone
-from qtrain.runs import pipeline, trainings
+from qtrain.runs import pipeline, sweep, trainings
 
 
 @pytest.mark.parametrize(
@@ -183,3 +183,20 @@ def test_a_sweep_is_terminated_as_it_is_interrupted(command, monkeypatch):
     code, text = command("-m", *TINY)
     assert code == 143 and text.endswith("qtrain: terminated\n")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_ends_a_sweep_whose_job_fails_before_it_can_stop(
+    command, monkeypatch
+):
+    jobs = []
+
+    def fail(config, run_dir, overrides, signals):
+        jobs.append(run_dir)
+        signals.training = True  # which ends at its next step
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError("its folder is gone")
+
+    monkeypatch.setattr(sweep, "run_job", fail)
+    code, text = command("-m", *TINY, "seed=0,1,2")
+    assert code == 143 and len(jobs) == 1
+    assert "job 0 failed: its folder is gone" in text
