@@ -118,7 +118,6 @@ def _finetune(run: Run) -> None:
     torch.set_rng_state(parts.generator_state)
     checkpoint = run.progress.stage(quantizer.stage)
     checkpoint.load()
-    # What trains floats, adapters too, has one name for its figures.
     kind = "int8_" if isinstance(quantizer.weight, QuantSpec) else ""
     before = epochs.of_float(config, parts)
     # nothing, or the quality, epoch and weights of the best epoch so far

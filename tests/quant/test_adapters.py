@@ -1,5 +1,7 @@
 """Files of adapters: what is none, and what cannot be the model's, is refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -74,3 +76,16 @@ def test_adapters_that_cannot_be_its_own_change_nothing(tiny_file, adapters, tol
     with pytest.raises(ValueError, match=told):
         load_adapters(model, path)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_another_base_is_refused_where_it_is_trained_already(tiny_file):
+    state, model, path = tiny_file
+    torch.save(state, path)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].bias[3] += 1e-6
+    with pytest.raises(
+        ValueError, match=r"of another base: its 0\.bias differs from"
+    ):
+        load_adapters(other, path)
+    load_adapters(other, path, is_rehearsal=True)
