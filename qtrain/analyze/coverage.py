@@ -15,6 +15,7 @@ from qtrain.backend import integers, torch_ao
 from qtrain.backend.base import FloatIsland
 from qtrain.backend.int8.tensor import listening
 from qtrain.backend.packed.compact import PackedEmbedding, PackedLinear
+from qtrain.backend.packed.lora import LoRALinear
 from qtrain.backend.packed.recurrent import PROJECTED, Int8Recurrent
 from qtrain.backend.packed.weight import HalfWeight
 from qtrain.common.copying import by_place
@@ -217,6 +218,8 @@ def _why_float(
             and layer.weight is getattr(module, "weight", None)
         ):
             return f"shares the weight of {other}"
+    if isinstance(module, LoRALinear):
+        return "float beside its adapter, as this method's base is"
     if getattr(module, "proj_size", 0):
         return PROJECTED
     if type(module) in torch_ao.CONVERTIBLE:

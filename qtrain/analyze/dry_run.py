@@ -61,6 +61,7 @@ def dry_run(
         if reference is not None and truth is not None:
             failures = truth.same_function(float_model, reference, inputs)
         prepared.is_rehearsal = True
+        quantizer.start(prepared)
         with name_failing_layer(prepared.model, "prepared"):
             quantizer.calibrate(prepared, [cloned(inputs)])
             with _warn_of_shared_observers(prepared.model):

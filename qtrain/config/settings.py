@@ -1,7 +1,7 @@
 """The settings that no constructor takes: what they may be."""
 
 from collections.abc import Iterable, Iterator
-from os.path import isfile
+from os.path import expanduser, isfile
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def check_settings(config: DictConfig) -> Iterator[str]:
     adapters = (
         config.quant.get("adapters") if OmegaConf.is_dict(config.quant) else None
     )
-    if isinstance(adapters, str) and not isfile(adapters):
+    if isinstance(adapters, str) and not isfile(expanduser(adapters)):
         yield (
             f"quant.adapters={shown(adapters)}: there is no such file; "
             "allowed is the adapters.pt of a run"

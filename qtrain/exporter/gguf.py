@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qtrain.backend.packed.lora import LoRALinear
 from qtrain.backend.packed.weight import IntegerWeight
 from qtrain.common import gguf
 from qtrain.common.files import write_atomically
@@ -106,6 +107,8 @@ class Gguf(Exporter):
         self, writer: Any, library: Any, model: Any, ours: str, theirs: str
     ) -> None:
         layer = model.get_submodule(ours)
+        if isinstance(layer, LoRALinear):
+            layer = layer.merged()  # the format knows no adapters
         if ours == "lm_head" and layer.weight is model.wte.weight:
             return  # llama.cpp takes the embedding then
         is_norm = isinstance(layer, nn.LayerNorm | nn.RMSNorm)

@@ -1,14 +1,14 @@
 """Adapters in a file of their own, and the base that they belong to."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qtrain.backend.packed.lora import LoRALinear
+from qtrain.functional.finite import is_finite
 
 FILE = "adapters.pt"
 ENDS = (".lora_a", ".lora_b")
@@ -29,33 +29,33 @@ def adapter_state(model: nn.Module) -> dict[str, Any]:
     return {"adapters": own, "scaling": scaling, "base": _digests(model)}
 
 
-def load_adapters(model: nn.Module, path: Path) -> None:
+def load_adapters(
+    model: nn.Module, path: Path, *, is_rehearsal: bool = False
+) -> None:
     """Puts the adapters of a file into a model that has such, in place.
+
+    Args:
+        is_rehearsal: the base is not trained yet, so that its digests say nothing.
 
     Raises:
         ValueError: the file is none of adapters, or they are of other layers, of
-            another r or alpha, or of another base.
+            another r or alpha, not finite, or of another base.
     """
     where = f"quant.adapters={path}"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        tensors, scaling, base = (state[k] for k in ("adapters", "scaling", "base"))
-    except Exception as err:  # bytes that are no pickle can raise anything
-        raise ValueError(
-            f"{where}: not a readable file of adapters; "
-            f"name the {FILE} of a run of quant=lora or quant=qlora"
-        ) from err
-    own = adapter_state(model)
+    theirs, own = _read(where, path), adapter_state(model)
+    tensors, scaling = theirs["adapters"], theirs["scaling"]
     _refuse_others(
-        where, "trained on other layers", scaling, own["scaling"], "targets"
+        f"{where}: trained on other layers",
+        {**scaling, **tensors},
+        {**own["scaling"], **own["adapters"]},
+        "set quant.targets and all else as in its run",
     )
     for name, tensor in own["adapters"].items():
-        there = tensors.get(name)
-        if not isinstance(there, Tensor) or there.shape != tensor.shape:
-            shape = None if not isinstance(there, Tensor) else tuple(there.shape)
+        _refuse_shape(where, name, tensors[name].shape, tensor.shape)
+        if not is_finite(tensors[name]):
             raise ValueError(
-                f"{where}: {name} is {shape} there and {tuple(tensor.shape)} here; "
-                "set quant.r to that of its run"
+                f"{where}: {name} has NaN or infinite numbers; "
+                "train it again, with a smaller quant.optimizer.lr"
             )
     for name, scale in own["scaling"].items():
         if scaling[name] != scale:
@@ -63,31 +63,51 @@ def load_adapters(model: nn.Module, path: Path) -> None:
                 f"{where}: layer {name} is scaled by {scaling[name]:g} there and by "
                 f"{scale:g} here; set quant.alpha to that of its run"
             )
-    _refuse_others(where, "of another base", base, own["base"], "base")
+    another = f"{where}: of another base"
+    _refuse_others(
+        another,
+        theirs["base"],
+        own["base"],
+        "use the model and quant.weight of its run",
+    )
     for name, digest in own["base"].items():
-        if base[name] != digest:
+        if theirs["base"][name] != digest and not is_rehearsal:
             raise ValueError(
-                f"{where}: of another base: its {name} differs from this model's; "
+                f"{another}: its {name} differs from this model's; "
                 "use the base (checkpoint, data, seed, quant.weight) of its run"
             )
     model.load_state_dict(tensors, strict=False)
 
 
-def _refuse_others(
-    where: str,
-    what: str,
-    theirs: Mapping[str, Any],
-    ours: Mapping[str, Any],
-    key: str,
-) -> None:
-    for name in sorted(theirs.keys() ^ ours.keys()):
-        place = "there" if name in theirs else "here"
+def _read(where: str, path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = {key: {**state[key]} for key in ("adapters", "scaling", "base")}
+        found["scaling"] = {k: float(v) for k, v in found["scaling"].items()}
+        if not all(x.is_floating_point() for x in found["adapters"].values()):
+            raise TypeError("adapters are floats")
+    except Exception as err:  # bytes that are no pickle can raise anything
         raise ValueError(
-            f"{where}: {what}: {name} is only {place}; set quant.{key} and all else "
-            "as in its run"
-            if key == "targets"
-            else f"{where}: {what}: {name} is only {place}; "
-            "use the model and the quant.weight of its run"
+            f"{where}: not a readable file of adapters; "
+            f"name the {FILE} of a run of quant=lora or quant=qlora"
+        ) from err
+    return found
+
+
+def _refuse_others(
+    what: str, theirs: dict[str, Any], ours: dict[str, Any], remedy: str
+) -> None:
+    for name in sorted(theirs.keys() ^ ours.keys(), key=str):
+        place = "there" if name in theirs else "here"
+        raise ValueError(f"{what}: {name} is only {place}; {remedy}")
+
+
+def _refuse_shape(where: str, name: str, there: torch.Size, here: torch.Size) -> None:
+    if there != here:
+        is_rank = name.endswith(ENDS[0]) and there[:1] != here[:1]
+        raise ValueError(
+            f"{where}: {name} is {tuple(there)} there and {tuple(here)} here; "
+            f"{'set quant.r to that' if is_rank else 'use the model'} of its run"
         )
 
 

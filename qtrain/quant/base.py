@@ -57,7 +57,10 @@ class Quantizer:
         """Lets the batches (each the arguments of one forward pass) be observed, in place."""
 
     def start(self, simulation: Simulation) -> None:
-        """Readies a simulation of the trained float model, in place; never one of a rehearsal."""
+        """Readies a simulation of the trained float model, in place.
+
+        In a rehearsal it is of the untrained one, and what cannot be is refused.
+        """
 
     def files(self, simulation: Simulation) -> dict[str, Any]:
         """Returns what else a run saves: {name of a file: tensors and plain values}."""

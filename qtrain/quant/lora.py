@@ -86,9 +86,11 @@ class LoRA(WeightOnly):
         problems += whole("r", r, 1, WIDE) + number("alpha", alpha, above=0)
         problems += number("dropout", dropout, least=0, below=1)
         problems += boolean("merge", merge) + text("adapters", adapters, null=True)
-        if isinstance(targets, str) or not targets:
+        if not (isinstance(targets, list | tuple) and targets) or not all(
+            isinstance(pattern, str) for pattern in targets
+        ):
             problems.append(
-                f"targets={shown(targets)}: must be a list, such as ['*']"
+                f"targets={shown(targets)}: must be a list of patterns, such as ['*']"
             )
         try:
             super().__init__(weight=weight, **base)
@@ -171,7 +173,11 @@ class LoRA(WeightOnly):
 
     def start(self, simulation: Simulation) -> None:
         if self.adapters is not None:
-            load_adapters(simulation.model, Path(self.adapters).expanduser())
+            load_adapters(
+                simulation.model,
+                Path(self.adapters).expanduser(),
+                is_rehearsal=simulation.is_rehearsal,
+            )
 
     def files(self, simulation: Simulation) -> dict[str, Any]:
         return {FILE: adapter_state(simulation.model)}

@@ -12,6 +12,7 @@ from torch import nn
 from qtrain.analyze.finite import require_finite_weights
 from qtrain.backend import torch_ao
 from qtrain.config.build import RunParts
+from qtrain.functional.spec import QuantSpec
 from qtrain.runs import epochs
 from qtrain.runs.checkpoint import FloatCache
 from qtrain.runs.foreign import load_checkpoint
@@ -117,7 +118,7 @@ def _finetune(run: Run) -> None:
     torch.set_rng_state(parts.generator_state)
     checkpoint = run.progress.stage(quantizer.stage)
     checkpoint.load()
-    kind = "" if quantizer.weight is None else "int8_"
+    kind = "int8_" if isinstance(quantizer.weight, QuantSpec) else ""
     before = epochs.of_float(config, parts)
     # nothing, or the quality, epoch and weights of the best epoch so far
     best = checkpoint.extra

@@ -6,6 +6,10 @@ from calibration import converted
 from torch import nn
 
 from qtrain.analyze.dry_run import coverage, dry_run
+from qtrain.backend.packed.compact import PackedLinear
+from qtrain.backend.packed.lora import LoRALinear
+from qtrain.backend.packed.weight import IntegerWeight
+from qtrain.functional.spec import QuantSpec
 from qtrain.quant.none import NoQuantizer
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -63,6 +67,16 @@ def test_each_float_layer_has_its_own_reason(convnet, images, make_dynamic):
     )["float_layers"]
     assert found["linear2"] == "set by quant.layers"
     assert found["conv1"] == "Conv2d is not quantized by this method"
+
+
+def test_a_float_layer_beside_an_adapter_is_not_said_to_lack_a_kernel():
+    linear = nn.Linear(4, 4)
+    settings = dict(r=2, alpha=2.0, dropout=0.0)
+    adapted = LoRALinear(linear.weight, linear.bias, (4, 4), **settings)
+    packed = PackedLinear(IntegerWeight(linear.weight, QuantSpec()), linear.bias)
+    found = coverage(nn.Sequential(packed, adapted), (torch.randn(2, 4),), {})
+    wanted = {"1": "float beside its adapter, as this method's base is"}
+    assert found["float_layers"] == wanted
 
 
 def test_coverage_of_nothing(convnet, images):

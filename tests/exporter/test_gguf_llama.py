@@ -9,9 +9,10 @@ gguf = pytest.importorskip("gguf")
 from qtrain.backend.packed.weight import IntegerWeight  # noqa: E402
 from qtrain.data.tokenizer import load_tokenizer  # noqa: E402
 from qtrain.exporter.gguf import TYPES, Gguf  # noqa: E402
-from qtrain.functional.spec import QuantSpec  # noqa: E402
+from qtrain.functional.spec import CodebookSpec, QuantSpec  # noqa: E402
 from qtrain.model.gpt2 import GPT2  # noqa: E402
 from qtrain.model.llama import Llama  # noqa: E402
+from qtrain.quant.lora import LoRA  # noqa: E402
 from qtrain.quant.weight_only import WeightOnly  # noqa: E402
 
 PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100, 33]
@@ -63,6 +64,21 @@ def test_llama_cpp_gives_the_same_log_probabilities(kind, settings, tmp_path):
             0, len(PROMPT) :
         ]
         assert theirs.tokens(PROMPT, 30) == ours.tolist()
+
+
+@pytest.mark.parametrize("weight", [None, QuantSpec(), CodebookSpec()], ids=str)
+def test_adapters_are_in_the_weights_that_are_written(weight, tmp_path):
+    settings = dict(r=4, alpha=8, dropout=0.0, targets=["*", "lm_head"], merge=False)
+    training = dict(epochs=1, optimizer=None, scheduler=None, convert_every=1)
+    quantizer = LoRA(**settings, **training, adapters=None, weight=weight)
+    simulation = quantizer.prepare(llama())
+    for name, x in simulation.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(x, std=0.1)
+    model = quantizer.convert(simulation)
+    back = Llama(pretrained=str(written(model, tmp_path / "x.gguf", type="f32")))
+    wanted = quantizer.fake(simulation)(torch.tensor([PROMPT]))
+    torch.testing.assert_close(back(torch.tensor([PROMPT])), wanted)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -89,6 +89,27 @@ def test_rows_are_those_of_the_whole_weight(name, size, rows, columns, double):
     assert torch.equal(weight.eval().matmul(x), x @ weight.dequantize().T)
 
 
+def test_other_codes_are_heeded_after_a_product():
+    mine, other = (
+        CodebookWeight(numbers((4, 64), seed), CodebookSpec()) for seed in (0, 1)
+    )
+    x = numbers((2, 64), 2)
+    mine.eval().matmul(x)
+    mine.load_state_dict(other.state_dict())
+    assert torch.equal(mine.matmul(x), x @ other.dequantize().T)
+
+
+@torch.inference_mode()
+def test_a_weight_made_in_inference_mode_has_products():
+    weight, x = (
+        CodebookWeight(numbers((4, 64), 0), CodebookSpec()).eval(),
+        numbers((2, 64), 1),
+    )
+    for _ in range(2):
+        assert torch.equal(weight.matmul(x), x @ weight.dequantize().T)
+        weight.data.bitwise_not_()
+
+
 def test_nf4_suits_normal_weights_and_int4_uniform_ones():
     def error(x, restored):
         return float((restored - x).square().mean())

@@ -91,7 +91,9 @@ class CodebookWeight(nn.Module):
 
     def _float(self) -> Tensor:
         """Returns the float weight; outside of training it is kept, where memory allows."""
-        if self.training or torch.compiler.is_compiling():
+        # Of tensors of inference mode nothing tells that they have changed.
+        is_untold = torch.compiler.is_compiling() or self.data.is_inference()
+        if self.training or is_untold:
             return self.dequantize()
         made, count = self._copy, version(self.data)
         if made is not None and made[0] is self.data and made[1] == count:
