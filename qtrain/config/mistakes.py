@@ -17,6 +17,7 @@ from qtrain.config.settings import objectives
 from qtrain.data.loaders import DataLoaders
 from qtrain.data.tokenizer import load_tokenizer, own_tokenizer
 from qtrain.exporter.judge import check_exporters
+from qtrain.functional.spec import CODEBOOKS
 from qtrain.task.base import Task
 from qtrain.train.generators import undisturbed
 
@@ -59,9 +60,9 @@ def overridden_labels(config: DictConfig) -> list[str]:
 def spec_mistakes(quant: DictConfig, role: str) -> list[str]:
     """Returns what is wrong with `quant.weight` or `quant.activation`, by making it alone."""
     if role in quant and not OmegaConf.is_dict(quant[role]):
-        return [
-            f"quant.{role}={shown(quant[role])}: must be a mapping, such as {{bits: 8}}"
-        ]
+        given = quant[role]
+        example = f"{{format: {given}}}" if given in CODEBOOKS else "{bits: 8}"
+        return [f"quant.{role}={shown(given)}: must be a mapping, such as {example}"]
     for path in (role, f"{role}.observer"):
         node = OmegaConf.select(quant, path)
         if OmegaConf.is_dict(node) and "_target_" not in node:

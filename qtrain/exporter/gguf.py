@@ -150,6 +150,11 @@ def _refuse_others(model: Any) -> None:
             "export: llama.cpp's GPT-2 has LayerNorm, and this one was rotated; "
             "leave rotate out of quant.transforms"
         )
+    if isinstance(model, GPT2) and isinstance(model.lm_head, LoRALinear):
+        raise ValueError(
+            "export: a GPT-2 is read again with its embedding as its head, and this "
+            "head has an adapter; leave lm_head out of quant.targets"
+        )
 
 
 def _quantized(library: Any, values: Tensor, kind: Any, name: str) -> Any:

@@ -123,7 +123,7 @@ def _rope(config: Any) -> dict[str, Any]:
         "rope_theta": getattr(config, "rope_theta", 1e4),
         **(getattr(config, "rope_scaling", None) or {}),
     }
-    return {"rope_type": "default", **found}
+    return {"rope_type": found.get("type", "default"), **found}  # older files: type
 
 
 def _read(name: str, title: str, mistakes: Mistakes) -> tuple[Any, Any]:

@@ -66,10 +66,13 @@ def test_other_architectures_are_refused(
         Llama(pretrained=str(tmp_path))
 
 
-def test_scaled_rotations_are_refused(hf: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_scaled_rotations_are_refused(
+    hf: ModuleType, tmp_path: Path, kind: str
+) -> None:
     saved(hf, tmp_path, TINY)
     config = json.loads((tmp_path / "config.json").read_text())
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    rope = {kind: "linear", "factor": 2.0, "rope_theta": 1e4}
     (tmp_path / "config.json").write_text(
         json.dumps({**config, "rope_parameters": rope})
     )

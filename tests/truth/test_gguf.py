@@ -60,11 +60,11 @@ def test_what_cannot_be_exported_is_refused_before_compute(job):
         "quant=ptq": "a GGUF file holds quantized weights alone",
         "quant.transforms=[rotate]": "this one was rotated",
         "model.n_embd=48": "the rows of layer wte have 48 numbers",
+        "quant.targets=[lm_head]": "this head has an adapter",
     }
+    methods = {"quant=ptq": [], "quant.targets=[lm_head]": ["quant=lora"]}
     for setting, reason in wrong.items():
-        method = (
-            [] if setting == "quant=ptq" else ["quant=weight_only", "quant.layers={}"]
-        )
+        method = methods.get(setting, ["quant=weight_only", "quant.layers={}"])
         run = job("gpt2_nano", *TEXT, *SMALL, *method, setting, "export=[gguf]")
         assert run.code == 1 and reason in run.text, run.text
         assert "epoch" not in run.text.split("error:")[-1]
