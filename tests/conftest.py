@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 from hypothesis import settings
+from settings_files import read_once
 from torch import nn
 
 from qtrain.backend import torch_ao
@@ -19,6 +20,7 @@ from qtrain.quant.qat import QAT
 torch.set_num_threads(1)
 settings.register_profile("qtrain", derandomize=True, deadline=None)
 settings.load_profile("qtrain")
+read_once()
 
 
 def pytest_collection_finish():

@@ -1,6 +1,5 @@
 """The command `qtrain` in the tests' own process, of which it leaves nothing behind."""
 
-import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -9,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 
 from qtrain.cli import run as cli
-from qtrain.config.command_line import config_dir
 
 SETS_MODE = ("experiment=", "sweep=", "hydra.mode=")
 
@@ -28,22 +25,7 @@ def mode_of_experiments(get_mode: Any) -> Any:
     return find
 
 
-def reading_once(load: Any) -> Any:
-    """Each of the package's files of settings is read by one job for all, and copied."""
-    known: dict[str, Any] = {}
-
-    def read(source: FileConfigSource, path: str) -> Any:
-        if source.path != config_dir():
-            return load(source, path)
-        if path not in known:
-            known[path] = load(source, path)
-        return copy.deepcopy(known[path])
-
-    return read
-
-
 GET_MODE = mode_of_experiments(Hydra.get_mode)
-READ = reading_once(FileConfigSource.load_config)
 
 
 @contextmanager
@@ -55,7 +37,6 @@ def in_process(folder: Path) -> Iterator[Callable[..., Any]]:
         patch.chdir(folder)
         patch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this puts it back
         patch.setattr(Hydra, "get_mode", GET_MODE)
-        patch.setattr(FileConfigSource, "load_config", READ)
 
         def run(*arguments: str) -> Any:
             patch.setattr(sys, "argv", ["qtrain", *arguments])
