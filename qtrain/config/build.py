@@ -94,10 +94,10 @@ def resolve(config: DictConfig) -> DictConfig:
     Raises:
         ConfigError: an interpolation leads nowhere, or a value is missing.
     """
-    config = config.copy()
-    OmegaConf.set_readonly(config, False)
-    OmegaConf.set_struct(config, False)
-    config.pop("hydra", None)
+    # Hydra's section is most of what a copy would take
+    config = OmegaConf.masked_copy(
+        config, [str(key) for key in config if key != "hydra"]
+    )
     refuse_config(unresolved(config))
     _from_start(config)
     mistakes = []

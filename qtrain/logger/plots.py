@@ -4,6 +4,7 @@ import io
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -44,14 +45,9 @@ def distribution(pairs: Pairs, method: str) -> Figure:
         (exact, "original", "tab:blue"),
         (restored, method, "tab:red"),
     ):
-        axes.hist(
-            values.numpy(),
-            150,
-            range=(-limit, limit),
-            label=name,
-            color=colour,
-            alpha=0.5,
-        )
+        counts, edges = np.histogram(values.numpy(), 150, range=(-limit, limit))
+        # One shape: 150 bars take three times as long
+        axes.stairs(counts, edges, fill=True, label=name, color=colour, alpha=0.5)
     axes.set(
         xlabel="weight",
         ylabel="count",

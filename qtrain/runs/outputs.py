@@ -3,6 +3,7 @@
 import logging
 import subprocess
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,7 @@ def identity(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
     }
 
 
+@cache
 def _git_commit() -> str | None:
     """Returns the commit of the checkout that this package lies in, if it lies in one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

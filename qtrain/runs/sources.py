@@ -185,8 +185,7 @@ def _specs(name: str, known: dict[str, ModuleSpec | None]) -> Iterator[ModuleSpe
     for end in range(1, len(parts) + 1):
         outer = ".".join(parts[:end])
         if outer not in known:
-            finders = (finder.find_spec(outer, path) for finder in sys.meta_path)
-            known[outer] = next((s for s in finders if s is not None), None)
+            known[outer] = _spec(outer, path)
         spec = known[outer]
         if spec is None:
             return
@@ -194,6 +193,15 @@ def _specs(name: str, known: dict[str, ModuleSpec | None]) -> Iterator[ModuleSpe
         path = spec.submodule_search_locations
         if path is None:
             return
+
+
+def _spec(name: str, path: Any) -> ModuleSpec | None:
+    """Returns the spec of a module as it is loaded, which is quick, or else as it is found."""
+    loaded: ModuleSpec | None = getattr(sys.modules.get(name), "__spec__", None)
+    if loaded is not None:
+        return loaded
+    finders = (finder.find_spec(name, path) for finder in sys.meta_path)
+    return next((spec for spec in finders if spec is not None), None)
 
 
 def _source(spec: ModuleSpec) -> tuple[str, list[str]]:

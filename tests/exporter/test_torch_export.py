@@ -15,30 +15,34 @@ from qtrain.model.gpt2 import GPT2
 
 ELSEWHERE = """
 import sys, torch
-folder = sys.argv[1]
-output = torch.export.load(folder + "/model.pt2").module()(torch.load(folder + "/images.pt"))
+for folder in sys.argv[1:]:
+    model = torch.export.load(folder + "/model.pt2").module()
+    output = model(torch.load(folder + "/images.pt"))
+    assert torch.equal(output, torch.load(folder + "/expected.pt")), folder
 assert "qtrain" not in sys.modules
-assert torch.equal(output, torch.load(folder + "/expected.pt"))
 """
 
 
-def test_a_file_runs_in_a_process_without_this_package(model, images, tmp_path):
-    found = qtrain.quantize(model, [images])
-    section = qtrain.export(found.simulation, images, tmp_path)
-    assert section["steps"] == 0 and section["file"] == "model.pt2"
-    assert section["size_bytes"] == (tmp_path / "model.pt2").stat().st_size
-    with torch.no_grad():
-        torch.save(
-            found.simulation.as_converted()(images[:5]), tmp_path / "expected.pt"
-        )
-    torch.save(images[:5], tmp_path / "images.pt")
+def test_a_file_runs_in_a_process_without_this_package(
+    convnet, mlp, images, tmp_path
+):
+    folders = [tmp_path / "convnet", tmp_path / "mlp"]
+    for model, folder in zip((convnet, mlp), folders, strict=True):
+        found = qtrain.quantize(model, [images])
+        folder.mkdir()
+        section = qtrain.export(found.simulation, images, folder)
+        assert section["steps"] == 0 and section["file"] == "model.pt2"
+        assert section["size_bytes"] == (folder / "model.pt2").stat().st_size
+        with torch.no_grad():
+            expected = found.simulation.as_converted()(images[:5])
+        torch.save(expected, folder / "expected.pt")
+        torch.save(images[:5], folder / "images.pt")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
-    subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path)], env=environment, check=True
-    )
+    command = [sys.executable, "-c", ELSEWHERE, *map(str, folders)]
+    subprocess.run(command, env=environment, check=True)
 
 
 @pytest.mark.parametrize("threshold", [6.0, None])

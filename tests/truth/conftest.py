@@ -1,32 +1,35 @@
 """What qtrain promises: by its command, report.json and qtrain.load, to outlive its modules."""
 
 import json
-import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra._internal.hydra import Hydra
-
-from qtrain.cli import run as cli
+from in_process import in_process, told
 
 MEASURE = ["measure.repeats=2", "measure.batch_sizes=[1]"]
 QUICK = ["trainer=smoke", "threads=1", "logger=none", "float_cache=null", *MEASURE]
+# Nothing here reads Hydra's own record of a job, which takes a tenth of a quick one.
+QUICK += ["hydra.output_subdir=null"]
 FEW_DIGITS = ["data.val_size=200", "data.test_size=400"]
+LITTLE_TEXT = ["data.val_fraction=0.01", "data.test_fraction=0.01"]
+LITTLE_TEXT += ["task.max_new_tokens=8"]
 OTHER_DATA = ("data=", "++data._target_", "experiment=")
 
 
 def few(model: str, overrides: tuple[str, ...]) -> list[str]:
-    """Returns settings with which a job on digits calibrates and scores on few of them."""
-    if model.startswith(("gpt2", "llama")):
-        return []
-    if any(word.startswith(OTHER_DATA) for word in overrides):
+    """Returns settings with which a job calibrates and scores on few digits, or on little text."""
+    is_text = model.startswith(("gpt2", "llama"))
+    usual = "data=shakespeare" if is_text else "data=mnist_sample"
+    if any(word.startswith(OTHER_DATA) and word != usual for word in overrides):
         return []
     methods = [word for word in overrides if word.startswith("quant=")]
     calibrates = set(methods) <= {"quant=ptq", "quant=qat"}
-    return [*FEW_DIGITS, *(["calib_batches=4"] if calibrates else [])]
+    return [
+        *(LITTLE_TEXT if is_text else FEW_DIGITS),
+        *(["calib_batches=4"] if calibrates else []),
+    ]
 
 
 @dataclass(frozen=True)
@@ -50,43 +53,14 @@ class Outcome:
         return self.report["metrics"][kind]["accuracy"]
 
 
-def mode_of_experiments(get_mode: Any) -> Any:
-    """Hydra composes all just to see whether a config sets its mode: here experiments alone do."""
-
-    def find(hydra: Hydra, config_name: str, overrides: list[str]) -> Any:
-        is_set = any(
-            word.startswith(("experiment=", "hydra.mode=")) for word in overrides
-        )
-        return get_mode(hydra, config_name, overrides) if is_set else None
-
-    return find
-
-
 @pytest.fixture
 def command(monkeypatch, capsys, tmp_path):
     """command(*arguments): runs `qtrain` in this process; returns (exit code, all it printed)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main sets it; this puts it back
-    monkeypatch.setattr(Hydra, "get_mode", mode_of_experiments(Hydra.get_mode))
-    logger = logging.getLogger()
-    handlers, level = logger.handlers[:], logger.level
-
-    def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["qtrain", *arguments])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capsys.readouterr()
-        text = printed.out + printed.err
-        # As Python does it with a text.
-        return (1, f"{text}{code}") if isinstance(code, str) else (code, text)
-
-    yield run
-    for handler in set(logger.handlers) - set(handlers):
-        handler.close()
-    logger.handlers[:], logger.level = handlers, level
+    # Of text, whose speeds no test compares
+    monkeypatch.setattr("qtrain.analyze.measure.NEW_TOKENS", 4)
+    monkeypatch.setattr("qtrain.analyze.measure.ROUNDS", 1)
+    with in_process(tmp_path) as run:
+        yield lambda *arguments: told(run(*arguments), capsys)
 
 
 @pytest.fixture

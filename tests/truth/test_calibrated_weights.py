@@ -23,12 +23,18 @@ FEW = [
 ]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The setting with which one training serves all methods."""
+    return f"float_cache={tmp_path_factory.mktemp('float')}"
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "quarot"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_calibration_brings_the_loss_nearer_to_the_float_models(
-    job, method, symmetric
+    job, method, symmetric, cache
 ):
-    trained = ["trainer.max_steps=60", f"quant.weight.symmetric={symmetric}"]
+    trained = ["trainer.max_steps=60", f"quant.weight.symmetric={symmetric}", cache]
     run = job("gpt2_nano", *TEXT, *FEW, f"quant={method}", *trained)
     assert run.code == 0, run.text
     transform = run.report["transforms"][-1]

@@ -2,11 +2,10 @@
 
 import csv
 import json
-import os
-import subprocess
 import sys
 
 import pytest
+from in_process import in_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -57,11 +56,8 @@ def sweep(tmp_path_factory):
         f"float_cache={folder}/cache",
         "logger=none",
     ]
-    command = [sys.executable, "-m", "qtrain.cli.run", "-m", *SWEEP, *varied, *where]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run(
-        command, check=True, cwd=folder, env=environment, stdout=subprocess.DEVNULL
-    )
+    with in_process(folder) as run:
+        assert run("-m", *SWEEP, *varied, *where) == 0
     return folder / "sweep"
 
 
@@ -201,6 +197,7 @@ def test_what_a_sweep_varies_is_in_tensorboards_hparams(command, tmp_path):
         "-m",
         *SWEEP,
         "quant=ptq",
+        "logger.pictures=false",
         *varied,
         "float_cache=null",
         f"hydra.sweep.dir={tmp_path}/sweep",
@@ -228,6 +225,7 @@ def test_tensorboard_has_the_accuracy_over_all_epochs(job):
         "trainer.epochs=3",
         "trainer.max_steps=null",
         "logger=tensorboard",
+        "logger.pictures=false",
     ]
     run = job("mlp", *options)
     assert run.code == 0, run.text

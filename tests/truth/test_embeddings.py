@@ -21,10 +21,11 @@ QAT = ["quant.epochs=1", "quant.convert_every=0"]
 
 @pytest.mark.parametrize("method", ["ptq", "qat", "dynamic"])
 def test_a_packed_embedding_makes_the_file_smaller_and_is_what_was_scored(
-    job, method
+    job, method, tmp_path
 ):
     extra = [f"quant={method}", *(QAT if method == "qat" else [])]
     extra += ["calib_batches=4"] if method != "dynamic" else []
+    extra.append(f"float_cache={tmp_path / 'float'}")  # one training for all
     files = {}
     for name, settings in {
         "float": [],

@@ -24,9 +24,15 @@ METHODS = {
 }
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The setting with which one training serves all methods."""
+    return f"float_cache={tmp_path_factory.mktemp('float')}"
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_every_method_is_true_to_its_figures(job, method):
-    run = job("llama_nano", *SMALL, *TRAINED, *method)
+def test_every_method_is_true_to_its_figures(job, method, cache):
+    run = job("llama_nano", *SMALL, *TRAINED, *method, cache)
     assert run.code == 0, run.text
     report = run.report
     assert run.loss("float") < 5.2  # below ln 256 = 5.55, that of guessing

@@ -186,6 +186,7 @@ def test_a_sweeps_objective_and_its_tensorboard_take_it(job):
         NET["model"],
         "task._target_=reconstruction.Psnr",
         "logger=tensorboard",
+        "logger.pictures=false",
         "objective=quantized.psnr",
         **{"hidden": 32},
     )

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import os
 import pickle
 import subprocess
@@ -14,13 +15,18 @@ from torch import nn
 from qtrain.backend import torch_ao
 
 
-@pytest.fixture(params=["ptq", "qat"])
-def simulation(request, model, images, make_ptq, make_qat):
-    quantizer = (make_ptq if request.param == "ptq" else make_qat)("fbgemm")
+def simulated(make, model, images):
+    quantizer = make("fbgemm")
     simulation = quantizer.prepare(model)
     quantizer.calibrate(simulation, [(images,)])
     simulation.set_mode(observing=False, quantizing=True)
     return simulation.eval()
+
+
+@pytest.fixture(params=["ptq", "qat"])
+def simulation(request, model, images, make_ptq, make_qat):
+    make = make_ptq if request.param == "ptq" else make_qat
+    return simulated(make, model, images)
 
 
 @pytest.fixture
@@ -133,28 +139,32 @@ def test_copied_convolutions_are_packed_for_their_own_engine(
 LOAD = """
 import sys, torch
 torch.set_num_threads(1)
-names = ("model.pt2", "images.pt", "expected.pt")
-model, images, expected = (f"{sys.argv[1]}/{name}" for name in names)
-with torch.no_grad():
-    output = torch.export.load(model).module()(torch.load(images))
-assert torch.equal(output, torch.load(expected))
+for folder in sys.argv[1:]:
+    names = ("model.pt2", "images.pt", "expected.pt")
+    model, images, expected = (f"{folder}/{name}" for name in names)
+    with torch.no_grad():
+        output = torch.export.load(model).module()(torch.load(images))
+    assert torch.equal(output, torch.load(expected)), folder
 assert not any(name.startswith("qtrain") for name in sys.modules)
 """
 
 
 @torch.no_grad()
 def test_an_exported_simulation_runs_in_a_fresh_process_without_this_package(
-    simulation, images, tmp_path
+    convnet, mlp, images, make_ptq, make_qat, tmp_path
 ):
-    torch.export.save(
-        torch.export.export(simulation, (images,)), tmp_path / "model.pt2"
-    )
-    torch.save(images, tmp_path / "images.pt")
-    torch.save(simulation(images), tmp_path / "expected.pt")
+    folders = []
+    for model, make in itertools.product((convnet, mlp), (make_ptq, make_qat)):
+        simulation = simulated(make, model, images)
+        folders.append(tmp_path / str(len(folders)))
+        folders[-1].mkdir()
+        program = torch.export.export(simulation, (images,))
+        torch.export.save(program, folders[-1] / "model.pt2")
+        torch.save(images, folders[-1] / "images.pt")
+        torch.save(simulation(images), folders[-1] / "expected.pt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(
-        [sys.executable, "-c", LOAD, tmp_path], env=environment, check=True
-    )
+    command = [sys.executable, "-c", LOAD, *folders]
+    subprocess.run(command, env=environment, check=True)
 
 
 @torch.no_grad()
