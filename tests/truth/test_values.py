@@ -134,7 +134,10 @@ SMALL = ["++data._target_=small_data.digits", "data.val_size=0", "data.batch_siz
             f"checkpoint={'x' * 300}: there is no such file",
         ),
         (["quant.weight=8"], "quant.weight=8: must be a mapping, such as {bits: 8}"),
-        (["quant=qlora", "quant.weight=nf4"], "such as {format: nf4}"),
+        (
+            ["quant=qlora", "quant.weight=nf4"],
+            "quant.weight=nf4: must be a mapping, such as {format: nf4}",
+        ),
     ],
     ids=str,
 )
