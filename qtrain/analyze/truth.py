@@ -40,7 +40,8 @@ class TruthGate:
 
     Args:
         on_failure: "error" ends the run, "warn" reports and goes on.
-        samples: samples of the test split that layers are compared on.
+        samples: samples of the test split that layers are compared on; fewer, where
+            a sample is large.
         max_steps: largest root mean square difference, in quantization steps, between
             what a converted layer and its simulation make of the same input. Kernels
             that round as they should stay below 0.5.

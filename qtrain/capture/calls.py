@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qtrain.capture.graphs import (
     arguments,
@@ -56,11 +56,14 @@ WEIGHTED: dict[Any, tuple[Any, str]] = {
 }
 
 
-def name_calls(graph: fx.Graph, root: nn.Module, leaves: set[str]) -> bool:
+def name_calls(
+    graph: fx.Graph, root: nn.Module, leaves: set[str], *, trains: bool
+) -> bool:
     """Makes calls of functions into calls of layers, in place, and second calls into second ones.
 
     Args:
         leaves: modules that are taken as they are, as often as they are called.
+        trains: whether a bias that is worked out of parameters has to follow them.
 
     Returns:
         whether a bias was split from its product, which then rounds otherwise.
@@ -75,7 +78,7 @@ def name_calls(graph: fx.Graph, root: nn.Module, leaves: set[str]) -> bool:
             elif target in DROPOUT:
                 _put_module(node, root, DROPOUT[target], without=("training",))
             elif target in WEIGHTED:
-                has_split |= _put_layer(graph, node, root)
+                has_split |= _put_layer(graph, node, root, trains)
         if node.op != "call_module" or node.target in leaves:
             continue
         if node.target in called:
@@ -109,10 +112,11 @@ def _put_module(
     call(node, name, (operand,))
 
 
-def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
+def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module, trains: bool) -> bool:
     """Makes F.linear or F.conv of a parameter into a call of a layer that owns it.
 
-    A bias that is worked out is added behind it: then True is returned.
+    A bias that is worked out is added behind it, which in int8 rounds once more: then
+    True is returned. One that no input changes is the layer's, if it need not train.
     """
     kind, names = WEIGHTED[node.target]
     given = arguments(node, names)
@@ -123,6 +127,9 @@ def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
         isinstance(value, fx.Node) for value in settings.values()
     ):
         return False
+    if not trains and bias is None:
+        value = _worked_out(graph, root, given.get("bias"))
+        bias = None if value is None else nn.Parameter(value, requires_grad=False)
     owner = str(given["weight"].target).rpartition(".")[0]
     added = given.get("bias") if bias is None else None
     layer: Any = root.get_submodule(owner)
@@ -139,6 +146,46 @@ def _put_layer(graph: fx.Graph, node: fx.Node, root: nn.Module) -> bool:
         total.meta = dict(node.meta)
         node.replace_all_uses_with(total, lambda user: user is not total)
     return added is not None
+
+
+def _worked_out(graph: fx.Graph, root: nn.Module, node: Any) -> Tensor | None:
+    """Returns a tensor that is worked out, and changed in place, by what parameters say alone.
+
+    None where inputs, layers or random numbers have a say in it.
+    """
+    if not is_tensor(node):
+        return None
+    known: set[fx.Node] = set()
+    asked = [n for n in graph.nodes if any(_same(c, node) for c in _changed(n))]
+    while asked:
+        found = asked.pop()
+        is_parameter = found.op == "get_attr"
+        is_call = found.op in ("call_function", "call_method")
+        if not (is_parameter or is_call and found.all_input_nodes):
+            return None
+        if found not in known:
+            known.add(found)
+            asked += found.all_input_nodes
+    runs = fx.Interpreter(root, graph=graph)
+    with torch.no_grad():
+        for found in (n for n in graph.nodes if n in known):
+            value = runs.run_node(found)
+            # Which is not to be changed
+            runs.env[found] = value.clone() if found.op == "get_attr" else value
+    worked_out: Tensor = runs.env[node]
+    return worked_out
+
+
+def _changed(node: fx.Node) -> tuple[fx.Node, ...]:
+    return (node, *node.meta.get("changes", ()))
+
+
+def _same(one: fx.Node, other: fx.Node) -> bool:
+    """Returns whether two nodes stand for the same memory."""
+    storage = one.meta.get("storage")
+    return (
+        one is other or storage is not None and storage == other.meta.get("storage")
+    )
 
 
 def _layer(

@@ -68,7 +68,7 @@ def traced(
     if not is_qat:
         without_dropout(graph, root, dropouts)
     without_identities(graph, root)
-    has_split_bias = name_calls(graph, root, set(leaves))
+    has_split_bias = name_calls(graph, root, set(leaves), trains=is_qat)
     groups = group_layers(graph, root, set(leaves))
     for name in dropouts:  # it is no float island, but nothing at all
         del leaves[name]

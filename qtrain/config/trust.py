@@ -11,6 +11,7 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from qtrain.common.plain import plain
+from qtrain.config.given import TARGET
 
 ENVIRONMENT = "QTRAIN_TRUST"
 MODELS = "torchvision.models"
@@ -90,7 +91,7 @@ def _own_targets() -> frozenset[str]:
         name
         for text in texts
         for name in re.findall(r"^\s*_target_: (\S+)", text, re.M)
-    )
+    ) | {TARGET}
 
 
 def _problem(target: Any, packages: list[str]) -> str | None:

@@ -1,6 +1,7 @@
 """Images in folders, one a class, as torchvision's ImageFolder has them."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ from qtrain.data.loaders import DataLoaders
 from qtrain.data.moments import moments
 from qtrain.data.splits import share_of, three_parts, wrong_shares
 from qtrain.data.tensors import Part, digest, tensor_loaders
+
+log = logging.getLogger(__name__)
 
 Rows = tuple[Tensor, Tensor, Tensor]  # to train, validate and test on
 
@@ -67,6 +70,7 @@ def image_folder(
         _refuse_bad(files, images.bad)
     rows = _split(root, found, labels, images.bad, (val_fraction, test_fraction))
     _refuse_missing(root, labels, rows, classes)
+    log.info(_told(images.images, rows, classes))
     mean, std, measured = _moments(images, rows[0], mean, std)
     refuse(wrong_moments(mean, std, images.images))
     parts = [Part(images.images, labels[of].to(device), of) for of in rows]
@@ -80,6 +84,16 @@ def image_folder(
         channels=channels,
         fingerprint=_fingerprint(images, labels, rows),
         about={"classes": classes, **measured} | _left_out(files, images.bad),
+    )
+
+
+def _told(images: Tensor, rows: Rows, classes: list[str]) -> str:
+    """Returns what was found, for a person to see that it is what was meant."""
+    height, width = images.shape[2:]
+    train, val, test = map(len, rows)
+    return (
+        f"data: {height} x {width} pixels, {train} images to train on, {val} to "
+        f"validate on, {test} to test on; {len(classes)} classes: {named(classes)}"
     )
 
 

@@ -1,7 +1,10 @@
 """The lines that a person reads at the end of a run."""
 
+from typing import Any
+
 from qtrain.runs.quality import Quality
 from qtrain.runs.report import Report
+from qtrain.task.classification import TOP
 
 
 def summary(report: Report, quality: Quality) -> list[str]:
@@ -39,7 +42,8 @@ def summary(report: Report, quality: Quality) -> list[str]:
         others = [
             f"{name} {value:.4f}"
             for name, value in metrics.items()
-            if isinstance(value, float) and name not in (quality.name, "loss")
+            if isinstance(value, float)
+            and name not in (quality.name, "loss", *_idle(metrics))
         ]
         if others:
             lines.append(f"{'':>23}{', '.join(others)}")
@@ -62,6 +66,12 @@ def summary(report: Report, quality: Quality) -> list[str]:
         f"latency: medians on the CPU, {threads}; seconds: " + _seconds(report.time_s)
     )
     return lines if is_float else lines + _of_quantization(report)
+
+
+def _idle(metrics: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the numbers that say nothing: of at most five classes the five likeliest are all."""
+    few = len(metrics.get("wrong_per_class", range(TOP + 1))) <= TOP
+    return ("top5_accuracy",) if few else ()
 
 
 def _of_quantization(report: Report) -> list[str]:

@@ -10,6 +10,7 @@ from truth_gate import GATE, Residual, compare
 
 from qtrain.analyze.truth import TruthGate, divergence, layer_outputs
 from qtrain.backend import torch_ao
+from qtrain.backend.find import OF_TORCH_AO, engines
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.observer.minmax import MinMaxObserver
@@ -290,3 +291,74 @@ def test_every_input_of_the_model_is_looked_at(which, engine, make_ptq, request)
         failure.startswith(f"layer {('first', 'second')[which]}: evaluation inputs")
         for failure in failures
     )
+
+
+# ---- sums, joins and products --------------------------------------------------------------------
+
+SUPPORTED = torch.backends.quantized.supported_engines
+ENGINES = [e for e in engines() if e in SUPPORTED or e not in OF_TORCH_AO]
+FUNCTIONS = ("add", "add_relu", "mul", "matmul", "cat")
+
+
+class Functionals(nn.Module):
+    """One FloatFunctional for each method; the first serves two calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant, self.dequant = torch_ao.QuantStub(), torch_ao.DeQuantStub()
+        self.linear = nn.Linear(8, 8)
+        for name in FUNCTIONS:
+            self.add_module(name, torch_ao.FloatFunctional())
+
+    def forward(self, x):
+        x = self.quant(x)
+        y = self.linear(x)
+        added = self.add.add(y, self.add.add(x, y))
+        z = self.mul.mul(self.add_relu.add_relu(x, added), y)
+        return self.dequant(self.cat.cat([self.matmul.matmul(z, y), x], dim=-1))
+
+
+def functionals(quantizer):
+    x = torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    return calibrated(quantizer, Functionals().eval(), x), x
+
+
+@pytest.mark.parametrize("any_engine", ENGINES)
+def test_every_site_is_within_half_a_step_of_its_simulation(any_engine, make_ptq):
+    quantizer = make_ptq(any_engine)
+    prepared, x = functionals(quantizer)
+    section, failures = compare(quantizer, prepared, x)
+    steps = section["fake_vs_quantized"]["steps"]
+    assert failures == [] and set(steps) >= {"quant", "linear", *FUNCTIONS}
+    assert max(steps.values()) < 0.5, steps
+
+
+@pytest.mark.parametrize("any_engine", ENGINES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_half_a_sum_fails_by_name(name, any_engine, make_ptq):
+    quantizer = make_ptq(any_engine)
+    prepared, x = functionals(quantizer)
+    fake, quantized = quantizer.fake(prepared), quantizer.convert(prepared)
+    site = type(quantized.get_submodule(name))
+
+    class Halved(site):
+        pass
+
+    def half(self, *args, **named):
+        exact = getattr(site, name)(self, *args, **named)
+        halved = exact.dequantize() / 2
+        if not isinstance(exact, torch.Tensor):
+            return exact.like(halved)
+        if not exact.is_quantized:
+            return halved
+        step, zero = exact.q_scale(), exact.q_zero_point()
+        return torch.quantize_per_tensor(halved, step, zero, exact.dtype)
+
+    setattr(Halved, name, half)
+    Halved.__name__ = site.__name__
+    quantized.get_submodule(name).__class__ = Halved
+    steps = divergence(fake, quantized, ["quant", "linear", *FUNCTIONS], (x,))
+    assert [other for other, value in steps.items() if value > 4] == [name]
+    before = set(vars(fake.get_submodule(name)))
+    assert not before & {*FUNCTIONS}  # what watched them is gone

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,18 @@ def test_python(place, library, tmp_path, monkeypatch, capsys):
     )
     again.load_state_dict(weights)
     assert torch.equal(qtrain.convert(again.simulation)(images), int8)
+
+
+def test_each_library_of_the_cookbook_is_an_extra():
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    extras = extras["project"]["optional-dependencies"]
+    named = re.findall(r"^\*\*.*?\*\* \(extra (\w+)\)", COOKBOOK, re.M)
+    assert named == ["timm", "hf", "lightning"]
+    together = ",".join(sorted(named))
+    assert sorted(extras["cookbook"][0][7:-1].split(",")) == together.split(",")
+    code = "\n".join(blocks("yaml") + blocks("python"))
+    used = set(re.findall(r"_target_: (\w+)|^(?:import|from) (\w+)", code, re.M))
+    libraries = {a or b for a, b in used} - {"qtrain", "torch", "torchvision"}
+    brought = {name for extra in named for name in extras[extra]}
+    assert libraries <= brought and libraries == {"timm", "transformers", "lightning"}

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+import qtrain
+
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 
@@ -15,3 +17,22 @@ def test_the_example_runs_in_ten_lines_and_prints_what_it_says(capsys):
     exec(compile(code, "README.md", "exec"), {})
     (promised,) = re.findall(r"print\(result\)\n# (.*)", code)
     assert capsys.readouterr().out.strip() == promised
+
+
+def test_a_module_and_a_dataset_in_a_notebook(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "qtrain" / "api" / "README.md").read_text(
+        "utf-8"
+    )
+    code = re.findall(r"```python\n(.*?)```", text, re.S)[0]
+    assert "data=samples" in code
+    monkeypatch.chdir(tmp_path)
+    quick = code.replace(
+        '"quant=ptq"', '"quant=ptq", "logger=none", "measure.repeats=1"'
+    )
+    found: dict = {}
+    exec(compile(quick, "README.md", "exec"), found)
+    images = found["samples"].tensors[0]
+    error = found["int8"](images) - qtrain.load_float("my_run", model=found["net"])(
+        images
+    )
+    assert 0 < error.norm() < 0.1 * found["int8"](images).norm()

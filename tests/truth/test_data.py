@@ -49,6 +49,32 @@ def test_a_folder_of_pngs_is_trained_on_quantized_and_loaded(
     assert "images decoded" in run.text and "images decoded" not in again.text
 
 
+@pytest.mark.parametrize(
+    "method", [pytest.param("ptq", marks=pytest.mark.slow), "qat"]
+)
+def test_resnet18_as_torchvision_has_it_on_a_folder_of_pngs(job, own_data, method):
+    own_data.write_folder("images", num=12, height=16, width=16)
+    sizes = ["data.batch_size=16", "data.val_fraction=0.2", "data.test_fraction=0.2"]
+    words = [*FOLDER, *sizes, f"quant={method}", "trainer.max_steps=1"]
+    words += ["quant.epochs=1"] if method == "qat" else []
+    run = job("resnet18_plain", *words, "measure.warmup=0", "measure.repeats=1")
+    assert run.code == 0, run.text
+    report = run.report
+    assert report["config"]["model"]["num_classes"] == 3
+    assert report["capture"]["mode"] == "trace" and report["capture"]["sites"] == 30
+    assert report["coverage"]["macs_quantized"] == 1
+    steps = report["truth"]["fake_vs_quantized"]["steps"]
+    assert max(steps.values()) < 0.5
+    told = (
+        "data: 16 x 16 pixels, 22 images to train on, 7 to validate on, 7 to test on"
+    )
+    assert f"{told}; 3 classes: class0, class1, class2\n" in run.text
+    assert re.search("wrong by class: class0: ", run.text)
+    assert "top5" not in run.text  # of three classes
+    images = qtrain.sample_inputs(run.run_dir)
+    assert qtrain.load(run.run_dir)(*images).shape == (7, 3)
+
+
 def test_augmentation_changes_the_training_and_is_the_same_after_a_kill(
     job, command, own_data, tmp_path, monkeypatch
 ):
