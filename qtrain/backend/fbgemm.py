@@ -53,6 +53,10 @@ def product(x: Tensor, zero_point: int, packed: Any, scale: float = 1.0) -> Tens
     Args:
         x: float32 (M, K).
     """
-    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    found: Tensor = multiply.default(x, scale, zero_point, packed)
+    found: Tensor = operator()(x, scale, zero_point, packed)
     return found
+
+
+def operator() -> Any:
+    """Returns torch's operator, of an input, its scale, its zero point and a packed matrix."""
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default

@@ -208,23 +208,24 @@ def test_a_transposed_convolution_without_kernel_says_so():
 @pytest.mark.skipif(
     not fbgemm.multiplies(255), reason="this fbgemm does not multiply exactly"
 )
-@pytest.mark.parametrize("shape", [(1, 70), (1, 1, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 70), (1, 1, 70), (40, 3, 70)], ids=str)
 @pytest.mark.parametrize("relu", [False, True])
-def test_one_row_of_a_large_weight_comes_out_exactly(shape, relu, monkeypatch):
+@pytest.mark.parametrize("ends", [(0, 255), (0, 15)], ids=str)
+def test_a_large_weight_comes_out_exactly(shape, relu, ends, monkeypatch):
     layer = nn.Linear(70, 30)
     weight = torch.randint(-128, 128, (30, 70), dtype=torch.int8)
-    output = Scale(3.0, 100, 0, 255)
+    output = Scale(768 / (ends[1] + 1), 100 * ends[1] // 255, *ends)
+    monkeypatch.setattr(linear, "SMALL", 1)
     made = Product(layer, weight, torch.rand(30) * 0.1, layer.bias, relu, output)
     x = torch.randint(0, 256, shape, dtype=torch.uint8)
     expected = made.exactly(x, 0.02, 7)
-    assert torch.equal(made(x, 0.02, 7), expected)
     ran = []
-    product_of = fbgemm.product
-    monkeypatch.setattr(linear, "SMALL", 1)
-    monkeypatch.setattr(
-        fbgemm, "product", lambda *args: ran.append(1) or product_of(*args)
+    multiply = linear._by_fbgemm(
+        weight, made.scale, layer.bias, relu, output, 0.02, 7
     )
-    made._kernels.clear()
+    monkeypatch.setattr(
+        linear, "_by_fbgemm", lambda *_: lambda x: ran.append(1) or multiply(x)
+    )
     assert torch.equal(made(x, 0.02, 7), expected) and ran
 
 
