@@ -10,7 +10,7 @@ from torch import nn
 
 import qtrain
 from qtrain.backend import fbgemm, machine
-from qtrain.backend.int8 import linear, product
+from qtrain.backend.int8 import convolution, linear, product
 from qtrain.backend.int8.product import Product
 from qtrain.backend.int8.reference import exact_sums, most_of_sums
 from qtrain.backend.int8.scale import Scale
@@ -177,6 +177,22 @@ def require_exact(layer, *, zero_point=77, size=5):
 def test_many_outputs_of_one_input_channel_a_group(outputs):
     require_exact(nn.Conv2d(2, 2 * outputs, (2, 1), padding=(1, 0), groups=2))
     require_exact(nn.Conv2d(3, 3 * outputs, 3, groups=3))
+
+
+def test_a_convolution_of_many_shapes_keeps_few_packed_weights(monkeypatch):
+    layer = nn.Conv2d(3, 4, 3, padding=1)
+    weight = torch.randint(-128, 128, layer.weight.shape, dtype=torch.int8)
+    settings = (weight, torch.rand(4) * 0.01, layer.bias.detach(), True)
+    made = Product(layer, *settings, Scale(0.2, 0, 0, 255))
+    packed = []
+    per_channel = fbgemm.per_channel
+    monkeypatch.setattr(
+        fbgemm, "per_channel", lambda *args: packed.append(1) or per_channel(*args)
+    )
+    for size in (*range(4, 12), 4, 11):
+        x = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+        assert torch.equal(made(x, 0.02, 7), made.exactly(x, 0.02, 7))
+    assert len(packed) == (convolution.SHAPES if fbgemm.has("onednn") else 0)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
