@@ -7,7 +7,8 @@ random weights, for values do not matter to speed. The candidates take turns in 
 figures are medians of the rounds. With --cpu they are the caller's processor time, which other
 load on the machine disturbs less; for one thread. ONNX Runtime (extra `peers`) quantizes
 torch.onnx's float file by its own `quantize_static`, and is left out where it is not installed;
-it has its rounds after all others', whom its threads would disturb: they spin for a while after each call.
+it has its rounds after all others', whom its threads would disturb: they spin for a
+while after each call.
 The last line is JSON.
 """
 
