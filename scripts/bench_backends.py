@@ -6,7 +6,9 @@
 random weights, for values do not matter to speed. The candidates take turns in one process;
 figures are medians of the rounds. With --cpu they are the caller's processor time, which other
 load on the machine disturbs less; for one thread. ONNX Runtime (extra `peers`) quantizes
-torch.onnx's float file by its own `quantize_static`, and is left out where it is not installed.
+torch.onnx's float file by its own `quantize_static`, and is left out where it is not installed;
+it has its rounds after all others', whom its threads would disturb: they spin for a
+while after each call.
 The last line is JSON.
 """
 
@@ -32,6 +34,7 @@ from qtrain.backend.find import engines
 from qtrain.model.convnet import ConvNet
 
 Call = Callable[[], Any]
+SPINS = "onnxruntime"
 ENGINES = [name for name, backend in engines().items() if backend.missing() is None]
 
 
@@ -93,7 +96,7 @@ def _candidates(
             made = qtrain.quantize(model, [example], engine=engine).model
             found[engine] = partial(of_torch, made)
     if importlib.util.find_spec("onnxruntime"):
-        found["onnxruntime"] = _onnxruntime(model, example)
+        found[SPINS] = _onnxruntime(model, example)
     return found
 
 
@@ -143,15 +146,18 @@ def _onnxruntime(model: nn.Module, example: Tensor) -> Callable[[Tensor, int], C
 
 
 def _measure(calls: dict[str, Call], rounds: int, clock: Any) -> dict[str, float]:
-    """Returns {candidate: ms}, medians of the rounds in which they take turns."""
+    """Returns {candidate: ms}, medians of the rounds in which they take turns; who spins, alone."""
     clock = clock or time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(-5, rounds):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            if turn >= 0:
-                times[name].append((clock() - start) * 1e3)
+    spins = {name: call for name, call in calls.items() if name == SPINS}
+    others = {name: call for name, call in calls.items() if name != SPINS}
+    for block in (others, spins):
+        for turn in range(-5, rounds):
+            for name, call in block.items():
+                start = clock()
+                call()
+                if turn >= 0:
+                    times[name].append((clock() - start) * 1e3)
     return {name: statistics.median(row) for name, row in times.items()}
 
 

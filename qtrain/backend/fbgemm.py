@@ -4,6 +4,8 @@ It reads a matrix out of memory faster than oneDNN does (50257x768, one row: 2.4
 and a call of it begins sooner.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,32 +21,47 @@ def multiplies(most: int) -> bool:
 
     Without VNNI it adds products in pairs, and cuts such a sum off at 16 bits.
     """
-    engines = torch.backends.quantized.supported_engines
-    if not has_torch_ao() or "fbgemm" not in engines:
+    if not has("fbgemm"):
         return False
     weight = torch.full((16, 64), 127, dtype=torch.int8)
     found = product(torch.full((1, 64), float(most)), 0, pack(weight))
     return torch.equal(found, torch.full((1, 16), most * 127.0 * 64))
 
 
+def has(engine: str) -> bool:
+    """Returns whether torch has quantized tensors, and an engine's kernels for them."""
+    return has_torch_ao() and engine in torch.backends.quantized.supported_engines
+
+
+@contextmanager
+def use(engine: str) -> Iterator[None]:
+    """Packs weights for an engine in the block; packed ones know theirs."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
 def pack(
     integers: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
 ) -> Any:
     """Returns a matrix (N, K) as fbgemm takes it; scales are of its rows, or 1."""
-    rows = len(integers)
-    scales = torch.ones(rows) if scale is None else scale.flatten().expand(rows)
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = "fbgemm"
-    try:
-        made = torch._make_per_channel_quantized_tensor(
-            integers.contiguous(),
-            scales.double().contiguous(),
-            torch.zeros(rows, dtype=torch.long),
-            0,
-        )
+    made = per_channel(integers, torch.ones(1) if scale is None else scale)
+    with use("fbgemm"):
         return torch.ops.quantized.linear_prepack(made, bias)
-    finally:
-        torch.backends.quantized.engine = before
+
+
+def per_channel(integers: Tensor, scale: Tensor) -> Tensor:
+    """Returns a weight as torch's quantized tensor; scales are of its channels, or one for all."""
+    channels = len(integers)
+    return torch._make_per_channel_quantized_tensor(
+        integers.contiguous(),
+        scale.flatten().expand(channels).double().contiguous(),
+        torch.zeros(channels, dtype=torch.long),
+        0,
+    )
 
 
 def product(x: Tensor, zero_point: int, packed: Any, scale: float = 1.0) -> Tensor:
@@ -53,6 +70,10 @@ def product(x: Tensor, zero_point: int, packed: Any, scale: float = 1.0) -> Tens
     Args:
         x: float32 (M, K).
     """
-    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    found: Tensor = multiply.default(x, scale, zero_point, packed)
+    found: Tensor = operator()(x, scale, zero_point, packed)
     return found
+
+
+def operator() -> Any:
+    """Returns torch's operator, of an input, its scale, its zero point and a packed matrix."""
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default

@@ -1,5 +1,6 @@
 """Layers of a lowered model: plain buffers, which can be saved, copied, pickled and exported."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from qtrain.backend.int8.linear import MANY_ROWS
 from qtrain.backend.int8.product import Product
 from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.reference import requantized
@@ -163,6 +165,32 @@ class IntLayer(Scaled):
             note("its product with an input that no layer has quantized")
             found = self.product.in_float(input, self.weight().dequantize())
         return QuantizedTensor(found, to.scale, to.zero_point)
+
+    def between(
+        self, first: nn.Module, last: nn.Module
+    ) -> Callable[[Tensor], Tensor] | None:
+        """Returns `last(self(first(x)))` as a call that begins sooner; None where there is none.
+
+        It is made of what they are now.
+
+        Args:
+            first, last: what makes integers of floats, and floats of integers.
+        """
+        if not isinstance(first, Quantize) or not isinstance(last, Dequantize):
+            return None
+        product = self.product.from_floats(first.output)
+        if product is None:
+            return None
+        most = MANY_ROWS * self.layer.in_features
+
+        def run(x: Tensor) -> Tensor:
+            is_plain = x.is_cpu and x.dtype == torch.float32 and not is_compiling()
+            if is_plain and x.dim() > 1 and 0 < x.numel() <= most:
+                return product(x)
+            found: Tensor = last(self(first(x)))
+            return found
+
+        return run
 
     @property
     def product(self) -> Product:

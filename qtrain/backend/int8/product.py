@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from qtrain.backend import fbgemm
 from qtrain.backend.int8 import convolution, linear, transposed
 from qtrain.backend.int8.reference import requantized, scaled_sums
 from qtrain.backend.int8.scale import Scale
@@ -50,6 +51,7 @@ class Product:
         self.scale = weight_scale.float().reshape(-1).expand(outputs).contiguous()
         self.reason = why_reference(layer, weight)
         self._kernels: dict[tuple[float, int], Callable[[Tensor], Tensor]] = {}
+        self._from_floats: dict[Scale, Callable[[Tensor], Tensor]] = {}
 
     def __call__(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
         """Returns the output for integers x, uint8."""
@@ -62,6 +64,21 @@ class Product:
             kernel = self._made(scale, zero_point)
             self._kernels[scale, zero_point] = kernel
         return kernel
+
+    def from_floats(self, input: Scale) -> Callable[[Tensor], Tensor] | None:
+        """Returns the product from floats to floats where one kernel does it all; or None.
+
+        Both are rounded to integers of their scales.
+        """
+        is_plain = self.is_linear and self.weight.is_cpu and self.reason is None
+        is_full = input.is_full and self.output.is_full
+        if not is_plain or not is_full or not fbgemm.multiplies(255):
+            return None
+        made = self._from_floats.get(input)
+        if made is None:
+            settings = (self.weight, self.scale, self.bias, self.relu, self.output)
+            self._from_floats[input] = made = linear.from_floats(*settings, input)
+        return made
 
     def _made(self, scale: float, zero_point: int) -> Callable[[Tensor], Tensor]:
         """Returns the product for integers of one scale: packed weights and numbers."""

@@ -18,8 +18,7 @@ from qtrain.backend.int8.elementwise import Table, look_up
 from qtrain.backend.int8.layers import Dequantize, IntLayer, Quantize, Scaled
 from qtrain.backend.int8.operations import MOVES
 from qtrain.backend.int8.pooling import max_pool
-from qtrain.backend.int8.quantizing import quantized
-from qtrain.backend.int8.reference import dequantized
+from qtrain.backend.int8.quantizing import dequantized, quantized
 from qtrain.backend.int8.tensor import QuantizedTensor
 from qtrain.backend.int8.trace import Tracer
 from qtrain.common.tensors import version

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from qtrain.backend.int8 import reference
 from qtrain.backend.int8.reference import as_bytes, channels_last, requantized
 from qtrain.backend.int8.scale import Scale
 from qtrain.common.torch_parts import has_torch_ao
 
 FEW = 1 << 14
+MANY = 1 << 17  # a copy of more takes longer than to do without
 
 
 def quantized(x: Tensor, to: Scale) -> Tensor:
@@ -24,6 +26,14 @@ def quantized(x: Tensor, to: Scale) -> Tensor:
     if is_plain and has_torch_ao():
         return _by_torch(x, to.scale, to.zero_point)
     return requantized(x, to.scale, to.zero_point, to.low, to.high)
+
+
+def dequantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """Returns what integers mean, float32; by torch's kernel in one pass in place of three."""
+    is_plain = x.is_cpu and x.dtype == torch.uint8 and not is_compiling()
+    if not is_plain or not has_torch_ao():
+        return reference.dequantized(x, scale, zero_point)
+    return marked(x, scale, zero_point).dequantize()
 
 
 def rounded(x: Tensor, low: int, high: int) -> Tensor:
@@ -64,7 +74,9 @@ def plain(x: Tensor) -> Tensor:
 
 
 def marked(x: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Returns integers, uint8, as torch's quantized tensor over the same memory."""
+    """Returns integers, uint8, as torch's quantized tensor; many over the same memory."""
+    if x.numel() <= MANY:
+        return torch._make_per_tensor_quantized_tensor(x, scale, zero_point)
     made = torch._empty_affine_quantized(
         [0], scale=scale, zero_point=zero_point, dtype=torch.quint8
     )

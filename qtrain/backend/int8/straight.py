@@ -44,6 +44,8 @@ class Straight:
         return partial(type(self.model).forward, self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return self._uncompiled(*args, **kwargs)
         program = self._program
         if program is not None and not kwargs and program.suits(args):
             return program(*args)
@@ -55,6 +57,11 @@ class Straight:
         ):
             return self._called(*args, **kwargs)
         return self._first(args)
+
+    @torch.compiler.disable
+    def _uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs as without `torch.compile`, which cannot hold packed weights in its graphs."""
+        return self(*args, **kwargs)
 
     def _first(self, args: tuple[Tensor, ...]) -> Any:
         """Runs the model's own forward, and makes a program that is proved by it."""

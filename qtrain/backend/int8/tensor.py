@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qtrain.backend.int8.operations import HANDLERS
-from qtrain.backend.int8.reference import dequantized, requantized
+from qtrain.backend.int8.quantizing import dequantized
+from qtrain.backend.int8.reference import requantized
 
 _listeners: list[Callable[[str], None]] = []
 

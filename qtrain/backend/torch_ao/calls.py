@@ -22,10 +22,24 @@ def resolve(*modules: nn.Module) -> Callable[..., Any]:
     It is made of what they are now: once layers are exchanged or packed anew, make
     another. A module with hooks stays as it is, so that they run.
     """
+    fused = _fused(*modules) if len(modules) == 3 else None
+    if fused is not None:
+        return fused
     calls = [call for call in map(_call, modules) if call is not same]
     if len(calls) > 1:
         return partial(_in_turn, calls)
     return calls[0] if calls else same
+
+
+def _fused(
+    first: nn.Module, middle: Any, last: nn.Module
+) -> Callable[..., Any] | None:
+    """Returns three modules as one call, where the middle one knows such a call; or None."""
+    between = getattr(middle, "between", None)
+    if between is None or any(map(has_hooks, (first, middle, last))):
+        return None
+    found: Callable[..., Any] | None = between(first, last)
+    return found
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -53,7 +67,7 @@ def _call(module: Any) -> Callable[..., Any]:
             module.bias,
             module.eps,
         )
-    return module.forward
+    return module.resolved() if hasattr(module, "resolved") else module.forward
 
 
 def _is_dynamic(module: nn.Module) -> bool:

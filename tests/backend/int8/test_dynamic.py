@@ -47,6 +47,21 @@ def test_inputs_get_the_scale_that_just_holds_them(
     assert (layer(x) - layer._in_float(x)).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("shape", [(1, 24), (2, 3, 24), (24,), (0, 24)], ids=str)
+def test_as_a_call_it_gives_the_same(layer, shape):
+    call = layer.resolved()
+    for x in (
+        torch.randn(shape),
+        torch.zeros(shape),
+        torch.randn(shape) * 1e-4,
+        torch.full(shape, torch.nan),
+        torch.full(shape, torch.inf),
+        torch.randn(shape, requires_grad=True),
+        torch.randn(shape, dtype=torch.bfloat16),
+    ):
+        torch.testing.assert_close(call(x), layer(x), rtol=0, atol=0, equal_nan=True)
+
+
 def test_it_is_copied_and_pickled(layer):
     x = torch.randn(5, 24)
     expected = layer(x)

@@ -352,3 +352,15 @@ def test_a_last_operation_may_work_in_place_behind_the_stub(last):
         wanted = model(x)
     with torch.no_grad():
         assert torch.equal(model(x), wanted) and torch.equal(model(x), wanted)
+
+
+@pytest.mark.slow
+def test_under_torch_compile_it_runs_as_without(model, images, make_ptq):
+    found = made(make_ptq("int8"), model, images)[2]
+    with torch.no_grad():
+        expected = found(images)
+        compiled = torch.compile(found, backend="eager")
+        around = torch.compile(lambda x: found(x * 1.0) * 2, backend="eager")
+        for _ in range(2):
+            assert torch.equal(compiled(images), expected)
+            assert torch.equal(around(images), expected * 2)

@@ -10,7 +10,7 @@ from torch import nn
 
 import qtrain
 from qtrain.backend import fbgemm, machine
-from qtrain.backend.int8 import linear, product
+from qtrain.backend.int8 import convolution, linear, product
 from qtrain.backend.int8.product import Product
 from qtrain.backend.int8.reference import exact_sums, most_of_sums
 from qtrain.backend.int8.scale import Scale
@@ -179,6 +179,22 @@ def test_many_outputs_of_one_input_channel_a_group(outputs):
     require_exact(nn.Conv2d(3, 3 * outputs, 3, groups=3))
 
 
+def test_a_convolution_of_many_shapes_keeps_few_packed_weights(monkeypatch):
+    layer = nn.Conv2d(3, 4, 3, padding=1)
+    weight = torch.randint(-128, 128, layer.weight.shape, dtype=torch.int8)
+    settings = (weight, torch.rand(4) * 0.01, layer.bias.detach(), True)
+    made = Product(layer, *settings, Scale(0.2, 0, 0, 255))
+    packed = []
+    per_channel = fbgemm.per_channel
+    monkeypatch.setattr(
+        fbgemm, "per_channel", lambda *args: packed.append(1) or per_channel(*args)
+    )
+    for size in (*range(4, 12), 4, 11):
+        x = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+        assert torch.equal(made(x, 0.02, 7), made.exactly(x, 0.02, 7))
+    assert len(packed) == (convolution.SHAPES if fbgemm.has("onednn") else 0)
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("size", [(1, 2), (2, 2), (4, 3), (5, 5)], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
@@ -208,23 +224,24 @@ def test_a_transposed_convolution_without_kernel_says_so():
 @pytest.mark.skipif(
     not fbgemm.multiplies(255), reason="this fbgemm does not multiply exactly"
 )
-@pytest.mark.parametrize("shape", [(1, 70), (1, 1, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 70), (1, 1, 70), (40, 3, 70)], ids=str)
 @pytest.mark.parametrize("relu", [False, True])
-def test_one_row_of_a_large_weight_comes_out_exactly(shape, relu, monkeypatch):
+@pytest.mark.parametrize("ends", [(0, 255), (0, 15)], ids=str)
+def test_a_large_weight_comes_out_exactly(shape, relu, ends, monkeypatch):
     layer = nn.Linear(70, 30)
     weight = torch.randint(-128, 128, (30, 70), dtype=torch.int8)
-    output = Scale(3.0, 100, 0, 255)
+    output = Scale(768 / (ends[1] + 1), 100 * ends[1] // 255, *ends)
+    monkeypatch.setattr(linear, "SMALL", 1)
     made = Product(layer, weight, torch.rand(30) * 0.1, layer.bias, relu, output)
     x = torch.randint(0, 256, shape, dtype=torch.uint8)
     expected = made.exactly(x, 0.02, 7)
-    assert torch.equal(made(x, 0.02, 7), expected)
     ran = []
-    product_of = fbgemm.product
-    monkeypatch.setattr(linear, "SMALL", 1)
-    monkeypatch.setattr(
-        fbgemm, "product", lambda *args: ran.append(1) or product_of(*args)
+    multiply = linear._by_fbgemm(
+        weight, made.scale, layer.bias, relu, output, 0.02, 7
     )
-    made._kernels.clear()
+    monkeypatch.setattr(
+        linear, "_by_fbgemm", lambda *_: lambda x: ran.append(1) or multiply(x)
+    )
     assert torch.equal(made(x, 0.02, 7), expected) and ran
 
 
