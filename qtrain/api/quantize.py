@@ -105,7 +105,7 @@ def quantize(
     wrong = choice("method", method, METHODS)
     refuse(wrong + whole("weight_bits", weight_bits, 2, 8))
     how = Capture(capture, leaves)
-    quantizer = _quantizer(method, engine, weight_bits, layers, how)
+    quantizer: Any = _quantizer(method, engine, weight_bits, layers, how)
     kept = _kept(model, batches)
     gate = TruthGate()
     float_model = copy_model(model).cpu().eval()
@@ -119,10 +119,9 @@ def quantize(
         quantizer.reference(simulation), quantizer.fake(simulation), converted, sample
     )
     gate.enforce(failures)
-    own = getattr(quantizer, "layers", {})
     models = {"float": float_model, "quantized": converted}
     report = {
-        "coverage": coverage(converted, sample, own, simulation.floats),
+        "coverage": coverage(converted, sample, quantizer.layers, simulation.floats),
         "truth": truth,
         "size_bytes": {kind: weight_bytes(model) for kind, model in models.items()},
         "capture": simulation.capture,
