@@ -1,5 +1,6 @@
 """Names to filter, sort and group runs by: facts, then config keys, then numbers of the report."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -58,6 +59,19 @@ def label(run: Run | Failure, key: str) -> Any:
     """Returns the value of `key`: None where the run has none, "null" where it was set so."""
     found = value(run, key)
     return "null" if found is None and key in run.settings else found
+
+
+def labels(runs: Sequence[Run | Failure], key: str) -> list[Any]:
+    """Returns the `label` of each run; objects by their class alone, where that tells them apart."""
+    whole = [label(run, key) for run in runs]
+    brief = [_brief(found) for found in whole]
+    is_clear = len({*map(str, brief)}) == len({*map(str, whole)})
+    return brief if is_clear else whole
+
+
+def _brief(found: Any) -> Any:
+    """Returns [GPTQ] for "[GPTQ(damping=0.01)]"."""
+    return re.sub(r"\([^()]*\)", "", found) if isinstance(found, str) else found
 
 
 def check(key: str, runs: Sequence[Run | Failure], option: str) -> None:

@@ -87,8 +87,9 @@ def section_of_runs(
             row.cells["baseline_difference_p"] = difference and difference.p
         warnings += more
     labels = varied_overrides(runs)
-    for row in rows:
-        row.cells |= {key: keys.label(row.runs[0], key) for key in labels}
+    shown = {key: keys.labels(runs, key) for key in labels}
+    for index, row in enumerate(rows):
+        row.cells |= {key: shown[key][index] for key in labels}
         row.cells["folder"] = plain(str(row.runs[0].folder))
     warnings = list(dict.fromkeys(warnings))
     section = Section(model, data, runs[0].quality, rows, labels, warnings=warnings)

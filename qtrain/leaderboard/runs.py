@@ -159,7 +159,18 @@ def _flatten(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
                 or isinstance(value, float)
                 and math.isfinite(value)
             )
-            yield prefix + key, value if plain else str(value)
+            yield prefix + key, value if plain else _told(value)
+
+
+def _told(value: Any) -> str:
+    """Returns [GPTQ(damping=0.01)] for a list of an object's class and settings."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_told, value))}]"
+    if isinstance(value, dict) and "_target_" in value:
+        own = {k: v for k, v in value.items() if k != "_target_"}
+        settings = ", ".join(f"{k}={v}" for k, v in own.items())
+        return f"{str(value['_target_']).rpartition('.')[2]}({settings})"
+    return str(value)
 
 
 def _run(folder: Path, report: dict[str, Any]) -> Run:

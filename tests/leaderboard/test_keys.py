@@ -109,3 +109,16 @@ def test_order_of_mixed_values():
         1,
         None,
     ]
+
+
+def test_objects_are_shown_by_their_class_where_that_tells_them_apart(runs):
+    gptq = {"_target_": "mypackage.GPTQ", "damping": 0.01}
+    for name, transforms in {"a": [], "b": [gptq]}.items():
+        runs.write(name, settings={"transforms": transforms})
+    found = find([runs.folder]).runs
+    assert keys.labels(found, "transforms") == ["[]", "[GPTQ]"]
+    other = gptq | {"damping": 0.1}
+    runs.write("c", settings={"transforms": [other]})
+    found = find([runs.folder]).runs
+    expected = ["[]", "[GPTQ(damping=0.01)]", "[GPTQ(damping=0.1)]"]
+    assert keys.labels(found, "transforms") == expected
