@@ -62,7 +62,7 @@ def label(run: Run | Failure, key: str) -> Any:
 
 
 def labels(runs: Sequence[Run | Failure], key: str) -> list[Any]:
-    """Returns the `label` of each run; objects by their class alone, where that tells them apart."""
+    """Returns the `label` of each run; objects by class alone where that tells them apart."""
     whole = [label(run, key) for run in runs]
     brief = [_brief(found) for found in whole]
     is_clear = len({*map(str, brief)}) == len({*map(str, whole)})
