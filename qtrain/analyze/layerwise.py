@@ -27,13 +27,8 @@ CALLED_INSTEAD = {
     "IntFunctional": "output",
     "RoundedFunctional": "output",
 }
-OPERATIONS = (
-    "add",
-    "add_relu",
-    "mul",
-    "matmul",
-    "cat",
-)  # those methods, with a scale
+# Those methods, where they have a scale
+OPERATIONS = ("add", "add_relu", "mul", "matmul", "cat")
 
 
 @torch.no_grad()
@@ -114,9 +109,8 @@ class _Pair:
         self.fake = fake
         self.steps: dict[str, float] = {}
         self.received: dict[str, list[tuple[str, Any]]] = {}
-        self.is_comparing = (
-            False  # what a layer calls inside is no call of the model's
-        )
+        # What a layer calls inside is no call of the model's
+        self.is_comparing = False
         self.scales = {
             name: float(point.calculate_qparams()[0])
             for name, point in output_points(fake).items()
