@@ -1,6 +1,7 @@
 """What torch tells of a tensor."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def version(tensor: Tensor) -> int:
@@ -8,3 +9,15 @@ def version(tensor: Tensor) -> int:
     torch.inference_mode, of which torch counts none.
     """
     return 0 if tensor.is_inference() else tensor._version
+
+
+def counted(owner: nn.Module, name: str) -> Tensor:
+    """Returns a module's buffer, which becomes one whose changes torch counts: `.to` and
+    deepcopy make others under torch.inference_mode.
+    """
+    buffer = owner._buffers[name]
+    assert buffer is not None
+    if buffer.is_inference():
+        with torch.inference_mode(False):
+            buffer = owner._buffers[name] = buffer.clone()
+    return buffer

@@ -1,5 +1,7 @@
 """Under torch.inference_mode all works as elsewhere, and what is made there can be trained on."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,12 @@ from torch import nn
 import qtrain
 from qtrain.functional.spec import CodebookSpec, QuantSpec
 from qtrain.quant.weight_only import WeightOnly
+
+PACKED = [
+    QuantSpec(bits=8, granularity="per_channel"),
+    QuantSpec(bits=4, granularity="per_group", group_size=32),
+    CodebookSpec(format="nf4"),
+]
 
 
 def network():
@@ -48,13 +56,7 @@ def test_a_simulation_made_there_trains():
     assert torch.equal(converted(images()), inside)
 
 
-@pytest.mark.parametrize(
-    "weight",
-    [
-        QuantSpec(bits=4, granularity="per_group", group_size=32),
-        CodebookSpec(format="nf4"),
-    ],
-)
+@pytest.mark.parametrize("weight", PACKED)
 def test_packed_weights_moved_there_multiply(weight):
     quantizer = WeightOnly(weight=weight)
     model = nn.Sequential(nn.Linear(64, 32))
@@ -64,3 +66,34 @@ def test_packed_weights_moved_there_multiply(weight):
     with torch.inference_mode():  # its buffers are such tensors now
         moved = converted.double().float()
         assert torch.equal(moved(rows), expected)
+
+
+def quantized(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    if isinstance(how, str):
+        return qtrain.quantize(
+            model, [torch.randn(16, 64)], method=how, engine="int8"
+        ).model
+    quantizer = WeightOnly(weight=how)
+    return quantizer.convert(quantizer.prepare(model)).eval()
+
+
+def change(model):
+    for buffer in model.buffers():
+        if buffer.dtype in (torch.int8, torch.uint8):
+            buffer.bitwise_not_()
+
+
+@pytest.mark.parametrize("how", ["ptq", "dynamic", *PACKED])
+def test_a_copy_made_there_sees_its_integers_change(how):
+    model, rows = quantized(how), torch.randn(4, 64)
+    before = model(rows)
+    with torch.inference_mode():
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(rows), before)
+        change(copied)
+        found = copied(rows)
+    change(model)
+    assert torch.equal(found, model(rows))
+    assert not torch.equal(found, before)

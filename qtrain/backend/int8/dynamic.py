@@ -17,7 +17,7 @@ from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.machine import mixes_signs, multiplies, saturates
 from qtrain.common.copying import copy_model
-from qtrain.common.tensors import version
+from qtrain.common.tensors import counted, version
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.simulate.fake_quantize import FakeQuantize
@@ -122,7 +122,7 @@ class DynamicLinear(nn.Module):
 
     def _once(self, kernel: str, make: Callable[[], Any]) -> Any:
         """Returns what is made for a kernel; anew where the integers have changed."""
-        integers: Any = self._buffers["integers"]  # as an attribute: 0.5 us
+        integers = counted(self, "integers")
         key = (kernel, id(integers), version(integers))
         if self._ready is None or self._ready[0] != key:
             self._ready = key, make()

@@ -14,7 +14,7 @@ from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.reference import requantized
 from qtrain.backend.int8.scale import Scale
 from qtrain.backend.int8.tensor import QuantizedTensor, note
-from qtrain.common.tensors import version
+from qtrain.common.tensors import counted, version
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.points import integers
 from qtrain.simulate.sites import QuantWeighted
@@ -198,7 +198,8 @@ class IntLayer(Scaled):
         if is_compiling():
             return self._made()
         made = self._product
-        key = (id(self.integers), version(self.integers), self.bias is None)
+        integers = counted(self, "integers")
+        key = (id(integers), version(integers), self.bias is None)
         if made is None or made[0] != key:
             self._product = made = key, self._made()
         return made[1]

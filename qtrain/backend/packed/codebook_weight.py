@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtrain.common.tensors import version
+from qtrain.common.tensors import counted, version
 from qtrain.functional import codebook
 from qtrain.functional.spec import CodebookSpec
 
@@ -91,16 +91,15 @@ class CodebookWeight(nn.Module):
 
     def _float(self) -> Tensor:
         """Returns the float weight; outside of training it is kept, where memory allows."""
-        # Of tensors of inference mode nothing tells that they have changed.
-        is_untold = torch.compiler.is_compiling() or self.data.is_inference()
-        if self.training or is_untold:
+        if self.training or torch.compiler.is_compiling():
             return self.dequantize()
-        made, count = self._copy, version(self.data)
-        if made is not None and made[0] is self.data and made[1] == count:
+        data = counted(self, "data")
+        made, count = self._copy, version(data)
+        if made is not None and made[0] is data and made[1] == count:
             return made[2]
         weight = self.dequantize()
         if SHARE * weight.nbytes < free_bytes(weight.device):
-            self._copy = self.data, count, weight
+            self._copy = data, count, weight
         return weight
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from qtrain.backend.packed import int4_product
 from qtrain.backend.packed.int4_product import Int4Product, group_of
 from qtrain.backend.packed.int8_product import Int8Product
-from qtrain.common.tensors import version
+from qtrain.common.tensors import counted, version
 from qtrain.functional import packing
 from qtrain.functional.grid import grid, has_short_scales, quantize
 from qtrain.functional.spec import QuantSpec
@@ -164,7 +164,7 @@ class IntegerWeight(nn.Module):
         It is made when it is first asked for, and anew whenever the
         integers have changed or moved.
         """
-        data, scale = self.data, self.scale
+        data, scale = counted(self, "data"), counted(self, "scale")
         made = self._product
         if (
             made is None
