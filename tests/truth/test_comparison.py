@@ -144,11 +144,11 @@ def test_data_of_one_name_are_told_apart_by_what_differs(
 ):
     """By the setting that makes other images, though others differ too, as the batches' size."""
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_data.py").write_text(
+    (tmp_path / "own_digits.py").write_text(
         "from qtrain.data.mnist import mnist_sample as digits\n"
     )
     (tmp_path / "conf" / "data").mkdir(parents=True)
-    settings = "defaults: [mnist_sample, _self_]\n_target_: own_data.digits\n"
+    settings = "defaults: [mnist_sample, _self_]\n_target_: own_digits.digits\n"
     (tmp_path / "conf" / "data" / "own.yaml").write_text(settings)
     own = ["--config-dir", str(tmp_path / "conf"), "data=own", "quant=ptq"]
     runs = [
