@@ -133,10 +133,16 @@ def _quantized_macs(
     def note(what: str) -> None:
         in_float[where() or "forward"] = f"{what} is computed in float"
 
+    within = {
+        part
+        for module in quantized.modules()
+        if isinstance(module, Int8Recurrent)
+        for part in module.directions.modules()
+    }
     handles = [
         m.register_forward_hook(count, with_kwargs=True)
         for m in quantized.modules()
-        if _multiplies(m)
+        if _multiplies(m) and m not in within
     ]
     try:
         with name_failing_layer(quantized, "int8") as where, listening(note):
@@ -165,9 +171,8 @@ def _recurrent_macs(layer: Any, output: Any) -> int:
     else:
         steps = output.shape[1 if layer.batch_first and output.dim() == 3 else 0]
     if isinstance(layer, Int8Recurrent):
-        # Those of the input are layers, and count by themselves.
         directions: Any = layer.directions
-        matrices = [parts["hidden"].weight for parts in directions]
+        matrices = [part.weight for parts in directions for part in parts.values()]
     else:
         matrices = [w for w in layer.parameters() if w.dim() == 2]
     return steps * sum(w.numel() for w in matrices)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
+from qtrain.backend import fbgemm
 from qtrain.backend.packed.int8_product import row_magnitudes
 from qtrain.backend.packed.llm_int8 import LLMInt8Linear
 from qtrain.backend.packed.weight import IntegerWeight
@@ -28,7 +29,8 @@ TINY = 1e-30  # of a row of zeros
 class StateProduct:
     """h @ weight.T for each time of a batch of sequences, h in 8 bits a row.
 
-    A small matrix is multiplied in float32: sums of whole numbers times a scale.
+    fbgemm's kernel rounds h itself. Where it is not there, or not exact, a small matrix
+    is multiplied in float32: sums of whole numbers times a scale.
 
     Args:
         linear: of the gates.
@@ -39,7 +41,10 @@ class StateProduct:
     def __init__(self, linear: Any, x: Tensor, count: int) -> None:
         weight = linear.weight
         self.product = weight.product()
-        is_small = len(x) * weight.numel() <= FEW_PRODUCTS
+        is_plain = x.is_cpu and x.dtype == torch.float32
+        is_exact = is_plain and fbgemm.multiplies(255)
+        self.packed = self.product.fbgemm if is_exact else None
+        is_small = len(x) * weight.numel() <= FEW_PRODUCTS and not is_exact
         self.matrix = weight.dequantize().to(x.dtype).T if is_small else None
         # As a tensor: a number would be made one each time.
         self.most = x.new_tensor(127)
@@ -47,37 +52,63 @@ class StateProduct:
             x.new_zeros(weight.shape[0]) if linear.bias is None else linear.bias.to(x)
         )
         self.all = x.new_empty(len(x), weight.shape[0])
-        # Views, made once: what each time overwrites.
+        # Views, made once: what each time overwrites. The first two gates go together.
         self.gates = self.all.chunk(count, 1)
+        self.pair = self.all[:, : 2 * linear.weight.shape[1]]
 
-    def __call__(self, h: Tensor, added: Tensor) -> tuple[Tensor, ...]:
-        """Returns the gates (N, H) of h (N, H), with (N, gates * H) added to them."""
-        if self.matrix is None:
+    def __call__(self, h: Tensor, added: Tensor) -> None:
+        """Makes the gates (N, H) those of h (N, H), with (N, gates * H) added to them."""
+        if self.packed is not None:
+            self._by_fbgemm(h, added)
+        elif self.matrix is None:
             rows = h.float()
             self.all.copy_(self.product.whole(rows, row_magnitudes(rows), added))
         else:
-            step = h.abs().amax(1, True).clamp_min_(TINY).div_(self.most)
+            step = self._steps(h)
             rounded = (h / step).round_().mul_(step)
             torch.addmm(added, rounded, self.matrix, out=self.all)
-        return self.gates
+
+    def _by_fbgemm(self, h: Tensor, added: Tensor) -> None:
+        if len(h) == 1:  # of which the kernel takes the scale
+            step = max(h.abs().max().item(), TINY) / 127
+            torch.add(fbgemm.product(h, 128, self.packed, step), added, out=self.all)
+        else:
+            steps = self._steps(h)
+            sums = fbgemm.product(h / steps, 128, self.packed)
+            torch.addcmul(added, sums, steps, out=self.all)
+
+    def _steps(self, h: Tensor) -> Tensor:
+        return h.abs().amax(1, True).clamp_min_(TINY).div_(self.most)
 
 
 def lstm(x: Tensor, product: StateProduct, state: State) -> State:
     """Returns the next state; x is what all gates get, and the biases, (N, 4 H)."""
     h, cell = state
-    take, keep, new, show = product(h, x)
-    taken = new.tanh_().mul_(take.sigmoid_())
-    cell = keep.sigmoid_().mul(cell).add_(taken)
+    product(h, x)
+    product.pair.sigmoid_()
+    take, keep, new, show = product.gates
+    cell = torch.mul(keep, cell).addcmul_(take, new.tanh_())
     return cell.tanh().mul_(show.sigmoid_()), cell
 
 
 def gru(x: Tensor, product: StateProduct, state: State) -> State:
     """Returns the next state; x is what all gates get, (N, 3 H)."""
     (h,) = state
-    reset_x, keep_x, new_x = x.chunk(3, -1)
-    reset, keep, new = product(h, product.bias)
-    new = new.mul_(reset.add_(reset_x).sigmoid_()).add_(new_x).tanh_()
-    return (torch.lerp(new, h, keep.add_(keep_x).sigmoid_()),)
+    pair_x, new_x = x.split([2 * h.shape[1], h.shape[1]], -1)
+    product(h, product.bias)
+    product.pair.add_(pair_x).sigmoid_()
+    reset, keep, new = product.gates
+    new = torch.addcmul(new_x, new, reset).tanh_()
+    return (torch.lerp(new, h, keep),)
+
+
+def _from_inputs(linear: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Returns what the gates get of x (N, T, K), for each time (N, gates * H), with both biases."""
+    rows = x.transpose(0, 1).flatten(0, 1).float()  # a time's lie together
+    biases = [b for b in (linear.bias, bias) if b is not None]
+    total = sum(biases[1:], biases[0]) if biases else None
+    found = linear.weight.product().whole(rows, row_magnitudes(rows), total)
+    return found.to(x.dtype).view(x.shape[1], len(x), -1).unbind(0)
 
 
 CELLS = {nn.LSTM: lstm, nn.GRU: gru}
@@ -184,18 +215,20 @@ class Int8Recurrent(nn.Module):
             # What is smaller has neither the biases' kind nor room for TINY.
             x, state = x.float(), tuple(part.float() for part in state)
         product = StateProduct(parts["hidden"], x, 4 if is_lstm else 3)
-        from_x, outputs = parts["input"](x), []
-        gates = (from_x + product.bias if is_lstm else from_x).unbind(1)
-        times = range(x.shape[1])
-        for time in reversed(times) if backwards else times:
-            new = self.cell(gates[time], product, state)
-            output = new[0]
-            if lengths is not None:
-                runs = (time < lengths).to(x.device).unsqueeze(1)
-                output = output * runs
-                new = tuple(map(torch.where, (runs,) * 2, new, state))
-            state = new
-            outputs.append(output)
+        gates = _from_inputs(parts["input"], x, product.bias if is_lstm else None)
+        outputs: list[Tensor] = []
+        times = range(len(gates))
+        # Without what autograd wants to know of each; what goes out is made behind it.
+        with torch.inference_mode():
+            for time in reversed(times) if backwards else times:
+                new = self.cell(gates[time], product, state)
+                output = new[0]
+                if lengths is not None:
+                    runs = (time < lengths).to(x.device).unsqueeze(1)
+                    output = output * runs
+                    new = tuple(map(torch.where, (runs,) * 2, new, state))
+                state = new
+                outputs.append(output)
         whole = torch.stack(outputs[::-1] if backwards else outputs, 1)
         return whole.to(given), tuple(part.to(given) for part in state)
 

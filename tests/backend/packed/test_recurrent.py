@@ -136,12 +136,38 @@ def test_a_time_costs_few_calls(kind):
 
 
 @KINDS
-def test_large_and_small_products_agree(kind, monkeypatch):
-    model, x = Int8Recurrent(kind(12, 16), SPEC), torch.randn(7, 4, 12)
-    small = model(x)
+@pytest.mark.parametrize("count", [1, 4])
+def test_all_ways_to_multiply_agree(kind, count, monkeypatch):
+    """fbgemm's kernel, where it is exact, float32, and for large matrices the kernels of int8."""
+    model, x = Int8Recurrent(kind(12, 16), SPEC), torch.randn(30, count, 12)
+    found = [model(x)]
+    monkeypatch.setattr(recurrent.fbgemm, "multiplies", lambda most: False)
+    found.append(model(x))
     monkeypatch.setattr(recurrent, "FEW_PRODUCTS", 0)
-    for one, other in zip(flat(small), flat(model(x)), strict=True):
-        assert (one - other).abs().mean() < 1e-5
+    found.append(model(x))
+    for other in found[1:]:
+        for one, two in zip(flat(found[0]), flat(other), strict=True):
+            assert (one - two).abs().mean() < 1e-5
+
+
+@KINDS
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_no_number_spoils_its_own_row_alone(kind, count):
+    layer = kind(12, 16, batch_first=True)
+    state = torch.zeros(1, count, 16)
+    state[0, 0, 3] = torch.nan
+    given = (state, torch.zeros_like(state)) if kind is nn.LSTM else state
+    output, _ = Int8Recurrent(layer, SPEC)(torch.randn(count, 4, 12), given)
+    assert output[0].isnan().all() and output[1:].isfinite().all()
+
+
+@KINDS
+def test_what_comes_out_can_be_trained_on(kind):
+    """Tensors of inference mode could not be saved for a backward pass."""
+    output, state = Int8Recurrent(kind(12, 16), SPEC)(torch.randn(5, 2, 12))
+    weight = torch.ones(16, requires_grad=True)
+    sum((weight * x).sum() for x in flat((output, state))).backward()
+    assert weight.grad.isfinite().all()
 
 
 @KINDS
