@@ -34,7 +34,13 @@ from qtrain.quant.layer_settings import (
     settings_of,
     spec_or_format,
 )
-from qtrain.simulate.build import build, find_groups, make_plan, refuse_second_names
+from qtrain.simulate.build import (
+    build,
+    find_groups,
+    make_plan,
+    opened,
+    refuse_second_names,
+)
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.observed import KERNELS
 from qtrain.simulate.origins import Home, tensors
@@ -155,7 +161,7 @@ class PTQ(Quantizer):
         told = [name for name, spec in chosen.items() if spec is None]
         floats = dict.fromkeys(told, "set by quant.layers")
         floats |= dict.fromkeys(heads, "set by quant.head")
-        floats = captured.floats | floats
+        floats = opened(model, captured.floats | floats, self.backend.has_scale)
         packed |= recurrent_formats(model, floats, self.weight)
         captured.floats |= {name: floats[name] for name in captured.floats}
         backend = self.backend

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.ao.nn.quantized as nnq
 from calibration import calibrated, converted, decibels
+from torch import nn
 from weight_methods import C, llm_int8, weight_only
 
 from qtrain.analyze.dry_run import dry_run
@@ -193,3 +194,37 @@ def test_all_layers_mistakes_come_at_once(method):
     assert len(lines) == 4 and all(
         line.startswith(start) for line, start in zip(lines, starts, strict=True)
     )
+
+
+class Blocks(nn.Module):
+    """Without stubs: it is traced, and its blocks become containers that nobody calls."""
+
+    def __init__(self, held=nn.Sequential):
+        super().__init__()
+        blocks = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)]
+        self.body = held(*blocks) if held is nn.Sequential else held(blocks)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = x
+        for block in self.body:
+            y = block(y)
+        return self.head(y + x)
+
+
+@pytest.mark.parametrize("setting", ["float", "weight_only"])
+@pytest.mark.parametrize("pattern", ["body", "body*"])
+@pytest.mark.parametrize("held", [nn.Sequential, nn.ModuleList])
+def test_what_is_set_of_a_module_that_nobody_calls_is_set_of_all_it_holds(
+    make_ptq, held, pattern, setting
+):
+    model, x = Blocks(held).eval(), torch.randn(64, 8)
+    alone = {"body.0": setting, "body.2": setting}
+    found = []
+    for layers in ({pattern: setting}, alone):
+        quantizer = make_ptq(layers=layers)
+        simulation = quantizer.prepare(model, (x,))
+        quantizer.calibrate(simulation, [(x,)])
+        found.append(quantizer.convert(simulation)(x))
+    assert torch.equal(*found)
+    assert (found[0] - model(x)).norm() < 0.05 * model(x).norm()
