@@ -74,7 +74,7 @@ def _taps(layer: Any, weight: Tensor) -> Tensor:
     sizes = [count * step for count, step in zip(counts, stride, strict=True)]
     padded = weight.new_zeros(*weight.shape[:2], *sizes)
     holes = zip(layer.kernel_size, layer.dilation, strict=True)
-    places = [slice(0, wide * (k - 1) + 1, wide) for k, wide in holes]
+    places: Any = [slice(0, wide * (k - 1) + 1, wide) for k, wide in holes]
     padded[(..., *places)] = weight
     inputs, outputs = len(weight) // groups, weight.shape[1]
     each = [size for pair in zip(counts, stride, strict=True) for size in pair]
