@@ -13,9 +13,13 @@ from torch import Tensor
 
 @cache
 def operator(namespace: str, name: str, overload: str = "default") -> Any:
-    """Returns one of torch's operators; None where this torch lacks it."""
+    """Returns one of torch's operators; None where this torch lacks it.
+
+    Bare: torch's wrapper looks through all arguments for those of a tracer, which takes 2 us.
+    """
     packet = getattr(getattr(torch.ops, namespace), name, None)
-    return getattr(packet, overload, None)
+    found = getattr(packet, overload, None)
+    return getattr(found, "_op", found)
 
 
 @cache

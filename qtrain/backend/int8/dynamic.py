@@ -15,13 +15,16 @@ from qtrain.backend.int8.linear import most_rows
 from qtrain.backend.int8.product import SAFE
 from qtrain.backend.int8.quantizing import quantized
 from qtrain.backend.int8.scale import Scale
-from qtrain.backend.machine import mixes_signs, multiplies, saturates
+from qtrain.backend.machine import mixes_signs, multiplies, operator, saturates
 from qtrain.common.copying import copy_model
 from qtrain.common.tensors import counted, version
 from qtrain.functional.spec import QuantSpec
 from qtrain.observer.base import make_observer
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.points import integers
+
+# Of wider rows fbgemm finds the scale itself; it has none below 6.1e-5
+WIDE = 0.016
 
 
 @torch.no_grad()
@@ -67,20 +70,33 @@ class DynamicLinear(nn.Module):
         return LayerWeight(self.integers, self.weight_scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
+        last = SAFE if saturates() else 255
+        found = None
+        if fbgemm.multiplies(last):
+            found = self._once("fbgemm", self._for_fbgemm)(input)
+        return self._by_onednn(input, last) if found is None else found
+
+    def resolved(self) -> Callable[[Tensor], Tensor]:
+        """Returns forward as a call that begins sooner, of the layer as it is now."""
+        last = SAFE if saturates() else 255
+        if not fbgemm.multiplies(last):
+            return self.forward
+        multiply = self._once("fbgemm", self._for_fbgemm)
+
+        def run(x: Tensor) -> Tensor:
+            found = multiply(x)
+            return self._by_onednn(x, last) if found is None else found
+
+        return run
+
+    def _by_onednn(self, x: Tensor, last: int) -> Tensor:
+        """Returns forward of any input; in float, where there are no integers."""
         if is_compiling() or not x.is_cpu or not x.numel() or not multiplies():
             return self._in_float(x)
         x = x.detach() if x.requires_grad else x
-        smallest, largest = x.aminmax()
-        low, high = min(smallest.item(), 0.0), max(largest.item(), 0.0)
-        last = SAFE if saturates() else 255
-        scale = max((high - low) / last, 1e-30)
+        scale, zero_point = scale_of(x, last)
         if not math.isfinite(scale):
             return self._in_float(x)
-        zero_point = round(-low / scale)
-        if x.dtype == torch.float32 and x.dim() > 1 and fbgemm.multiplies(last):
-            packed = self._once("fbgemm", self._for_fbgemm)
-            return fbgemm.product(x, zero_point, packed, scale)
         rows = x.reshape(-1, x.shape[-1])
         steps = quantized(rows, Scale(scale, zero_point, 0, last))
         found = self._once("onednn", self._for_onednn)
@@ -90,30 +106,9 @@ class DynamicLinear(nn.Module):
             output = torch._int_mm(steps, matrix).mul(scales * scale).add_(offset)
         else:
             tail: Any = (zeros, offset, 1.0, 0, torch.float32, "none", [], "")
-            multiply = torch.ops.onednn.qlinear_pointwise.default
+            multiply = operator("onednn", "qlinear_pointwise")
             output = multiply(steps, scale, 0, weight, scales, *tail)
         return output.view(*x.shape[:-1], len(scales)).to(x.dtype)
-
-    def resolved(self) -> Callable[[Tensor], Tensor]:
-        """Returns forward as a call that begins sooner, of the layer as it is now."""
-        forward = self.forward
-        if not multiplies() or not fbgemm.multiplies(255):
-            return forward
-        packed = self._once("fbgemm", self._for_fbgemm)
-        multiply = fbgemm.operator()
-
-        def run(x: Tensor) -> Tensor:
-            is_plain = x.dtype == torch.float32 and x.is_cpu and not x.requires_grad
-            if not is_plain or x.dim() < 2 or not x.numel() or is_compiling():
-                return forward(x)
-            smallest, largest = x.aminmax()
-            low, high = min(smallest.item(), 0.0), max(largest.item(), 0.0)
-            scale = (high - low) / 255
-            if not 1e-30 < scale < math.inf:
-                return forward(x)
-            return multiply(x, scale, round(-low / scale), packed)
-
-        return run
 
     def _in_float(self, x: Tensor) -> Tensor:
         """Returns the product with the input as it is, where there is no kernel for integers."""
@@ -128,9 +123,11 @@ class DynamicLinear(nn.Module):
             self._ready = key, make()
         return self._ready[1]
 
-    def _for_fbgemm(self) -> Any:
-        """Returns what fbgemm takes."""
-        return fbgemm.pack(self.integers, self.weight_scale, self.bias)
+    def _for_fbgemm(self) -> Callable[[Tensor], Tensor | None]:
+        """Returns fbgemm's product."""
+        last = SAFE if saturates() else 255
+        packed = fbgemm.pack(self.integers, self.weight_scale, self.bias)
+        return _by_fbgemm(packed, last)
 
     def _for_onednn(self) -> tuple[Any, ...]:
         """Returns what oneDNN's kernels take."""
@@ -152,3 +149,38 @@ class DynamicLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._ready = None
         super()._load_from_state_dict(*args)
+
+
+def scale_of(x: Tensor, last: int) -> tuple[float, int]:
+    """Returns the scale of the 0..`last` steps that just hold x and 0, and their zero point.
+
+    The scale is not finite where x is not.
+    """
+    smallest, largest = x.aminmax()
+    low, high = min(smallest.item(), 0.0), max(largest.item(), 0.0)
+    scale = max((high - low) / last, 1e-30)
+    return scale, round(-low / scale) if math.isfinite(scale) else 0
+
+
+def _by_fbgemm(packed: Any, last: int) -> Callable[[Tensor], Tensor | None]:
+    """Returns the product with a packed matrix; of inputs that fbgemm cannot take, None."""
+    by_range, by_scale = fbgemm.by_range(), fbgemm.by_scale()
+    is_reduced = last == SAFE
+
+    def run(x: Tensor) -> Tensor | None:
+        is_plain = x.dtype == torch.float32 and x.is_cpu and x.dim() > 1
+        size = x.numel()
+        if not is_plain or not size or is_compiling():
+            return None
+        x = x.detach() if x.requires_grad else x
+        found: Tensor
+        if size == x.shape[-1] and WIDE < x.max().item() < math.inf:
+            found = by_range(x, packed, is_reduced)
+            return found
+        scale, zero_point = scale_of(x, last)
+        if not math.isfinite(scale):
+            return None
+        found = by_scale(x, scale, zero_point, packed)
+        return found
+
+    return run

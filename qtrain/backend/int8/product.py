@@ -147,6 +147,4 @@ def why_reference(layer: Any, weight: Tensor) -> str | None:
         return f"torch has no int8 kernels on {weight.device.type}"
     if not multiplies():
         return "this torch has no product of int8 tensors on CPUs"
-    if getattr(layer, "transposed", False):
-        return transposed.why_not(layer)
     return None

@@ -1,10 +1,11 @@
 """Transposed convolutions on integers, as convolutions: torch has no kernel of their own.
 
-With stride s, each of s x s neighbours in the output has taps of its own, every s-th of
-the kernel's. One convolution with s * s times the channels makes them all, and
-`pixel_shuffle` lays them side by side.
+With strides s and t, each of s x t neighbours in the output has taps of its own, every s-th
+and t-th of the kernel's. One convolution with s * t times the channels makes them all, and
+they are laid side by side.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,7 @@ from torch import Tensor, nn
 
 from qtrain.backend.int8 import convolution
 
-
-def why_not(layer: Any) -> str | None:
-    """Returns why a transposed convolution is no convolution here; or None."""
-    kind = type(layer).__name__
-    if len(layer.kernel_size) != 2:
-        return f"torch has no int8 {kind}"
-    if len(set(layer.stride)) > 1 or set(layer.dilation) != {1}:
-        return f"torch has no int8 {kind} with dilation, or strides that differ"
-    return None
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def kernel(
@@ -32,16 +25,16 @@ def kernel(
     *rest: Any,
 ) -> Callable[[Tensor], Tensor]:
     """Returns the CPU's transposed convolution; arguments as of `convolution.kernel`."""
-    stride = layer.stride[0]
-    many = stride * stride
+    stride = tuple(layer.stride)
+    many = math.prod(stride)
     taps = _taps(layer, weight)
-    outputs, inputs, height, width = taps.shape
+    outputs, inputs, *counts = taps.shape
     found = convolution.kernel(
-        nn.Conv2d(
+        CONVOLUTIONS[len(counts)](
             inputs * layer.groups,
             outputs,
-            (height, width),
-            padding=(height - 1, width - 1),
+            counts,
+            padding=[count - 1 for count in counts],
             groups=layer.groups,
             bias=False,
             device="meta",
@@ -51,37 +44,55 @@ def kernel(
         None if bias is None else bias.repeat_interleave(many),
         *rest,
     )
-    longer = [k + more - stride - 2 * pad for pad, k, more in _sizes(layer)]
+    longer = [
+        span - step - 2 * pad
+        for span, step, pad in zip(_spans(layer), stride, layer.padding, strict=True)
+    ]
 
     def run(x: Tensor) -> Tensor:
-        whole = F.pixel_shuffle(found(x), stride)
+        whole = _side_by_side(found(x), stride)
         for dim, length in enumerate(x.shape[2:]):
-            wanted = length * stride + longer[dim]
+            wanted = length * stride[dim] + longer[dim]
             whole = whole.narrow(dim + 2, layer.padding[dim], wanted)
         return whole
 
     return run
 
 
+def _spans(layer: Any) -> list[int]:
+    """Returns over how many outputs each dimension of the kernel goes, and what is added behind."""
+    sizes = (layer.kernel_size, layer.dilation, layer.output_padding)
+    return [wide * (k - 1) + 1 + more for k, wide, more in zip(*sizes, strict=True)]
+
+
 def _taps(layer: Any, weight: Tensor) -> Tensor:
-    """Returns the weight of the convolution, (stride^2 outputs, inputs of a group, ...)."""
-    stride, groups = layer.stride[0], layer.groups
-    counts = [-(-(k + more) // stride) for _, k, more in _sizes(layer)]
-    missing = [
-        count * stride - k for count, k in zip(counts, layer.kernel_size, strict=True)
+    """Returns the weight of the convolution, (s * t * outputs, inputs of a group, taps ...)."""
+    groups, stride, dims = layer.groups, layer.stride, len(layer.stride)
+    counts = [
+        -(-span // step) for span, step in zip(_spans(layer), stride, strict=True)
     ]
-    padded = F.pad(weight, (0, missing[1], 0, missing[0]))
+    sizes = [count * step for count, step in zip(counts, stride, strict=True)]
+    padded = weight.new_zeros(*weight.shape[:2], *sizes)
+    holes = zip(layer.kernel_size, layer.dilation, strict=True)
+    places: Any = [slice(0, wide * (k - 1) + 1, wide) for k, wide in holes]
+    padded[(..., *places)] = weight
     inputs, outputs = len(weight) // groups, weight.shape[1]
-    by_place = padded.reshape(
-        groups, inputs, outputs, counts[0], stride, counts[1], stride
-    ).flip(3, 5)
+    each = [size for pair in zip(counts, stride, strict=True) for size in pair]
+    by_place = padded.reshape(groups, inputs, outputs, *each)
+    taps = range(3, 3 + 2 * dims, 2)
     # (groups, outputs, places within a stride, inputs, taps)
-    ordered = by_place.permute(0, 2, 4, 6, 1, 3, 5)
-    many = groups * outputs * stride * stride
-    return ordered.reshape(many, inputs, *counts).contiguous()
+    order = (0, 2, *(tap + 1 for tap in taps), 1, *taps)
+    ordered = by_place.flip(*taps).permute(order)
+    return ordered.reshape(-1, inputs, *counts).contiguous()
 
 
-def _sizes(layer: Any) -> Any:
-    """Returns (padding, kernel, what the output is longer) of each dimension."""
-    sizes = (layer.padding, layer.kernel_size, layer.output_padding)
-    return zip(*sizes, strict=True)
+def _side_by_side(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Returns (B, C * s * t, H, W) as (B, C, H * s, W * t), channels last in memory."""
+    if len(stride) == 2 and stride[0] == stride[1]:
+        return F.pixel_shuffle(x, stride[0])
+    dims = len(stride)
+    places = x.unflatten(1, (-1, *stride))
+    pairs = [dim for i in range(2, 2 + dims) for dim in (i + dims, i)]
+    laid = places.permute(0, *pairs, 1)
+    sizes = [size * step for size, step in zip(x.shape[2:], stride, strict=True)]
+    return laid.reshape(len(x), *sizes, -1).movedim(-1, 1)

@@ -79,6 +79,32 @@ def test_empty_and_endless_inputs_go_through_floats(layer):
     )
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_number_that_is_not_finite_spoils_its_row_alone(layer, rows, value):
+    x = torch.randn(rows, 24)
+    x[0, 5] = value
+    found = layer(x)
+    assert not found[0].isfinite().any()
+    assert torch.equal(found[1:], layer._in_float(x)[1:])
+
+
+@pytest.mark.parametrize("width", [1e-3, 0.015, 0.1])
+def test_a_row_within_little_has_all_steps(layer, width):
+    x = (torch.rand(1, 24) - 0.5) * width
+    assert (layer(x) - exact(layer, x)).abs().max() < width / 255 / 16
+
+
+def test_activations_are_halved_where_sums_are_cut_off(layer, monkeypatch):
+    monkeypatch.setattr(dynamic, "saturates", lambda: True)
+    twin = copy.deepcopy(layer)
+    for shape in ((1, 24), (3, 24)):
+        x = torch.randn(shape)
+        steps = (x / dynamic.scale_of(x, 127)[0]).round()
+        expected = layer._in_float(steps * dynamic.scale_of(x, 127)[0])
+        assert torch.allclose(twin(x), expected, atol=1e-5)
+
+
 def test_an_engine_without_it_is_refused():
     with pytest.raises(
         ValueError, match="engine=reference: has no dynamic .* allowed are auto"

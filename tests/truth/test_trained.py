@@ -1,0 +1,44 @@
+"""Trained networks on quant.engine=int8 score as their simulations do, whatever the bits."""
+
+import pytest
+
+NETWORKS = {
+    "mlp": {},
+    "convnet": {},
+    "resnet18": {},
+    "mobilenet_v2": {},
+    "unet.UNet": {"width": 4},
+}
+BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4), "W2A4": (2, 4)}
+RUNS = [*(("ptq", bits) for bits in BITS), ("qat", "W4A4")]
+COLOURED = ["data.channels=3", "data.size=32"]
+TRAINER = ["trainer.epochs=3", "trainer.max_steps=300"]
+TRAINER += ["trainer.max_finetuning_steps=60", "data.test_size=2000"]
+MOST_STEPS = 0.5
+MOST_DIGITS = 2  # of 2,000, by which scores may differ: 0.1 points
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_they_score_as_their_simulations(name, job, tmp_path, record_property):
+    settings = ["quant.engine=int8", f"float_cache={tmp_path}/cache", *TRAINER]
+    if name in ("resnet18", "mobilenet_v2"):
+        settings += COLOURED
+    for method, bits in RUNS:
+        weight, activation = BITS[bits]
+        run = job(
+            name,
+            f"quant={method}",
+            f"quant.weight.bits={weight}",
+            f"quant.activation.bits={activation}",
+            *settings,
+            **NETWORKS[name],
+        )
+        assert run.code == 0, run.text
+        right = [
+            round(2000 * run.accuracy(k)) for k in ("float", "fake", "quantized")
+        ]
+        steps = run.report["truth"]["fake_vs_quantized"]["max_steps"]
+        record_property(f"{name} {method} {bits}", (*right, steps))
+        assert steps <= MOST_STEPS
+        assert abs(right[2] - right[1]) <= MOST_DIGITS, (method, bits, right)
