@@ -34,14 +34,9 @@ from qtrain.quant.layer_settings import (
     settings_of,
     spec_or_format,
 )
-from qtrain.simulate.build import (
-    build,
-    find_groups,
-    make_plan,
-    opened,
-    refuse_second_names,
-)
+from qtrain.simulate.build import build, find_groups, make_plan, refuse_second_names
 from qtrain.simulate.fake_quantize import FakeQuantize
+from qtrain.simulate.floats import opened
 from qtrain.simulate.observed import KERNELS
 from qtrain.simulate.origins import Home, tensors
 from qtrain.simulate.plan import FixedSpec

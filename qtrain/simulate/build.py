@@ -113,39 +113,10 @@ def find_groups(
             closed.append(name)
             parts = tuple(module.children())
             found[name] = Group(parts, why_float(head_of(parts)))
-        elif (reason := why_float(module)) or _is_site(module) or has_scale(module):
+        elif (reason := why_float(module)) or is_site(module) or has_scale(module):
             closed.append(name)
             found[name] = Group((module,), reason)
     return found
-
-
-def opened(
-    model: nn.Module,
-    floats: Mapping[str, str],
-    has_scale: Callable[[nn.Module], bool],
-) -> dict[str, str]:
-    """Returns the layers that stay float, in place of a module around them that nobody
-    calls, as a ModuleList: it cannot run in float as a whole.
-    """
-    found: dict[str, str] = {}
-    for name, why in floats.items():
-        module = model.get_submodule(name)
-        if type(module).forward is not nn.Module.forward:
-            found[name] = why
-            continue
-        held = {
-            f"{name}.{own}": why
-            for own, part in module.named_children()
-            if _has_site(part, has_scale)
-        }
-        found |= opened(model, held, has_scale)
-    return found
-
-
-def _has_site(module: nn.Module, has_scale: Callable[[nn.Module], bool]) -> bool:
-    if is_stub(module, "QuantStub") or is_stub(module, "DeQuantStub"):
-        return False
-    return any(_is_site(part) or has_scale(part) for part in module.modules())
 
 
 def refuse_second_names(model: nn.Module, groups: Groups) -> None:
@@ -276,7 +247,8 @@ def is_fused(module: nn.Module) -> bool:
     return is_torchs or isinstance(module, Fused)
 
 
-def _is_site(module: nn.Module) -> bool:
+def is_site(module: nn.Module) -> bool:
+    """Returns whether a module becomes a site by its own kind."""
     return (
         is_stub(module, "QuantStub")
         or is_stub(module, "DeQuantStub")
