@@ -82,9 +82,9 @@ def by_scale() -> Any:
 
 
 def by_range() -> Any:
-    """Returns one of an input, a packed matrix, and whether of 128 steps, not 256.
+    """Returns the operator of an input, a packed matrix, and whether to take 128 steps, not 256.
 
-    It finds the scale that just holds the input and 0 itself, sooner than Python can, but
+    It finds the scale that just holds the input and 0 by itself, sooner than Python can, but
     overlooks NaN, lets an infinity spoil all rows, and has no steps below 6.1e-5.
     """
     return operator("quantized", "linear_dynamic")

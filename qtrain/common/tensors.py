@@ -12,8 +12,8 @@ def version(tensor: Tensor) -> int:
 
 
 def counted(owner: nn.Module, name: str) -> Tensor:
-    """Returns a module's buffer, which becomes one whose changes torch counts: `.to` and
-    deepcopy make others under torch.inference_mode.
+    """Returns a module's buffer; one that `.to` or deepcopy made under torch.inference_mode
+    is replaced by a copy, whose changes torch counts.
     """
     buffer = owner._buffers[name]
     assert buffer is not None

@@ -158,7 +158,7 @@ class PTQ(Quantizer):
         floats |= dict.fromkeys(heads, "set by quant.head")
         floats = opened(model, captured.floats | floats, self.backend.has_scale)
         packed |= recurrent_formats(model, floats, self.weight)
-        captured.floats |= {name: floats[name] for name in captured.floats}
+        captured.floats |= {n: floats[n] for n in captured.floats if n in floats}
         backend = self.backend
         groups = find_groups(model, floats, backend.why_float, backend.has_scale)
         refuse_second_names(model, groups)

@@ -9,6 +9,7 @@ from calibration import calibrated, converted, decibels
 from torch import nn
 from weight_methods import C, llm_int8, weight_only
 
+import qtrain
 from qtrain.analyze.dry_run import dry_run
 from qtrain.backend import integers, torch_ao
 from qtrain.backend.packed.compact import PackedLinear
@@ -228,3 +229,12 @@ def test_what_is_set_of_a_module_that_nobody_calls_is_set_of_all_it_holds(
         found.append(quantizer.convert(simulation)(x))
     assert torch.equal(*found)
     assert (found[0] - model(x)).norm() < 0.05 * model(x).norm()
+
+
+@pytest.mark.parametrize("held", [nn.Sequential, nn.ModuleList])
+def test_a_leaf_that_nobody_calls_is_all_it_holds(held):
+    model, x = Blocks(held).eval(), torch.randn(64, 8)
+    result = qtrain.quantize(model, [x], engine="x86", leaves=["body"])
+    assert [result.plan[f"body.{n}"].backend for n in (0, 2)] == ["float"] * 2
+    found = result.model(x)
+    assert (found - model(x)).norm() < 0.05 * model(x).norm()

@@ -1,8 +1,8 @@
 """Transposed convolutions on integers, as convolutions: torch has no kernel of their own.
 
-With strides s and t, each of s x t neighbours in the output has taps of its own, every s-th
-and t-th of the kernel's. One convolution with s * t times the channels makes them all, and
-they are laid side by side.
+In 2-D, with strides s and t, each of s x t neighbours in the output has taps of its own, every
+s-th and t-th of the kernel's. One convolution with s * t times the channels makes them all, and
+they are laid side by side; in 1-D and 3-D alike.
 """
 
 import math

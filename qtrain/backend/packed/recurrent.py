@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import (
     PackedSequence,
     pack_padded_sequence,
@@ -41,7 +42,7 @@ class StateProduct:
     def __init__(self, linear: Any, x: Tensor, count: int) -> None:
         weight = linear.weight
         self.product = weight.product()
-        is_plain = x.is_cpu and x.dtype == torch.float32
+        is_plain = x.is_cpu and x.dtype == torch.float32 and not is_compiling()
         is_exact = is_plain and fbgemm.multiplies(255)
         self.packed = self.product.fbgemm if is_exact else None
         is_small = len(x) * weight.numel() <= FEW_PRODUCTS and not is_exact
@@ -108,7 +109,7 @@ def _from_inputs(linear: Any, x: Tensor, bias: Tensor | None) -> tuple[Tensor, .
     biases = [b for b in (linear.bias, bias) if b is not None]
     total = sum(biases[1:], biases[0]) if biases else None
     found = linear.weight.product().whole(rows, row_magnitudes(rows), total)
-    return found.to(x.dtype).view(x.shape[1], len(x), -1).unbind(0)
+    return found.to(x.dtype).view(x.shape[1], len(x), found.shape[1]).unbind(0)
 
 
 CELLS = {nn.LSTM: lstm, nn.GRU: gru}
@@ -218,6 +219,8 @@ class Int8Recurrent(nn.Module):
         gates = _from_inputs(parts["input"], x, product.bias if is_lstm else None)
         outputs: list[Tensor] = []
         times = range(len(gates))
+        # An infinity has no step: as no number it spoils its row, in every kernel.
+        state = (state[0] + (state[0] - state[0]), *state[1:])
         # Without what autograd wants to know of each; what goes out is made behind it.
         with torch.inference_mode():
             for time in reversed(times) if backwards else times:

@@ -110,3 +110,21 @@ def test_an_engine_without_it_is_refused():
         ValueError, match="engine=reference: has no dynamic .* allowed are auto"
     ):
         Dynamic(engine="reference")
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_programs_take_the_input_as_it_is(layer, is_used):
+    x = torch.randn(3, 24)
+    expected = x @ layer.weight().dequantize().T + layer.bias
+    if is_used:
+        layer(x)
+    program = torch.export.export(layer, (x,)).module()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for call in (program, compiled):
+        torch.testing.assert_close(call(x), expected)
+
+
+def test_off_the_cpu_nothing_is_packed(layer):
+    moved = layer.to("meta")
+    assert moved(torch.randn(3, 24, device="meta")).shape == (3, 10)
+    assert moved.resolved()(torch.randn(3, 24, device="meta")).shape == (3, 10)

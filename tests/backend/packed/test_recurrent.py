@@ -152,10 +152,11 @@ def test_all_ways_to_multiply_agree(kind, count, monkeypatch):
 
 @KINDS
 @pytest.mark.parametrize("count", [1, 3])
-def test_what_is_no_number_spoils_its_own_row_alone(kind, count):
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_spoils_its_own_row_alone(kind, count, number):
     layer = kind(12, 16, batch_first=True)
     state = torch.zeros(1, count, 16)
-    state[0, 0, 3] = torch.nan
+    state[0, 0, 3] = number
     given = (state, torch.zeros_like(state)) if kind is nn.LSTM else state
     output, _ = Int8Recurrent(layer, SPEC)(torch.randn(count, 4, 12), given)
     assert output[0].isnan().all() and output[1:].isfinite().all()
@@ -187,3 +188,18 @@ def test_inputs_of_other_types_come_out_as_such(kind, dtype):
     y, _ = int8(x.to(dtype))
     assert y.dtype == dtype
     torch.testing.assert_close(y.float(), layer(x)[0], rtol=0.05, atol=0.05)
+
+
+@KINDS
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_program_of_torch_export_computes_the_same(kind, count):
+    model, x = Int8Recurrent(kind(12, 16), SPEC).eval(), torch.randn(5, count, 12)
+    program = torch.export.export(model, (x,)).module()
+    for one, other in zip(flat(program(x)), flat(model(x)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@KINDS
+def test_an_empty_batch_comes_out_empty(kind):
+    output, _ = Int8Recurrent(kind(12, 16), SPEC)(torch.randn(5, 0, 12))
+    assert output.shape == (5, 0, 16)
