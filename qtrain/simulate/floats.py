@@ -33,4 +33,7 @@ def opened(
 def _has_site(module: nn.Module, has_scale: Callable[[nn.Module], bool]) -> bool:
     if is_stub(module, "QuantStub") or is_stub(module, "DeQuantStub"):
         return False
-    return any(is_site(part) or has_scale(part) for part in module.modules())
+    return any(
+        is_site(part) or has_scale(part) or isinstance(part, nn.RNNBase)
+        for part in module.modules()
+    )

@@ -238,3 +238,20 @@ def test_a_leaf_that_nobody_calls_is_all_it_holds(held):
     assert [result.plan[f"body.{n}"].backend for n in (0, 2)] == ["float"] * 2
     found = result.model(x)
     assert (found - model(x)).norm() < 0.05 * model(x).norm()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleList([nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 8)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.body[1](self.body[0](x)[0]))
+
+
+def test_a_recurrent_layer_in_a_module_that_stays_float_stays_float_too():
+    model, x = Recurrent().eval(), torch.randn(16, 5, 8)
+    kept = qtrain.quantize(model, [x], engine="x86", layers={"body": "float"}).model
+    assert [type(m) for m in kept.modules()].count(nn.LSTM) == 1
+    assert (kept(x) - model(x)).norm() < 0.05 * model(x).norm()

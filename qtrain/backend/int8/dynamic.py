@@ -70,9 +70,8 @@ class DynamicLinear(nn.Module):
         return LayerWeight(self.integers, self.weight_scale)
 
     def forward(self, input: Tensor) -> Tensor:
-        if (
-            is_compiling() or not self.integers.is_cpu
-        ):  # no kernel, and nothing to pack for one
+        # There no kernel runs, and none can be packed for.
+        if is_compiling() or not self.integers.is_cpu:
             return self._in_float(input)
         last = SAFE if saturates() else 255
         found = None
