@@ -2,15 +2,17 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtrain.capture.bracket import bracket
+from qtrain.capture.examples import shape_of
 from qtrain.capture.macs import shares
 from qtrain.capture.opened import open_layers
 from qtrain.capture.operations import SITES
@@ -24,6 +26,7 @@ from qtrain.simulate.build import has_mark, is_stub
 from qtrain.simulate.origins import Origin, tensors
 
 MODES = ("auto", "as_is", "trace", "bracket")
+NONE: Mapping[str, str] = MappingProxyType({})
 WhyFloat = Callable[[nn.Module], str | None]
 
 
@@ -125,11 +128,14 @@ def capture(
     why_float: WhyFloat,
     *,
     is_qat: bool,
+    floats: Mapping[str, str] = NONE,
 ) -> Captured:
     """Returns a copy of the model with stubs, traced or bracketed.
 
     Args:
         inputs: forward's arguments, a few samples.
+        floats: {layer, by its name in the captured model, that stays float, with what
+            it takes and puts out, where the model is traced: why}.
         why_float: says of a layer why the backend has no kernel for it, or None.
         is_qat: whether it will be trained, so that train mode must be captured too.
 
@@ -147,8 +153,8 @@ def capture(
         x.detach().to(device) if isinstance(x, Tensor) else x for x in inputs
     )
     leaves = _leaves(model, settings.leaves)
-    found = _found(model, inputs, settings.mode, leaves, why_float, is_qat)
-    found.inputs = [_shape(x) for x in inputs]
+    found = _found(model, inputs, settings.mode, leaves, floats, why_float, is_qat)
+    found.inputs = [shape_of(x) for x in inputs]
     return found
 
 
@@ -157,13 +163,14 @@ def _found(
     inputs: tuple[Any, ...],
     mode: str,
     leaves: dict[str, str],
+    floats: Mapping[str, str],
     why_float: WhyFloat,
     is_qat: bool,
 ) -> Captured:
     if mode == "bracket":
         return _bracketed(model, inputs, leaves, is_qat)
     try:
-        return _traced(model, inputs, leaves, why_float, is_qat)
+        return _traced(model, inputs, leaves, floats, why_float, is_qat)
     except Untraceable as err:
         if mode == "trace":
             raise ValueError(
@@ -178,25 +185,6 @@ def _found(
             "traced, move that line into a module of its own, which then stays float",
         )
         return found
-
-
-def _shape(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x if isinstance(x, bool | int | float | str) else None
-    return {"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
-
-
-def stand_ins(inputs: list[Any]) -> tuple[Any, ...]:
-    """Returns forward's arguments of the shapes that a report holds, random or zero."""
-
-    def made(x: Any) -> Any:
-        if not isinstance(x, dict):
-            return x
-        dtype = getattr(torch, x["dtype"])
-        make = torch.randn if dtype.is_floating_point else torch.zeros
-        return make(x["shape"], dtype=dtype)
-
-    return tuple(map(made, inputs))
 
 
 def has_stubs(model: nn.Module) -> bool:
@@ -250,30 +238,32 @@ def _traced(
     model: nn.Module,
     inputs: tuple[Any, ...],
     leaves: dict[str, str],
+    floats: Mapping[str, str],
     why_float: WhyFloat,
     is_qat: bool,
 ) -> Captured:
     try:
-        return _proved(model, inputs, dict(leaves), why_float, is_qat)
+        return _proved(model, inputs, dict(leaves), floats, why_float, is_qat)
     except Frozen as err:
         reason = f"depends on how many samples there are [{err.line}]"
         if not err.path or err.path in leaves:
             raise Untraceable(reason) from err
         leaves = leaves | {err.path: reason}
-        return _traced(model, inputs, leaves, why_float, is_qat)
+        return _traced(model, inputs, leaves, floats, why_float, is_qat)
 
 
 def _proved(
     model: nn.Module,
     inputs: tuple[Any, ...],
     leaves: dict[str, str],
+    floats: Mapping[str, str],
     why_float: WhyFloat,
     is_qat: bool,
 ) -> Captured:
     root = copy_model(model)
     origins = open_layers(root)
     named = inspect.signature(model.forward).bind(*inputs).arguments
-    found = traced(root, dict(named), leaves, why_float, is_qat=is_qat)
+    found = traced(root, dict(named), leaves, floats, why_float, is_qat=is_qat)
     exact = not origins and not found.has_split_bias
     errors = [
         prove(model, found.model, inputs, exact=exact, training=training)

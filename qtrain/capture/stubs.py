@@ -14,32 +14,19 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub
+from qtrain.backend.torch_ao import DeQuantStub, QuantStub
 from qtrain.capture.graphs import (
     asks,
-    call,
     free_name,
     is_tensor,
     module_of,
-    only_user,
     put,
 )
 from qtrain.capture.operations import MOVES, MOVING, OPS, SITES
+from qtrain.capture.streams import read_in_float
+from qtrain.capture.sums import call_sum, name_sums
 from qtrain.simulate.build import FIXED, SCALED, is_stub
 from qtrain.simulate.fused import Fused, head_of
-
-
-class Call(nn.Module):
-    """One call of a sum, a product or a concatenation."""
-
-    def __init__(self, op: str) -> None:
-        super().__init__()
-        self.op = op
-        self.functional = FloatFunctional()
-
-    def forward(self, *args: Any) -> Tensor:
-        output: Tensor = getattr(self.functional, self.op)(*args)
-        return output
 
 
 class Placing:
@@ -71,6 +58,8 @@ class Placing:
         # parameters, and what is worked out of them alone
         self.constant: set[fx.Node] = set()
         self.made: dict[tuple[fx.Node, bool], fx.Node] = {}
+        self.sums = name_sums(graph, root)
+        self.stay_float = set() if self.has_stubs else self._read_in_float()
 
     def place(self) -> None:
         """Places all stubs, and makes sites of sums and the like, in place."""
@@ -86,6 +75,9 @@ class Placing:
             if self._is_weighted(node, inputs):
                 self._convert(node, inputs, to_integers=True)
                 self._make_site(node, str(node.target))
+            elif self._is_told(node):
+                call_sum(self.graph, self.root, node, self.sums[node])
+                self._convert(node, inputs, to_integers=False)
             elif not inputs or not any(n in self.quantized for n in inputs):
                 self._leave(node, "its input is float")
             elif self._joins(node, inputs):
@@ -109,10 +101,20 @@ class Placing:
             self._make_site(node, str(node.target))
         return True
 
-    def _is_weighted(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
+    def _head(self, node: fx.Node) -> nn.Module | None:
+        """Returns the layer with a weight that a node calls, if it may be quantized."""
         module = module_of(self.root, node)
         head = head_of(module) if isinstance(module, Fused) else module
-        if not isinstance(head, nn.Linear | _ConvNd) or node.target in self.floats:
+        is_weighted = isinstance(head, nn.Linear | _ConvNd)
+        return head if is_weighted and node.target not in self.floats else None
+
+    def _takes_integers(self, node: fx.Node) -> bool:
+        head = self._head(node)
+        return head is not None and self.why_float(head) is None
+
+    def _is_weighted(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
+        head = self._head(node)
+        if head is None:
             return False
         reason = self.why_float(head)
         if self.has_stubs and not all(n in self.quantized for n in inputs):
@@ -121,9 +123,14 @@ class Placing:
             self.floats[str(node.target)] = reason
         return reason is None
 
+    def _read_in_float(self) -> set[fx.Node]:
+        return read_in_float(
+            self.graph, self.root, self.dropouts, self._takes_integers
+        )
+
     def _keeps(self, node: fx.Node) -> bool:
         """Returns whether a node puts out integers for integers; a site of its own is noted."""
-        if node.meta.get("pinned"):
+        if node.meta.get("pinned") or node in self.stay_float:
             return False
         module = module_of(self.root, node)
         if module is None:
@@ -140,44 +147,27 @@ class Placing:
 
     def _joins(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
         """Returns whether a node is a sum or the like, of quantized tensors and parameters."""
-        if (
-            node.op == "call_module"
-            or node.target not in OPS
-            or node.meta.get("pinned")
-        ):
+        if node.meta.get("pinned") or node in self.stay_float:
             return False
-        op = OPS[node.target]
-        if set(node.kwargs) - {"dim", "tensors"}:  # such as alpha=
+        if self.sums.get(node) is None:
             return False
-        if op != "cat" and not all(is_tensor(a) or _is_number(a) for a in node.args):
-            return False
-        if op == "matmul":
+        if OPS[node.target] == "matmul":
             return all(n in self.quantized for n in inputs)
         return all(n in self.quantized or n in self.constant for n in inputs)
 
     def _join(self, node: fx.Node, inputs: list[fx.Node]) -> None:
-        op = OPS[node.target]
-        args = node.args
-        if op == "cat":
-            tensors = node.kwargs.get("tensors", args[0] if args else None)
-            dim = node.kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            args = (tensors, dim)
-        elif not all(is_tensor(a) for a in args):
-            numbers = [a for a in args if not is_tensor(a)]
-            op, args = f"{op}_scalar", (inputs[0], numbers[0])
-        behind = only_user(node)
-        if op == "add" and behind and type(module_of(self.root, behind)) is nn.ReLU:
-            op = "add_relu"
-            behind.replace_all_uses_with(node)
-            self.graph.erase_node(behind)
-        name = free_name(self.root, node.meta["path"], op)
-        put(self.root, name, Call(op).train(self.root.training))
-        call(node, name, args)
+        name = self.sums[node]
+        op = call_sum(self.graph, self.root, node, name)
         self._convert(node, inputs, to_integers=True)
         if op.endswith("_scalar"):
             self.quantized.add(node)
         else:
             self._make_site(node, f"{name}.functional")
+
+    def _is_told(self, node: fx.Node) -> bool:
+        """Returns whether a sum or the like stays float by its name."""
+        name = self.sums.get(node)
+        return name in self.floats or f"{name}.functional" in self.floats
 
     def _make_site(self, node: fx.Node, name: str) -> None:
         self.quantized.add(node)
@@ -263,12 +253,6 @@ class Placing:
         return free_name(
             self.root, path, f"{last}_{'quant' if to_integers else 'dequant'}"
         )
-
-
-def _is_number(value: Any) -> bool:
-    """Returns whether an argument is a number, or a node that stands for one."""
-    value = value.meta.get("value") if isinstance(value, fx.Node) else value
-    return type(value) in (int, float)
 
 
 def _is_plain_item(node: fx.Node) -> bool:

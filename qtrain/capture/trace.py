@@ -1,6 +1,6 @@
 """A model traced, its calls named, its layers put together, its stubs placed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ def traced(
     model: nn.Module,
     inputs: dict[str, Any],
     leaves: dict[str, str],
+    floats: Mapping[str, str],
     why_float: Callable[[nn.Module], str | None],
     *,
     is_qat: bool,
@@ -51,6 +52,7 @@ def traced(
         inputs: {parameter of forward: its value}.
         leaves: {module not to be looked into: why}; those that resist are added, in
             place.
+        floats: {layer of the traced model that stays float: why}.
         why_float: says of a layer why there is no kernel for it, or None.
         is_qat: whether train mode is traced too.
 
@@ -72,17 +74,16 @@ def traced(
     groups = group_layers(graph, root, set(leaves))
     for name in dropouts:  # it is no float island, but nothing at all
         del leaves[name]
-    floats = dict(leaves)
-    placing = Placing(graph, root, floats, why_float, dropouts)
+    placing = Placing(graph, root, {**leaves, **floats}, why_float, dropouts)
     placing.place()
     graphs = split(graph, root, dropouts) if is_qat else {False: graph}
     for each in graphs.values():
         clean(each)
     captured = assemble(root, graphs)
     there = {name for name, _ in captured.named_modules()}
-    floats = {name: why for name, why in floats.items() if name in there}
+    found = {name: why for name, why in placing.floats.items() if name in there}
     sites = [name for name in placing.sites if name in there]
-    return Found(captured, floats, sites, groups, notes, owned, has_split_bias)
+    return Found(captured, found, sites, groups, notes, owned, has_split_bias)
 
 
 def _recorded(

@@ -40,9 +40,8 @@ from qtrain.simulate.floats import opened
 from qtrain.simulate.observed import KERNELS
 from qtrain.simulate.origins import Home, tensors
 from qtrain.simulate.plan import FixedSpec
-from qtrain.simulate.points import sites
+from qtrain.simulate.points import observe_weights, place
 from qtrain.simulate.simulation import Batches, Simulation
-from qtrain.simulate.sites import QuantModule, QuantWeighted
 from qtrain.transform.base import Transform
 from qtrain.transform.improve import check_transforms, improve
 from qtrain.transform.samples import NotEmpty, again
@@ -146,17 +145,11 @@ class PTQ(Quantizer):
         for transform in self.transforms:
             transform.restructure(model)
         packed, heads = self._packed(model)
-        captured = self._captured(model, few(example), is_qat)
-        names, model = list(model.state_dict()), captured.model
-        own = {
-            pattern: setting if isinstance(setting, QuantSpec) else None
-            for pattern, setting in self.layers.items()
-        }
-        chosen = torch_ao.match_layers(model, own)
-        told = [name for name, spec in chosen.items() if spec is None]
-        floats = dict.fromkeys(told, "set by quant.layers")
-        floats |= dict.fromkeys(heads, "set by quant.head")
-        floats = opened(model, captured.floats | floats, self.backend.has_scale)
+        names = list(model.state_dict())
+        captured = self._captured(model, few(example), heads, is_qat)
+        model, chosen = captured.model, self._chosen(captured.model)
+        floats = captured.floats | _told(chosen, heads)
+        floats = opened(model, floats, self.backend.has_scale)
         packed |= recurrent_formats(model, floats, self.weight)
         captured.floats |= {n: floats[n] for n in captured.floats if n in floats}
         backend = self.backend
@@ -190,7 +183,9 @@ class PTQ(Quantizer):
             simulation.capture["error"]["fused"] = error
         return simulation
 
-    def _captured(self, model: nn.Module, example: Inputs, is_qat: bool) -> Captured:
+    def _captured(
+        self, model: nn.Module, example: Inputs, heads: set[str], is_qat: bool
+    ) -> Captured:
         """Returns a copy of `model` with stubs, fused."""
         as_is = self.capture.takes_as_is(model)
         model = copy_model(model)
@@ -198,9 +193,28 @@ class PTQ(Quantizer):
         torch_ao.make_ready(model, is_qat=is_qat, fuses=as_is)
         if as_is:
             return Captured("as_is", model, tensors=owned)
-        return capture(
-            model, example, self.capture, self.backend.why_float, is_qat=is_qat
+        take = partial(
+            capture,
+            model,
+            example,
+            self.capture,
+            self.backend.why_float,
+            is_qat=is_qat,
         )
+        found = take()
+        told = _told(self._chosen(found.model), heads)
+        if not told or found.mode != "trace":
+            return found
+        # Only the traced model has the names of its sums
+        return take(floats=opened(found.model, told, self.backend.has_scale))
+
+    def _chosen(self, model: nn.Module) -> dict[str, QuantSpec | None]:
+        """Returns {layer: the format of its weight by the user's word, or None: no int8 layer}."""
+        own = {
+            pattern: setting if isinstance(setting, QuantSpec) else None
+            for pattern, setting in self.layers.items()
+        }
+        return torch_ao.match_layers(model, own)
 
     def _packed(self, model: nn.Module) -> tuple[dict[str, Any], set[str]]:
         """Returns {layer: the format it is packed in}, and the heads kept with an embedding."""
@@ -263,26 +277,8 @@ class PTQ(Quantizer):
         return simulation.convert()
 
 
-def observe_weights(model: nn.Module) -> None:
-    """Works out the scales of all weights, in place; from now on they stay."""
-    with torch.no_grad():
-        for site in sites(model).values():
-            if isinstance(site, QuantWeighted) and site.weight_q is not None:
-                weight, _ = site.folded()
-                site.weight_q(weight)
-                site.weight_q.stay()
-
-
-def place(model: nn.Module, name: str) -> str:
-    """Returns Linear layer `name`'s name now: inside a site, or a fused run of layers."""
-    for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]:
-        if isinstance(model.get_submodule(name[:end]), QuantModule):
-            name = f"{name[:end]}.layer{name[end:]}"
-            break
-    return (
-        name
-        if isinstance(
-            model.get_submodule(name), nn.Linear | nn.Embedding | nn.RNNBase
-        )
-        else f"{name}.0"
-    )
+def _told(chosen: dict[str, Any], heads: set[str]) -> dict[str, str]:
+    """Returns {layer that stays float by the user's word: which}."""
+    floats = [name for name, spec in chosen.items() if spec is None]
+    named = dict.fromkeys(floats, "set by quant.layers")
+    return named | dict.fromkeys(heads, "set by quant.head")

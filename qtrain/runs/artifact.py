@@ -10,7 +10,7 @@ import torch
 from hydra.utils import get_object, instantiate
 from torch import Tensor, nn
 
-from qtrain.capture.capture import stand_ins
+from qtrain.capture.examples import stand_ins
 from qtrain.common.plain import plain
 from qtrain.config.old_names import up_to_date
 from qtrain.config.trust import require

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.simulate.fake_quantize import FakeQuantize
-from qtrain.simulate.sites import Site
+from qtrain.simulate.sites import QuantModule, QuantWeighted, Site
 
 
 def leave_float(model: nn.Module, name: str) -> None:
@@ -56,3 +56,28 @@ def rounded(
     """
     steps = (x * scale.reciprocal()).round().add(zero_point)
     return steps.clamp(quant_min, quant_max)
+
+
+def observe_weights(model: nn.Module) -> None:
+    """Works out the scales of all weights, in place; from now on they stay."""
+    with torch.no_grad():
+        for site in sites(model).values():
+            if isinstance(site, QuantWeighted) and site.weight_q is not None:
+                weight, _ = site.folded()
+                site.weight_q(weight)
+                site.weight_q.stay()
+
+
+def place(model: nn.Module, name: str) -> str:
+    """Returns Linear layer `name`'s name now: inside a site, or a fused run of layers."""
+    for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]:
+        if isinstance(model.get_submodule(name[:end]), QuantModule):
+            name = f"{name[:end]}.layer{name[end:]}"
+            break
+    return (
+        name
+        if isinstance(
+            model.get_submodule(name), nn.Linear | nn.Embedding | nn.RNNBase
+        )
+        else f"{name}.0"
+    )

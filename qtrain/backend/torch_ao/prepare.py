@@ -14,7 +14,7 @@ from qtrain.backend.torch_ao.refusals import (
     refuse_own_qconfigs,
     separate_shared,
 )
-from qtrain.simulate.build import is_fused
+from qtrain.simulate.build import is_functional, is_fused
 
 
 def make_ready(model: nn.Module, *, is_qat: bool, fuses: bool = True) -> None:
@@ -103,6 +103,11 @@ def _matched(
     if all(isinstance(part, nn.Identity) for part in parts):
         raise ValueError(
             f"{where}: was fused into the layer before it; name that one"
+        )
+    if all(is_functional(modules[name]) for name in outer):
+        raise ValueError(
+            f"{where}: is a FloatFunctional, which works on integers here; name the "
+            "module around it, or put a DeQuantStub before it"
         )
     has_weights = any(isinstance(part, nn.Linear | _ConvNd) for part in parts)
     if setting is not None and not has_weights:
