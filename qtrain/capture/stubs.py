@@ -3,8 +3,7 @@
 A tensor is quantized if a site made it, or an operation that hands its integers on. A
 layer with a weight gets a QuantStub for what is not, one a tensor; any other
 operation a DeQuantStub for what is. Sums, products and concatenations are sites where
-all their tensors are quantized, or are parameters: they become float again where a
-residual stream is float.
+all their tensors are quantized, or are parameters, and who reads them takes integers.
 """
 
 import operator

@@ -73,7 +73,8 @@ class PTQ(Quantizer):
         layers: {pattern of layer names: the fields of `weight` that differ there, as
             {"bits": 4}; or what these layers are instead, see `layer_settings`:
             "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
-            Until conversion the latter are float, as their inputs and outputs stay.
+            Until conversion the latter are float. What they put out is rounded only
+            between stubs of the model's own, not where it is traced.
         capture: how a model without stubs becomes one that can be simulated.
 
     Raises:
