@@ -5,14 +5,16 @@ would stay in the stream to its end, and no product gains by it. A layer between
 gets a stub of its own where it needs integers.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from qtrain.capture.graphs import asks, module_of
+from qtrain.capture.modes import eval_output
 from qtrain.capture.operations import MOVES, MOVING, OPS
-from qtrain.simulate.build import FIXED, SCALED
+from qtrain.simulate.build import SCALED
 
 
 def read_in_float(
@@ -29,8 +31,8 @@ def read_in_float(
     Args:
         root: owns the modules that the graph calls.
         dropouts: names of modules that do nothing in eval mode.
-        takes_integers: tells of a call whether it is of a layer with a weight that
-            the backend has a kernel for.
+        takes_integers: tells of a call whether it is of a layer that could become a
+            site.
     """
     found: set[fx.Node] = set()
     readings: dict[fx.Node, set[str]] = {}
@@ -45,8 +47,8 @@ def read_in_float(
             return readings[reader]
         if reader in found:
             return {"float"}
-        could = reader.target in OPS or type(module) in (*SCALED, *FIXED)
-        if could or reader.op == "output" or takes_integers(reader):
+        is_output = reader.op == "output" or reader.target is eval_output
+        if is_output or reader.target in OPS or takes_integers(reader):
             return {"integers"}
         return {"float"}
 
@@ -71,7 +73,8 @@ def _is_of_tensors(node: fx.Node) -> bool:
 
 
 def _moves(node: fx.Node, module: Any, dropouts: set[str]) -> bool:
-    """Returns whether a call hands on the integers that it gets."""
+    """Returns whether a call hands on what it gets, as one that makes a dict of it does."""
     if module is not None:
         return type(module) in MOVING or node.target in dropouts
-    return node.target in MOVES or getattr(node.target, "__name__", "") == "getitem"
+    is_taken = node.target is operator.getitem or isinstance(node.target, type)
+    return is_taken or node.target in MOVES

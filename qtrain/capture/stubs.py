@@ -3,8 +3,7 @@
 A tensor is quantized if a site made it, or an operation that hands its integers on. A
 layer with a weight gets a QuantStub for what is not, one a tensor; any other
 operation a DeQuantStub for what is. Sums, products and concatenations are sites where
-all their tensors are quantized, or are parameters: they become float again where a
-residual stream is float.
+all their tensors are quantized, or are parameters, and who reads them takes integers.
 """
 
 import operator
@@ -101,20 +100,20 @@ class Placing:
             self._make_site(node, str(node.target))
         return True
 
-    def _head(self, node: fx.Node) -> nn.Module | None:
-        """Returns the layer with a weight that a node calls, if it may be quantized."""
-        module = module_of(self.root, node)
-        head = head_of(module) if isinstance(module, Fused) else module
-        is_weighted = isinstance(head, nn.Linear | _ConvNd)
-        return head if is_weighted and node.target not in self.floats else None
-
     def _takes_integers(self, node: fx.Node) -> bool:
-        head = self._head(node)
-        return head is not None and self.why_float(head) is None
+        """Returns whether a node calls a layer that could become a site."""
+        module = module_of(self.root, node)
+        if module is None or node.target in self.floats:
+            return False
+        head = head_of(module) if isinstance(module, Fused) else module
+        if isinstance(head, nn.Linear | _ConvNd):
+            return self.why_float(head) is None
+        return type(head) in (*SCALED, *FIXED) and self.why_float(module) is None
 
     def _is_weighted(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
-        head = self._head(node)
-        if head is None:
+        module = module_of(self.root, node)
+        head = head_of(module) if isinstance(module, Fused) else module
+        if not isinstance(head, nn.Linear | _ConvNd) or node.target in self.floats:
             return False
         reason = self.why_float(head)
         if self.has_stubs and not all(n in self.quantized for n in inputs):
@@ -166,8 +165,7 @@ class Placing:
 
     def _is_told(self, node: fx.Node) -> bool:
         """Returns whether a sum or the like stays float by its name."""
-        name = self.sums.get(node)
-        return name in self.floats or f"{name}.functional" in self.floats
+        return self.sums.get(node) in self.floats
 
     def _make_site(self, node: fx.Node, name: str) -> None:
         self.quantized.add(node)

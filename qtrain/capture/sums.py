@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from qtrain.backend.torch_ao import FloatFunctional
 from qtrain.capture.graphs import (
     call,
+    erase,
     free_name,
     is_tensor,
     module_of,
@@ -55,8 +56,7 @@ def call_sum(graph: fx.Graph, root: nn.Module, node: fx.Node, name: str) -> str:
         args = tuple(sorted(args, key=is_tensor, reverse=True))
     elif op == "add_relu":
         relu: Any = only_user(node)
-        relu.replace_all_uses_with(node)
-        graph.erase_node(relu)
+        erase(graph, relu, node)
     call(node, name, args)
     return op
 

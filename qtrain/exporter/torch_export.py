@@ -1,5 +1,6 @@
 """The simulation as a torch.export program, without qtrain: it computes with integers in float."""
 
+import inspect
 import io
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ class TorchExport(Exporter):
         # Of a batch of one, torch takes the size for fixed.
         example = tuple(torch.cat([x[:1], x[:1]]) for x in example)
         batch = torch.export.Dim("batch", min=1)
-        shapes = tuple({0: batch} for _ in example)
+        shapes: Any = tuple({0: batch} for _ in example)
+        kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+        if (
+            inspect.Parameter.VAR_POSITIONAL in kinds
+        ):  # one parameter, for all of them
+            shapes = (shapes,)
         try:
             program = torch.export.export(model, example, dynamic_shapes=shapes)
             # Not the file, which is not yet whole: torch warns of a name not in .pt2

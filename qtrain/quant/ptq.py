@@ -7,6 +7,7 @@ arXiv:1806.08342, section 3.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -72,7 +73,8 @@ class PTQ(Quantizer):
         layers: {pattern of layer names: the fields of `weight` that differ there, as
             {"bits": 4}; or what these layers are instead, see `layer_settings`:
             "float", "fp16", "llm_int8", {"method": "weight_only", "bits": 4} ...}.
-            Until conversion the latter are float, as their inputs and outputs stay.
+            Until conversion the latter are float. What they put out is rounded only
+            between stubs of the model's own, not where it is traced.
         capture: how a model without stubs becomes one that can be simulated.
 
     Raises:
@@ -224,7 +226,7 @@ class PTQ(Quantizer):
         # By the names before fusing, where they are needed; messages are better
         # behind it.
         if is_packed or (self.embedding, self.head) != ("float", "separate"):
-            own = settings_of(model, self.layers, other_specs=True)
+            own = settings_of(model, self._known(model), other_specs=True)
         found = {
             name: form for name, form in own.items() if isinstance(form, PackedFormat)
         }
@@ -233,6 +235,16 @@ class PTQ(Quantizer):
         found |= {name: form for name, form in tied.items() if form is not None}
         return found, {
             name for name in tied if type(model.get_submodule(name)) is nn.Linear
+        }
+
+    def _known(self, model: nn.Module) -> dict[str, Any]:
+        """Returns the settings by layer, without those of layers that capturing makes, as sums."""
+        names = [name for name, _ in model.named_modules()]
+        return {
+            pattern: setting
+            for pattern, setting in self.layers.items()
+            if isinstance(setting, PackedFormat)
+            or any(fnmatchcase(name, pattern) for name in names)
         }
 
     def _fake_quantize(

@@ -1,5 +1,6 @@
 """Sums that are read in float stay float; the others are rounded where integers are wanted."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtrain.functional.spec import QuantSpec
 from qtrain.quant.ptq import PTQ
 from qtrain.quant.qat import QAT
 from qtrain.simulate.simulation import Simulation
@@ -24,6 +26,7 @@ class Block(nn.Module):
         self.head = nn.Linear(8, 4)
         self.gate = nn.Parameter(torch.full((8,), 0.5))
         self.token = nn.Parameter(torch.linspace(-0.02, 0.02, 8).view(1, 1, 8))
+        self.clip = nn.Hardtanh(0.0, 0.1, inplace=True)
         self.run = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,6 +143,63 @@ def test_a_small_token_beside_large_patches_keeps_its_digits() -> None:
     assert (exact - got).norm() < 0.03 * exact.norm()
 
 
+class PreActivation(nn.Module):
+    """Sums that a batch-norm with ReLU reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm, self.last = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.padded = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.second(x)
+        x = x + self.padded(torch.relu(self.norm(x)))
+        y: Tensor = self.padded(torch.relu(self.last(x)))
+        return y
+
+
+@pytest.mark.parametrize("engine", ["int8", "reference"])
+def test_a_batch_norm_with_relu_reads_integers(engine: str) -> None:
+    model = PreActivation().eval()
+    simulation = PTQ(engine=engine).prepare(model, (torch.randn(2, 3, 6, 6),))
+    assert {"add.functional", "add_2.functional", "norm"} <= set(simulation.plan)
+
+
+class Grouped(PreActivation):
+    """A sum that a layer without an int8 kernel reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y: Tensor = self.padded(self.norm(x + self.second(x)))
+        return y
+
+
+@pytest.mark.parametrize(("engine", "is_rounded"), [("int8", 0), ("reference", 1)])
+def test_a_layer_without_a_kernel_reads_in_float(
+    engine: str, is_rounded: bool
+) -> None:
+    model, x = Grouped().eval(), torch.randn(2, 3, 6, 6)
+    assert ("add.functional" in PTQ(engine=engine).prepare(model, (x,)).plan) is bool(
+        is_rounded
+    )
+
+
+@pytest.mark.parametrize("quantizer", [PTQ(engine="int8"), QAT(engine="int8")])
+@pytest.mark.parametrize("kind", [lambda y: y, lambda y: OrderedDict(out=y)])
+def test_who_is_given_the_output_reads_integers(
+    quantizer: PTQ, kind: Callable[[Tensor], Tensor]
+) -> None:
+    model = Block(lambda m, x: kind(m.first(x) + m.second(x)))
+    simulation = quantizer.prepare(model, (torch.randn(2, 4, 8),))
+    assert "add.functional" in simulation.plan
+
+
 def test_in_qat_too() -> None:
     torch.manual_seed(0)
     model, x = Block(pre_norm), torch.randn(16, 4, 8)
@@ -173,6 +233,38 @@ def test_a_layer_told_to_stay_float_hands_on_floats() -> None:
     after, _, _ = prepared(two_sums, layers={"second": "float"})
     assert after.plan["second"].output is None  # and so the sum behind it is float
     assert "add.functional" not in after.plan
+
+
+def test_sums_can_be_named_beside_settings_of_linear_layers() -> None:
+    """These are found in the model as it was before it is traced, where no sum has a name."""
+    settings = {"add": "float", "head": "fp16", "second_2": {"bits": 4}}
+    simulation, _, _ = prepared(two_sums, layers=settings)
+    assert simulation.plan["add"].reason == "set by quant.layers"
+    weight = simulation.plan["second_2"].weight
+    assert isinstance(weight, QuantSpec) and weight.bits == 4
+
+
+def test_a_pattern_that_meets_the_object_that_adds_leaves_the_sum_alone() -> None:
+    settings = {"*on*": "float"}  # second, and add.functional
+    simulation, _, _ = prepared(two_sums, layers=settings)
+    assert simulation.plan["second"].reason == "set by quant.layers"
+    sums = [x for x in simulation.plan.values() if x.kind == "FloatFunctional"]
+    assert not any(x.reason for x in sums)
+
+
+def test_a_sum_with_relu_that_is_changed_in_place_behind_stays_float() -> None:
+    """Its kernel would hand on the sum as it was."""
+
+    def forward(m: Block, x: Tensor) -> Tensor:
+        x = torch.relu(m.first(x) + m.second(x))
+        m.clip(x[:, 0])
+        y: Tensor = m.head(x)
+        return y
+
+    simulation, model, x = prepared(forward)
+    with torch.no_grad():
+        exact, got = model(x), simulation.convert()(x)
+    assert (exact - got).norm() < 0.03 * exact.norm()
 
 
 def test_the_object_that_adds_has_no_float_form() -> None:

@@ -165,6 +165,21 @@ def test_a_kernel_that_no_file_can_hold_is_told(threshold, mlp, images, tmp_path
         qtrain.export(found.simulation, images, tmp_path)
 
 
+def test_a_traced_model_is_written_for_batches_of_any_size(tmp_path):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(x + self.first(x))
+
+    x = torch.randn(5, 4)
+    found = qtrain.quantize(Residual().eval(), [x], layers={"first": "float"})
+    assert found.report["capture"]["mode"] == "trace"
+    assert qtrain.export(found.simulation, x, tmp_path)["steps"] == 0
+
+
 def test_gpt2_is_written_for_batches_of_any_size(tmp_path):
     model = GPT2(vocab_size=65, n_positions=32, n_layer=1, n_head=2, n_embd=16).eval()
     tokens = torch.randint(65, (4, 16))

@@ -104,7 +104,8 @@ def _matched(
         raise ValueError(
             f"{where}: was fused into the layer before it; name that one"
         )
-    if all(is_functional(modules[name]) for name in outer):
+    layers = [name for name in outer if not is_functional(modules[name])]
+    if not layers:
         raise ValueError(
             f"{where}: is a FloatFunctional, which works on integers here; name the "
             "module around it, or put a DeQuantStub before it"
@@ -118,7 +119,7 @@ def _matched(
             else "has no weights"
         )
         raise ValueError(f"{where}: {reason}; here only float has an effect")
-    return outer
+    return layers
 
 
 def _listed(
