@@ -77,6 +77,7 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
             model = _make(report, "model")
         example = stand_ins(report.get("capture", {}).get("inputs", []))
         prepared = quantizer.prepare(model, example)
+        _refuse_other_capture(report, prepared)
         prepared.leave_float_as(report.get("plan", {}))
         fake = quantizer.fake(prepared) if quantizer.simulated else None
         quantized: nn.Module = quantizer.convert(prepared) if fake is None else fake
@@ -84,6 +85,18 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
     rename = partial(up_to_date_state, model=quantized) if is_simulation else None
     _fill(quantized, run_dir, report, "quantized.pt", rename)
     return quantized
+
+
+def _refuse_other_capture(report: dict[str, Any], prepared: Any) -> None:
+    """Raises ValueError for a run whose model was traced to other layers than it is now."""
+    if report.get("capture", {}).get("mode") != "trace":
+        return
+    others = sorted(report["plan"].keys() ^ prepared.plan.keys())
+    if others:
+        raise ValueError(
+            f"another version traced it to other layers: {', '.join(others[:3])}; "
+            "run it again"
+        )
 
 
 def _is_all_state(config: dict[str, Any]) -> bool:

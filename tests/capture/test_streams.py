@@ -272,3 +272,8 @@ def test_the_object_that_adds_has_no_float_form() -> None:
         ValueError, match="add.functional: is a FloatFunctional.*around"
     ):
         prepared(two_sums, layers={"add.functional": "float"})
+
+
+def test_a_sum_that_is_float_already_need_not_be_told() -> None:
+    with pytest.raises(ValueError, match="what is read in float is float already"):
+        prepared(pre_norm, layers={"*add*": "float"})

@@ -120,6 +120,15 @@ def test_a_captured_run_is_loaded_bit_identical(job, quant):
     assert close(model(x), qtrain.load_float(run.run_dir, trust=["plain"])(x), 12)
 
 
+def test_a_run_that_was_traced_to_other_layers_is_to_be_run_again(job):
+    run = job("plain.Squeeze", "quant=ptq", "quant.engine=x86")
+    report = run.report
+    report["plan"]["deep.add.functional"] = report["plan"]["quant"]
+    (run.run_dir / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=r"deep\.add\.functional; run it again"):
+        qtrain.load(run.run_dir, trust=["plain"])
+
+
 @pytest.mark.parametrize(
     "name", ["Residual", "Twice", "Functional", "Tokens", "Drops"]
 )

@@ -89,9 +89,11 @@ def _matched(
     ]
     matches = [name for name in names if fnmatchcase(name, pattern)]
     if not matches:
+        is_sum = any(op in pattern for op in ("add", "cat", "mul"))
         raise ValueError(
             f"{where}: matches no layer; "
             f"the model has {_listed(pattern, names, modules, parts_of)}"
+            f"{'; what is read in float is float already' if is_sum else ''}"
         )
     outer = [name for name in matches if name not in parts_of]
     if not outer:
