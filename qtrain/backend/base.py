@@ -30,6 +30,7 @@ class Backend:
         least_activation_bits: for fewer, the simulation is the result.
         clips_at_type: whether kernels clip at the ends of uint8, though a scale be
             made for 0..127.
+        rounds_means: whether average pools put out integers of their input's scale.
         is_dynamic: whether it can `lower_dynamic`.
     """
 
@@ -39,6 +40,7 @@ class Backend:
     asymmetric_weights: bool = True
     least_activation_bits: int = 2
     clips_at_type: bool = False
+    rounds_means: bool = False
     is_dynamic: bool = False
 
     def missing(self) -> str | None:

@@ -41,6 +41,7 @@ from qtrain.simulate.observed import KERNELS
 from qtrain.simulate.origins import Home, tensors
 from qtrain.simulate.plan import FixedSpec
 from qtrain.simulate.points import observe_weights, place
+from qtrain.simulate.pools import round_pools
 from qtrain.simulate.simulation import Batches, Simulation
 from qtrain.transform.base import Transform
 from qtrain.transform.improve import check_transforms, improve
@@ -169,6 +170,7 @@ class PTQ(Quantizer):
             names, captured.tensors, captured.origins, simulation.model
         )
         simulation.backend = self.backend
+        simulation.example = few(example)
         simulation.clips_at_type = self.backend.clips_at_type and not self.simulated
         simulation.others = {
             place(simulation.model, name): form for name, form in packed.items()
@@ -279,7 +281,10 @@ class PTQ(Quantizer):
                 improve(simulation, transform, batches)
 
     def fake(self, simulation: Simulation) -> nn.Module | None:
-        return simulation.as_converted().model
+        model = simulation.as_converted().model
+        if self.backend.rounds_means and not self.simulated:
+            round_pools(model, simulation.example)
+        return model
 
     def reference(self, simulation: Simulation) -> nn.Module | None:
         return simulation.float_copy() if self.trains else simulation.twin

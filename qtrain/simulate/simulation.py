@@ -48,6 +48,7 @@ class Simulation(nn.Module):
         backend: what lowers it, or None.
         clips_at_type: whether its kernels clip at the ends of uint8, though a scale
             be made for 0..127.
+        example: arguments of forward, two samples, or none.
         improvements: what transforms have done to it, for reports.
         capture: how the float model was made ready to be simulated, for reports.
         home: brings its weights back to the user's class, or None: it is the user's.
@@ -73,6 +74,7 @@ class Simulation(nn.Module):
         self.home: Home | None = None
         self.is_rehearsal = False
         self.kept = Kept()
+        self.example: tuple[Any, ...] = ()
         self._knows_regions = False
         # Hidden from nn.Module: it is no part of the state
         self._twin: list[nn.Module] = []

@@ -86,6 +86,7 @@ class Int8(Backend):
 
     asymmetric_weights: bool = False
     is_dynamic: bool = True
+    rounds_means: bool = True
 
     def why_float(self, module: nn.Module) -> str | None:
         if isinstance(module, WHOLE):

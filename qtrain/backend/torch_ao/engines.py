@@ -27,6 +27,7 @@ class Engine(Backend):
 
     least_activation_bits: int = 8
     clips_at_type: bool = True
+    rounds_means: bool = True
     is_dynamic: bool = True
     conv_transpose: bool = True
 
