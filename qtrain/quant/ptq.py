@@ -20,7 +20,7 @@ from qtrain.backend.packed.embeddings import check_policies, formats
 from qtrain.backend.packed.formats import PackedFormat
 from qtrain.capture.capture import Capture, Captured, capture
 from qtrain.capture.proof import prove
-from qtrain.common.copying import copy_model, few
+from qtrain.common.copying import cloned, copy_model, few
 from qtrain.common.validate import choice, refuse
 from qtrain.functional.spec import AUTO, QuantSpec
 from qtrain.observer.base import make_observer
@@ -170,7 +170,8 @@ class PTQ(Quantizer):
             names, captured.tensors, captured.origins, simulation.model
         )
         simulation.backend = self.backend
-        simulation.example = few(example)
+        # Else each copy would hold the whole batch, of which two samples are a view
+        simulation.example = cloned(few(example))
         simulation.clips_at_type = self.backend.clips_at_type and not self.simulated
         simulation.others = {
             place(simulation.model, name): form for name, form in packed.items()

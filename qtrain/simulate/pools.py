@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtrain.common.copying import cloned
+from qtrain.common.copying import by_place, cloned
 from qtrain.simulate.fake_quantize import FakeQuantize
 from qtrain.simulate.points import sites
 from qtrain.simulate.sites import QuantModule, QuantOutput, Site
@@ -24,18 +24,19 @@ POOLS = (
     nn.AvgPool2d,
     nn.AvgPool3d,
 )
-# Functions whose results are on the scale of what they get.
+# Functions whose results are on the scale of what they get, by parts of their names.
 KEEPING = (
     *("pool", "relu", "hardtanh", "dropout"),
     *("flatten", "reshape", "view", "permute", "transpose"),
-    *("contiguous", "clone", "getitem", "squeeze"),
+    *("contiguous", "clone", "getitem", "squeeze", "chunk", "split"),
 )
+OTHERS = ("leaky_relu", "rrelu", "prelu", "conv_transpose", "lp_pool")
 
 
 class Sourced(Tensor):
     """A tensor that knows the site whose scale it is on."""
 
-    source: str
+    source: str | None
 
     @classmethod
     def __torch_function__(
@@ -43,13 +44,14 @@ class Sourced(Tensor):
     ) -> Any:
         call: Any = super().__torch_function__
         found = call(func, types, args, kwargs)
-        if not isinstance(found, Sourced):
-            return found
         first = next((x for x in args if isinstance(x, Sourced)), None)
-        keeps = any(word in func.__name__ for word in KEEPING)
-        if first is None or not hasattr(first, "source") or not keeps:
-            return found.as_subclass(Tensor)
-        found.source = first.source
+        name = func.__name__
+        keeps = any(word in name for word in KEEPING)
+        keeps = keeps and not any(word in name for word in OTHERS)
+        source = getattr(first, "source", None) if keeps else None
+        for part in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(part, Sourced):
+                part.source = source  # in place it had one, which is past
         return found
 
 
@@ -72,7 +74,7 @@ class RoundedPool(nn.Module):
         scale, _ = point.calculate_qparams()
         # Of whole numbers, so that a tie is one, and goes to the even one as there
         mean: Tensor = self.pool((input / scale).round())
-        return mean.round() * scale
+        return (mean.round() * scale).to(input.dtype)
 
 
 def round_pools(model: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -105,10 +107,11 @@ def _sources(
     handles = []
     for name, pool in pools.items():
 
-        def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            found.setdefault(name, set()).add(getattr(args[0], "source", None))
+        def note(_: nn.Module, args: Any, named: Any, name: str = name) -> None:
+            (x,) = by_place(args, named)
+            found.setdefault(name, set()).add(getattr(x, "source", None))
 
-        handles.append(pool.register_forward_pre_hook(note))
+        handles.append(pool.register_forward_pre_hook(note, with_kwargs=True))
     for module in model.modules():
         if isinstance(module, QuantOutput):
             handles.append(
@@ -141,5 +144,5 @@ def _marking(site: Site, name: str) -> Callable[[Tensor], Tensor]:
     return output
 
 
-def _plain(x: Tensor) -> Tensor:
-    return x.as_subclass(Tensor)
+def _plain(x: Any) -> Any:
+    return x.as_subclass(Tensor) if isinstance(x, Sourced) else x

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from qtrain.backend.torch_ao import DeQuantStub, FloatFunctional, QuantStub
+from qtrain.common.copying import copy_model
 from qtrain.quant.ptq import PTQ
 from qtrain.quant.qat import QAT
+from qtrain.simulate.pools import Sourced
 
 
 class Excited(nn.Module):
@@ -127,3 +129,56 @@ def test_a_sum_of_plain_tensors_is_on_no_scale(x):
 
     quantizer, simulation = prepared(Scaled(True).eval(), x)
     assert type(quantizer.fake(simulation).pool) is nn.AdaptiveAvgPool2d
+
+
+class Between(nn.Module):
+    """A pool that is called by name, and what lies before it."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.quant, self.dequant = QuantStub(), DeQuantStub()
+        self.first, self.pool = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)
+        self.before = before
+
+    def forward(self, x):
+        x = self.before(self.first(self.quant(x)))
+        return self.dequant(self.pool(input=x))
+
+
+@pytest.mark.parametrize(
+    ("before", "rounds"),
+    [
+        (F.relu, True),
+        (lambda x: x.chunk(2, 1)[1], True),
+        (lambda x: torch.split(x, 4, 1)[0], True),
+        (lambda x: F.leaky_relu(x, 0.1), False),  # float on engine int8
+    ],
+)
+def test_what_lies_between_keeps_the_scale_or_not(before, rounds, x):
+    torch.manual_seed(0)
+    quantizer, simulation = prepared(Between(before).eval(), x)
+    fake, converted = quantizer.fake(simulation), simulation.convert()
+    assert (type(fake.pool) is not nn.AdaptiveAvgPool2d) == rounds
+    found, real = (outputs(model, ["pool"], x)["pool"] for model in (fake, converted))
+    scale, _ = fake.first.output_q.calculate_qparams()
+    assert torch.allclose(found / scale, real.dequantize() / scale, atol=1e-2)
+
+
+def test_a_change_in_place_takes_the_scale():
+    x = torch.ones(2).as_subclass(Sourced)
+    x.source = "first"
+    assert x.view(2).relu_().source == "first"
+    x.mul_(3.0)
+    assert x.source is None
+
+
+def test_the_mean_has_the_type_of_what_the_pool_gets(x):
+    quantizer, simulation = prepared(Excited(True).eval(), x)
+    pool = quantizer.fake(simulation).pool
+    assert pool(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_copy_of_the_simulation_holds_two_samples_not_their_batch(x):
+    _, simulation = prepared(Excited(True).eval(), x)
+    (example,) = copy_model(simulation).example
+    assert example.untyped_storage().nbytes() == x[:2].nbytes
