@@ -89,8 +89,8 @@ def load(run_dir: Path, trust: Sequence[str] = ()) -> nn.Module:
 
 def _refuse_other_capture(report: dict[str, Any], prepared: Any) -> None:
     """Raises ValueError for a run whose model was traced to other layers than it is now."""
-    if report.get("capture", {}).get("mode") != "trace":
-        return
+    if report.get("capture", {}).get("mode") != "trace" or "plan" not in report:
+        return  # a report of schema 1 has no plan
     others = sorted(report["plan"].keys() ^ prepared.plan.keys())
     if others:
         raise ValueError(

@@ -127,6 +127,9 @@ def test_a_run_that_was_traced_to_other_layers_is_to_be_run_again(job):
     (run.run_dir / "report.json").write_text(json.dumps(report))
     with pytest.raises(ValueError, match=r"deep\.add\.functional; run it again"):
         qtrain.load(run.run_dir, trust=["plain"])
+    del report["plan"]  # as in schema 1
+    (run.run_dir / "report.json").write_text(json.dumps(report | {"schema": 1}))
+    qtrain.load(run.run_dir, trust=["plain"])
 
 
 @pytest.mark.parametrize(
