@@ -226,8 +226,7 @@ class PTQ(Quantizer):
         is_packed = any(
             isinstance(setting, PackedFormat) for setting in self.layers.values()
         )
-        # By the names before fusing, where they are needed; messages are better
-        # behind it.
+        # By the names before fusing where needed; messages are better behind it.
         if is_packed or (self.embedding, self.head) != ("float", "separate"):
             own = settings_of(model, self._known(model), other_specs=True)
         found = {
