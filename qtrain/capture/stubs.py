@@ -58,7 +58,11 @@ class Placing:
         self.constant: set[fx.Node] = set()
         self.made: dict[tuple[fx.Node, bool], fx.Node] = {}
         self.sums = name_sums(graph, root)
-        self.stay_float = set() if self.has_stubs else self._read_in_float()
+        self.stay_float: set[fx.Node] = set()
+        if not self.has_stubs:
+            self.stay_float = read_in_float(
+                graph, root, dropouts, self._takes_integers
+            )
 
     def place(self) -> None:
         """Places all stubs, and makes sites of sums and the like, in place."""
@@ -122,11 +126,6 @@ class Placing:
             self.floats[str(node.target)] = reason
         return reason is None
 
-    def _read_in_float(self) -> set[fx.Node]:
-        return read_in_float(
-            self.graph, self.root, self.dropouts, self._takes_integers
-        )
-
     def _keeps(self, node: fx.Node) -> bool:
         """Returns whether a node puts out integers for integers; a site of its own is noted."""
         if node.meta.get("pinned") or node in self.stay_float:
@@ -146,9 +145,11 @@ class Placing:
 
     def _joins(self, node: fx.Node, inputs: list[fx.Node]) -> bool:
         """Returns whether a node is a sum or the like, of quantized tensors and parameters."""
-        if node.meta.get("pinned") or node in self.stay_float:
-            return False
-        if self.sums.get(node) is None:
+        if (
+            node not in self.sums
+            or node in self.stay_float
+            or node.meta.get("pinned")
+        ):
             return False
         if OPS[node.target] == "matmul":
             return all(n in self.quantized for n in inputs)

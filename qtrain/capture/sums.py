@@ -46,7 +46,7 @@ def name_sums(graph: fx.Graph, root: nn.Module) -> dict[fx.Node, str]:
 
 def call_sum(graph: fx.Graph, root: nn.Module, node: fx.Node, name: str) -> str:
     """Makes a node call its module, in place, and takes a ReLU within; returns the method."""
-    op = _op(node, root)
+    op = str(root.get_submodule(name).op)
     args: Any = node.args
     if op == "cat":
         tensors = node.kwargs.get("tensors", args[0] if args else None)
